@@ -1,0 +1,9 @@
+// Everything a user of the core library includes.
+#pragma once
+#include "heed/error.h"
+#include "heed/flash_attention.h"
+#include "heed/masks.h"
+#include "heed/run.h"
+#include "heed/sigmoid_attention.h"
+#include "heed/tensor.h"
+#include "heed/version.h"

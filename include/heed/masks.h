@@ -1,0 +1,26 @@
+// Which keys a query sees: the masks that all softmax-like mechanisms share.
+#pragma once
+#include <cstdint>
+#include <optional>
+
+#include "heed/tensor.h"
+
+namespace heed {
+
+/// Keys to the left and right of a query that it still sees; none = open on that side.
+struct Window {
+  std::optional<int64_t> left;
+  std::optional<int64_t> right;
+};
+
+/// With the offset o = Lk - Lq (alignment to the end of the keys) query i sees key j when
+///   j <= i + o                                  if causal
+///   i + o - left <= j <= i + o + right          if windowed
+///   j < lengths[b]                              if lengths is given
+struct Masks {
+  bool causal = false;
+  Window window = {};
+  Tensor lengths = {};  // [B] int32 or int64, 0..Lk; keys at and after lengths[b] do not exist
+};
+
+}  // namespace heed

@@ -1,0 +1,39 @@
+// How a call runs on the machine, apart from what it computes.
+#pragma once
+#include <cstdint>
+#include <optional>
+#include <string>
+#include <string_view>
+#include <vector>
+
+namespace heed {
+
+/// Instruction sets that kernels are compiled for, weakest first.
+enum class Isa { portable, avx2, avx512, amx };
+
+const char* name_of(Isa isa);
+Isa parse_isa(std::string_view name);  // throws Error listing the names
+/// Those this processor and operating system can run, weakest first; portable is always there.
+const std::vector<Isa>& available_isas();
+/// The strongest available, or what the environment variable HEED_ISA forces.
+Isa default_isa();
+
+/// Threads that a call uses when RunOptions says nothing: set_threads, else OMP_NUM_THREADS, else all cores.
+int default_threads();
+void set_threads(int threads);  // throws Error below 1
+
+struct RunOptions {
+  std::optional<int> threads;
+  std::optional<Isa> isa;
+};
+
+/// What was found on this machine, for people: model name, caches, instruction sets.
+struct CpuInfo {
+  std::string model;
+  int cores = 1;
+  int64_t l1d_bytes = 0, l2_bytes = 0, l3_bytes = 0;  // per core for L1 and L2; 0 = unknown
+  std::vector<std::string> features;                  // of those heed looks at: "avx2", "fma", ...
+};
+const CpuInfo& cpu_info();
+
+}  // namespace heed

@@ -1,0 +1,40 @@
+// Parallel loops over a fixed set of work items. What an item computes never depends on which thread
+// runs it or on how many there are, so forwards give the same bits for any thread count.
+#pragma once
+#include <cstddef>
+#include <cstdint>
+#include <functional>
+#include <memory>
+#include <optional>
+
+#include "heed/run.h"
+
+namespace heed {
+
+/// Threads to use for `items` items.
+int threads_for(const RunOptions& run, int64_t items);
+
+/// Calls body(item, worker) for every item in [0, items), worker in [0, threads). Items are handed out
+/// in order, one at a time, so put the long ones first. The first exception is rethrown after the loop.
+void parallel_for(int64_t items, int threads,
+                  const std::function<void(int64_t item, int worker)>& body);
+
+/// Bounded scratch memory of one worker: a 64-byte aligned block that is reused between calls.
+/// Never holds more than what one tile needs; contents are undefined (NaN in debug builds).
+class Scratch {
+ public:
+  explicit Scratch(size_t bytes);
+  /// The next `count` elements, 64-byte aligned; asserts that the block is large enough.
+  template <class T>
+  T* take(int64_t count) {
+    return static_cast<T*>(take_bytes(static_cast<size_t>(count) * sizeof(T)));
+  }
+  static size_t rounded(size_t bytes) { return (bytes + 63) & ~size_t{63}; }
+
+ private:
+  void* take_bytes(size_t bytes);
+  std::byte* next_ = nullptr;
+  std::byte* end_ = nullptr;
+};
+
+}  // namespace heed

@@ -1,0 +1,89 @@
+// The registry: one record per mechanism. The command line, the checks, the benchmarks, the docs and
+// the conformance tests are loops over it; no other file holds a list of mechanisms.
+#pragma once
+#include <functional>
+#include <map>
+#include <span>
+#include <string>
+#include <string_view>
+#include <vector>
+
+#include "cascade/cascade.h"
+#include "heed/run.h"
+#include "heed/tensor.h"
+#include "mechanisms/spec.h"
+
+namespace heed {
+
+using NamedTensors = std::map<std::string, Tensor>;
+using NamedArrays = std::map<std::string, Array>;
+
+/// A call to try: input shapes by argument name and options in the form of a Spec.
+struct ExampleCase {
+  std::string name;                                   // "causal_gqa"
+  std::vector<std::pair<std::string, Dims>> inputs;   // in the order of the signature
+  std::string options;                                // "causal=1,window=8"; parsed by Spec
+  std::map<std::string, DType> types = {};            // inputs that keep a type of their own
+};
+
+struct CascadeText {
+  std::string name;  // "softmax", "flash"
+  std::string text;
+};
+
+/// Attention of the last Lq tokens over all Lk tokens so far, causal to the end of the keys:
+/// q, out [1,H,Lq,D]; k, v [1,Hkv,Lk,D]. What `--attention` puts into a language model.
+using ModelAttention = std::function<void(const Tensor& q, const Tensor& k, const Tensor& v,
+                                          const Tensor& out, const RunOptions& run)>;
+
+/// One line of `heed explain`: can this path run the call, and if not, why.
+struct PathAnswer {
+  std::string path;    // "amx", "avx512", ...
+  bool can_run = false;
+  std::string reason;  // empty when it can
+};
+
+struct Mechanism {
+  std::string name;    // "flash_attention"; the same in C++ and PyTorch
+  std::string title;
+  std::vector<int> sheets;
+  std::vector<std::string> arxiv;
+  std::string engine;  // "tiled" or "chunked" or "none"
+  std::string pass_rank;  // the rank whose passes are counted, usually "m"
+  std::string card;    // Markdown, one page
+  std::vector<CascadeText> cascades;  // the definition first, then the fast form
+  std::map<std::string, std::string> outputs;  // result name -> cascade output, "out" -> "O"
+  std::vector<ExampleCase> cases;        // small: correctness, every option, odd sizes
+  std::vector<ExampleCase> bench_cases;  // large: `heed bench`
+
+  std::function<NamedArrays(const NamedTensors& in, const Spec& options, const RunOptions& run)>
+      forward;
+  /// Gradients by input name; empty where the mechanism is forward only.
+  std::function<NamedArrays(const NamedTensors& in, const NamedTensors& out_gradients,
+                            const Spec& options, const RunOptions& run)>
+      backward;
+  /// Everything the cascades need for this case: tensors in float64, sizes, scalars, predicates.
+  std::function<cascade::Bindings(const NamedTensors& in, const Spec& options)> bind;
+  /// Empty where the mechanism cannot stand in for causal attention of a model.
+  std::function<ModelAttention(const Spec& options)> model_attention;
+  /// Paths in order of preference; the first that can run is chosen.
+  std::function<std::vector<PathAnswer>(const NamedTensors& in, const RunOptions& run)> explain;
+  /// Inputs that are not standard normal, filled from a seed (lengths, permutations, ...).
+  std::function<void(const ExampleCase& example, const std::string& input, uint64_t seed,
+                     const Tensor& to_fill)>
+      fill;
+};
+
+std::span<const Mechanism> mechanisms();
+/// By full name or without "_attention"; throws Error listing the names otherwise.
+const Mechanism& find_mechanism(std::string_view name);
+
+/// Inputs of a case from a seed: floating inputs are standard normal rounded to `dtype`.
+NamedArrays make_inputs(const Mechanism& mechanism, const ExampleCase& example, DType dtype,
+                        uint64_t seed);
+NamedTensors views(const NamedArrays& arrays);
+
+/// Float64 row-major copy for the interpreter.
+cascade::NdArray to_nd(const Tensor& tensor);
+
+}  // namespace heed
