@@ -58,12 +58,8 @@ Dims contiguous_strides(const Dims& shape);
 class Tensor {
  public:
   Tensor() = default;
-  Tensor(void* data, DType dtype, const Dims& shape);  // contiguous, last axis fastest
-  Tensor(void* data, DType dtype, const Dims& shape, const Dims& strides);
-  Tensor(const void* data, DType dtype, const Dims& shape)
-      : Tensor(const_cast<void*>(data), dtype, shape) {}
-  Tensor(const void* data, DType dtype, const Dims& shape, const Dims& strides)
-      : Tensor(const_cast<void*>(data), dtype, shape, strides) {}
+  Tensor(const void* data, DType dtype, const Dims& shape);  // contiguous, last axis fastest
+  Tensor(const void* data, DType dtype, const Dims& shape, const Dims& strides);
 
   bool defined() const { return data_ != nullptr || rank() > 0; }
   void* data() const { return data_; }

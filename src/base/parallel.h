@@ -24,6 +24,9 @@ void parallel_for(int64_t items, int threads,
 class Scratch {
  public:
   explicit Scratch(size_t bytes);
+  ~Scratch();
+  Scratch(const Scratch&) = delete;
+  Scratch& operator=(const Scratch&) = delete;
   /// The next `count` elements, 64-byte aligned; asserts that the block is large enough.
   template <class T>
   T* take(int64_t count) {
@@ -35,6 +38,7 @@ class Scratch {
   void* take_bytes(size_t bytes);
   std::byte* next_ = nullptr;
   std::byte* end_ = nullptr;
+  std::byte* owned_ = nullptr;  // set when the thread's block is taken by an outer Scratch
 };
 
 }  // namespace heed

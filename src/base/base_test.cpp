@@ -1,0 +1,133 @@
+#include <gtest/gtest.h>
+
+#include <bit>
+#include <cmath>
+#include <limits>
+#include <set>
+#include <stdexcept>
+#include <vector>
+
+#include "base/parallel.h"
+#include "base/philox.h"
+#include "heed/error.h"
+#include "heed/tensor.h"
+
+namespace heed {
+namespace {
+
+TEST(HalfFloats, EveryBfloat16SurvivesTheRoundTrip) {
+  for (uint32_t bits = 0; bits < 0x10000; ++bits) {
+    bfloat16 x{static_cast<uint16_t>(bits)};
+    if (std::isnan(to_float(x))) {
+      EXPECT_TRUE(std::isnan(to_float(to_bfloat16(to_float(x)))));
+    } else {
+      EXPECT_EQ(to_bfloat16(to_float(x)).bits, bits);
+    }
+  }
+}
+
+TEST(HalfFloats, EveryFloat16SurvivesTheRoundTripAndMatchesTheFormat) {
+  for (uint32_t bits = 0; bits < 0x10000; ++bits) {
+    float16 x{static_cast<uint16_t>(bits)};
+    int exponent = (bits >> 10) & 31, mantissa = bits & 1023;
+    float value = to_float(x);
+    if (exponent == 31) {
+      EXPECT_EQ(std::isnan(value), mantissa != 0);
+      EXPECT_EQ(std::isinf(value), mantissa == 0);
+    } else {
+      double expected = exponent == 0 ? std::ldexp(mantissa, -24)
+                                      : std::ldexp(1024 + mantissa, exponent - 25);
+      EXPECT_EQ(value, (bits & 0x8000) ? -expected : expected);
+    }
+    if (!std::isnan(value)) {
+      EXPECT_EQ(to_float16(value).bits, bits);
+    }
+  }
+}
+
+TEST(HalfFloats, RoundToNearestEven) {
+  EXPECT_EQ(to_float(to_bfloat16(1.0f + 0x1p-8f)), 1.0f);           // tie to even
+  EXPECT_EQ(to_float(to_bfloat16(1.0f + 0x3p-8f)), 1.0f + 0x1p-6f);  // tie to even
+  EXPECT_EQ(to_float(to_float16(1.0f + 0x1p-11f)), 1.0f);
+  EXPECT_EQ(to_float(to_float16(1.0f + 0x3p-11f)), 1.0f + 0x1p-9f);
+  EXPECT_EQ(to_float(to_float16(65519.0f)), 65504.0f);
+  EXPECT_TRUE(std::isinf(to_float(to_float16(65520.0f))));
+  EXPECT_EQ(to_float(to_float16(0x1p-25f)), 0.0f);
+  EXPECT_EQ(to_float(to_float16(0x1.8p-25f)), 0x1p-24f);
+}
+
+TEST(TensorView, SelectAndSliceFollowStrides) {
+  std::vector<float> memory(2 * 3 * 4);
+  for (size_t i = 0; i < memory.size(); ++i) memory[i] = static_cast<float>(i);
+  Tensor t(memory.data(), DType::f32, {2, 3, 4});
+  EXPECT_EQ(*t.select(1, 2).select(0, 1).slice(0, 1, 3).as<float>(), 1 * 12 + 2 * 4 + 1);
+  Tensor transposed(memory.data(), DType::f32, {3, 2, 4}, {4, 12, 1});
+  EXPECT_FALSE(transposed.is_contiguous());
+  Array copied = convert(transposed, DType::f64);
+  EXPECT_EQ(copied.as<double>()[(2 * 2 + 1) * 4 + 3], 1 * 12 + 2 * 4 + 3);
+}
+
+TEST(TensorView, RefusesWhatCannotBe) {
+  EXPECT_THROW(Tensor(nullptr, DType::f32, {2, 3}), Error);
+  EXPECT_NO_THROW(Tensor(nullptr, DType::f32, {2, 0}));
+  EXPECT_THROW(Array(DType::f32, {int64_t{1} << 40, int64_t{1} << 40}), Error);
+  EXPECT_THROW(Array(DType::f32, {-1}), Error);
+  EXPECT_THROW(Dims({1, 2, 3, 4, 5, 6, 7}), Error);
+}
+
+// Test vectors published with the reference implementation (Random123, kat_vectors).
+TEST(Philox, MatchesThePublishedVectors) {
+  std::array<uint32_t, 4> zero{0x6627e8d5, 0xe169c58d, 0xbc57ac4c, 0x9b00dbd8};
+  EXPECT_EQ(philox(0, {0, 0, 0, 0}), zero);
+  std::array<uint32_t, 4> ones{0x408f276d, 0x41c83b0e, 0xa20bc7c6, 0x6d5451fd};
+  EXPECT_EQ(philox(~uint64_t{0}, {~0u, ~0u, ~0u, ~0u}), ones);
+  std::array<uint32_t, 4> pi{0xd16cfe09, 0x94fdcceb, 0x5001e420, 0x24126ea1};
+  EXPECT_EQ(philox(0x299f31d0a4093822, {0x243f6a88, 0x85a308d3, 0x13198a2e, 0x03707344}), pi);
+}
+
+TEST(ParallelFor, VisitsEveryItemOnceAndRethrows) {
+  for (int threads : {1, 2, 3}) {
+    std::vector<int> visits(1000, 0);
+    parallel_for(1000, threads, [&](int64_t item, int worker) {
+      EXPECT_LT(worker, threads);
+      ++visits[static_cast<size_t>(item)];
+    });
+    EXPECT_EQ(std::set<int>(visits.begin(), visits.end()), std::set<int>{1});
+    EXPECT_THROW(parallel_for(100, threads,
+                              [](int64_t item, int) {
+                                if (item == 57) throw Error("item 57");
+                              }),
+                 Error);
+  }
+}
+
+TEST(Scratch, NestsWithoutSharingMemory) {
+  Scratch outer(1024);
+  float* a = outer.take<float>(256);
+  Scratch inner(1024);
+  float* b = inner.take<float>(256);
+  EXPECT_TRUE(b >= a + 256 || a >= b + 256);
+  EXPECT_EQ(reinterpret_cast<uintptr_t>(a) % 64, 0u);
+}
+
+TEST(Isa, NamesParseAndUnknownOnesAreExplained) {
+  for (Isa isa : available_isas()) EXPECT_EQ(parse_isa(name_of(isa)), isa);
+  EXPECT_EQ(available_isas().front(), Isa::portable);
+  try {
+    parse_isa("sse9");
+    FAIL() << "accepted sse9";
+  } catch (const Error& e) {
+    EXPECT_NE(std::string(e.what()).find("sse9"), std::string::npos);
+    EXPECT_NE(std::string(e.what()).find("portable"), std::string::npos);
+  }
+}
+
+TEST(Threads, BelowOneIsRefused) {
+  EXPECT_THROW(set_threads(0), Error);
+  RunOptions run;
+  run.threads = 0;
+  EXPECT_THROW(threads_for(run, 10), Error);
+}
+
+}  // namespace
+}  // namespace heed

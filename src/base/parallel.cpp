@@ -1,0 +1,113 @@
+#include "base/parallel.h"
+
+#include <omp.h>
+
+#include <atomic>
+#include <cassert>
+#include <cstdlib>
+#include <cstring>
+#include <exception>
+#include <limits>
+#include <string>
+
+#include "heed/error.h"
+
+namespace heed {
+
+namespace {
+std::atomic<int> requested_threads{0};  // 0: OpenMP decides (OMP_NUM_THREADS or all cores)
+}
+
+int default_threads() {
+  int requested = requested_threads.load();
+  return requested > 0 ? requested : omp_get_max_threads();
+}
+
+void set_threads(int threads) {
+  if (threads < 1) {
+    throw Error("threads is " + std::to_string(threads) + ", at least 1 is needed");
+  }
+  requested_threads.store(threads);
+}
+
+int threads_for(const RunOptions& run, int64_t items) {
+  int threads = run.threads.value_or(default_threads());
+  if (threads < 1) {
+    throw Error("threads is " + std::to_string(threads) + ", at least 1 is needed");
+  }
+  if (omp_in_parallel()) threads = 1;
+  return static_cast<int>(std::max<int64_t>(1, std::min<int64_t>(threads, items)));
+}
+
+void parallel_for(int64_t items, int threads,
+                  const std::function<void(int64_t item, int worker)>& body) {
+  if (threads <= 1 || items <= 1) {
+    for (int64_t item = 0; item < items; ++item) body(item, 0);
+    return;
+  }
+  std::exception_ptr failure;
+  std::atomic<bool> failed{false};
+#pragma omp parallel for schedule(dynamic, 1) num_threads(threads)
+  for (int64_t item = 0; item < items; ++item) {
+    if (failed.load(std::memory_order_relaxed)) continue;
+    try {
+      body(item, omp_get_thread_num());
+    } catch (...) {
+      if (!failed.exchange(true)) failure = std::current_exception();
+    }
+  }
+  if (failure) std::rethrow_exception(failure);
+}
+
+namespace {
+
+// One block per thread, grown on demand and kept: at most what the largest tile so far needed.
+struct Block {
+  std::byte* memory = nullptr;
+  size_t bytes = 0;
+  bool in_use = false;
+  ~Block() { std::free(memory); }
+};
+
+thread_local Block block;
+
+}  // namespace
+
+Scratch::Scratch(size_t bytes) {
+  bytes = rounded(bytes);
+  if (block.in_use) {
+    next_ = static_cast<std::byte*>(std::aligned_alloc(64, std::max<size_t>(bytes, 64)));
+    owned_ = next_;
+  } else {
+    if (block.bytes < bytes) {
+      std::free(block.memory);
+      block.bytes = 0;
+      block.memory = static_cast<std::byte*>(std::aligned_alloc(64, bytes));
+      if (block.memory != nullptr) block.bytes = bytes;
+    }
+    next_ = block.memory;
+    block.in_use = true;
+  }
+  if (next_ == nullptr && bytes > 0) throw std::bad_alloc();
+  end_ = next_ + bytes;
+#ifndef NDEBUG
+  std::memset(next_, 0xff, bytes);  // NaN as float and double
+#endif
+}
+
+Scratch::~Scratch() {
+  if (owned_ != nullptr) {
+    std::free(owned_);
+  } else {
+    block.in_use = false;
+  }
+}
+
+void* Scratch::take_bytes(size_t bytes) {
+  std::byte* start = next_;
+  next_ += rounded(bytes);
+  if (next_ > end_) std::abort();  // a tile's size was computed wrongly: never write past the block
+  return start;
+}
+
+}  // namespace heed
