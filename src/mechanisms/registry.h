@@ -23,7 +23,8 @@ struct ExampleCase {
   std::string name;                                   // "causal_gqa"
   std::vector<std::pair<std::string, Dims>> inputs;   // in the order of the signature
   std::string options;                                // "causal=1,window=8"; parsed by Spec
-  std::map<std::string, DType> types = {};            // inputs that keep a type of their own
+  /// Inputs that keep a type of their own; float32 ones are float64 in a float64 case.
+  std::map<std::string, DType> types = {};
 };
 
 struct CascadeText {
@@ -68,7 +69,8 @@ struct Mechanism {
   std::function<ModelAttention(const Spec& options)> model_attention;
   /// Paths in order of preference; the first that can run is chosen.
   std::function<std::vector<PathAnswer>(const NamedTensors& in, const RunOptions& run)> explain;
-  /// Inputs that are not standard normal, filled from a seed (lengths, permutations, ...).
+  /// Inputs that are not standard normal, filled from a seed (lengths, permutations, ...). Called
+  /// for every input after its default (standard normal; zeros for integers) has been written.
   std::function<void(const ExampleCase& example, const std::string& input, uint64_t seed,
                      const Tensor& to_fill)>
       fill;

@@ -1,0 +1,31 @@
+#include "mechanisms/registry.h"
+
+#include "heed/error.h"
+#include "mechanisms/nearest.h"
+
+namespace heed {
+
+std::vector<Mechanism> all_records();  // generated from the folders
+
+std::span<const Mechanism> mechanisms() {
+  static const std::vector<Mechanism> all = all_records();
+  return all;
+}
+
+const Mechanism& find_mechanism(std::string_view name) {
+  constexpr std::string_view kSuffix = "_attention";
+  std::vector<std::string> names, spellings;
+  for (const Mechanism& mechanism : mechanisms()) {
+    const std::string_view full = mechanism.name;
+    const std::string_view brief =
+        full.ends_with(kSuffix) ? full.substr(0, full.size() - kSuffix.size()) : full;
+    if (name == full || name == brief) return mechanism;
+    names.emplace_back(full);
+    spellings.emplace_back(full);
+    spellings.emplace_back(brief);
+  }
+  throw Error("unknown mechanism '" + std::string(name) + "'" + did_you_mean(name, spellings) +
+              "; known: " + joined(names));
+}
+
+}  // namespace heed
