@@ -1,17 +1,24 @@
 # Rooms and their tests.
 
 add_library(heed_flags INTERFACE)
-target_compile_options(heed_flags INTERFACE -Wall -Wextra -Wshadow)
-target_include_directories(heed_flags INTERFACE ${CMAKE_SOURCE_DIR}/include ${CMAKE_SOURCE_DIR}/src)
+target_compile_features(heed_flags INTERFACE cxx_std_20)
+target_compile_options(heed_flags INTERFACE $<BUILD_INTERFACE:-Wall -Wextra -Wshadow>)
+target_include_directories(
+  heed_flags INTERFACE $<BUILD_INTERFACE:${PROJECT_SOURCE_DIR}/include>
+                       $<BUILD_INTERFACE:${PROJECT_SOURCE_DIR}/src> $<INSTALL_INTERFACE:include>)
+set(HEED_FUZZ_SECONDS 60 CACHE STRING "How long ctest runs each fuzz target")
+
+set(heed_checked -fsanitize=address,undefined -fno-sanitize-recover=all -fno-omit-frame-pointer -g1)
 if(HEED_SANITIZE)
-  target_compile_options(heed_flags INTERFACE -fsanitize=address,undefined -fno-sanitize-recover=all
-                                              -fno-omit-frame-pointer -g)
-  target_link_options(heed_flags INTERFACE -fsanitize=address,undefined)
+  add_compile_options(${heed_checked})
+  add_link_options(-fsanitize=address,undefined)
 endif()
 if(HEED_FUZZ)
-  target_compile_options(heed_flags INTERFACE -fsanitize=fuzzer-no-link,address,undefined
-                                              -fno-sanitize-recover=all -g)
-  target_link_options(heed_flags INTERFACE -fsanitize=address,undefined)
+  if(NOT CMAKE_CXX_COMPILER_ID MATCHES Clang)
+    message(FATAL_ERROR "HEED_FUZZ needs clang++; found ${CMAKE_CXX_COMPILER_ID}")
+  endif()
+  add_compile_options(${heed_checked} -fsanitize=fuzzer-no-link)
+  add_link_options(-fsanitize=address,undefined)
 endif()
 
 # heed_room(NAME SOURCES... [LINK LIBS...]): the static library of one folder.
@@ -21,7 +28,7 @@ function(heed_room name)
   target_link_libraries(heed_${name} PUBLIC heed_flags ${ARG_LINK})
 endfunction()
 
-# heed_test(NAME SOURCES... [LINK LIBS...]): one GoogleTest program, run by ctest.
+# heed_test(NAME SOURCES... [LINK LIBS...] [LABELS...]): one GoogleTest program, run by ctest.
 function(heed_test name)
   if(NOT HEED_TESTS)
     return()
@@ -30,19 +37,29 @@ function(heed_test name)
   find_package(GTest REQUIRED)
   add_executable(${name} ${ARG_SOURCES})
   target_link_libraries(${name} PRIVATE heed_flags ${ARG_LINK} GTest::gtest GTest::gtest_main)
-  add_test(NAME ${name} COMMAND ${name} WORKING_DIRECTORY ${CMAKE_SOURCE_DIR})
+  add_test(NAME ${name} COMMAND ${name} WORKING_DIRECTORY ${PROJECT_SOURCE_DIR})
   if(ARG_LABELS)
     set_tests_properties(${name} PROPERTIES LABELS "${ARG_LABELS}")
   endif()
 endfunction()
 
-# heed_fuzz(NAME SOURCES... [LINK LIBS...]): one libFuzzer target.
+# heed_fuzz(NAME SOURCES... [LINK LIBS...] [SEEDS FOLDERS...]): one libFuzzer target. ctest runs it
+# for HEED_FUZZ_SECONDS; it starts from the seeds and keeps what it finds in the build folder.
 function(heed_fuzz name)
   if(NOT HEED_FUZZ)
     return()
   endif()
-  cmake_parse_arguments(ARG "" "" "SOURCES;LINK" ${ARGN})
+  cmake_parse_arguments(ARG "" "" "SOURCES;LINK;SEEDS" ${ARGN})
   add_executable(${name} ${ARG_SOURCES})
   target_link_libraries(${name} PRIVATE heed_flags ${ARG_LINK})
   target_link_options(${name} PRIVATE -fsanitize=fuzzer)
+  set(corpus ${CMAKE_BINARY_DIR}/corpus/${name})
+  file(MAKE_DIRECTORY ${corpus})
+  list(TRANSFORM ARG_SEEDS PREPEND ${CMAKE_CURRENT_SOURCE_DIR}/)
+  # One input: at most 10 s, and no allocation near a gigabyte.
+  add_test(NAME ${name}
+           COMMAND ${name} -max_total_time=${HEED_FUZZ_SECONDS} -timeout=10 -rss_limit_mb=2048
+                   -malloc_limit_mb=512 -print_final_stats=1 -artifact_prefix=${corpus}- ${corpus}
+                   ${ARG_SEEDS})
+  set_tests_properties(${name} PROPERTIES LABELS fuzz ENVIRONMENT OMP_NUM_THREADS=1)
 endfunction()
