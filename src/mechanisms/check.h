@@ -1,0 +1,72 @@
+// Kernels against cascades: what the conformance tests and `heed check` run.
+#pragma once
+#include <cstdint>
+#include <string>
+#include <vector>
+
+#include "mechanisms/compare.h"
+#include "mechanisms/registry.h"
+
+namespace heed {
+
+/// How the inputs of a call lie in memory.
+enum class Layout {
+  contiguous,
+  tokens_first,  // rank-4 inputs are [B,L,H,D] in memory
+  padded,        // rows of inputs are 3 elements apart, NaN between them
+};
+inline constexpr Layout kLayouts[] = {Layout::contiguous, Layout::tokens_first, Layout::padded};
+const char* name_of(Layout layout);
+Layout parse_layout(std::string_view name);  // throws Error listing the names
+
+/// Inputs rearranged in memory; the views have the shapes of the originals.
+struct Arranged {
+  NamedArrays storage;
+  NamedTensors tensors;
+};
+Arranged arrange(const NamedArrays& inputs, Layout layout);
+
+/// A case in one type with what the definition (the first cascade) says about it in float64.
+struct Reference {
+  const Mechanism* mechanism = nullptr;
+  const ExampleCase* example = nullptr;
+  DType dtype = DType::f32;
+  uint64_t seed = 0;
+  NamedArrays inputs;
+  NamedArrays output_gradients;              // only for mechanisms with a backward
+  cascade::Values outputs, gradients;        // by cascade name
+  std::map<std::string, double> sensitivity; // by cascade name; see allowed_error
+};
+Reference make_reference(const Mechanism& mechanism, const ExampleCase& example, DType dtype,
+                         uint64_t seed);
+
+/// The bound of all checks, for a result of type `result` of a call whose inputs have type `dtype`:
+///
+///   |got - want| <= u(result) |want| + 2 R + s max|want|          u: unit roundoff of a type
+///
+/// The first term is the rounding of the result itself. R is the largest change of the result, over
+/// all its elements, when the definition's floating inputs are multiplied by 1 + s or 1 - s at
+/// random: what rounding the weights once more (s = u for 16-bit types) or summing in another order
+/// (s = 8 u for float32 and float64) may do to it. The last term lets values that cancelled keep the
+/// error of what they were made of.
+Bound allowed_error(DType dtype, DType result, double sensitivity, const cascade::NdArray& want);
+
+/// One line of the table: a result of a kernel, or a further cascade against the definition.
+struct CheckRow {
+  std::string mechanism, example, result;  // "flash_attention", "causal_gqa", "out" or "grad q"
+  std::string type, path, layout;          // "bfloat16", "amx", "padded"
+  Difference difference;
+  std::string failure;  // the exception, if there was one
+  std::string replay;   // the command that repeats this line
+  bool ok() const { return failure.empty() && difference.ok(); }
+};
+
+/// Forward, and backward where the mechanism has one, on one instruction set and layout.
+std::vector<CheckRow> check_kernel(const Reference& reference, Isa isa, Layout layout);
+
+/// Every further cascade of the record against the definition, in float64, to 1e-12 of the largest
+/// value; every output they share, and no output of the record may be missing.
+std::vector<CheckRow> check_cascades(const Mechanism& mechanism, const ExampleCase& example,
+                                     uint64_t seed);
+
+}  // namespace heed
