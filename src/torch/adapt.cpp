@@ -1,0 +1,121 @@
+#include "torch/adapt.h"
+
+#include <ATen/Parallel.h>
+#include <ATen/ops/empty.h>
+
+namespace heed::ops {
+namespace {
+
+std::optional<DType> dtype_of(at::ScalarType type) {
+  switch (type) {
+    case at::kDouble: return DType::f64;
+    case at::kFloat: return DType::f32;
+    case at::kBFloat16: return DType::bf16;
+    case at::kHalf: return DType::f16;
+    case at::kLong: return DType::i64;
+    case at::kInt: return DType::i32;
+    case at::kBool: return DType::boolean;
+    default: return std::nullopt;
+  }
+}
+
+bool is_float_type(at::ScalarType type) {
+  return type == at::kDouble || type == at::kFloat || type == at::kBFloat16 || type == at::kHalf;
+}
+
+}  // namespace
+
+void check_tensor(const Arg& arg, int64_t rank, c10::Device device) {
+  const at::Tensor& t = arg.tensor;
+  TORCH_CHECK(t.layout() == at::kStrided, arg.op, ": ", arg.name, " has layout ", t.layout(),
+              ", needed is a dense (strided) tensor");
+  TORCH_CHECK(t.device() == device, arg.op, ": ", arg.name, " is on ", t.device(),
+              " but the first argument is on ", device, ", needed is one device");
+  TORCH_CHECK_VALUE(t.dim() == rank, arg.op, ": ", arg.name, " has ", t.dim(), " dimensions ",
+                    t.sym_sizes(), ", needed are ", rank);
+  TORCH_CHECK_TYPE(dtype_of(t.scalar_type()), arg.op, ": ", arg.name, " has type ",
+                   t.scalar_type(), ", which heed computes nothing with");
+}
+
+void check_floating(const Arg& arg, int64_t rank, c10::Device device, at::ScalarType dtype) {
+  check_tensor(arg, rank, device);
+  const at::ScalarType found = arg.tensor.scalar_type();
+  TORCH_CHECK_TYPE(is_float_type(found), arg.op, ": ", arg.name, " has type ", found,
+                   ", needed is Double, Float, BFloat16 or Half");
+  TORCH_CHECK_TYPE(found == dtype, arg.op, ": ", arg.name, " has type ", found,
+                   " but needed is ", dtype, " as in the first argument");
+}
+
+void check_qkv(const Arg& q, const Arg& k, const Arg& v) {
+  for (const Arg* arg : {&q, &k, &v}) {
+    check_floating(*arg, 4, q.tensor.device(), q.tensor.scalar_type());
+  }
+}
+
+void check_qkv_shapes(const Arg& q, const Arg& k, const Arg& v) {
+  const auto same = [&](const Arg& a, int64_t a_axis, const Arg& b, int64_t b_axis,
+                        const char* what) {
+    TORCH_CHECK_VALUE(a.tensor.sym_size(a_axis) == b.tensor.sym_size(b_axis), a.op, ": ", a.name,
+                      " has ", what, " ", a.tensor.sym_size(a_axis), " but ", b.name, " has ",
+                      b.tensor.sym_size(b_axis));
+  };
+  same(k, 0, q, 0, "batch size");
+  same(v, 0, q, 0, "batch size");
+  same(k, 3, q, 3, "head dim");
+  same(v, 1, k, 1, "head count");
+  same(v, 2, k, 2, "length");
+  const c10::SymInt heads = q.tensor.sym_size(1);
+  const c10::SymInt kv_heads = k.tensor.sym_size(1);
+  TORCH_CHECK_VALUE(kv_heads > 0 ? heads % kv_heads == 0 : heads == 0, q.op, ": ", q.name, " has ",
+                    heads, " heads, needed is a multiple of the ", kv_heads, " heads of ", k.name);
+}
+
+Tensor view(const at::Tensor& tensor) {
+  const Dims shape({tensor.sizes().data(), tensor.sizes().size()});
+  Dims strides({tensor.strides().data(), tensor.strides().size()});
+  // PyTorch leaves the stride of an axis of one element to chance.
+  if (shape.rank() > 0 && shape.back() <= 1) strides[shape.rank() - 1] = 1;
+  return Tensor(tensor.const_data_ptr(), *dtype_of(tensor.scalar_type()), shape, strides);
+}
+
+at::Tensor small_input(const at::Tensor& tensor, std::optional<at::ScalarType> at_least) {
+  const at::ScalarType type = tensor.scalar_type();
+  if (at_least && is_float_type(type) &&
+      at::elementSize(type) < at::elementSize(*at_least)) {
+    return tensor.to(*at_least).contiguous();
+  }
+  return tensor.contiguous();
+}
+
+std::optional<int64_t> window_side(const char* op, const char* side, int64_t value) {
+  TORCH_CHECK_VALUE(value >= -1, op, ": ", side, " is ", value,
+                    ", needed is a number of keys or -1 for an open side");
+  return value == -1 ? std::nullopt : std::optional<int64_t>(value);
+}
+
+HeldMasks::HeldMasks(const char* op, bool causal, int64_t window_left, int64_t window_right,
+                     const std::optional<at::Tensor>& given, c10::Device device) {
+  masks.causal = causal;
+  masks.window.left = window_side(op, "window[0]", window_left);
+  masks.window.right = window_side(op, "window[1]", window_right);
+  if (given && given->defined()) {
+    check_tensor({op, "lengths", *given}, 1, device);
+    lengths = small_input(*given);
+    masks.lengths = view(lengths);
+  }
+}
+
+std::pair<at::Tensor, at::Tensor> empty_results(const at::Tensor& q, const at::Tensor& v) {
+  const c10::SymInt shape[] = {q.sym_size(0), q.sym_size(1), q.sym_size(2), v.sym_size(3)};
+  return {at::empty_symint(shape, q.options()),
+          at::empty_symint(c10::SymIntArrayRef(shape, 3),
+                           q.options().dtype(statistics_type(q.scalar_type())))};
+}
+
+RunOptions run_options() {
+  RunOptions run;
+  run.threads = at::get_num_threads();
+  return run;
+}
+
+}  // namespace heed::ops

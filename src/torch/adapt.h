@@ -1,0 +1,71 @@
+// From PyTorch's tensors and errors to heed's: what every operator file here shares.
+#pragma once
+#include <ATen/core/Tensor.h>
+#include <c10/util/Exception.h>
+
+#include <optional>
+#include <utility>
+
+#include "heed/error.h"
+#include "heed/masks.h"
+#include "heed/run.h"
+#include "heed/tensor.h"
+
+namespace heed::ops {
+
+/// An argument under its public name, for messages.
+struct Arg {
+  const char* op;
+  const char* name;
+  const at::Tensor& tensor;
+};
+
+/// Dense, on `device`, of rank `rank` and of a type that heed knows, else a Python RuntimeError
+/// (layout, device), ValueError (rank) or TypeError.
+void check_tensor(const Arg& arg, int64_t rank, c10::Device device);
+/// The above, and a floating type of `dtype`, else a Python TypeError.
+void check_floating(const Arg& arg, int64_t rank, c10::Device device, at::ScalarType dtype);
+/// All of q, k, v: rank 4, one floating type, one device.
+void check_qkv(const Arg& q, const Arg& k, const Arg& v);
+/// The relations between the shapes of q, k and v, for fake tensors that no kernel ever checks.
+void check_qkv_shapes(const Arg& q, const Arg& k, const Arg& v);
+
+/// The type of scores, statistics and parameters beside inputs of `dtype`.
+inline at::ScalarType statistics_type(at::ScalarType dtype) {
+  return dtype == at::kDouble ? at::kDouble : at::kFloat;
+}
+
+/// A view of the same memory with the same strides; no copy. For tensors that passed check_tensor.
+Tensor view(const at::Tensor& tensor);
+
+/// A small input in the form that kernels read: contiguous, floating types widened to `at_least`.
+at::Tensor small_input(const at::Tensor& tensor, std::optional<at::ScalarType> at_least = {});
+
+/// Masks of a call; holds what their views point to.
+struct HeldMasks {
+  HeldMasks(const char* op, bool causal, int64_t window_left, int64_t window_right,
+            const std::optional<at::Tensor>& lengths, c10::Device device);
+  at::Tensor lengths;
+  Masks masks;
+};
+
+/// -1 is open; below that is a Python ValueError.
+std::optional<int64_t> window_side(const char* op, const char* side, int64_t value);
+
+/// Results of softmax attention for these inputs: out [B,H,Lq,Dv], lse [B,H,Lq]. Works symbolically.
+std::pair<at::Tensor, at::Tensor> empty_results(const at::Tensor& q, const at::Tensor& v);
+
+/// PyTorch's thread count is the one that counts here.
+RunOptions run_options();
+
+/// heed::Error becomes c10::ValueError, and so ValueError in Python: the dispatcher would not map it.
+template <class Call>
+void guarded(const Call& call) {
+  try {
+    call();
+  } catch (const Error& error) {
+    TORCH_CHECK_VALUE(false, error.what());
+  }
+}
+
+}  // namespace heed::ops

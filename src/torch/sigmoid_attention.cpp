@@ -1,0 +1,58 @@
+// sigmoid_attention for PyTorch, real and fake.
+#include "heed/sigmoid_attention.h"
+
+#include <torch/library.h>
+
+#include "torch/adapt.h"
+
+namespace heed::ops {
+namespace {
+
+using MaybeTensor = std::optional<at::Tensor>;
+
+constexpr const char* kSigmoid = "sigmoid_attention";
+
+/// A parameter [H] as kernels read it; undefined when absent.
+at::Tensor per_head(const char* name, const MaybeTensor& given, const at::Tensor& q) {
+  if (!given || !given->defined()) return {};
+  check_tensor({kSigmoid, name, *given}, 1, q.device());
+  return small_input(*given, statistics_type(q.scalar_type()));
+}
+
+at::Tensor sigmoid_cpu(const at::Tensor& q, const at::Tensor& k, const at::Tensor& v,
+                       std::optional<double> bias_value, const MaybeTensor& bias, bool causal,
+                       int64_t window_left, int64_t window_right, const MaybeTensor& lengths,
+                       std::optional<double> scale, const MaybeTensor& alibi_slopes) {
+  check_qkv({kSigmoid, "q", q}, {kSigmoid, "k", k}, {kSigmoid, "v", v});
+  const HeldMasks held(kSigmoid, causal, window_left, window_right, lengths, q.device());
+  const at::Tensor head_bias = per_head("bias", bias, q);
+  const at::Tensor slopes = per_head("alibi_slopes", alibi_slopes, q);
+  TORCH_CHECK_VALUE(!(bias_value && head_bias.defined()), kSigmoid,
+                    ": bias is given both as a number and as a tensor, needed is one of them");
+  SigmoidOptions options{.masks = held.masks, .scale = scale};
+  if (bias_value) options.bias = *bias_value;
+  if (head_bias.defined()) options.bias = view(head_bias);
+  if (slopes.defined()) options.alibi_slopes = view(slopes);
+  const at::Tensor out = empty_results(q, v).first;
+  guarded([&] {
+    sigmoid_attention(view(q), view(k), view(v), view(out), options, run_options());
+  });
+  return out;
+}
+
+at::Tensor sigmoid_meta(const at::Tensor& q, const at::Tensor& k, const at::Tensor& v,
+                        std::optional<double>, const MaybeTensor&, bool, c10::SymInt,
+                        c10::SymInt, const MaybeTensor&, std::optional<double>,
+                        const MaybeTensor&) {
+  const Arg args[] = {{kSigmoid, "q", q}, {kSigmoid, "k", k}, {kSigmoid, "v", v}};
+  check_qkv(args[0], args[1], args[2]);
+  check_qkv_shapes(args[0], args[1], args[2]);
+  return empty_results(q, v).first;
+}
+
+}  // namespace
+}  // namespace heed::ops
+
+TORCH_LIBRARY_IMPL(heed, CPU, m) { m.impl("sigmoid_attention", &heed::ops::sigmoid_cpu); }
+
+TORCH_LIBRARY_IMPL(heed, Meta, m) { m.impl("sigmoid_attention", &heed::ops::sigmoid_meta); }
