@@ -42,7 +42,7 @@ class ChatTemplate {
  private:
   class Writer;
   void render_chatml(std::span<const ChatMessage> messages, bool prompt, Writer& out) const;
-  void render_llama2(std::span<const ChatMessage> messages, bool prompt, Writer& out) const;
+  void render_llama2(std::span<const ChatMessage> messages, Writer& out) const;
   void render_llama3(std::span<const ChatMessage> messages, bool prompt, Writer& out) const;
 
   const Tokenizer* tokenizer_;

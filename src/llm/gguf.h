@@ -81,7 +81,7 @@ class GgufFile {
     uint64_t offset;  // of the first element in the file
   };
   struct Unmap {
-    size_t size = 0;
+    size_t size;
     void operator()(const std::byte* address) const;
   };
   friend class GgufParser;
@@ -92,7 +92,7 @@ class GgufFile {
   int64_t integer_at(std::string_view key, const Value& value, uint64_t index) const;
   double number_at(std::string_view key, const Value& value, uint64_t index) const;
   template <class T>
-  const T& required(const std::optional<T>& value, std::string_view key) const;
+  T required(std::optional<T> found, std::string_view key) const;
 
   std::string name_;
   std::unique_ptr<const std::byte, Unmap> mapping_;

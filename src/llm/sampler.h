@@ -21,7 +21,7 @@ struct SamplerOptions {
 /// given temperature. Of equal logits the lower id counts as the more probable. At least one token stays.
 /// top_p: Holtzman et al., arXiv:1904.09751; min_p: Nguyen et al., arXiv:2407.01082.
 /// Random numbers: std::mt19937_64, one draw per sampled token (none when greedy), its top 53 bits as a
-/// fraction; the same seed and logits give the same tokens everywhere.
+/// fraction, so that a seed means the same sequence everywhere.
 class Sampler {
  public:
   /// Throws Error for values outside the ranges above.

@@ -6,6 +6,8 @@
 
 namespace heed {
 
+inline constexpr std::string_view kReplacementCharacter = "\xef\xbf\xbd";  // U+FFFD
+
 /// What stands at the start of a text: a well-formed character of `bytes` bytes, or an ill-formed
 /// sequence of `bytes` bytes (its maximal subpart, as in the Unicode standard, section 3.9), which is
 /// `cut` when it could still become a character with more bytes. `text` must not be empty.
