@@ -1,0 +1,229 @@
+#include "llm/chat.h"
+
+#include <algorithm>
+#include <optional>
+#include <string_view>
+
+#include "heed/error.h"
+#include "llm/gguf.h"
+#include "llm/shown.h"
+#include "llm/tokenizer.h"
+
+namespace heed {
+namespace {
+
+constexpr const char* kWayOut = "; use --no-chat to continue the text as it is";
+
+std::optional<ChatFormat> recognise(std::string_view text) {
+  auto has = [&](std::string_view marker) { return text.find(marker) != std::string_view::npos; };
+  // <|im_sep|> belongs to a relative of ChatML that writes roles differently.
+  if (has("<|im_start|>") && has("<|im_end|>") && !has("<|im_sep|>")) return ChatFormat::kChatMl;
+  if (has("<|start_header_id|>") && has("<|end_header_id|>") && has("<|eot_id|>"))
+    return ChatFormat::kLlama3;
+  if (has("[INST]") && has("<<SYS>>")) return ChatFormat::kLlama2;
+  return std::nullopt;
+}
+
+// The text of a Jinja string literal without its escapes.
+std::string unescaped(std::string_view literal) {
+  std::string out;
+  for (size_t i = 0; i < literal.size(); ++i) {
+    char c = literal[i];
+    if (c == '\\' && i + 1 < literal.size()) {
+      c = literal[++i];
+      if (c == 'n') c = '\n';
+      if (c == 't') c = '\t';
+    }
+    out += c;
+  }
+  return out;
+}
+
+// A ChatML template gives its default system message as one literal, from the start marker to the end
+// marker: '<|im_start|>system\nYou are ...<|im_end|>\n'. Empty when there is none.
+std::string find_default_system(std::string_view text) {
+  constexpr std::string_view kOpen = "<|im_start|>system", kClose = "<|im_end|>";
+  for (size_t at = text.find(kOpen); at != std::string_view::npos; at = text.find(kOpen, at + 1)) {
+    if (at == 0) continue;
+    char quote = text[at - 1];
+    size_t begin = at + kOpen.size();
+    size_t end = text.find(kClose, begin);
+    if (end == std::string_view::npos) break;
+    std::string_view literal = text.substr(begin, end - begin);
+    bool closed = false;  // the literal ends before its end marker: it is not a whole message
+    for (size_t i = 0; i < literal.size(); ++i) {
+      if (literal[i] == '\\') {
+        ++i;
+      } else if (literal[i] == quote) {
+        closed = true;
+      }
+    }
+    if ((quote != '\'' && quote != '"') || closed) continue;
+    std::string message = unescaped(literal);
+    if (message.size() > 1 && message[0] == '\n') return message.substr(1);
+  }
+  return {};
+}
+
+std::string_view trimmed(std::string_view text) {
+  constexpr std::string_view kSpaces = " \t\n\v\f\r";
+  size_t begin = text.find_first_not_of(kSpaces);
+  if (begin == std::string_view::npos) return {};
+  return text.substr(begin, text.find_last_not_of(kSpaces) - begin + 1);
+}
+
+[[noreturn]] void bad_message(size_t index, const std::string& what) {
+  throw Error("chat: messages[" + std::to_string(index) + "] " + what);
+}
+
+void check_roles(std::span<const ChatMessage> messages) {
+  if (messages.empty()) throw Error("chat: messages is empty, needed at least one");
+  for (size_t i = 0; i < messages.size(); ++i) {
+    const std::string& role = messages[i].role;
+    if (role != "system" && role != "user" && role != "assistant")
+      bad_message(i, "has role " + shown(role) + ", needed system, user or assistant");
+    if (role == "system" && i > 0) bad_message(i, "has role system, needed it only in messages[0]");
+  }
+}
+
+}  // namespace
+
+// Collects tokens. Text is held back until a marker follows, because neighbouring pieces of text are
+// tokenised as one.
+class ChatTemplate::Writer {
+ public:
+  explicit Writer(const Tokenizer& tokenizer) : tokenizer_(tokenizer) {}
+
+  Writer& text(std::string_view part) {
+    text_ += part;
+    return *this;
+  }
+  Writer& marker(std::string_view name) { return token(*tokenizer_.find_special(name)); }
+  Writer& token(int32_t id) {
+    flush();
+    ids_.push_back(id);
+    return *this;
+  }
+  std::vector<int32_t> finish() {
+    flush();
+    return std::move(ids_);
+  }
+
+ private:
+  void flush() {
+    if (text_.empty()) return;
+    EncodeOptions plain{.parse_specials = false, .add_bos_eos = false};
+    std::vector<int32_t> more = tokenizer_.encode(text_, plain);
+    ids_.insert(ids_.end(), more.begin(), more.end());
+    text_.clear();
+  }
+
+  const Tokenizer& tokenizer_;
+  std::string text_;
+  std::vector<int32_t> ids_;
+};
+
+ChatTemplate::ChatTemplate(const GgufFile& file, const Tokenizer& tokenizer)
+    : tokenizer_(&tokenizer), stop_tokens_(tokenizer.end_tokens()) {
+  std::optional<std::string_view> text = file.string("tokenizer.chat_template");
+  if (!text)
+    throw Error("chat: the model file has no tokenizer.chat_template" + std::string(kWayOut));
+  std::optional<ChatFormat> format = recognise(*text);
+  if (!format)
+    throw Error("chat: tokenizer.chat_template " + shown(*text) +
+                " is not recognised, needed ChatML, Llama 2 or Llama 3" + kWayOut);
+  format_ = *format;
+
+  std::vector<std::string_view> markers;
+  if (format_ == ChatFormat::kChatMl) {
+    markers = {"<|im_start|>", "<|im_end|>"};
+    default_system_ = find_default_system(*text);
+  } else if (format_ == ChatFormat::kLlama3) {
+    markers = {"<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>"};
+    // Llama 3.1 and later put dates before the system message; the second is the fixed fallback of
+    // their templates, so that a conversation always gives the same tokens.
+    if (text->find("Cutting Knowledge Date: December 2023") != std::string_view::npos)
+      system_preamble_ = "Cutting Knowledge Date: December 2023\nToday Date: 26 Jul 2024\n\n";
+  }
+  for (std::string_view marker : markers)
+    if (!tokenizer.find_special(marker))
+      throw Error("chat: tokenizer.chat_template uses " + shown(marker) +
+                  ", needed a control token of that text in the vocabulary" + kWayOut);
+  if (format_ != ChatFormat::kChatMl && !tokenizer.bos())
+    throw Error("chat: the chat form begins with BOS, needed tokenizer.ggml.bos_token_id" +
+                std::string(kWayOut));
+  if (format_ == ChatFormat::kLlama2 && !tokenizer.eos())
+    throw Error("chat: the chat form ends turns with EOS, needed tokenizer.ggml.eos_token_id" +
+                std::string(kWayOut));
+}
+
+std::vector<int32_t> ChatTemplate::render(std::span<const ChatMessage> messages,
+                                          bool add_generation_prompt) const {
+  check_roles(messages);
+  Writer out(*tokenizer_);
+  switch (format_) {
+    case ChatFormat::kChatMl:
+      render_chatml(messages, add_generation_prompt, out);
+      break;
+    case ChatFormat::kLlama2:
+      render_llama2(messages, out);
+      break;
+    case ChatFormat::kLlama3:
+      render_llama3(messages, add_generation_prompt, out);
+      break;
+  }
+  return out.finish();
+}
+
+void ChatTemplate::render_chatml(std::span<const ChatMessage> messages, bool prompt,
+                                 Writer& out) const {
+  if (tokenizer_->adds_bos()) out.token(*tokenizer_->bos());
+  auto turn = [&](std::string_view role, std::string_view content) {
+    out.marker("<|im_start|>").text(role).text("\n").text(content).marker("<|im_end|>").text("\n");
+  };
+  if (messages[0].role != "system" && !default_system_.empty()) turn("system", default_system_);
+  for (const ChatMessage& message : messages) turn(message.role, message.content);
+  if (prompt) out.marker("<|im_start|>").text("assistant\n");
+}
+
+void ChatTemplate::render_llama2(std::span<const ChatMessage> messages, Writer& out) const {
+  std::string system;
+  size_t first = 0;
+  if (messages[0].role == "system") {
+    system = "<<SYS>>\n" + messages[0].content + "\n<</SYS>>\n\n";
+    first = 1;
+    if (messages.size() == 1) throw Error("chat: messages has only a system message, needed a user's");
+  }
+  for (size_t i = first; i < messages.size(); ++i) {
+    const char* needed = (i - first) % 2 == 0 ? "user" : "assistant";
+    if (messages[i].role != needed)
+      bad_message(i, "has role " + messages[i].role + ", needed " + needed +
+                         ": Llama 2 turns alternate");
+    if (messages[i].role == "user") {
+      std::string content = (i == first ? system : std::string()) + messages[i].content;
+      out.token(*tokenizer_->bos()).text("[INST] ").text(trimmed(content)).text(" [/INST]");
+    } else {
+      out.text(" ").text(trimmed(messages[i].content)).text(" ").token(*tokenizer_->eos());
+    }
+  }
+}
+
+void ChatTemplate::render_llama3(std::span<const ChatMessage> messages, bool prompt,
+                                 Writer& out) const {
+  out.token(*tokenizer_->bos());
+  auto header = [&](std::string_view role) {
+    out.marker("<|start_header_id|>").text(role).marker("<|end_header_id|>").text("\n\n");
+  };
+  if (messages[0].role != "system" && !system_preamble_.empty()) {
+    header("system");
+    out.text(system_preamble_).marker("<|eot_id|>");
+  }
+  for (const ChatMessage& message : messages) {
+    header(message.role);
+    if (message.role == "system") out.text(system_preamble_);
+    out.text(trimmed(message.content)).marker("<|eot_id|>");
+  }
+  if (prompt) header("assistant");
+}
+
+}  // namespace heed

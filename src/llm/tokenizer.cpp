@@ -1,0 +1,250 @@
+#include "llm/tokenizer.h"
+
+#include <algorithm>
+#include <array>
+#include <limits>
+#include <utility>
+
+#include "heed/error.h"
+#include "llm/bpe.h"
+#include "llm/gguf.h"
+#include "llm/shown.h"
+#include "llm/special_tokens.h"
+#include "llm/spm.h"
+#include "llm/text_encoder.h"
+#include "llm/utf8.h"
+
+namespace heed {
+
+class TokenizerModel {
+ public:
+  explicit TokenizerModel(const GgufFile& file);
+  TokenizerModel(const TokenizerModel&) = delete;
+  TokenizerModel& operator=(const TokenizerModel&) = delete;
+
+  size_t index(int32_t id) const;
+
+  Vocabulary vocabulary;
+  std::unique_ptr<TextEncoder> encoder;
+  SpecialTokens specials;
+  std::vector<std::string> bytes;  // of each token
+  std::optional<int32_t> bos, eos;
+  bool adds_bos = false, adds_eos = false;
+  std::vector<int32_t> end_tokens;
+
+ private:
+  void read_vocabulary(const GgufFile& file);
+  void read_encoder(const GgufFile& file);
+  void read_ends(const GgufFile& file);
+  std::optional<int32_t> token_key(const GgufFile& file, const char* key) const;
+};
+
+namespace {
+
+constexpr size_t kLongestText = std::numeric_limits<int32_t>::max() / 4;
+
+// Control tokens that end a text or turn in models whose files name only one of them as eos.
+constexpr std::array<std::string_view, 6> kEndTexts = {
+    "<|endoftext|>", "<|end_of_text|>", "<|im_end|>", "<|eot_id|>", "<|eom_id|>", "</s>"};
+
+void check_same_count(const char* key, size_t found, size_t tokens) {
+  if (found != tokens)
+    throw Error("tokenizer: " + std::string(key) + " has " + std::to_string(found) +
+                " entries, needed one for each of the " + std::to_string(tokens) + " tokens");
+}
+
+}  // namespace
+
+TokenizerModel::TokenizerModel(const GgufFile& file) {
+  read_vocabulary(file);
+  read_encoder(file);
+  bytes.reserve(vocabulary.texts.size());
+  for (int32_t id = 0; id < vocabulary.size(); ++id) {
+    bytes.push_back(encoder->token_bytes(id));
+    TokenType type = vocabulary.types[static_cast<size_t>(id)];
+    if (type == TokenType::kControl || type == TokenType::kUserDefined)
+      specials.add(vocabulary.texts[static_cast<size_t>(id)], id);
+  }
+  read_ends(file);
+}
+
+size_t TokenizerModel::index(int32_t id) const {
+  if (id < 0 || id >= vocabulary.size())
+    throw Error("tokenizer: token id is " + std::to_string(id) + ", needed 0 to " +
+                std::to_string(vocabulary.size() - 1));
+  return static_cast<size_t>(id);
+}
+
+void TokenizerModel::read_vocabulary(const GgufFile& file) {
+  std::vector<std::string_view> tokens = file.require_strings("tokenizer.ggml.tokens");
+  if (tokens.empty() || tokens.size() > static_cast<size_t>(std::numeric_limits<int32_t>::max()))
+    throw Error("tokenizer: tokenizer.ggml.tokens has " + std::to_string(tokens.size()) +
+                " tokens, needed 1 to 2^31 - 1");
+  vocabulary.texts.assign(tokens.begin(), tokens.end());
+  vocabulary.types.assign(tokens.size(), TokenType::kNormal);
+  auto types = file.integers("tokenizer.ggml.token_type");
+  if (!types) return;
+  check_same_count("tokenizer.ggml.token_type", types->size(), tokens.size());
+  for (size_t i = 0; i < tokens.size(); ++i) {
+    int64_t type = (*types)[i];
+    if (type < static_cast<int64_t>(TokenType::kNormal) ||
+        type > static_cast<int64_t>(TokenType::kByte))
+      throw Error("tokenizer: tokenizer.ggml.token_type of token " + std::to_string(i) + " is " +
+                  std::to_string(type) + ", needed 1 to 6");
+    vocabulary.types[i] = static_cast<TokenType>(type);
+  }
+}
+
+void TokenizerModel::read_encoder(const GgufFile& file) {
+  std::string_view kind = file.require_string("tokenizer.ggml.model");
+  std::optional<bool> space = file.boolean("tokenizer.ggml.add_space_prefix");
+  if (kind == "gpt2") {
+    std::vector<std::string_view> merges = file.require_strings("tokenizer.ggml.merges");
+    encoder = std::make_unique<BpeEncoder>(
+        vocabulary, merges, file.require_string("tokenizer.ggml.pre"), space.value_or(false));
+  } else if (kind == "llama") {
+    if (file.has("tokenizer.ggml.precompiled_charsmap") ||
+        file.boolean("tokenizer.ggml.remove_extra_whitespaces").value_or(false))
+      throw Error(
+          "tokenizer: the file asks for text normalisation (precompiled_charsmap or "
+          "remove_extra_whitespaces), needed a llama tokenizer without it");
+    std::vector<float> scores = file.require_floats("tokenizer.ggml.scores");
+    check_same_count("tokenizer.ggml.scores", scores.size(), vocabulary.texts.size());
+    std::optional<int32_t> unknown = token_key(file, "tokenizer.ggml.unknown_token_id");
+    encoder = std::make_unique<SpmEncoder>(vocabulary, std::move(scores), unknown.value_or(-1),
+                                           space.value_or(true));
+  } else {
+    throw Error("tokenizer: tokenizer.ggml.model is " + shown(kind) + ", needed gpt2 or llama");
+  }
+}
+
+std::optional<int32_t> TokenizerModel::token_key(const GgufFile& file, const char* key) const {
+  std::optional<int64_t> id = file.integer(key);
+  if (!id) return std::nullopt;
+  if (*id < 0 || *id >= vocabulary.size())
+    throw Error("tokenizer: " + std::string(key) + " is " + std::to_string(*id) +
+                ", needed 0 to " + std::to_string(vocabulary.size() - 1));
+  return static_cast<int32_t>(*id);
+}
+
+void TokenizerModel::read_ends(const GgufFile& file) {
+  bos = token_key(file, "tokenizer.ggml.bos_token_id");
+  eos = token_key(file, "tokenizer.ggml.eos_token_id");
+  std::optional<bool> asks_bos = file.boolean("tokenizer.ggml.add_bos_token");
+  std::optional<bool> asks_eos = file.boolean("tokenizer.ggml.add_eos_token");
+  // Files that do not say: Llama models begin every text with BOS, the others do not.
+  bool is_llama = file.require_string("tokenizer.ggml.model") == "llama" ||
+                  file.string("tokenizer.ggml.pre") == "llama-bpe";
+  adds_bos = asks_bos.value_or(is_llama && bos.has_value());
+  adds_eos = asks_eos.value_or(false);
+  if (adds_bos && !bos)
+    throw Error(
+        "tokenizer: tokenizer.ggml.add_bos_token is set, needed tokenizer.ggml.bos_token_id too");
+  if (adds_eos && !eos)
+    throw Error(
+        "tokenizer: tokenizer.ggml.add_eos_token is set, needed tokenizer.ggml.eos_token_id too");
+
+  auto add_end = [&](std::optional<int32_t> id) {
+    if (id && std::find(end_tokens.begin(), end_tokens.end(), *id) == end_tokens.end())
+      end_tokens.push_back(*id);
+  };
+  add_end(eos);
+  add_end(token_key(file, "tokenizer.ggml.eot_token_id"));
+  add_end(token_key(file, "tokenizer.ggml.eom_token_id"));
+  for (std::string_view text : kEndTexts) add_end(specials.find(text));
+}
+
+Tokenizer::Tokenizer(const GgufFile& file) : model_(std::make_unique<TokenizerModel>(file)) {}
+Tokenizer::~Tokenizer() = default;
+Tokenizer::Tokenizer(Tokenizer&&) noexcept = default;
+Tokenizer& Tokenizer::operator=(Tokenizer&&) noexcept = default;
+
+std::vector<int32_t> Tokenizer::encode(std::string_view text, const EncodeOptions& options) const {
+  std::string valid = to_valid_utf8(text);
+  if (valid.size() > kLongestText)
+    throw Error("tokenizer: text has " + std::to_string(valid.size()) + " bytes, needed at most " +
+                std::to_string(kLongestText));
+  std::vector<int32_t> ids;
+  if (options.add_bos_eos && model_->adds_bos) ids.push_back(*model_->bos);
+  auto plain = [&](std::string_view part) { model_->encoder->encode(part, ids); };
+  if (options.parse_specials) {
+    model_->specials.split(valid, plain, [&](int32_t id) { ids.push_back(id); });
+  } else if (!valid.empty()) {
+    plain(valid);
+  }
+  if (options.add_bos_eos && model_->adds_eos) ids.push_back(*model_->eos);
+  return ids;
+}
+
+std::string Tokenizer::decode(std::span<const int32_t> ids, bool with_specials) const {
+  std::string text;
+  bool at_start = model_->encoder->adds_space();
+  for (int32_t id : ids) {
+    size_t i = model_->index(id);
+    if (model_->vocabulary.types[i] == TokenType::kControl) {
+      if (with_specials) text += model_->bytes[i];
+      continue;
+    }
+    std::string_view bytes = model_->bytes[i];
+    if (at_start && bytes.starts_with(' ')) bytes.remove_prefix(1);
+    at_start = false;
+    text += bytes;
+  }
+  return text;
+}
+
+int32_t Tokenizer::vocab_size() const { return model_->vocabulary.size(); }
+std::optional<int32_t> Tokenizer::bos() const { return model_->bos; }
+std::optional<int32_t> Tokenizer::eos() const { return model_->eos; }
+bool Tokenizer::adds_bos() const { return model_->adds_bos; }
+bool Tokenizer::adds_eos() const { return model_->adds_eos; }
+const std::vector<int32_t>& Tokenizer::end_tokens() const { return model_->end_tokens; }
+
+std::string_view Tokenizer::token_text(int32_t id) const {
+  return model_->vocabulary.texts[model_->index(id)];
+}
+
+TokenType Tokenizer::token_type(int32_t id) const {
+  return model_->vocabulary.types[model_->index(id)];
+}
+
+std::optional<int32_t> Tokenizer::find_special(std::string_view text) const {
+  return model_->specials.find(text);
+}
+
+StreamDecoder::StreamDecoder(const Tokenizer& tokenizer, bool text_start)
+    : tokenizer_(&tokenizer),
+      at_start_(text_start && tokenizer.model_->encoder->adds_space()) {}
+
+std::string StreamDecoder::put(int32_t id) {
+  const TokenizerModel& model = *tokenizer_->model_;
+  size_t i = model.index(id);
+  if (model.vocabulary.types[i] == TokenType::kControl) return {};
+  std::string_view bytes = model.bytes[i];
+  if (at_start_ && bytes.starts_with(' ')) bytes.remove_prefix(1);
+  at_start_ = false;
+  pending_ += bytes;
+
+  std::string text;
+  std::string_view rest = pending_;
+  while (!rest.empty()) {
+    Utf8Step step = utf8_step(rest);
+    if (step.cut) break;
+    if (step.valid) {
+      text += rest.substr(0, step.bytes);
+    } else {
+      text += kReplacementCharacter;
+    }
+    rest.remove_prefix(step.bytes);
+  }
+  pending_ = std::string(rest);
+  return text;
+}
+
+std::string StreamDecoder::finish() {
+  std::string text = pending_.empty() ? std::string() : std::string(kReplacementCharacter);
+  pending_.clear();
+  return text;
+}
+
+}  // namespace heed
