@@ -1,0 +1,89 @@
+#include <cmath>
+#include <string>
+
+#include "engine/tiled/forward.h"
+#include "heed/error.h"
+
+namespace heed::tiled {
+
+namespace {
+
+constexpr int64_t kMaxHeadDim = 256;
+
+[[noreturn]] void fail(const char* op, const std::string& found, const std::string& needed) {
+  throw Error(std::string(op) + ": " + found + "; " + needed);
+}
+
+void check_operand(const char* op, const char* name, const Tensor& t, DType dtype) {
+  if (!t.defined()) fail(op, std::string(name) + " is missing", "a tensor [B,H,L,D] is needed");
+  if (t.rank() != 4) {
+    fail(op, describe(name, t) + " has " + std::to_string(t.rank()) + " dimensions",
+         "4 are needed: [batch, heads, tokens, head dim]");
+  }
+  if (!is_floating(t.dtype())) {
+    fail(op, describe(name, t), "float64, float32, bfloat16 or float16 is needed");
+  }
+  if (t.dtype() != dtype) {
+    fail(op, describe(name, t) + " but q is " + name_of(dtype), "give all of them one type");
+  }
+  if (t.size(3) > 1 && t.stride(3) != 1) {
+    fail(op, std::string(name) + " has stride " + std::to_string(t.stride(3)) +
+                 " in its last dimension",
+         "a unit stride is needed there (other dimensions may have any)");
+  }
+  if (t.size(3) > kMaxHeadDim || (t.size(3) < 1)) {
+    fail(op, describe(name, t) + " has head dim " + std::to_string(t.size(3)),
+         "1 to " + std::to_string(kMaxHeadDim) + " is supported");
+  }
+}
+
+void check_equal(const char* op, const Tensor& a, const char* a_name, int a_axis, const Tensor& b,
+                 const char* b_name, int b_axis, const char* what) {
+  if (a.size(a_axis) == b.size(b_axis)) return;
+  fail(op, std::string(b_name) + " has " + what + " " + std::to_string(b.size(b_axis)) + " but " +
+               a_name + " has " + std::to_string(a.size(a_axis)) + " (" + describe(a_name, a) +
+               ", " + describe(b_name, b) + ")",
+       std::string("give ") + a_name + " and " + b_name + " the same " + what);
+}
+
+}  // namespace
+
+void check_operands(const char* op, const Tensor& q, const Tensor& k, const Tensor& v,
+                    const Tensor& out, const Tensor& lse) {
+  check_operand(op, "q", q, q.dtype());
+  check_operand(op, "k", k, q.dtype());
+  check_operand(op, "v", v, q.dtype());
+  check_operand(op, "out", out, q.dtype());
+  check_equal(op, q, "q", 0, k, "k", 0, "batch size");
+  check_equal(op, q, "q", 3, k, "k", 3, "head dim");
+  check_equal(op, k, "k", 0, v, "v", 0, "batch size");
+  check_equal(op, k, "k", 1, v, "v", 1, "number of heads");
+  check_equal(op, k, "k", 2, v, "v", 2, "number of keys");
+  for (int axis = 0; axis < 3; ++axis) {
+    constexpr const char* kNames[] = {"batch size", "number of heads", "number of queries"};
+    check_equal(op, q, "q", axis, out, "out", axis, kNames[axis]);
+  }
+  check_equal(op, v, "v", 3, out, "out", 3, "head dim");
+  const int64_t heads = q.size(1), kv_heads = k.size(1);
+  if (kv_heads == 0 ? heads != 0 : heads % kv_heads != 0) {
+    fail(op, "q has " + std::to_string(heads) + " heads, k and v have " + std::to_string(kv_heads),
+         "the heads of q must be a multiple of those of k and v");
+  }
+  if (!lse.defined()) return;
+  if (!(lse.shape() == Dims({q.size(0), heads, q.size(2)})) ||
+      lse.dtype() != statistics_type(q.dtype())) {
+    fail(op, describe("lse", lse),
+         to_string(Dims({q.size(0), heads, q.size(2)})) + " " +
+             name_of(statistics_type(q.dtype())) + " is needed");
+  }
+}
+
+double resolve_scale(const char* op, const std::optional<double>& scale, int64_t head_dim) {
+  if (!scale) return 1.0 / std::sqrt(static_cast<double>(head_dim));
+  if (!std::isfinite(*scale)) {
+    fail(op, "scale is " + std::to_string(*scale), "a finite number is needed");
+  }
+  return *scale;
+}
+
+}  // namespace heed::tiled

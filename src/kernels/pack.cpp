@@ -1,0 +1,200 @@
+// Packing of operands into scratch and rounding of results out of it.
+#include "kernels/simd.h"
+#undef HWY_TARGET_INCLUDE
+#define HWY_TARGET_INCLUDE "kernels/pack.cpp"
+#include <hwy/foreach_target.h>
+// After foreach_target.
+#include "kernels/parts.h"
+#include "kernels/vector-inl.h"
+
+HWY_BEFORE_NAMESPACE();
+namespace heed::kernels::HWY_NAMESPACE {
+namespace hn = hwy::HWY_NAMESPACE;
+
+template <class T>
+int64_t padded(int64_t width) {
+  return round_up(width, lanes<T>());
+}
+
+// Elements [0, width) of one row, widened, padded with zeros to whole vectors.
+template <class T, class From, class Store>
+HWY_INLINE void for_each_vector(const From* row, int64_t width, Store&& store) {
+  const Full<T> d;
+  int64_t i = 0;
+  for (; i + lanes<T>() <= width; i += lanes<T>()) store(i, Load<T, From>::full(d, row + i));
+  if (i < width) store(i, Load<T, From>::first(d, row + i, static_cast<size_t>(width - i)));
+}
+
+template <class T>
+void pack_queries(const Rows& q, bool negate, void* packed) {
+  const Full<T> d;
+  auto* out = static_cast<T*>(packed);
+  const int64_t stride = padded<T>(q.width);
+  const auto sign = hn::Set(d, static_cast<T>(negate ? -1 : 1));
+  with_element_type<T>(q.dtype, [&](auto from) HWY_ATTR {
+    using From = decltype(from);
+    for (int64_t r = 0; r < q.count; ++r) {
+      T* to = out + r * stride;
+      for_each_vector<T>(static_cast<const From*>(q.data) + r * q.stride, q.width,
+                         [&](int64_t i, auto v) HWY_ATTR { hn::StoreU(hn::Mul(v, sign), d, to + i); });
+    }
+  });
+}
+
+// Four rows (two of double) become one 16-byte group per column: group(c) = rows at column c.
+template <class T, class V, class Store>
+HWY_INLINE void transpose_group(const V* rows, Store&& store) {
+  const Full<T> d;
+  constexpr int64_t kGroup = 16 / sizeof(T);
+  HWY_ALIGN T buffer[kGroup][hn::MaxLanes(d)];
+  if constexpr (kGroup == 4) {
+    const hn::Repartition<double, decltype(d)> wide;
+    const auto low01 = hn::BitCast(wide, hn::InterleaveLower(d, rows[0], rows[1]));
+    const auto low23 = hn::BitCast(wide, hn::InterleaveLower(d, rows[2], rows[3]));
+    const auto high01 = hn::BitCast(wide, hn::InterleaveUpper(d, rows[0], rows[1]));
+    const auto high23 = hn::BitCast(wide, hn::InterleaveUpper(d, rows[2], rows[3]));
+    hn::Store(hn::BitCast(d, hn::InterleaveLower(wide, low01, low23)), d, buffer[0]);
+    hn::Store(hn::BitCast(d, hn::InterleaveUpper(wide, low01, low23)), d, buffer[1]);
+    hn::Store(hn::BitCast(d, hn::InterleaveLower(wide, high01, high23)), d, buffer[2]);
+    hn::Store(hn::BitCast(d, hn::InterleaveUpper(wide, high01, high23)), d, buffer[3]);
+  } else {
+    hn::Store(hn::InterleaveLower(d, rows[0], rows[1]), d, buffer[0]);
+    hn::Store(hn::InterleaveUpper(d, rows[0], rows[1]), d, buffer[1]);
+  }
+  for (int64_t c = 0; c < lanes<T>(); ++c) {
+    store(c, &buffer[c % kGroup][c / kGroup * kGroup]);
+  }
+}
+
+// Panels of kPanelVectors vectors of keys: element (e, key) at panel[e * panel width + key].
+template <class T>
+void pack_keys(const Rows& k, void* packed) {
+  const Full<T> d;
+  constexpr int64_t kGroup = 16 / sizeof(T);
+  const int64_t panel = kPanelVectors * lanes<T>(), keys = padded<T>(k.count);
+  with_element_type<T>(k.dtype, [&](auto from) HWY_ATTR {
+    using From = decltype(from);
+    const auto* data = static_cast<const From*>(k.data);
+    for (int64_t start = 0; start < keys; start += panel) {
+      const int64_t width = HWY_MIN(panel, keys - start);
+      T* to = static_cast<T*>(packed) + start * k.width;
+      for (int64_t key = 0; key < width; key += kGroup) {
+        for (int64_t e = 0; e < k.width; e += lanes<T>()) {
+          const int64_t columns = HWY_MIN(lanes<T>(), k.width - e);
+          hn::Vec<Full<T>> rows[kGroup];
+          for (int64_t i = 0; i < kGroup; ++i) {
+            const int64_t m = start + key + i;
+            const From* p = data + m * k.stride + e;
+            rows[i] = m >= k.count        ? hn::Zero(d)
+                      : columns == lanes<T>() ? Load<T, From>::full(d, p)
+                                              : Load<T, From>::first(d, p, static_cast<size_t>(columns));
+          }
+          transpose_group<T>(rows, [&](int64_t c, const T* group) HWY_ATTR {
+            if (c < columns) {
+              hwy::CopyBytes<16>(group, to + (e + c) * width + key);
+            }
+          });
+        }
+      }
+    }
+  });
+}
+
+template <class T>
+bool pack_values(const Rows& v, void* packed) {
+  const Full<T> d;
+  const int64_t stride = padded<T>(v.width);
+  auto bad = hn::Zero(d);
+  with_element_type<T>(v.dtype, [&](auto from) HWY_ATTR {
+    using From = decltype(from);
+    for (int64_t m = 0; m < v.count; ++m) {
+      T* to = static_cast<T*>(packed) + m * stride;
+      for_each_vector<T>(static_cast<const From*>(v.data) + m * v.stride, v.width,
+                         [&](int64_t i, auto x) HWY_ATTR {
+                           hn::StoreU(x, d, to + i);
+                           bad = hn::Or(bad, hn::Sub(x, x));  // 0 if finite, else NaN
+                         });
+    }
+  });
+  return hn::AllTrue(d, hn::Eq(bad, bad));
+}
+
+template <class T>
+HWY_INLINE void store_row(const T* o, int64_t width, T factor, void* out, DType dtype) {
+  const Full<T> d;
+  const auto scale = hn::Set(d, factor);
+  if (dtype == DType::f32 || dtype == DType::f64) {
+    auto* to = static_cast<T*>(out);
+    int64_t i = 0;
+    for (; i + lanes<T>() <= width; i += lanes<T>()) {
+      hn::StoreU(hn::Mul(hn::LoadU(d, o + i), scale), d, to + i);
+    }
+    for (; i < width; ++i) to[i] = o[i] * factor;
+    return;
+  }
+  if constexpr (sizeof(T) == 4) {
+    int64_t i = 0;
+    if (dtype == DType::bf16) {
+      auto* to = static_cast<uint16_t*>(out);
+      for (; i + lanes<T>() <= width; i += lanes<T>()) {
+        store_bfloat16(d, hn::Mul(hn::LoadU(d, o + i), scale), to + i);
+      }
+      for (; i < width; ++i) to[i] = to_bfloat16(o[i] * factor).bits;
+    } else {
+      auto* to = static_cast<float16*>(out);
+#if HWY_TARGET != HWY_EMU128
+      const hn::Rebind<hwy::float16_t, Full<T>> d16;
+      for (; i + lanes<T>() <= width; i += lanes<T>()) {
+        hn::StoreU(hn::DemoteTo(d16, hn::Mul(hn::LoadU(d, o + i), scale)), d16,
+                   reinterpret_cast<hwy::float16_t*>(to + i));
+      }
+#endif
+      for (; i < width; ++i) to[i] = to_float16(o[i] * factor);
+    }
+  }
+}
+
+template <class T>
+void finish(Block<T> o, int64_t rows, int64_t width, const T* sum, void* out, DType dtype,
+            int64_t out_stride) {
+  for (int64_t r = 0; r < rows; ++r) {
+    const T factor = sum == nullptr ? T{1} : sum[r] == 0 ? T{0} : 1 / sum[r];
+    store_row<T>(o.row(r), width, factor,
+                 static_cast<std::byte*>(out) + r * out_stride * static_cast<int64_t>(size_of(dtype)),
+                 dtype);
+  }
+}
+
+template <class T>
+void add_pack(TileKernels<T>& k) {
+  k.row_multiple = kRowMultiple;
+  k.key_multiple = lanes<T>();
+  k.dim_multiple = lanes<T>();
+  k.query_bytes = [](int64_t rows, int64_t width) {
+    return round_up(rows, kRowMultiple) * padded<T>(width) * static_cast<int64_t>(sizeof(T));
+  };
+  k.key_bytes = [](int64_t keys, int64_t width) {
+    return padded<T>(keys) * width * static_cast<int64_t>(sizeof(T));
+  };
+  k.value_bytes = [](int64_t keys, int64_t width) {
+    return keys * padded<T>(width) * static_cast<int64_t>(sizeof(T));
+  };
+  k.pack_queries = pack_queries<T>;
+  k.pack_keys = pack_keys<T>;
+  k.pack_values = pack_values<T>;
+  k.finish = finish<T>;
+}
+
+void add_pack_parts(TileKernels<float>& f, TileKernels<double>& d) {
+  add_pack(f);
+  add_pack(d);
+}
+
+}  // namespace heed::kernels::HWY_NAMESPACE
+HWY_AFTER_NAMESPACE();
+
+#if HWY_ONCE
+namespace heed::kernels {
+HEED_SELECT_PART(add_pack_parts)
+}  // namespace heed::kernels
+#endif

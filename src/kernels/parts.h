@@ -1,0 +1,43 @@
+// How the tables of tile.h are put together: every vector file fills in its functions for one
+// instruction set.
+#pragma once
+#include "heed/run.h"
+#include "kernels/tile.h"
+
+namespace heed::kernels {
+
+/// Row blocks of the products are 6, 8 or 12 rows high.
+inline constexpr int64_t kRowMultiple = 24;
+
+inline int64_t round_up(int64_t n, int64_t multiple) {
+  return (n + multiple - 1) / multiple * multiple;
+}
+
+void add_pack_parts(Isa isa, TileKernels<float>& f, TileKernels<double>& d);
+void add_product_parts(Isa isa, TileKernels<float>& f, TileKernels<double>& d);
+void add_weight_parts(Isa isa, TileKernels<float>& f, TileKernels<double>& d);
+void add_few_row_parts(Isa isa, TileKernels<float>& f, TileKernels<double>& d);
+void add_half_weight_parts(Isa isa, TileKernels<float>& f);
+
+// Defines FUNCTION(isa, tables...) as a choice among the compiled targets' FUNCTION(tables...).
+#if defined(__x86_64__)
+#define HEED_SELECT(FUNCTION, ...)                              \
+  {                                                             \
+    if (isa == Isa::portable) {                                 \
+      N_EMU128::FUNCTION(__VA_ARGS__);                          \
+    } else if (isa == Isa::avx2) {                              \
+      N_AVX2::FUNCTION(__VA_ARGS__);                            \
+    } else {                                                    \
+      N_AVX3::FUNCTION(__VA_ARGS__);                            \
+    }                                                           \
+  }
+#else
+#define HEED_SELECT(FUNCTION, ...) \
+  { (void)isa; HWY_STATIC_DISPATCH(FUNCTION)(__VA_ARGS__); }
+#endif
+#define HEED_SELECT_PART(FUNCTION) \
+  void FUNCTION(Isa isa, TileKernels<float>& f, TileKernels<double>& d) HEED_SELECT(FUNCTION, f, d)
+#define HEED_SELECT_HALF_PART(FUNCTION) \
+  void FUNCTION(Isa isa, TileKernels<float>& f) HEED_SELECT(FUNCTION, f)
+
+}  // namespace heed::kernels

@@ -1,0 +1,48 @@
+#include "kernels/tile.h"
+
+#include "kernels/parts.h"
+
+namespace heed::kernels {
+
+namespace {
+
+struct Tables {
+  TileKernels<float> f;
+  TileKernels<double> d;
+};
+
+Tables make_tables(Isa isa) {
+  Tables tables;
+  tables.f.name = tables.d.name = name_of(isa);
+  add_pack_parts(isa, tables.f, tables.d);
+  add_product_parts(isa, tables.f, tables.d);
+  add_weight_parts(isa, tables.f, tables.d);
+  add_few_row_parts(isa, tables.f, tables.d);
+  return tables;
+}
+
+// AMX adds products of bfloat16 only: everything else on such a machine is AVX-512.
+const Tables& tables_of(Isa isa) {
+  static const Tables portable = make_tables(Isa::portable);
+  if (isa == Isa::portable) return portable;
+  static const Tables avx2 = make_tables(Isa::avx2);
+  if (isa == Isa::avx2) return avx2;
+  static const Tables avx512 = make_tables(Isa::avx512);
+  return avx512;
+}
+
+}  // namespace
+
+template <>
+const TileKernels<float>& tile_kernels<float>(Isa isa) {
+  return tables_of(isa).f;
+}
+
+template <>
+const TileKernels<double>& tile_kernels<double>(Isa isa) {
+  return tables_of(isa).d;
+}
+
+const TileKernels<float>* half_tile_kernels(Isa) { return nullptr; }
+
+}  // namespace heed::kernels

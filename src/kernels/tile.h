@@ -1,0 +1,113 @@
+// The vector code of one tile: a few query rows against a few hundred keys. Everything here works on
+// tiles handed in by an engine; which tiles exist and what a mechanism means is decided above.
+//
+//   pack_queries, pack_keys, pack_values   operands in the layout the products want
+//   scores       S[r,m]  = sum_e Q[r,e] K[m,e]
+//   weights      P[r,m]  = softmax or sigmoid of the shaped score, with running row statistics
+//   accumulate   O[r,f]  = carry[r] O[r,f] + sum_m P[r,m] V[m,f]
+//   finish       out[r]  = O[r] / sum[r], converted; lse[r]
+//   dot_rows, add_rows                     the two products for few rows, straight from unpacked memory
+//
+// T is float (float32, bfloat16 and float16 calls) or double (float64 calls).
+#pragma once
+#include <cstdint>
+
+#include "heed/run.h"
+#include "heed/tensor.h"
+
+namespace heed::kernels {
+
+/// Rows of one tensor: row r starts at data + r * stride elements, `width` elements are contiguous.
+struct Rows {
+  const void* data = nullptr;
+  DType dtype = DType::f32;
+  int64_t stride = 0;
+  int64_t count = 0;
+  int64_t width = 0;
+};
+
+/// Keys [begin, end) of the tile that a row sees.
+struct KeyRange {
+  int32_t begin = 0, end = 0;
+  bool empty() const { return begin >= end; }
+};
+
+/// A matrix in scratch memory.
+template <class T>
+struct Block {
+  T* data = nullptr;
+  int64_t stride = 0;
+  T* row(int64_t r) const { return data + r * stride; }
+};
+
+enum class WeightKind { softmax, sigmoid };
+
+/// How the scores of a tile become weights. Scores are used as s * scale + bias - slope * |distance|.
+template <class T>
+struct WeightShape {
+  T scale = 1;          // never negative: the engine negates the queries instead
+  T bias = 0;           // sigmoid only: a constant moves no softmax
+  T slope = 0;          // ALiBi
+  int64_t distance = 0; // position of row 0 minus position of key 0; row r, key m: distance + r - m
+};
+
+/// Row statistics of a running softmax, in units of log2: the row's pivot, the sum of its weights
+/// relative to the pivot, and the factor that the last tile put on earlier sums.
+template <class T>
+struct RowState {
+  T* pivot = nullptr;  // -inf until the row has seen a key
+  T* sum = nullptr;
+  T* carry = nullptr;
+};
+
+template <class T>
+struct TileKernels {
+  const char* name = "";
+  /// Weights and packed operands are bfloat16 (pairs) instead of T.
+  bool half_operands = false;
+  /// Query tiles hold a multiple of this many rows; rows of scratch blocks beyond the tile are padding.
+  int64_t row_multiple = 1;
+  /// Keys per tile are padded to this many columns, head dims (Dv) of accumulators to dim_multiple.
+  int64_t key_multiple = 1;
+  int64_t dim_multiple = 1;
+
+  int64_t (*query_bytes)(int64_t rows, int64_t width) = nullptr;
+  int64_t (*key_bytes)(int64_t keys, int64_t width) = nullptr;
+  int64_t (*value_bytes)(int64_t keys, int64_t width) = nullptr;
+  void (*pack_queries)(const Rows& q, bool negate, void* packed) = nullptr;
+  void (*pack_keys)(const Rows& k, void* packed) = nullptr;
+  /// Returns false if an element is infinite or NaN.
+  bool (*pack_values)(const Rows& v, void* packed) = nullptr;
+
+  /// `ranges` (one per padded row, or null: all keys) limits the work; what lies outside is undefined.
+  void (*scores)(const void* queries, int64_t rows, const void* keys, int64_t key_count,
+                 int64_t width, const KeyRange* ranges, Block<T> s) = nullptr;
+  /// Weights go to `weights` (T, may be `s` itself; or bfloat16 with half_operands), exactly 0 outside
+  /// a row's range and in the padding columns.
+  void (*weights[2])(Block<T> s, int64_t rows, int64_t key_count, const KeyRange* ranges,
+                     const WeightShape<T>& shape, const RowState<T>& state, void* weights,
+                     int64_t weight_stride) = {};
+  void (*accumulate)(const void* weights, int64_t weight_stride, int64_t rows, const void* values,
+                     int64_t key_count, int64_t width, const KeyRange* ranges, const T* carry,
+                     Block<T> o) = nullptr;
+
+  /// out[r] = o[r] / sum[r] (as it is when sum is null), rounded to out's type; a zero sum gives 0.
+  void (*finish)(Block<T> o, int64_t rows, int64_t width, const T* sum, void* out, DType out_dtype,
+                 int64_t out_stride) = nullptr;
+
+  /// Few rows: queries are T [rows, width padded to dim_multiple].
+  void (*dot_rows)(Block<const T> queries, int64_t rows, const Rows& k, Block<T> s) = nullptr;
+  void (*add_rows)(Block<const T> weights, int64_t rows, const Rows& v, const T* carry,
+                   Block<T> o) = nullptr;
+};
+
+/// The kernels of one instruction set; a weaker one where the asked one adds nothing for T.
+/// `half` asks for bfloat16 operands; null when the instruction set has no product for them.
+template <class T>
+const TileKernels<T>& tile_kernels(Isa isa);
+const TileKernels<float>* half_tile_kernels(Isa isa);
+
+
+
+
+}  // namespace heed::kernels

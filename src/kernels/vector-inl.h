@@ -1,0 +1,121 @@
+// Vector helpers shared by the tile kernels, once per Highway target.
+#if defined(HEED_KERNELS_VECTOR_INL_H_) == defined(HWY_TARGET_TOGGLE)
+#ifdef HEED_KERNELS_VECTOR_INL_H_
+#undef HEED_KERNELS_VECTOR_INL_H_
+#else
+#define HEED_KERNELS_VECTOR_INL_H_
+#endif
+
+#include <hwy/highway.h>
+
+#include "heed/tensor.h"
+
+HWY_BEFORE_NAMESPACE();
+namespace heed::kernels::HWY_NAMESPACE {
+namespace hn = hwy::HWY_NAMESPACE;
+
+#if HWY_TARGET == HWY_AVX3
+inline constexpr int kPanelVectors = 4;  // 32 registers: 6 x 4 accumulators
+#else
+inline constexpr int kPanelVectors = 2;  // 16 registers: 6 x 2 accumulators
+#endif
+
+template <class T>
+using Full = hn::ScalableTag<T>;
+
+template <class T>
+HWY_INLINE constexpr int64_t lanes() {
+  return static_cast<int64_t>(hn::MaxLanes(Full<T>()));
+}
+
+// Elements of any floating type, widened to the compute type T.
+template <class T, class From>
+struct Load;
+
+template <class T>
+struct Load<T, T> {
+  template <class D>
+  static HWY_INLINE hn::Vec<D> full(D d, const T* p) {
+    return hn::LoadU(d, p);
+  }
+  template <class D>
+  static HWY_INLINE hn::Vec<D> first(D d, const T* p, size_t count) {
+    HWY_ALIGN T buffer[hn::MaxLanes(D())] = {};
+    for (size_t i = 0; i < count; ++i) buffer[i] = p[i];
+    return hn::Load(d, buffer);
+  }
+};
+
+template <>
+struct Load<float, bfloat16> {
+  template <class D>
+  static HWY_INLINE hn::Vec<D> full(D d, const bfloat16* p) {
+    const hn::RebindToUnsigned<D> du32;
+    const hn::Rebind<uint16_t, D> du16;
+    const auto bits = hn::LoadU(du16, reinterpret_cast<const uint16_t*>(p));
+    return hn::BitCast(d, hn::ShiftLeft<16>(hn::PromoteTo(du32, bits)));
+  }
+  template <class D>
+  static HWY_INLINE hn::Vec<D> first(D d, const bfloat16* p, size_t count) {
+    HWY_ALIGN bfloat16 buffer[hn::MaxLanes(D())] = {};
+    for (size_t i = 0; i < count; ++i) buffer[i] = p[i];
+    return full(d, buffer);
+  }
+};
+
+template <>
+struct Load<float, float16> {
+  template <class D>
+  static HWY_INLINE hn::Vec<D> full([[maybe_unused]] D d, const float16* p) {
+#if HWY_TARGET == HWY_EMU128
+    HWY_ALIGN float buffer[hn::MaxLanes(D())];
+    for (size_t i = 0; i < hn::MaxLanes(D()); ++i) buffer[i] = to_float(p[i]);
+    return hn::Load(d, buffer);
+#else
+    const hn::Rebind<hwy::float16_t, D> df16;
+    return hn::PromoteTo(d, hn::LoadU(df16, reinterpret_cast<const hwy::float16_t*>(p)));
+#endif
+  }
+  template <class D>
+  static HWY_INLINE hn::Vec<D> first(D d, const float16* p, size_t count) {
+    HWY_ALIGN float16 buffer[hn::MaxLanes(D())] = {};
+    for (size_t i = 0; i < count; ++i) buffer[i] = p[i];
+    return full(d, buffer);
+  }
+};
+
+/// Calls body(From{}) with the element type that can be widened to T.
+template <class T, class Body>
+HWY_INLINE void with_element_type(DType dtype, Body&& body) {
+  if constexpr (sizeof(T) == 8) {
+    body(double{});
+  } else if (dtype == DType::f32) {
+    body(float{});
+  } else if (dtype == DType::bf16) {
+    body(bfloat16{});
+  } else {
+    body(float16{});
+  }
+}
+
+// bfloat16 bits of a float vector in the low half of each lane, round to nearest even, NaN stays NaN.
+template <class DF, class V>
+HWY_INLINE hn::Vec<hn::RebindToUnsigned<DF>> bfloat16_bits(DF /*d*/, V x) {
+  const hn::RebindToUnsigned<DF> du;
+  const auto bits = hn::BitCast(du, x);
+  const auto odd = hn::And(hn::ShiftRight<16>(bits), hn::Set(du, 1));
+  const auto rounded = hn::ShiftRight<16>(hn::Add(bits, hn::Add(odd, hn::Set(du, 0x7fff))));
+  const auto quiet = hn::ShiftRight<16>(hn::Or(bits, hn::Set(du, 0x400000)));
+  return hn::IfThenElse(hn::RebindMask(du, hn::IsNaN(x)), quiet, rounded);
+}
+
+template <class DF, class V>
+HWY_INLINE void store_bfloat16(DF d, V x, uint16_t* p) {
+  const hn::Rebind<int32_t, DF> di;
+  const hn::Rebind<uint16_t, DF> du16;
+  hn::StoreU(hn::DemoteTo(du16, hn::BitCast(di, bfloat16_bits(d, x))), du16, p);
+}
+
+}  // namespace heed::kernels::HWY_NAMESPACE
+HWY_AFTER_NAMESPACE();
+#endif
