@@ -1,0 +1,322 @@
+// Blocks of GGUF weights widened to float32 vectors: one struct per format, included once per
+// instruction set. Layouts: https://github.com/ggml-org/ggml/blob/master/docs/gguf.md and the
+// block structs of ggml-common.h.
+//
+// Format::decode(block, sums) calls sums.add(w0, k0, w1, k1) with vectors of weights that begin at
+// columns k0 and k1 of the block, until every column was given once.
+#include <hwy/highway.h>
+
+#if defined(HEED_BLOCK_FORMATS_INL_H_) == defined(HWY_TARGET_TOGGLE)
+#ifdef HEED_BLOCK_FORMATS_INL_H_
+#undef HEED_BLOCK_FORMATS_INL_H_
+#else
+#define HEED_BLOCK_FORMATS_INL_H_
+#endif
+
+#include <cstdint>
+#include <cstring>
+
+HWY_BEFORE_NAMESPACE();
+namespace heed::HWY_NAMESPACE {
+namespace {
+
+namespace hn = hwy::HWY_NAMESPACE;
+
+using D = hn::CappedTag<float, 16>;
+using DI = hn::RebindToSigned<D>;
+using DU = hn::RebindToUnsigned<D>;
+using V = hn::Vec<D>;
+using VI = hn::Vec<DI>;
+constexpr int kLanes = static_cast<int>(HWY_MIN(HWY_LANES(float), 16));
+
+// Scale d and, where the format has one, minimum m at the start of a block of at least 8 bytes.
+#if HWY_TARGET == HWY_SCALAR
+HWY_INLINE float load_f16(const uint8_t* p) {
+  return hn::GetLane(hn::PromoteTo(D(), hn::LoadU(hn::Rebind<hwy::float16_t, D>(),
+                                                  reinterpret_cast<const hwy::float16_t*>(p))));
+}
+struct ScalePair {
+  const uint8_t* p;
+  explicit HWY_INLINE ScalePair(const uint8_t* block) : p(block) {}
+  HWY_INLINE float first() const { return load_f16(p); }
+  HWY_INLINE float second() const { return load_f16(p + 2); }
+};
+#else
+struct ScalePair {
+  hn::Vec<hn::FixedTag<float, 4>> values;
+
+  explicit HWY_INLINE ScalePair(const uint8_t* p)
+      : values(hn::PromoteTo(hn::FixedTag<float, 4>(),
+                             hn::LoadU(hn::FixedTag<hwy::float16_t, 4>(),
+                                       reinterpret_cast<const hwy::float16_t*>(p)))) {}
+  HWY_INLINE float first() const { return hn::GetLane(values); }
+  HWY_INLINE float second() const { return hn::ExtractLane(values, 1); }
+};
+#endif
+
+HWY_INLINE VI load_u8(const uint8_t* p) {
+  return hn::PromoteTo(DI(), hn::LoadU(hn::Rebind<uint8_t, D>(), p));
+}
+
+HWY_INLINE V load_i8(const uint8_t* p) {
+  const auto bytes = hn::LoadU(hn::Rebind<int8_t, D>(), reinterpret_cast<const int8_t*>(p));
+  return hn::ConvertTo(D(), hn::PromoteTo(DI(), bytes));
+}
+
+HWY_INLINE VI low_nibble(VI bytes) { return hn::And(bytes, hn::Set(DI(), 15)); }
+HWY_INLINE VI high_nibble(VI bytes) { return hn::ShiftRight<4>(bytes); }
+
+// scale * q + offset for q in 0..15: with 16 lanes a table of all values is one register.
+struct NibbleMap {
+#if HWY_MAX_BYTES >= 64
+  V table;
+  HWY_INLINE NibbleMap(float scale, float offset)
+      : table(hn::MulAdd(hn::Iota(D(), 0.0f), hn::Set(D(), scale), hn::Set(D(), offset))) {}
+  HWY_INLINE V operator()(VI q) const {
+    return hn::TableLookupLanes(table, hn::IndicesFromVec(D(), q));
+  }
+#else
+  V scale, offset;
+  HWY_INLINE NibbleMap(float s, float o) : scale(hn::Set(D(), s)), offset(hn::Set(D(), o)) {}
+  HWY_INLINE V operator()(VI q) const { return hn::MulAdd(hn::ConvertTo(D(), q), scale, offset); }
+#endif
+};
+
+// Plain values, 32 at a time.
+struct F32 {
+  static constexpr bool kPlain = true;
+  static constexpr int64_t kWeights = 32, kBytes = 128;
+  template <class Sums>
+  static HWY_INLINE void decode(const uint8_t* block, Sums& sums) {
+    const float* w = reinterpret_cast<const float*>(block);
+#pragma GCC unroll 4
+    for (int i = 0; i < 16; i += kLanes) {
+      sums.add(hn::LoadU(D(), w + i), i, hn::LoadU(D(), w + i + 16), i + 16);
+    }
+  }
+};
+
+struct F16 {
+  static constexpr bool kPlain = true;
+  static constexpr int64_t kWeights = 32, kBytes = 64;
+  static HWY_INLINE V load(const uint8_t* p) {
+    return hn::PromoteTo(D(), hn::LoadU(hn::Rebind<hwy::float16_t, D>(),
+                                        reinterpret_cast<const hwy::float16_t*>(p)));
+  }
+  template <class Sums>
+  static HWY_INLINE void decode(const uint8_t* block, Sums& sums) {
+#pragma GCC unroll 4
+    for (int i = 0; i < 16; i += kLanes) {
+      sums.add(load(block + 2 * i), i, load(block + 2 * i + 32), i + 16);
+    }
+  }
+};
+
+struct BF16 {
+  static constexpr bool kPlain = true;
+  static constexpr int64_t kWeights = 32, kBytes = 64;
+  static HWY_INLINE V load(const uint8_t* p) {
+    const auto bits = hn::LoadU(hn::Rebind<uint16_t, D>(), reinterpret_cast<const uint16_t*>(p));
+    return hn::BitCast(D(), hn::ShiftLeft<16>(hn::PromoteTo(DU(), bits)));
+  }
+  template <class Sums>
+  static HWY_INLINE void decode(const uint8_t* block, Sums& sums) {
+#pragma GCC unroll 4
+    for (int i = 0; i < 16; i += kLanes) {
+      sums.add(load(block + 2 * i), i, load(block + 2 * i + 32), i + 16);
+    }
+  }
+};
+
+// f16 d, int8 q[32]:  d * q
+struct Q8_0 {
+  static constexpr bool kPlain = false;
+  static constexpr int64_t kWeights = 32, kBytes = 34;
+  template <class Sums>
+  static HWY_INLINE void decode(const uint8_t* block, Sums& sums) {
+    const V d = hn::Set(D(), ScalePair(block).first());
+#pragma GCC unroll 4
+    for (int i = 0; i < 16; i += kLanes) {
+      sums.add(hn::Mul(d, load_i8(block + 2 + i)), i, hn::Mul(d, load_i8(block + 18 + i)), i + 16);
+    }
+  }
+};
+
+// 16 bytes whose low nibbles are columns 0..15 and high nibbles columns 16..31.
+template <class Sums>
+HWY_INLINE void decode_nibbles(const uint8_t* q, NibbleMap map, Sums& sums) {
+#pragma GCC unroll 4
+  for (int i = 0; i < 16; i += kLanes) {
+    const VI bytes = load_u8(q + i);
+    sums.add(map(low_nibble(bytes)), i, map(high_nibble(bytes)), i + 16);
+  }
+}
+
+// f16 d, 4-bit q[32]:  d * (q - 8)
+struct Q4_0 {
+  static constexpr bool kPlain = false;
+  static constexpr int64_t kWeights = 32, kBytes = 18;
+  template <class Sums>
+  static HWY_INLINE void decode(const uint8_t* block, Sums& sums) {
+    const float d = ScalePair(block).first();
+    decode_nibbles(block + 2, NibbleMap(d, -8.0f * d), sums);
+  }
+};
+
+// f16 d, f16 m, 4-bit q[32]:  d * q + m
+struct Q4_1 {
+  static constexpr bool kPlain = false;
+  static constexpr int64_t kWeights = 32, kBytes = 20;
+  template <class Sums>
+  static HWY_INLINE void decode(const uint8_t* block, Sums& sums) {
+    const ScalePair pair(block);
+    decode_nibbles(block + 4, NibbleMap(pair.first(), pair.second()), sums);
+  }
+};
+
+// As decode_nibbles with a fifth bit: bit k of `bits` belongs to column k.
+template <class Sums>
+HWY_INLINE void decode_five_bits(const uint8_t* bits, const uint8_t* q, float scale, float offset,
+                                 Sums& sums) {
+  uint32_t word;
+  std::memcpy(&word, bits, sizeof word);
+  const V s = hn::Set(D(), scale), o = hn::Set(D(), offset);
+  const auto fifth = [&](int k) HWY_ATTR {
+    const auto lane_bit = hn::Shl(hn::Set(DU(), 1u), hn::Iota(DU(), static_cast<uint32_t>(k)));
+    const auto is_set = hn::Ne(hn::And(hn::Set(DU(), word), lane_bit), hn::Zero(DU()));
+    return hn::IfThenElseZero(hn::RebindMask(D(), is_set), hn::Set(D(), 16.0f));
+  };
+#pragma GCC unroll 4
+  for (int i = 0; i < 16; i += kLanes) {
+    const VI bytes = load_u8(q + i);
+    const V low = hn::Add(hn::ConvertTo(D(), low_nibble(bytes)), fifth(i));
+    const V high = hn::Add(hn::ConvertTo(D(), high_nibble(bytes)), fifth(i + 16));
+    sums.add(hn::MulAdd(low, s, o), i, hn::MulAdd(high, s, o), i + 16);
+  }
+}
+
+// f16 d, fifth bits[4], 4-bit q[32]:  d * (q - 16)
+struct Q5_0 {
+  static constexpr bool kPlain = false;
+  static constexpr int64_t kWeights = 32, kBytes = 22;
+  template <class Sums>
+  static HWY_INLINE void decode(const uint8_t* block, Sums& sums) {
+    const float d = ScalePair(block).first();
+    decode_five_bits(block + 2, block + 6, d, -16.0f * d, sums);
+  }
+};
+
+// f16 d, f16 m, fifth bits[4], 4-bit q[32]:  d * q + m
+struct Q5_1 {
+  static constexpr bool kPlain = false;
+  static constexpr int64_t kWeights = 32, kBytes = 24;
+  template <class Sums>
+  static HWY_INLINE void decode(const uint8_t* block, Sums& sums) {
+    const ScalePair pair(block);
+    decode_five_bits(block + 4, block + 8, pair.first(), pair.second(), sums);
+  }
+};
+
+// The 6-bit scales and minima of the 8 groups of Q4_K and Q5_K, packed into 12 bytes.
+struct GroupScales {
+  float scale[8], offset[8];
+
+  explicit HWY_INLINE GroupScales(const uint8_t* block) {  // f16 d, f16 dmin, packed[12]
+    const ScalePair pair(block);
+    const float d = pair.first(), dmin = pair.second();
+    const uint8_t* p = block + 4;
+    for (int g = 0; g < 4; ++g) {
+      scale[g] = d * static_cast<float>(p[g] & 63);
+      offset[g] = -dmin * static_cast<float>(p[g + 4] & 63);
+      scale[g + 4] = d * static_cast<float>((p[g + 8] & 15) | ((p[g] >> 6) << 4));
+      offset[g + 4] = -dmin * static_cast<float>((p[g + 8] >> 4) | ((p[g + 4] >> 6) << 4));
+    }
+  }
+};
+
+// f16 d, f16 dmin, packed scales[12], q[128]: 32 bytes hold two groups of 32 columns, low nibbles first.
+struct Q4_K {
+  static constexpr bool kPlain = false;
+  static constexpr int64_t kWeights = 256, kBytes = 144;
+  template <class Sums>
+  static HWY_INLINE void decode(const uint8_t* block, Sums& sums) {
+    const GroupScales groups(block);
+    for (int j = 0; j < 4; ++j) {
+      const NibbleMap low(groups.scale[2 * j], groups.offset[2 * j]);
+      const NibbleMap high(groups.scale[2 * j + 1], groups.offset[2 * j + 1]);
+#pragma GCC unroll 8
+      for (int i = 0; i < 32; i += kLanes) {
+        const VI bytes = load_u8(block + 16 + 32 * j + i);
+        sums.add(low(low_nibble(bytes)), 64 * j + i, high(high_nibble(bytes)), 64 * j + 32 + i);
+      }
+    }
+  }
+};
+
+// As Q4_K with fifth[32] before q: bit g of byte i is the fifth bit of column i of group g.
+struct Q5_K {
+  static constexpr bool kPlain = false;
+  static constexpr int64_t kWeights = 256, kBytes = 176;
+  template <class Sums>
+  static HWY_INLINE void decode(const uint8_t* block, Sums& sums) {
+    const GroupScales groups(block);
+    for (int j = 0; j < 4; ++j) {
+      const V s0 = hn::Set(D(), groups.scale[2 * j]), o0 = hn::Set(D(), groups.offset[2 * j]);
+      const V s1 = hn::Set(D(), groups.scale[2 * j + 1]), o1 = hn::Set(D(), groups.offset[2 * j + 1]);
+      const VI bit0 = hn::Set(DI(), 1 << (2 * j)), bit1 = hn::Set(DI(), 2 << (2 * j));
+      const auto widen = [](VI nibble, VI fifth, VI bit) HWY_ATTR {
+        const auto is_set = hn::RebindMask(D(), hn::TestBit(fifth, bit));
+        return hn::Add(hn::ConvertTo(D(), nibble),
+                       hn::IfThenElseZero(is_set, hn::Set(D(), 16.0f)));
+      };
+#pragma GCC unroll 8
+      for (int i = 0; i < 32; i += kLanes) {
+        const VI bytes = load_u8(block + 48 + 32 * j + i), fifth = load_u8(block + 16 + i);
+        sums.add(hn::MulAdd(widen(low_nibble(bytes), fifth, bit0), s0, o0), 64 * j + i,
+                 hn::MulAdd(widen(high_nibble(bytes), fifth, bit1), s1, o1), 64 * j + 32 + i);
+      }
+    }
+  }
+};
+
+// low[128], high[64], int8 scales[16], f16 d (the last 2 of 210 bytes): each half of 128 columns has 64 bytes of low nibbles, 32
+// bytes of high bit pairs and 8 scales, one per 16 columns;  d * scale * (q - 32)
+struct Q6_K {
+  static constexpr bool kPlain = false;
+  static constexpr int64_t kWeights = 256, kBytes = 210;
+
+  static HWY_INLINE V scaled(VI low, VI high, float scale) {
+    const VI q = hn::Or(low, hn::ShiftLeft<4>(hn::And(high, hn::Set(DI(), 3))));
+    return hn::Mul(hn::ConvertTo(D(), hn::Sub(q, hn::Set(DI(), 32))), hn::Set(D(), scale));
+  }
+  template <class Sums>
+  static HWY_INLINE void decode(const uint8_t* block, Sums& sums) {
+    uint8_t scale[8] = {};
+    std::memcpy(scale, block + 208, 2);
+    const float d = ScalePair(scale).first();
+    for (int half = 0; half < 2; ++half) {
+      const uint8_t* low = block + 64 * half;
+      const uint8_t* high = block + 128 + 32 * half;
+      const int8_t* scales = reinterpret_cast<const int8_t*>(block + 192 + 8 * half);
+      for (int part = 0; part < 2; ++part) {
+        float s[4];
+        for (int g = 0; g < 4; ++g) s[g] = d * static_cast<float>(scales[2 * g + part]);
+#pragma GCC unroll 4
+        for (int i = 16 * part; i < 16 * part + 16; i += kLanes) {
+          const VI a = load_u8(low + i), b = load_u8(low + 32 + i), h = load_u8(high + i);
+          const int k = 128 * half + i;
+          sums.add(scaled(low_nibble(a), h, s[0]), k,
+                   scaled(low_nibble(b), hn::ShiftRight<2>(h), s[1]), k + 32);
+          sums.add(scaled(high_nibble(a), hn::ShiftRight<4>(h), s[2]), k + 64,
+                   scaled(high_nibble(b), hn::ShiftRight<6>(h), s[3]), k + 96);
+        }
+      }
+    }
+  }
+};
+
+}  // namespace
+}  // namespace heed::HWY_NAMESPACE
+HWY_AFTER_NAMESPACE();
+
+#endif  // HEED_BLOCK_FORMATS_INL_H_

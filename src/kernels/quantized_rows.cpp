@@ -1,0 +1,245 @@
+#include "kernels/quantized_rows.h"
+
+#include <algorithm>
+#include <array>
+#include <cstring>
+#include <string>
+
+#include "base/parallel.h"
+#include "heed/error.h"
+#include "heed/tensor.h"
+
+#include "kernels/simd.h"
+#undef HWY_TARGET_INCLUDE
+#define HWY_TARGET_INCLUDE "kernels/quantized_rows.cpp"
+#include <hwy/foreach_target.h>
+#include <hwy/cache_control.h>
+#include <hwy/highway.h>
+
+#include "kernels/block_formats-inl.h"
+
+HWY_BEFORE_NAMESPACE();
+namespace heed::HWY_NAMESPACE {
+namespace {
+
+namespace hn = hwy::HWY_NAMESPACE;
+
+// Sums of M activation rows with one weight row. Two accumulators per sum hide the latency of the
+// multiply-add; their number is the same for every M and R below, so results do not depend on those.
+template <int M>
+struct Sums {
+  V even[M], odd[M];
+  const float* x;
+  int64_t x_stride;
+
+  HWY_INLINE void clear() {
+#pragma GCC unroll 4
+    for (int m = 0; m < M; ++m) even[m] = odd[m] = hn::Zero(D());
+  }
+  HWY_INLINE void add(V w0, int64_t k0, V w1, int64_t k1) {
+#pragma GCC unroll 4
+    for (int m = 0; m < M; ++m) {
+      const float* row = x + m * x_stride;
+      even[m] = hn::MulAdd(w0, hn::LoadU(D(), row + k0), even[m]);
+      odd[m] = hn::MulAdd(w1, hn::LoadU(D(), row + k1), odd[m]);
+    }
+  }
+};
+
+constexpr int64_t kPrefetchBytes = 4096;
+
+// R weight rows at once, so that R independent chains of multiply-adds are under way.
+template <class Format, int M, int R>
+HWY_INLINE void row_group(const uint8_t* weights, int64_t row_bytes, int64_t columns, const float* x,
+                          int64_t x_stride, float* y, int64_t y_stride) {
+  Sums<M> sums[R];
+#pragma GCC unroll 4
+  for (int r = 0; r < R; ++r) {
+    sums[r].x_stride = x_stride;
+    sums[r].clear();
+  }
+  const int64_t blocks = columns / Format::kWeights;
+  for (int64_t b = 0; b < blocks; ++b) {
+    // Rows are too short for the processor to see R streams in them, so name the lines it needs soon.
+    const uint8_t* ahead = weights + kPrefetchBytes + b * R * Format::kBytes;
+#pragma GCC unroll 16
+    for (int64_t line = 0; line < R * Format::kBytes; line += 64) hwy::Prefetch(ahead + line);
+#pragma GCC unroll 4
+    for (int r = 0; r < R; ++r) {
+      sums[r].x = x + b * Format::kWeights;
+      Format::decode(weights + r * row_bytes + b * Format::kBytes, sums[r]);
+    }
+  }
+  // Plain formats have columns of any number: the rest goes through the same code, padded with zeros.
+  const int64_t rest = Format::kPlain ? columns % Format::kWeights : 0;
+  if (rest != 0) {
+    constexpr int64_t kValueBytes = Format::kBytes / Format::kWeights;
+    uint8_t block[Format::kBytes];
+    float padded[M * Format::kWeights] = {};
+    for (int m = 0; m < M; ++m) {
+      std::memcpy(padded + m * Format::kWeights, x + m * x_stride + columns - rest,
+                  static_cast<size_t>(rest) * sizeof(float));
+    }
+    for (int r = 0; r < R; ++r) {
+      std::memset(block, 0, sizeof block);
+      std::memcpy(block, weights + r * row_bytes + blocks * Format::kBytes,
+                  static_cast<size_t>(rest * kValueBytes));
+      sums[r].x = padded;
+      sums[r].x_stride = Format::kWeights;
+      Format::decode(block, sums[r]);
+    }
+  }
+#pragma GCC unroll 4
+  for (int r = 0; r < R; ++r) {
+#pragma GCC unroll 4
+    for (int m = 0; m < M; ++m) {
+      y[m * y_stride + r] =
+          hn::GetLane(hn::SumOfLanes(D(), hn::Add(sums[r].even[m], sums[r].odd[m])));
+    }
+  }
+}
+
+template <class Format, int M, int R>
+void row_loop(const uint8_t* weights, int64_t row_bytes, int64_t columns, const float* x,
+              int64_t x_stride, float* y, int64_t y_stride, int64_t rows) {
+  int64_t n = 0;
+  for (; n + R <= rows; n += R) {
+    row_group<Format, M, R>(weights + n * row_bytes, row_bytes, columns, x, x_stride, y + n, y_stride);
+  }
+  for (; n < rows; ++n) {
+    row_group<Format, M, 1>(weights + n * row_bytes, row_bytes, columns, x, x_stride, y + n, y_stride);
+  }
+}
+
+template <class Format>
+void rows_of(const uint8_t* weights, int64_t row_bytes, int64_t columns, const float* x,
+             int64_t x_stride, int64_t count, float* y, int64_t y_stride, int64_t rows) {
+  int64_t m = 0;
+  auto call = [&](auto loop, int64_t step) {
+    for (; m + step <= count; m += step) {
+      loop(weights, row_bytes, columns, x + m * x_stride, x_stride, y + m * y_stride, y_stride, rows);
+    }
+  };
+  constexpr int kRowsAtOnce = Format::kWeights > 32 ? 2 : 4;
+  call(row_loop<Format, 4, 1>, 4);
+  call(row_loop<Format, 2, 2>, 2);
+  call(row_loop<Format, 1, kRowsAtOnce>, 1);
+}
+
+}  // namespace
+
+auto row_kernels() {
+  return std::array{rows_of<F32>,  rows_of<F16>,  rows_of<BF16>, rows_of<Q8_0>,
+                    rows_of<Q4_0>, rows_of<Q4_1>, rows_of<Q5_0>, rows_of<Q5_1>,
+                    rows_of<Q4_K>, rows_of<Q5_K>, rows_of<Q6_K>};
+}
+
+}  // namespace heed::HWY_NAMESPACE
+HWY_AFTER_NAMESPACE();
+
+#if HWY_ONCE
+namespace heed {
+namespace {
+
+struct FormatInfo {
+  const char* name;
+  int64_t weights, bytes;
+};
+constexpr std::array<FormatInfo, kBlockFormats> kFormats{{{"F32", 1, 4},
+                                                          {"F16", 1, 2},
+                                                          {"BF16", 1, 2},
+                                                          {"Q8_0", 32, 34},
+                                                          {"Q4_0", 32, 18},
+                                                          {"Q4_1", 32, 20},
+                                                          {"Q5_0", 32, 22},
+                                                          {"Q5_1", 32, 24},
+                                                          {"Q4_K", 256, 144},
+                                                          {"Q5_K", 256, 176},
+                                                          {"Q6_K", 256, 210}}};
+
+const FormatInfo& info(BlockFormat format) { return kFormats[static_cast<size_t>(format)]; }
+
+using RowKernels = std::array<void (*)(const uint8_t*, int64_t, int64_t, const float*, int64_t, int64_t,
+                                       float*, int64_t, int64_t),
+                              kBlockFormats>;
+
+const RowKernels& row_kernels_for(Isa isa) {
+#if HWY_ARCH_X86
+  static const RowKernels avx512 = N_AVX3::row_kernels();
+  static const RowKernels avx2 = N_AVX2::row_kernels();
+  if (isa >= Isa::avx512) return avx512;
+  if (isa == Isa::avx2) return avx2;
+#endif
+  static const RowKernels portable = HWY_STATIC_DISPATCH(row_kernels)();
+  return portable;
+}
+
+void check(std::span<const RowProduct> products, int64_t x_stride, int64_t count) {
+  auto fail = [](const std::string& text) { throw Error("quantized_rows: " + text); };
+  if (count < 0) fail("count is " + std::to_string(count) + ", at least 0 is needed");
+  for (const RowProduct& p : products) {
+    const BlockMatrix& w = p.weights;
+    if (w.rows < 0 || w.columns < 1 || w.data == nullptr) {
+      fail("weights are [" + std::to_string(w.rows) + "," + std::to_string(w.columns) +
+           "], at least one column and memory are needed");
+    }
+    if (w.columns % info(w.format).weights != 0) {
+      fail(std::string("weights in ") + info(w.format).name + " have " + std::to_string(w.columns) +
+           " columns, a multiple of " + std::to_string(info(w.format).weights) + " is needed");
+    }
+    if (w.columns != products[0].weights.columns) {
+      fail("weights have " + std::to_string(w.columns) + " columns beside others with " +
+           std::to_string(products[0].weights.columns) + ", one number is needed");
+    }
+    if (count > 1 && (x_stride < w.columns || p.y_stride < w.rows)) {
+      fail("x_stride is " + std::to_string(x_stride) + " and y_stride " + std::to_string(p.y_stride) +
+           ", at least " + std::to_string(w.columns) + " and " + std::to_string(w.rows) +
+           " are needed");
+    }
+  }
+}
+
+}  // namespace
+
+const char* name_of(BlockFormat format) { return info(format).name; }
+int64_t weights_per_block(BlockFormat format) { return info(format).weights; }
+int64_t bytes_per_block(BlockFormat format) { return info(format).bytes; }
+
+int64_t BlockMatrix::row_bytes() const {
+  return columns / info(format).weights * info(format).bytes;
+}
+
+void quantized_rows(std::span<const RowProduct> products, const float* x, int64_t x_stride,
+                    int64_t count, const RunOptions& run) {
+  check(products, x_stride, count);
+  if (count == 0) return;
+  // Work items of about 32 KB of weights: they stay in the L1 or L2 cache while the rows of x pass.
+  constexpr int64_t kItemBytes = 32 << 10;
+  auto rows_per_item = [](const BlockMatrix& w) {
+    return std::max<int64_t>(4, kItemBytes / w.row_bytes() / 4 * 4);
+  };
+  int64_t items = 0;
+  for (const RowProduct& p : products) {
+    int64_t step = rows_per_item(p.weights);
+    items += (p.weights.rows + step - 1) / step;
+  }
+  const RowKernels& kernels = row_kernels_for(run.isa.value_or(default_isa()));
+  parallel_for(items, threads_for(run, items), [&](int64_t item, int) {
+    for (const RowProduct& p : products) {
+      const BlockMatrix& w = p.weights;
+      int64_t step = rows_per_item(w), own = (w.rows + step - 1) / step;
+      if (item >= own) {
+        item -= own;
+        continue;
+      }
+      int64_t begin = item * step, rows = std::min(step, w.rows - begin);
+      kernels[static_cast<size_t>(w.format)](
+          reinterpret_cast<const uint8_t*>(w.data) + begin * w.row_bytes(), w.row_bytes(), w.columns, x,
+          x_stride, count, p.y + begin, p.y_stride, rows);
+      return;
+    }
+  });
+}
+
+}  // namespace heed
+#endif  // HWY_ONCE

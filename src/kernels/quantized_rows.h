@@ -1,0 +1,54 @@
+// Few activation rows times a weight matrix as it lies in a GGUF file, without unpacking it to memory.
+//
+//   y[m,n] = sum_k W[n,k] x[m,k]
+//
+// At one activation row the time is that of reading W once, so W stays in its blocks and every block is
+// widened to float32 in registers. Activations and sums are float32.
+#pragma once
+#include <cstddef>
+#include <cstdint>
+#include <span>
+
+#include "heed/run.h"
+
+namespace heed {
+
+/// How the weights of a row are stored; rows follow each other without gaps.
+/// Source: https://github.com/ggml-org/ggml/blob/master/docs/gguf.md
+enum class BlockFormat : uint8_t {
+  f32, f16, bf16,              // plain values, little-endian
+  q8_0, q4_0, q4_1, q5_0, q5_1,  // blocks of 32 weights with a float16 scale (and minimum)
+  q4_k, q5_k, q6_k,            // blocks of 256 weights with 8 or 16 groups of their own scale
+};
+inline constexpr int kBlockFormats = 11;
+
+const char* name_of(BlockFormat format);  // "Q4_1"
+int64_t weights_per_block(BlockFormat format);
+int64_t bytes_per_block(BlockFormat format);
+
+/// W [rows, columns] in memory that the caller keeps alive; no alignment is needed.
+struct BlockMatrix {
+  BlockFormat format = BlockFormat::f32;
+  const std::byte* data = nullptr;
+  int64_t rows = 0;
+  int64_t columns = 0;  // a multiple of weights_per_block(format)
+
+  int64_t row_bytes() const;
+};
+
+/// One product of a call: y[m,n] lies at y + m * y_stride + n.
+struct RowProduct {
+  BlockMatrix weights;
+  float* y = nullptr;
+  int64_t y_stride = 0;  // elements; at least weights.rows
+};
+
+/// All products of the same activations in one parallel region. x[m,k] lies at x + m * x_stride + k,
+/// 0 <= m < count. A row of y depends on its row of x only: the same bits however rows are grouped into
+/// calls and whatever the thread count.
+/// Throws Error when columns differ between products, are no whole number of blocks, or a stride is
+/// too short.
+void quantized_rows(std::span<const RowProduct> products, const float* x, int64_t x_stride,
+                    int64_t count, const RunOptions& run = {});
+
+}  // namespace heed

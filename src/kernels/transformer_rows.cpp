@@ -1,0 +1,408 @@
+#include "kernels/transformer_rows.h"
+
+#include <algorithm>
+#include <cmath>
+#include <cstring>
+#include <functional>
+#include <limits>
+#include <string>
+
+#include "base/parallel.h"
+#include "heed/error.h"
+
+#ifndef HEED_TRANSFORMER_KERNELS_
+#define HEED_TRANSFORMER_KERNELS_
+namespace heed {
+namespace {
+// One instruction set's functions; the last two arguments of the first five are a range of rows.
+struct TransformerKernels {
+  void (*rms_norm)(const Tensor& x, const float* weight, float eps, const Tensor& out, int64_t, int64_t);
+  void (*swiglu)(const Tensor& gate_up, const Tensor& out, int64_t, int64_t);
+  void (*rotate)(const Tensor& x, const Rotation& rotation, int64_t, int64_t);
+  void (*convert)(const Tensor& from, const Tensor& to, int64_t, int64_t);
+  void (*add)(const Tensor& from, int64_t from_step, const Tensor& to, int64_t, int64_t);
+  double (*sum_exp)(const float* x, int64_t n, float shift);
+};
+}  // namespace
+}  // namespace heed
+#endif
+
+#include "kernels/simd.h"
+#undef HWY_TARGET_INCLUDE
+#define HWY_TARGET_INCLUDE "kernels/transformer_rows.cpp"
+#include <hwy/foreach_target.h>
+#include <hwy/highway.h>
+#include <hwy/contrib/math/math-inl.h>
+
+HWY_BEFORE_NAMESPACE();
+namespace heed::HWY_NAMESPACE {
+namespace {
+
+namespace hn = hwy::HWY_NAMESPACE;
+
+using D = hn::CappedTag<float, 16>;
+using DI = hn::RebindToSigned<D>;
+using DU = hn::RebindToUnsigned<D>;
+using DH = hn::Rebind<uint16_t, D>;
+using V = hn::Vec<D>;
+using VU = hn::Vec<DU>;
+constexpr int64_t kLanes = HWY_MIN(HWY_LANES(float), 16);
+
+// The upper half of each lane, rounded to nearest even, in place; NaN stays NaN.
+HWY_INLINE VU round_to_bf16(V x) {
+  const VU bits = hn::BitCast(DU(), x);
+  const VU odd = hn::And(hn::ShiftRight<16>(bits), hn::Set(DU(), 1u));
+  const VU rounded = hn::Add(bits, hn::Add(odd, hn::Set(DU(), 0x7fffu)));
+  const VU quiet = hn::Or(bits, hn::Set(DU(), 0x400000u));
+  const VU chosen = hn::IfThenElse(hn::RebindMask(DU(), hn::IsNaN(x)), quiet, rounded);
+  return hn::And(chosen, hn::Set(DU(), 0xffff0000u));
+}
+
+HWY_INLINE V load(const float* p) { return hn::LoadU(D(), p); }
+HWY_INLINE V load(const bfloat16* p) {
+  const auto half = hn::LoadU(DH(), reinterpret_cast<const uint16_t*>(p));
+  return hn::BitCast(D(), hn::ShiftLeft<16>(hn::PromoteTo(DU(), half)));
+}
+HWY_INLINE void store(V x, float* p) { hn::StoreU(x, D(), p); }
+HWY_INLINE void store(V x, bfloat16* p) {
+  const auto half = hn::BitCast(DI(), hn::ShiftRight<16>(round_to_bf16(x)));
+  hn::StoreU(hn::DemoteTo(DH(), half), DH(), reinterpret_cast<uint16_t*>(p));
+}
+
+// The first n < kLanes elements; the others read as zero and are not written.
+template <class T>
+HWY_INLINE V load(const T* p, int64_t n) {
+  if (n >= kLanes) return load(p);
+  T padded[kLanes] = {};
+  std::memcpy(padded, p, static_cast<size_t>(n) * sizeof(T));
+  return load(padded);
+}
+template <class T>
+HWY_INLINE void store(V x, T* p, int64_t n) {
+  if (n >= kLanes) return store(x, p);
+  T padded[kLanes];
+  store(x, padded);
+  std::memcpy(p, padded, static_cast<size_t>(n) * sizeof(T));
+}
+
+template <class From, class To>
+void rms_norm_row(const From* x, const float* weight, float eps, To* out, int64_t columns) {
+  V sums[2] = {hn::Zero(D()), hn::Zero(D())};
+  for (int64_t c = 0; c < columns; c += 2 * kLanes) {
+    const V a = load(x + c, columns - c);
+    sums[0] = hn::MulAdd(a, a, sums[0]);
+    if (c + kLanes < columns) {
+      const V b = load(x + c + kLanes, columns - c - kLanes);
+      sums[1] = hn::MulAdd(b, b, sums[1]);
+    }
+  }
+  const float total = hn::GetLane(hn::SumOfLanes(D(), hn::Add(sums[0], sums[1])));
+  const V factor = hn::Set(D(), 1.0f / std::sqrt(total / static_cast<float>(columns) + eps));
+  for (int64_t c = 0; c < columns; c += kLanes) {
+    const int64_t n = columns - c;
+    store(hn::Mul(hn::Mul(load(x + c, n), factor), load(weight + c, n)), out + c, n);
+  }
+}
+
+template <class T>
+void swiglu_row(const T* gate, const T* up, T* out, int64_t columns) {
+  // exp(88) is finite; where it replaces a larger value the result is below 1e-35 |g u|.
+  const V one = hn::Set(D(), 1.0f), largest = hn::Set(D(), 88.0f);
+  for (int64_t c = 0; c < columns; c += kLanes) {
+    const int64_t n = columns - c;
+    const V g = load(gate + c, n);
+    const V denominator = hn::Add(one, hn::Exp(D(), hn::Min(hn::Neg(g), largest)));
+    store(hn::Mul(hn::Div(g, denominator), load(up + c, n)), out + c, n);
+  }
+}
+
+// kLanes pairs: even and odd elements of 2 * kLanes neighbours.
+HWY_INLINE void load_pairs(const float* p, V& a, V& b) { hn::LoadInterleaved2(D(), p, a, b); }
+HWY_INLINE void store_pairs(V a, V b, float* p) { hn::StoreInterleaved2(a, b, D(), p); }
+HWY_INLINE void load_pairs(const bfloat16* p, V& a, V& b) {
+  uint32_t words[kLanes];
+  std::memcpy(words, p, sizeof words);
+  const VU both = hn::LoadU(DU(), words);
+  a = hn::BitCast(D(), hn::ShiftLeft<16>(both));
+  b = hn::BitCast(D(), hn::And(both, hn::Set(DU(), 0xffff0000u)));
+}
+HWY_INLINE void store_pairs(V a, V b, bfloat16* p) {
+  uint32_t words[kLanes];
+  hn::StoreU(hn::Or(round_to_bf16(b), hn::ShiftRight<16>(round_to_bf16(a))), DU(), words);
+  std::memcpy(p, words, sizeof words);
+}
+
+HWY_INLINE void turn(V& a, V& b, const float* cos, const float* sin) {
+  const V c = load(cos), s = load(sin), old = a;
+  a = hn::NegMulAdd(b, s, hn::Mul(old, c));
+  b = hn::MulAdd(old, s, hn::Mul(b, c));
+}
+
+template <class T>
+void rotate_interleaved(T* x, int64_t pairs, const float* cos, const float* sin) {
+  V a, b;
+  int64_t i = 0;
+  for (; i + kLanes <= pairs; i += kLanes) {
+    load_pairs(x + 2 * i, a, b);
+    turn(a, b, cos + i, sin + i);
+    store_pairs(a, b, x + 2 * i);
+  }
+  if (i == pairs) return;
+  T padded[2 * kLanes] = {};
+  const size_t bytes = static_cast<size_t>(2 * (pairs - i)) * sizeof(T);
+  std::memcpy(padded, x + 2 * i, bytes);
+  load_pairs(padded, a, b);
+  turn(a, b, cos + i, sin + i);
+  store_pairs(a, b, padded);
+  std::memcpy(x + 2 * i, padded, bytes);
+}
+
+template <class T>
+void rotate_halves(T* x, int64_t pairs, const float* cos, const float* sin) {
+  for (int64_t i = 0; i < pairs; i += kLanes) {
+    const int64_t n = pairs - i;
+    V a = load(x + i, n), b = load(x + pairs + i, n);
+    turn(a, b, cos + i, sin + i);
+    store(a, x + i, n);
+    store(b, x + pairs + i, n);
+  }
+}
+
+template <class T>
+void rotate_row(T* x, int64_t columns, const Rotation& r, int64_t row) {
+  const float* cos = r.cos + row * r.table_stride;
+  const float* sin = r.sin + row * r.table_stride;
+  for (int64_t c = 0; c < columns; c += r.head_dim) {
+    if (r.interleaved) {
+      rotate_interleaved(x + c, r.pairs, cos, sin);
+    } else {
+      rotate_halves(x + c, r.pairs, cos, sin);
+    }
+  }
+}
+
+template <class From, class To>
+void convert_row(const From* from, To* to, int64_t columns) {
+  for (int64_t c = 0; c < columns; c += kLanes) store(load(from + c, columns - c), to + c, columns - c);
+}
+
+template <class From, class To>
+void add_row(const From* from, To* to, int64_t columns) {
+  for (int64_t c = 0; c < columns; c += kLanes) {
+    const int64_t n = columns - c;
+    store(hn::Add(load(to + c, n), load(from + c, n)), to + c, n);
+  }
+}
+
+// Sum of exp(x - shift) in blocks, so that float32 sums stay short.
+double sum_exp(const float* x, int64_t n, float shift) {
+  const V s = hn::Set(D(), shift);
+  double total = 0.0;
+  for (int64_t begin = 0; begin < n; begin += 1024) {
+    const int64_t end = std::min(n, begin + 1024);
+    V sum = hn::Zero(D());
+    int64_t i = begin;
+    for (; i + kLanes <= end; i += kLanes) {
+      sum = hn::Add(sum, hn::Exp(D(), hn::Sub(hn::LoadU(D(), x + i), s)));
+    }
+    total += static_cast<double>(hn::GetLane(hn::SumOfLanes(D(), sum)));
+    for (; i < end; ++i) total += std::exp(static_cast<double>(x[i]) - static_cast<double>(shift));
+  }
+  return total;
+}
+
+// Calls body(element type of a, of b) for the types of two matrices.
+template <class Body>
+void for_types(DType a, DType b, Body body) {
+  auto with_b = [&](auto first) {
+    b == DType::f32 ? body(first, float{}) : body(first, bfloat16{});
+  };
+  a == DType::f32 ? with_b(float{}) : with_b(bfloat16{});
+}
+
+template <class T>
+T* row_of(const Tensor& x, int64_t row) {
+  return x.as<T>() + row * x.stride(0);
+}
+
+void rms_norm_rows(const Tensor& x, const float* weight, float eps, const Tensor& out, int64_t begin,
+                   int64_t end) {
+  for_types(x.dtype(), out.dtype(), [&](auto a, auto b) {
+    for (int64_t m = begin; m < end; ++m) {
+      rms_norm_row(row_of<decltype(a)>(x, m), weight, eps, row_of<decltype(b)>(out, m), x.size(1));
+    }
+  });
+}
+
+void swiglu_rows(const Tensor& gate_up, const Tensor& out, int64_t begin, int64_t end) {
+  for_types(out.dtype(), out.dtype(), [&](auto a, auto) {
+    using T = decltype(a);
+    for (int64_t m = begin; m < end; ++m) {
+      const T* gate = row_of<T>(gate_up, m);
+      swiglu_row(gate, gate + out.size(1), row_of<T>(out, m), out.size(1));
+    }
+  });
+}
+
+void rotate_rows(const Tensor& x, const Rotation& rotation, int64_t begin, int64_t end) {
+  for_types(x.dtype(), x.dtype(), [&](auto a, auto) {
+    for (int64_t m = begin; m < end; ++m) {
+      rotate_row(row_of<decltype(a)>(x, m), x.size(1), rotation, m);
+    }
+  });
+}
+
+void convert_some(const Tensor& from, const Tensor& to, int64_t begin, int64_t end) {
+  for_types(from.dtype(), to.dtype(), [&](auto a, auto b) {
+    for (int64_t m = begin; m < end; ++m) {
+      convert_row(row_of<decltype(a)>(from, m), row_of<decltype(b)>(to, m), to.size(1));
+    }
+  });
+}
+
+// from_step 0 adds the same row everywhere.
+void add_some(const Tensor& from, int64_t from_step, const Tensor& to, int64_t begin, int64_t end) {
+  for_types(from.dtype(), to.dtype(), [&](auto a, auto b) {
+    for (int64_t m = begin; m < end; ++m) {
+      add_row(from.as<decltype(a)>() + m * from_step, row_of<decltype(b)>(to, m), to.size(1));
+    }
+  });
+}
+
+}  // namespace
+
+TransformerKernels transformer_kernels() {
+  return {rms_norm_rows, swiglu_rows, rotate_rows, convert_some, add_some, sum_exp};
+}
+
+}  // namespace heed::HWY_NAMESPACE
+HWY_AFTER_NAMESPACE();
+
+#if HWY_ONCE
+namespace heed {
+namespace {
+
+const TransformerKernels& kernels_for(const RunOptions& run) {
+  const Isa isa = run.isa.value_or(default_isa());
+#if HWY_ARCH_X86
+  static const TransformerKernels avx512 = N_AVX3::transformer_kernels();
+  static const TransformerKernels avx2 = N_AVX2::transformer_kernels();
+  if (isa >= Isa::avx512) return avx512;
+  if (isa == Isa::avx2) return avx2;
+#endif
+  static const TransformerKernels portable = HWY_STATIC_DISPATCH(transformer_kernels)();
+  return portable;
+}
+
+[[noreturn]] void fail(const char* op, const std::string& text) {
+  throw Error(std::string(op) + ": " + text);
+}
+
+void check_matrix(const char* op, const char* name, const Tensor& x) {
+  if (x.rank() != 2 || (x.dtype() != DType::f32 && x.dtype() != DType::bf16) ||
+      (x.size(1) > 1 && x.stride(1) != 1)) {
+    fail(op, describe(name, x) +
+                 " is given, a float32 or bfloat16 matrix with unit stride in its columns is needed");
+  }
+}
+
+void check_shape(const char* op, const char* name, const Tensor& x, const Dims& needed) {
+  check_matrix(op, name, x);
+  if (!(x.shape() == needed)) fail(op, describe(name, x) + " is given, " + to_string(needed) +
+                                           " is needed");
+}
+
+void check_vector(const char* op, const char* name, const Tensor& x, int64_t needed) {
+  if (x.rank() != 1 || x.dtype() != DType::f32 || x.size(0) != needed || !x.is_contiguous()) {
+    fail(op, describe(name, x) + " is given, float32 [" + std::to_string(needed) + "] is needed");
+  }
+}
+
+// Runs body(begin, end) over groups of rows.
+void for_rows(int64_t rows, const RunOptions& run, const std::function<void(int64_t, int64_t)>& body) {
+  constexpr int64_t kRowsPerItem = 16;
+  if (rows <= kRowsPerItem) return body(0, rows);
+  const int64_t items = (rows + kRowsPerItem - 1) / kRowsPerItem;
+  parallel_for(items, threads_for(run, items), [&](int64_t item, int) {
+    body(item * kRowsPerItem, std::min(rows, (item + 1) * kRowsPerItem));
+  });
+}
+
+}  // namespace
+
+void rms_norm(const Tensor& x, const Tensor& weight, float eps, const Tensor& out,
+              const RunOptions& run) {
+  check_matrix("rms_norm", "x", x);
+  check_vector("rms_norm", "weight", weight, x.size(1));
+  check_shape("rms_norm", "out", out, x.shape());
+  for_rows(x.size(0), run, [&](int64_t begin, int64_t end) {
+    kernels_for(run).rms_norm(x, weight.as<float>(), eps, out, begin, end);
+  });
+}
+
+void swiglu(const Tensor& gate_up, const Tensor& out, const RunOptions& run) {
+  check_matrix("swiglu", "out", out);
+  check_shape("swiglu", "gate_up", gate_up, {out.size(0), 2 * out.size(1)});
+  if (gate_up.dtype() != out.dtype()) {
+    fail("swiglu", describe("gate_up", gate_up) + " and " + describe("out", out) +
+                       " are given, one type is needed");
+  }
+  for_rows(out.size(0), run, [&](int64_t begin, int64_t end) {
+    kernels_for(run).swiglu(gate_up, out, begin, end);
+  });
+}
+
+void rotate(const Tensor& x, const Rotation& rotation, const RunOptions& run) {
+  check_matrix("rotate", "x", x);
+  const Rotation& r = rotation;
+  if (r.head_dim < 1 || x.size(1) % r.head_dim != 0 || r.pairs < 0 || 2 * r.pairs > r.head_dim ||
+      r.table_stride < rotation_stride(r.pairs)) {
+    fail("rotate", describe("x", x) + " with head_dim " + std::to_string(r.head_dim) + ", pairs " +
+                       std::to_string(r.pairs) + " and table_stride " +
+                       std::to_string(r.table_stride) +
+                       " is given; heads must fill the columns, pairs a head at most, and the stride "
+                       "must be rotation_stride(pairs) or more");
+  }
+  for_rows(x.size(0), run, [&](int64_t begin, int64_t end) {
+    kernels_for(run).rotate(x, r, begin, end);
+  });
+}
+
+void convert_rows(const Tensor& from, const Tensor& to, const RunOptions& run) {
+  check_matrix("convert_rows", "from", from);
+  check_shape("convert_rows", "to", to, from.shape());
+  for_rows(to.size(0), run, [&](int64_t begin, int64_t end) {
+    kernels_for(run).convert(from, to, begin, end);
+  });
+}
+
+void add_rows(const Tensor& from, const Tensor& to, const RunOptions& run) {
+  check_matrix("add_rows", "from", from);
+  check_shape("add_rows", "to", to, from.shape());
+  for_rows(to.size(0), run, [&](int64_t begin, int64_t end) {
+    kernels_for(run).add(from, from.stride(0), to, begin, end);
+  });
+}
+
+void add_bias(const Tensor& bias, const Tensor& x, const RunOptions& run) {
+  check_matrix("add_bias", "x", x);
+  check_vector("add_bias", "bias", bias, x.size(1));
+  for_rows(x.size(0), run, [&](int64_t begin, int64_t end) {
+    kernels_for(run).add(bias, 0, x, begin, end);
+  });
+}
+
+double log_sum_exp(const float* x, int64_t n, const RunOptions& run) {
+  float largest = -std::numeric_limits<float>::infinity();
+  bool has_nan = false;
+  for (int64_t i = 0; i < n; ++i) {
+    largest = std::max(largest, x[i]);
+    has_nan |= std::isnan(x[i]);
+  }
+  if (has_nan) return std::numeric_limits<double>::quiet_NaN();
+  if (std::isinf(largest)) return static_cast<double>(largest);
+  return static_cast<double>(largest) + std::log(kernels_for(run).sum_exp(x, n, largest));
+}
+
+}  // namespace heed
+#endif  // HWY_ONCE
