@@ -1,0 +1,39 @@
+#include "llm/dense.h"
+
+#include <ATen/Parallel.h>
+#include <ATen/core/Tensor.h>
+#include <ATen/ops/from_blob.h>
+#include <ATen/ops/mm.h>
+#include <c10/core/InferenceMode.h>
+
+#include <algorithm>
+
+#include "base/parallel.h"
+
+namespace heed {
+
+namespace {
+
+at::Tensor wrap(const Tensor& x) {
+  return at::from_blob(x.data(), {x.size(0), x.size(1)},
+                       x.dtype() == DType::f32 ? at::kFloat : at::kBFloat16);
+}
+
+}  // namespace
+
+void dense_product(const Tensor& x, const Tensor& w, const Tensor& y, const RunOptions& run) {
+  c10::InferenceMode inference;
+  const int threads = threads_for(run, w.size(0));
+  if (at::get_num_threads() != threads) at::set_num_threads(threads);
+  at::Tensor out = wrap(y);
+  at::mm_out(out, wrap(x), wrap(w).t());
+}
+
+bool bf16_products_are_fast() {
+  const auto& features = cpu_info().features;
+  return std::any_of(features.begin(), features.end(), [](const std::string& feature) {
+    return feature == "amx_bf16" || feature == "avx512_bf16";
+  });
+}
+
+}  // namespace heed

@@ -1,0 +1,14 @@
+// Products of many activation rows with unpacked weights, on libtorch.
+#pragma once
+#include "heed/run.h"
+#include "heed/tensor.h"
+
+namespace heed {
+
+/// y[m,n] = sum_k x[m,k] w[n,k]; x [M,K], w [N,K], y [M,N] contiguous, all float32 or all bfloat16.
+void dense_product(const Tensor& x, const Tensor& w, const Tensor& y, const RunOptions& run);
+
+/// Whether this processor multiplies bfloat16 matrices faster than float32 ones.
+bool bf16_products_are_fast();
+
+}  // namespace heed

@@ -1,0 +1,61 @@
+#include "llm/eval.h"
+
+#include <algorithm>
+#include <cmath>
+#include <string>
+
+#include "heed/error.h"
+#include "kernels/transformer_rows.h"
+#include "llm/model.h"
+
+namespace heed {
+
+namespace {
+
+int64_t in_range(const char* name, int64_t value, int64_t least, int64_t most) {
+  if (value < least || value > most) {
+    throw Error(std::string(name) + " is " + std::to_string(value) + ", " + std::to_string(least) +
+                " to " + std::to_string(most) + " is needed");
+  }
+  return value;
+}
+
+}  // namespace
+
+Perplexity perplexity(Model& model, std::span<const int32_t> tokens,
+                      const PerplexityOptions& options) {
+  const int64_t count = static_cast<int64_t>(tokens.size());
+  if (count < 2) {
+    throw Error("text: it has " + std::to_string(count) + " tokens, at least 2 are needed");
+  }
+  const int64_t context =
+      in_range("context", options.context.value_or(model.context()), 2, model.context());
+  const int64_t stride = in_range("stride", options.stride.value_or(std::max<int64_t>(1, context / 2)),
+                                  1, context - 1);
+  Perplexity result;
+  double sum = 0;
+  const double attention_before = model.attention_seconds(), total_before = model.total_seconds();
+  const int64_t total = count - 1;
+  bool go_on = true;
+  for (int64_t begin = 0; go_on && result.scored < total; begin += stride) {
+    const int64_t end = std::min(count, begin + context);
+    model.truncate(0);
+    // Token `scored + 1` is the next to score; the row before it gives its logits.
+    const int64_t first = result.scored - begin;
+    const auto window = tokens.subspan(static_cast<size_t>(begin), static_cast<size_t>(end - begin - 1));
+    model.append(window, first, [&](int64_t i, std::span<const float> logits) {
+      const int32_t next = tokens[static_cast<size_t>(begin + i + 1)];
+      sum += log_sum_exp(logits.data(), static_cast<int64_t>(logits.size())) -
+             static_cast<double>(logits[static_cast<size_t>(next)]);
+      ++result.scored;
+    });
+    if (options.on_progress) go_on = options.on_progress(result.scored, total);
+  }
+  result.mean_nll = sum / static_cast<double>(result.scored);
+  result.perplexity = std::exp(result.mean_nll);
+  result.attention_seconds = model.attention_seconds() - attention_before;
+  result.total_seconds = model.total_seconds() - total_before;
+  return result;
+}
+
+}  // namespace heed

@@ -1,0 +1,34 @@
+// How well a model predicts a text.
+#pragma once
+#include <cstdint>
+#include <functional>
+#include <optional>
+#include <span>
+
+namespace heed {
+
+class Model;
+
+struct PerplexityOptions {
+  std::optional<int64_t> context = {};  // tokens per window, 2 to the model's; none: the model's
+  std::optional<int64_t> stride = {};   // between windows, 1 to context - 1; none: context / 2
+  /// Called as tokens are scored; false stops, and the result covers those scored so far.
+  std::function<bool(int64_t scored, int64_t total)> on_progress = {};
+};
+
+struct Perplexity {
+  int64_t scored = 0;       // tokens: all but the first, which nothing precedes
+  double mean_nll = 0;      // natural logarithm, per scored token
+  double perplexity = 0;    // exp(mean_nll)
+  double attention_seconds = 0;
+  double total_seconds = 0;
+};
+
+/// Windows of `context` tokens move over the text by `stride`. Every token is scored once, in the first
+/// window that holds it, so all but those of the first window see at least context - stride tokens
+/// before them. Empties the model's cache. Throws Error for fewer than two tokens and for options out of
+/// range.
+Perplexity perplexity(Model& model, std::span<const int32_t> tokens,
+                      const PerplexityOptions& options = {});
+
+}  // namespace heed

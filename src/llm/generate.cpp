@@ -1,0 +1,117 @@
+#include "llm/generate.h"
+
+#include <algorithm>
+#include <array>
+#include <chrono>
+#include <string>
+
+#include "heed/error.h"
+#include "llm/model.h"
+
+namespace heed {
+
+namespace {
+
+double seconds_since(std::chrono::steady_clock::time_point start) {
+  return std::chrono::duration<double>(std::chrono::steady_clock::now() - start).count();
+}
+
+double ratio(double a, double b) { return b > 0 ? a / b : 0; }
+
+}  // namespace
+
+const char* name_of(StopReason reason) {
+  constexpr std::array kNames{"stop token", "max tokens", "context full", "cancelled"};
+  return kNames[static_cast<size_t>(reason)];
+}
+
+double GenerateResult::prefill_tokens_per_s() const {
+  return ratio(static_cast<double>(prompt_tokens - reused_tokens), prefill_seconds);
+}
+double GenerateResult::decode_tokens_per_s() const {
+  return ratio(static_cast<double>(decoded_tokens), decode_seconds);
+}
+double GenerateResult::attention_share() const {
+  return ratio(attention_seconds, prefill_seconds + decode_seconds);
+}
+
+// Runs the part of the prompt that is not in the cache yet; false when it was cancelled.
+bool Generator::read_prompt(std::span<const int32_t> prompt, const GenerateOptions& options,
+                            GenerateResult& result) {
+  // Someone else may have used the model in between: then only an empty cache is known.
+  if (static_cast<int64_t>(cached_.size()) != model_.length()) cached_.clear();
+  const size_t most = std::min(prompt.size() - 1, cached_.size());  // the last token gives the logits
+  const size_t common = static_cast<size_t>(
+      std::mismatch(prompt.begin(), prompt.begin() + static_cast<int64_t>(most), cached_.begin()).first -
+      prompt.begin());
+  model_.truncate(static_cast<int64_t>(common));
+  cached_.resize(common);
+  result.reused_tokens = static_cast<int64_t>(common);
+  const int64_t total = static_cast<int64_t>(prompt.size());
+  model_.reserve(std::min(model_.context(), total + std::min<int64_t>(options.max_tokens, 512)));
+  const size_t rest = prompt.size() - common;
+  const size_t chunks = (rest + Model::kChunk - 1) / Model::kChunk;
+  for (size_t c = 0; c < chunks; ++c) {
+    const size_t begin = common + rest * c / chunks, end = common + rest * (c + 1) / chunks;
+    const auto chunk = prompt.subspan(begin, end - begin);
+    model_.append(chunk);
+    cached_.insert(cached_.end(), chunk.begin(), chunk.end());
+    if (options.on_prompt && !options.on_prompt(static_cast<int64_t>(end), total)) return false;
+  }
+  return true;
+}
+
+void Generator::write_answer(const GenerateOptions& options, Sampler& sampler,
+                             GenerateResult& result) {
+  while (static_cast<int64_t>(result.tokens.size()) < options.max_tokens) {
+    const int32_t token = sampler.sample(model_.logits());
+    if (std::find(options.stop_tokens.begin(), options.stop_tokens.end(), token) !=
+        options.stop_tokens.end()) {
+      result.stop = StopReason::stop_token;
+      return;
+    }
+    result.tokens.push_back(token);
+    if (options.on_token && !options.on_token(token)) {
+      result.stop = StopReason::cancelled;
+      return;
+    }
+    if (static_cast<int64_t>(result.tokens.size()) == options.max_tokens) return;
+    if (model_.length() == model_.context()) {
+      result.stop = StopReason::context;
+      return;
+    }
+    model_.append(std::span(&token, 1));
+    cached_.push_back(token);
+    ++result.decoded_tokens;
+  }
+}
+
+GenerateResult Generator::generate(std::span<const int32_t> prompt, const GenerateOptions& options) {
+  if (prompt.empty()) throw Error("prompt: it has no tokens, at least one is needed");
+  if (static_cast<int64_t>(prompt.size()) > model_.context()) {
+    throw Error("prompt: it has " + std::to_string(prompt.size()) + " tokens, the context holds " +
+                std::to_string(model_.context()));
+  }
+  if (options.max_tokens < 0) {
+    throw Error("max_tokens is " + std::to_string(options.max_tokens) + ", at least 0 is needed");
+  }
+  Sampler sampler(options.sampler);
+  GenerateResult result;
+  result.prompt_tokens = static_cast<int64_t>(prompt.size());
+  const double attention_before = model_.attention_seconds();
+  auto start = std::chrono::steady_clock::now();
+  const bool complete = read_prompt(prompt, options, result);
+  if (complete) (void)model_.logits();
+  result.prefill_seconds = seconds_since(start);
+  start = std::chrono::steady_clock::now();
+  if (complete) {
+    write_answer(options, sampler, result);
+  } else {
+    result.stop = StopReason::cancelled;
+  }
+  result.decode_seconds = seconds_since(start);
+  result.attention_seconds = model_.attention_seconds() - attention_before;
+  return result;
+}
+
+}  // namespace heed

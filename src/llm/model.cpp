@@ -1,0 +1,275 @@
+#include "llm/model.h"
+
+#include <algorithm>
+#include <chrono>
+#include <cmath>
+#include <string>
+#include <utility>
+
+#include "heed/error.h"
+#include "kernels/transformer_rows.h"
+#include "llm/gguf.h"
+
+namespace heed {
+
+namespace {
+
+// Adds the time until it goes out of scope.
+class Stopwatch {
+ public:
+  explicit Stopwatch(double& seconds) : seconds_(seconds) {}
+  ~Stopwatch() {
+    seconds_ += std::chrono::duration<double>(std::chrono::steady_clock::now() - start_).count();
+  }
+  Stopwatch(const Stopwatch&) = delete;
+
+ private:
+  double& seconds_;
+  std::chrono::steady_clock::time_point start_ = std::chrono::steady_clock::now();
+};
+
+// Rows of logits formed at once when every row's are wanted: 12 MB for a vocabulary of 50,000.
+constexpr int64_t kLogitRows = 64;
+
+std::vector<ModelAttention> per_layer(std::vector<ModelAttention> attention, int64_t layers) {
+  if (attention.size() == 1) attention.resize(static_cast<size_t>(layers), attention[0]);
+  if (attention.size() != static_cast<size_t>(layers)) {
+    throw Error("attention: " + std::to_string(attention.size()) + " are given, 1 or one for each of " +
+                std::to_string(layers) + " layers is needed");
+  }
+  return attention;
+}
+
+DType cache_dtype(ModelDtype dtype) { return dtype == ModelDtype::f32 ? DType::f32 : DType::bf16; }
+
+// Columns [begin, begin + count) of a matrix.
+Tensor columns_of(const Tensor& x, int64_t begin, int64_t count) {
+  return x.slice(1, begin, begin + count);
+}
+
+// A matrix [rows, heads * head_dim] as [1, heads, rows, head_dim].
+Tensor as_heads(const Tensor& x, int64_t head_dim) {
+  return Tensor(x.data(), x.dtype(), {1, x.size(1) / head_dim, x.size(0), head_dim},
+                {x.size(0) * x.stride(0), head_dim, x.stride(0), 1});
+}
+
+// Every head of every row of a matrix as a row of its own, where the heads fill the rows.
+Tensor as_single_heads(const Tensor& x, int64_t row, int64_t head_dim) {
+  return Tensor(x.at({row}), x.dtype(), {x.size(1) / head_dim, head_dim});
+}
+
+}  // namespace
+
+Model::Model(const GgufFile& file, ModelOptions options)
+    : config_(read_model_config(file)),
+      dtype_(options.dtype.value_or(default_model_dtype(file))),
+      weights_(load_weights(file, config_, dtype_, options.run)),
+      cache_(config_.layers, config_.kv_heads, config_.head_dim, cache_dtype(dtype_),
+             options.context.value_or(config_.context)),
+      attention_(per_layer(std::move(options.attention), config_.layers)),
+      run_(options.run) {}
+
+void Model::check_tokens(std::span<const int32_t> tokens) const {
+  for (int32_t token : tokens) {
+    if (token < 0 || token >= config_.vocab) {
+      throw Error("tokens: id " + std::to_string(token) + " is given, 0 to " +
+                  std::to_string(config_.vocab - 1) + " is needed");
+    }
+  }
+  if (length() + static_cast<int64_t>(tokens.size()) > context()) {
+    throw Error("tokens: " + std::to_string(tokens.size()) + " more are given after " +
+                std::to_string(length()) + ", the context holds " + std::to_string(context()));
+  }
+}
+
+void Model::make_room(int64_t rows) {
+  if (rows <= capacity_rows_) return;
+  capacity_rows_ = rows;
+  // float32 is the widest type that passes through any of them.
+  const auto make = [&](int64_t columns) { return Array(DType::f32, {rows, columns}); };
+  const int64_t head_columns = config_.heads * config_.head_dim;
+  stream_ = make(config_.width);
+  normed_ = make(config_.width);
+  sum_ = make(config_.width);
+  qkv_ = make(config_.qkv_rows());
+  heads_ = make(head_columns);
+  heads_out_ = make(head_columns);
+  attended_ = make(head_columns);
+  gate_up_ = make(2 * config_.hidden);
+  hidden_ = make(config_.hidden);
+  const int64_t stride = rotation_stride(static_cast<int64_t>(config_.rotary_frequencies.size()));
+  cos_ = Array::zeros(DType::f32, {rows, stride});
+  sin_ = Array::zeros(DType::f32, {rows, stride});
+}
+
+void Model::make_rotation_table(int64_t first, int64_t rows) {
+  for (int64_t m = 0; m < rows; ++m) {
+    float* cos = reinterpret_cast<float*>(cos_.view().at({m}));
+    float* sin = reinterpret_cast<float*>(sin_.view().at({m}));
+    const double position = static_cast<double>(first + m);
+    for (size_t i = 0; i < config_.rotary_frequencies.size(); ++i) {
+      const double angle = position * config_.rotary_frequencies[i];
+      cos[i] = static_cast<float>(std::cos(angle));
+      sin[i] = static_cast<float>(std::sin(angle));
+    }
+  }
+}
+
+Tensor Model::buffer(Array& memory, DType type, int64_t rows, int64_t columns) const {
+  return Tensor(memory.as<void>(), type, {rows, columns});
+}
+
+// Biases, head norms and positions of queries and keys, in place.
+void Model::prepare_heads(const LayerWeights& w, const Tensor& qkv) {
+  if (w.qkv_bias.view().defined()) add_bias(w.qkv_bias, qkv, run_);
+  const int64_t d = config_.head_dim;
+  const Tensor queries = columns_of(qkv, 0, config_.heads * d);
+  const Tensor keys = columns_of(qkv, config_.heads * d, config_.kv_heads * d);
+  if (config_.qk_norm) {
+    for (int64_t m = 0; m < qkv.size(0); ++m) {
+      const Tensor q = as_single_heads(queries, m, d), k = as_single_heads(keys, m, d);
+      rms_norm(q, w.q_norm, config_.norm_eps, q, run_);
+      rms_norm(k, w.k_norm, config_.norm_eps, k, run_);
+    }
+  }
+  rotate(columns_of(qkv, 0, (config_.heads + config_.kv_heads) * d),
+         {.head_dim = d,
+          .pairs = static_cast<int64_t>(config_.rotary_frequencies.size()),
+          .interleaved = config_.rotary_interleaved,
+          .cos = cos_.as<float>(),
+          .sin = sin_.as<float>(),
+          .table_stride = cos_.view().stride(0)},
+         run_);
+}
+
+// Stores the keys and values behind those of the cache and attends to all of them.
+void Model::attend(int64_t layer, const Tensor& qkv, const Tensor& out) {
+  const int64_t d = config_.head_dim, rows = qkv.size(0), past = length();
+  const Tensor k = cache_.keys(layer, past + rows), v = cache_.values(layer, past + rows);
+  for (int64_t h = 0; h < config_.kv_heads; ++h) {
+    const auto store = [&](int64_t head, const Tensor& cache) {
+      convert_rows(columns_of(qkv, head * d, d),
+                   cache.select(0, 0).select(0, h).slice(0, past, past + rows), run_);
+    };
+    store(config_.heads + h, k);
+    store(config_.heads + config_.kv_heads + h, v);
+  }
+  Tensor q = columns_of(qkv, 0, config_.heads * d);
+  Tensor result = out;
+  if (!is_head_dtype(qkv.dtype())) {
+    const Tensor converted = buffer(heads_, cache_.dtype(), rows, config_.heads * d);
+    convert_rows(q, converted, run_);
+    q = converted;
+    result = buffer(heads_out_, cache_.dtype(), rows, config_.heads * d);
+  }
+  {
+    Stopwatch watch(attention_seconds_);
+    attention_[static_cast<size_t>(layer)](as_heads(q, d), k, v, as_heads(result, d), run_);
+  }
+  if (!is_head_dtype(qkv.dtype())) convert_rows(result, out, run_);
+}
+
+void Model::attention_block(int64_t layer, int64_t rows, DType type) {
+  const LayerWeights& w = weights_.layers[static_cast<size_t>(layer)];
+  const Tensor stream = buffer(stream_, DType::f32, rows, config_.width);
+  const Tensor normed = buffer(normed_, type, rows, config_.width);
+  const Tensor qkv = buffer(qkv_, type, rows, config_.qkv_rows());
+  const Tensor attended = buffer(attended_, type, rows, config_.heads * config_.head_dim);
+  const Tensor sum = buffer(sum_, type, rows, config_.width);
+  rms_norm(stream, w.attention_norm, config_.norm_eps, normed, run_);
+  w.qkv.multiply(normed, qkv, run_);
+  prepare_heads(w, qkv);
+  attend(layer, qkv, attended);
+  w.out.multiply(attended, sum, run_);
+  if (w.out_bias.view().defined()) add_bias(w.out_bias, sum, run_);
+  add_rows(sum, stream, run_);
+}
+
+void Model::feed_forward_block(const LayerWeights& w, int64_t rows, DType type) {
+  const Tensor stream = buffer(stream_, DType::f32, rows, config_.width);
+  const Tensor normed = buffer(normed_, type, rows, config_.width);
+  const Tensor gate_up = buffer(gate_up_, type, rows, 2 * config_.hidden);
+  const Tensor hidden = buffer(hidden_, type, rows, config_.hidden);
+  const Tensor sum = buffer(sum_, type, rows, config_.width);
+  rms_norm(stream, w.hidden_norm, config_.norm_eps, normed, run_);
+  w.gate_up.multiply(normed, gate_up, run_);
+  swiglu(gate_up, hidden, run_);
+  w.down.multiply(hidden, sum, run_);
+  add_rows(sum, stream, run_);
+}
+
+void Model::append_chunk(std::span<const int32_t> tokens) {
+  const int64_t rows = static_cast<int64_t>(tokens.size());
+  last_row_ = -1;
+  make_room(rows);
+  make_rotation_table(length(), rows);
+  const Tensor stream = buffer(stream_, DType::f32, rows, config_.width);
+  for (int64_t m = 0; m < rows; ++m) {
+    weights_.embed(tokens[static_cast<size_t>(m)], reinterpret_cast<float*>(stream.at({m})));
+  }
+  const DType type = rows > few_rows(weights_.dense_type) ? weights_.dense_type : DType::f32;
+  for (int64_t layer = 0; layer < config_.layers; ++layer) {
+    attention_block(layer, rows, type);
+    feed_forward_block(weights_.layers[static_cast<size_t>(layer)], rows, type);
+  }
+  cache_.advance(rows);
+  last_row_ = rows - 1;
+}
+
+// Rows of the stream after the last norm, float32.
+Tensor Model::normalized_rows(int64_t first, int64_t rows) {
+  const Tensor stream = buffer(stream_, DType::f32, capacity_rows_, config_.width);
+  const Tensor normed = buffer(normed_, DType::f32, rows, config_.width);
+  rms_norm(stream.slice(0, first, first + rows), weights_.output_norm, config_.norm_eps, normed, run_);
+  return normed;
+}
+
+void Model::append(std::span<const int32_t> tokens) {
+  append(tokens, static_cast<int64_t>(tokens.size()), [](int64_t, std::span<const float>) {});
+}
+
+void Model::append(std::span<const int32_t> tokens, int64_t first,
+                   const std::function<void(int64_t i, std::span<const float> logits)>& row) {
+  check_tokens(tokens);
+  const int64_t count = static_cast<int64_t>(tokens.size());
+  cache_.reserve(length() + count);
+  // Chunks of nearly equal size: no last chunk of a few rows.
+  const int64_t chunks = (count + kChunk - 1) / kChunk;
+  for (int64_t c = 0; c < chunks; ++c) {
+    const int64_t begin = count * c / chunks, end = count * (c + 1) / chunks;
+    {
+      Stopwatch watch(total_seconds_);
+      append_chunk(tokens.subspan(static_cast<size_t>(begin), static_cast<size_t>(end - begin)));
+    }
+    for (int64_t i = std::max(first, begin); i < end; i += kLogitRows) {
+      const int64_t rows = std::min(kLogitRows, end - i);
+      {
+        Stopwatch watch(total_seconds_);
+        if (logits_.count() < rows * config_.vocab) {
+          logits_ = Array(DType::f32, {rows, config_.vocab});
+        }
+        weights_.head.multiply(normalized_rows(i - begin, rows),
+                               buffer(logits_, DType::f32, rows, config_.vocab), run_);
+      }
+      for (int64_t m = 0; m < rows; ++m) {
+        row(i + m, {logits_.as<float>() + m * config_.vocab, static_cast<size_t>(config_.vocab)});
+      }
+    }
+  }
+}
+
+std::span<const float> Model::logits() {
+  if (last_row_ < 0) throw Error("logits: no token was appended, at least one is needed");
+  Stopwatch watch(total_seconds_);
+  if (logits_.count() < config_.vocab) logits_ = Array(DType::f32, {1, config_.vocab});
+  weights_.head.multiply(normalized_rows(last_row_, 1),
+                         buffer(logits_, DType::f32, 1, config_.vocab), run_);
+  return {logits_.as<float>(), static_cast<size_t>(config_.vocab)};
+}
+
+void Model::truncate(int64_t length) {
+  if (length < this->length()) last_row_ = -1;
+  cache_.truncate(length);
+}
+
+}  // namespace heed

@@ -1,0 +1,94 @@
+// A Llama-family language model: token ids in, logits out, attention by any mechanism of the registry.
+#pragma once
+#include <cstdint>
+#include <functional>
+#include <optional>
+#include <span>
+#include <vector>
+
+#include "heed/run.h"
+#include "heed/tensor.h"
+#include "llm/kv_cache.h"
+#include "llm/model_config.h"
+#include "llm/weights.h"
+#include "mechanisms/registry.h"
+
+namespace heed {
+
+class GgufFile;
+
+struct ModelOptions {
+  std::optional<ModelDtype> dtype = {};    // none: default_model_dtype(file)
+  std::optional<int64_t> context = {};     // tokens the cache may hold; none: what the file says
+  std::vector<ModelAttention> attention = {};  // one for all layers, or one per layer
+  RunOptions run = {};
+};
+
+/// Architectures llama, qwen2 and qwen3 (arXiv 2302.13971, 2407.10671, 2505.09388): RMSNorm, rotary
+/// positions, grouped queries, gated feed-forward. State: a cache of the tokens appended so far.
+class Model {
+ public:
+  /// The file must outlive the model. Throws Error for an architecture, metadata, tensors or options
+  /// that do not fit.
+  Model(const GgufFile& file, ModelOptions options);
+
+  const ModelConfig& config() const { return config_; }
+  ModelDtype dtype() const { return dtype_; }
+  int64_t context() const { return cache_.context(); }
+  /// Tokens in the cache.
+  int64_t length() const { return cache_.length(); }
+
+  /// Runs the model over the next tokens. Throws Error, before any work, for an id outside the
+  /// vocabulary and for more tokens than the context has room for.
+  void append(std::span<const int32_t> tokens);
+  /// Logits [vocab] of what follows the last token appended; valid until the next call. Throws Error
+  /// when nothing was appended since the model was made or truncated.
+  std::span<const float> logits();
+  /// As append, and calls row(i, logits [vocab]) for the tokens i >= first of `tokens`, in order. The
+  /// logits are those of the token after token i.
+  void append(std::span<const int32_t> tokens, int64_t first,
+              const std::function<void(int64_t i, std::span<const float> logits)>& row);
+
+  /// Room for tokens in all; saves the cache from growing step by step.
+  void reserve(int64_t tokens) { cache_.reserve(tokens); }
+  /// Forgets the tokens after the first `length`.
+  void truncate(int64_t length);
+
+  /// Seconds spent in attention, and in all of append and logits, since the model was made.
+  double attention_seconds() const { return attention_seconds_; }
+  double total_seconds() const { return total_seconds_; }
+
+  /// Rows that pass through the layers at once: bounds the memory of activations.
+  static constexpr int64_t kChunk = 512;
+
+ private:
+  struct Buffers;
+  void check_tokens(std::span<const int32_t> tokens) const;
+  void append_chunk(std::span<const int32_t> tokens);
+  void make_room(int64_t rows);
+  void make_rotation_table(int64_t first, int64_t rows);
+  void attention_block(int64_t layer, int64_t rows, DType type);
+  void feed_forward_block(const LayerWeights& w, int64_t rows, DType type);
+  void prepare_heads(const LayerWeights& w, const Tensor& qkv);
+  void attend(int64_t layer, const Tensor& qkv, const Tensor& out);
+  Tensor normalized_rows(int64_t first, int64_t rows);
+  Tensor buffer(Array& memory, DType type, int64_t rows, int64_t columns) const;
+  bool is_head_dtype(DType type) const { return type == cache_.dtype(); }
+
+  ModelConfig config_;
+  ModelDtype dtype_;
+  ModelWeights weights_;
+  KvCache cache_;
+  std::vector<ModelAttention> attention_;
+  RunOptions run_;
+  double attention_seconds_ = 0, total_seconds_ = 0;
+
+  // Activations of up to capacity_rows_ tokens. The stream is float32 [rows, width].
+  int64_t capacity_rows_ = 0;
+  int64_t last_row_ = -1;  // of the stream: the last token appended; -1 = none
+  Array stream_, normed_, qkv_, heads_, heads_out_, attended_, gate_up_, hidden_, sum_;
+  Array cos_, sin_;        // [rows, rotation_stride(pairs)]
+  Array logits_;           // [some rows, vocab]
+};
+
+}  // namespace heed

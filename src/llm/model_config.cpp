@@ -1,0 +1,132 @@
+#include "llm/model_config.h"
+
+#include <cmath>
+#include <optional>
+
+#include "heed/error.h"
+#include "llm/gguf.h"
+
+namespace heed {
+
+namespace {
+
+// Metadata under "<architecture>.", with ranges checked.
+class Keys {
+ public:
+  Keys(const GgufFile& file, std::string architecture)
+      : file_(file), prefix_(std::move(architecture) + ".") {}
+
+  std::string name(const char* key) const { return prefix_ + key; }
+
+  int64_t integer(const char* key, int64_t least, int64_t most,
+                  std::optional<int64_t> fallback = {}) const {
+    const auto found = file_.integer(name(key));
+    const int64_t value =
+        found ? *found : fallback ? *fallback : file_.require_integer(name(key));
+    if (value < least || value > most) {
+      fail(key, std::to_string(value), std::to_string(least) + " to " + std::to_string(most));
+    }
+    return value;
+  }
+
+  double positive(const char* key, std::optional<double> fallback = {}) const {
+    const auto found = file_.number(name(key));
+    const double value = found ? *found : fallback ? *fallback : file_.require_number(name(key));
+    if (!(value > 0) || std::isinf(value)) fail(key, std::to_string(value), "a positive number");
+    return value;
+  }
+
+  [[noreturn]] void fail(const char* key, const std::string& found, const std::string& needed) const {
+    throw Error(file_.name() + ": " + name(key) + " is " + found + ", " + needed + " is needed");
+  }
+
+ private:
+  const GgufFile& file_;
+  std::string prefix_;
+};
+
+double linear_scale(const GgufFile& file, const Keys& keys) {
+  const std::string type(file.string(keys.name("rope.scaling.type")).value_or(""));
+  // Files from before 2023-10 name the factor only.
+  if (type.empty()) return keys.positive("rope.scale_linear", 1.0);
+  if (type == "none") return 1.0;
+  if (type != "linear") keys.fail("rope.scaling.type", "\"" + type + "\"", "none or linear");
+  return keys.positive("rope.scaling.factor");
+}
+
+// Frequency of pair i: base^(-2i/dims) / scale, and divided by rope_freqs.weight[i] where the file has
+// that (Llama 3.1 and later).
+std::vector<double> rotary_frequencies(const GgufFile& file, const Keys& keys, int64_t dims) {
+  const double base = keys.positive("rope.freq_base", 10000.0);
+  const double scale = linear_scale(file, keys);
+  std::vector<double> frequencies(static_cast<size_t>(dims / 2));
+  for (size_t i = 0; i < frequencies.size(); ++i) {
+    frequencies[i] =
+        std::pow(base, -2.0 * static_cast<double>(i) / static_cast<double>(dims)) / scale;
+  }
+  if (const GgufTensor* factors = file.find("rope_freqs.weight")) {
+    if (factors->count() != dims / 2) {
+      throw Error(file.name() + ": rope_freqs.weight has " + std::to_string(factors->count()) +
+                  " values, " + std::to_string(dims / 2) + " are needed");
+    }
+    const std::vector<float> values = factors->to_float();
+    for (size_t i = 0; i < frequencies.size(); ++i) {
+      if (!(values[i] > 0)) {
+        throw Error(file.name() + ": rope_freqs.weight holds " + std::to_string(values[i]) +
+                    ", positive numbers are needed");
+      }
+      frequencies[i] /= static_cast<double>(values[i]);
+    }
+  }
+  return frequencies;
+}
+
+}  // namespace
+
+ModelConfig read_model_config(const GgufFile& file) {
+  constexpr int64_t kMost = int64_t{1} << 24;  // no size of a real model is near it
+  ModelConfig config;
+  config.architecture = file.require_string("general.architecture");
+  if (config.architecture != "llama" && config.architecture != "qwen2" &&
+      config.architecture != "qwen3") {
+    throw Error(file.name() + ": general.architecture is \"" + config.architecture +
+                "\", llama, qwen2 or qwen3 is needed");
+  }
+  const Keys keys(file, config.architecture);
+  if (keys.integer("expert_count", 0, kMost, 0) > 0) {
+    keys.fail("expert_count", "above 0", "a model without experts");
+  }
+  config.layers = keys.integer("block_count", 1, 4096);
+  config.width = keys.integer("embedding_length", 1, kMost);
+  config.heads = keys.integer("attention.head_count", 1, 4096);
+  config.kv_heads = keys.integer("attention.head_count_kv", 1, config.heads, config.heads);
+  if (config.heads % config.kv_heads != 0) {
+    keys.fail("attention.head_count_kv", std::to_string(config.kv_heads),
+              "a divisor of the " + std::to_string(config.heads) + " heads");
+  }
+  config.head_dim =
+      keys.integer("attention.key_length", 1, 256, std::max<int64_t>(1, config.width / config.heads));
+  if (keys.integer("attention.value_length", 1, 256, config.head_dim) != config.head_dim) {
+    keys.fail("attention.value_length", "another number than attention.key_length",
+              std::to_string(config.head_dim));
+  }
+  config.hidden = keys.integer("feed_forward_length", 1, kMost);
+  config.context = keys.integer("context_length", 1, int64_t{1} << 32);
+  config.norm_eps = static_cast<float>(keys.positive("attention.layer_norm_rms_epsilon"));
+  config.rotary_interleaved = config.architecture == "llama";
+  const int64_t dims =
+      keys.integer("rope.dimension_count", 2, config.head_dim, config.head_dim);
+  if (dims % 2 != 0) keys.fail("rope.dimension_count", std::to_string(dims), "an even number");
+  config.rotary_frequencies = rotary_frequencies(file, keys, dims);
+  config.qkv_bias = config.architecture == "qwen2";
+  config.qk_norm = config.architecture == "qwen3";
+  const GgufTensor& embedding = file.require("token_embd.weight");
+  if (embedding.shape.size() != 2 || embedding.shape[1] != config.width) {
+    throw Error(file.name() + ": token_embd.weight has no " + std::to_string(config.width) +
+                " columns, which " + keys.name("embedding_length") + " needs");
+  }
+  config.vocab = embedding.shape[0];
+  return config;
+}
+
+}  // namespace heed

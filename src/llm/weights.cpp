@@ -1,0 +1,284 @@
+#include "llm/weights.h"
+
+#include <algorithm>
+#include <array>
+#include <cstring>
+#include <set>
+#include <span>
+#include <utility>
+
+#include "base/parallel.h"
+#include "heed/error.h"
+#include "kernels/transformer_rows.h"
+#include "llm/dense.h"
+#include "llm/gguf.h"
+
+namespace heed {
+
+namespace {
+
+constexpr std::array kDtypeNames{"f32", "bf16", "int4"};
+
+constexpr std::array<std::pair<GgmlType, BlockFormat>, kBlockFormats> kFormats{
+    {{GgmlType::kF32, BlockFormat::f32},
+     {GgmlType::kF16, BlockFormat::f16},
+     {GgmlType::kBF16, BlockFormat::bf16},
+     {GgmlType::kQ8_0, BlockFormat::q8_0},
+     {GgmlType::kQ4_0, BlockFormat::q4_0},
+     {GgmlType::kQ4_1, BlockFormat::q4_1},
+     {GgmlType::kQ5_0, BlockFormat::q5_0},
+     {GgmlType::kQ5_1, BlockFormat::q5_1},
+     {GgmlType::kQ4_K, BlockFormat::q4_k},
+     {GgmlType::kQ5_K, BlockFormat::q5_k},
+     {GgmlType::kQ6_K, BlockFormat::q6_k}}};
+
+BlockFormat format_of(GgmlType type) {
+  for (const auto& [ggml, format] : kFormats) {
+    if (ggml == type) return format;
+  }
+  throw Error("tensor type " + ggml_type_name(static_cast<uint32_t>(type)) + " has no row product");
+}
+
+GgmlType type_of(BlockFormat format) {
+  for (const auto& [ggml, own] : kFormats) {
+    if (own == format) return ggml;
+  }
+  throw Error(std::string(name_of(format)) + " is no tensor type of a file");
+}
+
+bool is_quantized(GgmlType type) { return weights_per_block(format_of(type)) > 1; }
+
+std::string shape_text(const std::vector<int64_t>& shape) {
+  std::string text = "[";
+  for (size_t i = 0; i < shape.size(); ++i) text += (i ? "," : "") + std::to_string(shape[i]);
+  return text + "]";
+}
+
+// Finds tensors, checks their shapes, and remembers which were asked for.
+class Loader {
+ public:
+  explicit Loader(const GgufFile& file) : file_(file) {}
+
+  const GgufTensor* find(const std::string& name, const std::vector<int64_t>& shape) {
+    const GgufTensor* tensor = file_.find(name);
+    if (tensor == nullptr) return nullptr;
+    used_.insert(name);
+    if (tensor->shape != shape) {
+      throw Error(file_.name() + ": " + name + " has shape " + shape_text(tensor->shape) + ", " +
+                  shape_text(shape) + " is needed");
+    }
+    return tensor;
+  }
+
+  BlockMatrix matrix(const std::string& name, int64_t rows, int64_t columns) {
+    const GgufTensor* tensor = find(name, {rows, columns});
+    if (tensor == nullptr) tensor = &file_.require(name);
+    return {format_of(tensor->type), tensor->bytes.data(), rows, columns};
+  }
+
+  WeightMatrix stacked(const std::vector<std::pair<std::string, int64_t>>& parts, int64_t columns) {
+    WeightMatrix w;
+    w.columns = columns;
+    for (const auto& [name, rows] : parts) {
+      w.parts.push_back(matrix(name, rows, columns));
+      w.rows += rows;
+    }
+    return w;
+  }
+
+  /// Undefined when absent and not required.
+  Array vector(const std::string& name, int64_t count, bool required = true) {
+    const GgufTensor* tensor = find(name, {count});
+    if (tensor == nullptr) {
+      if (required) file_.require(name);
+      return {};
+    }
+    Array values(DType::f32, {count});
+    dequantize(tensor->type, tensor->bytes, values.as<float>(), count);
+    return values;
+  }
+
+  void use(const std::string& name) { used_.insert(name); }
+
+  void require_all_used() const {
+    for (const GgufTensor& tensor : file_.tensors()) {
+      if (!used_.contains(tensor.name)) {
+        throw Error(file_.name() + ": the tensor " + tensor.name +
+                    " has no place in this architecture");
+      }
+    }
+  }
+
+ private:
+  const GgufFile& file_;
+  std::set<std::string> used_;
+};
+
+// One bias for the stacked queries, keys and values; missing ones are zero.
+Array stacked_bias(Loader& loader, const std::string& prefix, const ModelConfig& config) {
+  const std::array<std::pair<const char*, int64_t>, 3> parts{
+      {{"attn_q.bias", config.heads * config.head_dim},
+       {"attn_k.bias", config.kv_heads * config.head_dim},
+       {"attn_v.bias", config.kv_heads * config.head_dim}}};
+  Array bias = Array::zeros(DType::f32, {config.qkv_rows()});
+  bool any = false;
+  float* next = bias.as<float>();
+  for (const auto& [name, count] : parts) {
+    const Array part = loader.vector(prefix + name, count, config.qkv_bias);
+    if (part.view().defined()) {
+      std::memcpy(next, part.as<float>(), static_cast<size_t>(count) * sizeof(float));
+      any = true;
+    }
+    next += count;
+  }
+  return any ? std::move(bias) : Array{};
+}
+
+LayerWeights load_layer(Loader& loader, const ModelConfig& config, int64_t layer) {
+  const std::string prefix = "blk." + std::to_string(layer) + ".";
+  const int64_t q_rows = config.heads * config.head_dim, kv_rows = config.kv_heads * config.head_dim;
+  LayerWeights w;
+  w.attention_norm = loader.vector(prefix + "attn_norm.weight", config.width);
+  w.qkv = loader.stacked({{prefix + "attn_q.weight", q_rows},
+                          {prefix + "attn_k.weight", kv_rows},
+                          {prefix + "attn_v.weight", kv_rows}},
+                         config.width);
+  w.qkv_bias = stacked_bias(loader, prefix, config);
+  if (config.qk_norm) {
+    w.q_norm = loader.vector(prefix + "attn_q_norm.weight", config.head_dim);
+    w.k_norm = loader.vector(prefix + "attn_k_norm.weight", config.head_dim);
+  }
+  w.out = loader.stacked({{prefix + "attn_output.weight", config.width}}, q_rows);
+  w.out_bias = loader.vector(prefix + "attn_output.bias", config.width, false);
+  w.hidden_norm = loader.vector(prefix + "ffn_norm.weight", config.width);
+  w.gate_up = loader.stacked({{prefix + "ffn_gate.weight", config.hidden},
+                              {prefix + "ffn_up.weight", config.hidden}},
+                             config.width);
+  w.down = loader.stacked({{prefix + "ffn_down.weight", config.width}}, config.hidden);
+  return w;
+}
+
+// Unpacks the parts of a matrix one below the other.
+void unpack(const WeightMatrix& w, const Tensor& dense, const RunOptions& run) {
+  constexpr int64_t kRows = 16;
+  int64_t first = 0;
+  for (const BlockMatrix& part : w.parts) {
+    const GgmlType type = type_of(part.format);
+    const int64_t items = (part.rows + kRows - 1) / kRows;
+    parallel_for(items, threads_for(run, items), [&](int64_t item, int) {
+      const int64_t begin = item * kRows, end = std::min(part.rows, begin + kRows);
+      const int64_t count = (end - begin) * part.columns;
+      const std::span bytes(part.data + begin * part.row_bytes(),
+                            static_cast<size_t>((end - begin) * part.row_bytes()));
+      const Tensor to = dense.slice(0, first + begin, first + end);
+      if (dense.dtype() == DType::f32) {
+        dequantize(type, bytes, to.as<float>(), count);
+        return;
+      }
+      Scratch scratch(Scratch::rounded(static_cast<size_t>(count) * sizeof(float)));
+      float* values = scratch.take<float>(count);
+      dequantize(type, bytes, values, count);
+      convert_rows(Tensor(values, DType::f32, to.shape()), to, run);
+    });
+    first += part.rows;
+  }
+}
+
+void make_dense(ModelWeights& weights, ModelDtype dtype, const RunOptions& run) {
+  std::vector<WeightMatrix*> matrices;
+  for (LayerWeights& layer : weights.layers) {
+    for (WeightMatrix* w : {&layer.qkv, &layer.out, &layer.gate_up, &layer.down}) {
+      matrices.push_back(w);
+    }
+  }
+  const size_t value_bytes = size_of(weights.dense_type);
+  const auto bytes_of = [&](const WeightMatrix& w) {
+    return Scratch::rounded(static_cast<size_t>(w.rows * w.columns) * value_bytes);
+  };
+  size_t total = 0;
+  for (const WeightMatrix* w : matrices) total += bytes_of(*w);
+  weights.dense_memory = Pages(total);
+  std::byte* next = weights.dense_memory.data();
+  for (WeightMatrix* w : matrices) {
+    w->dense = Tensor(next, weights.dense_type, {w->rows, w->columns});
+    next += bytes_of(*w);
+    unpack(*w, w->dense, run);
+    // Where the copy holds the same values, or those that are asked for, the file is not read again.
+    const bool plain = std::all_of(w->parts.begin(), w->parts.end(), [](const BlockMatrix& part) {
+      return part.format == BlockFormat::f32;
+    });
+    if (dtype == ModelDtype::bf16 || (dtype == ModelDtype::f32 && plain)) {
+      const BlockFormat format = dtype == ModelDtype::bf16 ? BlockFormat::bf16 : BlockFormat::f32;
+      w->parts = {{format, w->dense.as<std::byte>(), w->rows, w->columns}};
+    }
+  }
+}
+
+}  // namespace
+
+const char* name_of(ModelDtype dtype) { return kDtypeNames[static_cast<size_t>(dtype)]; }
+
+ModelDtype parse_model_dtype(std::string_view name) {
+  for (size_t i = 0; i < kDtypeNames.size(); ++i) {
+    if (name == kDtypeNames[i]) return static_cast<ModelDtype>(i);
+  }
+  throw Error("dtype is " + std::string(name) + ", f32, bf16 or int4 is needed");
+}
+
+void WeightMatrix::multiply(const Tensor& x, const Tensor& y, const RunOptions& run) const {
+  if (dense.defined() && x.size(0) > few_rows(dense.dtype())) {
+    dense_product(x, dense, y, run);
+    return;
+  }
+  std::array<RowProduct, 3> products;
+  float* next = y.as<float>();
+  for (size_t i = 0; i < parts.size(); ++i) {
+    products[i] = {parts[i], next, rows};
+    next += parts[i].rows;
+  }
+  quantized_rows(std::span(products).first(parts.size()), x.as<float>(), columns, x.size(0), run);
+}
+
+void ModelWeights::embed(int32_t token, float* out) const {
+  const auto bytes = static_cast<size_t>(embedding.row_bytes());
+  dequantize(embedding_type, {embedding.data + static_cast<size_t>(token) * bytes, bytes}, out,
+             embedding.columns);
+}
+
+ModelDtype default_model_dtype(const GgufFile& file) {
+  bool half = false;
+  for (const GgufTensor& tensor : file.tensors()) {
+    if (!tensor.name.starts_with("blk.")) continue;
+    if (is_quantized(tensor.type)) return ModelDtype::int4;
+    half |= tensor.type != GgmlType::kF32;
+  }
+  return half ? ModelDtype::bf16 : ModelDtype::f32;
+}
+
+ModelWeights load_weights(const GgufFile& file, const ModelConfig& config, ModelDtype dtype,
+                          const RunOptions& run) {
+  if (dtype == ModelDtype::int4 && default_model_dtype(file) != ModelDtype::int4) {
+    throw Error("dtype is int4, which reads quantised layers, and " + file.name() +
+                " has none; f32 or bf16 is needed");
+  }
+  Loader loader(file);
+  ModelWeights weights;
+  weights.embedding = loader.matrix("token_embd.weight", config.vocab, config.width);
+  weights.embedding_type = file.require("token_embd.weight").type;
+  const bool tied = file.find("output.weight") == nullptr;
+  weights.head = loader.stacked({{tied ? "token_embd.weight" : "output.weight", config.vocab}},
+                                config.width);
+  weights.output_norm = loader.vector("output_norm.weight", config.width);
+  loader.use("rope_freqs.weight");
+  for (int64_t layer = 0; layer < config.layers; ++layer) {
+    weights.layers.push_back(load_layer(loader, config, layer));
+  }
+  loader.require_all_used();
+  const bool bf16 = dtype == ModelDtype::bf16 ||
+                    (dtype == ModelDtype::int4 && bf16_products_are_fast());
+  weights.dense_type = bf16 ? DType::bf16 : DType::f32;
+  make_dense(weights, dtype, run);
+  return weights;
+}
+
+}  // namespace heed

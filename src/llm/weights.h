@@ -1,0 +1,78 @@
+// The weights of a Llama-family model, as its products need them.
+#pragma once
+#include <cstdint>
+#include <optional>
+#include <string>
+#include <string_view>
+#include <vector>
+
+#include "heed/run.h"
+#include "heed/tensor.h"
+#include "kernels/quantized_rows.h"
+#include "llm/ggml_types.h"
+#include "llm/model_config.h"
+#include "llm/pages.h"
+
+namespace heed {
+
+class GgufFile;
+
+/// How a model is computed.
+///   f32   exact: weights of the file widened to float32, float32 activations and cache
+///   bf16  weights rounded to bfloat16, bfloat16 cache
+///   int4  few rows: the quantised blocks of the file with float32 activations; many rows: their
+///         values in bfloat16 (float32 where that is faster); bfloat16 cache
+enum class ModelDtype { f32, bf16, int4 };
+
+const char* name_of(ModelDtype dtype);
+ModelDtype parse_model_dtype(std::string_view name);  // throws Error listing the names
+
+/// Up to so many rows at once, reading the blocks of the file is as fast as the dense product.
+constexpr int64_t few_rows(DType dense_type) { return dense_type == DType::bf16 ? 4 : 12; }
+
+/// y = W x, W [rows, columns] stacked from at most three parts.
+struct WeightMatrix {
+  int64_t rows = 0;
+  int64_t columns = 0;
+  std::vector<BlockMatrix> parts;  // for few rows
+  Tensor dense;                    // [rows, columns] float32 or bfloat16, for many; may be undefined
+
+  /// x [M,columns], y [M,rows], contiguous: float32, or dense's type for more than few_rows() rows.
+  void multiply(const Tensor& x, const Tensor& y, const RunOptions& run) const;
+};
+
+struct LayerWeights {
+  Array attention_norm;  // [width]
+  WeightMatrix qkv;      // queries, keys, values stacked
+  Array qkv_bias;        // [qkv rows] or undefined
+  Array q_norm, k_norm;  // [head_dim] or undefined
+  WeightMatrix out;
+  Array out_bias;        // [width] or undefined
+  Array hidden_norm;     // [width]
+  WeightMatrix gate_up;  // gate and up stacked
+  WeightMatrix down;
+};
+
+struct ModelWeights {
+  GgmlType embedding_type = GgmlType::kF32;
+  BlockMatrix embedding;  // [vocab, width]
+  WeightMatrix head;      // [vocab, width], as it lies in the file
+  Array output_norm;      // [width]
+  std::vector<LayerWeights> layers;
+  Pages dense_memory;
+  DType dense_type = DType::f32;
+
+  /// The token's row of the embedding, [width].
+  void embed(int32_t token, float* out) const;
+};
+
+/// int4 where the file has quantised layers, bf16 where it has 16-bit ones, else f32.
+ModelDtype default_model_dtype(const GgufFile& file);
+
+/// Reads every tensor of the file, which must outlive the result. Throws Error for a missing tensor, a
+/// shape other than the config says, a tensor that the architecture has no place for, and for int4
+/// when the file has no quantised layers.
+ModelWeights load_weights(const GgufFile& file, const ModelConfig& config, ModelDtype dtype,
+                          const RunOptions& run);
+
+}  // namespace heed
