@@ -10,8 +10,8 @@ try:
     torch.ops.load_library(_PATH)
 except OSError as error:
     raise ImportError(
-        f"heed cannot load {_PATH} into PyTorch {torch.__version__} (it is built for one release of "
-        f"PyTorch, the one that its package depends on): {error}"
+        f"heed cannot load {_PATH} into PyTorch {torch.__version__} (it is built for one release "
+        f"of PyTorch, the one that its package depends on): {error}"
     ) from error
 
 

@@ -129,8 +129,8 @@ def scaled_dot_product_attention(
     op = "scaled_dot_product_attention"
     if attn_mask is not None:
         raise ValueError(
-            f"{op}: attn_mask is given, needed is None: masks as tensors are not offered; is_causal, "
-            "or lengths and window of heed.flash_attention, cover the usual ones"
+            f"{op}: attn_mask is given, needed is None: masks as tensors are not offered; "
+            "is_causal, or lengths and window of heed.flash_attention, cover the usual ones"
         )
     if dropout_p != 0.0:
         raise ValueError(f"{op}: dropout_p is {dropout_p}, needed is 0: dropout is not offered")
@@ -159,7 +159,7 @@ def _leading_shape(
     shapes = [t.shape[:-2] for t in (query, key, value)]
     if enable_gqa:
         if min(len(s) for s in shapes) < 1:
-            raise ValueError(f"{op}: enable_gqa needs 3 or more dimensions, with heads third to last")
+            raise ValueError(f"{op}: enable_gqa needs 3 or more dimensions, heads third to last")
         shapes = [s[:-1] for s in shapes]
     try:
         lead = torch.broadcast_shapes(*shapes)

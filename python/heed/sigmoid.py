@@ -20,8 +20,8 @@ def sigmoid_attention(
 ) -> Tensor:
     """Attention whose weights are sigmoids of the scores: every key on its own, no row sum.
 
-    ``out[b,h,i] = sum_j sigmoid(scale * q[b,h,i] . k[b,g,j] + bias[h] + position) v[b,g,j]`` over the
-    keys that query ``i`` sees, with ``g = h // (H // Hkv)``.
+    ``out[b,h,i] = sum_j sigmoid(scale * q[b,h,i] . k[b,g,j] + bias[h] + position) v[b,g,j]`` over
+    the keys that query ``i`` sees, with ``g = h // (H // Hkv)``.
 
     Args:
         q: ``[B, H, Lq, D]``; shapes, types, strides and masks as in :func:`heed.flash_attention`.

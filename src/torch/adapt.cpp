@@ -8,24 +8,43 @@ namespace {
 
 std::optional<DType> dtype_of(at::ScalarType type) {
   switch (type) {
-    case at::kDouble: return DType::f64;
-    case at::kFloat: return DType::f32;
-    case at::kBFloat16: return DType::bf16;
-    case at::kHalf: return DType::f16;
-    case at::kLong: return DType::i64;
-    case at::kInt: return DType::i32;
-    case at::kBool: return DType::boolean;
-    default: return std::nullopt;
+    case at::kDouble:
+      return DType::f64;
+    case at::kFloat:
+      return DType::f32;
+    case at::kBFloat16:
+      return DType::bf16;
+    case at::kHalf:
+      return DType::f16;
+    case at::kLong:
+      return DType::i64;
+    case at::kInt:
+      return DType::i32;
+    case at::kBool:
+      return DType::boolean;
+    default:
+      return std::nullopt;
   }
 }
 
 bool is_float_type(at::ScalarType type) {
-  return type == at::kDouble || type == at::kFloat || type == at::kBFloat16 || type == at::kHalf;
+  const std::optional<DType> dtype = dtype_of(type);
+  return dtype && is_floating(*dtype);
+}
+
+const char* type_name(at::ScalarType type) {
+  const std::optional<DType> dtype = dtype_of(type);
+  return dtype ? name_of(*dtype) : c10::toString(type);
 }
 
 }  // namespace
 
+void check_given(const Arg& arg) {
+  TORCH_CHECK_TYPE(arg.tensor.defined(), arg.op, ": ", arg.name, " is None, needed is a tensor");
+}
+
 void check_tensor(const Arg& arg, int64_t rank, c10::Device device) {
+  check_given(arg);
   const at::Tensor& t = arg.tensor;
   TORCH_CHECK(t.layout() == at::kStrided, arg.op, ": ", arg.name, " has layout ", t.layout(),
               ", needed is a dense (strided) tensor");
@@ -34,19 +53,25 @@ void check_tensor(const Arg& arg, int64_t rank, c10::Device device) {
   TORCH_CHECK_VALUE(t.dim() == rank, arg.op, ": ", arg.name, " has ", t.dim(), " dimensions ",
                     t.sym_sizes(), ", needed are ", rank);
   TORCH_CHECK_TYPE(dtype_of(t.scalar_type()), arg.op, ": ", arg.name, " has type ",
-                   t.scalar_type(), ", which heed computes nothing with");
+                   type_name(t.scalar_type()), ", which heed computes nothing with");
+}
+
+void check_optional(const char* op, const char* name, const std::optional<at::Tensor>& given,
+                    int64_t rank, c10::Device device) {
+  if (given && given->defined()) check_tensor({op, name, *given}, rank, device);
 }
 
 void check_floating(const Arg& arg, int64_t rank, c10::Device device, at::ScalarType dtype) {
   check_tensor(arg, rank, device);
   const at::ScalarType found = arg.tensor.scalar_type();
-  TORCH_CHECK_TYPE(is_float_type(found), arg.op, ": ", arg.name, " has type ", found,
-                   ", needed is Double, Float, BFloat16 or Half");
-  TORCH_CHECK_TYPE(found == dtype, arg.op, ": ", arg.name, " has type ", found,
-                   " but needed is ", dtype, " as in the first argument");
+  TORCH_CHECK_TYPE(is_float_type(found), arg.op, ": ", arg.name, " has type ", type_name(found),
+                   ", needed is float64, float32, bfloat16 or float16");
+  TORCH_CHECK_TYPE(found == dtype, arg.op, ": ", arg.name, " has type ", type_name(found),
+                   ", needed is ", type_name(dtype), " as in the first argument");
 }
 
 void check_qkv(const Arg& q, const Arg& k, const Arg& v) {
+  check_given(q);
   for (const Arg* arg : {&q, &k, &v}) {
     check_floating(*arg, 4, q.tensor.device(), q.tensor.scalar_type());
   }
@@ -80,8 +105,7 @@ Tensor view(const at::Tensor& tensor) {
 
 at::Tensor small_input(const at::Tensor& tensor, std::optional<at::ScalarType> at_least) {
   const at::ScalarType type = tensor.scalar_type();
-  if (at_least && is_float_type(type) &&
-      at::elementSize(type) < at::elementSize(*at_least)) {
+  if (at_least && is_float_type(type) && at::elementSize(type) < at::elementSize(*at_least)) {
     return tensor.to(*at_least).contiguous();
   }
   return tensor.contiguous();
@@ -98,8 +122,8 @@ HeldMasks::HeldMasks(const char* op, bool causal, int64_t window_left, int64_t w
   masks.causal = causal;
   masks.window.left = window_side(op, "window[0]", window_left);
   masks.window.right = window_side(op, "window[1]", window_right);
+  check_optional(op, "lengths", given, 1, device);
   if (given && given->defined()) {
-    check_tensor({op, "lengths", *given}, 1, device);
     lengths = small_input(*given);
     masks.lengths = view(lengths);
   }

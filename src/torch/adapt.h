@@ -20,6 +20,8 @@ struct Arg {
   const at::Tensor& tensor;
 };
 
+/// A tensor at all: PyTorch turns None into an undefined one. Else a Python TypeError.
+void check_given(const Arg& arg);
 /// Dense, on `device`, of rank `rank` and of a type that heed knows, else a Python RuntimeError
 /// (layout, device), ValueError (rank) or TypeError.
 void check_tensor(const Arg& arg, int64_t rank, c10::Device device);
@@ -34,6 +36,11 @@ void check_qkv_shapes(const Arg& q, const Arg& k, const Arg& v);
 inline at::ScalarType statistics_type(at::ScalarType dtype) {
   return dtype == at::kDouble ? at::kDouble : at::kFloat;
 }
+
+/// check_tensor where the argument is given. Fake kernels need it too: a call whose tensors are
+/// partly on the meta device ends there, and must not pass as one on the CPU.
+void check_optional(const char* op, const char* name, const std::optional<at::Tensor>& given,
+                    int64_t rank, c10::Device device);
 
 /// A view of the same memory with the same strides; no copy. For tensors that passed check_tensor.
 Tensor view(const at::Tensor& tensor);
@@ -52,13 +59,13 @@ struct HeldMasks {
 /// -1 is open; below that is a Python ValueError.
 std::optional<int64_t> window_side(const char* op, const char* side, int64_t value);
 
-/// Results of softmax attention for these inputs: out [B,H,Lq,Dv], lse [B,H,Lq]. Works symbolically.
+/// Results of softmax attention: out [B,H,Lq,Dv], lse [B,H,Lq]; also for symbolic shapes.
 std::pair<at::Tensor, at::Tensor> empty_results(const at::Tensor& q, const at::Tensor& v);
 
 /// PyTorch's thread count is the one that counts here.
 RunOptions run_options();
 
-/// heed::Error becomes c10::ValueError, and so ValueError in Python: the dispatcher would not map it.
+/// heed::Error becomes c10::ValueError, ValueError in Python; the dispatcher would not map it.
 template <class Call>
 void guarded(const Call& call) {
   try {

@@ -9,11 +9,11 @@ namespace {
 // Operators without a gradient. One that gains a backward leaves this list and registers a
 // torch::autograd::Function for Autograd in its own file; its `..._backward` operator then comes
 // onto this list, because without a kernel here second derivatives would be silently zero.
-constexpr const char* kForwardOnly[] = {
-    "flash_attention", "decode_attention", "merge_attention", "sigmoid_attention"};
+constexpr const char* kForwardOnly[] = {"flash_attention", "decode_attention", "merge_attention",
+                                        "sigmoid_attention"};
 
-constexpr const char* kOnlyCpu[] = {
-    "flash_attention", "decode_attention", "merge_attention", "sigmoid_attention"};
+constexpr const char* kOnlyCpu[] = {"flash_attention", "decode_attention", "merge_attention",
+                                    "sigmoid_attention"};
 
 void refuse_device(const c10::OperatorHandle& op, torch::jit::Stack* stack) {
   const auto& arguments = op.schema().arguments();
@@ -23,9 +23,8 @@ void refuse_device(const c10::OperatorHandle& op, torch::jit::Stack* stack) {
     if (!value.isTensor() || !value.toTensor().defined()) continue;
     const at::Tensor& tensor = value.toTensor();
     const bool dense_cpu = tensor.device().is_cpu() && tensor.layout() == at::kStrided;
-    TORCH_CHECK(dense_cpu, op.schema().name(), ": ", arguments[i].name(), " is a ",
-                tensor.layout(), " tensor on ", tensor.device(),
-                ", needed is a dense (strided) tensor on cpu");
+    TORCH_CHECK(dense_cpu, op.schema().name(), ": ", arguments[i].name(), " is a ", tensor.layout(),
+                " tensor on ", tensor.device(), ", needed is a dense (strided) tensor on cpu");
   }
   TORCH_CHECK(false, op.schema().name(), ": needed are plain dense tensors on cpu");
 }

@@ -30,12 +30,12 @@ Results flash_cpu(const at::Tensor& q, const at::Tensor& k, const at::Tensor& v,
   return {out, lse};
 }
 
-Results flash_meta(const at::Tensor& q, const at::Tensor& k, const at::Tensor& v, bool,
-                   c10::SymInt, c10::SymInt, const MaybeTensor&,
-                   std::optional<double>) {
+Results flash_meta(const at::Tensor& q, const at::Tensor& k, const at::Tensor& v, bool, c10::SymInt,
+                   c10::SymInt, const MaybeTensor& lengths, std::optional<double>) {
   const Arg args[] = {{kFlash, "q", q}, {kFlash, "k", k}, {kFlash, "v", v}};
   check_qkv(args[0], args[1], args[2]);
   check_qkv_shapes(args[0], args[1], args[2]);
+  check_optional(kFlash, "lengths", lengths, 1, q.device());
   return empty_results(q, v);
 }
 
@@ -61,8 +61,7 @@ Results decode_cpu(const at::Tensor& q, const at::Tensor& k, const at::Tensor& v
 }
 
 Results decode_meta(const at::Tensor& q, const at::Tensor& k, const at::Tensor& v,
-                    const at::Tensor& lengths, std::optional<double>, c10::SymInt,
-                    int64_t) {
+                    const at::Tensor& lengths, std::optional<double>, c10::SymInt, int64_t) {
   check_decode(q, k, v, lengths);
   check_qkv_shapes({kDecode, "q", q}, {kDecode, "k_cache", k}, {kDecode, "v_cache", v});
   return empty_results(q, v);
@@ -70,6 +69,7 @@ Results decode_meta(const at::Tensor& q, const at::Tensor& k, const at::Tensor& 
 
 void check_merge(const at::Tensor& out_a, const at::Tensor& lse_a, const at::Tensor& out_b,
                  const at::Tensor& lse_b) {
+  check_given({kMerge, "out_a", out_a});
   const at::ScalarType type = out_a.scalar_type();
   check_floating({kMerge, "out_a", out_a}, 4, out_a.device(), type);
   check_tensor({kMerge, "lse_a", lse_a}, 3, out_a.device());
@@ -77,9 +77,7 @@ void check_merge(const at::Tensor& out_a, const at::Tensor& lse_a, const at::Ten
   check_tensor({kMerge, "lse_b", lse_b}, 3, out_a.device());
 }
 
-Results empty_merged(const at::Tensor& out_a) {
-  return empty_results(out_a, out_a);
-}
+Results empty_merged(const at::Tensor& out_a) { return empty_results(out_a, out_a); }
 
 Results merge_cpu(const at::Tensor& out_a, const at::Tensor& lse_a, const at::Tensor& out_b,
                   const at::Tensor& lse_b) {

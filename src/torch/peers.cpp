@@ -23,13 +23,20 @@ namespace {
 
 at::ScalarType torch_type(DType dtype) {
   switch (dtype) {
-    case DType::f64: return at::kDouble;
-    case DType::f32: return at::kFloat;
-    case DType::bf16: return at::kBFloat16;
-    case DType::f16: return at::kHalf;
-    case DType::i64: return at::kLong;
-    case DType::i32: return at::kInt;
-    case DType::boolean: return at::kBool;
+    case DType::f64:
+      return at::kDouble;
+    case DType::f32:
+      return at::kFloat;
+    case DType::bf16:
+      return at::kBFloat16;
+    case DType::f16:
+      return at::kHalf;
+    case DType::i64:
+      return at::kLong;
+    case DType::i32:
+      return at::kInt;
+    case DType::boolean:
+      return at::kBool;
   }
   throw Error("make_peer: an input has a type unknown to PyTorch");
 }
@@ -101,8 +108,7 @@ std::function<at::Tensor()> sigmoid(const NamedTensors& in, const Spec& options)
   if (in.contains("bias")) {
     added = wrap(in.at("bias")).to(x.q.scalar_type()).view({-1, 1, 1});
   } else {
-    const double bias =
-        options.number("bias").value_or(-std::log(static_cast<double>(x.keys())));
+    const double bias = options.number("bias").value_or(-std::log(static_cast<double>(x.keys())));
     added = at::full({1, 1, 1}, bias, x.q.options());
   }
   if (x.causal) added = added.masked_fill(~x.visible(), -std::numeric_limits<double>::infinity());
@@ -136,8 +142,7 @@ Peer timed(std::string title, DType dtype, int threads, std::function<at::Tensor
 std::optional<Peer> make_peer(std::string_view mechanism, const NamedTensors& in,
                               const Spec& options, const RunOptions& run) {
   const int threads = run.threads.value_or(default_threads());
-  if (mechanism == "flash_attention" &&
-      knows(in, {"q", "k", "v"}, options, {"causal", "scale"})) {
+  if (mechanism == "flash_attention" && knows(in, {"q", "k", "v"}, options, {"causal", "scale"})) {
     return timed("scaled_dot_product_attention", in.at("q").dtype(), threads, flash(in, options));
   }
   if (mechanism == "sigmoid_attention" &&

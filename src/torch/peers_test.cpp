@@ -49,10 +49,9 @@ TEST(Peers, FlashAttention) {
     const Call call(heads, kv_heads, queries, keys);
     expect_close(run("flash_attention", call.named(), ""),
                  flash_attention(call.q, call.k, call.v).out);
-    expect_close(run("flash_attention", call.named(), "causal=1,scale=0.3"),
-                 flash_attention(call.q, call.k, call.v,
-                                 {.masks = {.causal = true}, .scale = 0.3})
-                     .out);
+    expect_close(
+        run("flash_attention", call.named(), "causal=1,scale=0.3"),
+        flash_attention(call.q, call.k, call.v, {.masks = {.causal = true}, .scale = 0.3}).out);
   }
 }
 

@@ -14,8 +14,8 @@ constexpr const char* kSigmoid = "sigmoid_attention";
 
 /// A parameter [H] as kernels read it; undefined when absent.
 at::Tensor per_head(const char* name, const MaybeTensor& given, const at::Tensor& q) {
+  check_optional(kSigmoid, name, given, 1, q.device());
   if (!given || !given->defined()) return {};
-  check_tensor({kSigmoid, name, *given}, 1, q.device());
   return small_input(*given, statistics_type(q.scalar_type()));
 }
 
@@ -34,19 +34,20 @@ at::Tensor sigmoid_cpu(const at::Tensor& q, const at::Tensor& k, const at::Tenso
   if (head_bias.defined()) options.bias = view(head_bias);
   if (slopes.defined()) options.alibi_slopes = view(slopes);
   const at::Tensor out = empty_results(q, v).first;
-  guarded([&] {
-    sigmoid_attention(view(q), view(k), view(v), view(out), options, run_options());
-  });
+  guarded([&] { sigmoid_attention(view(q), view(k), view(v), view(out), options, run_options()); });
   return out;
 }
 
 at::Tensor sigmoid_meta(const at::Tensor& q, const at::Tensor& k, const at::Tensor& v,
-                        std::optional<double>, const MaybeTensor&, bool, c10::SymInt,
-                        c10::SymInt, const MaybeTensor&, std::optional<double>,
-                        const MaybeTensor&) {
+                        std::optional<double>, const MaybeTensor& bias, bool, c10::SymInt,
+                        c10::SymInt, const MaybeTensor& lengths, std::optional<double>,
+                        const MaybeTensor& alibi_slopes) {
   const Arg args[] = {{kSigmoid, "q", q}, {kSigmoid, "k", k}, {kSigmoid, "v", v}};
   check_qkv(args[0], args[1], args[2]);
   check_qkv_shapes(args[0], args[1], args[2]);
+  check_optional(kSigmoid, "bias", bias, 1, q.device());
+  check_optional(kSigmoid, "lengths", lengths, 1, q.device());
+  check_optional(kSigmoid, "alibi_slopes", alibi_slopes, 1, q.device());
   return empty_results(q, v).first;
 }
 

@@ -1,0 +1,200 @@
+"""flash_attention against plain float64 formulas."""
+
+import math
+
+import heed
+import pytest
+import torch
+from reference import (
+    DTYPES,
+    assert_accurate,
+    assert_lse,
+    attention64,
+    naive_softmax,
+    random,
+    random_qkv,
+    visible,
+)
+
+
+def check(q, k, v, *, causal=False, window=(-1, -1), lengths=None, scale=None, values=None):
+    """Runs the operator and compares; ``values`` are finite k and v for the formulas."""
+    out, lse = heed.flash_attention(
+        q, k, v, causal=causal, window=window, lengths=lengths, scale=scale, return_lse=True
+    )
+    seen = visible(q.shape[2], k.shape[2], causal, window, lengths, q.shape[0])
+    k, v = (k, v) if values is None else values
+    expected, expected_lse = attention64(q, k, v, seen, scale)
+    assert out.dtype == q.dtype
+    assert lse.dtype == (torch.float64 if q.dtype == torch.float64 else torch.float32)
+    assert_accurate(out, expected, naive_softmax(q, k, v, seen, scale))
+    assert_lse(lse, expected_lse)
+    return out, lse
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("causal", [False, True])
+@pytest.mark.parametrize("lk", [1, 7, 129])
+@pytest.mark.parametrize("lq", [1, 7, 129])
+@pytest.mark.parametrize("d, dv", [(1, 3), (5, 5), (63, 17), (80, 80), (200, 256), (256, 1)])
+def test_sizes(dtype, causal, lq, lk, d, dv):
+    check(*random_qkv(2, 4, 2, lq, lk, d, dv, dtype), causal=causal)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("h, hkv", [(1, 1), (3, 3), (6, 3), (6, 1), (9, 3)])
+def test_grouped_queries(dtype, h, hkv):
+    check(*random_qkv(2, h, hkv, 9, 21, 16, dtype=dtype), causal=True)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("lq, lk", [(150, 150), (20, 150), (150, 20), (5, 5)])
+@pytest.mark.parametrize("causal", [False, True])
+@pytest.mark.parametrize(
+    "window", [(0, 0), (3, -1), (-1, 2), (5, 1), (64, 64), (0, 1000), (1000, 0)]
+)
+def test_windows(dtype, lq, lk, causal, window):
+    check(*random_qkv(1, 2, 1, lq, lk, 24, dtype=dtype), causal=causal, window=window)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("index_type", [torch.int32, torch.int64])
+@pytest.mark.parametrize("causal", [False, True])
+@pytest.mark.parametrize("window", [(-1, -1), (6, 2)])
+@pytest.mark.parametrize("junk", [math.nan, math.inf, 1e4])
+def test_nothing_behind_lengths_matters(dtype, index_type, causal, window, junk):
+    lengths = torch.tensor([0, 1, 50, 97], dtype=index_type)
+    q, k, v = random_qkv(4, 2, 2, 33, 97, 20, dtype=dtype)
+    dirty_k, dirty_v = k.clone(), v.clone()
+    for b, length in enumerate(lengths.tolist()):
+        dirty_k[b, :, length:] = junk
+        dirty_v[b, :, length:] = junk
+    out, lse = check(
+        q, dirty_k, dirty_v, causal=causal, window=window, lengths=lengths, values=(k, v)
+    )
+    assert not out[0].any()
+    assert (lse[0] == -math.inf).all()
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("which", ["q", "k", "v"])
+def test_attended_nan_is_not_hidden(dtype, which):
+    q, k, v = random_qkv(1, 2, 2, 6, 40, 16, dtype=dtype)
+    {"q": q, "k": k, "v": v}[which][0, 1, 3] = math.nan
+    out = heed.flash_attention(q, k, v)
+    rows = [3] if which == "q" else range(6)
+    assert out[0, 1, rows].isnan().all()
+    assert out[0, 0].isfinite().all()
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_rows_that_see_nothing(dtype):
+    q, k, v = random_qkv(2, 2, 1, 12, 5, 8, dtype=dtype)
+    out, lse = check(q, k, v, causal=True)
+    assert not out[:, :, :7].any()
+    assert (lse[:, :, :7] == -math.inf).all()
+    assert lse[:, :, 7:].isfinite().all()
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("scale", [0.0, -0.7, 1.0, 3.5])
+def test_scale(dtype, scale):
+    check(*random_qkv(1, 2, 2, 9, 33, 8, dtype=dtype), scale=scale)
+
+
+def test_large_scores_stay_finite():
+    q, k, v = random_qkv(1, 2, 2, 9, 140, 8)
+    out, lse = heed.flash_attention(q * 1e3, k * 1e2, v, return_lse=True)
+    assert out.isfinite().all() and lse.isfinite().all()
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(
+    "b, h, hkv, lq, lk", [(0, 2, 1, 3, 4), (2, 2, 1, 0, 4), (2, 2, 1, 3, 0), (2, 0, 1, 3, 4)]
+)
+def test_empty(dtype, b, h, hkv, lq, lk):
+    q, k, v = random_qkv(b, h, hkv, lq, lk, 8, 6, dtype)
+    out, lse = heed.flash_attention(q, k, v, causal=True, return_lse=True)
+    assert out.shape == (b, h, lq, 6) and lse.shape == (b, h, lq)
+    assert not out.any()
+    assert (lse == -math.inf).all()
+
+
+def heads_second_to_last(t):
+    return t.transpose(1, 2).contiguous().transpose(1, 2)
+
+
+def inside_a_wider_tensor(t):
+    wide = torch.full((*t.shape[:-1], t.shape[-1] + 5), math.nan, dtype=t.dtype)
+    wide[..., 3:-2] = t
+    return wide[..., 3:-2]
+
+
+def every_second_token(t):
+    apart = torch.full((*t.shape[:2], 2 * t.shape[2], t.shape[3]), math.nan, dtype=t.dtype)
+    apart[:, :, ::2] = t
+    return apart[:, :, ::2]
+
+
+def batch_last(t):
+    return t.permute(1, 2, 0, 3).contiguous().permute(2, 0, 1, 3)
+
+
+LAYOUTS = [heads_second_to_last, inside_a_wider_tensor, every_second_token, batch_last]
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("d", [1, 32, 40])
+def test_strides_do_not_change_a_bit(dtype, layout, d):
+    q, k, v = random_qkv(2, 4, 2, 19, 70, d, dtype=dtype)
+    strided = [layout(t) for t in (q, k, v)]
+    assert not all(t.is_contiguous() for t in strided)
+    expected = heed.flash_attention(q, k, v, causal=True, return_lse=True)
+    found = heed.flash_attention(*strided, causal=True, return_lse=True)
+    assert torch.equal(found[0], expected[0]) and torch.equal(found[1], expected[1])
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_expanded_tensors(dtype):
+    q = random(1, 1, 1, 16, dtype=dtype, seed=1).expand(3, 4, 5, 16)
+    k = random(1, 1, 33, 16, dtype=dtype, seed=2).expand(3, 2, 33, 16)
+    v = random(3, 1, 33, 16, dtype=dtype, seed=3).expand(3, 2, 33, 16)
+    found = heed.flash_attention(q, k, v)
+    assert torch.equal(found, heed.flash_attention(q.contiguous(), k.contiguous(), v.contiguous()))
+    check(q, k, v)
+
+
+def test_one_element_axes_have_any_stride():
+    q, k, v = (torch.as_strided(t, t.shape, (7, 7, 1, 99)) for t in random_qkv(1, 1, 1, 7, 7, 1))
+    check(q, k, v)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_lengths_of_any_stride(dtype):
+    q, k, v = random_qkv(3, 2, 2, 4, 9, 8, dtype=dtype)
+    lengths = torch.tensor([9, 0, 4, 0, 2, 0])[::2]
+    check(q, k, v, lengths=lengths)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("causal", [False, True])
+def test_same_bits_on_any_thread_count(dtype, causal):
+    q, k, v = random_qkv(2, 4, 2, 150, 300, 64, dtype=dtype)
+    before = torch.get_num_threads()
+    try:
+        results = []
+        for threads in (1, 2, 3, 8):
+            torch.set_num_threads(threads)
+            results.append(heed.flash_attention(q, k, v, causal=causal, return_lse=True))
+    finally:
+        torch.set_num_threads(before)
+    for out, lse in results[1:]:
+        assert torch.equal(out, results[0][0]) and torch.equal(lse, results[0][1])
+
+
+def test_inputs_are_not_written():
+    tensors = random_qkv(2, 4, 2, 9, 30, 16)
+    copies = [t.clone() for t in tensors]
+    heed.flash_attention(*tensors, causal=True)
+    assert all(torch.equal(t, c) for t, c in zip(tensors, copies))

@@ -1,0 +1,307 @@
+"""The operators inside PyTorch: errors, fake tensors, compile, autograd, the package."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+import heed
+import pytest
+import torch
+from reference import random
+from torch.library import opcheck
+
+Q = random(2, 4, 5, 8)
+K = random(2, 2, 7, 8, seed=1)
+V = random(2, 2, 7, 6, seed=2)
+LSE = random(2, 4, 5)
+LENGTHS = torch.tensor([7, 5])
+
+OPS = torch.ops.heed
+CALLS = {
+    "flash_attention": (
+        OPS.flash_attention.default,
+        (Q, K, V),
+        {"causal": True, "window_left": 3, "lengths": LENGTHS, "scale": 0.3},
+    ),
+    "decode_attention": (OPS.decode_attention.default, (Q, K, V, LENGTHS), {"window": 4}),
+    "merge_attention": (OPS.merge_attention.default, (Q, LSE, Q, LSE), {}),
+    "sigmoid_attention": (
+        OPS.sigmoid_attention.default,
+        (Q, K, V),
+        {"bias": random(4), "lengths": LENGTHS, "alibi_slopes": random(4)},
+    ),
+}
+
+
+def flash(q=Q, k=K, v=V, **options):
+    return heed.flash_attention(q, k, v, **options)
+
+
+def sigmoid(q=Q, k=K, v=V, **options):
+    return heed.sigmoid_attention(q, k, v, **options)
+
+
+def decode(q=Q, k=K, v=V, lengths=LENGTHS, **options):
+    return heed.decode_attention(q, k, v, lengths, **options)
+
+
+def merge(out_a=Q, lse_a=LSE, out_b=Q, lse_b=LSE):
+    return heed.merge_attention(out_a, lse_a, out_b, lse_b)
+
+
+def wide(d):
+    return torch.zeros(2, 2, 5, d)
+
+
+QKV_MISTAKES = [
+    (lambda f: f(q=None), TypeError, ["q ", "None"]),
+    (lambda f: f(v=None), TypeError, ["v ", "None"]),
+    (lambda f: f(q=Q[0]), ValueError, ["q ", "3", "4"]),
+    (lambda f: f(k=K[..., :4]), ValueError, ["k ", "4", "8"]),
+    (lambda f: f(k=K[:1]), ValueError, ["k ", "1", "2"]),
+    (lambda f: f(v=V[:1]), ValueError, ["v ", "1", "2"]),
+    (lambda f: f(v=V[:, :, :3]), ValueError, ["v ", "3", "7"]),
+    (lambda f: f(v=V[:, :1]), ValueError, ["v ", "1", "2"]),
+    (lambda f: f(q=Q[:, :3]), ValueError, ["q ", "3", "2"]),
+    (lambda f: f(q=random(2, 4, 8, 5).mT), ValueError, ["q ", "stride"]),
+    (lambda f: f(k=random(2, 2, 8, 7).mT), ValueError, ["k ", "stride"]),
+    (lambda f: f(v=random(2, 2, 6, 7).mT), ValueError, ["v ", "stride"]),
+    (lambda f: f(q=Q[..., :0], k=K[..., :0]), ValueError, ["q ", "256"]),
+    (lambda f: f(q=random(2, 4, 5, 257), k=random(2, 2, 7, 257)), ValueError, ["q ", "257", "256"]),
+    (lambda f: f(v=random(2, 2, 7, 257)), ValueError, ["v ", "257", "256"]),
+    (lambda f: f(q=Q.int(), k=K.int(), v=V.int()), TypeError, ["q ", "int32"]),
+    (lambda f: f(q=Q.cfloat()), TypeError, ["q ", "ComplexFloat"]),
+    (lambda f: f(k=K.double()), TypeError, ["k ", "float64", "float32"]),
+    (lambda f: f(v=V.bfloat16()), TypeError, ["v ", "bfloat16", "float32"]),
+    (lambda f: f(k=K.to("meta")), RuntimeError, ["k ", "meta", "cpu"]),
+    (lambda f: f(q=Q.to_sparse()), RuntimeError, ["q ", "Sparse", "cpu"]),
+    (lambda f: f(lengths=torch.tensor([7, 8])), ValueError, ["lengths", "8", "7"]),
+    (lambda f: f(lengths=torch.tensor([7, -1])), ValueError, ["lengths", "-1"]),
+    (lambda f: f(lengths=torch.tensor([7])), ValueError, ["lengths", "1", "2"]),
+    (lambda f: f(lengths=torch.tensor(7)), ValueError, ["lengths", "0", "1"]),
+    (lambda f: f(lengths=torch.tensor([7.0, 5.0])), ValueError, ["lengths", "float32", "int"]),
+    (lambda f: f(lengths=torch.tensor([7, 5], dtype=torch.int8)), TypeError, ["lengths", "Char"]),
+    (lambda f: f(lengths=LENGTHS.to("meta")), RuntimeError, ["lengths", "meta"]),
+    (lambda f: f(lengths=[7, 5]), RuntimeError, ["lengths", "list"]),
+    (lambda f: f(scale="1"), RuntimeError, ["scale", "str"]),
+]
+
+WINDOW_MISTAKES = [
+    (lambda f: f(window=(-2, 0)), ValueError, ["window[0]", "-2"]),
+    (lambda f: f(window=(0, -5)), ValueError, ["window[1]", "-5"]),
+    (lambda f: f(window=3), TypeError, ["window", "3"]),
+    (lambda f: f(window=(1, 2, 3)), TypeError, ["window", "(1, 2, 3)"]),
+]
+
+
+def expect_error(call, operator, error, words):
+    with pytest.raises(error) as caught:
+        call(operator)
+    for word in words:
+        assert word in str(caught.value)
+
+
+@pytest.mark.parametrize("operator", [flash, sigmoid])
+@pytest.mark.parametrize("call, error, words", QKV_MISTAKES + WINDOW_MISTAKES)
+def test_mistakes(operator, call, error, words):
+    expect_error(call, operator, error, [f"{operator.__name__}_attention", *words])
+
+
+@pytest.mark.parametrize("call, error, words", QKV_MISTAKES)
+def test_decode_mistakes(call, error, words):
+    renamed = [{"k ": "k_cache ", "v ": "v_cache "}.get(w, w) for w in words]
+    expect_error(call, decode, error, ["decode_attention", *renamed])
+
+
+@pytest.mark.parametrize(
+    "call, error, words",
+    [
+        (lambda: decode(q=random(2, 4, 17, 8)), ValueError, ["q ", "17", "16"]),
+        (lambda: decode(window=-2), ValueError, ["window", "-2"]),
+        (lambda: decode(splits=-1), ValueError, ["splits", "-1"]),
+        (lambda: decode(lengths=None), TypeError, ["lengths", "None"]),
+        (lambda: merge(out_a=None), TypeError, ["out_a", "None"]),
+        (lambda: sigmoid(bias=torch.zeros(3)), ValueError, ["bias", "3", "4"]),
+        (lambda: sigmoid(bias=torch.zeros(())), ValueError, ["bias", "0", "1"]),
+        (lambda: sigmoid(bias=torch.zeros(4).double()), ValueError, ["bias", "float64"]),
+        (lambda: sigmoid(bias=torch.zeros(4).int()), ValueError, ["bias", "int32"]),
+        (lambda: sigmoid(bias="-8"), RuntimeError, ["bias", "str"]),
+        (lambda: sigmoid(alibi_slopes=torch.zeros(2)), ValueError, ["alibi_slopes", "2", "4"]),
+        (lambda: merge(out_b=Q[:, :2]), ValueError, ["out_b", "2"]),
+        (lambda: merge(lse_a=LSE[:, :2]), ValueError, ["lse_a", "2"]),
+        (lambda: merge(lse_b=LSE[..., None]), ValueError, ["lse_b", "4", "3"]),
+        (lambda: merge(lse_b=LSE.double()), ValueError, ["lse_b", "float64", "float32"]),
+        (lambda: merge(out_b=Q.half()), TypeError, ["out_b", "float16", "float32"]),
+    ],
+)
+def test_more_mistakes(call, error, words):
+    expect_error(lambda _: call(), None, error, words)
+
+
+def test_options_are_keyword_only():
+    with pytest.raises(TypeError):
+        heed.flash_attention(Q, K, V, True)
+
+
+@pytest.mark.parametrize("name", CALLS)
+def test_opcheck(name):
+    opcheck(*CALLS[name])
+
+
+@pytest.mark.parametrize("name", CALLS)
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
+def test_opcheck_of_other_types(name, dtype):
+    op, args, options = CALLS[name]
+    statistics = torch.float64 if dtype == torch.float64 else torch.float32
+
+    def cast(t):
+        if not isinstance(t, torch.Tensor) or not t.is_floating_point():
+            return t
+        return t.to(statistics if t.dim() < 4 else dtype)
+
+    opcheck(op, tuple(map(cast, args)), {k: cast(x) for k, x in options.items()})
+
+
+@pytest.mark.parametrize("name", CALLS)
+def test_opcheck_where_gradients_are_wanted(name):
+    op, (first, *rest), options = CALLS[name]
+    args = (first.clone().requires_grad_(), *rest)
+    # The fourth test of opcheck calls backward, which is an error.
+    tests = ("test_schema", "test_autograd_registration", "test_faketensor")
+    opcheck(op, args, options, test_utils=tests)
+
+
+@pytest.mark.parametrize("name", CALLS)
+def test_backward_is_an_error_that_names_the_operator(name):
+    op, (first, *rest), options = CALLS[name]
+    result = op(first.clone().requires_grad_(), *rest, **options)
+    out = result[0] if isinstance(result, tuple) else result
+    assert out.requires_grad
+    with pytest.raises(RuntimeError, match=f"heed::{name} is not implemented"):
+        out.sum().backward()
+
+
+@pytest.mark.parametrize("name", CALLS)
+@pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode])
+def test_without_gradients(name, mode):
+    op, (first, *rest), options = CALLS[name]
+    expected = op(first, *rest, **options)
+    with mode():
+        found = op(first.clone().requires_grad_(), *rest, **options)
+    if not isinstance(found, tuple):
+        found, expected = (found,), (expected,)
+    for f, e in zip(found, expected):
+        assert not f.requires_grad
+        assert torch.equal(f, e)
+
+
+@pytest.mark.parametrize("name", CALLS)
+def test_results_have_fresh_memory(name):
+    op, args, options = CALLS[name]
+    first, second = op(*args, **options), op(*args, **options)
+    if not isinstance(first, tuple):
+        first, second = (first,), (second,)
+    assert len({t.data_ptr() for t in (*first, *second, *args)}) == len(first) * 2 + len(
+        {t.data_ptr() for t in args}
+    )
+
+
+def everything(q, k, v, lengths):
+    out, lse = heed.flash_attention(q, k, v, causal=True, window=(9, -1), return_lse=True)
+    merged, _ = heed.merge_attention(out, lse, out, lse)
+    return (
+        merged,
+        heed.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True),
+        heed.decode_attention(q, k, v, lengths, window=5),
+        heed.sigmoid_attention(q, k, v, bias=-1.0, lengths=lengths),
+    )
+
+
+@pytest.mark.parametrize("dynamic", [False, True])
+def test_compile(dynamic):
+    torch.compiler.reset()
+    # "aot_eager" has everything of the compiler that sees an operator, without a C++ compiler.
+    compiled = torch.compile(everything, fullgraph=True, dynamic=dynamic, backend="aot_eager")
+    for b, lq, lk in [(2, 5, 7), (2, 7, 5), (3, 6, 6)]:
+        q, k, v = random(b, 4, lq, 8), random(b, 2, lk, 8, seed=1), random(b, 2, lk, 8, seed=2)
+        lengths = torch.full((b,), lk)
+        for found, expected in zip(compiled(q, k, v, lengths), everything(q, k, v, lengths)):
+            assert torch.equal(found, expected)
+
+
+def test_compile_to_code():
+    torch.compiler.reset()
+    compiled = torch.compile(lambda q, k, v: heed.flash_attention(2 * q, k, v) + 1, fullgraph=True)
+    torch.testing.assert_close(compiled(Q, K, V), heed.flash_attention(2 * Q, K, V) + 1)
+
+
+def test_one_dynamic_graph_serves_all_lengths():
+    torch.compiler.reset()
+    graphs = []
+
+    def count(graph, _):
+        graphs.append(graph)
+        return graph.forward
+
+    compiled = torch.compile(
+        lambda q, k, v: heed.flash_attention(q, k, v, causal=True),
+        fullgraph=True,
+        dynamic=True,
+        backend=count,
+    )
+    for lq, lk in [(5, 7), (6, 9), (11, 8)]:
+        q, k, v = random(2, 4, lq, 8), random(2, 2, lk, 8, seed=1), random(2, 2, lk, 6, seed=2)
+        assert torch.equal(compiled(q, k, v), heed.flash_attention(q, k, v, causal=True))
+    assert len(graphs) == 1
+
+
+@pytest.mark.parametrize("operator", [flash, sigmoid, decode])
+@pytest.mark.parametrize(
+    "change, words",
+    [
+        ({"k": K[..., :4]}, ["k", "4", "8"]),
+        ({"v": V[:1]}, ["v", "1", "2"]),
+        ({"q": Q[:, :3]}, ["q", "3", "2"]),
+        ({"v": V[:, :, :3]}, ["v", "3", "7"]),
+    ],
+)
+def test_fake_tensors_are_checked(operator, change, words):
+    arguments = {"q": Q, "k": K, "v": V} | change
+    if operator is decode:
+        arguments["lengths"] = LENGTHS
+    meta = {name: t.to("meta") for name, t in arguments.items()}
+    expect_error(lambda f: f(**meta), operator, ValueError, words)
+
+
+def test_vmap():
+    q = random(3, 2, 4, 5, 8)
+    found = torch.vmap(lambda x: heed.flash_attention(x, K, V))(q)
+    expected = torch.stack([heed.flash_attention(x, K, V) for x in q])
+    assert torch.equal(found, expected)
+
+
+def test_negated_view_of_memory():
+    imaginary = torch.complex(Q, Q).conj().imag
+    assert imaginary.is_neg()
+    strided = heed.scaled_dot_product_attention(imaginary, Q, Q)
+    assert torch.equal(strided, heed.scaled_dot_product_attention(-Q, Q, Q))
+
+
+def test_version_is_that_of_the_core():
+    header = Path(__file__).parents[2] / "include/heed/version.h"
+    assert f'"{heed.__version__}"' in header.read_text()
+
+
+def test_package_is_typed_and_documented():
+    assert Path(heed.__file__).with_name("py.typed").exists()
+    for name in heed.__all__:
+        function = getattr(heed, name)
+        for part in ("Args:", "Raises:", "arXiv", "["):
+            assert part in function.__doc__
+        assert "return" in function.__annotations__
+
+
+def test_import_in_a_fresh_process_before_torch():
+    script = "import heed, torch; print(heed.flash_attention(*[torch.ones(1, 1, 2, 3)] * 3).sum())"
+    run = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
+    assert run.stdout == "tensor(6.)\n"

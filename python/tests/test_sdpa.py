@@ -1,0 +1,113 @@
+"""scaled_dot_product_attention is a drop-in for PyTorch's."""
+
+import heed
+import pytest
+import torch
+from reference import DTYPES, assert_accurate, random
+from torch.nn.functional import scaled_dot_product_attention as torch_sdpa
+
+
+def check(q, k, v, **options):
+    found = heed.scaled_dot_product_attention(q, k, v, **options)
+    expected = torch_sdpa(q.double(), k.double(), v.double(), **options)
+    assert found.dtype == q.dtype
+    # PyTorch leaves NaN where a query sees no key (Lk = 0); here it is 0.
+    assert_accurate(found, expected.nan_to_num(0.0), torch_sdpa(q, k, v, **options).nan_to_num(0.0))
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("is_causal", [False, True])
+@pytest.mark.parametrize(
+    "lead", [(), (1,), (4,), (2, 4), (1, 1), (2, 3, 4), (2, 1, 2, 4)], ids=str
+)
+def test_leading_dimensions(dtype, is_causal, lead):
+    q, k, v = (random(*lead, 9, 16, dtype=dtype, seed=s) for s in (1, 2, 3))
+    check(q, k, v, is_causal=is_causal)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(
+    "lq, lk", [(1, 1), (1, 9), (9, 1), (7, 40), (40, 7), (130, 150), (150, 130)]
+)
+@pytest.mark.parametrize("is_causal", [False, True])
+def test_causal_is_aligned_to_the_start(dtype, lq, lk, is_causal):
+    q = random(2, 3, lq, 12, dtype=dtype, seed=1)
+    k, v = (random(2, 3, lk, 12, dtype=dtype, seed=s) for s in (2, 3))
+    check(q, k, v, is_causal=is_causal)
+
+
+@pytest.mark.parametrize("is_causal", [False, True])
+@pytest.mark.parametrize("lq, lk", [(0, 5), (5, 0), (0, 0)])
+def test_no_tokens(lq, lk, is_causal):
+    q, k = random(2, 3, lq, 8), random(2, 3, lk, 8)
+    found = heed.scaled_dot_product_attention(q, k, k, is_causal=is_causal)
+    assert torch.equal(found, torch.zeros(2, 3, lq, 8))
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("lead, kv_lead", [((6,), (2,)), ((2, 6), (2, 3)), ((2, 2, 6), (2, 2, 1))])
+def test_grouped_queries(dtype, lead, kv_lead):
+    q = random(*lead, 9, 16, dtype=dtype, seed=1)
+    k, v = (random(*kv_lead, 11, 16, dtype=dtype, seed=s) for s in (2, 3))
+    check(q, k, v, enable_gqa=True, is_causal=True)
+
+
+@pytest.mark.parametrize(
+    "q_lead, k_lead, v_lead",
+    [
+        ((2, 4), (1, 4), (2, 1)),
+        ((1, 4), (2, 4), (2, 4)),
+        ((2, 4), (4,), (4,)),
+        ((2, 4), (2, 1), ()),
+    ],
+    ids=str,
+)
+def test_leading_dimensions_broadcast(q_lead, k_lead, v_lead):
+    q, k, v = random(*q_lead, 9, 16), random(*k_lead, 7, 16), random(*v_lead, 7, 16)
+    check(q, k, v)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_any_stride_of_the_last_dimension(dtype):
+    q, k, v = (random(2, 3, 16, 9, dtype=dtype, seed=s).mT for s in (1, 2, 3))
+    check(q, k, v, is_causal=True)
+
+
+@pytest.mark.parametrize("scale", [0.0, -0.5, 2.0])
+def test_scale(scale):
+    q, k, v = (random(2, 3, 9, 16, seed=s) for s in (1, 2, 3))
+    check(q, k, v, scale=scale)
+
+
+def test_value_dim_differs():
+    q, k, v = random(2, 3, 9, 16), random(2, 3, 7, 16, seed=1), random(2, 3, 7, 5, seed=2)
+    check(q, k, v, is_causal=True)
+
+
+def test_positional_arguments_as_in_pytorch():
+    q, k, v = (random(2, 3, 9, 16, seed=s) for s in (1, 2, 3))
+    found = heed.scaled_dot_product_attention(q, k, v, None, 0.0, True)
+    torch.testing.assert_close(found, torch_sdpa(q, k, v, None, 0.0, True))
+
+
+Q = random(2, 4, 5, 8)
+
+
+@pytest.mark.parametrize(
+    "call, words",
+    [
+        (lambda f: f(Q, Q, Q, torch.ones(5, 5, dtype=torch.bool)), ["attn_mask"]),
+        (lambda f: f(Q, Q, Q, None, 0.1), ["dropout_p", "0.1"]),
+        (lambda f: f(Q[0, 0, 0], Q, Q), ["query", "[8]"]),
+        (lambda f: f(Q, Q[:, :2], Q[:, :2]), ["key [2, 2, 5, 8]", "enable_gqa"]),
+        (lambda f: f(Q, Q[:, :3], Q[:, :3], enable_gqa=True), ["4", "3"]),
+        (lambda f: f(Q[0, 0], Q[0, 0], Q[0, 0], enable_gqa=True), ["enable_gqa", "3"]),
+        (lambda f: f(Q, Q, Q[:, :, :2]), ["v "]),
+        (lambda f: f(Q, Q[..., :3], Q), ["k "]),
+    ],
+)
+def test_errors_name_the_argument(call, words):
+    with pytest.raises(ValueError) as caught:
+        call(heed.scaled_dot_product_attention)
+    for word in words:
+        assert word in str(caught.value)
