@@ -1,11 +1,15 @@
 // Test program: token ids of texts, for comparison with other implementations.
-// heed_tokenize MODEL.gguf [--specials]: each line of standard input is a text in hexadecimal; its ids
-// are printed on one line, then the decoded bytes in hexadecimal on the next.
+// heed_tokenize MODEL.gguf [--specials|--chat]: each line of standard input is a text in hexadecimal, or
+// with --chat a conversation "ROLE TEXT ROLE TEXT ..." with texts in hexadecimal ("-" for an empty one).
+// Its ids are printed on one line, the decoded bytes in hexadecimal on the next.
 #include <cstdio>
 #include <iostream>
+#include <sstream>
 #include <string>
+#include <vector>
 
 #include "heed/error.h"
+#include "llm/chat.h"
 #include "llm/gguf.h"
 #include "llm/tokenizer.h"
 
@@ -18,15 +22,26 @@ std::string from_hex(const std::string& hex) {
   return bytes;
 }
 
+std::vector<heed::ChatMessage> conversation(const std::string& line) {
+  std::vector<heed::ChatMessage> messages;
+  std::istringstream words(line);
+  for (std::string role, hex; words >> role >> hex;)
+    messages.push_back({role, hex == "-" ? "" : from_hex(hex)});
+  return messages;
+}
+
 }  // namespace
 
 int main(int argc, char** argv) try {
-  if (argc < 2) throw heed::Error("usage: heed_tokenize MODEL.gguf [--specials]");
+  if (argc < 2) throw heed::Error("usage: heed_tokenize MODEL.gguf [--specials|--chat]");
+  std::string mode = argc > 2 ? argv[2] : "";
   heed::GgufFile file = heed::GgufFile::open(argv[1]);
   heed::Tokenizer tokenizer(file);
-  heed::EncodeOptions options{.parse_specials = argc > 2, .add_bos_eos = false};
+  heed::EncodeOptions options{.parse_specials = mode == "--specials", .add_bos_eos = false};
   for (std::string line; std::getline(std::cin, line);) {
-    std::vector<int32_t> ids = tokenizer.encode(from_hex(line), options);
+    std::vector<int32_t> ids =
+        mode == "--chat" ? heed::ChatTemplate(file, tokenizer).render(conversation(line))
+                         : tokenizer.encode(from_hex(line), options);
     for (int32_t id : ids) std::printf("%d ", id);
     std::printf("\n");
     for (char c : tokenizer.decode(ids)) std::printf("%02x", static_cast<unsigned char>(c));

@@ -37,7 +37,8 @@ struct EncodeOptions {
 ///    reference implementation. No Unicode normalisation takes place.
 ///  - `llama`: BPE by piece scores as in SentencePiece (Kudo and Richardson, arXiv:1808.06226) with byte
 ///    fallback. With add_space_prefix a space is put before the text and after each special token.
-///    Control, user-defined and unused pieces are never formed from text by merging.
+///    Spaces are U+2581 in its pieces, so that character in a text decodes as a space. Control,
+///    user-defined and unused pieces are never formed from text by merging.
 /// Text that is not UTF-8 is read with U+FFFD for each ill-formed sequence. Of tokens with equal text the
 /// lowest id is used. Immutable after construction, so usable from several threads.
 /// Time is O(n log n) in the length of the text.
@@ -52,7 +53,7 @@ class Tokenizer {
   std::vector<int32_t> encode(std::string_view text, const EncodeOptions& options = {}) const;
 
   /// The bytes of the tokens: not valid UTF-8 when the ids cut a character. Control tokens are left out
-  /// unless `with_specials`. Inverse of encode for valid UTF-8 whose bytes all have tokens.
+  /// unless `with_specials`. Inverse of encode for valid UTF-8, with the exceptions above.
   /// Throws Error for an id outside [0, vocab_size()).
   std::string decode(std::span<const int32_t> ids, bool with_specials = false) const;
 
