@@ -23,8 +23,8 @@ int default_threads();
 void set_threads(int threads);  // throws Error below 1
 
 struct RunOptions {
-  std::optional<int> threads;
-  std::optional<Isa> isa;
+  std::optional<int> threads = {};
+  std::optional<Isa> isa = {};
 };
 
 /// What was found on this machine, for people: model name, caches, instruction sets.
