@@ -97,8 +97,9 @@ WINDOW_MISTAKES = [
 def expect_error(call, operator, error, words):
     with pytest.raises(error) as caught:
         call(operator)
+    message = str(caught.value).replace("k_cache ", "k ").replace("v_cache ", "v ")
     for word in words:
-        assert word in str(caught.value)
+        assert word in message
 
 
 @pytest.mark.parametrize("operator", [flash, sigmoid])
@@ -109,8 +110,7 @@ def test_mistakes(operator, call, error, words):
 
 @pytest.mark.parametrize("call, error, words", QKV_MISTAKES)
 def test_decode_mistakes(call, error, words):
-    renamed = [{"k ": "k_cache ", "v ": "v_cache "}.get(w, w) for w in words]
-    expect_error(call, decode, error, ["decode_attention", *renamed])
+    expect_error(call, decode, error, ["decode_attention", *words])
 
 
 @pytest.mark.parametrize(
@@ -123,7 +123,6 @@ def test_decode_mistakes(call, error, words):
         (lambda: merge(out_a=None), TypeError, ["out_a", "None"]),
         (lambda: sigmoid(bias=torch.zeros(3)), ValueError, ["bias", "3", "4"]),
         (lambda: sigmoid(bias=torch.zeros(())), ValueError, ["bias", "0", "1"]),
-        (lambda: sigmoid(bias=torch.zeros(4).double()), ValueError, ["bias", "float64"]),
         (lambda: sigmoid(bias=torch.zeros(4).int()), ValueError, ["bias", "int32"]),
         (lambda: sigmoid(bias="-8"), RuntimeError, ["bias", "str"]),
         (lambda: sigmoid(alibi_slopes=torch.zeros(2)), ValueError, ["alibi_slopes", "2", "4"]),

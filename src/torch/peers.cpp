@@ -76,6 +76,13 @@ struct Inputs {
         v(wrap(in.at("v"))),
         causal(options.flag("causal")),
         scale(options.number("scale")) {}
+  /// The keys that exist in caches of sequences that are all `length` long.
+  Inputs(const NamedTensors& in, const Spec& options, int64_t length)
+      : q(wrap(in.at("q"))),
+        k(wrap(in.at("k_cache")).narrow(2, 0, length)),
+        v(wrap(in.at("v_cache")).narrow(2, 0, length)),
+        causal(q.size(2) > 1),
+        scale(options.number("scale")) {}
   int64_t queries() const { return q.size(2); }
   int64_t keys() const { return k.size(2); }
   int64_t group() const { return k.size(1) == 0 ? 1 : q.size(1) / k.size(1); }
@@ -89,8 +96,7 @@ struct Inputs {
   std::optional<double> scale;
 };
 
-std::function<at::Tensor()> flash(const NamedTensors& in, const Spec& options) {
-  const Inputs x(in, options);
+std::function<at::Tensor()> softmax(const Inputs& x) {
   // PyTorch's own causal flag is aligned to the start of the keys.
   const bool square = x.queries() == x.keys();
   std::optional<at::Tensor> mask;
@@ -99,6 +105,14 @@ std::function<at::Tensor()> flash(const NamedTensors& in, const Spec& options) {
     return at::scaled_dot_product_attention(x.q, x.k, x.v, mask, 0.0, is_causal, x.scale,
                                             x.group() != 1);
   };
+}
+
+/// The length of all sequences, none where they differ.
+std::optional<int64_t> common_length(const Tensor& lengths) {
+  const at::Tensor values = wrap(lengths).to(at::kLong);
+  if (values.numel() == 0) return std::nullopt;
+  const auto length = values[0].item<int64_t>();
+  return values.eq(length).all().item<bool>() ? std::optional(length) : std::nullopt;
 }
 
 std::function<at::Tensor()> sigmoid(const NamedTensors& in, const Spec& options) {
@@ -143,7 +157,15 @@ std::optional<Peer> make_peer(std::string_view mechanism, const NamedTensors& in
                               const Spec& options, const RunOptions& run) {
   const int threads = run.threads.value_or(default_threads());
   if (mechanism == "flash_attention" && knows(in, {"q", "k", "v"}, options, {"causal", "scale"})) {
-    return timed("scaled_dot_product_attention", in.at("q").dtype(), threads, flash(in, options));
+    return timed("scaled_dot_product_attention", in.at("q").dtype(), threads,
+                 softmax(Inputs(in, options)));
+  }
+  if (mechanism == "decode_attention" &&
+      knows(in, {"q", "k_cache", "v_cache", "lengths"}, options, {"scale"})) {
+    const auto length = common_length(in.at("lengths"));
+    if (!length) return std::nullopt;
+    return timed("scaled_dot_product_attention", in.at("q").dtype(), threads,
+                 softmax(Inputs(in, options, *length)));
   }
   if (mechanism == "sigmoid_attention" &&
       knows(in, {"q", "k", "v", "bias"}, options, {"causal", "scale", "bias"})) {

@@ -21,8 +21,9 @@ struct Peer {
 };
 
 /// What PyTorch offers for this call; none where it has no composition for the mechanism, one of
-/// the inputs or one of the options. Known: flash_attention (causal, scale) and sigmoid_attention
-/// (causal, scale, bias as a number or as an input [H]). Every run sets PyTorch's thread count.
+/// the inputs or one of the options. Known: flash_attention (causal, scale), decode_attention of
+/// equally long sequences (scale) and sigmoid_attention (causal, scale, bias as a number or as an
+/// input [H]). Every run sets PyTorch's thread count.
 std::optional<Peer> make_peer(std::string_view mechanism, const NamedTensors& in,
                               const Spec& options, const RunOptions& run = {});
 

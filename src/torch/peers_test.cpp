@@ -55,6 +55,20 @@ TEST(Peers, FlashAttention) {
   }
 }
 
+TEST(Peers, DecodeAttention) {
+  for (const int64_t queries : {1, 4}) {
+    const Call call(4, 2, queries, 9);
+    Array lengths(DType::i32, {2});
+    const NamedTensors in = {
+        {"q", call.q}, {"k_cache", call.k}, {"v_cache", call.v}, {"lengths", lengths}};
+    lengths.as<int32_t>()[0] = lengths.as<int32_t>()[1] = 7;
+    expect_close(run("decode_attention", in, "scale=0.3"),
+                 decode_attention(call.q, call.k, call.v, lengths, {.scale = 0.3}).out);
+    lengths.as<int32_t>()[1] = 6;
+    EXPECT_FALSE(make_peer("decode_attention", in, {}));
+  }
+}
+
 TEST(Peers, SigmoidAttention) {
   const Call call(4, 2, 3, 9);
   expect_close(run("sigmoid_attention", call.named(), ""),
