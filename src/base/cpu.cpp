@@ -57,7 +57,15 @@ bool request_amx_permission() {
 // What both the processor and the operating system (which saves the registers) support.
 struct Support {
   bool avx2 = false, avx512 = false, avx512_bf16 = false, avx512_vnni = false, amx = false;
+  // Products of bfloat16 pairs outrun float32 ones: AMD's unit is full width, Intel's half of it.
+  bool full_rate_bf16 = false;
 };
+
+bool made_by_amd() {
+  uint32_t a = 0, b = 0, c = 0, d = 0;
+  return __get_cpuid(0, &a, &b, &c, &d) && b == signature_AMD_ebx && c == signature_AMD_ecx &&
+         d == signature_AMD_edx;
+}
 
 Support detect() {
   Support found;
@@ -77,6 +85,7 @@ Support detect() {
   bool amx_bf16 = (d >> 22) & 1, amx_tile = (d >> 24) & 1;
   bool os_tiles = (xcr0 & 0x60000) == 0x60000;
   if (__get_cpuid_count(7, 1, &a, &b, &c, &d)) found.avx512_bf16 = found.avx512 && ((a >> 5) & 1);
+  found.full_rate_bf16 = found.avx512_bf16 && made_by_amd();
   found.amx =
       found.avx512_bf16 && amx_bf16 && amx_tile && os_tiles && request_amx_permission();
   return found;
@@ -85,7 +94,8 @@ Support detect() {
 #else
 
 struct Support {
-  bool avx2 = false, avx512 = false, avx512_bf16 = false, avx512_vnni = false, amx = false;
+  bool avx2 = false, avx512 = false, avx512_bf16 = false, avx512_vnni = false, amx = false,
+       full_rate_bf16 = false;
 };
 Support detect() { return {}; }
 
@@ -162,6 +172,7 @@ const CpuInfo& cpu_info() {
     if (s.avx512) found.features.push_back("avx512");
     if (s.avx512_vnni) found.features.push_back("avx512_vnni");
     if (s.avx512_bf16) found.features.push_back("avx512_bf16");
+    if (s.full_rate_bf16) found.features.push_back("full_rate_bf16");
     if (s.amx) found.features.push_back("amx_bf16");
     return found;
   }();

@@ -17,7 +17,18 @@ void add_pack_parts(Isa isa, TileKernels<float>& f, TileKernels<double>& d);
 void add_product_parts(Isa isa, TileKernels<float>& f, TileKernels<double>& d);
 void add_weight_parts(Isa isa, TileKernels<float>& f, TileKernels<double>& d);
 void add_few_row_parts(Isa isa, TileKernels<float>& f, TileKernels<double>& d);
+
+// bfloat16 products. Operands are packed in pairs of neighbours along the summed axis:
+//   queries, weights  [row][padded depth]          keys    panels of 64: [depth / 2][key][2]
+//   values            [key / 2][padded width][2]
+// with depth and keys padded with zeros to kHalfDepth, one step of a matrix tile.
+inline constexpr int64_t kHalfDepth = 32;
+inline constexpr int64_t kHalfPanel = 64;
+inline constexpr int64_t kHalfColumns = 16;
+void add_half_pack_parts(Isa isa, TileKernels<float>& f);
 void add_half_weight_parts(Isa isa, TileKernels<float>& f);
+void add_avx512_half_products(TileKernels<float>& f);  // AVX512-BF16
+void add_amx_products(TileKernels<float>& f);
 
 // Defines FUNCTION(isa, tables...) as a choice among the compiled targets' FUNCTION(tables...).
 #if defined(__x86_64__)

@@ -5,7 +5,10 @@
 #define HWY_TARGET_INCLUDE "kernels/products.cpp"
 #include <hwy/foreach_target.h>
 // After foreach_target.
+#include <type_traits>
+
 #include "kernels/parts.h"
+#include "kernels/product_loops.h"
 #include "kernels/vector-inl.h"
 
 HWY_BEFORE_NAMESPACE();
@@ -15,6 +18,17 @@ namespace hn = hwy::HWY_NAMESPACE;
 // Rows per register block for NV vectors of columns.
 constexpr int block_rows(int vectors) {
   return kPanelVectors == 4 ? (vectors == 4 ? 6 : vectors == 3 ? 8 : 12) : (vectors == 2 ? 6 : 12);
+}
+
+// Calls body with the number of vectors as a constant, 1 to kPanelVectors.
+template <class Body>
+HWY_INLINE void with_vectors(int64_t vectors, Body&& body) {
+  if (vectors == 1) return body(std::integral_constant<int, 1>());
+  if (vectors == 2) return body(std::integral_constant<int, 2>());
+  if constexpr (kPanelVectors > 2) {
+    if (vectors == 3) return body(std::integral_constant<int, 3>());
+    return body(std::integral_constant<int, 4>());
+  }
 }
 
 // acc[r][j] += sum_i a[r * a_stride + i] * b[i * b_stride + j * lanes], i in [0, depth)
@@ -54,55 +68,21 @@ HWY_NOINLINE void score_block(const T* q, int64_t q_stride, const T* panel, int6
   }
 }
 
-// What rows [r, r + count) see together.
-inline KeyRange joint_range(const KeyRange* ranges, int64_t r, int64_t count, int64_t keys) {
-  if (ranges == nullptr) return {0, static_cast<int32_t>(keys)};
-  KeyRange joint{static_cast<int32_t>(keys), 0};
-  for (int64_t i = r; i < r + count; ++i) {
-    if (ranges[i].empty()) continue;
-    joint.begin = HWY_MIN(joint.begin, ranges[i].begin);
-    joint.end = HWY_MAX(joint.end, ranges[i].end);
-  }
-  return joint;
-}
-
 template <class T>
 void scores(const void* queries, int64_t rows, const void* keys, int64_t key_count, int64_t width,
             const KeyRange* ranges, Block<T> s) {
-  constexpr int64_t kLanes = lanes<T>(), kPanel = kPanelVectors * kLanes, MR = 6;
-  const int64_t q_stride = round_up(width, kLanes), padded_keys = round_up(key_count, kLanes);
-  for (int64_t start = 0; start < padded_keys; start += kPanel) {
-    const int64_t panel_width = HWY_MIN(kPanel, padded_keys - start);
-    const T* panel = static_cast<const T*>(keys) + start * width;
-    for (int64_t r = 0; r < rows; r += MR) {
-      const KeyRange range = joint_range(ranges, r, HWY_MIN(MR, rows - r), key_count);
-      const int64_t first = HWY_MAX(range.begin - start, int64_t{0}) / kLanes;
-      const int64_t last = HWY_MIN(round_up(range.end - start, kLanes), panel_width) / kLanes;
-      const T* q = static_cast<const T*>(queries) + r * q_stride;
-      T* out = s.row(r) + start + first * kLanes;
-      const T* columns = panel + first * kLanes;
-      switch (last - first) {
-        case 1:
-          score_block<1, T>(q, q_stride, columns, panel_width, width, out, s.stride);
-          break;
-        case 2:
-          score_block<2, T>(q, q_stride, columns, panel_width, width, out, s.stride);
-          break;
-        case 3:
-          if constexpr (kPanelVectors > 2) {
-            score_block<3, T>(q, q_stride, columns, panel_width, width, out, s.stride);
-          }
-          break;
-        case 4:
-          if constexpr (kPanelVectors > 2) {
-            score_block<4, T>(q, q_stride, columns, panel_width, width, out, s.stride);
-          }
-          break;
-        default:  // nothing visible
-          break;
-      }
-    }
-  }
+  constexpr int64_t kLanes = lanes<T>();
+  const int64_t q_stride = round_up(width, kLanes);
+  for_score_blocks(
+      rows, key_count, ranges, 6, kPanelVectors * kLanes, kLanes,
+      [&](int64_t r, int64_t start, int64_t panel_width, int64_t first, int64_t columns) {
+        const T* q = static_cast<const T*>(queries) + r * q_stride;
+        const T* k = static_cast<const T*>(keys) + start * width + first;
+        T* out = s.row(r) + start + first;
+        with_vectors(columns / kLanes, [&](auto vectors) {
+          score_block<vectors, T>(q, q_stride, k, panel_width, width, out, s.stride);
+        });
+      });
 }
 
 // O[r][columns] = carry[r] O + sum over keys [begin, end) of P V, for one block of rows.
@@ -128,66 +108,27 @@ HWY_NOINLINE void accumulate_block(const T* p, int64_t p_stride, const T* v, int
   }
 }
 
-// Keys whose values stay in the first-level cache while all rows pass over them.
-template <class T>
-constexpr int64_t value_block_keys() {
-  return 16 * 1024 / (kPanelVectors * lanes<T>() * static_cast<int64_t>(sizeof(T)));
-}
-
-template <int NV, class T>
-void accumulate_columns(const T* p, int64_t p_stride, int64_t rows, const T* v, int64_t v_stride,
-                        int64_t key_count, const KeyRange* ranges, const T* carry, Block<T> o,
-                        int64_t column) {
-  constexpr int64_t MR = block_rows(NV), kStep = value_block_keys<T>();
-  for (int64_t start = 0; start < key_count; start += kStep) {
-    const int64_t end = HWY_MIN(key_count, start + kStep);
-    for (int64_t r = 0; r < rows; r += MR) {
-      const KeyRange range = joint_range(ranges, r, HWY_MIN(MR, rows - r), key_count);
-      const int64_t from = HWY_MAX(start, int64_t{range.begin});
-      const int64_t to = HWY_MIN(end, int64_t{range.end});
-      if (from >= to && start > 0) continue;  // the first step applies the carry in any case
-      accumulate_block<NV, T>(p + r * p_stride + from, p_stride, v + from * v_stride + column,
-                              v_stride, HWY_MAX(to - from, int64_t{0}),
-                              start == 0 && carry != nullptr ? carry + r : nullptr,
-                              o.row(r) + column, o.stride);
-    }
-  }
-}
-
 template <class T>
 void accumulate(const void* weights, int64_t p_stride, int64_t rows, const void* values,
                 int64_t key_count, int64_t width, const KeyRange* ranges, const T* carry,
                 Block<T> o) {
+  // Keys whose values stay in the first-level cache while all rows pass over them.
+  constexpr int64_t kRun = 16 * 1024 / (kPanelVectors * lanes<T>() * static_cast<int64_t>(sizeof(T)));
   const int64_t v_stride = round_up(width, lanes<T>());
-  const int64_t vectors = v_stride / lanes<T>();
-  const int64_t passes = (vectors + kPanelVectors - 1) / kPanelVectors;
   const auto* p = static_cast<const T*>(weights);
   const auto* v = static_cast<const T*>(values);
-  for (int64_t pass = 0, done = 0; pass < passes; ++pass) {
-    const int64_t take = (vectors - done + passes - pass - 1) / (passes - pass);  // even shares
-    const int64_t column = done * lanes<T>();
-    switch (take) {
-      case 1:
-        accumulate_columns<1, T>(p, p_stride, rows, v, v_stride, key_count, ranges, carry, o, column);
-        break;
-      case 2:
-        accumulate_columns<2, T>(p, p_stride, rows, v, v_stride, key_count, ranges, carry, o, column);
-        break;
-      case 3:
-        if constexpr (kPanelVectors > 2) {
-          accumulate_columns<3, T>(p, p_stride, rows, v, v_stride, key_count, ranges, carry, o,
-                                   column);
-        }
-        break;
-      default:
-        if constexpr (kPanelVectors > 2) {
-          accumulate_columns<4, T>(p, p_stride, rows, v, v_stride, key_count, ranges, carry, o,
-                                   column);
-        }
-        break;
-    }
-    done += take;
-  }
+  for_even_shares(v_stride / lanes<T>(), kPanelVectors, [&](int64_t vector, int64_t count) {
+    const int64_t column = vector * lanes<T>();
+    with_vectors(count, [&](auto vectors) {
+      for_sum_blocks(rows, key_count, ranges, block_rows(vectors), kRun, 1,
+                     [&](int64_t r, int64_t from, int64_t to, bool first) {
+                       accumulate_block<vectors, T>(p + r * p_stride + from, p_stride,
+                                                    v + from * v_stride + column, v_stride,
+                                                    to - from, first ? carry + r : nullptr,
+                                                    o.row(r) + column, o.stride);
+                     });
+    });
+  });
 }
 
 void add_product_parts(TileKernels<float>& f, TileKernels<double>& d) {

@@ -1,5 +1,7 @@
 #include "kernels/tile.h"
 
+#include <algorithm>
+
 #include "kernels/parts.h"
 
 namespace heed::kernels {
@@ -19,6 +21,20 @@ Tables make_tables(Isa isa) {
   add_weight_parts(isa, tables.f, tables.d);
   add_few_row_parts(isa, tables.f, tables.d);
   return tables;
+}
+
+TileKernels<float> make_half_table(Isa isa, void (*add_products)(TileKernels<float>&)) {
+  TileKernels<float> table = make_tables(Isa::avx512).f;
+  table.name = name_of(isa);
+  add_half_pack_parts(isa, table);
+  add_half_weight_parts(isa, table);
+  add_products(table);
+  return table;
+}
+
+bool has_full_rate_bf16() {
+  const auto& features = cpu_info().features;
+  return std::find(features.begin(), features.end(), "full_rate_bf16") != features.end();
 }
 
 // AMX adds products of bfloat16 only: everything else on such a machine is AVX-512.
@@ -43,6 +59,17 @@ const TileKernels<double>& tile_kernels<double>(Isa isa) {
   return tables_of(isa).d;
 }
 
-const TileKernels<float>* half_tile_kernels(Isa) { return nullptr; }
+const TileKernels<float>* half_tile_kernels(Isa isa) {
+  if (isa == Isa::amx) {
+    static const TileKernels<float> amx = make_half_table(Isa::amx, add_amx_products);
+    return &amx;
+  }
+  if (isa == Isa::avx512 && has_full_rate_bf16()) {
+    static const TileKernels<float> avx512 =
+        make_half_table(Isa::avx512, add_avx512_half_products);
+    return &avx512;
+  }
+  return nullptr;
+}
 
 }  // namespace heed::kernels

@@ -116,6 +116,31 @@ HWY_INLINE void store_bfloat16(DF d, V x, uint16_t* p) {
   hn::StoreU(hn::DemoteTo(du16, hn::BitCast(di, bfloat16_bits(d, x))), du16, p);
 }
 
+// Four rows (two of double) become one 16-byte group per column: group(c) = rows at column c.
+template <class T, class V, class Store>
+HWY_INLINE void transpose_group(const V* rows, Store&& store) {
+  const Full<T> d;
+  constexpr int64_t kGroup = 16 / sizeof(T);
+  HWY_ALIGN T buffer[kGroup][hn::MaxLanes(d)];
+  if constexpr (kGroup == 4) {
+    const hn::Repartition<double, decltype(d)> wide;
+    const auto low01 = hn::BitCast(wide, hn::InterleaveLower(d, rows[0], rows[1]));
+    const auto low23 = hn::BitCast(wide, hn::InterleaveLower(d, rows[2], rows[3]));
+    const auto high01 = hn::BitCast(wide, hn::InterleaveUpper(d, rows[0], rows[1]));
+    const auto high23 = hn::BitCast(wide, hn::InterleaveUpper(d, rows[2], rows[3]));
+    hn::Store(hn::BitCast(d, hn::InterleaveLower(wide, low01, low23)), d, buffer[0]);
+    hn::Store(hn::BitCast(d, hn::InterleaveUpper(wide, low01, low23)), d, buffer[1]);
+    hn::Store(hn::BitCast(d, hn::InterleaveLower(wide, high01, high23)), d, buffer[2]);
+    hn::Store(hn::BitCast(d, hn::InterleaveUpper(wide, high01, high23)), d, buffer[3]);
+  } else {
+    hn::Store(hn::InterleaveLower(d, rows[0], rows[1]), d, buffer[0]);
+    hn::Store(hn::InterleaveUpper(d, rows[0], rows[1]), d, buffer[1]);
+  }
+  for (int64_t c = 0; c < lanes<T>(); ++c) {
+    store(c, &buffer[c % kGroup][c / kGroup * kGroup]);
+  }
+}
+
 }  // namespace heed::kernels::HWY_NAMESPACE
 HWY_AFTER_NAMESPACE();
 #endif

@@ -1,0 +1,108 @@
+// The two products of a tile on a matrix tile unit: blocks of 2 x 2 tiles, 32 rows x 32 columns, so that
+// every operand tile loaded is multiplied twice. Template over the unit (amx_tiles.h).
+#pragma once
+#include <cstdint>
+
+#include "kernels/parts.h"
+#include "kernels/product_loops.h"
+
+namespace heed::kernels {
+
+/// C (32 rows x 16 or 32 columns, float) from steps of A (32 x 32 bfloat16) and B (pairs).
+/// Registers: 0-3 C, 4-5 A, 6-7 B.
+template <bool kWide, class Unit>
+void multiply_tiles(Unit& unit, const uint16_t* a, int64_t a_stride, const uint32_t* b,
+                    int64_t b_stride, int64_t steps) {
+  for (int64_t step = 0; step < steps; ++step) {
+    const uint32_t* pairs = b + step * (kHalfDepth / 2) * b_stride;
+    unit.template load<4>(a + step * kHalfDepth, a_stride * 2);
+    unit.template load<6>(pairs, b_stride * 4);
+    unit.template multiply<0, 4, 6>();
+    unit.template load<5>(a + 16 * a_stride + step * kHalfDepth, a_stride * 2);
+    unit.template multiply<2, 5, 6>();
+    if constexpr (kWide) {
+      unit.template load<7>(pairs + 16, b_stride * 4);
+      unit.template multiply<1, 4, 7>();
+      unit.template multiply<3, 5, 7>();
+    }
+  }
+}
+
+template <bool kWide, class Unit>
+void store_tiles(Unit& unit, float* to, int64_t stride) {
+  unit.template store<0>(to, stride * 4);
+  unit.template store<2>(to + 16 * stride, stride * 4);
+  if constexpr (kWide) {
+    unit.template store<1>(to + 16, stride * 4);
+    unit.template store<3>(to + 16 * stride + 16, stride * 4);
+  }
+}
+
+template <class Unit>
+void tile_scores(const void* queries, int64_t rows, const void* keys, int64_t key_count,
+                 int64_t width, const KeyRange* ranges, Block<float> s) {
+  Unit unit;
+  const int64_t depth = round_up(width, kHalfDepth);
+  for_score_blocks(rows, key_count, ranges, 32, kHalfPanel, 32,
+                   [&](int64_t r, int64_t start, int64_t panel_width, int64_t first,
+                       int64_t columns) {
+                     const auto* q = static_cast<const uint16_t*>(queries) + r * depth;
+                     const auto* k = static_cast<const uint32_t*>(keys) + start * depth / 2;
+                     for (int64_t c = first; c < first + columns; c += 32) {
+                       unit.template zero<0>();
+                       unit.template zero<1>();
+                       unit.template zero<2>();
+                       unit.template zero<3>();
+                       multiply_tiles<true>(unit, q, depth, k + c, panel_width,
+                                            depth / kHalfDepth);
+                       store_tiles<true>(unit, s.row(r) + start + c, s.stride);
+                     }
+                   });
+}
+
+inline void scale_rows(const float* carry, int64_t columns, float* o, int64_t stride) {
+  for (int64_t r = 0; r < 32; ++r) {
+    if (carry[r] == 1) continue;
+    for (int64_t f = 0; f < columns; ++f) o[r * stride + f] *= carry[r];
+  }
+}
+
+template <bool kWide, class Unit>
+void sum_tiles(Unit& unit, const uint16_t* p, int64_t p_stride, const uint32_t* v,
+               int64_t v_stride, int64_t steps, float* o, int64_t o_stride) {
+  unit.template load<0>(o, o_stride * 4);
+  unit.template load<2>(o + 16 * o_stride, o_stride * 4);
+  if constexpr (kWide) {
+    unit.template load<1>(o + 16, o_stride * 4);
+    unit.template load<3>(o + 16 * o_stride + 16, o_stride * 4);
+  }
+  multiply_tiles<kWide>(unit, p, p_stride, v, v_stride, steps);
+  store_tiles<kWide>(unit, o, o_stride);
+}
+
+template <class Unit>
+void tile_accumulate(const void* weights, int64_t p_stride, int64_t rows, const void* values,
+                     int64_t key_count, int64_t width, const KeyRange* ranges, const float* carry,
+                     Block<float> o) {
+  Unit unit;
+  const int64_t v_stride = round_up(width, kHalfColumns);
+  const auto* v = static_cast<const uint32_t*>(values);
+  for_sum_blocks(
+      rows, key_count, ranges, 32, key_count, kHalfDepth,
+      [&](int64_t r, int64_t from, int64_t to, bool) {
+        scale_rows(carry + r, v_stride, o.row(r), o.stride);
+        const int64_t steps = (to - from + kHalfDepth - 1) / kHalfDepth;
+        if (steps == 0) return;
+        const auto* p = static_cast<const uint16_t*>(weights) + r * p_stride + from;
+        const uint32_t* pairs = v + from / 2 * v_stride;
+        int64_t f = 0;
+        for (; f + 32 <= v_stride; f += 32) {
+          sum_tiles<true>(unit, p, p_stride, pairs + f, v_stride, steps, o.row(r) + f, o.stride);
+        }
+        if (f < v_stride) {
+          sum_tiles<false>(unit, p, p_stride, pairs + f, v_stride, steps, o.row(r) + f, o.stride);
+        }
+      });
+}
+
+}  // namespace heed::kernels

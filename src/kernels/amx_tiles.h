@@ -1,0 +1,96 @@
+// The tile unit as eight numbered registers of 16 rows x 64 bytes, in two versions with one interface:
+// AMX itself, and plain memory that does the same, so that the loops around it run on any machine.
+#pragma once
+#include <cstdint>
+#include <cstring>
+
+#include "heed/tensor.h"
+
+namespace heed::kernels {
+
+#if defined(__x86_64__)
+/// AMX-BF16 by its instructions; needs no compiler flag. The configuration is loaded by the
+/// constructor and released by the destructor, in the thread that uses it.
+class HardwareTiles {
+ public:
+  HardwareTiles() {
+    struct alignas(64) Configuration {
+      uint8_t palette = 1, start_row = 0, reserved[14] = {};
+      uint16_t row_bytes[16] = {64, 64, 64, 64, 64, 64, 64, 64};
+      uint8_t rows[16] = {16, 16, 16, 16, 16, 16, 16, 16};
+    };
+    static const Configuration configuration;
+    __asm__ volatile("ldtilecfg %0" ::"m"(configuration) : "memory");
+  }
+  ~HardwareTiles() { __asm__ volatile("tilerelease" ::: "memory"); }
+  HardwareTiles(const HardwareTiles&) = delete;
+  HardwareTiles& operator=(const HardwareTiles&) = delete;
+
+  template <int kTile>
+  void zero() {
+    __asm__ volatile("tilezero %%tmm%c0" ::"i"(kTile));
+  }
+  template <int kTile>
+  void load(const void* from, int64_t stride_bytes) {
+    __asm__ volatile("tileloadd (%0,%1,1), %%tmm%c2" ::"r"(from), "r"(stride_bytes), "i"(kTile)
+                     : "memory");
+  }
+  template <int kTile>
+  void store(void* to, int64_t stride_bytes) {
+    __asm__ volatile("tilestored %%tmm%c2, (%0,%1,1)" ::"r"(to), "r"(stride_bytes), "i"(kTile)
+                     : "memory");
+  }
+  /// C[i][j] += sum over pairs of A[i][pair] . B[pair][j]
+  template <int kC, int kA, int kB>
+  void multiply() {
+    __asm__ volatile("tdpbf16ps %%tmm%c2, %%tmm%c1, %%tmm%c0" ::"i"(kC), "i"(kA), "i"(kB));
+  }
+};
+#endif
+
+class EmulatedTiles {
+ public:
+  template <int kTile>
+  void zero() {
+    std::memset(tiles_[kTile], 0, sizeof(tiles_[kTile]));
+  }
+  template <int kTile>
+  void load(const void* from, int64_t stride_bytes) {
+    for (int r = 0; r < 16; ++r) {
+      std::memcpy(tiles_[kTile][r], static_cast<const std::byte*>(from) + r * stride_bytes, 64);
+    }
+  }
+  template <int kTile>
+  void store(void* to, int64_t stride_bytes) {
+    for (int r = 0; r < 16; ++r) {
+      std::memcpy(static_cast<std::byte*>(to) + r * stride_bytes, tiles_[kTile][r], 64);
+    }
+  }
+  template <int kC, int kA, int kB>
+  void multiply() {
+    for (int i = 0; i < 16; ++i) {
+      for (int pair = 0; pair < 16; ++pair) {
+        for (int j = 0; j < 16; ++j) {
+          float c = read<float>(kC, i, j, 4);
+          c += half(kA, i, 2 * pair) * half(kB, pair, 2 * j);
+          c += half(kA, i, 2 * pair + 1) * half(kB, pair, 2 * j + 1);
+          std::memcpy(&tiles_[kC][i][j * 4], &c, 4);
+        }
+      }
+    }
+  }
+
+ private:
+  template <class T>
+  T read(int tile, int row, int column, int size) const {
+    T value;
+    std::memcpy(&value, &tiles_[tile][row][column * size], sizeof(T));
+    return value;
+  }
+  float half(int tile, int row, int column) const {
+    return to_float(bfloat16{read<uint16_t>(tile, row, column, 2)});
+  }
+  std::byte tiles_[8][16][64];
+};
+
+}  // namespace heed::kernels

@@ -1,0 +1,115 @@
+// Packing of bfloat16 operands into pairs (layouts in parts.h). The bits are moved, never converted.
+#include "kernels/simd.h"
+#undef HWY_TARGET_INCLUDE
+#define HWY_TARGET_INCLUDE "kernels/pack_half.cpp"
+#include <hwy/foreach_target.h>
+// After foreach_target.
+#include <cstring>
+
+#include "kernels/parts.h"
+#include "kernels/vector-inl.h"
+
+HWY_BEFORE_NAMESPACE();
+namespace heed::kernels::HWY_NAMESPACE {
+namespace hn = hwy::HWY_NAMESPACE;
+
+void pack_half_queries(const Rows& q, bool negate, void* packed) {
+  const int64_t stride = round_up(q.width, kHalfDepth);
+  const uint16_t flip = negate ? 0x8000 : 0;
+  for (int64_t r = 0; r < q.count; ++r) {
+    const auto* from = static_cast<const uint16_t*>(q.data) + r * q.stride;
+    auto* to = static_cast<uint16_t*>(packed) + r * stride;
+    for (int64_t e = 0; e < q.width; ++e) to[e] = from[e] ^ flip;
+    std::memset(to + q.width, 0, static_cast<size_t>(stride - q.width) * sizeof(uint16_t));
+  }
+}
+
+// Pairs (e, e+1) of one key, as float lanes that are only moved; zeros at and behind `width`.
+HWY_INLINE hn::Vec<Full<float>> load_pairs(const uint16_t* row, int64_t e, int64_t width) {
+  const Full<float> d;
+  constexpr int64_t kBoth = 2 * lanes<float>();
+  if (e + kBoth <= width) return hn::LoadU(d, reinterpret_cast<const float*>(row + e));
+  HWY_ALIGN uint16_t buffer[kBoth] = {};
+  for (int64_t i = 0; e + i < width; ++i) buffer[i] = row[e + i];
+  return hn::Load(d, reinterpret_cast<const float*>(buffer));
+}
+
+void pack_half_keys(const Rows& k, void* packed) {
+  const Full<float> d;
+  const int64_t depth = round_up(k.width, kHalfDepth), keys = round_up(k.count, kHalfDepth);
+  for (int64_t start = 0; start < keys; start += kHalfPanel) {
+    const int64_t width = HWY_MIN(kHalfPanel, keys - start);
+    float* to = static_cast<float*>(packed) + start * depth / 2;
+    for (int64_t key = 0; key < width; key += 4) {
+      for (int64_t e = 0; e < depth; e += 2 * lanes<float>()) {
+        hn::Vec<Full<float>> rows[4];
+        for (int64_t i = 0; i < 4; ++i) {
+          const int64_t m = start + key + i;
+          const auto* row = static_cast<const uint16_t*>(k.data) + m * k.stride;
+          rows[i] = m < k.count ? load_pairs(row, e, k.width) : hn::Zero(d);
+        }
+        transpose_group<float>(rows, [&](int64_t c, const float* group) HWY_ATTR {
+          hwy::CopyBytes<16>(group, to + (e / 2 + c) * width + key);
+        });
+      }
+    }
+  }
+}
+
+// Values of two keys side by side in 32-bit lanes.
+HWY_INLINE hn::Vec<Full<uint32_t>> load_words(const uint16_t* row, int64_t f, int64_t width) {
+  const Full<uint32_t> d;
+  const hn::Rebind<uint16_t, decltype(d)> half;
+  if (row == nullptr) return hn::Zero(d);
+  if (f + lanes<uint32_t>() <= width) return hn::PromoteTo(d, hn::LoadU(half, row + f));
+  HWY_ALIGN uint16_t buffer[hn::MaxLanes(d)] = {};
+  for (int64_t i = 0; f + i < width; ++i) buffer[i] = row[f + i];
+  return hn::PromoteTo(d, hn::Load(half, buffer));
+}
+
+bool pack_half_values(const Rows& v, void* packed) {
+  const Full<uint32_t> d;
+  const Full<float> df;
+  const int64_t stride = round_up(v.width, kHalfColumns), keys = round_up(v.count, kHalfDepth);
+  auto bad = hn::Zero(df);
+  for (int64_t m = 0; m < keys; m += 2) {
+    const auto* even = m < v.count ? static_cast<const uint16_t*>(v.data) + m * v.stride : nullptr;
+    const auto* odd = m + 1 < v.count ? even + v.stride : nullptr;
+    auto* to = static_cast<uint32_t*>(packed) + m / 2 * stride;
+    for (int64_t f = 0; f < stride; f += lanes<uint32_t>()) {
+      const auto low = load_words(even, f, v.width);
+      const auto high = hn::ShiftLeft<16>(load_words(odd, f, v.width));
+      hn::StoreU(hn::Or(low, high), d, to + f);
+      const auto x = hn::BitCast(df, hn::ShiftLeft<16>(low)), y = hn::BitCast(df, high);
+      bad = hn::Or(bad, hn::Or(hn::Sub(x, x), hn::Sub(y, y)));  // 0 if finite, else NaN
+    }
+  }
+  return hn::AllTrue(df, hn::Eq(bad, bad));
+}
+
+void add_half_pack_parts(TileKernels<float>& f) {
+  f.half_operands = true;
+  f.key_multiple = kHalfDepth;
+  f.dim_multiple = kHalfColumns;
+  f.query_bytes = [](int64_t rows, int64_t width) {
+    return rows * round_up(width, kHalfDepth) * 2;
+  };
+  f.key_bytes = [](int64_t keys, int64_t width) {
+    return round_up(keys, kHalfDepth) * round_up(width, kHalfDepth) * 2;
+  };
+  f.value_bytes = [](int64_t keys, int64_t width) {
+    return round_up(keys, kHalfDepth) * round_up(width, kHalfColumns) * 2;
+  };
+  f.pack_queries = pack_half_queries;
+  f.pack_keys = pack_half_keys;
+  f.pack_values = pack_half_values;
+}
+
+}  // namespace heed::kernels::HWY_NAMESPACE
+HWY_AFTER_NAMESPACE();
+
+#if HWY_ONCE
+namespace heed::kernels {
+HEED_SELECT_HALF_PART(add_half_pack_parts)
+}  // namespace heed::kernels
+#endif
