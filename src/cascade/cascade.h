@@ -53,6 +53,9 @@ using Values = std::map<std::string, NdArray>;
 Values evaluate(const Program& program, const Bindings& bindings,
                 std::span<const std::string> also = {});
 
+/// Sizes of all ranks and constants of this case, those of split ranks included.
+std::map<std::string, int64_t> sizes(const Program& program, const Bindings& bindings);
+
 /// Reverse mode: given d(loss)/d(output) for some outputs, returns d(loss)/d(input) for every
 /// input tensor and scalar (scalars as rank-0 arrays).
 Values gradient(const Program& program, const Bindings& bindings, const Values& output_gradients);

@@ -1,0 +1,506 @@
+// The checks of a program and its lowering: which axes each tensor has, what may be read where, and
+// which statements run together along a running rank.
+#include <fmt/format.h>
+
+#include <algorithm>
+
+#include "cascade/names.h"
+#include "cascade/terms.h"
+
+namespace heed::cascade {
+namespace {
+
+class Checker {
+ public:
+  explicit Checker(const Ast& ast) : ast_(ast), names_(ast, out_) { out_.name = ast.name; }
+
+  std::shared_ptr<const Lowered> run() {
+    first_statement_ = static_cast<int>(out_.tensors.size());
+    for (size_t s = 0; s < ast_.statements.size(); ++s) declare(static_cast<int>(s));
+    if (std::none_of(ast_.statements.begin(), ast_.statements.end(),
+                     [](const Statement& s) { return s.output; })) {
+      names_.error(ast_.statements.back().main.place,
+                   "found no output, expected 'out' before the statements whose tensors are results");
+    }
+    spread_batch_ranks();
+    groups_.resize(ast_.statements.size());
+    for (size_t s = 0; s < ast_.statements.size(); ++s) statement(static_cast<int>(s));
+    form_groups();
+    check_groups();
+    return std::make_shared<const Lowered>(std::move(out_));
+  }
+
+ private:
+  const Statement& written(int s) const { return ast_.statements[static_cast<size_t>(s)]; }
+  TensorInfo& tensor_of(int s) {
+    return out_.tensors[static_cast<size_t>(first_statement_ + s)];
+  }
+  Place index_place(int ast_index) const {
+    return ast_.indices[static_cast<size_t>(ast_index)].place;
+  }
+
+  // ---- left sides
+  void declare(int s) {
+    const Equation& e = written(s).main;
+    TensorInfo info;
+    info.name = e.name;
+    info.output = written(s).output;
+    info.statement = s;
+    info.place = e.place;
+    RankSet used = 0;
+    for (int i : e.indices) {
+      Axis axis = left_axis(i);
+      RankSet ranks = axis.rank >= 0 ? bit(axis.rank) : 0;
+      if (const Split* split = merged_split(out_, left_node(i))) {
+        ranks = bit(split->outer) | bit(split->inner);
+      }
+      if ((used & ranks) != 0) {
+        names_.error(index_place(i), "found a rank twice on the left side, expected each once");
+      }
+      used |= ranks;
+      if (axis.running) {
+        if (info.running >= 0) {
+          names_.error(index_place(i), "found a second running rank, expected one");
+        }
+        info.running = axis.rank;
+      }
+      if (axis.rank >= 0 && out_.rank(axis.rank).batch) axis.batch = bit(axis.rank);
+      info.axes.push_back(axis);
+    }
+    if (info.running >= 0 && !written(s).has_initial) {
+      names_.error(e.place, fmt::format("found the running tensor '{}' without a start, expected "
+                                        "'; {}[0,...] = ...' at the end of the line", e.name, e.name));
+    }
+    if (info.running < 0 && written(s).has_initial) {
+      names_.error(written(s).initial.place,
+                   fmt::format("found a start of '{}', expected '{}[rank+1,...]' on its left side",
+                               e.name, e.name));
+    }
+    names_.add_tensor(std::move(info));
+  }
+
+  int left_node(int ast_index) { return names_.index(ast_index, ~RankSet{0}); }
+
+  Axis left_axis(int ast_index) {
+    const int id = left_node(ast_index);
+    const IndexNode n = out_.node(id);
+    Axis axis;
+    if (const Split* split = merged_split(out_, id)) {
+      axis.rank = split->parent;
+      return axis;
+    }
+    if (n.kind == IndexNode::Kind::rank) {
+      axis.rank = n.id;
+      return axis;
+    }
+    if (n.kind == IndexNode::Kind::add && out_.node(n.args[0]).kind == IndexNode::Kind::rank) {
+      axis.rank = out_.node(n.args[0]).id;
+      axis.running = true;
+      if (offset_from(out_, id, axis.rank) == 1) return axis;
+    }
+    names_.error(index_place(ast_index),
+                 "found an expression on the left side, expected a rank, 'rank+1' of a running "
+                 "rank, or the two parts of a split joined as in its declaration");
+  }
+
+  // ---- batch ranks
+  struct Batch {
+    RankSet completed = 0;  // brought in by indices that were left out
+    RankSet explicitly = 0;
+  };
+
+  RankSet batch_ranks() const {
+    RankSet set = 0;
+    for (size_t r = 0; r < out_.ranks.size(); ++r) {
+      if (out_.ranks[r].batch) set |= bit(static_cast<int>(r));
+    }
+    return set;
+  }
+
+  void find_batch(int ast_expr, Batch& found) const {
+    const Expr& e = ast_.exprs[static_cast<size_t>(ast_expr)];
+    for (int arg : e.args) find_batch(arg, found);
+    if (e.kind != Expr::Kind::name) return;
+    const int tensor = names_.tensor(e.name);
+    if (tensor < 0) {
+      const int r = names_.rank(e.name);
+      if (r >= 0) found.completed |= bit(r) & batch_ranks();
+      return;
+    }
+    const auto match = names_.match(out_.tensor(tensor), e.indices, ~RankSet{0});
+    if (!match) return;
+    const bool batched = std::any_of(out_.tensor(tensor).axes.begin(),
+                                     out_.tensor(tensor).axes.end(),
+                                     [](const Axis& a) { return a.batch != 0; });
+    (batched && !match->left_out ? found.explicitly : found.completed) |=
+        match->ranks & batch_ranks();
+  }
+
+  void find_batch(const Equation& e, Batch& found) const {
+    for (const Term& t : e.terms) find_batch(t.body, found);
+    for (const Filter& f : e.filters) {
+      if (f.is_compare || f.has_args) {
+        for (int arg : f.args) {
+          found.completed |= out_.node(names_.index(arg, ~RankSet{0})).ranks & batch_ranks();
+        }
+        continue;
+      }
+      for (const PredicateDeclaration& p : ast_.predicates) {
+        if (p.name != f.name) continue;
+        for (const std::string& r : p.ranks) found.completed |= bit(names_.rank(r)) & batch_ranks();
+      }
+    }
+  }
+
+  Batch batch_of(int s) const {
+    Batch found;
+    find_batch(written(s).main, found);
+    if (written(s).has_initial) find_batch(written(s).initial, found);
+    return found;
+  }
+
+  RankSet left_ranks(const TensorInfo& info) const {
+    RankSet set = 0;
+    for (const Axis& axis : info.axes) {
+      if (axis.rank >= 0) set |= bit(axis.rank);
+    }
+    return set;
+  }
+
+  /// Gives each left side without batch ranks those that its right side brings in, until nothing
+  /// changes: a running tensor reads itself.
+  void spread_batch_ranks() {
+    std::vector<RankSet> given(ast_.statements.size());
+    for (bool changed = true; changed;) {
+      changed = false;
+      const size_t nodes = out_.indices.size();
+      for (size_t s = 0; s < given.size(); ++s) {
+        TensorInfo& info = tensor_of(static_cast<int>(s));
+        const RankSet written_batch = left_ranks(info) & batch_ranks() & ~given[s];
+        const Batch found = batch_of(static_cast<int>(s));
+        const RankSet wanted = written_batch != 0 ? 0 : found.completed & ~found.explicitly;
+        if ((wanted & ~given[s]) == 0) continue;
+        given[s] |= wanted;
+        changed = true;
+        give_axes(info, given[s]);
+      }
+      out_.indices.resize(nodes);
+    }
+    for (size_t s = 0; s < given.size(); ++s) check_batch(static_cast<int>(s), given[s]);
+  }
+
+  void give_axes(TensorInfo& info, RankSet ranks) const {
+    std::vector<Axis> axes;
+    for (size_t r = 0; r < out_.ranks.size(); ++r) {
+      const RankSet one = bit(static_cast<int>(r));
+      if ((ranks & one) == 0) continue;
+      Axis axis;
+      axis.rank = static_cast<int>(r);
+      axis.batch = one;
+      axes.push_back(axis);
+    }
+    for (const Axis& axis : info.axes) {
+      if ((axis.batch & ranks) == 0) axes.push_back(axis);
+    }
+    info.axes = std::move(axes);
+  }
+
+  void check_batch(int s, RankSet given) {
+    const Batch found = batch_of(s);
+    const TensorInfo& info = tensor_of(s);
+    const RankSet own = left_ranks(info) & batch_ranks() & ~given;
+    const RankSet bad = own != 0 ? found.completed & ~own & ~found.explicitly
+                                 : found.completed & found.explicitly;
+    for (size_t r = 0; r < out_.ranks.size(); ++r) {
+      if ((bad & bit(static_cast<int>(r))) == 0) continue;
+      const std::string& name = out_.ranks[r].name;
+      names_.error(info.place,
+                   own != 0 ? fmt::format("found '{}' without the batch rank '{}' that its right "
+                                          "side depends on, expected all batch ranks or none on "
+                                          "the left", info.name, name)
+                            : fmt::format("found the batch rank '{}' written in one place and left "
+                                          "out in another, expected '{}' on the left side of '{}' "
+                                          "or no batch ranks in this line", name, name, info.name));
+    }
+    if (info.axes.size() > static_cast<size_t>(kMaxAxes)) {
+      names_.error(info.place, fmt::format("found {} axes, expected at most {}", info.axes.size(),
+                                           kMaxAxes));
+    }
+  }
+
+  // ---- statements
+  void statement(int s) {
+    LoweredStatement result;
+    result.running = tensor_of(s).running;
+    result.main = equation(s, written(s).main, false);
+    if (written(s).has_initial) result.initial = equation(s, written(s).initial, true);
+    out_.statements.push_back(std::move(result));
+  }
+
+  void left_side(int s, const Equation& e, bool initial, LoweredEquation& result) {
+    const TensorInfo& info = tensor_of(s);
+    if (e.name != info.name) {
+      names_.error(e.place, fmt::format("found '{}', expected the start of '{}'", e.name, info.name));
+    }
+    const size_t left_out = info.axes.size() - written(s).main.indices.size();
+    if (e.indices.size() + left_out != info.axes.size()) {
+      names_.error(e.place, fmt::format("found {} indices, expected {} as in the running line",
+                                        e.indices.size(), info.axes.size() - left_out));
+    }
+    for (size_t a = 0; a < info.axes.size(); ++a) {
+      int id = -1;
+      if (a < left_out) {
+        id = names_.node({IndexNode::Kind::rank, 0, info.axes[a].rank, {}, bit(info.axes[a].rank)});
+      } else {
+        id = left_node(e.indices[a - left_out]);
+        if (initial) check_initial_index(s, info.axes[a], id, e.indices[a - left_out]);
+      }
+      result.index.push_back(id);
+      if (const Split* split = merged_split(out_, id)) {
+        result.left.push_back(split->outer);
+        result.left.push_back(split->inner);
+      } else if (!(initial && info.axes[a].running)) {
+        result.left.push_back(info.axes[a].rank);
+      }
+    }
+    for (int r : result.left) result.left_set |= bit(r);
+  }
+
+  void check_initial_index(int s, const Axis& axis, int id, int ast_index) {
+    const IndexNode& n = out_.node(id);
+    const bool fits = axis.running
+                          ? n.kind == IndexNode::Kind::number && n.number == 0
+                          : n.kind == IndexNode::Kind::rank ? n.id == axis.rank
+                                                            : merged_split(out_, id) != nullptr;
+    if (!fits) {
+      names_.error(index_place(ast_index),
+                   fmt::format("found another index, expected {} in the start of '{}'",
+                               axis.running ? "0" : out_.rank(axis.rank).name, tensor_of(s).name));
+    }
+  }
+
+  /// Ranks that references and the left side bring in; values and filters may only use them.
+  RankSet visible_ranks(const Equation& e, const LoweredEquation& lowered) {
+    RankSet set = lowered.left_set;
+    std::vector<int> stack;
+    for (const Term& t : e.terms) stack.push_back(t.body);
+    while (!stack.empty()) {
+      const Expr& x = ast_.exprs[static_cast<size_t>(stack.back())];
+      stack.pop_back();
+      stack.insert(stack.end(), x.args.begin(), x.args.end());
+      const int tensor = x.kind == Expr::Kind::name ? names_.tensor(x.name) : -1;
+      if (tensor < 0) continue;
+      if (const auto m = names_.match(out_.tensor(tensor), x.indices, ~RankSet{0})) set |= m->ranks;
+    }
+    return set;
+  }
+
+  LoweredEquation equation(int s, const Equation& e, bool initial) {
+    LoweredEquation result;
+    result.tensor = first_statement_ + s;
+    result.place = e.place;
+    left_side(s, e, initial, result);
+    const RankSet visible = visible_ranks(e, result);
+    const CheckReference check = [&](int tensor, const std::vector<int>& index, Place place) {
+      check_reference(s, initial, tensor, index, place);
+    };
+    TermLowering terms(ast_, names_, out_, visible, check);
+    RankSet bound = 0;
+    for (const Term& t : e.terms) {
+      LoweredTerm term = terms.term(t, result.left, result.left_set);
+      for (const Node& n : term.nodes) bound |= n.ranks;
+      add_split_conditions(term);
+      result.terms.push_back(std::move(term));
+    }
+    for (const Filter& f : e.filters) {
+      const Condition c = terms.filter(f);
+      bound |= c.ranks;
+      bool used = false;
+      for (LoweredTerm& term : result.terms) {
+        if ((c.ranks & ~term.ranks) != 0) continue;
+        term.conditions.push_back(c);
+        used = true;
+      }
+      if (!used) {
+        names_.error(f.place, fmt::format("found a filter on '{}', which no term of this line "
+                                          "iterates over, expected ranks of the line",
+                                          first_rank_name(c.ranks & ~visible)));
+      }
+    }
+    if (!initial) check_bound(s, e, result, bound);
+    return result;
+  }
+
+  std::string first_rank_name(RankSet set) const {
+    for (size_t r = 0; r < out_.ranks.size(); ++r) {
+      if ((set & bit(static_cast<int>(r))) != 0) return out_.ranks[r].name;
+    }
+    return "these ranks together";
+  }
+
+  /// The last tile of a split may be ragged: points behind the end of the parent do not exist.
+  void add_split_conditions(LoweredTerm& term) const {
+    for (const Split& s : out_.splits) {
+      const RankSet both = bit(s.outer) | bit(s.inner);
+      if ((term.ranks & both) != both) continue;
+      using Kind = IndexNode::Kind;
+      const int outer = names_.node({Kind::rank, 0, s.outer, {}, bit(s.outer)});
+      const int inner = names_.node({Kind::rank, 0, s.inner, {}, bit(s.inner)});
+      const int product = names_.node({Kind::multiply, 0, -1, {outer, s.block}, 0});
+      Condition c;
+      c.args = {names_.node({Kind::add, 0, -1, {product, inner}, 0}),
+                names_.node({Kind::size, 0, s.parent, {}, 0})};
+      c.compare = Compare::less;
+      c.ranks = both;
+      term.conditions.push_back(c);
+    }
+  }
+
+  void check_bound(int s, const Equation& e, const LoweredEquation& lowered, RankSet bound) {
+    const size_t left_out = lowered.index.size() - e.indices.size();
+    for (size_t a = left_out; a < lowered.index.size(); ++a) {
+      const RankSet free = out_.node(lowered.index[a]).ranks & ~bound;
+      if (free == 0 || tensor_of(s).axes[a].running) continue;
+      names_.error(index_place(e.indices[a - left_out]),
+                   fmt::format("found rank '{}' on the left, which nothing on the right binds, "
+                               "expected a term or a filter with it", first_rank_name(free)));
+    }
+  }
+
+  // ---- order
+  void check_reference(int s, bool initial, int tensor, const std::vector<int>& index,
+                       Place place) {
+    const TensorInfo& info = out_.tensor(tensor);
+    if (info.input || info.statement < s) return;
+    if (info.running >= 0 && !initial) {
+      for (size_t a = 0; a < info.axes.size(); ++a) {
+        if (!info.axes[a].running) continue;
+        const auto offset = offset_from(out_, index[a], info.running);
+        if (!offset || *offset > 0) {
+          names_.error(place, fmt::format("found '{}' ahead of its running rank, expected '{}[{}]' "
+                                          "or an earlier element", info.name, info.name,
+                                          out_.rank(info.running).name));
+        }
+      }
+      Group& g = groups_[static_cast<size_t>(s)];
+      g.last = std::max(g.last, info.statement);
+      return;
+    }
+    if (info.statement == s) {
+      names_.error(place, fmt::format("found '{}' in its own definition, a cycle, expected a running "
+                                      "rank ('{}[rank+1]') or another tensor", info.name, info.name));
+    }
+    names_.error(place, fmt::format("found '{}' before its definition in line {}{}, expected it "
+                                    "after that line", info.name, info.place.line,
+                                    reaches(info.statement, s) ? ", a cycle" : ""));
+  }
+
+  bool mentions(int ast_expr, const std::string& name) const {
+    const Expr& e = ast_.exprs[static_cast<size_t>(ast_expr)];
+    if (e.kind == Expr::Kind::name && e.name == name) return true;
+    return std::any_of(e.args.begin(), e.args.end(),
+                       [&](int arg) { return mentions(arg, name); });
+  }
+
+  /// Does statement `from` read what statement `to` defines, directly or through others?
+  bool reaches(int from, int to) const {
+    std::vector<bool> seen(ast_.statements.size());
+    std::vector<int> stack = {from};
+    while (!stack.empty()) {
+      const int at = stack.back();
+      stack.pop_back();
+      if (at == to) return true;
+      if (seen[static_cast<size_t>(at)]) continue;
+      seen[static_cast<size_t>(at)] = true;
+      for (size_t other = 0; other < seen.size(); ++other) {
+        for (const Term& t : written(at).main.terms) {
+          if (!seen[other] && mentions(t.body, written(static_cast<int>(other)).main.name)) {
+            stack.push_back(static_cast<int>(other));
+          }
+        }
+      }
+    }
+    return false;
+  }
+
+  void form_groups() {
+    const int n = static_cast<int>(ast_.statements.size());
+    for (int s = 0; s < n;) {
+      Group g;
+      g.first = s;
+      g.last = s;
+      for (int t = s; t <= g.last; ++t) {
+        g.last = std::max(g.last, groups_[static_cast<size_t>(t)].last);
+      }
+      for (int t = s; t <= g.last; ++t) {
+        if (tensor_of(t).running >= 0) g.rank = tensor_of(t).running;
+      }
+      out_.groups.push_back(g);
+      s = g.last + 1;
+    }
+  }
+
+  void check_groups() {
+    for (const Group& g : out_.groups) {
+      if (g.first == g.last) continue;
+      for (int s = g.first; s <= g.last; ++s) check_group_member(g, s);
+    }
+  }
+
+  void check_group_member(const Group& g, int s) {
+    const TensorInfo& info = tensor_of(s);
+    const bool runs = std::any_of(info.axes.begin(), info.axes.end(),
+                                  [&](const Axis& a) { return a.rank == g.rank; });
+    if (!runs || (info.running >= 0 && info.running != g.rank)) {
+      names_.error(info.place,
+                   fmt::format("found '{}' between lines that run together along '{}', expected "
+                               "that rank on its left side or the line elsewhere", info.name,
+                               out_.rank(g.rank).name));
+    }
+    const LoweredStatement& statement = out_.statements[static_cast<size_t>(s)];
+    for (const LoweredTerm& term : statement.main.terms) {
+      for (const Node& n : term.nodes) {
+        if (n.op == Op::load) check_group_load(g, s, n, term.place);
+      }
+    }
+    if (!statement.initial) return;
+    for (const LoweredTerm& term : statement.initial->terms) {
+      for (const Node& n : term.nodes) {
+        if (n.op == Op::load && !out_.tensor(n.tensor).input &&
+            out_.tensor(n.tensor).statement >= g.first) {
+          names_.error(term.place, fmt::format("found '{}' in a start, before the lines that run "
+                                               "together, expected a tensor defined above them",
+                                               out_.tensor(n.tensor).name));
+        }
+      }
+    }
+  }
+
+  void check_group_load(const Group& g, int s, const Node& load, Place place) {
+    const TensorInfo& info = out_.tensor(load.tensor);
+    if (info.input || info.statement < g.first || info.statement > g.last) return;
+    for (size_t a = 0; a < info.axes.size(); ++a) {
+      if (info.axes[a].rank != g.rank) continue;
+      const auto offset = offset_from(out_, load.index[a], g.rank);
+      const int64_t limit = info.running >= 0 && info.statement < s ? 1 : 0;
+      if (!offset || *offset > limit) {
+        names_.error(place, fmt::format("found '{}' read at another place of '{}' than the lines "
+                                        "that run together have reached, expected '{}' or earlier",
+                                        info.name, out_.rank(g.rank).name,
+                                        out_.rank(g.rank).name));
+      }
+    }
+  }
+
+  const Ast& ast_;
+  Lowered out_;
+  Names names_;
+  int first_statement_ = 0;
+  std::vector<Group> groups_;  // of each statement: the last one it reads ahead of
+};
+
+}  // namespace
+
+std::shared_ptr<const Lowered> lower(const Ast& ast) { return Checker(ast).run(); }
+
+}  // namespace heed::cascade
