@@ -153,9 +153,9 @@ Mechanism merge_record() {
   m.bind = [](const NamedTensors& in, const Spec&) {
     cascade::Bindings bindings;
     bindings.tensors = {{"OA", to_nd(in.at("out_a"))},
-                        {"LA", to_nd(in.at("lse_a"))},
+                        {"LSEA", to_nd(in.at("lse_a"))},
                         {"OB", to_nd(in.at("out_b"))},
-                        {"LB", to_nd(in.at("lse_b"))}};
+                        {"LSEB", to_nd(in.at("lse_b"))}};
     return bindings;
   };
   m.explain = [](const NamedTensors&, const RunOptions&) {

@@ -29,7 +29,6 @@ cascade::Bindings bind_sigmoid(const NamedTensors& in, const Spec& options) {
   };
   bindings.tensors["Bias"] = per_head("bias", bias);
   bindings.tensors["Slope"] = per_head("alibi_slopes", 0);
-  bindings.sizes["off"] = keys - in.at("q").size(2);
   return bindings;
 }
 
