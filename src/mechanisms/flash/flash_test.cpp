@@ -1,0 +1,268 @@
+// What a comparison with the cascade cannot show: bits across thread counts, NaN that must and must not
+// arrive, extreme scores, merging, and messages.
+#include <gtest/gtest.h>
+
+#include <cmath>
+#include <cstring>
+#include <limits>
+#include <random>
+#include <vector>
+
+#include "heed/heed.h"
+
+namespace heed {
+namespace {
+
+constexpr float kNaN = std::numeric_limits<float>::quiet_NaN();
+constexpr float kInf = std::numeric_limits<float>::infinity();
+
+Array random(DType type, const Dims& shape, uint32_t seed, double scale = 1) {
+  std::mt19937 generator(seed);
+  std::normal_distribution<double> normal(0, scale);
+  Array wide(DType::f64, shape);
+  for (int64_t i = 0; i < wide.count(); ++i) wide.as<double>()[i] = normal(generator);
+  return convert(wide, type);
+}
+
+bool same_bits(const Tensor& a, const Tensor& b) {
+  return a.shape() == b.shape() && a.dtype() == b.dtype() &&
+         std::memcmp(a.data(), b.data(), static_cast<size_t>(a.count()) * size_of(a.dtype())) == 0;
+}
+
+double largest_difference(const Tensor& a, const Tensor& b) {
+  const Array x = convert(a, DType::f64), y = convert(b, DType::f64);
+  double most = 0;
+  for (int64_t i = 0; i < x.count(); ++i) {
+    const double d = std::abs(x.as<double>()[i] - y.as<double>()[i]);
+    if (!(d <= most)) most = d;  // NaN stays
+  }
+  return most;
+}
+
+void set(const Tensor& t, float value) {
+  Array one(DType::f32, {1});
+  *one.as<float>() = value;
+  for (int64_t i = 0; i < t.size(0); ++i) copy(one, t.slice(0, i, i + 1));
+}
+
+TEST(Flash, SameBitsForAnyThreadCount) {
+  for (DType type : {DType::f64, DType::f32, DType::bf16, DType::f16}) {
+    for (const auto& [heads, queries] : {std::pair<int64_t, int64_t>{1, 700}, {6, 130}, {2, 3}}) {
+      for (Isa isa : available_isas()) {
+        const int64_t kv = heads > 1 ? heads / 2 : 1;
+        Array q = random(type, {1, heads, queries, 40}, 1), k = random(type, {1, kv, 2500, 40}, 2);
+        Array v = random(type, {1, kv, 2500, 24}, 3);
+        FlashOptions options;
+        options.masks.causal = true;
+        RunOptions run;
+        run.isa = isa;
+        run.threads = 1;
+        const AttentionResult one = flash_attention(q, k, v, options, run);
+        for (int threads : {2, 3, 7}) {
+          run.threads = threads;
+          const AttentionResult more = flash_attention(q, k, v, options, run);
+          EXPECT_TRUE(same_bits(one.out, more.out)) << name_of(type) << " " << name_of(isa);
+          EXPECT_TRUE(same_bits(one.lse, more.lse)) << name_of(type) << " " << name_of(isa);
+        }
+      }
+    }
+  }
+}
+
+TEST(Flash, NaNBehindTheMaskNeverArrivesAndBeforeItAlwaysDoes) {
+  for (DType type : {DType::f32, DType::bf16, DType::f16}) {
+    for (Isa isa : available_isas()) {
+      for (int64_t queries : {4, 90}) {
+        for (int64_t bad_key : {30, 89}) {
+          for (bool in_values : {false, true}) {
+            for (float bad : {kNaN, kInf}) {
+              if (bad == kInf && !in_values) continue;  // q . inf may be -inf: no weight at all
+              Array q = random(type, {1, 1, queries, 20}, 1), k = random(type, {1, 1, 90, 20}, 2);
+              Array v = random(type, {1, 1, 90, 20}, 3);
+              const Array &target = in_values ? v : k;
+              set(target.view().select(0, 0).select(0, 0).select(0, bad_key), bad);
+              FlashOptions options;
+              options.masks.causal = true;
+              RunOptions run;
+              run.isa = isa;
+              const AttentionResult result = flash_attention(q, k, v, options, run);
+              const Array out = convert(result.out, DType::f64);
+              for (int64_t i = 0; i < queries; ++i) {
+                const bool visible = bad_key <= i + 90 - queries;
+                for (int64_t f = 0; f < 20; ++f) {
+                  EXPECT_EQ(!std::isfinite(out.as<double>()[i * 20 + f]), visible)
+                      << name_of(type) << " " << name_of(isa) << " row " << i << " key " << bad_key;
+                }
+              }
+            }
+          }
+        }
+      }
+    }
+  }
+}
+
+TEST(Flash, MemoryBehindLengthsIsNeverRead) {
+  for (Isa isa : available_isas()) {
+    for (int64_t queries : {2, 50}) {
+      Array q = random(DType::f32, {2, 2, queries, 16}, 1), k = random(DType::f32, {2, 1, 70, 16}, 2);
+      Array v = random(DType::f32, {2, 1, 70, 16}, 3);
+      int32_t lengths[] = {41, 0};
+      FlashOptions options;
+      options.masks.lengths = Tensor(lengths, DType::i32, {2});
+      RunOptions run;
+      run.isa = isa;
+      const AttentionResult clean = flash_attention(q, k, v, options, run);
+      for (int64_t b = 0; b < 2; ++b) {
+        for (int64_t j = lengths[b]; j < 70; ++j) {
+          set(k.view().select(0, b).select(0, 0).select(0, j), kNaN);
+          set(v.view().select(0, b).select(0, 0).select(0, j), kNaN);
+        }
+      }
+      const AttentionResult stale = flash_attention(q, k, v, options, run);
+      EXPECT_TRUE(same_bits(clean.out, stale.out));
+      for (int64_t i = 0; i < 2 * queries; ++i) {  // the empty sequence
+        EXPECT_EQ(stale.lse.as<float>()[2 * queries + i], -kInf);
+        EXPECT_EQ(stale.out.as<float>()[(2 * queries + i) * 16], 0);
+      }
+    }
+  }
+}
+
+TEST(Flash, HugeAndGrowingScoresStayExact) {
+  for (DType type : {DType::f32, DType::bf16}) {
+    for (Isa isa : available_isas()) {
+      // Scores of +-1e4 and scores that grow along the keys, so that every tile moves the pivot.
+      Array q = random(type, {1, 1, 60, 32}, 1, 40), k = random(type, {1, 1, 900, 32}, 2, 40);
+      Array v = random(type, {1, 1, 900, 32}, 3);
+      Array ramp(DType::f64, {1, 1, 900, 32});
+      for (int64_t i = 0; i < ramp.count(); ++i) {
+        ramp.as<double>()[i] = std::floor(static_cast<double>(i / 32) / 8);
+      }
+      for (const Array& keys : {std::cref(k), std::cref(static_cast<const Array&>(ramp))}) {
+        const Array used = convert(keys, type);
+        const Array exact_q = convert(q, DType::f64), exact_k = convert(used, DType::f64);
+        const AttentionResult want =
+            flash_attention(exact_q, exact_k, convert(v, DType::f64).view());
+        RunOptions run;
+        run.isa = isa;
+        const AttentionResult got = flash_attention(q, used, v, {}, run);
+        EXPECT_LT(largest_difference(got.out, want.out), type == DType::f32 ? 2e-2 : 5e-2)
+            << name_of(type) << " " << name_of(isa);
+        EXPECT_LT(largest_difference(got.lse, want.lse), 2e-2) << name_of(isa);
+      }
+    }
+  }
+}
+
+TEST(Flash, OneKeyGivesItsValueAndEqualKeysTheMean) {
+  Array q = random(DType::f32, {1, 1, 5, 8}, 1), k = random(DType::f32, {1, 1, 1, 8}, 2);
+  Array v = random(DType::f32, {1, 1, 1, 8}, 3);
+  const AttentionResult one = flash_attention(q, k, v);
+  for (int64_t i = 0; i < 5; ++i) {
+    EXPECT_EQ(std::memcmp(one.out.as<float>() + i * 8, v.as<float>(), 32), 0);
+  }
+  // The same key 300 times, by a stride of 0.
+  const Tensor keys(k.view().data(), DType::f32, {1, 1, 300, 8}, {8, 8, 0, 1});
+  Array values = random(DType::f32, {1, 1, 300, 8}, 4);
+  const AttentionResult mean = flash_attention(q, keys, values);
+  for (int64_t f = 0; f < 8; ++f) {
+    double sum = 0;
+    for (int64_t j = 0; j < 300; ++j) sum += values.as<float>()[j * 8 + f];
+    EXPECT_NEAR(mean.out.as<float>()[f], sum / 300, 1e-6);
+  }
+}
+
+TEST(Flash, MergeOfAnyPartitionIsTheWhole) {
+  Array q = random(DType::f32, {2, 3, 33, 16}, 1), k = random(DType::f32, {2, 3, 120, 16}, 2);
+  Array v = random(DType::f32, {2, 3, 120, 16}, 3);
+  const AttentionResult whole = flash_attention(q, k, v);
+  for (int64_t cut : {0, 1, 57, 119, 120}) {
+    const auto part = [&](int64_t begin, int64_t end) {
+      return flash_attention(q, k.view().slice(2, begin, end), v.view().slice(2, begin, end));
+    };
+    const AttentionResult a = part(0, cut), b = part(cut, 120);
+    const AttentionResult merged = merge_attention(a.out, a.lse, b.out, b.lse);
+    EXPECT_LT(largest_difference(merged.out, whole.out), 1e-6) << cut;
+    EXPECT_LT(largest_difference(merged.lse, whole.lse), 1e-5) << cut;
+  }
+  const AttentionResult none = flash_attention(q, k.view().slice(2, 0, 0), v.view().slice(2, 0, 0));
+  const AttentionResult empty = merge_attention(none.out, none.lse, none.out, none.lse);
+  for (int64_t i = 0; i < empty.lse.count(); ++i) EXPECT_EQ(empty.lse.as<float>()[i], -kInf);
+  for (int64_t i = 0; i < empty.out.count(); ++i) EXPECT_EQ(empty.out.as<float>()[i], 0);
+}
+
+TEST(Decode, AnySplitGivesTheSameRows) {
+  for (DType type : {DType::f32, DType::bf16}) {
+    Array q = random(type, {2, 6, 3, 24}, 1), k = random(type, {2, 2, 3000, 24}, 2);
+    Array v = random(type, {2, 2, 3000, 24}, 3);
+    int64_t lengths[] = {2750, 40};
+    const Tensor given(lengths, DType::i64, {2});
+    const AttentionResult chosen = decode_attention(q, k, v, given);
+    for (int64_t splits : {1, 2, 5, 100}) {
+      const AttentionResult cut = decode_attention(q, k, v, given, {{}, {}, splits});
+      EXPECT_LT(largest_difference(cut.out, chosen.out), type == DType::f32 ? 1e-6 : 1e-2);
+      EXPECT_LT(largest_difference(cut.lse, chosen.lse), 1e-5);
+    }
+  }
+}
+
+template <class Call>
+std::string message_of(Call&& call) {
+  try {
+    call();
+  } catch (const Error& e) {
+    return e.what();
+  }
+  return "no error";
+}
+
+TEST(Errors, NameTheArgumentWhatItWasAndWhatIsNeeded) {
+  Array q = random(DType::f32, {2, 4, 3, 8}, 1), k = random(DType::f32, {2, 2, 9, 8}, 2);
+  const auto says = [](const std::string& message, std::initializer_list<const char*> parts) {
+    for (const char* part : parts) {
+      EXPECT_NE(message.find(part), std::string::npos) << message << " lacks " << part;
+    }
+  };
+  Array narrow = random(DType::f32, {2, 2, 9, 7}, 2), three = random(DType::f32, {2, 3, 9, 8}, 2);
+  Array wide = random(DType::f32, {1, 1, 2, 257}, 2), half = random(DType::bf16, {2, 2, 9, 8}, 2);
+  says(message_of([&] { flash_attention(q, narrow, k); }), {"flash_attention", "k", "7", "q", "8"});
+  says(message_of([&] { flash_attention(q, three, three); }), {"q has 4 heads", "3", "multiple"});
+  says(message_of([&] { flash_attention(wide, wide, wide); }), {"257", "1 to 256"});
+  says(message_of([&] { flash_attention(q, half, half); }), {"bfloat16", "float32", "one type"});
+  says(message_of([&] { flash_attention(q.view().select(0, 0), k, k); }), {"q [4,3,8]", "4 are needed"});
+  says(message_of([&] { flash_attention(Tensor(), k, k); }), {"q is missing"});
+  says(message_of([&] {
+         flash_attention(q, k, k, {{}, std::numeric_limits<double>::infinity()});
+       }),
+       {"scale is inf", "finite"});
+  const Tensor strided(k.view().data(), DType::f32, {2, 2, 9, 4}, {144, 72, 8, 2});
+  Array q4 = random(DType::f32, {2, 4, 3, 4}, 1);
+  says(message_of([&] { flash_attention(q4, strided, strided); }), {"k has stride 2", "unit stride"});
+  int64_t lengths[] = {4, 4};
+  const Tensor given(lengths, DType::i64, {2});
+  Array many = random(DType::f32, {2, 4, 17, 8}, 1);
+  says(message_of([&] { decode_attention(many, k, k, given); }), {"17 queries", "16"});
+  says(message_of([&] { decode_attention(q, k, k, given, {{}, {}, -1}); }), {"splits is -1"});
+  says(message_of([&] { decode_attention(q, k, k, given, {{}, -3, 0}); }), {"window left is -3"});
+  const AttentionResult r = flash_attention(q, k, k);
+  says(message_of([&] { merge_attention(r.out, r.lse, many, r.lse); }), {"out_b", "same shape"});
+  says(message_of([&] { merge_attention(r.out, r.out, r.out, r.lse); }), {"lse_a", "float32 is needed"});
+  says(message_of([&] { sigmoid_attention(q, k, k, {{}, {}, NAN}); }), {"bias is nan"});
+  says(message_of([&] { sigmoid_attention(q, k, k, {{}, {}, r.lse.view()}); }), {"bias", "[4]"});
+}
+
+TEST(Empty, TensorsWithoutElements) {
+  Array none = random(DType::f32, {1, 2, 0, 8}, 1), k = random(DType::f32, {1, 2, 5, 8}, 2);
+  EXPECT_EQ(flash_attention(none, k, k).out.count(), 0);
+  const AttentionResult no_keys = flash_attention(k, none, none);
+  for (int64_t i = 0; i < no_keys.out.count(); ++i) EXPECT_EQ(no_keys.out.as<float>()[i], 0);
+  for (int64_t i = 0; i < no_keys.lse.count(); ++i) EXPECT_EQ(no_keys.lse.as<float>()[i], -kInf);
+  Array no_batch = random(DType::f32, {0, 2, 5, 8}, 1);
+  EXPECT_EQ(flash_attention(no_batch, no_batch, no_batch).out.count(), 0);
+  const Array sums = sigmoid_attention(k, none, none);
+  for (int64_t i = 0; i < sums.count(); ++i) EXPECT_EQ(sums.as<float>()[i], 0);
+}
+
+}  // namespace
+}  // namespace heed
