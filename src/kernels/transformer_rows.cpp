@@ -318,13 +318,15 @@ void check_vector(const char* op, const char* name, const Tensor& x, int64_t nee
   }
 }
 
-// Runs body(begin, end) over groups of rows.
-void for_rows(int64_t rows, const RunOptions& run, const std::function<void(int64_t, int64_t)>& body) {
-  constexpr int64_t kRowsPerItem = 16;
-  if (rows <= kRowsPerItem) return body(0, rows);
-  const int64_t items = (rows + kRowsPerItem - 1) / kRowsPerItem;
+// Runs body(begin, end) over groups of rows that are worth a thread.
+void for_rows(const Tensor& x, const RunOptions& run,
+              const std::function<void(int64_t, int64_t)>& body) {
+  const int64_t rows = x.size(0);
+  const int64_t per_item = 1 + (int64_t{1} << 14) / std::max<int64_t>(1, x.size(1));
+  if (rows <= per_item) return body(0, rows);
+  const int64_t items = (rows + per_item - 1) / per_item;
   parallel_for(items, threads_for(run, items), [&](int64_t item, int) {
-    body(item * kRowsPerItem, std::min(rows, (item + 1) * kRowsPerItem));
+    body(item * per_item, std::min(rows, (item + 1) * per_item));
   });
 }
 
@@ -335,7 +337,7 @@ void rms_norm(const Tensor& x, const Tensor& weight, float eps, const Tensor& ou
   check_matrix("rms_norm", "x", x);
   check_vector("rms_norm", "weight", weight, x.size(1));
   check_shape("rms_norm", "out", out, x.shape());
-  for_rows(x.size(0), run, [&](int64_t begin, int64_t end) {
+  for_rows(x, run, [&](int64_t begin, int64_t end) {
     kernels_for(run).rms_norm(x, weight.as<float>(), eps, out, begin, end);
   });
 }
@@ -347,7 +349,7 @@ void swiglu(const Tensor& gate_up, const Tensor& out, const RunOptions& run) {
     fail("swiglu", describe("gate_up", gate_up) + " and " + describe("out", out) +
                        " are given, one type is needed");
   }
-  for_rows(out.size(0), run, [&](int64_t begin, int64_t end) {
+  for_rows(out, run, [&](int64_t begin, int64_t end) {
     kernels_for(run).swiglu(gate_up, out, begin, end);
   });
 }
@@ -363,7 +365,7 @@ void rotate(const Tensor& x, const Rotation& rotation, const RunOptions& run) {
                        " is given; heads must fill the columns, pairs a head at most, and the stride "
                        "must be rotation_stride(pairs) or more");
   }
-  for_rows(x.size(0), run, [&](int64_t begin, int64_t end) {
+  for_rows(x, run, [&](int64_t begin, int64_t end) {
     kernels_for(run).rotate(x, r, begin, end);
   });
 }
@@ -371,7 +373,7 @@ void rotate(const Tensor& x, const Rotation& rotation, const RunOptions& run) {
 void convert_rows(const Tensor& from, const Tensor& to, const RunOptions& run) {
   check_matrix("convert_rows", "from", from);
   check_shape("convert_rows", "to", to, from.shape());
-  for_rows(to.size(0), run, [&](int64_t begin, int64_t end) {
+  for_rows(to, run, [&](int64_t begin, int64_t end) {
     kernels_for(run).convert(from, to, begin, end);
   });
 }
@@ -379,7 +381,7 @@ void convert_rows(const Tensor& from, const Tensor& to, const RunOptions& run) {
 void add_rows(const Tensor& from, const Tensor& to, const RunOptions& run) {
   check_matrix("add_rows", "from", from);
   check_shape("add_rows", "to", to, from.shape());
-  for_rows(to.size(0), run, [&](int64_t begin, int64_t end) {
+  for_rows(to, run, [&](int64_t begin, int64_t end) {
     kernels_for(run).add(from, from.stride(0), to, begin, end);
   });
 }
@@ -387,7 +389,7 @@ void add_rows(const Tensor& from, const Tensor& to, const RunOptions& run) {
 void add_bias(const Tensor& bias, const Tensor& x, const RunOptions& run) {
   check_matrix("add_bias", "x", x);
   check_vector("add_bias", "bias", bias, x.size(1));
-  for_rows(x.size(0), run, [&](int64_t begin, int64_t end) {
+  for_rows(x, run, [&](int64_t begin, int64_t end) {
     kernels_for(run).add(bias, 0, x, begin, end);
   });
 }

