@@ -5,12 +5,35 @@
 #define HWY_TARGET_INCLUDE "kernels/few_rows.cpp"
 #include <hwy/foreach_target.h>
 // After foreach_target.
+#include <type_traits>
+
 #include "kernels/parts.h"
 #include "kernels/vector-inl.h"
 
 HWY_BEFORE_NAMESPACE();
 namespace heed::kernels::HWY_NAMESPACE {
 namespace hn = hwy::HWY_NAMESPACE;
+
+// Rows that are asked for ahead of their use: enough to cover the latency of memory at full bandwidth.
+constexpr int64_t kAheadBytes = 4096;
+
+// Asks for row m + (rows worth kAheadBytes) of `rows`; past the last row nothing is asked for.
+template <class From>
+struct Prefetcher {
+  explicit Prefetcher(const Rows& r)
+      : data(static_cast<const From*>(r.data)),
+        stride(r.stride),
+        count(r.count),
+        bytes(r.width * static_cast<int64_t>(sizeof(From))),
+        ahead(kAheadBytes / bytes + 1) {}
+  HWY_INLINE void operator()(int64_t m) const {
+    if (m + ahead >= count) return;
+    const auto* line = reinterpret_cast<const std::byte*>(data + (m + ahead) * stride);
+    for (int64_t i = 0; i < bytes; i += 64) __builtin_prefetch(line + i);
+  }
+  const From* data;
+  int64_t stride, count, bytes, ahead;
+};
 
 // Sums of the lanes of four vectors, one after the other.
 template <class T, class V>
@@ -47,13 +70,14 @@ HWY_INLINE void dot_block(const T* q, int64_t q_stride, const From* const (&keys
   }
   int64_t e = 0;
   const auto step = [&](auto&& load) HWY_ATTR {
+    hn::Vec<Full<T>> query[R];
+#pragma GCC unroll 4
+    for (int r = 0; r < R; ++r) query[r] = hn::LoadU(d, q + r * q_stride + e);
 #pragma GCC unroll 4
     for (int j = 0; j < 4; ++j) {
       const auto k = load(keys[j] + e);
 #pragma GCC unroll 4
-      for (int r = 0; r < R; ++r) {
-        acc[r][j] = hn::MulAdd(hn::LoadU(d, q + r * q_stride + e), k, acc[r][j]);
-      }
+      for (int r = 0; r < R; ++r) acc[r][j] = hn::MulAdd(query[r], k, acc[r][j]);
     }
   };
   for (; e + lanes<T>() <= width; e += lanes<T>()) {
@@ -75,7 +99,9 @@ template <class T, class From, int R>
 HWY_NOINLINE void dot_rows_block(const T* q, int64_t q_stride, const Rows& k, T* s,
                                  int64_t s_stride) {
   const auto* data = static_cast<const From*>(k.data);
+  const Prefetcher<From> prefetch(k);
   for (int64_t m = 0; m < k.count; m += 4) {
+    for (int64_t j = 0; j < 4; ++j) prefetch(m + j);
     const From* keys[4];
     for (int64_t j = 0; j < 4; ++j) keys[j] = data + HWY_MIN(m + j, k.count - 1) * k.stride;
     dot_block<T, From, R>(q, q_stride, keys, k.width, s + m, s_stride,
@@ -83,35 +109,37 @@ HWY_NOINLINE void dot_rows_block(const T* q, int64_t q_stride, const Rows& k, T*
   }
 }
 
+// Calls body(first row, number of rows as a constant) for groups of at most kMost rows.
+template <int kMost, class Body>
+HWY_INLINE void for_row_groups(int64_t rows, Body&& body) {
+  for (int64_t r = 0; r < rows; r += kMost) {
+    const int64_t count = HWY_MIN(rows - r, int64_t{kMost});
+    if (count == 1) body(r, std::integral_constant<int, 1>());
+    if (count == 2) body(r, std::integral_constant<int, 2>());
+    if constexpr (kMost > 2) {
+      if (count == 3) body(r, std::integral_constant<int, 3>());
+      if (count == 4) body(r, std::integral_constant<int, 4>());
+    }
+  }
+}
+
 template <class T>
 void dot_rows(Block<const T> queries, int64_t rows, const Rows& k, Block<T> s) {
+  constexpr int kGroup = kPanelVectors == 4 ? 4 : 2;  // four accumulators a row
   with_element_type<T>(k.dtype, [&](auto from) {
-    using From = decltype(from);
-    for (int64_t r = 0; r < rows; r += 4) {
-      const T* q = queries.row(r);
-      switch (HWY_MIN(rows - r, int64_t{4})) {
-        case 1:
-          dot_rows_block<T, From, 1>(q, queries.stride, k, s.row(r), s.stride);
-          break;
-        case 2:
-          dot_rows_block<T, From, 2>(q, queries.stride, k, s.row(r), s.stride);
-          break;
-        case 3:
-          dot_rows_block<T, From, 3>(q, queries.stride, k, s.row(r), s.stride);
-          break;
-        default:
-          dot_rows_block<T, From, 4>(q, queries.stride, k, s.row(r), s.stride);
-          break;
-      }
-    }
+    for_row_groups<kGroup>(rows, [&](int64_t r, auto count) {
+      dot_rows_block<T, decltype(from), count>(queries.row(r), queries.stride, k, s.row(r),
+                                               s.stride);
+    });
   });
 }
 
 // One block of R rows and NV vectors of columns; `last` < lanes loads only that many elements of the
 // single vector.
 template <class T, class From, int R, int NV>
-HWY_NOINLINE void add_block(const T* p, int64_t p_stride, const From* v, int64_t v_stride,
-                            int64_t keys, size_t last, const T* carry, T* o, int64_t o_stride) {
+HWY_NOINLINE void add_block(const T* p, int64_t p_stride, const Rows& v, int64_t first_column,
+                            size_t last, const T* carry, T* o, int64_t o_stride) {
+  const Prefetcher<From> prefetch(v);
   const Full<T> d;
   hn::Vec<Full<T>> acc[R][NV];
 #pragma GCC unroll 4
@@ -122,9 +150,11 @@ HWY_NOINLINE void add_block(const T* p, int64_t p_stride, const From* v, int64_t
       acc[r][j] = hn::Mul(c, hn::LoadU(d, o + r * o_stride + j * lanes<T>()));
     }
   }
-  for (int64_t m = 0; m < keys; ++m) {
+  const auto* data = static_cast<const From*>(v.data) + first_column;
+  for (int64_t m = 0; m < v.count; ++m) {
     hn::Vec<Full<T>> column[NV];
-    const From* row = v + m * v_stride;
+    const From* row = data + m * v.stride;
+    if (first_column == 0) prefetch(m);
     if (NV == 1 && last > 0) {
       column[0] = Load<T, From>::first(d, row, last);
     } else {
@@ -149,15 +179,13 @@ template <class T, class From, int R>
 void add_row_group(const T* p, int64_t p_stride, const Rows& v, const T* carry, T* o,
                    int64_t o_stride) {
   constexpr int kMost = kPanelVectors;
-  const auto* data = static_cast<const From*>(v.data);
   int64_t column = 0;
   for (; column + kMost * lanes<T>() <= v.width; column += kMost * lanes<T>()) {
-    add_block<T, From, R, kMost>(p, p_stride, data + column, v.stride, v.count, 0, carry,
-                                 o + column, o_stride);
+    add_block<T, From, R, kMost>(p, p_stride, v, column, 0, carry, o + column, o_stride);
   }
   for (; column < v.width; column += lanes<T>()) {
     const int64_t rest = v.width - column;
-    add_block<T, From, R, 1>(p, p_stride, data + column, v.stride, v.count,
+    add_block<T, From, R, 1>(p, p_stride, v, column,
                              rest < lanes<T>() ? static_cast<size_t>(rest) : 0, carry, o + column,
                              o_stride);
   }
@@ -166,24 +194,11 @@ void add_row_group(const T* p, int64_t p_stride, const Rows& v, const T* carry, 
 template <class T>
 void add_rows(Block<const T> weights, int64_t rows, const Rows& v, const T* carry, Block<T> o) {
   with_element_type<T>(v.dtype, [&](auto from) {
-    using From = decltype(from);
-    for (int64_t r = 0; r < rows; r += 4) {
-      const T* c = carry == nullptr ? nullptr : carry + r;
-      switch (HWY_MIN(rows - r, int64_t{4})) {
-        case 1:
-          add_row_group<T, From, 1>(weights.row(r), weights.stride, v, c, o.row(r), o.stride);
-          break;
-        case 2:
-          add_row_group<T, From, 2>(weights.row(r), weights.stride, v, c, o.row(r), o.stride);
-          break;
-        case 3:
-          add_row_group<T, From, 3>(weights.row(r), weights.stride, v, c, o.row(r), o.stride);
-          break;
-        default:
-          add_row_group<T, From, 4>(weights.row(r), weights.stride, v, c, o.row(r), o.stride);
-          break;
-      }
-    }
+    for_row_groups<4>(rows, [&](int64_t r, auto count) {
+      add_row_group<T, decltype(from), count>(weights.row(r), weights.stride, v,
+                                              carry == nullptr ? nullptr : carry + r, o.row(r),
+                                              o.stride);
+    });
   });
 }
 
