@@ -1,0 +1,127 @@
+#include "cli/arguments.h"
+
+#include <algorithm>
+#include <charconv>
+
+#include "heed/error.h"
+#include "mechanisms/nearest.h"
+
+namespace heed::cli {
+namespace {
+
+const Dims* shape_of(const ExampleCase& example, std::string_view name) {
+  for (const auto& [input, shape] : example.inputs) {
+    if (input == name) return &shape;
+  }
+  return nullptr;
+}
+
+// Extents of inputs other than q, k, v: [B,H,L(,D)] by position, one extent by its meaning.
+Dims resized(const std::string& input, Dims shape, const Dims& old_q, const Dims& q) {
+  if (shape.rank() == 1) {
+    if (input == "lengths") {
+      shape[0] = q[0];
+    } else if (shape[0] == old_q[1]) {
+      shape[0] = q[1];
+    }
+    return shape;
+  }
+  for (int axis = 0; axis < std::min(shape.rank(), 4); ++axis) {
+    if (shape[axis] == old_q[axis]) shape[axis] = q[axis];
+  }
+  return shape;
+}
+
+}  // namespace
+
+Dims parse_shape(std::string_view option, std::string_view text) {
+  constexpr int64_t kMostElements = int64_t{1} << 32;
+  std::vector<int64_t> extents;
+  int64_t count = 1;
+  bool good = true;
+  for (size_t begin = 0; begin <= text.size() && good;) {
+    const size_t comma = std::min(text.find(',', begin), text.size());
+    int64_t value = 0;
+    const auto [stop, error] = std::from_chars(text.data() + begin, text.data() + comma, value);
+    good = error == std::errc{} && stop == text.data() + comma && value >= 1 &&
+           value <= kMostElements / count;
+    if (good) count *= value;
+    extents.push_back(value);
+    begin = comma + 1;
+  }
+  if (!good || extents.size() != 4) {
+    throw Error(std::string(option) + ": found '" + std::string(text) +
+                "', needed four positive numbers B,H,L,D (at most 2^32 elements)");
+  }
+  return Dims(std::span<const int64_t>(extents));
+}
+
+DType parse_dtype(std::string_view text) {
+  const std::pair<const char*, DType> names[] = {
+      {"float64", DType::f64},   {"f64", DType::f64},   {"float32", DType::f32},
+      {"f32", DType::f32},       {"bfloat16", DType::bf16}, {"bf16", DType::bf16},
+      {"float16", DType::f16},   {"f16", DType::f16}};
+  std::vector<std::string> known;
+  for (const auto& [name, dtype] : names) {
+    if (text == name) return dtype;
+    known.emplace_back(name);
+  }
+  throw Error("unknown type '" + std::string(text) + "'" + did_you_mean(text, known) +
+              "; known: " + joined(known));
+}
+
+std::vector<Isa> isas_to_use(const std::string& text) {
+  if (text.empty()) return available_isas();
+  const Isa isa = parse_isa(text);
+  const auto& available = available_isas();
+  if (std::find(available.begin(), available.end(), isa) == available.end()) {
+    throw Error("--isa " + text + ": this machine cannot run it; it has up to " +
+                name_of(available.back()));
+  }
+  return {isa};
+}
+
+void use_threads(const std::optional<int>& threads) {
+  if (threads) set_threads(*threads);
+}
+
+std::vector<const Mechanism*> chosen_mechanisms(const std::string& name) {
+  if (!name.empty()) return {&find_mechanism(name)};
+  std::vector<const Mechanism*> all;
+  for (const Mechanism& mechanism : mechanisms()) all.push_back(&mechanism);
+  return all;
+}
+
+ExampleCase with_shapes(const ExampleCase& like, const ShapeArguments& shapes) {
+  const Dims* old_q = shape_of(like, "q");
+  const Dims* old_k = shape_of(like, "k");
+  if (!shapes.q && !shapes.k && !shapes.v) return like;
+  if (old_q == nullptr && !like.inputs.empty()) old_q = &like.inputs.front().second;
+  if (old_q == nullptr || old_q->rank() != 4) {
+    throw Error("case " + like.name + " has no input of shape B,H,L,D; --q does not apply");
+  }
+  const Dims q = shapes.q.value_or(*old_q);
+  const Dims k = shapes.k ? *shapes.k : shapes.q || old_k == nullptr ? q : *old_k;
+  const Dims v = shapes.v.value_or(k);
+  ExampleCase out = like;
+  for (auto& [input, shape] : out.inputs) {
+    if (input == "q") {
+      shape = q;
+    } else if (input == "k" || input == "k_cache") {
+      shape = k;
+    } else if (input == "v" || input == "v_cache") {
+      shape = v;
+    } else {
+      shape = resized(input, shape, *old_q, q);
+    }
+  }
+  return out;
+}
+
+std::string with_option(const std::string& options, const std::string& key,
+                        const std::string& value) {
+  if (Spec::parse_options(options).has(key)) return options;
+  return options + (options.empty() ? "" : ",") + key + "=" + value;
+}
+
+}  // namespace heed::cli

@@ -1,0 +1,35 @@
+// Arguments that several commands read the same way.
+#pragma once
+#include <optional>
+#include <string>
+#include <string_view>
+#include <vector>
+
+#include "mechanisms/registry.h"
+
+namespace heed::cli {
+
+/// "B,H,L,D" of four positive numbers; throws Error naming `option`.
+Dims parse_shape(std::string_view option, std::string_view text);
+/// Long and short names: float32 or f32; throws Error naming the nearest.
+DType parse_dtype(std::string_view text);
+/// All instruction sets for none; throws Error where this machine cannot run the one asked for.
+std::vector<Isa> isas_to_use(const std::string& text);
+/// Applies --threads where it was given; throws Error below 1.
+void use_threads(const std::optional<int>& threads);
+
+/// The mechanisms a command works on: the named one, or all for an empty name.
+std::vector<const Mechanism*> chosen_mechanisms(const std::string& name);
+
+/// Shapes given on the command line; what is missing follows from q.
+struct ShapeArguments {
+  std::optional<Dims> q, k, v;
+};
+/// A case like `like` for other shapes: q, k and v as given, every other input resized with them.
+ExampleCase with_shapes(const ExampleCase& like, const ShapeArguments& shapes);
+
+/// "causal=1" added to options that lack it.
+std::string with_option(const std::string& options, const std::string& key,
+                        const std::string& value);
+
+}  // namespace heed::cli

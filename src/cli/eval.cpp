@@ -1,0 +1,77 @@
+// heed eval: how well a language model predicts a text.
+#include "llm/eval.h"
+
+#include <memory>
+
+#include <fmt/format.h>
+
+#include "cli/commands.h"
+#include "cli/language_model.h"
+#include "cli/terminal.h"
+#include "heed/error.h"
+
+namespace heed::cli {
+namespace {
+
+struct Arguments {
+  ModelArguments model;
+  std::string text;
+  std::optional<int64_t> stride;
+  bool json = false;
+};
+
+int eval(const Arguments& arguments) {
+  const std::string text = read_text("--text", arguments.text);
+  if (arguments.stride && *arguments.stride < 1) {
+    throw Error("--stride: found " + std::to_string(*arguments.stride) + ", needed at least 1");
+  }
+  LanguageModel loaded = load_model(arguments.model);
+  const auto tokens = loaded.tokenizer->encode(text);
+  const InterruptGuard guard;
+  Progress progress("scoring");
+  PerplexityOptions options;
+  options.stride = arguments.stride;
+  options.on_progress = [&](int64_t scored, int64_t total) {
+    progress.show(scored, total, fmt::format("{} of {} tokens", scored, total));
+    return !guard.interrupted();
+  };
+  const Perplexity result = perplexity(*loaded.model, tokens, options);
+  progress.clear();
+  const bool complete = !guard.interrupted();
+  const double share =
+      result.total_seconds > 0 ? result.attention_seconds / result.total_seconds : 0;
+  if (arguments.json) {
+    print_json({{"perplexity", finite_or_null(result.perplexity)},
+                {"mean_nll", finite_or_null(result.mean_nll)},
+                {"tokens", tokens.size()},
+                {"scored_tokens", result.scored},
+                {"context", loaded.model->context()},
+                {"seconds", result.total_seconds},
+                {"attention_share", share},
+                {"complete", complete}});
+  } else {
+    fmt::print("perplexity {:.4f}  ({} tokens scored, context {}, {:.4f} nats per token)\n",
+               result.perplexity, result.scored, loaded.model->context(), result.mean_nll);
+    std::fflush(stdout);
+    fmt::print(stderr, "[{:.1f} s, {:.0f} % of the time in attention{}]\n", result.total_seconds,
+               100 * share, complete ? "" : "; interrupted, the rest of the text is not in it");
+  }
+  return complete ? kOk : kInterrupted;
+}
+
+}  // namespace
+
+void add_eval(CLI::App& app, Outcome& outcome) {
+  CLI::App* command = app.add_subcommand("eval", "Perplexity of a text under a language model");
+  auto arguments = std::make_shared<Arguments>();
+  command->add_option("--text", arguments->text, "File with the text, - for standard input")
+      ->required();
+  add_model_options(*command, arguments->model, "Tokens in a window; without it the model's");
+  command->add_option("--stride", arguments->stride,
+                      "Tokens from window to window; without it half a window");
+  command->add_flag("--json", arguments->json, "JSON");
+  command->footer("After Ctrl-C the result so far is printed and the exit code is 130.");
+  command->callback([arguments, &outcome] { outcome.exit_code = eval(*arguments); });
+}
+
+}  // namespace heed::cli

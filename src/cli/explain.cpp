@@ -1,0 +1,78 @@
+// heed explain NAME: which path a call takes and why not another.
+#include <memory>
+
+#include <fmt/format.h>
+
+#include "cli/arguments.h"
+#include "cli/commands.h"
+#include "cli/terminal.h"
+
+namespace heed::cli {
+namespace {
+
+struct Arguments {
+  std::string name, q, k, v, dtype = "float32", isa;
+  bool causal = false, json = false;
+};
+
+ExampleCase example_of(const Mechanism& mechanism, const Arguments& arguments) {
+  ShapeArguments shapes;
+  shapes.q = parse_shape("--q", arguments.q);
+  if (!arguments.k.empty()) shapes.k = parse_shape("--k", arguments.k);
+  if (!arguments.v.empty()) shapes.v = parse_shape("--v", arguments.v);
+  ExampleCase example = with_shapes(mechanism.bench_cases.at(0), shapes);
+  if (arguments.causal) example.options = with_option(example.options, "causal", "1");
+  return example;
+}
+
+// Views of the right shapes and types without memory: paths are chosen without reading elements.
+NamedTensors shapes_only(const ExampleCase& example, DType dtype) {
+  NamedTensors tensors;
+  for (const auto& [name, shape] : example.inputs) {
+    const auto own = example.types.find(name);
+    const DType type = own == example.types.end() ? dtype : own->second;
+    tensors.emplace(name, Tensor(static_cast<const void*>(nullptr), type, shape));
+  }
+  return tensors;
+}
+
+void explain(const Arguments& arguments) {
+  const Mechanism& mechanism = find_mechanism(arguments.name);
+  const ExampleCase example = example_of(mechanism, arguments);
+  RunOptions run;
+  if (!arguments.isa.empty()) run.isa = isas_to_use(arguments.isa).front();
+  const auto answers =
+      mechanism.explain(shapes_only(example, parse_dtype(arguments.dtype)), run);
+  bool chosen = false;
+  Json list = Json::array();
+  Table table({{"path"}, {"can run"}, {""}});
+  for (const PathAnswer& answer : answers) {
+    const bool first = answer.can_run && !chosen;
+    chosen = chosen || first;
+    list.push_back({{"path", answer.path},
+                    {"can_run", answer.can_run},
+                    {"chosen", first},
+                    {"reason", answer.reason}});
+    table.add({answer.path, answer.can_run ? "yes" : "no", first ? "chosen" : answer.reason});
+  }
+  if (arguments.json) return print_json(list);
+  table.print();
+}
+
+}  // namespace
+
+void add_explain(CLI::App& app, Outcome&) {
+  CLI::App* command = app.add_subcommand("explain", "Which kernel runs a call, and why");
+  auto arguments = std::make_shared<Arguments>();
+  command->add_option("NAME", arguments->name, "Mechanism")->required();
+  command->add_option("--q", arguments->q, "Shape of the queries: B,H,L,D")->required();
+  command->add_option("--k", arguments->k, "Shape of the keys; without it as the queries");
+  command->add_option("--v", arguments->v, "Shape of the values; without it as the keys");
+  command->add_option("--dtype", arguments->dtype, "f64, f32, bf16 or f16")->capture_default_str();
+  command->add_option("--isa", arguments->isa, "Force this path: portable, avx2, avx512, amx");
+  command->add_flag("--causal", arguments->causal, "Causal mask");
+  command->add_flag("--json", arguments->json, "JSON");
+  command->callback([arguments] { explain(*arguments); });
+}
+
+}  // namespace heed::cli

@@ -1,0 +1,105 @@
+#include "cli/language_model.h"
+
+#include <sys/stat.h>
+
+#include <cerrno>
+#include <csignal>
+#include <cstdio>
+#include <cstring>
+
+#include "cli/arguments.h"
+#include "cli/model_file.h"
+#include "heed/error.h"
+#include "mechanisms/nearest.h"
+#include "mechanisms/registry.h"
+
+namespace heed::cli {
+namespace {
+
+volatile std::sig_atomic_t g_interrupted = 0;  // a signal handler can reach nothing else
+
+extern "C" void on_interrupt(int) {
+  g_interrupted = 1;
+  std::signal(SIGINT, SIG_DFL);
+}
+
+ModelAttention attention_of(const std::string& text) {
+  const Spec spec = Spec::parse(text);
+  const Mechanism& mechanism = find_mechanism(spec.name());
+  if (mechanism.model_attention) return mechanism.model_attention(spec);
+  std::vector<std::string> able;
+  for (const Mechanism& other : mechanisms()) {
+    if (other.model_attention) able.push_back(other.name);
+  }
+  throw Error("--attention: " + mechanism.name +
+              " cannot stand in for the attention of a model; these can: " + joined(able));
+}
+
+ModelDtype dtype_of(const std::string& text) {
+  try {
+    return parse_model_dtype(text);
+  } catch (const Error& error) {
+    throw Error(std::string("--dtype: ") + error.what() +
+                did_you_mean(text, {"f32", "bf16", "int4"}));
+  }
+}
+
+}  // namespace
+
+void add_model_options(CLI::App& command, ModelArguments& arguments, const char* context_help) {
+  command.add_option("--model", arguments.model, "GGUF file, or smollm2")->capture_default_str();
+  command.add_option("--attention", arguments.attention,
+                     "Mechanism in the place of the model's attention: NAME or NAME:key=value,...")
+      ->capture_default_str();
+  command.add_option("--dtype", arguments.dtype,
+                     "f32 (exact), bf16 or int4; without it what suits the file");
+  command.add_option("--context", arguments.context, context_help);
+  command.add_option("--threads", arguments.threads, "Threads; without it all cores");
+}
+
+LanguageModel load_model(const ModelArguments& arguments) {
+  use_threads(arguments.threads);
+  ModelOptions options;
+  options.attention = {attention_of(arguments.attention)};
+  if (arguments.dtype) options.dtype = dtype_of(*arguments.dtype);
+  options.run.threads = arguments.threads;
+  if (arguments.context && *arguments.context < 1) {
+    throw Error("--context: found " + std::to_string(*arguments.context) + ", needed at least 1");
+  }
+  options.context = arguments.context;
+  LanguageModel loaded;
+  loaded.file = std::make_unique<GgufFile>(GgufFile::open(find_model(arguments.model)));
+  loaded.tokenizer = std::make_unique<Tokenizer>(*loaded.file);
+  loaded.model = std::make_unique<Model>(*loaded.file, std::move(options));
+  return loaded;
+}
+
+std::string read_text(const char* option, const std::string& path) {
+  const auto fail = [&](int code) {
+    throw Error(std::string(option) + ": cannot read '" + path + "': " + std::strerror(code));
+  };
+  const bool standard = path == "-";
+  const std::unique_ptr<std::FILE, int (*)(std::FILE*)> opened(
+      standard ? nullptr : std::fopen(path.c_str(), "rb"),
+      [](std::FILE* file) { return file == nullptr ? 0 : std::fclose(file); });
+  if (!standard && !opened) fail(errno);
+  std::FILE* file = standard ? stdin : opened.get();
+  std::string text;
+  char part[1 << 16];
+  for (size_t got = 0; (got = std::fread(part, 1, sizeof part, file)) > 0;) text.append(part, got);
+  if (std::ferror(file) != 0) fail(errno);
+  return text;
+}
+
+InterruptGuard::InterruptGuard() {
+  g_interrupted = 0;
+  struct sigaction action {};
+  action.sa_handler = on_interrupt;  // no SA_RESTART: waiting for a line ends too
+  sigaction(SIGINT, &action, nullptr);
+}
+
+InterruptGuard::~InterruptGuard() { std::signal(SIGINT, SIG_DFL); }
+
+bool InterruptGuard::interrupted() const { return g_interrupted != 0; }
+
+}  // namespace heed::cli

@@ -1,0 +1,46 @@
+// A loaded language model and the options that heed run and heed eval share.
+#pragma once
+#include <memory>
+#include <optional>
+#include <string>
+
+#include <CLI/CLI.hpp>
+
+#include "llm/gguf.h"
+#include "llm/model.h"
+#include "llm/tokenizer.h"
+
+namespace heed::cli {
+
+struct ModelArguments {
+  std::string model = "smollm2", attention = "flash";
+  std::optional<std::string> dtype;
+  std::optional<int64_t> context;
+  std::optional<int> threads;
+};
+void add_model_options(CLI::App& command, ModelArguments& arguments, const char* context_help);
+
+struct LanguageModel {
+  std::unique_ptr<GgufFile> file;  // outlives the others
+  std::unique_ptr<Tokenizer> tokenizer;
+  std::unique_ptr<Model> model;
+};
+/// Checks every argument before it reads the weights.
+LanguageModel load_model(const ModelArguments& arguments);
+
+/// The whole file, "-" for standard input; throws Error naming `option`.
+std::string read_text(const char* option, const std::string& path);
+
+/// Catches Ctrl-C while it lives: the first one only sets `interrupted`, a second one ends the program.
+class InterruptGuard {
+ public:
+  InterruptGuard();
+  ~InterruptGuard();
+  InterruptGuard(const InterruptGuard&) = delete;
+  InterruptGuard& operator=(const InterruptGuard&) = delete;
+  bool interrupted() const;
+};
+
+inline constexpr int kInterrupted = 130;  // exit code after Ctrl-C, as in a shell
+
+}  // namespace heed::cli

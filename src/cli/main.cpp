@@ -1,0 +1,122 @@
+// The program: adds the commands, turns errors into one line on standard error and an exit code.
+#include <csignal>
+#include <cstdio>
+#include <exception>
+#include <new>
+
+#include <fmt/format.h>
+
+#include "cli/commands.h"
+#include "heed/error.h"
+#include "heed/version.h"
+#include "mechanisms/nearest.h"
+
+namespace {
+
+using namespace heed::cli;  // NOLINT: the program's own room
+
+constexpr const char* kFooter =
+    "Exit codes: 0 ok, 1 a kernel disagrees with its cascade, 2 wrong arguments or input,\n"
+    "3 internal error. `heed COMMAND --help` explains a command.";
+
+void add_commands(CLI::App& app, Outcome& outcome) {
+  app.set_version_flag("--version", std::string("heed ") + heed::kVersion);
+  app.require_subcommand(0, 1);
+  app.footer(kFooter);
+  add_run(app, outcome);
+  add_eval(app, outcome);
+  add_list(app, outcome);
+  add_show(app, outcome);
+  add_check(app, outcome);
+  add_bench(app, outcome);
+  add_explain(app, outcome);
+  add_cpu(app, outcome);
+}
+
+std::vector<std::string> option_names(const CLI::App& command) {
+  std::vector<std::string> names;
+  for (const CLI::Option* option : command.get_options()) {
+    for (const std::string& name : option->get_lnames()) names.push_back("--" + name);
+  }
+  return names;
+}
+
+std::vector<std::string> command_names(const CLI::App& app) {
+  std::vector<std::string> names;
+  for (const CLI::App* command : app.get_subcommands([](const CLI::App*) { return true; })) {
+    names.push_back(command->get_name());
+  }
+  return names;
+}
+
+// What stood on the command line and belongs to nothing.
+std::string leftover_message(const CLI::App& app) {
+  const CLI::App* command = &app;
+  for (const CLI::App* parsed : app.get_subcommands()) command = parsed;
+  std::vector<std::string> left = command->remaining();
+  if (left.empty()) left = app.remaining();
+  if (left.empty()) return "an argument was not expected";
+  const std::string& word = left.front();
+  const std::string name = word.substr(0, word.find('='));
+  if (name.starts_with("-")) {
+    const std::string owner = command == &app ? "" : command->get_name() + ": ";
+    return owner + "unknown option '" + name + "'" +
+           heed::did_you_mean(name, option_names(*command)) + "; see heed " +
+           (command == &app ? "" : command->get_name() + " ") + "--help";
+  }
+  if (command != &app) return command->get_name() + ": unexpected argument '" + word + "'";
+  const auto names = command_names(app);
+  return "unknown command '" + word + "'" + heed::did_you_mean(word, names) + "; known: " +
+         heed::joined(names);
+}
+
+int report(const std::string& message, int exit_code) {
+  std::fflush(stdout);
+  fmt::print(stderr, "heed: {}\n", message);
+  return exit_code;
+}
+
+int parse_error(const CLI::App& app, const CLI::ParseError& error) {
+  if (error.get_exit_code() == static_cast<int>(CLI::ExitCodes::Success)) return app.exit(error);
+  if (dynamic_cast<const CLI::ExtrasError*>(&error) != nullptr) {
+    return report(leftover_message(app), kUsageError);
+  }
+  return report(error.what(), kUsageError);
+}
+
+int run_program(int argc, char** argv) {
+  CLI::App app("Attention on the CPU, proven against its equations", "heed");
+  Outcome outcome;
+  add_commands(app, outcome);
+  try {
+    app.parse(argc, argv);
+    if (app.get_subcommands().empty()) {
+      fmt::print(stderr, "{}", app.help());
+      return kUsageError;
+    }
+  } catch (const CLI::ParseError& error) {
+    return parse_error(app, error);
+  }
+  return outcome.exit_code;
+}
+
+}  // namespace
+
+int main(int argc, char** argv) {
+  // `heed list | head` ends quietly, also where the parent ignores the signal.
+  std::signal(SIGPIPE, SIG_DFL);
+  int code = kInternalError;
+  try {
+    code = run_program(argc, argv);
+  } catch (const heed::Error& error) {
+    code = report(error.what(), kUsageError);
+  } catch (const std::bad_alloc&) {
+    code = report("not enough memory", kInternalError);
+  } catch (const std::exception& error) {
+    code = report(std::string("internal error: ") + error.what(), kInternalError);
+  }
+  if (std::fflush(stdout) != 0) {
+    code = report("cannot write to standard output", kInternalError);
+  }
+  return code;
+}

@@ -1,0 +1,158 @@
+#include "cli/measure.h"
+
+#include <algorithm>
+#include <chrono>
+#include <cmath>
+#include <limits>
+
+#include "cascade/ast.h"
+#include "cascade/sizes.h"
+#include "cli/arguments.h"
+#include "heed/error.h"
+
+namespace heed::cli {
+namespace {
+
+using Sizes = std::map<std::string, int64_t>;
+
+Sizes rank_sizes(const cascade::Program& program, const cascade::Bindings& bindings) {
+  const cascade::Lowered& lowered = *program.ast().lowered;
+  const std::vector<int64_t> bound = cascade::bind_sizes(lowered, bindings);
+  Sizes sizes;
+  for (size_t i = 0; i < lowered.ranks.size(); ++i) sizes[lowered.ranks[i].name] = bound[i];
+  for (size_t i = 0; i < lowered.constants.size(); ++i) {
+    sizes[lowered.constants[i]] = bound[lowered.ranks.size() + i];
+  }
+  return sizes;
+}
+
+// The share of index tuples for which a predicate of the case holds.
+double kept_share(const cascade::PredicateDeclaration& declared, const Sizes& sizes,
+                  const std::function<bool(std::span<const int64_t>)>& predicate) {
+  std::vector<int64_t> extents, index(declared.ranks.size(), 0);
+  double all = 1;
+  for (const std::string& rank : declared.ranks) {
+    extents.push_back(sizes.at(rank));
+    all *= static_cast<double>(extents.back());
+  }
+  int64_t kept = 0;
+  for (size_t axis = 0; all > 0;) {
+    kept += predicate(index) ? 1 : 0;
+    for (axis = index.size(); axis > 0; --axis) {
+      if (++index[axis - 1] < extents[axis - 1]) break;
+      index[axis - 1] = 0;
+    }
+    if (axis == 0) break;
+  }
+  return all > 0 ? static_cast<double>(kept) / all : 0;
+}
+
+bool is_batch(const cascade::Ast& ast, const std::string& rank) {
+  return std::any_of(ast.ranks.begin(), ast.ranks.end(), [&](const auto& declared) {
+    return declared.batch && declared.name == rank;
+  });
+}
+
+// Whether a term runs over everything that the mask distinguishes, batch ranks apart.
+bool runs_over(const cascade::Ast& ast, const std::vector<std::string>& term,
+               const std::vector<std::string>& mask) {
+  return std::all_of(mask.begin(), mask.end(), [&](const std::string& rank) {
+    return is_batch(ast, rank) || std::find(term.begin(), term.end(), rank) != term.end();
+  });
+}
+
+int64_t group_size(const Dims* q, const Dims* k) {
+  return q != nullptr && k != nullptr && (*k)[1] > 0 ? std::max<int64_t>(1, (*q)[1] / (*k)[1]) : 1;
+}
+
+}  // namespace
+
+std::vector<Samples> time_calls(const std::vector<std::function<void()>>& calls, double seconds) {
+  using Clock = std::chrono::steady_clock;
+  constexpr size_t kFewest = 5, kMost = 10000;
+  for (const auto& call : calls) call();
+  std::vector<Samples> samples(calls.size());
+  const auto begin = Clock::now();
+  while (samples[0].size() < kMost) {
+    const std::chrono::duration<double> gone = Clock::now() - begin;
+    if (samples[0].size() >= kFewest && gone.count() >= seconds) break;
+    for (size_t i = 0; i < calls.size(); ++i) {
+      const auto start = Clock::now();
+      calls[i]();
+      samples[i].push_back(std::chrono::duration<double, std::milli>(Clock::now() - start).count());
+    }
+  }
+  return samples;
+}
+
+double quantile(Samples samples, double fraction) {
+  if (samples.empty()) return std::numeric_limits<double>::quiet_NaN();
+  std::sort(samples.begin(), samples.end());
+  const double place = fraction * static_cast<double>(samples.size() - 1);
+  const auto below = static_cast<size_t>(place);
+  const size_t above = std::min(below + 1, samples.size() - 1);
+  const double part = place - static_cast<double>(below);
+  return samples[below] * (1 - part) + samples[above] * part;
+}
+
+std::string compiler_name() {
+#if defined(__clang__)
+  return "clang++ " + std::to_string(__clang_major__) + "." + std::to_string(__clang_minor__) + "." +
+         std::to_string(__clang_patchlevel__);
+#else
+  return "g++ " + std::to_string(__GNUC__) + "." + std::to_string(__GNUC_MINOR__) + "." +
+         std::to_string(__GNUC_PATCHLEVEL__);
+#endif
+}
+
+double visible_operations(const Mechanism& mechanism, const NamedTensors& in,
+                                         const Spec& options) {
+  const CascadeText& text = mechanism.cascades.at(0);
+  const cascade::Program program = cascade::parse(text.text, text.name);
+  const cascade::Ast& ast = program.ast();
+  const cascade::Bindings bindings = mechanism.bind(in, options);
+  const Sizes sizes = rank_sizes(program, bindings);
+  std::map<std::string, double> shares;
+  double operations = 0;
+  for (const auto& declared : ast.predicates) {
+    const auto predicate = bindings.predicates.find(declared.name);
+    if (predicate == bindings.predicates.end()) continue;
+    shares[declared.name] = kept_share(declared, sizes, predicate->second);
+  }
+  for (const cascade::StatementCount& row : cascade::count(program)) {
+    for (const auto& [ranks, factor] : row.multiply_adds.terms) {
+      double term = 2 * factor;
+      for (const std::string& rank : ranks) term *= static_cast<double>(sizes.at(rank));
+      for (const auto& declared : ast.predicates) {
+        const auto share = shares.find(declared.name);
+        if (share != shares.end() && runs_over(ast, ranks, declared.ranks)) term *= share->second;
+      }
+      operations += term;
+    }
+  }
+  return operations;
+}
+
+const Dims* input_shape(const ExampleCase& example, std::initializer_list<const char*> names) {
+  for (const char* name : names) {
+    for (const auto& [input, shape] : example.inputs) {
+      if (input == name) return &shape;
+    }
+  }
+  return nullptr;
+}
+
+ExampleCase shrunk(const ExampleCase& example) {
+  constexpr int64_t kQueries = 64, kKeys = 96;
+  const Dims* q = input_shape(example, {"q", "out_a"});
+  if (q == nullptr || q->rank() != 4) return example;
+  const Dims* k = input_shape(example, {"k", "k_cache"});
+  const Dims* v = input_shape(example, {"v", "v_cache"});
+  ShapeArguments shapes;
+  shapes.q = Dims{1, group_size(q, k), std::min((*q)[2], kQueries), (*q)[3]};
+  if (k != nullptr) shapes.k = Dims{1, 1, std::min((*k)[2], kKeys), (*k)[3]};
+  if (v != nullptr) shapes.v = Dims{1, 1, std::min((*v)[2], kKeys), (*v)[3]};
+  return with_shapes(example, shapes);
+}
+
+}  // namespace heed::cli

@@ -1,0 +1,205 @@
+// heed run: a language model answers, once or in a conversation.
+#include <iostream>
+#include <memory>
+
+#include <fmt/format.h>
+
+#include "cli/commands.h"
+#include "cli/language_model.h"
+#include "cli/terminal.h"
+#include "heed/error.h"
+#include "llm/chat.h"
+#include "llm/generate.h"
+
+namespace heed::cli {
+namespace {
+
+struct Arguments {
+  ModelArguments model;
+  std::optional<std::string> prompt, file, system;
+  bool no_chat = false, json = false;
+  GenerateOptions generate;
+};
+
+// The prompt that was given, from the option, a file, or a pipe; none: a conversation.
+std::optional<std::string> given_prompt(const Arguments& arguments) {
+  if (arguments.prompt) return arguments.prompt;
+  if (arguments.file) return read_text("--file", *arguments.file);
+  if (!is_terminal(stdin)) return read_text("standard input", "-");
+  return std::nullopt;
+}
+
+Json result_json(const GenerateResult& result, const std::string& text) {
+  return {{"prompt_tokens", result.prompt_tokens},
+          {"tokens", result.tokens},
+          {"text", text},
+          {"prefill_tokens_per_s", result.prefill_tokens_per_s()},
+          {"decode_tokens_per_s", result.decode_tokens_per_s()},
+          {"attention_share", result.attention_share()},
+          {"stop", name_of(result.stop)}};
+}
+
+void print_statistics(const GenerateResult& result) {
+  std::string line =
+      fmt::format("prompt {} tokens, {:.1f} tokens/s", result.prompt_tokens - result.reused_tokens,
+                  result.prefill_tokens_per_s());
+  if (result.reused_tokens > 0) line += fmt::format(" ({} more in the cache)", result.reused_tokens);
+  line += fmt::format("; answer {} tokens", result.tokens.size());
+  if (result.decoded_tokens > 0) line += fmt::format(", {:.1f} tokens/s", result.decode_tokens_per_s());
+  line += fmt::format("; {:.0f} % of the time in attention", 100 * result.attention_share());
+  if (result.stop == StopReason::context) line += "; stopped: the context is full";
+  if (result.stop == StopReason::max_tokens) line += "; stopped at --max-tokens";
+  if (result.stop == StopReason::cancelled) line += "; interrupted";
+  fmt::print(stderr, "[{}]\n", line);
+}
+
+/// A model that answers prompts and shows the words as they come.
+class Speaker {
+ public:
+  Speaker(LanguageModel& loaded, const Arguments& arguments)
+      : loaded_(loaded), arguments_(arguments), generator_(*loaded.model) {}
+
+  struct Answer {
+    GenerateResult result;
+    std::string text;
+  };
+  /// `opens_text`: the answer is a text of its own, not the continuation of the prompt.
+  Answer answer(std::span<const int32_t> prompt, std::vector<int32_t> stop_tokens, bool opens_text) {
+    StreamDecoder stream(*loaded_.tokenizer, opens_text);
+    Answer answer;
+    const auto show = [&](const std::string& text) {
+      answer.text += text;
+      if (arguments_.json) return;
+      std::fwrite(text.data(), 1, text.size(), stdout);
+      std::fflush(stdout);
+    };
+    const InterruptGuard guard;
+    Progress progress("reading the prompt");
+    GenerateOptions options = arguments_.generate;
+    options.stop_tokens = std::move(stop_tokens);
+    options.on_prompt = [&](int64_t done, int64_t total) {
+      progress.show(done, total, fmt::format("{} of {} tokens", done, total));
+      if (done == total) progress.clear();
+      return !guard.interrupted();
+    };
+    options.on_token = [&](int32_t token) {
+      show(stream.put(token));
+      return !guard.interrupted();
+    };
+    answer.result = generator_.generate(prompt, options);
+    progress.clear();
+    show(stream.finish());
+    return answer;
+  }
+
+ private:
+  LanguageModel& loaded_;
+  const Arguments& arguments_;
+  Generator generator_;
+};
+
+std::vector<ChatMessage> opening(const Arguments& arguments) {
+  if (!arguments.system) return {};
+  return {{"system", *arguments.system}};
+}
+
+int answer_once(LanguageModel& loaded, const Arguments& arguments, const std::string& prompt) {
+  Speaker speaker(loaded, arguments);
+  Speaker::Answer answer;
+  if (arguments.no_chat) {
+    const auto tokens = loaded.tokenizer->encode(prompt);
+    answer = speaker.answer(tokens, loaded.tokenizer->end_tokens(), false);
+  } else {
+    const ChatTemplate chat(*loaded.file, *loaded.tokenizer);
+    std::vector<ChatMessage> messages = opening(arguments);
+    messages.push_back({"user", prompt});
+    answer = speaker.answer(chat.render(messages), chat.stop_tokens(), true);
+  }
+  if (arguments.json) {
+    print_json(result_json(answer.result, answer.text));
+  } else {
+    fmt::print("\n");
+    std::fflush(stdout);
+    print_statistics(answer.result);
+  }
+  return answer.result.stop == StopReason::cancelled ? kInterrupted : kOk;
+}
+
+std::optional<std::string> next_line() {
+  fmt::print("{}", bold("> "));
+  std::fflush(stdout);
+  std::string line;
+  if (!std::getline(std::cin, line)) return std::nullopt;
+  return line;
+}
+
+int converse(LanguageModel& loaded, const Arguments& arguments) {
+  const ChatTemplate chat(*loaded.file, *loaded.tokenizer);
+  Speaker speaker(loaded, arguments);
+  std::vector<ChatMessage> messages = opening(arguments);
+  fmt::print(stderr, "/reset starts a new conversation, Ctrl-C stops an answer, Ctrl-D ends\n");
+  while (const auto line = next_line()) {
+    if (line->find_first_not_of(" \t") == std::string::npos) continue;
+    if (*line == "/reset") {
+      messages = opening(arguments);
+      continue;
+    }
+    messages.push_back({"user", *line});
+    try {
+      const auto answer = speaker.answer(chat.render(messages), chat.stop_tokens(), true);
+      fmt::print("\n");
+      std::fflush(stdout);
+      print_statistics(answer.result);
+      messages.push_back({"assistant", answer.text});
+    } catch (const Error& error) {
+      messages.pop_back();
+      fmt::print(stderr, "heed: {}; /reset starts a new conversation\n", error.what());
+    }
+  }
+  fmt::print("\n");
+  return kOk;
+}
+
+int run(const Arguments& arguments) {
+  if (arguments.system && arguments.no_chat) {
+    throw Error("--system: --no-chat has no system message");
+  }
+  const auto prompt = given_prompt(arguments);
+  if (!prompt && (arguments.no_chat || arguments.json)) {
+    throw Error("--no-chat and --json need a prompt: -p TEXT, -f FILE or standard input");
+  }
+  if (prompt && prompt->empty()) throw Error("the prompt is empty");
+  (void)Sampler(arguments.generate.sampler);  // its errors before the weights are read
+  LanguageModel loaded = load_model(arguments.model);
+  return prompt ? answer_once(loaded, arguments, *prompt) : converse(loaded, arguments);
+}
+
+}  // namespace
+
+void add_run(CLI::App& app, Outcome& outcome) {
+  CLI::App* command = app.add_subcommand("run", "Let a language model answer, once or in a chat");
+  auto arguments = std::make_shared<Arguments>();
+  SamplerOptions& sampler = arguments->generate.sampler;
+  CLI::Option* prompt = command->add_option("-p,--prompt", arguments->prompt, "What to answer");
+  command->add_option("-f,--file", arguments->file, "File with the prompt, - for standard input")
+      ->excludes(prompt);
+  command->add_flag("--no-chat", arguments->no_chat, "Continue the text as it is, without roles");
+  command->add_option("--system", arguments->system, "System message instead of the model's own");
+  add_model_options(*command, arguments->model, "Tokens of prompt and answer; without it the model's");
+  command->add_option("--max-tokens", arguments->generate.max_tokens, "Longest answer")
+      ->check(CLI::NonNegativeNumber)
+      ->capture_default_str();
+  command->add_option("--temperature", sampler.temperature, "0: always the most probable token")
+      ->capture_default_str();
+  command->add_option("--top-k", sampler.top_k, "Draw among this many most probable tokens");
+  command->add_option("--top-p", sampler.top_p, "Draw among the fewest tokens of this probability")
+      ->capture_default_str();
+  command->add_option("--min-p", sampler.min_p, "Draw among tokens of this share of the best's")
+      ->capture_default_str();
+  command->add_option("--seed", sampler.seed, "Seed of the draws")->capture_default_str();
+  command->add_flag("--json", arguments->json, "JSON at the end instead of words as they come");
+  command->footer("After Ctrl-C the statistics are printed and the exit code is 130.");
+  command->callback([arguments, &outcome] { outcome.exit_code = run(*arguments); });
+}
+
+}  // namespace heed::cli

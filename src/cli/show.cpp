@@ -1,0 +1,177 @@
+// heed show NAME: a mechanism's cascades, passes, counts, papers and card.
+#include <memory>
+
+#include <fmt/format.h>
+
+#include "cli/commands.h"
+#include "cli/terminal.h"
+#include "heed/error.h"
+#include "mechanisms/nearest.h"
+#include "mechanisms/registry.h"
+
+namespace heed::cli {
+namespace {
+
+using cascade::Polynomial;
+using cascade::Program;
+using cascade::StatementCount;
+
+struct Arguments {
+  std::string name, sizes;
+  bool json = false, latex = false, html = false;
+};
+
+using Sizes = std::map<std::string, int64_t>;
+
+struct CountColumn {
+  const char* name;
+  Polynomial StatementCount::*counted;
+};
+constexpr CountColumn kCountColumns[] = {
+    {"multiply-adds", &StatementCount::multiply_adds},
+    {"exponentials", &StatementCount::exponentials},
+    {"divisions", &StatementCount::divisions},
+    {"maxima", &StatementCount::maxima},
+    {"other", &StatementCount::other},
+    {"reads", &StatementCount::reads},
+    {"writes", &StatementCount::writes},
+    {"live after", &StatementCount::live_after},
+};
+
+std::string cell(const Polynomial& polynomial, const std::optional<Sizes>& sizes) {
+  if (polynomial.terms.empty()) return "0";
+  return sizes ? fmt::format("{:.0f}", polynomial.at(*sizes)) : polynomial.text();
+}
+
+std::optional<Sizes> parse_sizes(const std::string& text, const std::vector<StatementCount>& rows) {
+  if (text.empty()) return std::nullopt;
+  const Spec given = Spec::parse_options(text);
+  Sizes sizes;
+  std::vector<std::string> needed;
+  for (const StatementCount& row : rows) {
+    for (const CountColumn& column : kCountColumns) {
+      for (const auto& [ranks, factor] : (row.*column.counted).terms) {
+        for (const std::string& rank : ranks) {
+          if (sizes.emplace(rank, 0).second) needed.push_back(rank);
+        }
+      }
+    }
+  }
+  for (auto& [rank, size] : sizes) {
+    const auto value = given.integer(rank);
+    if (!value || *value < 1) {
+      throw Error("--sizes: no positive size of rank '" + rank + "'; needed " + joined(needed));
+    }
+    size = *value;
+  }
+  return sizes;
+}
+
+void print_counts(const Program& program, const std::string& sizes_text) {
+  const auto rows = cascade::count(program);
+  const auto sizes = parse_sizes(sizes_text, rows);
+  std::vector<Table::Column> columns = {{"tensor"}};
+  for (const CountColumn& column : kCountColumns) columns.push_back({column.name, Table::Align::right});
+  Table table(columns);
+  for (const StatementCount& row : rows) {
+    std::vector<std::string> cells = {row.tensor};
+    for (const CountColumn& column : kCountColumns) {
+      cells.push_back(cell(row.*column.counted, sizes));
+    }
+    table.add(std::move(cells));
+  }
+  table.print(2);
+}
+
+void print_passes(const Program& program, const std::string& rank) {
+  const cascade::PassReport report = cascade::count_passes(program, rank);
+  Table table({{"line", Table::Align::right}, {"tensor"}, {"pass", Table::Align::right}});
+  for (const auto& row : report.rows) {
+    table.add({std::to_string(row.line), row.tensor, row.pass == 0 ? "-" : std::to_string(row.pass)});
+  }
+  fmt::print("{}\n", bold(fmt::format("Passes over {}: {}", rank, report.passes)));
+  table.print(2);
+}
+
+void print_text(const Mechanism& m, const Arguments& arguments) {
+  fmt::print("{}\n{}\n", bold(m.name), m.title);
+  for (const std::string& paper : m.arxiv) fmt::print("arXiv {0}  https://arxiv.org/abs/{0}\n", paper);
+  fmt::print("engine {}, {}\n", m.engine, m.backward ? "differentiable" : "forward only");
+  for (const CascadeText& text : m.cascades) {
+    const Program program = cascade::parse(text.text, text.name);
+    fmt::print("\n{}\n{}", bold("Cascade " + text.name), text.text);
+    if (!text.text.ends_with('\n')) fmt::print("\n");
+    fmt::print("\n");
+    print_passes(program, m.pass_rank);
+    fmt::print("\n{}\n", bold("Counts"));
+    print_counts(program, arguments.sizes);
+  }
+  fmt::print("\n{}", m.card);
+  if (!m.card.ends_with('\n')) fmt::print("\n");
+}
+
+Json cascade_json(const CascadeText& text, const Mechanism& m, const std::string& sizes_text) {
+  const Program program = cascade::parse(text.text, text.name);
+  const cascade::PassReport report = cascade::count_passes(program, m.pass_rank);
+  Json passes = Json::array(), counts = Json::array();
+  for (const auto& row : report.rows) {
+    passes.push_back({{"tensor", row.tensor}, {"pass", row.pass}, {"line", row.line}});
+  }
+  const auto rows = cascade::count(program);
+  const auto sizes = parse_sizes(sizes_text, rows);
+  for (const StatementCount& row : rows) {
+    Json entry = {{"tensor", row.tensor}, {"line", row.line}};
+    for (const CountColumn& column : kCountColumns) {
+      const Polynomial& counted = row.*column.counted;
+      entry[column.name] = sizes ? Json(counted.at(*sizes)) : Json(cell(counted, sizes));
+    }
+    counts.push_back(std::move(entry));
+  }
+  return {{"name", text.name}, {"text", text.text},   {"passes", report.passes},
+          {"statements", passes}, {"counts", counts}};
+}
+
+void print_show_json(const Mechanism& m, const Arguments& arguments) {
+  Json cascades = Json::array();
+  for (const CascadeText& text : m.cascades) {
+    cascades.push_back(cascade_json(text, m, arguments.sizes));
+  }
+  print_json({{"name", m.name},
+              {"title", m.title},
+              {"sheet", m.sheets},
+              {"arxiv", m.arxiv},
+              {"engine", m.engine},
+              {"differentiable", static_cast<bool>(m.backward)},
+              {"pass_rank", m.pass_rank},
+              {"cascades", cascades},
+              {"card", m.card}});
+}
+
+void show(const Arguments& arguments) {
+  const Mechanism& m = find_mechanism(arguments.name);
+  if (arguments.json) return print_show_json(m, arguments);
+  if (!arguments.latex && !arguments.html) return print_text(m, arguments);
+  for (const CascadeText& text : m.cascades) {
+    const Program program = cascade::parse(text.text, text.name);
+    fmt::print("{}\n", arguments.latex ? cascade::to_latex(program) : cascade::to_html(program));
+  }
+}
+
+}  // namespace
+
+void add_show(CLI::App& app, Outcome&) {
+  CLI::App* command =
+      app.add_subcommand("show", "A mechanism's cascades, passes, counts, papers and card");
+  auto arguments = std::make_shared<Arguments>();
+  command->add_option("NAME", arguments->name, "Mechanism, with or without _attention")->required();
+  command->add_option("--sizes", arguments->sizes,
+                      "Counts as numbers for these rank sizes: b=1,h=8,p=512,m=512,...");
+  CLI::Option* json = command->add_flag("--json", arguments->json, "JSON");
+  CLI::Option* latex = command->add_flag("--latex", arguments->latex, "Only the cascades, as LaTeX");
+  CLI::Option* html = command->add_flag("--html", arguments->html, "Only the cascades, as HTML");
+  json->excludes(latex)->excludes(html);
+  latex->excludes(html);
+  command->callback([arguments] { show(*arguments); });
+}
+
+}  // namespace heed::cli

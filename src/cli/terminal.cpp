@@ -1,0 +1,100 @@
+#include "cli/terminal.h"
+
+#include <unistd.h>
+
+#include <algorithm>
+#include <cmath>
+#include <cstdlib>
+
+#include <fmt/format.h>
+
+namespace heed::cli {
+namespace {
+
+std::string painted(std::string_view text, int code) {
+  if (!coloured(stdout)) return std::string(text);
+  return fmt::format("\x1b[{}m{}\x1b[0m", code, text);
+}
+
+}  // namespace
+
+bool is_terminal(std::FILE* stream) { return isatty(fileno(stream)) == 1; }
+
+bool coloured(std::FILE* stream) {
+  const char* no_colour = std::getenv("NO_COLOR");
+  const char* terminal = std::getenv("TERM");
+  if (no_colour != nullptr && *no_colour != '\0') return false;
+  return is_terminal(stream) && !(terminal != nullptr && std::string_view(terminal) == "dumb");
+}
+
+std::string bold(std::string_view text) { return painted(text, 1); }
+std::string green(std::string_view text) { return painted(text, 32); }
+std::string red(std::string_view text) { return painted(text, 31); }
+
+void print_json(const Json& json) {
+  fmt::print("{}\n", json.dump(2, ' ', false, Json::error_handler_t::replace));
+}
+
+Json finite_or_null(double value) { return std::isfinite(value) ? Json(value) : Json(nullptr); }
+
+std::string short_number(double value, int digits) { return fmt::format("{:.{}g}", value, digits); }
+
+std::string bytes_text(int64_t bytes) {
+  if (bytes <= 0) return "unknown";
+  if (bytes % (1 << 20) == 0) return fmt::format("{} MiB", bytes >> 20);
+  if (bytes % (1 << 10) == 0) return fmt::format("{} KiB", bytes >> 10);
+  return fmt::format("{} B", bytes);
+}
+
+void Table::add(std::vector<std::string> cells) {
+  cells.resize(columns_.size());
+  rows_.push_back(std::move(cells));
+}
+
+void Table::print(int indent) const {
+  std::vector<size_t> widths;
+  for (size_t c = 0; c < columns_.size(); ++c) {
+    size_t width = columns_[c].header.size();
+    for (const auto& row : rows_) width = std::max(width, row[c].size());
+    widths.push_back(width);
+  }
+  const auto line = [&](const auto& cell_of) {
+    std::string text(static_cast<size_t>(indent), ' ');
+    for (size_t c = 0; c < columns_.size(); ++c) {
+      if (c > 0) text += "  ";
+      const bool right = columns_[c].align == Align::right;
+      text += right ? fmt::format("{:>{}}", cell_of(c), widths[c])
+                    : fmt::format("{:<{}}", cell_of(c), widths[c]);
+    }
+    text.erase(text.find_last_not_of(' ') + 1);
+    return text;
+  };
+  fmt::print("{}\n", bold(line([&](size_t c) { return columns_[c].header; })));
+  for (const auto& row : rows_) fmt::print("{}\n", line([&](size_t c) { return row[c]; }));
+}
+
+Progress::Progress(std::string label) : label_(std::move(label)), active_(is_terminal(stderr)) {}
+
+Progress::~Progress() { clear(); }
+
+void Progress::show(int64_t done, int64_t total, std::string_view note) {
+  if (!active_ || total <= 0) return;
+  const auto now = std::chrono::steady_clock::now();
+  if (drawn_ && done < total && now - last_ < std::chrono::milliseconds(100)) return;
+  last_ = now;
+  drawn_ = true;
+  constexpr int kWidth = 30;
+  const auto filled = static_cast<int>(std::clamp<int64_t>(done * kWidth / total, 0, kWidth));
+  fmt::print(stderr, "\r\x1b[K{} [{:#<{}}{:.<{}}] {:3d} %  {}", label_, "", filled, "",
+             kWidth - filled, done * 100 / total, note);
+  std::fflush(stderr);
+}
+
+void Progress::clear() {
+  if (!drawn_) return;
+  fmt::print(stderr, "\r\x1b[K");
+  std::fflush(stderr);
+  drawn_ = false;
+}
+
+}  // namespace heed::cli
