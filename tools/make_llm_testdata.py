@@ -73,6 +73,7 @@ def write_tokens(path, vocabulary):
     lines = []
     for pre in oracles.PRETOKENIZERS:
         oracle = oracles.byte_level_bpe(*vocabulary, pre)
+        oracle.encode_special_tokens = True  # their texts are plain text here
         lines += [(pre, text, oracle.encode(text).ids) for text in TEXTS]
     oracle = oracles.sentencepiece_of(ROOT / "models/stories260K.gguf")
     lines += [("llama", text, oracle.encode(text)) for text in TEXTS if "\0" not in text]

@@ -46,7 +46,7 @@ struct Symbol {
 
 struct Candidate {
   int32_t rank;
-  int32_t at;  // left symbol
+  int32_t at;                   // left symbol
   int32_t left, right, merged;  // ids, to recognise candidates that an earlier merge made void
 
   bool operator>(const Candidate& other) const {
@@ -65,7 +65,7 @@ BpeEncoder::BpeEncoder(const Vocabulary& vocabulary, std::span<const std::string
     TokenType type = vocabulary.types[static_cast<size_t>(id)];
     if (type != TokenType::kNormal) continue;
     ids.emplace(vocabulary.texts[static_cast<size_t>(id)], id);
-    if (pretokenizer_.whole_words_first()) whole_words_.emplace(token_bytes(id), id);
+    if (pretokenizer_.whole_words_first()) whole_words_.emplace(BpeEncoder::token_bytes(id), id);
   }
   for (size_t b = 0; b < 256; ++b) {
     auto found = ids.find(alphabet().characters[b]);

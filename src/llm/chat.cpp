@@ -98,7 +98,6 @@ class ChatTemplate::Writer {
     text_ += part;
     return *this;
   }
-  Writer& marker(std::string_view name) { return token(*tokenizer_.find_special(name)); }
   Writer& token(int32_t id) {
     flush();
     ids_.push_back(id);
@@ -134,27 +133,40 @@ ChatTemplate::ChatTemplate(const GgufFile& file, const Tokenizer& tokenizer)
                 " is not recognised, needed ChatML, Llama 2 or Llama 3" + kWayOut);
   format_ = *format;
 
-  std::vector<std::string_view> markers;
-  if (format_ == ChatFormat::kChatMl) {
-    markers = {"<|im_start|>", "<|im_end|>"};
-    default_system_ = find_default_system(*text);
-  } else if (format_ == ChatFormat::kLlama3) {
-    markers = {"<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>"};
-    // Llama 3.1 and later put dates before the system message; the second is the fixed fallback of
-    // their templates, so that a conversation always gives the same tokens.
-    if (text->find("Cutting Knowledge Date: December 2023") != std::string_view::npos)
-      system_preamble_ = "Cutting Knowledge Date: December 2023\nToday Date: 26 Jul 2024\n\n";
-  }
-  for (std::string_view marker : markers)
-    if (!tokenizer.find_special(marker))
-      throw Error("chat: tokenizer.chat_template uses " + shown(marker) +
+  auto marker = [&](std::string_view name) {
+    std::optional<int32_t> id = tokenizer.find_special(name);
+    if (!id)
+      throw Error("chat: tokenizer.chat_template uses " + shown(name) +
                   ", needed a control token of that text in the vocabulary" + kWayOut);
-  if (format_ != ChatFormat::kChatMl && !tokenizer.bos())
-    throw Error("chat: the chat form begins with BOS, needed tokenizer.ggml.bos_token_id" +
-                std::string(kWayOut));
-  if (format_ == ChatFormat::kLlama2 && !tokenizer.eos())
-    throw Error("chat: the chat form ends turns with EOS, needed tokenizer.ggml.eos_token_id" +
-                std::string(kWayOut));
+    return *id;
+  };
+  auto end = [&](std::optional<int32_t> id, const char* key) {
+    if (!id)
+      throw Error("chat: the chat form uses a begin or end token, needed " + std::string(key) +
+                  kWayOut);
+    return *id;
+  };
+  switch (format_) {
+    case ChatFormat::kChatMl:
+      if (tokenizer.adds_bos()) bos_ = tokenizer.bos().value_or(-1);
+      open_ = marker("<|im_start|>");
+      turn_end_ = marker("<|im_end|>");
+      default_system_ = find_default_system(*text);
+      break;
+    case ChatFormat::kLlama2:
+      bos_ = end(tokenizer.bos(), "tokenizer.ggml.bos_token_id");
+      turn_end_ = end(tokenizer.eos(), "tokenizer.ggml.eos_token_id");
+      break;
+    case ChatFormat::kLlama3:
+      bos_ = end(tokenizer.bos(), "tokenizer.ggml.bos_token_id");
+      open_ = marker("<|start_header_id|>");
+      role_end_ = marker("<|end_header_id|>");
+      turn_end_ = marker("<|eot_id|>");
+      // Llama 3.1 and later put dates before the system message; the second is the fixed fallback of
+      // their templates, so that a conversation always gives the same tokens.
+      if (text->find("Cutting Knowledge Date: December 2023") != std::string_view::npos)
+        system_preamble_ = "Cutting Knowledge Date: December 2023\nToday Date: 26 Jul 2024\n\n";
+  }
 }
 
 std::vector<int32_t> ChatTemplate::render(std::span<const ChatMessage> messages,
@@ -177,13 +189,13 @@ std::vector<int32_t> ChatTemplate::render(std::span<const ChatMessage> messages,
 
 void ChatTemplate::render_chatml(std::span<const ChatMessage> messages, bool prompt,
                                  Writer& out) const {
-  if (tokenizer_->adds_bos()) out.token(*tokenizer_->bos());
+  if (bos_ >= 0) out.token(bos_);
   auto turn = [&](std::string_view role, std::string_view content) {
-    out.marker("<|im_start|>").text(role).text("\n").text(content).marker("<|im_end|>").text("\n");
+    out.token(open_).text(role).text("\n").text(content).token(turn_end_).text("\n");
   };
   if (messages[0].role != "system" && !default_system_.empty()) turn("system", default_system_);
   for (const ChatMessage& message : messages) turn(message.role, message.content);
-  if (prompt) out.marker("<|im_start|>").text("assistant\n");
+  if (prompt) out.token(open_).text("assistant\n");
 }
 
 void ChatTemplate::render_llama2(std::span<const ChatMessage> messages, Writer& out) const {
@@ -192,36 +204,37 @@ void ChatTemplate::render_llama2(std::span<const ChatMessage> messages, Writer& 
   if (messages[0].role == "system") {
     system = "<<SYS>>\n" + messages[0].content + "\n<</SYS>>\n\n";
     first = 1;
-    if (messages.size() == 1) throw Error("chat: messages has only a system message, needed a user's");
+    if (messages.size() == 1)
+      throw Error("chat: messages has only a system message, needed a user's");
   }
   for (size_t i = first; i < messages.size(); ++i) {
     const char* needed = (i - first) % 2 == 0 ? "user" : "assistant";
     if (messages[i].role != needed)
-      bad_message(i, "has role " + messages[i].role + ", needed " + needed +
-                         ": Llama 2 turns alternate");
+      bad_message(
+          i, "has role " + messages[i].role + ", needed " + needed + ": Llama 2 turns alternate");
     if (messages[i].role == "user") {
       std::string content = (i == first ? system : std::string()) + messages[i].content;
-      out.token(*tokenizer_->bos()).text("[INST] ").text(trimmed(content)).text(" [/INST]");
+      out.token(bos_).text("[INST] ").text(trimmed(content)).text(" [/INST]");
     } else {
-      out.text(" ").text(trimmed(messages[i].content)).text(" ").token(*tokenizer_->eos());
+      out.text(" ").text(trimmed(messages[i].content)).text(" ").token(turn_end_);
     }
   }
 }
 
 void ChatTemplate::render_llama3(std::span<const ChatMessage> messages, bool prompt,
                                  Writer& out) const {
-  out.token(*tokenizer_->bos());
+  out.token(bos_);
   auto header = [&](std::string_view role) {
-    out.marker("<|start_header_id|>").text(role).marker("<|end_header_id|>").text("\n\n");
+    out.token(open_).text(role).token(role_end_).text("\n\n");
   };
   if (messages[0].role != "system" && !system_preamble_.empty()) {
     header("system");
-    out.text(system_preamble_).marker("<|eot_id|>");
+    out.text(system_preamble_).token(turn_end_);
   }
   for (const ChatMessage& message : messages) {
     header(message.role);
     if (message.role == "system") out.text(system_preamble_);
-    out.text(trimmed(message.content)).marker("<|eot_id|>");
+    out.text(trimmed(message.content)).token(turn_end_);
   }
   if (prompt) header("assistant");
 }

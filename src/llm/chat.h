@@ -47,9 +47,14 @@ class ChatTemplate {
 
   const Tokenizer* tokenizer_;
   ChatFormat format_;
-  std::string default_system_;  // empty: none
+  std::string default_system_;   // empty: none
   std::string system_preamble_;  // Llama 3.1 and later: dates before the system message
   std::vector<int32_t> stop_tokens_;
+  // Token ids, -1 where the form has none. Roles stand between open and role_end in Llama 3.
+  int32_t bos_ = -1;
+  int32_t open_ = -1;
+  int32_t role_end_ = -1;
+  int32_t turn_end_ = -1;
 };
 
 }  // namespace heed

@@ -44,8 +44,8 @@ struct Model {
     };
     for (const char* text : {"<s>", "</s>"}) add(text);
     if (with_specials)
-      for (const char* text : {"<|im_start|>", "<|im_end|>", "<|start_header_id|>",
-                               "<|end_header_id|>", "<|eot_id|>"})
+      for (const char* text :
+           {"<|im_start|>", "<|im_end|>", "<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>"})
         add(text);
     GgufBuilder out;
     out.string("tokenizer.ggml.model", "gpt2")
@@ -78,8 +78,8 @@ TEST(Chat, ChatMl) {
             "<|im_start|>user\nno<|im_end|>\n<|im_start|>assistant\n");
   EXPECT_EQ(model.render({{"system", "be"}, {"user", "hi"}}, false),
             "<|im_start|>system\nbe<|im_end|>\n<|im_start|>user\nhi<|im_end|>\n");
-  std::vector<int32_t> stops = {97, *model.tokenizer.find_special("<|im_end|>"),
-                                *model.tokenizer.find_special("<|eot_id|>")};
+  std::vector<int32_t> stops = {97, model.tokenizer.find_special("<|im_end|>").value_or(-1),
+                                model.tokenizer.find_special("<|eot_id|>").value_or(-1)};
   EXPECT_EQ(chat.stop_tokens(), stops);
 }
 
@@ -93,7 +93,8 @@ TEST(Chat, DefaultSystemMessageOfTheFile) {
   EXPECT_EQ(default_of("{{ '<|im_start|>system\\nBe kind.<|im_end|>\\n' }}"), "Be kind.");
   EXPECT_EQ(default_of("{{ \"<|im_start|>system\\nIt's.\\nSo.<|im_end|>\\n\" }}"), "It's.\nSo.");
   EXPECT_EQ(default_of("{{ '<|im_start|>system\\nIt\\'s.<|im_end|>\\n' }}"), "It's.");
-  EXPECT_EQ(default_of("{{ '<|im_start|>system\\n' + messages[0].content + '<|im_end|>\\n' }}"), "");
+  EXPECT_EQ(default_of("{{ '<|im_start|>system\\n' + messages[0].content + '<|im_end|>\\n' }}"),
+            "");
   EXPECT_EQ(default_of("{{ '<|im_start|>system\\n' + x + '<|im_end|>\\n' }}"
                        "{{ '<|im_start|>system\\nBe.<|im_end|>\\n' }}"),
             "Be.");
@@ -108,8 +109,9 @@ TEST(Chat, DefaultSystemMessageOfTheFile) {
 TEST(Chat, Llama2) {
   Model model(kLlama2);
   EXPECT_EQ(ChatTemplate(model.file, model.tokenizer).format(), ChatFormat::kLlama2);
-  EXPECT_EQ(model.render({{"system", "be"}, {"user", " hi "}, {"assistant", " yes "}, {"user", "no"}}),
-            "<s>[INST] <<SYS>>\nbe\n<</SYS>>\n\n hi [/INST] yes </s><s>[INST] no [/INST]");
+  EXPECT_EQ(
+      model.render({{"system", "be"}, {"user", " hi "}, {"assistant", " yes "}, {"user", "no"}}),
+      "<s>[INST] <<SYS>>\nbe\n<</SYS>>\n\n hi [/INST] yes </s><s>[INST] no [/INST]");
   expect_throws([&] { model.render({{"user", "a"}, {"user", "b"}}); },
                 "messages[1] has role user, needed assistant");
   expect_throws([&] { model.render({{"assistant", "a"}}); }, "messages[0] has role assistant");
@@ -153,7 +155,8 @@ TEST(Chat, BadMessages) {
   expect_throws([&] { model.render({}); }, "messages is empty");
   expect_throws([&] { model.render({{"tool", "x"}}); },
                 "messages[0] has role \"tool\", needed system, user or assistant");
-  expect_throws([&] { model.render({{"user", "x"}, {"system", "x"}}); }, "messages[1] has role system");
+  expect_throws([&] { model.render({{"user", "x"}, {"system", "x"}}); },
+                "messages[1] has role system");
 }
 
 TEST(Chat, FilesWithoutUsableTemplate) {

@@ -151,9 +151,21 @@ constexpr std::array kFormats = {
 
 // Names of formats that files use and heed does not read, for messages.
 constexpr std::array<std::pair<uint32_t, std::string_view>, 15> kOtherNames = {{
-    {9, "Q8_1"},     {10, "Q2_K"},   {11, "Q3_K"},   {15, "Q8_K"},  {16, "IQ2_XXS"},
-    {17, "IQ2_XS"},  {18, "IQ3_XXS"}, {19, "IQ1_S"}, {20, "IQ4_NL"}, {21, "IQ3_S"},
-    {22, "IQ2_S"},   {23, "IQ4_XS"}, {28, "F64"},    {29, "IQ1_M"}, {39, "MXFP4"},
+    {9, "Q8_1"},
+    {10, "Q2_K"},
+    {11, "Q3_K"},
+    {15, "Q8_K"},
+    {16, "IQ2_XXS"},
+    {17, "IQ2_XS"},
+    {18, "IQ3_XXS"},
+    {19, "IQ1_S"},
+    {20, "IQ4_NL"},
+    {21, "IQ3_S"},
+    {22, "IQ2_S"},
+    {23, "IQ4_XS"},
+    {28, "F64"},
+    {29, "IQ1_M"},
+    {39, "MXFP4"},
 }};
 
 const Format* find_format(uint32_t type_id) {

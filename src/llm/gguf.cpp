@@ -60,7 +60,7 @@ GgufFile GgufFile::open(const std::filesystem::path& path) {
   std::string what = "model file " + shown(path.string()) + ": ";
   FileDescriptor fd(::open(path.c_str(), O_RDONLY | O_CLOEXEC));
   if (fd.get() < 0) throw Error(what + std::strerror(errno));
-  struct stat info {};
+  struct stat info{};
   if (::fstat(fd.get(), &info) != 0) throw Error(what + std::strerror(errno));
   if (!S_ISREG(info.st_mode)) throw Error(what + "not a regular file, needed a GGUF file");
   auto size = static_cast<size_t>(info.st_size);

@@ -75,7 +75,7 @@ class GgufFile {
 
  private:
   struct Value {
-    uint32_t type;    // GGUF value type of the value, or of the elements of an array
+    uint32_t type;  // GGUF value type of the value, or of the elements of an array
     bool is_array;
     uint64_t count;   // elements; 1 for a single value
     uint64_t offset;  // of the first element in the file

@@ -66,7 +66,7 @@ class GgufBuilder {
   }
 
   /// Dimensions in the order of the file, contiguous one first.
-  GgufBuilder& tensor(std::string_view name, std::vector<uint64_t> dims, uint32_t type,
+  GgufBuilder& tensor(std::string_view name, const std::vector<uint64_t>& dims, uint32_t type,
                       uint64_t offset) {
     tensors_.text(name).put(static_cast<uint32_t>(dims.size()));
     for (uint64_t extent : dims) tensors_.put(extent);

@@ -17,9 +17,19 @@ struct ValueType {
   uint64_t bytes;
 };
 constexpr std::array<ValueType, 13> kValueTypes = {{
-    {"uint8", 1},   {"int8", 1}, {"uint16", 2}, {"int16", 2}, {"uint32", 4},
-    {"int32", 4},   {"float32", 4}, {"bool", 1}, {"string", 0}, {"array", 0},
-    {"uint64", 8},  {"int64", 8}, {"float64", 8},
+    {"uint8", 1},
+    {"int8", 1},
+    {"uint16", 2},
+    {"int16", 2},
+    {"uint32", 4},
+    {"int32", 4},
+    {"float32", 4},
+    {"bool", 1},
+    {"string", 0},
+    {"array", 0},
+    {"uint64", 8},
+    {"int64", 8},
+    {"float64", 8},
 }};
 
 constexpr uint32_t kVersion = 3;
@@ -139,13 +149,14 @@ void GgufParser::skip_values(GgufFile::Value& value, const std::string& what) {
     return;
   }
   uint64_t size = gguf_value_bytes(value.type);
-  if (value.count > left() / size)
+  if (size != 0 && value.count > left() / size)
     fail(what + " has " + std::to_string(value.count) + " values of " + std::to_string(size) +
          " bytes, but only " + std::to_string(left()) + " bytes follow");
   if (value.type == gguf_value::kBool)
     for (uint64_t i = 0; i < value.count; ++i) {
       auto byte = std::to_integer<int>(file_.bytes_[position_ + i]);
-      if (byte > 1) fail(what + " is a bool with value " + std::to_string(byte) + ", needed 0 or 1");
+      if (byte > 1)
+        fail(what + " is a bool with value " + std::to_string(byte) + ", needed 0 or 1");
     }
   position_ += value.count * size;
 }
@@ -164,8 +175,7 @@ void GgufParser::parse_tensor() {
   int64_t count = 1;
   for (uint32_t axis = 0; axis < rank; ++axis) {
     auto extent = read<uint64_t>("a dimension of " + what);
-    if (extent < 1 ||
-        extent > static_cast<uint64_t>(std::numeric_limits<int64_t>::max() / count))
+    if (extent < 1 || extent > static_cast<uint64_t>(std::numeric_limits<int64_t>::max() / count))
       fail(what + " has dimension " + std::to_string(extent) +
            ", needed at least 1 and a product below 2^63");
     count *= static_cast<int64_t>(extent);
@@ -234,8 +244,7 @@ void GgufParser::check_overlap() const {
   });
   for (size_t i = 1; i < order.size(); ++i)
     if (order[i - 1]->bytes.data() + order[i - 1]->bytes.size() > order[i]->bytes.data())
-      fail("tensors " + shown(order[i - 1]->name) + " and " + shown(order[i]->name) +
-           " overlap");
+      fail("tensors " + shown(order[i - 1]->name) + " and " + shown(order[i]->name) + " overlap");
 }
 
 }  // namespace heed

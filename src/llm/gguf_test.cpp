@@ -3,6 +3,7 @@
 #include <gtest/gtest.h>
 #include <unistd.h>
 
+#include <bit>
 #include <cmath>
 #include <filesystem>
 #include <fstream>
@@ -183,9 +184,8 @@ TEST(Gguf, MetadataErrors) {
 }
 
 TEST(Gguf, TensorErrors) {
-  auto one = [](std::vector<uint64_t> dims, uint32_t type, uint64_t offset) {
-    return GgufBuilder().tensor("t", std::move(dims), type, offset).data(std::string(64, 'x'))
-        .build();
+  auto one = [](const std::vector<uint64_t>& dims, uint32_t type, uint64_t offset) {
+    return GgufBuilder().tensor("t", dims, type, offset).data(std::string(64, 'x')).build();
   };
   uint64_t big = uint64_t{1} << 32;
   EXPECT_NO_THROW(parse_gguf(one({16}, kF32, 0)));
@@ -212,9 +212,8 @@ TEST(Gguf, TensorsMayNotShareNamesOrBytes) {
   expect_error(
       GgufBuilder().tensor("b", {1}, kF32, 32).tensor("a", {9}, kF32, 0).data(data).build(),
       "tensors \"a\" and \"b\" overlap");
-  expect_error(
-      GgufBuilder().tensor("a", {1}, kF32, 0).tensor("b", {1}, kF32, 0).data(data).build(),
-      "overlap");
+  expect_error(GgufBuilder().tensor("a", {1}, kF32, 0).tensor("b", {1}, kF32, 0).data(data).build(),
+               "overlap");
   std::string gap =
       GgufBuilder().tensor("a", {8}, kF32, 0).tensor("b", {1}, kF32, 64).data(data).build();
   EXPECT_EQ(parse_gguf(gap).require("b").bytes.size(), 4u);
@@ -298,7 +297,8 @@ TEST(Dequantize, ChecksSizes) {
   expect_throws([&] { dequantize(GgmlType::kQ4_1, bytes, out.data(), 33); }, "multiple of 32");
   expect_throws([&] { dequantize(GgmlType::kQ4_1, bytes, out.data(), -32); }, "count is -32");
   expect_throws([&] { dequantize(GgmlType::kQ4_1, bytes, out.data(), 32); }, "needed 1 blocks");
-  expect_throws([&] { dequantize(static_cast<GgmlType>(10), bytes, out.data(), 32); }, "Q2_K");
+  auto unread = std::bit_cast<GgmlType>(uint32_t{10});
+  expect_throws([&] { dequantize(unread, bytes, out.data(), 32); }, "Q2_K");
 }
 
 }  // namespace

@@ -39,9 +39,9 @@ int main(int argc, char** argv) try {
   heed::Tokenizer tokenizer(file);
   heed::EncodeOptions options{.parse_specials = mode == "--specials", .add_bos_eos = false};
   for (std::string line; std::getline(std::cin, line);) {
-    std::vector<int32_t> ids =
-        mode == "--chat" ? heed::ChatTemplate(file, tokenizer).render(conversation(line))
-                         : tokenizer.encode(from_hex(line), options);
+    std::vector<int32_t> ids = mode == "--chat"
+                                   ? heed::ChatTemplate(file, tokenizer).render(conversation(line))
+                                   : tokenizer.encode(from_hex(line), options);
     for (int32_t id : ids) std::printf("%d ", id);
     std::printf("\n");
     for (char c : tokenizer.decode(ids)) std::printf("%02x", static_cast<unsigned char>(c));

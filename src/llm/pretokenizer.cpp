@@ -20,16 +20,14 @@ namespace {
 #define HEED_NOT_S "\\P{White_Space}"
 
 // GPT-2, Radford et al. 2019.
-constexpr const char* kGpt2 =
-    "'s|'t|'re|'ve|'m|'ll|'d| ?\\p{L}+| ?\\p{N}+| ?[^" HEED_S "\\p{L}\\p{N}]+|" HEED_S
-    "+(?!" HEED_NOT_S ")|" HEED_S "+";
+constexpr const char* kGpt2 = "'s|'t|'re|'ve|'m|'ll|'d| ?\\p{L}+| ?\\p{N}+| ?[^" HEED_S
+                              "\\p{L}\\p{N}]+|" HEED_S "+(?!" HEED_NOT_S ")|" HEED_S "+";
 // The digits of a number one by one, before the GPT-2 pattern.
 constexpr const char* kOneDigit = "\\p{N}";
 // Llama 3 and Qwen 2 differ in how many digits stay together.
-#define HEED_LLAMA3(DIGITS)                                                               \
-  "(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\\r\\n\\p{L}\\p{N}]?\\p{L}+|" DIGITS                     \
-  "| ?[^" HEED_S "\\p{L}\\p{N}]+[\\r\\n]*|" HEED_S "*[\\r\\n]+|" HEED_S "+(?!" HEED_NOT_S \
-  ")|" HEED_S "+"
+#define HEED_LLAMA3(DIGITS)                                                           \
+  "(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\\r\\n\\p{L}\\p{N}]?\\p{L}+|" DIGITS "| ?[^" HEED_S \
+  "\\p{L}\\p{N}]+[\\r\\n]*|" HEED_S "*[\\r\\n]+|" HEED_S "+(?!" HEED_NOT_S ")|" HEED_S "+"
 constexpr const char* kLlama3 = HEED_LLAMA3("\\p{N}{1,3}");
 constexpr const char* kQwen2 = HEED_LLAMA3("\\p{N}");
 
@@ -42,9 +40,8 @@ std::string pcre2_message(int code) {
 pcre2_code* compile(const char* pattern) {
   int code = 0;
   PCRE2_SIZE where = 0;
-  pcre2_code* compiled =
-      pcre2_compile(reinterpret_cast<PCRE2_SPTR>(pattern), PCRE2_ZERO_TERMINATED,
-                    PCRE2_UTF | PCRE2_NO_UTF_CHECK, &code, &where, nullptr);
+  pcre2_code* compiled = pcre2_compile(reinterpret_cast<PCRE2_SPTR>(pattern), PCRE2_ZERO_TERMINATED,
+                                       PCRE2_UTF | PCRE2_NO_UTF_CHECK, &code, &where, nullptr);
   if (compiled == nullptr)
     throw Error("pre-tokenizer: the PCRE2 library refuses a pattern at " + std::to_string(where) +
                 ": " + pcre2_message(code) + "; needed PCRE2 10.40 or newer");

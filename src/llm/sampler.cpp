@@ -81,9 +81,8 @@ int32_t Sampler::sample(std::span<const float> logits) {
   }
 
   if (options_.min_p > 0.0)
-    std::erase_if(candidates_, [&](const Candidate& c) {
-      return std::exp(c.logit - best) < options_.min_p;
-    });
+    std::erase_if(candidates_,
+                  [&](const Candidate& c) { return std::exp(c.logit - best) < options_.min_p; });
 
   // Selection leaves an order that differs between standard libraries; a draw must not depend on it.
   if (options_.top_k || options_.top_p < 1.0)

@@ -9,10 +9,10 @@
 namespace heed {
 
 struct SamplerOptions {
-  double temperature = 0.0;    // >= 0; 0 is greedy: the largest logit, the lowest id of equals
+  double temperature = 0.0;  // >= 0; 0 is greedy: the largest logit, the lowest id of equals
   std::optional<int> top_k = std::nullopt;  // >= 1: keep the k most probable tokens
-  double top_p = 1.0;          // in (0, 1]: keep the fewest tokens that reach this probability
-  double min_p = 0.0;          // in [0, 1]: keep tokens with at least min_p times the best's probability
+  double top_p = 1.0;  // in (0, 1]: keep the fewest tokens that reach this probability
+  double min_p = 0.0;  // in [0, 1]: keep tokens with at least min_p times the best's probability
   uint64_t seed = 0;
 };
 

@@ -94,8 +94,8 @@ TEST(Sampler, ImpossibleTokensNeverCome) {
 TEST(Sampler, SeedDecides) {
   auto sequence = [](uint64_t seed) {
     Sampler sampler({.temperature = 1.0, .seed = seed});
-    std::vector<int32_t> ids;
-    for (int i = 0; i < 64; ++i) ids.push_back(sampler.sample(kLogits));
+    std::vector<int32_t> ids(64);
+    for (int32_t& id : ids) id = sampler.sample(kLogits);
     return ids;
   };
   EXPECT_EQ(sequence(7), sequence(7));

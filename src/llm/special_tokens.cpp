@@ -22,7 +22,8 @@ void SpecialTokens::split(std::string_view text, const std::function<void(std::s
   auto token_at = [&]() -> std::optional<std::pair<int32_t, size_t>> {
     for (size_t length : lengths_[static_cast<unsigned char>(text[at])])
       if (length <= text.size() - at)
-        if (std::optional<int32_t> id = find(text.substr(at, length))) return std::pair(*id, length);
+        if (std::optional<int32_t> id = find(text.substr(at, length)))
+          return std::pair(*id, length);
     return std::nullopt;
   };
   while (at < text.size()) {

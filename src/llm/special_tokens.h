@@ -31,7 +31,8 @@ class SpecialTokens {
 
  private:
   TextIds ids_;
-  std::array<std::vector<size_t>, 256> lengths_;  // by first byte: lengths that occur, longest first
+  // By first byte: the lengths that occur, longest first.
+  std::array<std::vector<size_t>, 256> lengths_;
 };
 
 }  // namespace heed

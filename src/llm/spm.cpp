@@ -13,8 +13,8 @@
 namespace heed {
 namespace {
 
-constexpr std::string_view kSpaceMark = "\xe2\x96\x81";        // U+2581, a space inside a piece
-constexpr std::string_view kUnknownText = " \xe2\x81\x87 ";     // U+2047, how SentencePiece shows it
+constexpr std::string_view kSpaceMark = "\xe2\x96\x81";      // U+2581, a space inside a piece
+constexpr std::string_view kUnknownText = " \xe2\x81\x87 ";  // U+2047, how SentencePiece shows it
 
 // The byte of a token "<0x0A>".
 int parse_byte_token(std::string_view text) {
@@ -30,8 +30,9 @@ int parse_byte_token(std::string_view text) {
 }
 
 struct Symbol {
-  std::string_view text;  // empty once merged into its left neighbour
-  int32_t previous;       // -1 at the ends
+  size_t begin;      // in the marked text
+  size_t bytes;      // 0 once merged into its left neighbour
+  int32_t previous;  // -1 at the ends
   int32_t next;
 };
 
@@ -72,7 +73,8 @@ SpmEncoder::SpmEncoder(const Vocabulary& vocabulary, std::vector<float> scores, 
   all_bytes_ = std::find(byte_ids_.begin(), byte_ids_.end(), -1) == byte_ids_.end();
   if (!all_bytes_ && unknown_ < 0)
     throw Error(
-        "tokenizer: the vocabulary has neither all 256 byte tokens nor an unknown token, needed one "
+        "tokenizer: the vocabulary has neither all 256 byte tokens nor an unknown token, needed "
+        "one "
         "of the two");
 }
 
@@ -89,22 +91,20 @@ void SpmEncoder::encode(std::string_view text, std::vector<int32_t>& out) const 
   }
 
   std::vector<Symbol> symbols;
-  for (std::string_view rest = marked; !rest.empty();) {
-    size_t bytes = utf8_step(rest).bytes;
+  const std::string_view whole = marked;
+  for (size_t begin = 0; begin < whole.size(); begin += symbols.back().bytes) {
     auto at = static_cast<int32_t>(symbols.size());
-    symbols.push_back({rest.substr(0, bytes), at - 1, at + 1});
-    rest.remove_prefix(bytes);
+    symbols.push_back({begin, utf8_step(whole.substr(begin)).bytes, at - 1, at + 1});
   }
   symbols.back().next = -1;
 
   std::priority_queue<Candidate> queue;
   auto consider = [&](int32_t left, int32_t right) {
     if (left < 0 || right < 0) return;
-    std::string_view a = symbols[static_cast<size_t>(left)].text;
-    size_t bytes = a.size() + symbols[static_cast<size_t>(right)].text.size();
+    const Symbol& a = symbols[static_cast<size_t>(left)];
+    size_t bytes = a.bytes + symbols[static_cast<size_t>(right)].bytes;
     if (bytes > longest_piece_) return;
-    // Neighbours lie side by side in `marked`.
-    auto found = pieces_.find(std::string_view(a.data(), bytes));
+    auto found = pieces_.find(whole.substr(a.begin, bytes));
     if (found != pieces_.end())
       queue.push({scores_[static_cast<size_t>(found->second)], left, right, bytes});
   };
@@ -116,18 +116,18 @@ void SpmEncoder::encode(std::string_view text, std::vector<int32_t>& out) const 
     queue.pop();
     Symbol& left = symbols[static_cast<size_t>(best.left)];
     Symbol& right = symbols[static_cast<size_t>(best.right)];
-    if (left.text.empty() || right.text.empty() ||
-        left.text.size() + right.text.size() != best.bytes)
-      continue;
-    left.text = {left.text.data(), best.bytes};
+    if (left.bytes == 0 || right.bytes == 0 || left.bytes + right.bytes != best.bytes) continue;
+    left.bytes = best.bytes;
     left.next = right.next;
-    right.text = {};
+    right.bytes = 0;
     if (left.next >= 0) symbols[static_cast<size_t>(left.next)].previous = best.left;
     consider(left.previous, best.left);
     consider(best.left, left.next);
   }
-  for (int32_t at = 0; at >= 0; at = symbols[static_cast<size_t>(at)].next)
-    emit(symbols[static_cast<size_t>(at)].text, out);
+  for (int32_t at = 0; at >= 0; at = symbols[static_cast<size_t>(at)].next) {
+    const Symbol& symbol = symbols[static_cast<size_t>(at)];
+    emit(whole.substr(symbol.begin, symbol.bytes), out);
+  }
 }
 
 void SpmEncoder::emit(std::string_view symbol, std::vector<int32_t>& out) const {

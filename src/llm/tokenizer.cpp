@@ -122,8 +122,8 @@ std::optional<int32_t> TokenizerModel::token_key(const GgufFile& file, const cha
   std::optional<int64_t> id = file.integer(key);
   if (!id) return std::nullopt;
   if (*id < 0 || *id >= vocabulary.size())
-    throw Error("tokenizer: " + std::string(key) + " is " + std::to_string(*id) +
-                ", needed 0 to " + std::to_string(vocabulary.size() - 1));
+    throw Error("tokenizer: " + std::string(key) + " is " + std::to_string(*id) + ", needed 0 to " +
+                std::to_string(vocabulary.size() - 1));
   return static_cast<int32_t>(*id);
 }
 
@@ -164,15 +164,16 @@ std::vector<int32_t> Tokenizer::encode(std::string_view text, const EncodeOption
   if (valid.size() > kLongestText)
     throw Error("tokenizer: text has " + std::to_string(valid.size()) + " bytes, needed at most " +
                 std::to_string(kLongestText));
+  const TokenizerModel& model = *model_;
   std::vector<int32_t> ids;
-  if (options.add_bos_eos && model_->adds_bos) ids.push_back(*model_->bos);
-  auto plain = [&](std::string_view part) { model_->encoder->encode(part, ids); };
+  if (options.add_bos_eos && model.adds_bos && model.bos) ids.push_back(*model.bos);
+  auto plain = [&](std::string_view part) { model.encoder->encode(part, ids); };
   if (options.parse_specials) {
-    model_->specials.split(valid, plain, [&](int32_t id) { ids.push_back(id); });
+    model.specials.split(valid, plain, [&](int32_t id) { ids.push_back(id); });
   } else if (!valid.empty()) {
     plain(valid);
   }
-  if (options.add_bos_eos && model_->adds_eos) ids.push_back(*model_->eos);
+  if (options.add_bos_eos && model.adds_eos && model.eos) ids.push_back(*model.eos);
   return ids;
 }
 
@@ -213,8 +214,7 @@ std::optional<int32_t> Tokenizer::find_special(std::string_view text) const {
 }
 
 StreamDecoder::StreamDecoder(const Tokenizer& tokenizer, bool text_start)
-    : tokenizer_(&tokenizer),
-      at_start_(text_start && tokenizer.model_->encoder->adds_space()) {}
+    : tokenizer_(&tokenizer), at_start_(text_start && tokenizer.model_->encoder->adds_space()) {}
 
 std::string StreamDecoder::put(int32_t id) {
   const TokenizerModel& model = *tokenizer_->model_;

@@ -63,7 +63,8 @@ std::string from_hex(const std::string& hex) {
 // testdata/tokens.txt comes from the Python packages tokenizers and sentencepiece.
 TEST(Tokenizer, EqualsOtherImplementations) {
   std::map<std::string, Tokenizer> tokenizers;
-  for (const char* pre : {"gpt-2", "smollm", "llama-bpe", "qwen2"}) tokenizers.emplace(pre, bpe(pre));
+  for (const char* pre : {"gpt-2", "smollm", "llama-bpe", "qwen2"})
+    tokenizers.emplace(pre, bpe(pre));
   tokenizers.emplace("llama", stories());
   std::ifstream file("src/llm/testdata/tokens.txt");
   std::map<std::string, int> cases;
@@ -80,7 +81,7 @@ TEST(Tokenizer, EqualsOtherImplementations) {
     ++cases[kind];
   }
   ASSERT_EQ(cases.size(), 5u);
-  for (auto [kind, count] : cases) EXPECT_GE(count, 15) << kind;
+  for (const auto& [kind, count] : cases) EXPECT_GE(count, 15) << kind;
 }
 
 TEST(Tokenizer, LongRunsOfOneLetter) {
@@ -102,7 +103,8 @@ TEST(Tokenizer, IllFormedTextIsReplaced) {
 
 TEST(Tokenizer, SpecialsOnlyWhenAsked) {
   Tokenizer tokenizer = bpe("gpt-2");
-  int32_t start = *tokenizer.find_special("<|im_start|>"), end = *tokenizer.find_special("<|im_end|>");
+  int32_t start = tokenizer.find_special("<|im_start|>").value_or(-1),
+          end = tokenizer.find_special("<|im_end|>").value_or(-1);
   EXPECT_EQ(tokenizer.find_special("hello"), std::nullopt);
   EXPECT_EQ(tokenizer.token_type(start), TokenType::kControl);
   std::string text = "<|im_start|>a b<|im_end|><|im_end|> <|im_";
@@ -173,7 +175,8 @@ TEST(Tokenizer, LlamaSpaces) {
   EXPECT_EQ(tokenizer.decode(ids), "Once upon");
   EXPECT_EQ(tokenizer.decode(tokenizer.encode("  Once ")), "  Once ");
   EXPECT_EQ(tokenizer.decode(Ids{ids[0], ids[0]}), "Once Once");
-  EXPECT_EQ(tokenizer.decode(tokenizer.encode("a\xe2\x96\x81")), "a ");  // U+2581 stands for a space
+  EXPECT_EQ(tokenizer.decode(tokenizer.encode("a\xe2\x96\x81")),
+            "a ");  // U+2581 stands for a space
   // Byte fallback: U+20AC has no piece.
   EXPECT_EQ(tokenizer.decode(tokenizer.encode("5 \xe2\x82\xac")), "5 \xe2\x82\xac");
 }
@@ -270,8 +273,10 @@ TEST(Tokenizer, BadFiles) {
   bad(GgufBuilder().strings("tokenizer.ggml.tokens", one).string("tokenizer.ggml.model", "bert"),
       "\"bert\", needed gpt2 or llama");
   bad(tiny_bpe().integer("tokenizer.ggml.eos_token_id", 8), "eos_token_id is 8, needed 0 to 7");
-  bad(tiny_bpe().boolean("tokenizer.ggml.add_bos_token", true), "needed tokenizer.ggml.bos_token_id");
-  bad(tiny_bpe().boolean("tokenizer.ggml.add_eos_token", true), "needed tokenizer.ggml.eos_token_id");
+  bad(tiny_bpe().boolean("tokenizer.ggml.add_bos_token", true),
+      "needed tokenizer.ggml.bos_token_id");
+  bad(tiny_bpe().boolean("tokenizer.ggml.add_eos_token", true),
+      "needed tokenizer.ggml.eos_token_id");
 
   float nan = std::numeric_limits<float>::quiet_NaN();
   bad(tiny_llama({"a"}, {0, 1}, {1}), "scores has 2 entries, needed one for each of the 1 tokens");
@@ -299,7 +304,7 @@ TEST(Utf8, Steps) {
       {"\xf0\x9f\x98", {3, false, true}},
       {"\xc3", {1, false, true}},
       {"\x80", {1, false, false}},
-      {"\xc0\x80", {1, false, false}},          // too long a form
+      {"\xc0\x80", {1, false, false}},  // too long a form
       {"\xe0\x80\x80", {1, false, false}},
       {"\xed\xa0\x80", {1, false, false}},      // a surrogate
       {"\xf4\x90\x80\x80", {1, false, false}},  // above U+10FFFF
