@@ -2,8 +2,9 @@
 // instruction set. Layouts: https://github.com/ggml-org/ggml/blob/master/docs/gguf.md and the
 // block structs of ggml-common.h.
 //
-// Format::decode(block, sums) calls sums.add(w0, k0, w1, k1) with vectors of weights that begin at
-// columns k0 and k1 of the block, until every column was given once.
+// Format::decode(block, scales, sums) calls sums.add(w0, k0, w1, k1) with vectors of weights that begin
+// at columns k0 and k1 of the block, until every column was given once. `scales` is the pair of
+// float16 values at the start of the block as float32 where kPairs says that there is one.
 #include <hwy/highway.h>
 
 #if defined(HEED_BLOCK_FORMATS_INL_H_) == defined(HWY_TARGET_TOGGLE)
@@ -28,31 +29,27 @@ using DU = hn::RebindToUnsigned<D>;
 using V = hn::Vec<D>;
 using VI = hn::Vec<DI>;
 constexpr int kLanes = static_cast<int>(HWY_MIN(HWY_LANES(float), 16));
+// Blocks whose scales are converted together, a multiple of the lanes.
+constexpr int64_t kScaledBlocks = 32;
 
-// Scale d and, where the format has one, minimum m at the start of a block of at least 8 bytes.
-#if HWY_TARGET == HWY_SCALAR
 HWY_INLINE float load_f16(const uint8_t* p) {
-  return hn::GetLane(hn::PromoteTo(D(), hn::LoadU(hn::Rebind<hwy::float16_t, D>(),
-                                                  reinterpret_cast<const hwy::float16_t*>(p))));
+  const hn::CappedTag<float, 1> one;
+  const auto half =
+      hn::LoadU(hn::Rebind<hwy::float16_t, decltype(one)>(), reinterpret_cast<const hwy::float16_t*>(p));
+  return hn::GetLane(hn::PromoteTo(one, half));
 }
-struct ScalePair {
-  const uint8_t* p;
-  explicit HWY_INLINE ScalePair(const uint8_t* block) : p(block) {}
-  HWY_INLINE float first() const { return load_f16(p); }
-  HWY_INLINE float second() const { return load_f16(p + 2); }
-};
-#else
-struct ScalePair {
-  hn::Vec<hn::FixedTag<float, 4>> values;
 
-  explicit HWY_INLINE ScalePair(const uint8_t* p)
-      : values(hn::PromoteTo(hn::FixedTag<float, 4>(),
-                             hn::LoadU(hn::FixedTag<hwy::float16_t, 4>(),
-                                       reinterpret_cast<const hwy::float16_t*>(p)))) {}
-  HWY_INLINE float first() const { return hn::GetLane(values); }
-  HWY_INLINE float second() const { return hn::ExtractLane(values, 1); }
-};
-#endif
+// The float16 pairs (scale, minimum) at the start of `count` blocks, `stride` bytes apart, as float32.
+// Converted for many blocks at once: one by one they would cost as much as the weights.
+HWY_INLINE void load_pairs(const uint8_t* blocks, int64_t stride, int64_t count, float* to) {
+  HWY_ALIGN uint16_t raw[2 * kScaledBlocks];
+  for (int64_t b = 0; b < count; ++b) std::memcpy(raw + 2 * b, blocks + b * stride, 4);
+  for (int64_t i = 0; i < 2 * count; i += kLanes) {
+    const auto half = hn::LoadU(hn::Rebind<hwy::float16_t, D>(),
+                                reinterpret_cast<const hwy::float16_t*>(raw + i));
+    hn::StoreU(hn::PromoteTo(D(), half), D(), to + i);
+  }
+}
 
 HWY_INLINE VI load_u8(const uint8_t* p) {
   return hn::PromoteTo(DI(), hn::LoadU(hn::Rebind<uint8_t, D>(), p));
@@ -85,9 +82,10 @@ struct NibbleMap {
 // Plain values, 32 at a time.
 struct F32 {
   static constexpr bool kPlain = true;
+  static constexpr bool kPairs = false;
   static constexpr int64_t kWeights = 32, kBytes = 128;
   template <class Sums>
-  static HWY_INLINE void decode(const uint8_t* block, Sums& sums) {
+  static HWY_INLINE void decode(const uint8_t* block, const float* /*scales*/, Sums& sums) {
     const float* w = reinterpret_cast<const float*>(block);
 #pragma GCC unroll 4
     for (int i = 0; i < 16; i += kLanes) {
@@ -98,13 +96,14 @@ struct F32 {
 
 struct F16 {
   static constexpr bool kPlain = true;
+  static constexpr bool kPairs = false;
   static constexpr int64_t kWeights = 32, kBytes = 64;
   static HWY_INLINE V load(const uint8_t* p) {
     return hn::PromoteTo(D(), hn::LoadU(hn::Rebind<hwy::float16_t, D>(),
                                         reinterpret_cast<const hwy::float16_t*>(p)));
   }
   template <class Sums>
-  static HWY_INLINE void decode(const uint8_t* block, Sums& sums) {
+  static HWY_INLINE void decode(const uint8_t* block, const float* /*scales*/, Sums& sums) {
 #pragma GCC unroll 4
     for (int i = 0; i < 16; i += kLanes) {
       sums.add(load(block + 2 * i), i, load(block + 2 * i + 32), i + 16);
@@ -114,13 +113,14 @@ struct F16 {
 
 struct BF16 {
   static constexpr bool kPlain = true;
+  static constexpr bool kPairs = false;
   static constexpr int64_t kWeights = 32, kBytes = 64;
   static HWY_INLINE V load(const uint8_t* p) {
     const auto bits = hn::LoadU(hn::Rebind<uint16_t, D>(), reinterpret_cast<const uint16_t*>(p));
     return hn::BitCast(D(), hn::ShiftLeft<16>(hn::PromoteTo(DU(), bits)));
   }
   template <class Sums>
-  static HWY_INLINE void decode(const uint8_t* block, Sums& sums) {
+  static HWY_INLINE void decode(const uint8_t* block, const float* /*scales*/, Sums& sums) {
 #pragma GCC unroll 4
     for (int i = 0; i < 16; i += kLanes) {
       sums.add(load(block + 2 * i), i, load(block + 2 * i + 32), i + 16);
@@ -131,10 +131,11 @@ struct BF16 {
 // f16 d, int8 q[32]:  d * q
 struct Q8_0 {
   static constexpr bool kPlain = false;
+  static constexpr bool kPairs = false;
   static constexpr int64_t kWeights = 32, kBytes = 34;
   template <class Sums>
-  static HWY_INLINE void decode(const uint8_t* block, Sums& sums) {
-    const V d = hn::Set(D(), ScalePair(block).first());
+  static HWY_INLINE void decode(const uint8_t* block, const float* /*scales*/, Sums& sums) {
+    const V d = hn::Set(D(), load_f16(block));
 #pragma GCC unroll 4
     for (int i = 0; i < 16; i += kLanes) {
       sums.add(hn::Mul(d, load_i8(block + 2 + i)), i, hn::Mul(d, load_i8(block + 18 + i)), i + 16);
@@ -155,10 +156,11 @@ HWY_INLINE void decode_nibbles(const uint8_t* q, NibbleMap map, Sums& sums) {
 // f16 d, 4-bit q[32]:  d * (q - 8)
 struct Q4_0 {
   static constexpr bool kPlain = false;
+  static constexpr bool kPairs = false;
   static constexpr int64_t kWeights = 32, kBytes = 18;
   template <class Sums>
-  static HWY_INLINE void decode(const uint8_t* block, Sums& sums) {
-    const float d = ScalePair(block).first();
+  static HWY_INLINE void decode(const uint8_t* block, const float* /*scales*/, Sums& sums) {
+    const float d = load_f16(block);
     decode_nibbles(block + 2, NibbleMap(d, -8.0f * d), sums);
   }
 };
@@ -166,11 +168,11 @@ struct Q4_0 {
 // f16 d, f16 m, 4-bit q[32]:  d * q + m
 struct Q4_1 {
   static constexpr bool kPlain = false;
+  static constexpr bool kPairs = true;
   static constexpr int64_t kWeights = 32, kBytes = 20;
   template <class Sums>
-  static HWY_INLINE void decode(const uint8_t* block, Sums& sums) {
-    const ScalePair pair(block);
-    decode_nibbles(block + 4, NibbleMap(pair.first(), pair.second()), sums);
+  static HWY_INLINE void decode(const uint8_t* block, const float* scales, Sums& sums) {
+    decode_nibbles(block + 4, NibbleMap(scales[0], scales[1]), sums);
   }
 };
 
@@ -198,10 +200,11 @@ HWY_INLINE void decode_five_bits(const uint8_t* bits, const uint8_t* q, float sc
 // f16 d, fifth bits[4], 4-bit q[32]:  d * (q - 16)
 struct Q5_0 {
   static constexpr bool kPlain = false;
+  static constexpr bool kPairs = false;
   static constexpr int64_t kWeights = 32, kBytes = 22;
   template <class Sums>
-  static HWY_INLINE void decode(const uint8_t* block, Sums& sums) {
-    const float d = ScalePair(block).first();
+  static HWY_INLINE void decode(const uint8_t* block, const float* /*scales*/, Sums& sums) {
+    const float d = load_f16(block);
     decode_five_bits(block + 2, block + 6, d, -16.0f * d, sums);
   }
 };
@@ -209,11 +212,11 @@ struct Q5_0 {
 // f16 d, f16 m, fifth bits[4], 4-bit q[32]:  d * q + m
 struct Q5_1 {
   static constexpr bool kPlain = false;
+  static constexpr bool kPairs = true;
   static constexpr int64_t kWeights = 32, kBytes = 24;
   template <class Sums>
-  static HWY_INLINE void decode(const uint8_t* block, Sums& sums) {
-    const ScalePair pair(block);
-    decode_five_bits(block + 4, block + 8, pair.first(), pair.second(), sums);
+  static HWY_INLINE void decode(const uint8_t* block, const float* scales, Sums& sums) {
+    decode_five_bits(block + 4, block + 8, scales[0], scales[1], sums);
   }
 };
 
@@ -221,10 +224,7 @@ struct Q5_1 {
 struct GroupScales {
   float scale[8], offset[8];
 
-  explicit HWY_INLINE GroupScales(const uint8_t* block) {  // f16 d, f16 dmin, packed[12]
-    const ScalePair pair(block);
-    const float d = pair.first(), dmin = pair.second();
-    const uint8_t* p = block + 4;
+  HWY_INLINE GroupScales(const uint8_t* p, float d, float dmin) {  // packed[12]
     for (int g = 0; g < 4; ++g) {
       scale[g] = d * static_cast<float>(p[g] & 63);
       offset[g] = -dmin * static_cast<float>(p[g + 4] & 63);
@@ -237,10 +237,11 @@ struct GroupScales {
 // f16 d, f16 dmin, packed scales[12], q[128]: 32 bytes hold two groups of 32 columns, low nibbles first.
 struct Q4_K {
   static constexpr bool kPlain = false;
+  static constexpr bool kPairs = true;
   static constexpr int64_t kWeights = 256, kBytes = 144;
   template <class Sums>
-  static HWY_INLINE void decode(const uint8_t* block, Sums& sums) {
-    const GroupScales groups(block);
+  static HWY_INLINE void decode(const uint8_t* block, const float* scales, Sums& sums) {
+    const GroupScales groups(block + 4, scales[0], scales[1]);
     for (int j = 0; j < 4; ++j) {
       const NibbleMap low(groups.scale[2 * j], groups.offset[2 * j]);
       const NibbleMap high(groups.scale[2 * j + 1], groups.offset[2 * j + 1]);
@@ -256,10 +257,11 @@ struct Q4_K {
 // As Q4_K with fifth[32] before q: bit g of byte i is the fifth bit of column i of group g.
 struct Q5_K {
   static constexpr bool kPlain = false;
+  static constexpr bool kPairs = true;
   static constexpr int64_t kWeights = 256, kBytes = 176;
   template <class Sums>
-  static HWY_INLINE void decode(const uint8_t* block, Sums& sums) {
-    const GroupScales groups(block);
+  static HWY_INLINE void decode(const uint8_t* block, const float* scales, Sums& sums) {
+    const GroupScales groups(block + 4, scales[0], scales[1]);
     for (int j = 0; j < 4; ++j) {
       const V s0 = hn::Set(D(), groups.scale[2 * j]), o0 = hn::Set(D(), groups.offset[2 * j]);
       const V s1 = hn::Set(D(), groups.scale[2 * j + 1]), o1 = hn::Set(D(), groups.offset[2 * j + 1]);
@@ -283,6 +285,7 @@ struct Q5_K {
 // bytes of high bit pairs and 8 scales, one per 16 columns;  d * scale * (q - 32)
 struct Q6_K {
   static constexpr bool kPlain = false;
+  static constexpr bool kPairs = false;
   static constexpr int64_t kWeights = 256, kBytes = 210;
 
   static HWY_INLINE V scaled(VI low, VI high, float scale) {
@@ -290,17 +293,15 @@ struct Q6_K {
     return hn::Mul(hn::ConvertTo(D(), hn::Sub(q, hn::Set(DI(), 32))), hn::Set(D(), scale));
   }
   template <class Sums>
-  static HWY_INLINE void decode(const uint8_t* block, Sums& sums) {
-    uint8_t scale[8] = {};
-    std::memcpy(scale, block + 208, 2);
-    const float d = ScalePair(scale).first();
+  static HWY_INLINE void decode(const uint8_t* block, const float* /*scales*/, Sums& sums) {
+    const float d = load_f16(block + 208);
     for (int half = 0; half < 2; ++half) {
       const uint8_t* low = block + 64 * half;
       const uint8_t* high = block + 128 + 32 * half;
-      const int8_t* scales = reinterpret_cast<const int8_t*>(block + 192 + 8 * half);
+      const int8_t* group = reinterpret_cast<const int8_t*>(block + 192 + 8 * half);
       for (int part = 0; part < 2; ++part) {
         float s[4];
-        for (int g = 0; g < 4; ++g) s[g] = d * static_cast<float>(scales[2 * g + part]);
+        for (int g = 0; g < 4; ++g) s[g] = d * static_cast<float>(group[2 * g + part]);
 #pragma GCC unroll 4
         for (int i = 16 * part; i < 16 * part + 16; i += kLanes) {
           const VI a = load_u8(low + i), b = load_u8(low + 32 + i), h = load_u8(high + i);

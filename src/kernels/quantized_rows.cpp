@@ -59,15 +59,26 @@ HWY_INLINE void row_group(const uint8_t* weights, int64_t row_bytes, int64_t col
     sums[r].clear();
   }
   const int64_t blocks = columns / Format::kWeights;
-  for (int64_t b = 0; b < blocks; ++b) {
-    // Rows are too short for the processor to see R streams in them, so name the lines it needs soon.
-    const uint8_t* ahead = weights + kPrefetchBytes + b * R * Format::kBytes;
+  constexpr int64_t kStep = kScaledBlocks;
+  HWY_ALIGN float scales[R][Format::kPairs ? 2 * kStep : 1];
+  for (int64_t first = 0; first < blocks; first += kStep) {
+    const int64_t some = HWY_MIN(kStep, blocks - first);
+    if constexpr (Format::kPairs) {
+      for (int r = 0; r < R; ++r) {
+        load_pairs(weights + r * row_bytes + first * Format::kBytes, Format::kBytes, some, scales[r]);
+      }
+    }
+    for (int64_t b = first; b < first + some; ++b) {
+      // Rows are too short for the processor to see R streams in them, so name the lines needed soon.
+      const uint8_t* ahead = weights + kPrefetchBytes + b * R * Format::kBytes;
 #pragma GCC unroll 16
-    for (int64_t line = 0; line < R * Format::kBytes; line += 64) hwy::Prefetch(ahead + line);
+      for (int64_t line = 0; line < R * Format::kBytes; line += 64) hwy::Prefetch(ahead + line);
 #pragma GCC unroll 4
-    for (int r = 0; r < R; ++r) {
-      sums[r].x = x + b * Format::kWeights;
-      Format::decode(weights + r * row_bytes + b * Format::kBytes, sums[r]);
+      for (int r = 0; r < R; ++r) {
+        sums[r].x = x + b * Format::kWeights;
+        Format::decode(weights + r * row_bytes + b * Format::kBytes,
+                       scales[r] + (Format::kPairs ? 2 * (b - first) : 0), sums[r]);
+      }
     }
   }
   // Plain formats have columns of any number: the rest goes through the same code, padded with zeros.
@@ -86,7 +97,7 @@ HWY_INLINE void row_group(const uint8_t* weights, int64_t row_bytes, int64_t col
                   static_cast<size_t>(rest * kValueBytes));
       sums[r].x = padded;
       sums[r].x_stride = Format::kWeights;
-      Format::decode(block, sums[r]);
+      Format::decode(block, nullptr, sums[r]);
     }
   }
 #pragma GCC unroll 4

@@ -95,7 +95,7 @@ TEST(QuantizedRows, EqualsDequantizedProductsOnEveryInstructionSet) {
     for (const Format& format : kFormats) {
       const int64_t block = weights_per_block(format.format);
       const std::vector<int64_t> widths =
-          block > 1 ? std::vector<int64_t>{block, 3 * block, 18 * block}
+          block > 1 ? std::vector<int64_t>{block, 3 * block, 37 * block}
                     : std::vector<int64_t>{1, 5, 31, 32, 33, 172, 576};
       for (int64_t columns : widths) {
         for (int64_t rows : {1, 3, 4, 7, 33}) {
