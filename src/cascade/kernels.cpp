@@ -122,8 +122,12 @@ double pull_back(Op op, int which, double a, double b, double y, double adjoint)
       if (a == 0 && b == 0) return 0;
       return which == 0 ? times(adjoint, 1 / b) : times(adjoint, -y / b);
     case Op::power: return times(adjoint, power_slope(which, a, b, y));
-    case Op::max: return (a >= b || std::isnan(a)) == (which == 0) ? adjoint : 0;
-    case Op::min: return (a <= b || std::isnan(a)) == (which == 0) ? adjoint : 0;
+    case Op::max:
+      if (y == -kInf) return 0;
+      return (a >= b || std::isnan(a)) == (which == 0) ? adjoint : 0;
+    case Op::min:
+      if (y == kInf) return 0;
+      return (a <= b || std::isnan(a)) == (which == 0) ? adjoint : 0;
     case Op::exp: return times(adjoint, y);
     case Op::log: return a == 0 ? 0 : times(adjoint, 1 / a);
     case Op::tanh: return times(adjoint, 1 - y * y);

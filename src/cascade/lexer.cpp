@@ -71,9 +71,7 @@ class Lexer {
       body.remove_suffix(1);
     }
     if (!body.empty() && body.front() == ' ') body.remove_prefix(1);
-    const bool alone = result_.tokens.empty() || result_.tokens.back().place.line != line_ ||
-                       result_.tokens.back().kind == Token::Kind::newline;
-    result_.comments.push_back({std::string(body), line_, alone});
+    result_.comments.push_back({std::string(body), line_});
     at_ = end;
   }
 

@@ -18,7 +18,6 @@ struct Token {
 struct Comment {
   std::string text;  // without '#', trimmed on the right and by one leading space
   int line = 0;
-  bool alone = false;  // nothing else stands on its line
 };
 
 struct Tokens {

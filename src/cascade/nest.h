@@ -20,6 +20,7 @@ struct TensorData {
   std::vector<int64_t> shape, strides;
   std::vector<double> values;
   std::vector<uint8_t> present;  // empty: every element is
+  std::vector<uint8_t> carried;  // running tensor: the element kept the state before it; may be empty
 };
 
 /// Everything that the nests of one run share.
@@ -144,6 +145,7 @@ class Nest {
   int depth_of(RankSet ranks) const;
   int call_of(int node);
   void build_loads(const LoweredEquation& equation, const std::vector<bool>& in_step);
+  bool is_declared(const Axis& axis, int index) const;
   void build_load(size_t node, RankSet left_set, const std::vector<bool>& in_step);
   void build_registers();
   void build_checks(RankSet left_set);

@@ -213,6 +213,15 @@ void Nest::build_loads(const LoweredEquation& equation, const std::vector<bool>&
   }
 }
 
+/// Is an axis that is declared as an index function read through that function?
+bool Nest::is_declared(const Axis& axis, int index) const {
+  if (axis.declared < 0) return false;
+  const IndexNode& declared = lowered_.node(axis.declared);
+  const IndexNode& read = lowered_.node(index);
+  return declared.kind == IndexNode::Kind::call && read.kind == IndexNode::Kind::call &&
+         declared.id == read.id;
+}
+
 void Nest::build_load(size_t node, RankSet left_set, const std::vector<bool>& in_step) {
   const Node& n = term_.nodes[node];
   const TensorInfo& info = lowered_.tensor(n.tensor);
@@ -224,8 +233,7 @@ void Nest::build_load(size_t node, RankSet left_set, const std::vector<bool>& in
     const auto [low, high] = range_of(affine, frame_.sizes);
     const bool called = !affine.calls.empty();
     if (!called && low >= 0 && high < data.shape[a]) continue;
-    const bool declared = called && info.axes[a].declared == n.index[a];
-    load.checks.push_back({add_slot(affine), data.shape[a], declared});
+    load.checks.push_back({add_slot(affine), data.shape[a], is_declared(info.axes[a], n.index[a])});
   }
   load.masked = !load.checks.empty() || !data.present.empty() ||
                 in_step[static_cast<size_t>(n.tensor)];

@@ -99,8 +99,9 @@ class Parser {
     const int last_line = std::max(first_line, token().place.line);
     next();
     while (comment_ < tokens_.comments.size() && tokens_.comments[comment_].line <= last_line) {
-      if (!after.empty()) after += "  ";
-      after += tokens_.comments[comment_++].text;
+      const std::string& comment = tokens_.comments[comment_++].text;
+      if (!after.empty() && !comment.empty()) after += "  ";
+      after += comment;
     }
   }
 

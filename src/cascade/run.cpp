@@ -30,6 +30,12 @@ double identity(Reduce reduce) {
   return reduce == Reduce::max ? -kInf : reduce == Reduce::min ? kInf : 0.0;
 }
 
+size_t axis_of(const TensorInfo& info, int rank) {
+  size_t axis = 0;
+  while (info.axes[axis].rank != rank) ++axis;
+  return axis;
+}
+
 void set_shape(const Lowered& lowered, const std::string& name, std::vector<int64_t> shape,
                TensorData& data) {
   int64_t count = 1;
@@ -169,6 +175,7 @@ void Run::group(const Group& g) {
       track |= starts.back().may_be_absent;
     }
     if (track) data.present.assign(static_cast<size_t>(count), 0);
+    if (track && statement.running >= 0) data.carried.assign(static_cast<size_t>(count), 0);
   }
   for (Compiled& start : starts) {
     run(start);
@@ -282,8 +289,7 @@ void Run::settle_step(const Compiled& compiled, int rank, int64_t step) {
   const auto terms = static_cast<uint8_t>(compiled.nests.size());
   const double fill = identity(compiled.equation->terms[0].reduce);
   const bool runs = info.running >= 0;
-  size_t axis = 0;
-  while (info.axes[axis].rank != rank) ++axis;
+  const size_t axis = axis_of(info, rank);
   const auto inner = static_cast<size_t>(data.strides[axis]);
   const size_t block = inner * static_cast<size_t>(data.shape[axis]);
   const size_t at = inner * static_cast<size_t>(runs ? step + 1 : step);
@@ -291,8 +297,13 @@ void Run::settle_step(const Compiled& compiled, int rank, int64_t step) {
     for (size_t i = outer + at; i < outer + at + inner; ++i) {
       data.present[i] = data.present[i] == terms ? 1 : 0;
       if (data.present[i] != 0) continue;
-      data.values[i] = runs ? data.values[i - inner] : fill;
-      if (runs) data.present[i] = data.present[i - inner];
+      if (runs) {
+        data.values[i] = data.values[i - inner];
+        data.present[i] = data.present[i - inner];
+        data.carried[i] = 1;
+      } else {
+        data.values[i] = fill;
+      }
     }
   }
 }

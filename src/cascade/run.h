@@ -50,6 +50,9 @@ class Run {
 void set_shape(const Lowered& lowered, const std::string& name, std::vector<int64_t> shape,
                TensorData& data);
 
+/// The axis that runs over the rank; there must be one.
+size_t axis_of(const TensorInfo& info, int rank);
+
 /// The value that reduces nothing: 0, -inf, +inf.
 double identity(Reduce reduce);
 

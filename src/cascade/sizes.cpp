@@ -67,7 +67,10 @@ class Binder {
       }
       for (const Split& s : lowered_.splits) changed |= derive_split(s);
     }
-    for (size_t i = 0; i < sizes_.size(); ++i) {
+    // Constants first: the sizes of split ranks may only be missing because of them.
+    const size_t ranks = lowered_.ranks.size();
+    for (size_t k = 0; k < sizes_.size(); ++k) {
+      const size_t i = (k + ranks) % sizes_.size();
       if (sizes_[i] >= 0) continue;
       throw Error(fmt::format("cascade {}: {} has no size: no bound tensor has it; give "
                               "sizes[\"{}\"]", lowered_.name, size_name(lowered_, static_cast<int>(i)),
