@@ -176,7 +176,7 @@ def test_backward_is_an_error_that_names_the_operator(name):
     result = op(first.clone().requires_grad_(), *rest, **options)
     out = result[0] if isinstance(result, tuple) else result
     assert out.requires_grad
-    with pytest.raises(RuntimeError, match=f"heed::{name} is not implemented"):
+    with pytest.raises(RuntimeError, match=f"derivative for heed::{name} "):
         out.sum().backward()
 
 

@@ -3,6 +3,8 @@
 #include <ATen/Parallel.h>
 #include <ATen/ops/empty.h>
 
+#include <string>
+
 namespace heed::ops {
 namespace {
 
@@ -96,11 +98,13 @@ void check_qkv_shapes(const Arg& q, const Arg& k, const Arg& v) {
 }
 
 Tensor view(const at::Tensor& tensor) {
+  const std::optional<DType> dtype = dtype_of(tensor.scalar_type());
+  if (!dtype) throw Error(std::string("no view of type ") + type_name(tensor.scalar_type()));
   const Dims shape({tensor.sizes().data(), tensor.sizes().size()});
   Dims strides({tensor.strides().data(), tensor.strides().size()});
   // PyTorch leaves the stride of an axis of one element to chance.
   if (shape.rank() > 0 && shape.back() <= 1) strides[shape.rank() - 1] = 1;
-  return Tensor(tensor.const_data_ptr(), *dtype_of(tensor.scalar_type()), shape, strides);
+  return Tensor(tensor.const_data_ptr(), *dtype, shape, strides);
 }
 
 at::Tensor small_input(const at::Tensor& tensor, std::optional<at::ScalarType> at_least) {

@@ -30,6 +30,7 @@ Results flash_cpu(const at::Tensor& q, const at::Tensor& k, const at::Tensor& v,
   return {out, lse};
 }
 
+// NOLINTBEGIN(performance-unnecessary-value-param): the dispatcher passes SymInt by value
 Results flash_meta(const at::Tensor& q, const at::Tensor& k, const at::Tensor& v, bool, c10::SymInt,
                    c10::SymInt, const MaybeTensor& lengths, std::optional<double>) {
   const Arg args[] = {{kFlash, "q", q}, {kFlash, "k", k}, {kFlash, "v", v}};
@@ -38,6 +39,7 @@ Results flash_meta(const at::Tensor& q, const at::Tensor& k, const at::Tensor& v
   check_optional(kFlash, "lengths", lengths, 1, q.device());
   return empty_results(q, v);
 }
+// NOLINTEND(performance-unnecessary-value-param)
 
 void check_decode(const at::Tensor& q, const at::Tensor& k, const at::Tensor& v,
                   const at::Tensor& lengths) {
@@ -60,12 +62,14 @@ Results decode_cpu(const at::Tensor& q, const at::Tensor& k, const at::Tensor& v
   return {out, lse};
 }
 
+// NOLINTBEGIN(performance-unnecessary-value-param): the dispatcher passes SymInt by value
 Results decode_meta(const at::Tensor& q, const at::Tensor& k, const at::Tensor& v,
                     const at::Tensor& lengths, std::optional<double>, c10::SymInt, int64_t) {
   check_decode(q, k, v, lengths);
   check_qkv_shapes({kDecode, "q", q}, {kDecode, "k_cache", k}, {kDecode, "v_cache", v});
   return empty_results(q, v);
 }
+// NOLINTEND(performance-unnecessary-value-param)
 
 void check_merge(const at::Tensor& out_a, const at::Tensor& lse_a, const at::Tensor& out_b,
                  const at::Tensor& lse_b) {

@@ -5,6 +5,7 @@
 
 #include <array>
 #include <random>
+#include <stdexcept>
 
 #include "heed/heed.h"
 
@@ -36,11 +37,16 @@ void expect_close(const Array& found, const Array& expected) {
   }
 }
 
+Peer ready(const char* mechanism, const NamedTensors& in, const char* options) {
+  auto peer = make_peer(mechanism, in, Spec::parse_options(options));
+  if (!peer) throw std::logic_error("PyTorch has no composition for this call");
+  return *std::move(peer);
+}
+
 Array run(const char* mechanism, const NamedTensors& in, const char* options) {
-  const auto peer = make_peer(mechanism, in, Spec::parse_options(options));
-  if (!peer) throw Error("no composition");
-  peer->compute();
-  return peer->result();
+  const Peer peer = ready(mechanism, in, options);
+  peer.compute();
+  return peer.result();
 }
 
 TEST(Peers, FlashAttention) {
@@ -95,7 +101,7 @@ TEST(Peers, NoneForWhatPyTorchDoesNotOffer) {
 
 TEST(Peers, ResultNeedsARun) {
   const Call call(2, 2, 3, 3);
-  EXPECT_THROW(make_peer("flash_attention", call.named(), {})->result(), Error);
+  EXPECT_THROW(ready("flash_attention", call.named(), "").result(), Error);
 }
 
 }  // namespace

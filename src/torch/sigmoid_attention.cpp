@@ -38,6 +38,7 @@ at::Tensor sigmoid_cpu(const at::Tensor& q, const at::Tensor& k, const at::Tenso
   return out;
 }
 
+// NOLINTBEGIN(performance-unnecessary-value-param): the dispatcher passes SymInt by value
 at::Tensor sigmoid_meta(const at::Tensor& q, const at::Tensor& k, const at::Tensor& v,
                         std::optional<double>, const MaybeTensor& bias, bool, c10::SymInt,
                         c10::SymInt, const MaybeTensor& lengths, std::optional<double>,
@@ -50,6 +51,7 @@ at::Tensor sigmoid_meta(const at::Tensor& q, const at::Tensor& k, const at::Tens
   check_optional(kSigmoid, "alibi_slopes", alibi_slopes, 1, q.device());
   return empty_results(q, v).first;
 }
+// NOLINTEND(performance-unnecessary-value-param)
 
 }  // namespace
 }  // namespace heed::ops
