@@ -57,10 +57,10 @@ Dims parse_shape(std::string_view option, std::string_view text) {
 }
 
 DType parse_dtype(std::string_view text) {
-  const std::pair<const char*, DType> names[] = {
-      {"float64", DType::f64},   {"f64", DType::f64},   {"float32", DType::f32},
-      {"f32", DType::f32},       {"bfloat16", DType::bf16}, {"bf16", DType::bf16},
-      {"float16", DType::f16},   {"f16", DType::f16}};
+  const std::pair<const char*, DType> names[] = {{"float64", DType::f64},   {"f64", DType::f64},
+                                                 {"float32", DType::f32},   {"f32", DType::f32},
+                                                 {"bfloat16", DType::bf16}, {"bf16", DType::bf16},
+                                                 {"float16", DType::f16},   {"f16", DType::f16}};
   std::vector<std::string> known;
   for (const auto& [name, dtype] : names) {
     if (text == name) return dtype;
@@ -116,6 +116,17 @@ ExampleCase with_shapes(const ExampleCase& like, const ShapeArguments& shapes) {
     }
   }
   return out;
+}
+
+NamedTensors shapes_only(const ExampleCase& example, DType dtype) {
+  alignas(64) static const std::byte kUnread[64] = {};
+  NamedTensors tensors;
+  for (const auto& [name, shape] : example.inputs) {
+    const auto own = example.types.find(name);
+    const DType type = own == example.types.end() ? dtype : own->second;
+    tensors.emplace(name, Tensor(static_cast<const void*>(kUnread), type, shape));
+  }
+  return tensors;
 }
 
 std::string with_option(const std::string& options, const std::string& key,

@@ -28,6 +28,9 @@ struct ShapeArguments {
 /// A case like `like` for other shapes: q, k and v as given, every other input resized with them.
 ExampleCase with_shapes(const ExampleCase& like, const ShapeArguments& shapes);
 
+/// Views of the shapes and types of a case, for questions that read no element.
+NamedTensors shapes_only(const ExampleCase& example, DType dtype);
+
 /// "causal=1" added to options that lack it.
 std::string with_option(const std::string& options, const std::string& key,
                         const std::string& value);

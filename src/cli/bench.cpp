@@ -1,10 +1,10 @@
 // heed bench: how fast the kernels are on this machine, alone or side by side with PyTorch.
+#include <fmt/format.h>
+
 #include <algorithm>
 #include <cmath>
 #include <memory>
 #include <set>
-
-#include <fmt/format.h>
 
 #include "cli/arguments.h"
 #include "cli/commands.h"
@@ -69,7 +69,8 @@ std::string chosen_path(const Mechanism& mechanism, const NamedTensors& in, cons
   return "none";
 }
 
-// The kernel against its cascade on a case of the same head dims and options, small enough for float64.
+// The kernel against its cascade, with the same head dims and options but few enough tokens for
+// float64.
 void quick_check(Row& row, Isa isa) {
   const ExampleCase small = shrunk(row.example);
   const Reference reference = make_reference(*row.mechanism, small, row.dtype, 1);
@@ -108,7 +109,8 @@ std::string spread(const Samples& samples) {
 
 double gigaflops(const Row& row) { return row.operations / (quantile(row.heed, 0.5) * 1e6); }
 
-std::string extent(const ExampleCase& example, std::initializer_list<const char*> inputs, int axis) {
+std::string extent(const ExampleCase& example, std::initializer_list<const char*> inputs,
+                   int axis) {
   const Dims* shape = input_shape(example, inputs);
   return shape == nullptr || shape->rank() <= axis ? "-" : std::to_string((*shape)[axis]);
 }
@@ -122,10 +124,19 @@ std::string header(const Arguments& arguments, const RunOptions& run) {
 
 void print_table(const std::vector<Row>& rows, bool versus) {
   constexpr auto kRight = Table::Align::right;
-  std::vector<Table::Column> columns = {
-      {"op"}, {"mode"}, {"type"}, {"path"}, {"B", kRight}, {"H", kRight}, {"Lq", kRight},
-      {"Lk", kRight}, {"D", kRight}, {"median ms", kRight}, {"p20-p80", kRight},
-      {"GFLOP/s", kRight}, {"max err/bound", kRight}};
+  std::vector<Table::Column> columns = {{"op"},
+                                        {"mode"},
+                                        {"type"},
+                                        {"path"},
+                                        {"B", kRight},
+                                        {"H", kRight},
+                                        {"Lq", kRight},
+                                        {"Lk", kRight},
+                                        {"D", kRight},
+                                        {"median ms", kRight},
+                                        {"p20-p80", kRight},
+                                        {"GFLOP/s", kRight},
+                                        {"max err/bound", kRight}};
   if (versus) {
     for (const char* name : {"torch ms", "p20-p80", "speed-up", "p20-p80"}) {
       columns.push_back({name, kRight});
@@ -168,14 +179,11 @@ Json row_json(const Row& row) {
   for (const auto& [name, shape] : row.example.inputs) {
     shapes[name] = std::vector<int64_t>(shape.span().begin(), shape.span().end());
   }
-  Json json = {{"op", row.mechanism->name},
-               {"options", row.example.options},
-               {"type", name_of(row.dtype)},
-               {"path", row.path},
-               {"shapes", shapes},
-               {"ms", samples_json(row.heed)},
-               {"gflops", gigaflops(row)},
-               {"max_error_over_bound", finite_or_null(row.error_over_bound)}};
+  Json json = {
+      {"op", row.mechanism->name},  {"options", row.example.options},
+      {"type", name_of(row.dtype)}, {"path", row.path},
+      {"shapes", shapes},           {"ms", samples_json(row.heed)},
+      {"gflops", gigaflops(row)},   {"max_error_over_bound", finite_or_null(row.error_over_bound)}};
   if (!row.peer.empty()) {
     json["torch"] = {{"title", row.peer_title},
                      {"ms", samples_json(row.peer)},
@@ -255,8 +263,9 @@ void add_bench(CLI::App& app, Outcome& outcome) {
       "bench", "Time the kernels; GFLOP/s are 2 x the cascade's multiply-adds on visible pairs");
   auto arguments = std::make_shared<Arguments>();
   command->add_option("NAME", arguments->name, "Mechanism; without it all of them");
-  command->add_option("--vs", arguments->versus,
-                      "Alternate with the same mathematics in PyTorch: --vs torch")
+  command
+      ->add_option("--vs", arguments->versus,
+                   "Alternate with the same mathematics in PyTorch: --vs torch")
       ->check(CLI::IsMember({"torch"}));
   command->add_option("--q", arguments->q, "Shapes of the queries: B,H,L,D ...");
   command->add_option("--k", arguments->k, "Shape of the keys; without it as the queries");

@@ -1,11 +1,11 @@
 // heed check: every kernel against its cascade, on this machine.
 #include "mechanisms/check.h"
 
+#include <fmt/format.h>
+
 #include <cmath>
 #include <map>
 #include <memory>
-
-#include <fmt/format.h>
 
 #include "cli/arguments.h"
 #include "cli/commands.h"
@@ -113,8 +113,16 @@ std::vector<CheckRow> summarised(const std::vector<CheckRow>& rows) {
 
 void print_table(const std::vector<CheckRow>& rows) {
   constexpr auto kRight = Table::Align::right;
-  Table table({{"mechanism"}, {"case"}, {"type"}, {"path"}, {"result"}, {"layout"},
-               {"error", kRight}, {"bound", kRight}, {"err/bound", kRight}, {""}});
+  Table table({{"mechanism"},
+               {"case"},
+               {"type"},
+               {"path"},
+               {"result"},
+               {"layout"},
+               {"error", kRight},
+               {"bound", kRight},
+               {"err/bound", kRight},
+               {""}});
   for (const CheckRow& row : rows) {
     table.add({row.mechanism, row.example, row.type, row.path, row.result, row.layout,
                short_number(row.difference.error), short_number(row.difference.bound),
@@ -160,8 +168,9 @@ int check(const Arguments& arguments) {
                row.result, row.failure.empty() ? row.difference.where : row.failure, row.replay);
   }
   if (!arguments.json) {
-    fmt::print("{}\n", wrong == 0 ? green(fmt::format("all {} comparisons within the bound", rows.size()))
-                                  : red(fmt::format("{} of {} comparisons wrong", wrong, rows.size())));
+    fmt::print("{}\n", wrong == 0
+                           ? green(fmt::format("all {} comparisons within the bound", rows.size()))
+                           : red(fmt::format("{} of {} comparisons wrong", wrong, rows.size())));
   }
   return wrong == 0 ? kOk : kFailureFound;
 }
@@ -177,11 +186,13 @@ void add_check(CLI::App& app, Outcome& outcome) {
   command->add_option("--dtype", arguments->dtypes, "Only these types: f64, f32, bf16, f16")
       ->delimiter(',');
   command->add_option("--isa", arguments->isa, "Only this path: portable, avx2, avx512, amx");
-  command->add_option("--layout", arguments->layouts,
-                      "Only these: contiguous, tokens_first, padded")->delimiter(',');
+  command
+      ->add_option("--layout", arguments->layouts, "Only these: contiguous, tokens_first, padded")
+      ->delimiter(',');
   command->add_option("--seed", arguments->seed, "Seed of the inputs")->capture_default_str();
   command->add_option("--threads", arguments->threads, "Threads of a call");
-  command->add_flag("--all", arguments->all, "Every result and layout instead of the worst of them");
+  command->add_flag("--all", arguments->all,
+                    "Every result and layout instead of the worst of them");
   command->add_flag("--json", arguments->json, "JSON, every result and layout");
   command->callback([arguments, &outcome] { outcome.exit_code = check(*arguments); });
 }

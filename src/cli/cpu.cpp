@@ -1,8 +1,9 @@
 // heed cpu: what was found on this machine and what the kernels use of it.
-#include <memory>
-
 #include <fmt/format.h>
 
+#include <memory>
+
+#include "cli/arguments.h"
 #include "cli/commands.h"
 #include "cli/terminal.h"
 #include "mechanisms/nearest.h"
@@ -15,14 +16,8 @@ constexpr DType kTypes[] = {DType::f64, DType::f32, DType::bf16, DType::f16};
 
 // The path that the mechanism's first large case takes in this type.
 std::string path_of(const Mechanism& mechanism, DType dtype) {
-  const ExampleCase& example = mechanism.bench_cases.at(0);
-  NamedTensors tensors;
-  for (const auto& [name, shape] : example.inputs) {
-    const auto own = example.types.find(name);
-    const DType type = own == example.types.end() ? dtype : own->second;
-    tensors.emplace(name, Tensor(static_cast<const void*>(nullptr), type, shape));
-  }
-  for (const PathAnswer& answer : mechanism.explain(tensors, {})) {
+  const NamedTensors in = shapes_only(mechanism.bench_cases.at(0), dtype);
+  for (const PathAnswer& answer : mechanism.explain(in, {})) {
     if (answer.can_run) return answer.path;
   }
   return "none";
@@ -52,16 +47,17 @@ void print_cpu_json() {
 
 void print_cpu() {
   const CpuInfo& cpu = cpu_info();
+  const char* used =
+      name_of(default_isa());  // throws for a wrong HEED_ISA, before anything is printed
   std::vector<std::string> isas;
   for (Isa isa : available_isas()) isas.emplace_back(name_of(isa));
   fmt::print("{}\n", bold(cpu.model));
   fmt::print("cores             {}, threads of a call {}\n", cpu.cores, default_threads());
   fmt::print("caches            L1d {}, L2 {} per core, L3 {}\n", bytes_text(cpu.l1d_bytes),
              bytes_text(cpu.l2_bytes), bytes_text(cpu.l3_bytes));
-  fmt::print("features          {}\n", cpu.features.empty() ? "none of those heed looks at"
-                                                            : joined(cpu.features));
-  fmt::print("instruction sets  {}; used: {} (HEED_ISA forces another)\n\n", joined(isas),
-             name_of(default_isa()));
+  fmt::print("features          {}\n",
+             cpu.features.empty() ? "none of those heed looks at" : joined(cpu.features));
+  fmt::print("instruction sets  {}; used: {} (HEED_ISA forces another)\n\n", joined(isas), used);
   std::vector<Table::Column> columns = {{"kernel"}};
   for (DType dtype : kTypes) columns.push_back({name_of(dtype)});
   Table table(columns);

@@ -1,9 +1,9 @@
 // heed eval: how well a language model predicts a text.
 #include "llm/eval.h"
 
-#include <memory>
-
 #include <fmt/format.h>
+
+#include <memory>
 
 #include "cli/commands.h"
 #include "cli/language_model.h"

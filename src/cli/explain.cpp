@@ -1,7 +1,7 @@
 // heed explain NAME: which path a call takes and why not another.
-#include <memory>
-
 #include <fmt/format.h>
+
+#include <memory>
 
 #include "cli/arguments.h"
 #include "cli/commands.h"
@@ -25,24 +25,12 @@ ExampleCase example_of(const Mechanism& mechanism, const Arguments& arguments) {
   return example;
 }
 
-// Views of the right shapes and types without memory: paths are chosen without reading elements.
-NamedTensors shapes_only(const ExampleCase& example, DType dtype) {
-  NamedTensors tensors;
-  for (const auto& [name, shape] : example.inputs) {
-    const auto own = example.types.find(name);
-    const DType type = own == example.types.end() ? dtype : own->second;
-    tensors.emplace(name, Tensor(static_cast<const void*>(nullptr), type, shape));
-  }
-  return tensors;
-}
-
 void explain(const Arguments& arguments) {
   const Mechanism& mechanism = find_mechanism(arguments.name);
   const ExampleCase example = example_of(mechanism, arguments);
   RunOptions run;
   if (!arguments.isa.empty()) run.isa = isas_to_use(arguments.isa).front();
-  const auto answers =
-      mechanism.explain(shapes_only(example, parse_dtype(arguments.dtype)), run);
+  const auto answers = mechanism.explain(shapes_only(example, parse_dtype(arguments.dtype)), run);
   bool chosen = false;
   Json list = Json::array();
   Table table({{"path"}, {"can run"}, {""}});
@@ -70,7 +58,7 @@ void add_explain(CLI::App& app, Outcome&) {
   command->add_option("--v", arguments->v, "Shape of the values; without it as the keys");
   command->add_option("--dtype", arguments->dtype, "f64, f32, bf16 or f16")->capture_default_str();
   command->add_option("--isa", arguments->isa, "Force this path: portable, avx2, avx512, amx");
-  command->add_flag("--causal", arguments->causal, "Causal mask");
+  command->add_flag("--causal", arguments->causal, "Causal mask; every path has it");
   command->add_flag("--json", arguments->json, "JSON");
   command->callback([arguments] { explain(*arguments); });
 }

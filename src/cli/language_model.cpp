@@ -48,8 +48,9 @@ ModelDtype dtype_of(const std::string& text) {
 
 void add_model_options(CLI::App& command, ModelArguments& arguments, const char* context_help) {
   command.add_option("--model", arguments.model, "GGUF file, or smollm2")->capture_default_str();
-  command.add_option("--attention", arguments.attention,
-                     "Mechanism in the place of the model's attention: NAME or NAME:key=value,...")
+  command
+      .add_option("--attention", arguments.attention,
+                  "Mechanism in the place of the model's attention: NAME or NAME:key=value,...")
       ->capture_default_str();
   command.add_option("--dtype", arguments.dtype,
                      "f32 (exact), bf16 or int4; without it what suits the file");
@@ -93,7 +94,7 @@ std::string read_text(const char* option, const std::string& path) {
 
 InterruptGuard::InterruptGuard() {
   g_interrupted = 0;
-  struct sigaction action {};
+  struct sigaction action{};
   action.sa_handler = on_interrupt;  // no SA_RESTART: waiting for a line ends too
   sigaction(SIGINT, &action, nullptr);
 }

@@ -1,10 +1,9 @@
 // A loaded language model and the options that heed run and heed eval share.
 #pragma once
+#include <CLI/CLI.hpp>
 #include <memory>
 #include <optional>
 #include <string>
-
-#include <CLI/CLI.hpp>
 
 #include "llm/gguf.h"
 #include "llm/model.h"
@@ -31,7 +30,8 @@ LanguageModel load_model(const ModelArguments& arguments);
 /// The whole file, "-" for standard input; throws Error naming `option`.
 std::string read_text(const char* option, const std::string& path);
 
-/// Catches Ctrl-C while it lives: the first one only sets `interrupted`, a second one ends the program.
+/// Catches Ctrl-C while it lives: the first one only sets `interrupted`, a second one ends the
+/// program.
 class InterruptGuard {
  public:
   InterruptGuard();

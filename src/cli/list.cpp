@@ -1,7 +1,7 @@
 // heed list: what there is.
-#include <memory>
-
 #include <fmt/format.h>
+
+#include <memory>
 
 #include "cli/commands.h"
 #include "cli/terminal.h"
@@ -32,8 +32,8 @@ void print_list_json() {
 }
 
 void print_list_table() {
-  Table table({{"name"}, {"passes", Table::Align::right}, {"engine"}, {"gradient"}, {"arXiv"},
-               {"title"}});
+  Table table(
+      {{"name"}, {"passes", Table::Align::right}, {"engine"}, {"gradient"}, {"arXiv"}, {"title"}});
   for (const Mechanism& m : mechanisms()) {
     table.add({m.name, std::to_string(passes_of(m)), m.engine, m.backward ? "yes" : "no",
                joined(m.arxiv), m.title});

@@ -1,10 +1,10 @@
 // The program: adds the commands, turns errors into one line on standard error and an exit code.
+#include <fmt/format.h>
+
 #include <csignal>
 #include <cstdio>
 #include <exception>
 #include <new>
-
-#include <fmt/format.h>
 
 #include "cli/commands.h"
 #include "heed/error.h"
@@ -66,8 +66,8 @@ std::string leftover_message(const CLI::App& app) {
   }
   if (command != &app) return command->get_name() + ": unexpected argument '" + word + "'";
   const auto names = command_names(app);
-  return "unknown command '" + word + "'" + heed::did_you_mean(word, names) + "; known: " +
-         heed::joined(names);
+  return "unknown command '" + word + "'" + heed::did_you_mean(word, names) +
+         "; known: " + heed::joined(names);
 }
 
 int report(const std::string& message, int exit_code) {

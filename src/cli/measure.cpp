@@ -48,9 +48,8 @@ double kept_share(const cascade::PredicateDeclaration& declared, const Sizes& si
 }
 
 bool is_batch(const cascade::Ast& ast, const std::string& rank) {
-  return std::any_of(ast.ranks.begin(), ast.ranks.end(), [&](const auto& declared) {
-    return declared.batch && declared.name == rank;
-  });
+  return std::any_of(ast.ranks.begin(), ast.ranks.end(),
+                     [&](const auto& declared) { return declared.batch && declared.name == rank; });
 }
 
 // Whether a term runs over everything that the mask distinguishes, batch ranks apart.
@@ -97,16 +96,15 @@ double quantile(Samples samples, double fraction) {
 
 std::string compiler_name() {
 #if defined(__clang__)
-  return "clang++ " + std::to_string(__clang_major__) + "." + std::to_string(__clang_minor__) + "." +
-         std::to_string(__clang_patchlevel__);
+  return "clang++ " + std::to_string(__clang_major__) + "." + std::to_string(__clang_minor__) +
+         "." + std::to_string(__clang_patchlevel__);
 #else
   return "g++ " + std::to_string(__GNUC__) + "." + std::to_string(__GNUC_MINOR__) + "." +
          std::to_string(__GNUC_PATCHLEVEL__);
 #endif
 }
 
-double visible_operations(const Mechanism& mechanism, const NamedTensors& in,
-                                         const Spec& options) {
+double visible_operations(const Mechanism& mechanism, const NamedTensors& in, const Spec& options) {
   const CascadeText& text = mechanism.cascades.at(0);
   const cascade::Program program = cascade::parse(text.text, text.name);
   const cascade::Ast& ast = program.ast();

@@ -10,8 +10,8 @@ namespace heed::cli {
 
 using Samples = std::vector<double>;  // milliseconds
 
-/// Runs the calls in turn, once for warming up and then at least five times and until `seconds` have
-/// gone by; the i-th samples of two calls are neighbours in time.
+/// Runs the calls in turn, once for warming up and then at least five times and until `seconds`
+/// have gone by; the i-th samples of two calls are neighbours in time.
 std::vector<Samples> time_calls(const std::vector<std::function<void()>>& calls, double seconds);
 
 /// Linear interpolation between the samples; NaN for none.
@@ -22,8 +22,7 @@ std::string compiler_name();
 
 /// 2 x the multiply-adds that the definition counts for this call; terms over the ranks of a mask
 /// only for the pairs that the mask keeps.
-double visible_operations(const Mechanism& mechanism, const NamedTensors& in,
-                                         const Spec& options);
+double visible_operations(const Mechanism& mechanism, const NamedTensors& in, const Spec& options);
 
 /// The shape of the first of these inputs that the case has; nullptr for none.
 const Dims* input_shape(const ExampleCase& example, std::initializer_list<const char*> names);

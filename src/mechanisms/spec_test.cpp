@@ -75,8 +75,8 @@ TEST(Spec, InfinityIsANumber) {
 }
 
 TEST(Spec, UnknownKeyNamesTheNearest) {
-  const std::string message = message_of(
-      [] { Spec::parse("flash:windw=3").require_known({"causal", "scale", "window"}); });
+  const std::string message =
+      message_of([] { Spec::parse("flash:windw=3").require_known({"causal", "scale", "window"}); });
   EXPECT_NE(message.find("flash: unknown option 'windw' (did you mean 'window'?)"),
             std::string::npos)
       << message;
