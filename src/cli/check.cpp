@@ -41,6 +41,7 @@ std::vector<const ExampleCase*> chosen_cases(const Mechanism& mechanism, const s
 std::vector<DType> chosen_dtypes(const std::vector<std::string>& names) {
   if (names.empty()) return {DType::f64, DType::f32, DType::bf16, DType::f16};
   std::vector<DType> dtypes;
+  dtypes.reserve(names.size());
   for (const std::string& name : names) dtypes.push_back(parse_dtype(name));
   return dtypes;
 }
@@ -48,6 +49,7 @@ std::vector<DType> chosen_dtypes(const std::vector<std::string>& names) {
 std::vector<Layout> chosen_layouts(const std::vector<std::string>& names) {
   if (names.empty()) return {std::begin(kLayouts), std::end(kLayouts)};
   std::vector<Layout> layouts;
+  layouts.reserve(names.size());
   for (const std::string& name : names) layouts.push_back(parse_layout(name));
   return layouts;
 }

@@ -87,7 +87,11 @@ std::string read_text(const char* option, const std::string& path) {
   std::FILE* file = standard ? stdin : opened.get();
   std::string text;
   char part[1 << 16];
-  for (size_t got = 0; (got = std::fread(part, 1, sizeof part, file)) > 0;) text.append(part, got);
+  size_t got = sizeof part;
+  while (got == sizeof part) {
+    got = std::fread(part, 1, sizeof part, file);
+    text.append(part, got);
+  }
   if (std::ferror(file) != 0) fail(errno);
   return text;
 }

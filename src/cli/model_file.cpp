@@ -51,7 +51,7 @@ std::vector<fs::path> environments() {
 std::optional<fs::path> in_environment(const fs::path& environment) {
   std::error_code error;
   for (const auto& entry : fs::directory_iterator(environment / "lib", error)) {
-    const fs::path file = entry.path() / "site-packages" / kSmolLmPackage / kSmolLmFile;
+    fs::path file = entry.path() / "site-packages" / kSmolLmPackage / kSmolLmFile;
     if (is_file(file)) return file;
   }
   return std::nullopt;

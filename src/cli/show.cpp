@@ -159,8 +159,8 @@ void check_sizes(const Mechanism& m, const std::string& text) {
   std::vector<std::string> known;
   for (const CascadeText& cascade : m.cascades) {
     const auto rows = cascade::count(cascade::parse(cascade.text, cascade.name));
-    const auto sizes = parse_sizes(text, rows);
-    for (const auto& [rank, size] : *sizes) known.push_back(rank);
+    const Sizes sizes = parse_sizes(text, rows).value_or(Sizes{});
+    for (const auto& [rank, size] : sizes) known.push_back(rank);
   }
   Spec::parse_options(text).require_known(known);
 }

@@ -120,7 +120,8 @@ void Spec::require_known(const std::vector<std::string>& known) const {
 std::string Spec::str() const {
   std::string options;
   for (const auto& [key, value] : values_) {
-    options += (options.empty() ? "" : ",") + key + "=" + value;
+    if (!options.empty()) options += ',';
+    options.append(key).append("=").append(value);
   }
   if (name_.empty() || options.empty()) return name_ + options;
   return name_ + ":" + options;
