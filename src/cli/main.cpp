@@ -5,8 +5,10 @@
 #include <cstdio>
 #include <exception>
 #include <new>
+#include <string_view>
 
 #include "cli/commands.h"
+#include "cli/wait_policy.h"
 #include "heed/error.h"
 #include "heed/version.h"
 #include "mechanisms/nearest.h"
@@ -105,6 +107,8 @@ int run_program(int argc, char** argv) {
 int main(int argc, char** argv) {
   // `heed list | head` ends quietly, also where the parent ignores the signal.
   std::signal(SIGPIPE, SIG_DFL);
+  const std::string_view command = argc > 1 ? argv[1] : "";
+  if (command == "run" || command == "eval") sleep_when_idle_on_shared_cores(argv);
   int code = kInternalError;
   try {
     code = run_program(argc, argv);

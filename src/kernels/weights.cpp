@@ -132,14 +132,15 @@ HWY_INLINE void softmax_row(const ShapedRow<T, kAlibi>& row, KeyRange range, T& 
   sum = sum * carry + hn::GetLane(hn::SumOfLanes(d, hn::Add(total[0], total[1])));
 }
 
-// 1 / (1 + 2^-t). Below t = -120 the weight is 2^t flushed towards 2^-120: far under any rounding.
+// 1 / (1 + 2^-t), and 0 where that is below 2^-125 (double: 2^-1000).
 template <class T, class V>
 HWY_INLINE V sigmoid(Full<T> d, V t) {
-  constexpr T kLowest = sizeof(T) == 8 ? -1000 : -120;
-  const auto low = hn::Lt(t, hn::Set(d, kLowest));
-  const V bounded = hn::IfThenElse(low, hn::Set(d, kLowest), t);
-  const V one = hn::Set(d, T{1});
-  return hn::Div(one, hn::Add(one, exp2(d, hn::Neg(bounded))));
+  constexpr T kLowest = sizeof(T) == 8 ? -1000 : -125;
+  const auto vanishing = hn::Lt(t, hn::Set(d, kLowest));
+  const auto bounded = hn::IfThenZeroElse(vanishing, t);
+  const auto one = hn::Set(d, T{1});
+  return hn::IfThenZeroElse(vanishing,
+                            hn::Div(one, hn::Add(one, exp2(d, hn::Neg(bounded)))));
 }
 
 template <class T, class Weights, bool kAlibi>

@@ -61,9 +61,10 @@ void fill_lengths(const ExampleCase& example, const std::string& input, uint64_t
   }
   for (int64_t b = 0; b < to_fill.size(0); ++b) {
     const uint64_t word = philox_word(seed, static_cast<uint64_t>(b));
-    // One entry in the batch stays empty, one full: both ends of the range.
-    const int64_t value = b == 1   ? 0
-                          : b == 2 ? keys
+    // A lone entry is full; of several, one stays empty and one full: both ends of the range.
+    const bool full = b == 2 || to_fill.size(0) == 1;
+    const int64_t value = b == 1 ? 0
+                          : full ? keys
                                    : static_cast<int64_t>(word % static_cast<uint64_t>(keys + 1));
     if (to_fill.dtype() == DType::i32) {
       *reinterpret_cast<int32_t*>(to_fill.at({b})) = static_cast<int32_t>(value);

@@ -49,25 +49,28 @@ void check_equal(const char* op, const Tensor& a, const char* a_name, int a_axis
 }  // namespace
 
 void check_operands(const char* op, const Tensor& q, const Tensor& k, const Tensor& v,
-                    const Tensor& out, const Tensor& lse) {
+                    const Tensor& out, const Tensor& lse, OperandNames names) {
   check_operand(op, "q", q, q.dtype());
-  check_operand(op, "k", k, q.dtype());
-  check_operand(op, "v", v, q.dtype());
+  check_operand(op, names.k, k, q.dtype());
+  check_operand(op, names.v, v, q.dtype());
   check_operand(op, "out", out, q.dtype());
-  check_equal(op, q, "q", 0, k, "k", 0, "batch size");
-  check_equal(op, q, "q", 3, k, "k", 3, "head dim");
-  check_equal(op, k, "k", 0, v, "v", 0, "batch size");
-  check_equal(op, k, "k", 1, v, "v", 1, "number of heads");
-  check_equal(op, k, "k", 2, v, "v", 2, "number of keys");
+  check_equal(op, q, "q", 0, k, names.k, 0, "batch size");
+  check_equal(op, q, "q", 3, k, names.k, 3, "head dim");
+  check_equal(op, k, names.k, 0, v, names.v, 0, "batch size");
+  check_equal(op, k, names.k, 1, v, names.v, 1, "number of heads");
+  check_equal(op, k, names.k, 2, v, names.v, 2, "number of keys");
   for (int axis = 0; axis < 3; ++axis) {
     constexpr const char* kNames[] = {"batch size", "number of heads", "number of queries"};
     check_equal(op, q, "q", axis, out, "out", axis, kNames[axis]);
   }
-  check_equal(op, v, "v", 3, out, "out", 3, "head dim");
+  check_equal(op, v, names.v, 3, out, "out", 3, "head dim");
   const int64_t heads = q.size(1), kv_heads = k.size(1);
   if (kv_heads == 0 ? heads != 0 : heads % kv_heads != 0) {
-    fail(op, "q has " + std::to_string(heads) + " heads, k and v have " + std::to_string(kv_heads),
-         "the heads of q must be a multiple of those of k and v");
+    fail(op,
+         "q has " + std::to_string(heads) + " heads, " + names.k + " and " + names.v + " have " +
+             std::to_string(kv_heads),
+         std::string("the heads of q must be a multiple of those of ") + names.k + " and " +
+             names.v);
   }
   if (!lse.defined()) return;
   if (!(lse.shape() == Dims({q.size(0), heads, q.size(2)})) ||

@@ -33,9 +33,14 @@ struct Problem {
 
 void forward(const Problem& problem, const RunOptions& run);
 
-/// Throws Error unless q, k, v, out and lse fit together; `policy` decides whether lse may be given.
+/// What a caller calls the keys and values.
+struct OperandNames {
+  const char* k = "k";
+  const char* v = "v";
+};
+/// Throws Error unless q, k, v, out and (if defined) lse fit together.
 void check_operands(const char* op, const Tensor& q, const Tensor& k, const Tensor& v,
-                    const Tensor& out, const Tensor& lse);
+                    const Tensor& out, const Tensor& lse, OperandNames names = {});
 /// scale, or 1/sqrt(D). Throws Error if it is not finite.
 double resolve_scale(const char* op, const std::optional<double>& scale, int64_t head_dim);
 /// Type of statistics and states beside tensors of `dtype`.

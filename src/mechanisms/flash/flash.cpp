@@ -117,7 +117,7 @@ void decode_attention(const Tensor& q, const Tensor& k_cache, const Tensor& v_ca
                       const Tensor& lengths, const Tensor& out, const Tensor& lse,
                       const DecodeOptions& options, const RunOptions& run) {
   constexpr const char* kOp = "decode_attention";
-  tiled::check_operands(kOp, q, k_cache, v_cache, out, lse);
+  tiled::check_operands(kOp, q, k_cache, v_cache, out, lse, {"k_cache", "v_cache"});
   if (q.size(2) > kMaxDecodeQueries) {
     throw Error(std::string(kOp) + ": " + describe("q", q) + " has " + std::to_string(q.size(2)) +
                 " queries; at most " + std::to_string(kMaxDecodeQueries) +
