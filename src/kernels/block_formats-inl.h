@@ -34,8 +34,8 @@ constexpr int64_t kScaledBlocks = 32;
 
 HWY_INLINE float load_f16(const uint8_t* p) {
   const hn::CappedTag<float, 1> one;
-  const auto half =
-      hn::LoadU(hn::Rebind<hwy::float16_t, decltype(one)>(), reinterpret_cast<const hwy::float16_t*>(p));
+  const auto half = hn::LoadU(hn::Rebind<hwy::float16_t, decltype(one)>(),
+                              reinterpret_cast<const hwy::float16_t*>(p));
   return hn::GetLane(hn::PromoteTo(one, half));
 }
 
@@ -264,12 +264,12 @@ struct Q5_K {
     const GroupScales groups(block + 4, scales[0], scales[1]);
     for (int j = 0; j < 4; ++j) {
       const V s0 = hn::Set(D(), groups.scale[2 * j]), o0 = hn::Set(D(), groups.offset[2 * j]);
-      const V s1 = hn::Set(D(), groups.scale[2 * j + 1]), o1 = hn::Set(D(), groups.offset[2 * j + 1]);
+      const V s1 = hn::Set(D(), groups.scale[2 * j + 1]),
+              o1 = hn::Set(D(), groups.offset[2 * j + 1]);
       const VI bit0 = hn::Set(DI(), 1 << (2 * j)), bit1 = hn::Set(DI(), 2 << (2 * j));
       const auto widen = [](VI nibble, VI fifth, VI bit) HWY_ATTR {
         const auto is_set = hn::RebindMask(D(), hn::TestBit(fifth, bit));
-        return hn::Add(hn::ConvertTo(D(), nibble),
-                       hn::IfThenElseZero(is_set, hn::Set(D(), 16.0f)));
+        return hn::Add(hn::ConvertTo(D(), nibble), hn::IfThenElseZero(is_set, hn::Set(D(), 16.0f)));
       };
 #pragma GCC unroll 8
       for (int i = 0; i < 32; i += kLanes) {

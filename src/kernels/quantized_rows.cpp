@@ -8,12 +8,11 @@
 #include "base/parallel.h"
 #include "heed/error.h"
 #include "heed/tensor.h"
-
 #include "kernels/simd.h"
 #undef HWY_TARGET_INCLUDE
 #define HWY_TARGET_INCLUDE "kernels/quantized_rows.cpp"
-#include <hwy/foreach_target.h>
 #include <hwy/cache_control.h>
+#include <hwy/foreach_target.h>
 #include <hwy/highway.h>
 
 #include "kernels/block_formats-inl.h"
@@ -50,8 +49,8 @@ constexpr int64_t kPrefetchBytes = 4096;
 
 // R weight rows at once, so that R independent chains of multiply-adds are under way.
 template <class Format, int M, int R>
-HWY_INLINE void row_group(const uint8_t* weights, int64_t row_bytes, int64_t columns, const float* x,
-                          int64_t x_stride, float* y, int64_t y_stride) {
+HWY_INLINE void row_group(const uint8_t* weights, int64_t row_bytes, int64_t columns,
+                          const float* x, int64_t x_stride, float* y, int64_t y_stride) {
   Sums<M> sums[R];
 #pragma GCC unroll 4
   for (int r = 0; r < R; ++r) {
@@ -65,7 +64,8 @@ HWY_INLINE void row_group(const uint8_t* weights, int64_t row_bytes, int64_t col
     const int64_t some = HWY_MIN(kStep, blocks - first);
     if constexpr (Format::kPairs) {
       for (int r = 0; r < R; ++r) {
-        load_pairs(weights + r * row_bytes + first * Format::kBytes, Format::kBytes, some, scales[r]);
+        load_pairs(weights + r * row_bytes + first * Format::kBytes, Format::kBytes, some,
+                   scales[r]);
       }
     }
     for (int64_t b = first; b < first + some; ++b) {
@@ -115,10 +115,12 @@ void row_loop(const uint8_t* weights, int64_t row_bytes, int64_t columns, const 
               int64_t x_stride, float* y, int64_t y_stride, int64_t rows) {
   int64_t n = 0;
   for (; n + R <= rows; n += R) {
-    row_group<Format, M, R>(weights + n * row_bytes, row_bytes, columns, x, x_stride, y + n, y_stride);
+    row_group<Format, M, R>(weights + n * row_bytes, row_bytes, columns, x, x_stride, y + n,
+                            y_stride);
   }
   for (; n < rows; ++n) {
-    row_group<Format, M, 1>(weights + n * row_bytes, row_bytes, columns, x, x_stride, y + n, y_stride);
+    row_group<Format, M, 1>(weights + n * row_bytes, row_bytes, columns, x, x_stride, y + n,
+                            y_stride);
   }
 }
 
@@ -128,7 +130,8 @@ void rows_of(const uint8_t* weights, int64_t row_bytes, int64_t columns, const f
   int64_t m = 0;
   auto call = [&](auto loop, int64_t step) {
     for (; m + step <= count; m += step) {
-      loop(weights, row_bytes, columns, x + m * x_stride, x_stride, y + m * y_stride, y_stride, rows);
+      loop(weights, row_bytes, columns, x + m * x_stride, x_stride, y + m * y_stride, y_stride,
+           rows);
     }
   };
   constexpr int kRowsAtOnce = Format::kWeights > 32 ? 2 : 4;
@@ -170,8 +173,8 @@ constexpr std::array<FormatInfo, kBlockFormats> kFormats{{{"F32", 1, 4},
 
 const FormatInfo& info(BlockFormat format) { return kFormats[static_cast<size_t>(format)]; }
 
-using RowKernels = std::array<void (*)(const uint8_t*, int64_t, int64_t, const float*, int64_t, int64_t,
-                                       float*, int64_t, int64_t),
+using RowKernels = std::array<void (*)(const uint8_t*, int64_t, int64_t, const float*, int64_t,
+                                       int64_t, float*, int64_t, int64_t),
                               kBlockFormats>;
 
 const RowKernels& row_kernels_for(Isa isa) {
@@ -203,9 +206,9 @@ void check(std::span<const RowProduct> products, int64_t x_stride, int64_t count
            std::to_string(products[0].weights.columns) + ", one number is needed");
     }
     if (count > 1 && (x_stride < w.columns || p.y_stride < w.rows)) {
-      fail("x_stride is " + std::to_string(x_stride) + " and y_stride " + std::to_string(p.y_stride) +
-           ", at least " + std::to_string(w.columns) + " and " + std::to_string(w.rows) +
-           " are needed");
+      fail("x_stride is " + std::to_string(x_stride) + " and y_stride " +
+           std::to_string(p.y_stride) + ", at least " + std::to_string(w.columns) + " and " +
+           std::to_string(w.rows) + " are needed");
     }
   }
 }
@@ -245,8 +248,8 @@ void quantized_rows(std::span<const RowProduct> products, const float* x, int64_
       }
       int64_t begin = item * step, rows = std::min(step, w.rows - begin);
       kernels[static_cast<size_t>(w.format)](
-          reinterpret_cast<const uint8_t*>(w.data) + begin * w.row_bytes(), w.row_bytes(), w.columns, x,
-          x_stride, count, p.y + begin, p.y_stride, rows);
+          reinterpret_cast<const uint8_t*>(w.data) + begin * w.row_bytes(), w.row_bytes(),
+          w.columns, x, x_stride, count, p.y + begin, p.y_stride, rows);
       return;
     }
   });

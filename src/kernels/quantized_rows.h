@@ -16,9 +16,17 @@ namespace heed {
 /// How the weights of a row are stored; rows follow each other without gaps.
 /// Source: https://github.com/ggml-org/ggml/blob/master/docs/gguf.md
 enum class BlockFormat : uint8_t {
-  f32, f16, bf16,              // plain values, little-endian
-  q8_0, q4_0, q4_1, q5_0, q5_1,  // blocks of 32 weights with a float16 scale (and minimum)
-  q4_k, q5_k, q6_k,            // blocks of 256 weights with 8 or 16 groups of their own scale
+  f32,
+  f16,
+  bf16,  // plain values, little-endian
+  q8_0,
+  q4_0,
+  q4_1,
+  q5_0,
+  q5_1,  // blocks of 32 weights with a float16 scale (and minimum)
+  q4_k,
+  q5_k,
+  q6_k,  // blocks of 256 weights with 8 or 16 groups of their own scale
 };
 inline constexpr int kBlockFormats = 11;
 

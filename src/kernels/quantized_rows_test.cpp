@@ -22,10 +22,10 @@ struct Format {
 };
 
 const std::vector<Format> kFormats{
-    {BlockFormat::f32, GgmlType::kF32, {}},      {BlockFormat::f16, GgmlType::kF16, {0}},
-    {BlockFormat::bf16, GgmlType::kBF16, {}},    {BlockFormat::q8_0, GgmlType::kQ8_0, {0}},
-    {BlockFormat::q4_0, GgmlType::kQ4_0, {0}},   {BlockFormat::q4_1, GgmlType::kQ4_1, {0, 2}},
-    {BlockFormat::q5_0, GgmlType::kQ5_0, {0}},   {BlockFormat::q5_1, GgmlType::kQ5_1, {0, 2}},
+    {BlockFormat::f32, GgmlType::kF32, {}},       {BlockFormat::f16, GgmlType::kF16, {0}},
+    {BlockFormat::bf16, GgmlType::kBF16, {}},     {BlockFormat::q8_0, GgmlType::kQ8_0, {0}},
+    {BlockFormat::q4_0, GgmlType::kQ4_0, {0}},    {BlockFormat::q4_1, GgmlType::kQ4_1, {0, 2}},
+    {BlockFormat::q5_0, GgmlType::kQ5_0, {0}},    {BlockFormat::q5_1, GgmlType::kQ5_1, {0, 2}},
     {BlockFormat::q4_k, GgmlType::kQ4_K, {0, 2}}, {BlockFormat::q5_k, GgmlType::kQ5_K, {0, 2}},
     {BlockFormat::q6_k, GgmlType::kQ6_K, {208}}};
 
@@ -94,9 +94,9 @@ TEST(QuantizedRows, EqualsDequantizedProductsOnEveryInstructionSet) {
   for (Isa isa : available_isas()) {
     for (const Format& format : kFormats) {
       const int64_t block = weights_per_block(format.format);
-      const std::vector<int64_t> widths =
-          block > 1 ? std::vector<int64_t>{block, 3 * block, 37 * block}
-                    : std::vector<int64_t>{1, 5, 31, 32, 33, 172, 576};
+      const std::vector<int64_t> widths = block > 1
+                                              ? std::vector<int64_t>{block, 3 * block, 37 * block}
+                                              : std::vector<int64_t>{1, 5, 31, 32, 33, 172, 576};
       for (int64_t columns : widths) {
         for (int64_t rows : {1, 3, 4, 7, 33}) {
           const Matrix w(format, rows, columns, static_cast<uint32_t>(rows * 1000 + columns));

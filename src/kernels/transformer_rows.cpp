@@ -16,7 +16,8 @@ namespace heed {
 namespace {
 // One instruction set's functions; the last two arguments of the first five are a range of rows.
 struct TransformerKernels {
-  void (*rms_norm)(const Tensor& x, const float* weight, float eps, const Tensor& out, int64_t, int64_t);
+  void (*rms_norm)(const Tensor& x, const float* weight, float eps, const Tensor& out, int64_t,
+                   int64_t);
   void (*swiglu)(const Tensor& gate_up, const Tensor& out, int64_t, int64_t);
   void (*rotate)(const Tensor& x, const Rotation& rotation, int64_t, int64_t);
   void (*convert)(const Tensor& from, const Tensor& to, int64_t, int64_t);
@@ -30,9 +31,9 @@ struct TransformerKernels {
 #include "kernels/simd.h"
 #undef HWY_TARGET_INCLUDE
 #define HWY_TARGET_INCLUDE "kernels/transformer_rows.cpp"
+#include <hwy/contrib/math/math-inl.h>
 #include <hwy/foreach_target.h>
 #include <hwy/highway.h>
-#include <hwy/contrib/math/math-inl.h>
 
 HWY_BEFORE_NAMESPACE();
 namespace heed::HWY_NAMESPACE {
@@ -183,7 +184,8 @@ void rotate_row(T* x, int64_t columns, const Rotation& r, int64_t row) {
 
 template <class From, class To>
 void convert_row(const From* from, To* to, int64_t columns) {
-  for (int64_t c = 0; c < columns; c += kLanes) store(load(from + c, columns - c), to + c, columns - c);
+  for (int64_t c = 0; c < columns; c += kLanes)
+    store(load(from + c, columns - c), to + c, columns - c);
 }
 
 template <class From, class To>
@@ -225,8 +227,8 @@ T* row_of(const Tensor& x, int64_t row) {
   return x.as<T>() + row * x.stride(0);
 }
 
-void rms_norm_rows(const Tensor& x, const float* weight, float eps, const Tensor& out, int64_t begin,
-                   int64_t end) {
+void rms_norm_rows(const Tensor& x, const float* weight, float eps, const Tensor& out,
+                   int64_t begin, int64_t end) {
   for_types(x.dtype(), out.dtype(), [&](auto a, auto b) {
     for (int64_t m = begin; m < end; ++m) {
       rms_norm_row(row_of<decltype(a)>(x, m), weight, eps, row_of<decltype(b)>(out, m), x.size(1));
@@ -301,15 +303,16 @@ const TransformerKernels& kernels_for(const RunOptions& run) {
 void check_matrix(const char* op, const char* name, const Tensor& x) {
   if (x.rank() != 2 || (x.dtype() != DType::f32 && x.dtype() != DType::bf16) ||
       (x.size(1) > 1 && x.stride(1) != 1)) {
-    fail(op, describe(name, x) +
-                 " is given, a float32 or bfloat16 matrix with unit stride in its columns is needed");
+    fail(op,
+         describe(name, x) +
+             " is given, a float32 or bfloat16 matrix with unit stride in its columns is needed");
   }
 }
 
 void check_shape(const char* op, const char* name, const Tensor& x, const Dims& needed) {
   check_matrix(op, name, x);
-  if (!(x.shape() == needed)) fail(op, describe(name, x) + " is given, " + to_string(needed) +
-                                           " is needed");
+  if (!(x.shape() == needed))
+    fail(op, describe(name, x) + " is given, " + to_string(needed) + " is needed");
 }
 
 void check_vector(const char* op, const char* name, const Tensor& x, int64_t needed) {
@@ -349,9 +352,8 @@ void swiglu(const Tensor& gate_up, const Tensor& out, const RunOptions& run) {
     fail("swiglu", describe("gate_up", gate_up) + " and " + describe("out", out) +
                        " are given, one type is needed");
   }
-  for_rows(out, run, [&](int64_t begin, int64_t end) {
-    kernels_for(run).swiglu(gate_up, out, begin, end);
-  });
+  for_rows(out, run,
+           [&](int64_t begin, int64_t end) { kernels_for(run).swiglu(gate_up, out, begin, end); });
 }
 
 void rotate(const Tensor& x, const Rotation& rotation, const RunOptions& run) {
@@ -359,23 +361,20 @@ void rotate(const Tensor& x, const Rotation& rotation, const RunOptions& run) {
   const Rotation& r = rotation;
   if (r.head_dim < 1 || x.size(1) % r.head_dim != 0 || r.pairs < 0 || 2 * r.pairs > r.head_dim ||
       r.table_stride < rotation_stride(r.pairs)) {
-    fail("rotate", describe("x", x) + " with head_dim " + std::to_string(r.head_dim) + ", pairs " +
-                       std::to_string(r.pairs) + " and table_stride " +
-                       std::to_string(r.table_stride) +
-                       " is given; heads must fill the columns, pairs a head at most, and the stride "
-                       "must be rotation_stride(pairs) or more");
+    fail("rotate",
+         describe("x", x) + " with head_dim " + std::to_string(r.head_dim) + ", pairs " +
+             std::to_string(r.pairs) + " and table_stride " + std::to_string(r.table_stride) +
+             " is given; heads must fill the columns, pairs a head at most, and the stride "
+             "must be rotation_stride(pairs) or more");
   }
-  for_rows(x, run, [&](int64_t begin, int64_t end) {
-    kernels_for(run).rotate(x, r, begin, end);
-  });
+  for_rows(x, run, [&](int64_t begin, int64_t end) { kernels_for(run).rotate(x, r, begin, end); });
 }
 
 void convert_rows(const Tensor& from, const Tensor& to, const RunOptions& run) {
   check_matrix("convert_rows", "from", from);
   check_shape("convert_rows", "to", to, from.shape());
-  for_rows(to, run, [&](int64_t begin, int64_t end) {
-    kernels_for(run).convert(from, to, begin, end);
-  });
+  for_rows(to, run,
+           [&](int64_t begin, int64_t end) { kernels_for(run).convert(from, to, begin, end); });
 }
 
 void add_rows(const Tensor& from, const Tensor& to, const RunOptions& run) {
@@ -389,9 +388,8 @@ void add_rows(const Tensor& from, const Tensor& to, const RunOptions& run) {
 void add_bias(const Tensor& bias, const Tensor& x, const RunOptions& run) {
   check_matrix("add_bias", "x", x);
   check_vector("add_bias", "bias", bias, x.size(1));
-  for_rows(x, run, [&](int64_t begin, int64_t end) {
-    kernels_for(run).add(bias, 0, x, begin, end);
-  });
+  for_rows(x, run,
+           [&](int64_t begin, int64_t end) { kernels_for(run).add(bias, 0, x, begin, end); });
 }
 
 double log_sum_exp(const float* x, int64_t n, const RunOptions& run) {

@@ -24,11 +24,11 @@ void swiglu(const Tensor& gate_up, const Tensor& out, const RunOptions& run = {}
 /// become (a cos - b sin, a sin + b cos); columns from 2 * pairs on stay.
 struct Rotation {
   int64_t head_dim = 0;
-  int64_t pairs = 0;          // at most head_dim / 2
-  bool interleaved = false;   // pair i is columns (2i, 2i+1), else (i, i + pairs)
+  int64_t pairs = 0;           // at most head_dim / 2
+  bool interleaved = false;    // pair i is columns (2i, 2i+1), else (i, i + pairs)
   const float* cos = nullptr;  // [M, table_stride], pairs used of each row
   const float* sin = nullptr;
-  int64_t table_stride = 0;   // at least rotation_stride(pairs); the rest of a row may be anything
+  int64_t table_stride = 0;  // at least rotation_stride(pairs); the rest of a row may be anything
 };
 constexpr int64_t rotation_stride(int64_t pairs) { return (pairs + 15) / 16 * 16; }
 

@@ -67,7 +67,8 @@ void expect_values(const Matrix& m, const std::function<double(int64_t, int64_t)
   }
 }
 
-using Case = std::function<void(Isa isa, DType type, int64_t rows, int64_t columns, std::string what)>;
+using Case =
+    std::function<void(Isa isa, DType type, int64_t rows, int64_t columns, std::string what)>;
 
 void for_cases(const Case& body) {
   for (Isa isa : available_isas()) {
@@ -93,12 +94,17 @@ TEST(TransformerRows, RmsNorm) {
       const float eps = 1e-5f;
       rms_norm(x.view(), Tensor(weight.data(), DType::f32, {columns}), eps, out.view(),
                {.threads = 2, .isa = isa});
-      expect_values(out, [&](int64_t i, int64_t j) {
-        double sum = 0;
-        for (int64_t c = 0; c < columns; ++c) sum += std::pow(static_cast<double>(x.get(i, c)), 2);
-        return static_cast<double>(x.get(i, j)) * static_cast<double>(weight[static_cast<size_t>(j)]) /
-               std::sqrt(sum / static_cast<double>(columns) + static_cast<double>(eps));
-      }, what);
+      expect_values(
+          out,
+          [&](int64_t i, int64_t j) {
+            double sum = 0;
+            for (int64_t c = 0; c < columns; ++c)
+              sum += std::pow(static_cast<double>(x.get(i, c)), 2);
+            return static_cast<double>(x.get(i, j)) *
+                   static_cast<double>(weight[static_cast<size_t>(j)]) /
+                   std::sqrt(sum / static_cast<double>(columns) + static_cast<double>(eps));
+          },
+          what);
     }
   });
 }
@@ -108,10 +114,13 @@ TEST(TransformerRows, Swiglu) {
     Matrix in = Matrix::random(type, rows, 2 * columns, 2, 20.0f), out(type, rows, columns);
     in.set(0, 0, -3000.0f);
     swiglu(in.view(), out.view(), {.threads = 2, .isa = isa});
-    expect_values(out, [&](int64_t i, int64_t j) {
-      const double g = static_cast<double>(in.get(i, j));
-      return g / (1 + std::exp(-g)) * static_cast<double>(in.get(i, columns + j));
-    }, what);
+    expect_values(
+        out,
+        [&](int64_t i, int64_t j) {
+          const double g = static_cast<double>(in.get(i, j));
+          return g / (1 + std::exp(-g)) * static_cast<double>(in.get(i, columns + j));
+        },
+        what);
     in.set(0, 0, kNan);
     swiglu(in.view(), out.view(), {.isa = isa});
     ASSERT_TRUE(std::isnan(out.get(0, 0))) << what;
@@ -131,17 +140,20 @@ TEST(TransformerRows, RotateBothPairings) {
       }
       rotate(x.view(), {head, pairs, interleaved, cos.data(), sin.data(), stride},
              {.threads = 2, .isa = isa});
-      expect_values(x, [&](int64_t i, int64_t j) {
-        const int64_t start = j / head * head, column = j % head;
-        if (column >= 2 * pairs) return static_cast<double>(before.get(i, j));
-        const int64_t pair = interleaved ? column / 2 : column % pairs;
-        const bool second = interleaved ? column % 2 == 1 : column >= pairs;
-        const double a = before.get(i, start + (interleaved ? 2 * pair : pair));
-        const double b = before.get(i, start + (interleaved ? 2 * pair + 1 : pair + pairs));
-        const double c = cos[static_cast<size_t>(i * stride + pair)];
-        const double s = sin[static_cast<size_t>(i * stride + pair)];
-        return second ? a * s + b * c : a * c - b * s;
-      }, what + (interleaved ? " interleaved" : " halves"), 1.0);
+      expect_values(
+          x,
+          [&](int64_t i, int64_t j) {
+            const int64_t start = j / head * head, column = j % head;
+            if (column >= 2 * pairs) return static_cast<double>(before.get(i, j));
+            const int64_t pair = interleaved ? column / 2 : column % pairs;
+            const bool second = interleaved ? column % 2 == 1 : column >= pairs;
+            const double a = before.get(i, start + (interleaved ? 2 * pair : pair));
+            const double b = before.get(i, start + (interleaved ? 2 * pair + 1 : pair + pairs));
+            const double c = cos[static_cast<size_t>(i * stride + pair)];
+            const double s = sin[static_cast<size_t>(i * stride + pair)];
+            return second ? a * s + b * c : a * c - b * s;
+          },
+          what + (interleaved ? " interleaved" : " halves"), 1.0);
     }
   });
 }
@@ -162,18 +174,23 @@ TEST(TransformerRows, ConvertAndAdd) {
           ASSERT_TRUE(std::isnan(needed) ? std::isnan(found) : found == needed) << what;
         }
       }
-      Matrix c = Matrix::random(from, rows, columns, 5), sum = Matrix::random(type, rows, columns, 6);
+      Matrix c = Matrix::random(from, rows, columns, 5),
+             sum = Matrix::random(type, rows, columns, 6);
       const Matrix before = sum;
       add_rows(c.view(), sum.view(), run);
-      expect_values(sum, [&](int64_t i, int64_t j) {
-        return static_cast<double>(before.get(i, j)) + static_cast<double>(c.get(i, j));
-      }, what + " add_rows");
+      expect_values(
+          sum,
+          [&](int64_t i, int64_t j) {
+            return static_cast<double>(before.get(i, j)) + static_cast<double>(c.get(i, j));
+          },
+          what + " add_rows");
       std::vector<float> bias(static_cast<size_t>(columns), 0.75f);
       Matrix biased = before;
       add_bias(Tensor(bias.data(), DType::f32, {columns}), biased.view(), run);
-      expect_values(biased, [&](int64_t i, int64_t j) {
-        return static_cast<double>(before.get(i, j)) + 0.75;
-      }, what + " add_bias");
+      expect_values(
+          biased,
+          [&](int64_t i, int64_t j) { return static_cast<double>(before.get(i, j)) + 0.75; },
+          what + " add_bias");
     }
   });
 }
@@ -186,7 +203,8 @@ TEST(TransformerRows, LogSumExp) {
       double largest = -1e300, sum = 0;
       for (int64_t j = 0; j < n; ++j) largest = std::max(largest, static_cast<double>(x.get(0, j)));
       for (int64_t j = 0; j < n; ++j) sum += std::exp(static_cast<double>(x.get(0, j)) - largest);
-      EXPECT_NEAR(log_sum_exp(x.wide.data(), n, run), largest + std::log(sum), 1e-6 * std::abs(largest));
+      EXPECT_NEAR(log_sum_exp(x.wide.data(), n, run), largest + std::log(sum),
+                  1e-6 * std::abs(largest));
       x.set(0, n - 1, kNan);
       EXPECT_TRUE(std::isnan(log_sum_exp(x.wide.data(), n, run)));
     }
@@ -200,7 +218,8 @@ TEST(TransformerRows, RefusesWhatDoesNotFit) {
   const Tensor w(weight.data(), DType::f32, {6}), short_w(weight.data(), DType::f32, {5});
   EXPECT_THROW(rms_norm(x.view(), short_w, 1e-5f, x.view()), Error);
   EXPECT_THROW(rms_norm(x.view(), w, 1e-5f, small.view()), Error);
-  EXPECT_THROW(rms_norm(Tensor(x.wide.data(), DType::f32, {2, 6}, {1, 2}), w, 1e-5f, x.view()), Error);
+  EXPECT_THROW(rms_norm(Tensor(x.wide.data(), DType::f32, {2, 6}, {1, 2}), w, 1e-5f, x.view()),
+               Error);
   EXPECT_THROW(rms_norm(Tensor(x.wide.data(), DType::f16, {2, 6}), w, 1e-5f, x.view()), Error);
   EXPECT_THROW(swiglu(x.view(), small.view()), Error);
   EXPECT_THROW(convert_rows(x.view(), small.view()), Error);

@@ -30,8 +30,8 @@ Perplexity perplexity(Model& model, std::span<const int32_t> tokens,
   }
   const int64_t context =
       in_range("context", options.context.value_or(model.context()), 2, model.context());
-  const int64_t stride = in_range("stride", options.stride.value_or(std::max<int64_t>(1, context / 2)),
-                                  1, context - 1);
+  const int64_t stride = in_range(
+      "stride", options.stride.value_or(std::max<int64_t>(1, context / 2)), 1, context - 1);
   Perplexity result;
   double sum = 0;
   const double attention_before = model.attention_seconds(), total_before = model.total_seconds();
@@ -42,7 +42,8 @@ Perplexity perplexity(Model& model, std::span<const int32_t> tokens,
     model.truncate(0);
     // Token `scored + 1` is the next to score; the row before it gives its logits.
     const int64_t first = result.scored - begin;
-    const auto window = tokens.subspan(static_cast<size_t>(begin), static_cast<size_t>(end - begin - 1));
+    const auto window =
+        tokens.subspan(static_cast<size_t>(begin), static_cast<size_t>(end - begin - 1));
     model.append(window, first, [&](int64_t i, std::span<const float> logits) {
       const int32_t next = tokens[static_cast<size_t>(begin + i + 1)];
       sum += log_sum_exp(logits.data(), static_cast<int64_t>(logits.size())) -

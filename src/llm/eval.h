@@ -17,9 +17,9 @@ struct PerplexityOptions {
 };
 
 struct Perplexity {
-  int64_t scored = 0;       // tokens: all but the first, which nothing precedes
-  double mean_nll = 0;      // natural logarithm, per scored token
-  double perplexity = 0;    // exp(mean_nll)
+  int64_t scored = 0;     // tokens: all but the first, which nothing precedes
+  double mean_nll = 0;    // natural logarithm, per scored token
+  double perplexity = 0;  // exp(mean_nll)
   double attention_seconds = 0;
   double total_seconds = 0;
 };

@@ -14,7 +14,8 @@ namespace {
 std::vector<int32_t> text_tokens(const GgufFile& file) {
   return Tokenizer(file).encode(
       "Once upon a time, there was a little boy named Tim. Tim liked to run and jump. One day, Tim "
-      "found a red box in the park. He opened the box and saw a big toy car inside. Tim was happy.");
+      "found a red box in the park. He opened the box and saw a big toy car inside. Tim was "
+      "happy.");
 }
 
 // -log softmax(logits)[next], in float64.
@@ -33,25 +34,28 @@ TEST(Perplexity, EqualsTheDefinitionForEveryWindow) {
   for (auto [context, stride] : std::vector<std::pair<int64_t, int64_t>>{
            {count, 10}, {count + 9, 10}, {32, 8}, {32, 31}, {17, 16}, {20, 1}, {2, 1}}) {
     double sum = 0;
-    for (int64_t t = 1; t < count; ++t) {  // the first window begin, begin + stride, ... that holds t
+    for (int64_t t = 1; t < count;
+         ++t) {  // the first window begin, begin + stride, ... that holds t
       int64_t begin = 0;
       while (begin + context <= t) begin += stride;
       model.truncate(0);
-      const auto rows =
-          all_logits(model, std::span(tokens).subspan(static_cast<size_t>(begin),
-                                                      static_cast<size_t>(t - begin)));
+      const auto rows = all_logits(
+          model,
+          std::span(tokens).subspan(static_cast<size_t>(begin), static_cast<size_t>(t - begin)));
       sum += negative_log_likelihood(rows.back(), tokens[static_cast<size_t>(t)]);
     }
     int64_t last = 0;
-    const Perplexity found = perplexity(model, tokens, {context, stride, [&](int64_t n, int64_t total) {
-      EXPECT_GT(n, last);
-      EXPECT_EQ(total, count - 1);
-      last = n;
-      return true;
-    }});
+    const Perplexity found =
+        perplexity(model, tokens, {context, stride, [&](int64_t n, int64_t total) {
+                                     EXPECT_GT(n, last);
+                                     EXPECT_EQ(total, count - 1);
+                                     last = n;
+                                     return true;
+                                   }});
     EXPECT_EQ(last, count - 1);
     EXPECT_EQ(found.scored, count - 1);
-    EXPECT_NEAR(found.mean_nll, sum / static_cast<double>(count - 1), 1e-4) << context << " " << stride;
+    EXPECT_NEAR(found.mean_nll, sum / static_cast<double>(count - 1), 1e-4)
+        << context << " " << stride;
     EXPECT_NEAR(found.perplexity, std::exp(found.mean_nll), 1e-9);
     EXPECT_GT(found.attention_seconds, 0);
     EXPECT_GT(found.total_seconds, found.attention_seconds);
@@ -62,7 +66,8 @@ TEST(Perplexity, StopsWhenAsked) {
   const GgufFile file = stories_file();
   Model model(file, plain_options());
   const std::vector<int32_t> tokens = text_tokens(file);
-  const Perplexity part = perplexity(model, tokens, {20, 10, [](int64_t n, int64_t) { return n < 25; }});
+  const Perplexity part =
+      perplexity(model, tokens, {20, 10, [](int64_t n, int64_t) { return n < 25; }});
   EXPECT_EQ(part.scored, 29);
   EXPECT_TRUE(std::isfinite(part.perplexity));
 }

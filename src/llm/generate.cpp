@@ -40,9 +40,11 @@ bool Generator::read_prompt(std::span<const int32_t> prompt, const GenerateOptio
                             GenerateResult& result) {
   // Someone else may have used the model in between: then only an empty cache is known.
   if (static_cast<int64_t>(cached_.size()) != model_.length()) cached_.clear();
-  const size_t most = std::min(prompt.size() - 1, cached_.size());  // the last token gives the logits
+  const size_t most =
+      std::min(prompt.size() - 1, cached_.size());  // the last token gives the logits
   const size_t common = static_cast<size_t>(
-      std::mismatch(prompt.begin(), prompt.begin() + static_cast<int64_t>(most), cached_.begin()).first -
+      std::mismatch(prompt.begin(), prompt.begin() + static_cast<int64_t>(most), cached_.begin())
+          .first -
       prompt.begin());
   model_.truncate(static_cast<int64_t>(common));
   cached_.resize(common);
@@ -86,7 +88,8 @@ void Generator::write_answer(const GenerateOptions& options, Sampler& sampler,
   }
 }
 
-GenerateResult Generator::generate(std::span<const int32_t> prompt, const GenerateOptions& options) {
+GenerateResult Generator::generate(std::span<const int32_t> prompt,
+                                   const GenerateOptions& options) {
   if (prompt.empty()) throw Error("prompt: it has no tokens, at least one is needed");
   if (static_cast<int64_t>(prompt.size()) > model_.context()) {
     throw Error("prompt: it has " + std::to_string(prompt.size()) + " tokens, the context holds " +

@@ -14,13 +14,13 @@ class Model;
 enum class StopReason {
   stop_token,  // the model ended its answer; the stop token is not among the tokens
   max_tokens,
-  context,     // the context is full
-  cancelled,   // a callback said so
+  context,    // the context is full
+  cancelled,  // a callback said so
 };
 const char* name_of(StopReason reason);
 
 struct GenerateOptions {
-  int64_t max_tokens = 512;              // at least 0
+  int64_t max_tokens = 512;  // at least 0
   SamplerOptions sampler = {};
   std::vector<int32_t> stop_tokens = {};
   /// Called with every token as it comes; false stops.
@@ -45,8 +45,8 @@ struct GenerateResult {
   double attention_share() const;  // of the prefill and decode seconds
 };
 
-/// Generates with one model. What consecutive prompts have in common at their start, as the turns of a
-/// chat have, stays in the cache.
+/// Generates with one model, which nobody else may use meanwhile. What consecutive prompts have in common
+/// at their start, as the turns of a chat have, stays in the cache.
 class Generator {
  public:
   explicit Generator(Model& model) : model_(model) {}

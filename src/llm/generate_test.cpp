@@ -102,7 +102,8 @@ TEST(Generate, CommonStartOfPromptsIsReused) {
   longer.insert(longer.end(), first.tokens.begin(), first.tokens.end());
   for (int32_t id : tokenizer.encode(" The end.", {.add_bos_eos = false})) longer.push_back(id);
   const GenerateResult second = generator.generate(longer, at_most(10));
-  EXPECT_EQ(second.reused_tokens, static_cast<int64_t>(prompt.size()) + 9);  // the last was not read
+  EXPECT_EQ(second.reused_tokens,
+            static_cast<int64_t>(prompt.size()) + 9);  // the last was not read
   EXPECT_EQ(second.tokens, Generator(fresh_model).generate(longer, at_most(10)).tokens);
   // The same prompt again: all but its last token.
   const GenerateResult again = generator.generate(prompt, at_most(10));

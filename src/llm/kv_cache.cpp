@@ -12,7 +12,8 @@ namespace heed {
 KvCache::KvCache(int64_t layers, int64_t kv_heads, int64_t head_dim, DType dtype, int64_t context)
     : layers_(layers), kv_heads_(kv_heads), head_dim_(head_dim), dtype_(dtype), context_(context) {
   if (dtype != DType::f32 && dtype != DType::bf16) {
-    throw Error(std::string("cache: dtype is ") + name_of(dtype) + ", float32 or bfloat16 is needed");
+    throw Error(std::string("cache: dtype is ") + name_of(dtype) +
+                ", float32 or bfloat16 is needed");
   }
   if (context < 1) {
     throw Error("context is " + std::to_string(context) + ", at least 1 token is needed");
@@ -35,8 +36,8 @@ void KvCache::reserve(int64_t tokens) {
   Pages grown(stripes * stripe_bytes(capacity));
   if (length_ > 0) {
     for (size_t s = 0; s < stripes; ++s) {
-      std::memcpy(grown.data() + s * stripe_bytes(capacity), pages_.data() + s * stripe_bytes(capacity_),
-                  stripe_bytes(length_));
+      std::memcpy(grown.data() + s * stripe_bytes(capacity),
+                  pages_.data() + s * stripe_bytes(capacity_), stripe_bytes(length_));
     }
   }
   pages_ = std::move(grown);
@@ -47,7 +48,8 @@ Tensor KvCache::part(int64_t layer, int64_t which, int64_t length) const {
   std::byte* start = pages_.data() +
                      static_cast<size_t>((layer * 2 + which) * kv_heads_) * stripe_bytes(capacity_);
   const int64_t head = capacity_ * head_dim_;
-  return Tensor(start, dtype_, {1, kv_heads_, length, head_dim_}, {kv_heads_ * head, head, head_dim_, 1});
+  return Tensor(start, dtype_, {1, kv_heads_, length, head_dim_},
+                {kv_heads_ * head, head, head_dim_, 1});
 }
 
 void KvCache::advance(int64_t tokens) {

@@ -34,8 +34,8 @@ constexpr int64_t kLogitRows = 64;
 std::vector<ModelAttention> per_layer(std::vector<ModelAttention> attention, int64_t layers) {
   if (attention.size() == 1) attention.resize(static_cast<size_t>(layers), attention[0]);
   if (attention.size() != static_cast<size_t>(layers)) {
-    throw Error("attention: " + std::to_string(attention.size()) + " are given, 1 or one for each of " +
-                std::to_string(layers) + " layers is needed");
+    throw Error("attention: " + std::to_string(attention.size()) +
+                " are given, 1 or one for each of " + std::to_string(layers) + " layers is needed");
   }
   return attention;
 }
@@ -156,7 +156,7 @@ void Model::attend(int64_t layer, const Tensor& qkv, const Tensor& out) {
   }
   Tensor q = columns_of(qkv, 0, config_.heads * d);
   Tensor result = out;
-  if (!is_head_dtype(qkv.dtype())) {
+  if (!has_cache_type(qkv.dtype())) {
     const Tensor converted = buffer(heads_, cache_.dtype(), rows, config_.heads * d);
     convert_rows(q, converted, run_);
     q = converted;
@@ -166,7 +166,7 @@ void Model::attend(int64_t layer, const Tensor& qkv, const Tensor& out) {
     Stopwatch watch(attention_seconds_);
     attention_[static_cast<size_t>(layer)](as_heads(q, d), k, v, as_heads(result, d), run_);
   }
-  if (!is_head_dtype(qkv.dtype())) convert_rows(result, out, run_);
+  if (!has_cache_type(qkv.dtype())) convert_rows(result, out, run_);
 }
 
 void Model::attention_block(int64_t layer, int64_t rows, DType type) {
@@ -220,7 +220,8 @@ void Model::append_chunk(std::span<const int32_t> tokens) {
 Tensor Model::normalized_rows(int64_t first, int64_t rows) {
   const Tensor stream = buffer(stream_, DType::f32, capacity_rows_, config_.width);
   const Tensor normed = buffer(normed_, DType::f32, rows, config_.width);
-  rms_norm(stream.slice(0, first, first + rows), weights_.output_norm, config_.norm_eps, normed, run_);
+  rms_norm(stream.slice(0, first, first + rows), weights_.output_norm, config_.norm_eps, normed,
+           run_);
   return normed;
 }
 

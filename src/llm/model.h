@@ -18,8 +18,8 @@ namespace heed {
 class GgufFile;
 
 struct ModelOptions {
-  std::optional<ModelDtype> dtype = {};    // none: default_model_dtype(file)
-  std::optional<int64_t> context = {};     // tokens the cache may hold; none: what the file says
+  std::optional<ModelDtype> dtype = {};  // none: default_model_dtype(file)
+  std::optional<int64_t> context = {};   // tokens the cache may hold; none: what the file says
   std::vector<ModelAttention> attention = {};  // one for all layers, or one per layer
   RunOptions run = {};
 };
@@ -62,7 +62,6 @@ class Model {
   static constexpr int64_t kChunk = 512;
 
  private:
-  struct Buffers;
   void check_tokens(std::span<const int32_t> tokens) const;
   void append_chunk(std::span<const int32_t> tokens);
   void make_room(int64_t rows);
@@ -73,7 +72,7 @@ class Model {
   void attend(int64_t layer, const Tensor& qkv, const Tensor& out);
   Tensor normalized_rows(int64_t first, int64_t rows);
   Tensor buffer(Array& memory, DType type, int64_t rows, int64_t columns) const;
-  bool is_head_dtype(DType type) const { return type == cache_.dtype(); }
+  bool has_cache_type(DType type) const { return type == cache_.dtype(); }
 
   ModelConfig config_;
   ModelDtype dtype_;
@@ -87,8 +86,8 @@ class Model {
   int64_t capacity_rows_ = 0;
   int64_t last_row_ = -1;  // of the stream: the last token appended; -1 = none
   Array stream_, normed_, qkv_, heads_, heads_out_, attended_, gate_up_, hidden_, sum_;
-  Array cos_, sin_;        // [rows, rotation_stride(pairs)]
-  Array logits_;           // [some rows, vocab]
+  Array cos_, sin_;  // [rows, rotation_stride(pairs)]
+  Array logits_;     // [some rows, vocab]
 };
 
 }  // namespace heed

@@ -21,8 +21,7 @@ class Keys {
   int64_t integer(const char* key, int64_t least, int64_t most,
                   std::optional<int64_t> fallback = {}) const {
     const auto found = file_.integer(name(key));
-    const int64_t value =
-        found ? *found : fallback ? *fallback : file_.require_integer(name(key));
+    const int64_t value = found ? *found : fallback ? *fallback : file_.require_integer(name(key));
     if (value < least || value > most) {
       fail(key, std::to_string(value), std::to_string(least) + " to " + std::to_string(most));
     }
@@ -36,7 +35,8 @@ class Keys {
     return value;
   }
 
-  [[noreturn]] void fail(const char* key, const std::string& found, const std::string& needed) const {
+  [[noreturn]] void fail(const char* key, const std::string& found,
+                         const std::string& needed) const {
     throw Error(file_.name() + ": " + name(key) + " is " + found + ", " + needed + " is needed");
   }
 
@@ -104,8 +104,8 @@ ModelConfig read_model_config(const GgufFile& file) {
     keys.fail("attention.head_count_kv", std::to_string(config.kv_heads),
               "a divisor of the " + std::to_string(config.heads) + " heads");
   }
-  config.head_dim =
-      keys.integer("attention.key_length", 1, 256, std::max<int64_t>(1, config.width / config.heads));
+  config.head_dim = keys.integer("attention.key_length", 1, 256,
+                                 std::max<int64_t>(1, config.width / config.heads));
   if (keys.integer("attention.value_length", 1, 256, config.head_dim) != config.head_dim) {
     keys.fail("attention.value_length", "another number than attention.key_length",
               std::to_string(config.head_dim));
@@ -114,8 +114,7 @@ ModelConfig read_model_config(const GgufFile& file) {
   config.context = keys.integer("context_length", 1, int64_t{1} << 32);
   config.norm_eps = static_cast<float>(keys.positive("attention.layer_norm_rms_epsilon"));
   config.rotary_interleaved = config.architecture == "llama";
-  const int64_t dims =
-      keys.integer("rope.dimension_count", 2, config.head_dim, config.head_dim);
+  const int64_t dims = keys.integer("rope.dimension_count", 2, config.head_dim, config.head_dim);
   if (dims % 2 != 0) keys.fail("rope.dimension_count", std::to_string(dims), "an even number");
   config.rotary_frequencies = rotary_frequencies(file, keys, dims);
   config.qkv_bias = config.architecture == "qwen2";

@@ -18,8 +18,10 @@ namespace {
 std::vector<int32_t> story_tokens(const GgufFile& file, size_t count) {
   const Tokenizer tokenizer(file);
   std::vector<int32_t> tokens = tokenizer.encode(
-      "Once upon a time, there was a little girl named Lily. She loved to play outside in the park. "
-      "One day, she saw a big, red ball. She wanted to play with it, but it was too high. Lily's mom "
+      "Once upon a time, there was a little girl named Lily. She loved to play outside in the "
+      "park. "
+      "One day, she saw a big, red ball. She wanted to play with it, but it was too high. Lily's "
+      "mom "
       "said, \"Let's find a stick.\" They looked and looked, and then they found one near a tree.");
   tokens.resize(count, 400);
   return tokens;
@@ -73,7 +75,8 @@ TEST(Model, LongPromptsPassInSeveralChunks) {
     order.push_back(i);
   });
   ASSERT_EQ(order.size(), 70u);
-  for (size_t i = 0; i < order.size(); ++i) EXPECT_EQ(order[i], count - 70 + static_cast<int64_t>(i));
+  for (size_t i = 0; i < order.size(); ++i)
+    EXPECT_EQ(order[i], count - 70 + static_cast<int64_t>(i));
   EXPECT_EQ(static_cast<int64_t>(rows_seen.size()), 3 * model.config().layers);
 }
 
@@ -183,9 +186,11 @@ TEST(Model, RefusesBadOptions) {
 // One layer, width 4, one head of 4, 3 tokens; each change must be refused.
 struct TinyFile {
   std::string architecture = "llama";
-  std::vector<std::pair<std::string, uint32_t>> integers = {
-      {"block_count", 1},          {"embedding_length", 4}, {"attention.head_count", 1},
-      {"feed_forward_length", 2}, {"context_length", 16}};
+  std::vector<std::pair<std::string, uint32_t>> integers = {{"block_count", 1},
+                                                            {"embedding_length", 4},
+                                                            {"attention.head_count", 1},
+                                                            {"feed_forward_length", 2},
+                                                            {"context_length", 16}};
   float eps = 1e-5f;
   std::vector<std::pair<std::string, std::vector<uint64_t>>> tensors = {
       {"token_embd.weight", {4, 3}},        {"output_norm.weight", {4}},
@@ -271,10 +276,12 @@ TEST(Model, RefusalsNameWhatIsWrong) {
   expect("blk.0.surprise.weight",
          [](TinyFile& f) { f.tensors.push_back({"blk.0.surprise.weight", {4}}); });
   expect("rope_freqs.weight", [](TinyFile& f) { f.tensors.push_back({"rope_freqs.weight", {3}}); });
-  expect("rope.scaling.type",
-         [](TinyFile& f) { f.more = [](GgufBuilder& b) { b.string("llama.rope.scaling.type", "yarn"); }; });
-  expect("rope.scaling.factor",
-         [](TinyFile& f) { f.more = [](GgufBuilder& b) { b.string("llama.rope.scaling.type", "linear"); }; });
+  expect("rope.scaling.type", [](TinyFile& f) {
+    f.more = [](GgufBuilder& b) { b.string("llama.rope.scaling.type", "yarn"); };
+  });
+  expect("rope.scaling.factor", [](TinyFile& f) {
+    f.more = [](GgufBuilder& b) { b.string("llama.rope.scaling.type", "linear"); };
+  });
   for (const auto& [name, dims] : TinyFile().tensors) {
     expect(name.c_str(), [&](TinyFile& f) {
       std::erase_if(f.tensors, [&](const auto& tensor) { return tensor.first == name; });

@@ -15,8 +15,9 @@ namespace heed {
 
 inline double element(const Tensor& x, int64_t head, int64_t row, int64_t column) {
   const std::byte* at = x.at({0, head, row, column});
-  return x.dtype() == DType::f32 ? static_cast<double>(*reinterpret_cast<const float*>(at))
-                                 : static_cast<double>(to_float(*reinterpret_cast<const bfloat16*>(at)));
+  return x.dtype() == DType::f32
+             ? static_cast<double>(*reinterpret_cast<const float*>(at))
+             : static_cast<double>(to_float(*reinterpret_cast<const bfloat16*>(at)));
 }
 
 /// softmax(q k^T / sqrt(D)) v, causal to the end of the keys.

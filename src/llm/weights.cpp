@@ -136,7 +136,8 @@ Array stacked_bias(Loader& loader, const std::string& prefix, const ModelConfig&
 
 LayerWeights load_layer(Loader& loader, const ModelConfig& config, int64_t layer) {
   const std::string prefix = "blk." + std::to_string(layer) + ".";
-  const int64_t q_rows = config.heads * config.head_dim, kv_rows = config.kv_heads * config.head_dim;
+  const int64_t q_rows = config.heads * config.head_dim,
+                kv_rows = config.kv_heads * config.head_dim;
   LayerWeights w;
   w.attention_norm = loader.vector(prefix + "attn_norm.weight", config.width);
   w.qkv = loader.stacked({{prefix + "attn_q.weight", q_rows},
@@ -151,9 +152,9 @@ LayerWeights load_layer(Loader& loader, const ModelConfig& config, int64_t layer
   w.out = loader.stacked({{prefix + "attn_output.weight", config.width}}, q_rows);
   w.out_bias = loader.vector(prefix + "attn_output.bias", config.width, false);
   w.hidden_norm = loader.vector(prefix + "ffn_norm.weight", config.width);
-  w.gate_up = loader.stacked({{prefix + "ffn_gate.weight", config.hidden},
-                              {prefix + "ffn_up.weight", config.hidden}},
-                             config.width);
+  w.gate_up = loader.stacked(
+      {{prefix + "ffn_gate.weight", config.hidden}, {prefix + "ffn_up.weight", config.hidden}},
+      config.width);
   w.down = loader.stacked({{prefix + "ffn_down.weight", config.width}}, config.hidden);
   return w;
 }
@@ -266,16 +267,16 @@ ModelWeights load_weights(const GgufFile& file, const ModelConfig& config, Model
   weights.embedding = loader.matrix("token_embd.weight", config.vocab, config.width);
   weights.embedding_type = file.require("token_embd.weight").type;
   const bool tied = file.find("output.weight") == nullptr;
-  weights.head = loader.stacked({{tied ? "token_embd.weight" : "output.weight", config.vocab}},
-                                config.width);
+  weights.head =
+      loader.stacked({{tied ? "token_embd.weight" : "output.weight", config.vocab}}, config.width);
   weights.output_norm = loader.vector("output_norm.weight", config.width);
   loader.use("rope_freqs.weight");
   for (int64_t layer = 0; layer < config.layers; ++layer) {
     weights.layers.push_back(load_layer(loader, config, layer));
   }
   loader.require_all_used();
-  const bool bf16 = dtype == ModelDtype::bf16 ||
-                    (dtype == ModelDtype::int4 && bf16_products_are_fast());
+  const bool bf16 =
+      dtype == ModelDtype::bf16 || (dtype == ModelDtype::int4 && bf16_products_are_fast());
   weights.dense_type = bf16 ? DType::bf16 : DType::f32;
   make_dense(weights, dtype, run);
   return weights;

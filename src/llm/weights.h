@@ -35,7 +35,7 @@ struct WeightMatrix {
   int64_t rows = 0;
   int64_t columns = 0;
   std::vector<BlockMatrix> parts;  // for few rows
-  Tensor dense;                    // [rows, columns] float32 or bfloat16, for many; may be undefined
+  Tensor dense;  // [rows, columns] float32 or bfloat16, for many; may be undefined
 
   /// x [M,columns], y [M,rows], contiguous: float32, or dense's type for more than few_rows() rows.
   void multiply(const Tensor& x, const Tensor& y, const RunOptions& run) const;
