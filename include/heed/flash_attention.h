@@ -37,9 +37,9 @@ void flash_attention(const Tensor& q, const Tensor& k, const Tensor& v, const Te
                      const RunOptions& run = {});
 
 struct DecodeOptions {
-  std::optional<double> scale = {};      // none: 1/sqrt(D)
-  std::optional<int64_t> window = {};    // keys to the left that a query sees besides its own
-  int64_t splits = 0;                    // parts the keys are cut into; 0 chooses
+  std::optional<double> scale = {};    // none: 1/sqrt(D)
+  std::optional<int64_t> window = {};  // keys to the left that a query sees besides its own
+  int64_t splits = 0;                  // parts the keys are cut into; 0 chooses
 };
 
 /// Attention of the last Lq <= 16 tokens of each sequence over its cache, causal among themselves.

@@ -35,8 +35,8 @@ TEST(HalfFloats, EveryFloat16SurvivesTheRoundTripAndMatchesTheFormat) {
       EXPECT_EQ(std::isnan(value), mantissa != 0);
       EXPECT_EQ(std::isinf(value), mantissa == 0);
     } else {
-      double expected = exponent == 0 ? std::ldexp(mantissa, -24)
-                                      : std::ldexp(1024 + mantissa, exponent - 25);
+      double expected =
+          exponent == 0 ? std::ldexp(mantissa, -24) : std::ldexp(1024 + mantissa, exponent - 25);
       EXPECT_EQ(value, (bits & 0x8000) ? -expected : expected);
     }
     if (!std::isnan(value)) {
@@ -46,7 +46,7 @@ TEST(HalfFloats, EveryFloat16SurvivesTheRoundTripAndMatchesTheFormat) {
 }
 
 TEST(HalfFloats, RoundToNearestEven) {
-  EXPECT_EQ(to_float(to_bfloat16(1.0f + 0x1p-8f)), 1.0f);           // tie to even
+  EXPECT_EQ(to_float(to_bfloat16(1.0f + 0x1p-8f)), 1.0f);            // tie to even
   EXPECT_EQ(to_float(to_bfloat16(1.0f + 0x3p-8f)), 1.0f + 0x1p-6f);  // tie to even
   EXPECT_EQ(to_float(to_float16(1.0f + 0x1p-11f)), 1.0f);
   EXPECT_EQ(to_float(to_float16(1.0f + 0x3p-11f)), 1.0f + 0x1p-9f);

@@ -86,8 +86,7 @@ Support detect() {
   bool os_tiles = (xcr0 & 0x60000) == 0x60000;
   if (__get_cpuid_count(7, 1, &a, &b, &c, &d)) found.avx512_bf16 = found.avx512 && ((a >> 5) & 1);
   found.full_rate_bf16 = found.avx512_bf16 && made_by_amd();
-  found.amx =
-      found.avx512_bf16 && amx_bf16 && amx_tile && os_tiles && request_amx_permission();
+  found.amx = found.avx512_bf16 && amx_bf16 && amx_tile && os_tiles && request_amx_permission();
   return found;
 }
 
@@ -154,8 +153,8 @@ Isa default_isa() {
   for (Isa available : available_isas()) {
     if (available == isa) return isa;
   }
-  throw Error(std::string("HEED_ISA is ") + forced + ", which this machine cannot run; it has up to " +
-              name_of(available_isas().back()));
+  throw Error(std::string("HEED_ISA is ") + forced +
+              ", which this machine cannot run; it has up to " + name_of(available_isas().back()));
 }
 
 const CpuInfo& cpu_info() {

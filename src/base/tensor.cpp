@@ -169,8 +169,8 @@ Tensor Tensor::select(int axis, int64_t i) const {
     kept_shape[kept] = shape_[a];
     kept_strides[kept++] = strides_[a];
   }
-  auto* start = static_cast<std::byte*>(data_) +
-                i * strides_[axis] * static_cast<int64_t>(size_of(dtype_));
+  auto* start =
+      static_cast<std::byte*>(data_) + i * strides_[axis] * static_cast<int64_t>(size_of(dtype_));
   return Tensor(start, dtype_, Dims(std::span<const int64_t>(kept_shape.data(), kept)),
                 Dims(std::span<const int64_t>(kept_strides.data(), kept)));
 }
@@ -207,8 +207,7 @@ Array::Array(DType dtype, const Dims& shape) {
 
 Array Array::zeros(DType dtype, const Dims& shape) {
   Array array(dtype, shape);
-  std::memset(array.tensor_.data(), 0,
-              static_cast<size_t>(array.count()) * size_of(dtype));
+  std::memset(array.tensor_.data(), 0, static_cast<size_t>(array.count()) * size_of(dtype));
   return array;
 }
 

@@ -43,21 +43,20 @@ void tile_scores(const void* queries, int64_t rows, const void* keys, int64_t ke
                  int64_t width, const KeyRange* ranges, Block<float> s) {
   Unit unit;
   const int64_t depth = round_up(width, kHalfDepth);
-  for_score_blocks(rows, key_count, ranges, 32, kHalfPanel, 32,
-                   [&](int64_t r, int64_t start, int64_t panel_width, int64_t first,
-                       int64_t columns) {
-                     const auto* q = static_cast<const uint16_t*>(queries) + r * depth;
-                     const auto* k = static_cast<const uint32_t*>(keys) + start * depth / 2;
-                     for (int64_t c = first; c < first + columns; c += 32) {
-                       unit.template zero<0>();
-                       unit.template zero<1>();
-                       unit.template zero<2>();
-                       unit.template zero<3>();
-                       multiply_tiles<true>(unit, q, depth, k + c, panel_width,
-                                            depth / kHalfDepth);
-                       store_tiles<true>(unit, s.row(r) + start + c, s.stride);
-                     }
-                   });
+  for_score_blocks(
+      rows, key_count, ranges, 32, kHalfPanel, 32,
+      [&](int64_t r, int64_t start, int64_t panel_width, int64_t first, int64_t columns) {
+        const auto* q = static_cast<const uint16_t*>(queries) + r * depth;
+        const auto* k = static_cast<const uint32_t*>(keys) + start * depth / 2;
+        for (int64_t c = first; c < first + columns; c += 32) {
+          unit.template zero<0>();
+          unit.template zero<1>();
+          unit.template zero<2>();
+          unit.template zero<3>();
+          multiply_tiles<true>(unit, q, depth, k + c, panel_width, depth / kHalfDepth);
+          store_tiles<true>(unit, s.row(r) + start + c, s.stride);
+        }
+      });
 }
 
 inline void scale_rows(const float* carry, int64_t columns, float* o, int64_t stride) {
@@ -68,8 +67,8 @@ inline void scale_rows(const float* carry, int64_t columns, float* o, int64_t st
 }
 
 template <bool kWide, class Unit>
-void sum_tiles(Unit& unit, const uint16_t* p, int64_t p_stride, const uint32_t* v,
-               int64_t v_stride, int64_t steps, float* o, int64_t o_stride) {
+void sum_tiles(Unit& unit, const uint16_t* p, int64_t p_stride, const uint32_t* v, int64_t v_stride,
+               int64_t steps, float* o, int64_t o_stride) {
   unit.template load<0>(o, o_stride * 4);
   unit.template load<2>(o + 16 * o_stride, o_stride * 4);
   if constexpr (kWide) {

@@ -41,7 +41,8 @@ HWY_INLINE V exp2(D d, V t) {
   constexpr bool kDouble = sizeof(T) == 8;
   // Adding 1.5 * 2^mantissa_bits + exponent_bias leaves round(t) + bias in the low bits of the sum:
   // shifted into place they are 2^round(t). A product, so that a NaN in t survives.
-  const V magic = hn::Set(d, static_cast<T>(kDouble ? 6755399441055744.0 + 1023 : 12582912.0 + 127));
+  const V magic =
+      hn::Set(d, static_cast<T>(kDouble ? 6755399441055744.0 + 1023 : 12582912.0 + 127));
   const V sum = hn::Add(t, magic);
   const V fraction = hn::Sub(t, hn::Sub(sum, magic));
   const hn::RebindToUnsigned<D> du;

@@ -59,8 +59,8 @@ HWY_INLINE void store_lane_sums(const V* v, T* to) {
 
 // Scores of R query rows against four keys. Keys past the end repeat the last one.
 template <class T, class From, int R>
-HWY_INLINE void dot_block(const T* q, int64_t q_stride, const From* const (&keys)[4],
-                          int64_t width, T* s, int64_t s_stride, int64_t count) {
+HWY_INLINE void dot_block(const T* q, int64_t q_stride, const From* const (&keys)[4], int64_t width,
+                          T* s, int64_t s_stride, int64_t count) {
   const Full<T> d;
   hn::Vec<Full<T>> acc[R][4];
 #pragma GCC unroll 4

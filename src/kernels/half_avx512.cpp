@@ -18,8 +18,8 @@ inline __m512bh as_pairs(__m512i x) { return reinterpret_cast<__m512bh>(x); }
 
 // acc[r][j] += sum_i a[r][i] . b[i][j]: pairs i of row r at a + r * a_stride, 16 columns a vector.
 template <int MR, int NV>
-inline void multiply_pairs(const uint32_t* a, int64_t a_stride, const uint32_t* b,
-                           int64_t b_stride, int64_t pairs, __m512 (&acc)[MR][NV]) {
+inline void multiply_pairs(const uint32_t* a, int64_t a_stride, const uint32_t* b, int64_t b_stride,
+                           int64_t pairs, __m512 (&acc)[MR][NV]) {
   for (int64_t i = 0; i < pairs; ++i) {
     __m512i column[NV];
 #pragma GCC unroll 4
@@ -79,24 +79,24 @@ __attribute__((noinline)) void sum_block(const uint32_t* p, int64_t p_stride, co
 void scores(const void* queries, int64_t rows, const void* keys, int64_t key_count, int64_t width,
             const KeyRange* ranges, Block<float> s) {
   const int64_t depth = round_up(width, kHalfDepth) / 2, pairs = (width + 1) / 2;
-  for_score_blocks(
-      rows, key_count, ranges, 6, kHalfPanel, 16,
-      [&](int64_t r, int64_t start, int64_t, int64_t first, int64_t columns) {
-        const int64_t panel_width = std::min(kHalfPanel, round_up(key_count, kHalfDepth) - start);
-        const auto* q = static_cast<const uint32_t*>(queries) + r * depth;
-        const auto* k = static_cast<const uint32_t*>(keys) + start * depth + first;
-        float* out = s.row(r) + start + first;
-        switch (columns / 16) {
-          case 1:
-            return score_block<1>(q, depth, k, panel_width, pairs, out, s.stride);
-          case 2:
-            return score_block<2>(q, depth, k, panel_width, pairs, out, s.stride);
-          case 3:
-            return score_block<3>(q, depth, k, panel_width, pairs, out, s.stride);
-          default:
-            return score_block<4>(q, depth, k, panel_width, pairs, out, s.stride);
-        }
-      });
+  for_score_blocks(rows, key_count, ranges, 6, kHalfPanel, 16,
+                   [&](int64_t r, int64_t start, int64_t, int64_t first, int64_t columns) {
+                     const int64_t panel_width =
+                         std::min(kHalfPanel, round_up(key_count, kHalfDepth) - start);
+                     const auto* q = static_cast<const uint32_t*>(queries) + r * depth;
+                     const auto* k = static_cast<const uint32_t*>(keys) + start * depth + first;
+                     float* out = s.row(r) + start + first;
+                     switch (columns / 16) {
+                       case 1:
+                         return score_block<1>(q, depth, k, panel_width, pairs, out, s.stride);
+                       case 2:
+                         return score_block<2>(q, depth, k, panel_width, pairs, out, s.stride);
+                       case 3:
+                         return score_block<3>(q, depth, k, panel_width, pairs, out, s.stride);
+                       default:
+                         return score_block<4>(q, depth, k, panel_width, pairs, out, s.stride);
+                     }
+                   });
 }
 
 template <int NV>

@@ -36,7 +36,8 @@ void pack_queries(const Rows& q, bool negate, void* packed) {
     for (int64_t r = 0; r < q.count; ++r) {
       T* to = out + r * stride;
       for_each_vector<T>(static_cast<const From*>(q.data) + r * q.stride, q.width,
-                         [&](int64_t i, auto v) HWY_ATTR { hn::StoreU(hn::Mul(v, sign), d, to + i); });
+                         [&](int64_t i, auto v)
+                             HWY_ATTR { hn::StoreU(hn::Mul(v, sign), d, to + i); });
     }
   });
 }
@@ -60,9 +61,10 @@ void pack_keys(const Rows& k, void* packed) {
           for (int64_t i = 0; i < kGroup; ++i) {
             const int64_t m = start + key + i;
             const From* p = data + m * k.stride + e;
-            rows[i] = m >= k.count        ? hn::Zero(d)
-                      : columns == lanes<T>() ? Load<T, From>::full(d, p)
-                                              : Load<T, From>::first(d, p, static_cast<size_t>(columns));
+            rows[i] = m >= k.count ? hn::Zero(d)
+                      : columns == lanes<T>()
+                          ? Load<T, From>::full(d, p)
+                          : Load<T, From>::first(d, p, static_cast<size_t>(columns));
           }
           transpose_group<T>(rows, [&](int64_t c, const T* group) HWY_ATTR {
             if (c < columns) {
@@ -134,9 +136,10 @@ void finish(Block<T> o, int64_t rows, int64_t width, const T* sum, void* out, DT
             int64_t out_stride) {
   for (int64_t r = 0; r < rows; ++r) {
     const T factor = sum == nullptr ? T{1} : sum[r] == 0 ? T{0} : 1 / sum[r];
-    store_row<T>(o.row(r), width, factor,
-                 static_cast<std::byte*>(out) + r * out_stride * static_cast<int64_t>(size_of(dtype)),
-                 dtype);
+    store_row<T>(
+        o.row(r), width, factor,
+        static_cast<std::byte*>(out) + r * out_stride * static_cast<int64_t>(size_of(dtype)),
+        dtype);
   }
 }
 

@@ -32,19 +32,22 @@ void add_amx_products(TileKernels<float>& f);
 
 // Defines FUNCTION(isa, tables...) as a choice among the compiled targets' FUNCTION(tables...).
 #if defined(__x86_64__)
-#define HEED_SELECT(FUNCTION, ...)                              \
-  {                                                             \
-    if (isa == Isa::portable) {                                 \
-      N_EMU128::FUNCTION(__VA_ARGS__);                          \
-    } else if (isa == Isa::avx2) {                              \
-      N_AVX2::FUNCTION(__VA_ARGS__);                            \
-    } else {                                                    \
-      N_AVX3::FUNCTION(__VA_ARGS__);                            \
-    }                                                           \
+#define HEED_SELECT(FUNCTION, ...)     \
+  {                                    \
+    if (isa == Isa::portable) {        \
+      N_EMU128::FUNCTION(__VA_ARGS__); \
+    } else if (isa == Isa::avx2) {     \
+      N_AVX2::FUNCTION(__VA_ARGS__);   \
+    } else {                           \
+      N_AVX3::FUNCTION(__VA_ARGS__);   \
+    }                                  \
   }
 #else
-#define HEED_SELECT(FUNCTION, ...) \
-  { (void)isa; HWY_STATIC_DISPATCH(FUNCTION)(__VA_ARGS__); }
+#define HEED_SELECT(FUNCTION, ...)              \
+  {                                             \
+    (void)isa;                                  \
+    HWY_STATIC_DISPATCH(FUNCTION)(__VA_ARGS__); \
+  }
 #endif
 #define HEED_SELECT_PART(FUNCTION) \
   void FUNCTION(Isa isa, TileKernels<float>& f, TileKernels<double>& d) HEED_SELECT(FUNCTION, f, d)

@@ -65,8 +65,7 @@ const TileKernels<float>* half_tile_kernels(Isa isa) {
     return &amx;
   }
   if (isa == Isa::avx512 && has_full_rate_bf16()) {
-    static const TileKernels<float> avx512 =
-        make_half_table(Isa::avx512, add_avx512_half_products);
+    static const TileKernels<float> avx512 = make_half_table(Isa::avx512, add_avx512_half_products);
     return &avx512;
   }
   return nullptr;

@@ -45,10 +45,11 @@ enum class WeightKind { softmax, sigmoid };
 /// How the scores of a tile become weights. Scores are used as s * scale + bias - slope * |distance|.
 template <class T>
 struct WeightShape {
-  T scale = 1;          // never negative: the engine negates the queries instead
-  T bias = 0;           // sigmoid only: a constant moves no softmax
-  T slope = 0;          // ALiBi
-  int64_t distance = 0; // position of row 0 minus position of key 0; row r, key m: distance + r - m
+  T scale = 1;  // never negative: the engine negates the queries instead
+  T bias = 0;   // sigmoid only: a constant moves no softmax
+  T slope = 0;  // ALiBi
+  int64_t distance =
+      0;  // position of row 0 minus position of key 0; row r, key m: distance + r - m
 };
 
 /// Row statistics of a running softmax, in units of log2: the row's pivot, the sum of its weights
@@ -106,8 +107,5 @@ struct TileKernels {
 template <class T>
 const TileKernels<T>& tile_kernels(Isa isa);
 const TileKernels<float>* half_tile_kernels(Isa isa);
-
-
-
 
 }  // namespace heed::kernels

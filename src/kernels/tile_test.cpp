@@ -28,7 +28,9 @@ DType dtype_of() {
 // Rows of random numbers of any type at a stride, with their exact values.
 struct Matrix {
   Matrix(DType type, int64_t rows, int64_t columns, int64_t row_stride, uint32_t seed)
-      : storage(type, {std::max<int64_t>(rows, 1), row_stride}), stride(row_stride), width(columns) {
+      : storage(type, {std::max<int64_t>(rows, 1), row_stride}),
+        stride(row_stride),
+        width(columns) {
     std::mt19937 generator(seed);
     std::normal_distribution<double> normal;
     Array wide(DType::f64, storage.shape());
@@ -58,8 +60,9 @@ struct Buffer {
 struct Sizes {
   int64_t rows, keys, width, value_width;
 };
-const Sizes kSizes[] = {{1, 1, 1, 1},    {5, 7, 3, 2},      {24, 64, 64, 64}, {23, 63, 65, 33},
-                        {48, 129, 80, 80}, {7, 200, 31, 100}, {32, 96, 17, 128}, {13, 40, 256, 255}};
+const Sizes kSizes[] = {{1, 1, 1, 1},      {5, 7, 3, 2},      {24, 64, 64, 64},
+                        {23, 63, 65, 33},  {48, 129, 80, 80}, {7, 200, 31, 100},
+                        {32, 96, 17, 128}, {13, 40, 256, 255}};
 
 template <class T>
 std::vector<const TileKernels<T>*> tables() {
@@ -395,7 +398,8 @@ void check_few_rows(const TileKernels<T>& k) {
           for (int64_t m = 0; m < keys; ++m) {
             double want = 0;
             for (int64_t e = 0; e < width; ++e) want += q.at(r, e) * key.at(m, e);
-            ASSERT_NEAR(s.block().row(r)[m], want, (sizeof(T) == 8 ? 1e-12 : 1e-5) * (4 + width / 8))
+            ASSERT_NEAR(s.block().row(r)[m], want,
+                        (sizeof(T) == 8 ? 1e-12 : 1e-5) * (4 + width / 8))
                 << k.name << " " << name_of(type) << " width " << width;
           }
           for (int64_t f = 0; f < width; ++f) {

@@ -98,9 +98,8 @@ HWY_INLINE T row_maximum(const ShapedRow<T, kAlibi>& row, KeyRange range) {
   for_visible<T>(
       range,
       [&](int64_t m, auto parity) HWY_ATTR { most[parity] = hn::Max(most[parity], value(m)); },
-      [&](int64_t m, hn::Mask<Full<T>> seen) HWY_ATTR {
-        most[0] = hn::Max(most[0], hn::IfThenElse(seen, value(m), nothing));
-      });
+      [&](int64_t m, hn::Mask<Full<T>> seen)
+          HWY_ATTR { most[0] = hn::Max(most[0], hn::IfThenElse(seen, value(m), nothing)); });
   const T found = hn::GetLane(hn::MaxOfLanes(d, hn::Max(most[0], most[1])));
   return kAlibi ? found : found * row.scale;
 }
@@ -139,8 +138,7 @@ HWY_INLINE V sigmoid(Full<T> d, V t) {
   const auto vanishing = hn::Lt(t, hn::Set(d, kLowest));
   const auto bounded = hn::IfThenZeroElse(vanishing, t);
   const auto one = hn::Set(d, T{1});
-  return hn::IfThenZeroElse(vanishing,
-                            hn::Div(one, hn::Add(one, exp2(d, hn::Neg(bounded)))));
+  return hn::IfThenZeroElse(vanishing, hn::Div(one, hn::Add(one, exp2(d, hn::Neg(bounded)))));
 }
 
 template <class T, class Weights, bool kAlibi>
@@ -148,8 +146,7 @@ HWY_INLINE void sigmoid_row(const ShapedRow<T, kAlibi>& row, KeyRange range,
                             typename Weights::Element* out) {
   const Full<T> d;
   for_visible<T>(
-      range,
-      [&](int64_t m, auto) HWY_ATTR { Weights::store(sigmoid<T>(d, row.at(m)), out + m); },
+      range, [&](int64_t m, auto) HWY_ATTR { Weights::store(sigmoid<T>(d, row.at(m)), out + m); },
       [&](int64_t m, hn::Mask<Full<T>> seen) HWY_ATTR {
         Weights::store(hn::IfThenElseZero(seen, sigmoid<T>(d, row.at(m))), out + m);
       });

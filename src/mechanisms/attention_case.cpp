@@ -65,7 +65,7 @@ void fill_lengths(const ExampleCase& example, const std::string& input, uint64_t
     const bool full = b == 2 || to_fill.size(0) == 1;
     const int64_t value = b == 1 ? 0
                           : full ? keys
-                                   : static_cast<int64_t>(word % static_cast<uint64_t>(keys + 1));
+                                 : static_cast<int64_t>(word % static_cast<uint64_t>(keys + 1));
     if (to_fill.dtype() == DType::i32) {
       *reinterpret_cast<int32_t*>(to_fill.at({b})) = static_cast<int32_t>(value);
     } else {

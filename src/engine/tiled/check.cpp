@@ -27,9 +27,10 @@ void check_operand(const char* op, const char* name, const Tensor& t, DType dtyp
     fail(op, describe(name, t) + " but q is " + name_of(dtype), "give all of them one type");
   }
   if (t.size(3) > 1 && t.stride(3) != 1) {
-    fail(op, std::string(name) + " has stride " + std::to_string(t.stride(3)) +
-                 " in its last dimension",
-         "a unit stride is needed there (other dimensions may have any)");
+    fail(
+        op,
+        std::string(name) + " has stride " + std::to_string(t.stride(3)) + " in its last dimension",
+        "a unit stride is needed there (other dimensions may have any)");
   }
   if (t.size(3) > kMaxHeadDim || (t.size(3) < 1)) {
     fail(op, describe(name, t) + " has head dim " + std::to_string(t.size(3)),
@@ -40,9 +41,10 @@ void check_operand(const char* op, const char* name, const Tensor& t, DType dtyp
 void check_equal(const char* op, const Tensor& a, const char* a_name, int a_axis, const Tensor& b,
                  const char* b_name, int b_axis, const char* what) {
   if (a.size(a_axis) == b.size(b_axis)) return;
-  fail(op, std::string(b_name) + " has " + what + " " + std::to_string(b.size(b_axis)) + " but " +
-               a_name + " has " + std::to_string(a.size(a_axis)) + " (" + describe(a_name, a) +
-               ", " + describe(b_name, b) + ")",
+  fail(op,
+       std::string(b_name) + " has " + what + " " + std::to_string(b.size(b_axis)) + " but " +
+           a_name + " has " + std::to_string(a.size(a_axis)) + " (" + describe(a_name, a) + ", " +
+           describe(b_name, b) + ")",
        std::string("give ") + a_name + " and " + b_name + " the same " + what);
 }
 

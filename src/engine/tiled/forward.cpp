@@ -109,10 +109,12 @@ class Forward {
     const int64_t queries = problem_.q.size(2);
     for (int64_t b = 0; b < batch; ++b) {
       const Interval seen = problem_.plan.rows(b, 0, queries);
-      const int64_t first = seen.begin / tile_keys_, last = (seen.end + tile_keys_ - 1) / tile_keys_;
+      const int64_t first = seen.begin / tile_keys_,
+                    last = (seen.end + tile_keys_ - 1) / tile_keys_;
       const int64_t tiles = std::max<int64_t>(0, last - first);
       int64_t part_tiles = std::max<int64_t>(1, kPartKeys / tile_keys_);
-      if (problem_.splits) part_tiles = std::max<int64_t>(1, (tiles + *problem_.splits - 1) / *problem_.splits);
+      if (problem_.splits)
+        part_tiles = std::max<int64_t>(1, (tiles + *problem_.splits - 1) / *problem_.splits);
       for (int64_t h = 0; h < kv_heads; ++h) {
         if (tiles <= part_tiles) {
           items_.push_back({b, h, 0, queries, seen, -1});
@@ -169,8 +171,8 @@ class Forward {
                     (state * padded_values_ + 3 * state + block * (tile_keys_ + kPad));
     bytes += block * static_cast<int64_t>(sizeof(KeyRange)) + query_bytes(tiles);
     if (!path_.few_rows) {
-      bytes += kernels_.key_bytes(tile_keys_, head_dim_) +
-               kernels_.value_bytes(tile_keys_, value_dim_);
+      bytes +=
+          kernels_.key_bytes(tile_keys_, head_dim_) + kernels_.value_bytes(tile_keys_, value_dim_);
     }
     if (path_.half_operands) bytes += 2 * block * (tile_keys_ + kPad);
     return static_cast<size_t>(bytes) + 16 * 64;
@@ -224,8 +226,7 @@ class Forward {
     for (size_t t = 0; t < tiles.size(); ++t) {
       const Rows q = rows_of(problem_.q, item.b, tiles[t].head, tiles[t].begin, tiles[t].end);
       if (path_.few_rows) {
-        few_.pack_queries(q, negate,
-                          reinterpret_cast<T*>(m.queries) + tiles[t].slot * padded_dim_);
+        few_.pack_queries(q, negate, reinterpret_cast<T*>(m.queries) + tiles[t].slot * padded_dim_);
       } else {
         kernels_.pack_queries(q, negate, m.queries + static_cast<int64_t>(t) * m.query_tile_bytes);
       }
@@ -264,7 +265,8 @@ class Forward {
   }
 
   // Null when every row sees the whole tile.
-  const KeyRange* ranges_of(int64_t b, const QueryTile& tile, Interval keys, KeyRange* ranges) const {
+  const KeyRange* ranges_of(int64_t b, const QueryTile& tile, Interval keys,
+                            KeyRange* ranges) const {
     if (problem_.plan.covers(b, tile.begin, tile.end, keys)) return nullptr;
     for (int64_t r = 0; r < tile.rows(); ++r) {
       const Interval seen = problem_.plan.row(b, tile.begin + r);

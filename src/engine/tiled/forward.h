@@ -28,7 +28,8 @@ struct Problem {
   TilePlan plan;
   double scale = 1;
   Policy policy;
-  std::optional<int64_t> splits;  // parts the keys are cut into when there are few rows; none: chosen
+  std::optional<int64_t>
+      splits;  // parts the keys are cut into when there are few rows; none: chosen
 };
 
 void forward(const Problem& problem, const RunOptions& run);
@@ -52,7 +53,7 @@ struct Path {
   bool few_rows = false;       // products straight from unpacked keys and values
   bool half_operands = false;  // bfloat16 products
   int64_t query_tile = 0, key_tile = 0;
-  int64_t group_rows = 0;      // query rows that share one packed key tile
+  int64_t group_rows = 0;  // query rows that share one packed key tile
   std::string name() const;
 };
 Path choose_path(const Problem& problem, const RunOptions& run);

@@ -43,11 +43,10 @@ Path choose_path(const Problem& problem, const RunOptions& run) {
   path.isa = run.isa.value_or(default_isa());
   const int64_t group = std::max<int64_t>(1, q.size(1) / std::max<int64_t>(1, v.size(1)));
   path.few_rows = group * q.size(2) <= kFewRows;
-  path.half_operands = !path.few_rows && q.dtype() == DType::bf16 &&
-                       kernels::half_tile_kernels(path.isa) != nullptr;
+  path.half_operands =
+      !path.few_rows && q.dtype() == DType::bf16 && kernels::half_tile_kernels(path.isa) != nullptr;
   const size_t element = q.dtype() == DType::f64 ? 8 : 4;
-  const TileSizes sizes =
-      tile_sizes(path.isa, path.half_operands, q.size(3), v.size(3), element);
+  const TileSizes sizes = tile_sizes(path.isa, path.half_operands, q.size(3), v.size(3), element);
   path.query_tile = path.few_rows ? group * q.size(2) : sizes.query_tile;
   path.key_tile = sizes.key_tile;
   if (path.few_rows) {

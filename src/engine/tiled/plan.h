@@ -20,9 +20,8 @@ class TilePlan {
   static TilePlan from_masks(const char* op, const Masks& masks, int64_t batch, int64_t queries,
                              int64_t keys);
   /// The last `queries` tokens of sequences of lengths[b] keys, causal, with a window to the left.
-  static TilePlan for_decoding(const char* op, const Tensor& lengths,
-                               std::optional<int64_t> window, int64_t batch, int64_t queries,
-                               int64_t capacity);
+  static TilePlan for_decoding(const char* op, const Tensor& lengths, std::optional<int64_t> window,
+                               int64_t batch, int64_t queries, int64_t capacity);
 
   Interval row(int64_t b, int64_t i) const;
   /// What rows [begin, end) see together.

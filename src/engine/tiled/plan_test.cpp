@@ -72,7 +72,8 @@ TEST(TilePlan, IsTheMaskPairByPair) {
 
 TEST(TilePlan, DecodingAlignsToTheLength) {
   std::vector<int32_t> lengths{0, 2, 9, 16};
-  const auto plan = TilePlan::for_decoding("op", Tensor(lengths.data(), DType::i32, {4}), 5, 4, 3, 16);
+  const auto plan =
+      TilePlan::for_decoding("op", Tensor(lengths.data(), DType::i32, {4}), 5, 4, 3, 16);
   for (int64_t b = 0; b < 4; ++b) {
     for (int64_t i = 0; i < 3; ++i) {
       for (int64_t j = 0; j < 16; ++j) {

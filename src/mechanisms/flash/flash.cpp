@@ -33,8 +33,8 @@ void check_merge_side(const char* out_name, const Tensor& out, const char* lse_n
   const Dims rows{like.size(0), like.size(1), like.size(2)};
   const DType statistics = tiled::statistics_type(like.dtype());
   if (!(lse.shape() == rows) || lse.dtype() != statistics) {
-    throw Error(op + describe(lse_name, lse) + "; " + to_string(rows) + " " +
-                name_of(statistics) + " is needed");
+    throw Error(op + describe(lse_name, lse) + "; " + to_string(rows) + " " + name_of(statistics) +
+                " is needed");
   }
 }
 
@@ -98,7 +98,12 @@ void flash_attention(const Tensor& q, const Tensor& k, const Tensor& v, const Te
                      const Tensor& lse, const FlashOptions& options, const RunOptions& run) {
   constexpr const char* kOp = "flash_attention";
   tiled::check_operands(kOp, q, k, v, out, lse);
-  tiled::forward({kOp, q, k, v, out, lse,
+  tiled::forward({kOp,
+                  q,
+                  k,
+                  v,
+                  out,
+                  lse,
                   tiled::TilePlan::from_masks(kOp, options.masks, q.size(0), q.size(2), k.size(2)),
                   tiled::resolve_scale(kOp, options.scale, q.size(3)),
                   {},
@@ -127,7 +132,12 @@ void decode_attention(const Tensor& q, const Tensor& k_cache, const Tensor& v_ca
     throw Error(std::string(kOp) + ": splits is " + std::to_string(options.splits) +
                 "; 0 (chosen) or a positive number is needed");
   }
-  tiled::forward({kOp, q, k_cache, v_cache, out, lse,
+  tiled::forward({kOp,
+                  q,
+                  k_cache,
+                  v_cache,
+                  out,
+                  lse,
                   tiled::TilePlan::for_decoding(kOp, lengths, options.window, q.size(0), q.size(2),
                                                 k_cache.size(2)),
                   tiled::resolve_scale(kOp, options.scale, q.size(3)),

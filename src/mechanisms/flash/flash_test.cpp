@@ -79,7 +79,7 @@ TEST(Flash, NaNBehindTheMaskNeverArrivesAndBeforeItAlwaysDoes) {
               if (bad == kInf && !in_values) continue;  // q . inf may be -inf: no weight at all
               Array q = random(type, {1, 1, queries, 20}, 1), k = random(type, {1, 1, 90, 20}, 2);
               Array v = random(type, {1, 1, 90, 20}, 3);
-              const Array &target = in_values ? v : k;
+              const Array& target = in_values ? v : k;
               set(target.view().select(0, 0).select(0, 0).select(0, bad_key), bad);
               FlashOptions options;
               options.masks.causal = true;
@@ -105,7 +105,8 @@ TEST(Flash, NaNBehindTheMaskNeverArrivesAndBeforeItAlwaysDoes) {
 TEST(Flash, MemoryBehindLengthsIsNeverRead) {
   for (Isa isa : available_isas()) {
     for (int64_t queries : {2, 50}) {
-      Array q = random(DType::f32, {2, 2, queries, 16}, 1), k = random(DType::f32, {2, 1, 70, 16}, 2);
+      Array q = random(DType::f32, {2, 2, queries, 16}, 1),
+            k = random(DType::f32, {2, 1, 70, 16}, 2);
       Array v = random(DType::f32, {2, 1, 70, 16}, 3);
       int32_t lengths[] = {41, 0};
       FlashOptions options;
@@ -230,15 +231,15 @@ TEST(Errors, NameTheArgumentWhatItWasAndWhatIsNeeded) {
   says(message_of([&] { flash_attention(q, three, three); }), {"q has 4 heads", "3", "multiple"});
   says(message_of([&] { flash_attention(wide, wide, wide); }), {"257", "1 to 256"});
   says(message_of([&] { flash_attention(q, half, half); }), {"bfloat16", "float32", "one type"});
-  says(message_of([&] { flash_attention(q.view().select(0, 0), k, k); }), {"q [4,3,8]", "4 are needed"});
+  says(message_of([&] { flash_attention(q.view().select(0, 0), k, k); }),
+       {"q [4,3,8]", "4 are needed"});
   says(message_of([&] { flash_attention(Tensor(), k, k); }), {"q is missing"});
-  says(message_of([&] {
-         flash_attention(q, k, k, {{}, std::numeric_limits<double>::infinity()});
-       }),
+  says(message_of([&] { flash_attention(q, k, k, {{}, std::numeric_limits<double>::infinity()}); }),
        {"scale is inf", "finite"});
   const Tensor strided(k.view().data(), DType::f32, {2, 2, 9, 4}, {144, 72, 8, 2});
   Array q4 = random(DType::f32, {2, 4, 3, 4}, 1);
-  says(message_of([&] { flash_attention(q4, strided, strided); }), {"k has stride 2", "unit stride"});
+  says(message_of([&] { flash_attention(q4, strided, strided); }),
+       {"k has stride 2", "unit stride"});
   int64_t lengths[] = {4, 4};
   const Tensor given(lengths, DType::i64, {2});
   Array many = random(DType::f32, {2, 4, 17, 8}, 1);
@@ -247,7 +248,8 @@ TEST(Errors, NameTheArgumentWhatItWasAndWhatIsNeeded) {
   says(message_of([&] { decode_attention(q, k, k, given, {{}, -3, 0}); }), {"window left is -3"});
   const AttentionResult r = flash_attention(q, k, k);
   says(message_of([&] { merge_attention(r.out, r.lse, many, r.lse); }), {"out_b", "same shape"});
-  says(message_of([&] { merge_attention(r.out, r.out, r.out, r.lse); }), {"lse_a", "float32 is needed"});
+  says(message_of([&] { merge_attention(r.out, r.out, r.out, r.lse); }),
+       {"lse_a", "float32 is needed"});
   says(message_of([&] { sigmoid_attention(q, k, k, {{}, {}, NAN}); }), {"bias is nan"});
   says(message_of([&] { sigmoid_attention(q, k, k, {{}, {}, r.lse.view()}); }), {"bias", "[4]"});
 }

@@ -40,7 +40,8 @@ Mechanism flash_record() {
   m.cases = common_attention_cases();
   m.bench_cases = attention_bench_cases();
   m.forward = [](const NamedTensors& in, const Spec& options, const RunOptions& run) {
-    return named(flash_attention(in.at("q"), in.at("k"), in.at("v"), flash_options(in, options), run));
+    return named(
+        flash_attention(in.at("q"), in.at("k"), in.at("v"), flash_options(in, options), run));
   };
   m.bind = bind_attention;
   m.explain = explain_attention;
@@ -56,8 +57,7 @@ Mechanism flash_record() {
 
 // Decoding is the same mechanism with queries aligned to lengths[b] instead of the end of the cache.
 cascade::Bindings bind_decode(const NamedTensors& in, const Spec& options) {
-  NamedTensors renamed = {
-      {"q", in.at("q")}, {"k", in.at("k_cache")}, {"v", in.at("v_cache")}};
+  NamedTensors renamed = {{"q", in.at("q")}, {"k", in.at("k_cache")}, {"v", in.at("v_cache")}};
   cascade::Bindings bindings = bind_attention(renamed, Spec::parse_options(""));
   const std::vector<double> lengths = to_nd(in.at("lengths")).values;
   const auto window = options.integer("window");
@@ -80,7 +80,8 @@ void fill_decode(const ExampleCase& example, const std::string& input, uint64_t 
   fill_lengths(renamed, input, seed, to_fill);
 }
 
-ExampleCase decode_case(const std::string& name, const AttentionShape& s, const std::string& options) {
+ExampleCase decode_case(const std::string& name, const AttentionShape& s,
+                        const std::string& options) {
   ExampleCase example{name,
                       {{"q", {s.batch, s.heads, s.queries, s.dim}},
                        {"k_cache", {s.batch, s.kv_heads, s.keys, s.dim}},
@@ -109,14 +110,15 @@ Mechanism decode_record() {
              decode_case("splits", {3, 3, 3, 2, 1400, 8, 8}, "splits=3"),
              decode_case("many_keys", {1, 3, 1, 1, 2600, 16, 16}, "")};
   for (int64_t keys : {512, 4096, 16384}) {
-    m.bench_cases.push_back(decode_case("kv" + std::to_string(keys), {1, 32, 8, 1, keys, 128, 128}, ""));
+    m.bench_cases.push_back(
+        decode_case("kv" + std::to_string(keys), {1, 32, 8, 1, keys, 128, 128}, ""));
   }
   m.forward = [](const NamedTensors& in, const Spec& options, const RunOptions& run) {
     options.require_known({"window", "scale", "splits"});
-    return named(decode_attention(in.at("q"), in.at("k_cache"), in.at("v_cache"), in.at("lengths"),
-                                  {options.number("scale"), options.integer("window"),
-                                   options.integer("splits").value_or(0)},
-                                  run));
+    return named(decode_attention(
+        in.at("q"), in.at("k_cache"), in.at("v_cache"), in.at("lengths"),
+        {options.number("scale"), options.integer("window"), options.integer("splits").value_or(0)},
+        run));
   };
   m.bind = bind_decode;
   m.fill = fill_decode;
@@ -148,7 +150,8 @@ Mechanism merge_record() {
   m.bench_cases = {merge_case("n4096", {1, 8, 4096, 64})};
   m.forward = [](const NamedTensors& in, const Spec& options, const RunOptions& run) {
     options.require_known({});
-    return named(merge_attention(in.at("out_a"), in.at("lse_a"), in.at("out_b"), in.at("lse_b"), run));
+    return named(
+        merge_attention(in.at("out_a"), in.at("lse_a"), in.at("out_b"), in.at("lse_b"), run));
   };
   m.bind = [](const NamedTensors& in, const Spec&) {
     cascade::Bindings bindings;

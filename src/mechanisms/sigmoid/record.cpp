@@ -51,8 +51,8 @@ Mechanism sigmoid_record() {
   m.outputs = {{"out", "O"}};
   m.cases = common_attention_cases();
   m.cases.push_back(attention_case("bias", {1, 2, 2, 33, 40, 16, 16}, "bias=-1.5,causal=1"));
-  m.cases.push_back(with_head_input(attention_case("bias_per_head", {1, 4, 2, 33, 40, 16, 16}, ""),
-                                    "bias", 4));
+  m.cases.push_back(
+      with_head_input(attention_case("bias_per_head", {1, 4, 2, 33, 40, 16, 16}, ""), "bias", 4));
   m.cases.push_back(with_head_input(
       attention_case("alibi", {1, 4, 2, 60, 75, 16, 16}, "causal=1,bias=0"), "alibi_slopes", 4));
   m.cases.push_back(with_head_input(

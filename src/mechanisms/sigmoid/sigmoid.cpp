@@ -27,8 +27,9 @@ std::vector<double> resolve_bias(const SigmoidOptions& options, int64_t heads, i
     return per_head("bias", *tensor, heads);
   }
   const auto* number = std::get_if<double>(&options.bias);
-  const double bias =
-      number != nullptr ? *number : keys > 0 ? -std::log(static_cast<double>(keys)) : 0;
+  const double bias = number != nullptr ? *number
+                      : keys > 0        ? -std::log(static_cast<double>(keys))
+                                        : 0;
   if (std::isnan(bias)) {
     throw Error(std::string(kOp) + ": bias is nan; a number is needed");
   }
@@ -46,9 +47,15 @@ void sigmoid_attention(const Tensor& q, const Tensor& k, const Tensor& v, const 
   if (options.alibi_slopes.defined()) {
     policy.alibi_slope = per_head("alibi_slopes", options.alibi_slopes, q.size(1));
   }
-  tiled::forward({kOp, q, k, v, out, Tensor(),
+  tiled::forward({kOp,
+                  q,
+                  k,
+                  v,
+                  out,
+                  Tensor(),
                   tiled::TilePlan::from_masks(kOp, options.masks, q.size(0), q.size(2), k.size(2)),
-                  tiled::resolve_scale(kOp, options.scale, q.size(3)), policy,
+                  tiled::resolve_scale(kOp, options.scale, q.size(3)),
+                  policy,
                   {}},
                  run);
 }
