@@ -4,6 +4,8 @@
 #include <fmt/format.h>
 
 #include <algorithm>
+#include <cmath>
+#include <memory>
 
 #include "cascade/kernels.h"
 #include "cascade/run.h"
@@ -98,7 +100,9 @@ class TermReverse {
   template <class Kept>
   void reverse(int lanes, Kept kept) {
     if (!nest_.compute(lanes)) return;
-    for (std::vector<double>& a : nodes_) std::fill(a.begin(), a.end(), 0.0);
+    for (std::vector<double>& a : nodes_) {
+      std::fill_n(a.begin(), std::min<size_t>(a.size(), static_cast<size_t>(lanes)), 0.0);
+    }
     const size_t root = static_cast<size_t>(term_.root);
     for (int l = 0; l < lanes; ++l) {
       if (!nest_.absent().empty() && nest_.absent()[static_cast<size_t>(l)] != 0) continue;
@@ -132,6 +136,7 @@ class TermReverse {
     const Node& n = term_.nodes[node];
     const int to = n.args[which];
     std::vector<double>& target = nodes_[static_cast<size_t>(to)];
+    if (n.op == Op::multiply) return reverse_product(node, to, n.args[1 - which], lanes);
     for (int l = 0; l < lanes; ++l) {
       const double g = nodes_[node][static_cast<size_t>(l)];
       if (g == 0) continue;  // absent lanes hold no values
@@ -140,6 +145,27 @@ class TermReverse {
       target[at(static_cast<size_t>(to), l)] +=
           pull_back(n.op, static_cast<int>(which), a, b, value(static_cast<int>(node), l), g);
     }
+  }
+
+  void reverse_product(size_t node, int to, int other, int lanes) {
+    const double* adjoint = nodes_[node].data();
+    const Nest::Register& factor = nest_.registers()[static_cast<size_t>(other)];
+    double* target = nodes_[static_cast<size_t>(to)].data();
+    const bool one = nest_.registers()[static_cast<size_t>(to)].uniform;
+    const double first = factor.data[0];
+    double total = 0;
+    for (int l = 0; l < lanes; ++l) {
+      const double slope = factor.uniform ? first : factor.data[l];
+      // An absent lane has the adjoint 0 and may hold anything.
+      const double g = adjoint[l] == 0 || (slope == 0 && std::isinf(adjoint[l])) ? 0.0
+                                                                                 : adjoint[l] * slope;
+      if (one) {
+        total += g;
+      } else {
+        target[l] += g;
+      }
+    }
+    if (one) target[0] += total;
   }
 
   void reverse_select(size_t node, int lanes) {
@@ -155,6 +181,12 @@ class TermReverse {
 
   void scatter(size_t node, int lanes) {
     std::vector<double>& adjoint = adjoints_[static_cast<size_t>(term_.nodes[node].tensor)];
+    if (lanes > 1 && !nest_.registers()[node].masked &&
+        nest_.address(static_cast<int>(node), 1) == nest_.address(static_cast<int>(node), 0) + 1) {
+      double* to = adjoint.data() + nest_.address(static_cast<int>(node), 0);
+      for (int l = 0; l < lanes; ++l) to[l] += nodes_[node][static_cast<size_t>(l)];
+      return;
+    }
     for (int l = 0; l < lanes; ++l) {
       const double g = nodes_[node][static_cast<size_t>(l)];
       if (g != 0) adjoint[nest_.address(static_cast<int>(node), l)] += g;

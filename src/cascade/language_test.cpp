@@ -88,6 +88,10 @@ TEST(Language, FiltersLeaveOutPointsAndElements) {
   const std::string chain = head + "S[p,m] = A[p,m] : keep\nT[p,m] = S[p,m] + 100\n";
   EXPECT_TRUE(near(run(chain + "out X[p] = max T[p,m]", b, "X"), vec({-kInf, 104, 108}), 0));
   EXPECT_TRUE(near(run(chain + "out X[p] = T[p,m]", b, "X"), vec({0, 104, 215}), 0));
+  // What the left side alone decides makes the element absent, whatever the reduction finds.
+  const std::string alone = head + "rank a = 2\nS[p] = 2 * A[p,p] : p != 1\n";
+  EXPECT_TRUE(near(run(alone + "Y[p] = max S[p] * A[p+5+a,0]\nout X = sum select(Y[p] < 0, 1, 1)", b,
+                       "X"), scalar(2), 0));
   EXPECT_TRUE(near(run(chain + "out X[p,m] = T[p,m] + A[p,m]", b, "X"),
                    {{3, 3}, {0, 0, 0, 108, 0, 0, 114, 116, 0}}, 0));
 }

@@ -80,13 +80,20 @@ void Nest::move(const std::vector<uint64_t>& from, int64_t lane, std::vector<uin
 
 void Nest::check_block(int lanes) {
   block_absent_.clear();
-  if (block_checks_.empty()) return;
+  if (block_checks_.empty() && element_loads_.empty()) return;
   block_absent_.resize(static_cast<size_t>(lanes));
   now_ = levels_[static_cast<size_t>(left_loops_)].data();
   for (int id : block_checks_) {
     for (int l = 0; l < lanes; ++l) {
       uint8_t& absent = block_absent_[static_cast<size_t>(l)];
       if (absent == 0 && !holds(checks_[static_cast<size_t>(id)], l)) absent = 1;
+    }
+  }
+  for (size_t node : element_loads_) {
+    const TensorData& tensor = frame_.tensors[static_cast<size_t>(term_.nodes[node].tensor)];
+    for (int l = 0; l < lanes; ++l) {
+      uint8_t& absent = block_absent_[static_cast<size_t>(l)];
+      if (absent == 0 && load_absence(loads_[node], tensor, node, l) != 0) absent = 1;
     }
   }
 }
@@ -194,7 +201,7 @@ uint8_t Nest::load_absence(const Load& load, const TensorData& tensor, size_t no
     return load.absence;
   }
   if (tensor.present.empty()) return 0;
-  return tensor.present[address(static_cast<int>(node), lane)] != 0 ? 0 : load.absence;
+  return tensor.present[static_cast<size_t>(slot_value(load.slot, lane))] != 0 ? 0 : load.absence;
 }
 
 bool Nest::compute_load(size_t node, int lanes) {
@@ -203,7 +210,14 @@ bool Nest::compute_load(size_t node, int lanes) {
   const TensorData& tensor = frame_.tensors[static_cast<size_t>(term_.nodes[node].tensor)];
   const int64_t stride = lane_stride(load.slot);
   const uint64_t first = at_[static_cast<size_t>(load.slot)];
-  if (!load.masked) {
+  if (load.whole) {
+    const uint8_t absent = load_absence(load, tensor, node, 0);
+    if (absent != 0) {
+      all_absent_ = absent;
+      return false;
+    }
+  }
+  if (!load.masked || load.whole) {
     if (lanes == 1 || stride == 1) {
       r.data = tensor.values.data() + first;
     } else {
@@ -220,10 +234,6 @@ bool Nest::compute_load(size_t node, int lanes) {
     r.absent[static_cast<size_t>(l)] = absent;
     r.values[static_cast<size_t>(l)] =
         absent != 0 ? 0.0 : tensor.values[address(static_cast<int>(node), l)];
-  }
-  if (r.uniform && r.strict && r.absent[0] != 0) {
-    all_absent_ = r.absent[0];
-    return false;
   }
   return true;
 }

@@ -49,6 +49,8 @@ class Nest {
     };
     std::vector<Check> checks;  // axes that may leave the tensor
     bool masked = false;
+    bool in_step = false;  // of a tensor that runs together with the term
+    bool whole = false;  // all lanes are absent together, which leaves out the points
     uint8_t absence = kAbsentPoint;
   };
 
@@ -99,6 +101,7 @@ class Nest {
     return r.data[r.uniform ? 0 : lane];
   }
 
+  const Register& root() const { return registers_[static_cast<size_t>(term_.root)]; }
   const LoweredTerm& term() const { return term_; }
   std::span<const Register> registers() const { return registers_; }
   const Load& load(int node) const { return loads_[static_cast<size_t>(node)]; }
@@ -147,6 +150,7 @@ class Nest {
   void build_loads(const LoweredEquation& equation, const std::vector<bool>& in_step);
   bool is_declared(const Axis& axis, int index) const;
   void build_load(size_t node, RankSet left_set, const std::vector<bool>& in_step);
+  void mark_strict();
   void build_registers();
   void build_checks(RankSet left_set);
 
@@ -185,6 +189,7 @@ class Nest {
   std::vector<std::pair<int, int>> call_ids_;  // index node, call
   std::vector<Check> checks_;
   std::vector<Load> loads_;  // per node
+  std::vector<size_t> element_loads_;  // strict ones that depend on the left side alone
   std::vector<Register> registers_;
   bool may_be_absent_ = false;
   std::vector<std::vector<int>> checks_at_, calls_at_;  // by depth

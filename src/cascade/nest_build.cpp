@@ -235,28 +235,15 @@ void Nest::build_load(size_t node, RankSet left_set, const std::vector<bool>& in
     if (!called && low >= 0 && high < data.shape[a]) continue;
     load.checks.push_back({add_slot(affine), data.shape[a], is_declared(info.axes[a], n.index[a])});
   }
-  load.masked = !load.checks.empty() || !data.present.empty() ||
-                in_step[static_cast<size_t>(n.tensor)];
+  load.in_step = in_step[static_cast<size_t>(n.tensor)];
+  load.masked = !load.checks.empty() || !data.present.empty() || load.in_step;
   if ((n.ranks & ~left_set) == 0) load.absence |= kAbsentElement;
   loads_[node] = std::move(load);
 }
 
-void Nest::build_registers() {
+/// Nodes whose absence is the absence of the point: all but the branches of a select.
+void Nest::mark_strict() {
   const std::vector<Node>& nodes = term_.nodes;
-  registers_.resize(nodes.size());
-  for (size_t i = 0; i < nodes.size(); ++i) {
-    Register& r = registers_[i];
-    r.uniform = vector_rank_ < 0 || (nodes[i].ranks & bit(vector_rank_)) == 0;
-    r.masked = nodes[i].op == Op::load && loads_[i].masked;
-    for (int arg : nodes[i].args) r.masked |= registers_[static_cast<size_t>(arg)].masked;
-    r.values.resize(r.uniform ? 1 : kLanes);
-    if (r.masked) r.absent.resize(r.uniform ? 1 : kLanes);
-    if (nodes[i].op == Op::constant) r.values[0] = nodes[i].value;
-    r.data = r.values.data();
-    if (nodes[i].op == Op::load && loads_[i].masked) {
-      may_be_absent_ |= (loads_[i].absence & kAbsentElement) != 0;
-    }
-  }
   registers_[static_cast<size_t>(term_.root)].strict = true;
   for (size_t i = nodes.size(); i-- > 0;) {
     if (!registers_[i].strict) continue;
@@ -264,6 +251,32 @@ void Nest::build_registers() {
     for (size_t a = 0; a < always; ++a) {
       registers_[static_cast<size_t>(nodes[i].args[a])].strict = true;
     }
+  }
+}
+
+void Nest::build_registers() {
+  const std::vector<Node>& nodes = term_.nodes;
+  registers_.resize(nodes.size());
+  mark_strict();
+  for (size_t i = 0; i < nodes.size(); ++i) {
+    Register& r = registers_[i];
+    r.uniform = vector_rank_ < 0 || (nodes[i].ranks & bit(vector_rank_)) == 0;
+    if (nodes[i].op == Op::load && loads_[i].masked) {
+      Load& load = loads_[i];
+      const TensorData& data = frame_.tensors[static_cast<size_t>(nodes[i].tensor)];
+      const bool same = std::all_of(load.checks.begin(), load.checks.end(),
+                                    [&](const Load::Check& c) { return lane_stride(c.slot) == 0; });
+      load.whole = r.strict && (r.uniform || (same && data.present.empty() && !load.in_step));
+      r.masked = !load.whole;
+      const bool element = (load.absence & kAbsentElement) != 0;
+      may_be_absent_ |= element;
+      if (element && r.strict) element_loads_.push_back(i);
+    }
+    for (int arg : nodes[i].args) r.masked |= registers_[static_cast<size_t>(arg)].masked;
+    r.values.resize(r.uniform ? 1 : kLanes);
+    if (r.masked) r.absent.resize(r.uniform ? 1 : kLanes);
+    if (nodes[i].op == Op::constant) r.values[0] = nodes[i].value;
+    r.data = r.values.data();
   }
 }
 

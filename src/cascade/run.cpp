@@ -215,9 +215,36 @@ struct Accumulator {
     std::copy(from.begin(), from.end(), absent);
   }
 
+  /// Four partial reductions, so that one does not wait for the other; lanes is at least 1.
+  template <class Combine>
+  static double reduced(const double* found, int lanes, Combine combine) {
+    if (lanes < 8) {
+      double total = found[0];
+      for (int l = 1; l < lanes; ++l) total = combine(total, found[l]);
+      return total;
+    }
+    double part[4] = {found[0], found[1], found[2], found[3]};
+    int l = 4;
+    for (; l + 4 <= lanes; l += 4) {
+      for (int k = 0; k < 4; ++k) part[k] = combine(part[k], found[l + k]);
+    }
+    for (; l < lanes; ++l) part[0] = combine(part[0], found[l]);
+    return combine(combine(part[0], part[1]), combine(part[2], part[3]));
+  }
+
   template <class Combine>
   void add(const Nest& nest, int lanes, Combine combine) {
     const std::span<const uint8_t> gone = nest.absent();
+    const double* found = nest.root().data;
+    const bool plain = gone.empty() && !nest.root().uniform;
+    if (plain && nest.vector_left()) {
+      for (int l = 0; l < lanes; ++l) values[l] = combine(values[l], found[l]);
+      return;
+    }
+    if (plain) {
+      values[0] = combine(values[0], reduced(found, lanes, combine));
+      return;
+    }
     for (int l = 0; l < lanes; ++l) {
       const size_t i = static_cast<size_t>(l);
       const size_t to = nest.vector_left() ? i : 0;
