@@ -31,19 +31,22 @@ TEST(Passes, TeachingExamples) {
 }
 
 TEST(Passes, DeferringTheDivisionSavesAPass) {
-  const std::string scores = "cascade t\nrank p m f\nin S[p,m] V[m,f]\nGM[p] = max S[p,m]\n"
-                             "SN[p,m] = exp(S[p,m] - GM[p])\nSD[p] = sum SN[p,m]\n";
+  const std::string scores =
+      "cascade t\nrank p m f\nin S[p,m] V[m,f]\nGM[p] = max S[p,m]\n"
+      "SN[p,m] = exp(S[p,m] - GM[p])\nSD[p] = sum SN[p,m]\n";
   EXPECT_EQ(count_passes(parse(scores + "out O[p,f] = SN[p,m] * V[m,f] / SD[p]"), "m").passes, 3);
-  EXPECT_EQ(count_passes(parse(scores + "N[p,f] = SN[p,m] * V[m,f]\nout O[p,f] = N[p,f] / SD[p]"),
-                         "m").passes, 2);
+  EXPECT_EQ(
+      count_passes(parse(scores + "N[p,f] = SN[p,m] * V[m,f]\nout O[p,f] = N[p,f] / SD[p]"), "m")
+          .passes,
+      2);
 }
 
 TEST(Passes, RowsSayWhereEachStatementRuns) {
   const PassReport report = count_passes(parse_file(kFolder + "softmax.cascade"), "m");
   std::map<std::string, int> found;
   for (const PassReport::Row& row : report.rows) found[row.tensor] = row.pass;
-  EXPECT_EQ(found, (std::map<std::string, int>{{"S", 1}, {"GM", 1}, {"SN", 2}, {"SD", 2}, {"A", 3},
-                                               {"O", 3}, {"LSE", 0}}));
+  EXPECT_EQ(found, (std::map<std::string, int>{
+                       {"S", 1}, {"GM", 1}, {"SN", 2}, {"SD", 2}, {"A", 3}, {"O", 3}, {"LSE", 0}}));
   EXPECT_EQ(report.rows[0].line, 9);
 }
 
@@ -62,9 +65,7 @@ TEST(Passes, StatementsThatRunTogetherStayInOnePass) {
   EXPECT_EQ(count_passes(delta, "t").passes, 1);
 }
 
-TEST(Passes, UnknownRankIsAnError) {
-  EXPECT_THROW(passes(kFolder + "flash.cascade", "x"), Error);
-}
+TEST(Passes, UnknownRankIsAnError) { EXPECT_THROW(passes(kFolder + "flash.cascade", "x"), Error); }
 
 const StatementCount& row(const std::vector<StatementCount>& rows, const std::string& tensor) {
   for (const StatementCount& r : rows) {
@@ -92,7 +93,8 @@ TEST(Counts, ClosedFormsOfFlash) {
   EXPECT_EQ(row(rows, "LSE").live_after.text(), "0");
 }
 
-/// Counts what a statement does by visiting every combination of ranks that an operation depends on.
+/// Counts what a statement does by visiting every combination of ranks that an operation depends
+/// on.
 double brute(const std::map<std::string, int64_t>& sizes, const std::vector<std::string>& ranks) {
   double n = 0;
   std::vector<int64_t> at(ranks.size());
@@ -106,8 +108,8 @@ double brute(const std::map<std::string, int64_t>& sizes, const std::vector<std:
 
 TEST(Counts, NumbersEqualCountingPointByPoint) {
   const Program program = parse_file(kFolder + "softmax.cascade");
-  const std::map<std::string, int64_t> sizes = {{"b", 2}, {"h", 3}, {"p", 4}, {"m", 5}, {"e", 6},
-                                                {"f", 7}};
+  const std::map<std::string, int64_t> sizes = {{"b", 2}, {"h", 3}, {"p", 4},
+                                                {"m", 5}, {"e", 6}, {"f", 7}};
   const auto rows = count(program);
   const auto n = [&](std::vector<std::string> ranks) { return brute(sizes, ranks); };
   const double bhpm = n({"b", "h", "p", "m"}), bhp = n({"b", "h", "p"});

@@ -31,14 +31,15 @@ struct Index {
   bool operator==(const Index&) const = default;
 };
 
-/// A value expression; children are numbers of nodes in Ast::exprs, indices of nodes in Ast::indices.
+/// A value expression; children are numbers of nodes in Ast::exprs, indices of nodes in
+/// Ast::indices.
 struct Expr {
   enum class Kind { number, name, call, compare, negate, add, subtract, multiply, divide, power };
   Kind kind = Kind::number;
   double number = 0;
-  std::string name;           // name: tensor, scalar, rank, size; call: function
+  std::string name;  // name: tensor, scalar, rank, size; call: function
   std::vector<int> args;
-  bool bracketed = false;     // name[...] rather than a bare name
+  bool bracketed = false;  // name[...] rather than a bare name
   std::vector<int> indices;
   Compare compare = Compare::less;
   int depth = 1;
@@ -169,11 +170,11 @@ bool same(const Ast& a, const Ast& b);
 /// Bounds that keep a hostile text from exhausting the stack, memory or time.
 inline constexpr int kMaxTextBytes = 1 << 20;
 inline constexpr int kMaxNameLength = 64;
-inline constexpr int kMaxDepth = 100;        // of an expression
-inline constexpr int kMaxRanks = 64;         // a rank set is one 64-bit word
+inline constexpr int kMaxDepth = 100;  // of an expression
+inline constexpr int kMaxRanks = 64;   // a rank set is one 64-bit word
 inline constexpr int kMaxAxes = 16;
 inline constexpr int kMaxTerms = 100;
 inline constexpr int kMaxStatements = 1000;
-inline constexpr int kMaxNodes = 20000;      // of one equation with its functions written out
+inline constexpr int kMaxNodes = 20000;  // of one equation with its functions written out
 
 }  // namespace heed::cascade

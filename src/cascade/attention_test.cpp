@@ -44,22 +44,22 @@ void for_each_row(const AttentionCase& c, const Bindings& bindings, Row row) {
 Plain plain_softmax(const AttentionCase& c, const Bindings& bindings) {
   const auto& v = bindings.tensors.at("V").values;
   Plain result{{{c.B, c.H, c.Lq, c.Dv}, {}}, {{c.B, c.H, c.Lq}, {}}};
-  for_each_row(c, bindings, [&](int64_t b, int64_t, int64_t g, int64_t p,
-                                const std::vector<double>& scores) {
-    double sum = 0;
-    std::vector<double> out(static_cast<size_t>(c.Dv));
-    for (int64_t m = 0; m < c.Lk; ++m) {
-      if (!sees(c, b, p, m)) continue;
-      const double w = std::exp(scores[static_cast<size_t>(m)]);
-      sum += w;
-      for (int64_t f = 0; f < c.Dv; ++f) {
-        out[static_cast<size_t>(f)] +=
-            w * v[static_cast<size_t>(((b * c.Hkv + g) * c.Lk + m) * c.Dv + f)];
-      }
-    }
-    for (double& x : out) result.out.values.push_back(sum == 0 ? 0.0 : x / sum);
-    result.lse.values.push_back(sum == 0 ? -kInf : std::log(sum));
-  });
+  for_each_row(c, bindings,
+               [&](int64_t b, int64_t, int64_t g, int64_t p, const std::vector<double>& scores) {
+                 double sum = 0;
+                 std::vector<double> out(static_cast<size_t>(c.Dv));
+                 for (int64_t m = 0; m < c.Lk; ++m) {
+                   if (!sees(c, b, p, m)) continue;
+                   const double w = std::exp(scores[static_cast<size_t>(m)]);
+                   sum += w;
+                   for (int64_t f = 0; f < c.Dv; ++f) {
+                     out[static_cast<size_t>(f)] +=
+                         w * v[static_cast<size_t>(((b * c.Hkv + g) * c.Lk + m) * c.Dv + f)];
+                   }
+                 }
+                 for (double& x : out) result.out.values.push_back(sum == 0 ? 0.0 : x / sum);
+                 result.lse.values.push_back(sum == 0 ? -kInf : std::log(sum));
+               });
   return result;
 }
 
@@ -158,10 +158,11 @@ TEST(Attention, MergeOfTwoHalvesIsTheWhole) {
   Bindings a = all, b = all;
   a.predicates["keep"] = [first](auto i) { return sees(first, i[0], i[1], i[2]) && i[2] < 8; };
   b.predicates["keep"] = [second](auto i) { return sees(second, i[0], i[1], i[2]) && i[2] >= 8; };
-  const Values va = evaluate(softmax, a), vb = evaluate(softmax, b), expected = evaluate(softmax, all);
+  const Values va = evaluate(softmax, a), vb = evaluate(softmax, b),
+               expected = evaluate(softmax, all);
   Bindings pair;
-  pair.tensors = {{"OA", va.at("O")}, {"LSEA", va.at("LSE")},
-                  {"OB", vb.at("O")}, {"LSEB", vb.at("LSE")}};
+  pair.tensors = {
+      {"OA", va.at("O")}, {"LSEA", va.at("LSE")}, {"OB", vb.at("O")}, {"LSEB", vb.at("LSE")}};
   const Program merge = parse_file("src/mechanisms/flash/merge.cascade");
   Values found = evaluate(merge, pair);
   EXPECT_TRUE(near(found.at("O"), expected.at("O"), 1e-12));  // the second half of entry 0 is empty
@@ -184,22 +185,23 @@ TEST(Attention, SigmoidEqualsPlainLoops) {
       if (alibi) bindings.tensors["Slope"] = slope;
       const auto& v = bindings.tensors.at("V").values;
       NdArray expected{{c.B, c.H, c.Lq, c.Dv}, {}};
-      for_each_row(c, bindings, [&](int64_t b, int64_t h, int64_t g, int64_t p,
-                                    const std::vector<double>& scores) {
-        std::vector<double> out(static_cast<size_t>(c.Dv));
-        for (int64_t m = 0; m < c.Lk; ++m) {
-          if (!sees(c, b, p, m)) continue;
-          const double distance = std::abs(static_cast<double>(p + c.Lk - c.Lq - m));
-          double s = scores[static_cast<size_t>(m)] + bias.values[static_cast<size_t>(h)];
-          if (alibi) s -= slope.values[static_cast<size_t>(h)] * distance;
-          for (int64_t f = 0; f < c.Dv; ++f) {
-            out[static_cast<size_t>(f)] +=
-                v[static_cast<size_t>(((b * c.Hkv + g) * c.Lk + m) * c.Dv + f)] /
-                (1 + std::exp(-s));
-          }
-        }
-        expected.values.insert(expected.values.end(), out.begin(), out.end());
-      });
+      for_each_row(
+          c, bindings,
+          [&](int64_t b, int64_t h, int64_t g, int64_t p, const std::vector<double>& scores) {
+            std::vector<double> out(static_cast<size_t>(c.Dv));
+            for (int64_t m = 0; m < c.Lk; ++m) {
+              if (!sees(c, b, p, m)) continue;
+              const double distance = std::abs(static_cast<double>(p + c.Lk - c.Lq - m));
+              double s = scores[static_cast<size_t>(m)] + bias.values[static_cast<size_t>(h)];
+              if (alibi) s -= slope.values[static_cast<size_t>(h)] * distance;
+              for (int64_t f = 0; f < c.Dv; ++f) {
+                out[static_cast<size_t>(f)] +=
+                    v[static_cast<size_t>(((b * c.Hkv + g) * c.Lk + m) * c.Dv + f)] /
+                    (1 + std::exp(-s));
+              }
+            }
+            expected.values.insert(expected.values.end(), out.begin(), out.end());
+          });
       EXPECT_TRUE(near(evaluate(program, bindings).at("O"), expected, 1e-12));
     }
   }

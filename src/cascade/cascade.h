@@ -1,5 +1,5 @@
-// The cascade language: a mechanism written as a sequence of extended Einsums, read by people, run in
-// float64 as the reference (value and gradient), analysed for passes and counted for cost.
+// The cascade language: a mechanism written as a sequence of extended Einsums, read by people, run
+// in float64 as the reference (value and gradient), analysed for passes and counted for cost.
 // Source: FuseMax, arXiv 2406.10491 (extended Einsums, passes). Grammar: docs/cascade-language.md.
 #pragma once
 #include <cstdint>
@@ -39,12 +39,12 @@ Program parse(std::string_view text, std::string_view file = "cascade");
 
 /// What a case supplies to a program. Index tuples arrive in the order written in the text.
 struct Bindings {
-  std::map<std::string, int64_t> sizes;     // ranks and split constants (m, M0); ranks that an
-                                            // input's shape determines may be left out
+  std::map<std::string, int64_t> sizes;  // ranks and split constants (m, M0); ranks that an
+                                         // input's shape determines may be left out
   std::map<std::string, NdArray> tensors;
   std::map<std::string, double> scalars;
-  std::map<std::string, std::function<bool(std::span<const int64_t>)>> predicates;      // keep(p,m)
-  std::map<std::string, std::function<int64_t(std::span<const int64_t>)>> indices;      // g(h)
+  std::map<std::string, std::function<bool(std::span<const int64_t>)>> predicates;  // keep(p,m)
+  std::map<std::string, std::function<int64_t(std::span<const int64_t>)>> indices;  // g(h)
 };
 
 using Values = std::map<std::string, NdArray>;
@@ -75,7 +75,8 @@ PassReport count_passes(const Program& program, std::string_view rank);
 /// A polynomial in rank names with rational exponents of division by split sizes left symbolic.
 class Polynomial {
  public:
-  std::map<std::vector<std::string>, double> terms;  // sorted rank names (repeats = powers) -> coefficient
+  std::map<std::vector<std::string>, double>
+      terms;  // sorted rank names (repeats = powers) -> coefficient
   double at(const std::map<std::string, int64_t>& sizes) const;
   std::string text() const;  // "2*b*h*p*m*e"
 };
@@ -85,12 +86,12 @@ struct StatementCount {
   std::string tensor;
   int line = 0;
   Polynomial multiply_adds, exponentials, divisions, maxima, other;
-  Polynomial reads, writes;     // elements
-  Polynomial live_after;        // elements alive between this statement and the next
+  Polynomial reads, writes;  // elements
+  Polynomial live_after;     // elements alive between this statement and the next
 };
 std::vector<StatementCount> count(const Program& program);
 
-std::string to_text(const Program& program);   // parses back to the same program
+std::string to_text(const Program& program);  // parses back to the same program
 std::string to_latex(const Program& program);
 std::string to_html(const Program& program);
 

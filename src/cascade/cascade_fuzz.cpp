@@ -1,5 +1,5 @@
-// Any text either parses or gives heed::Error. What parses prints to a text that reads back the same,
-// can be counted, and runs forward and backward on invented bindings where the work is small.
+// Any text either parses or gives heed::Error. What parses prints to a text that reads back the
+// same, can be counted, and runs forward and backward on invented bindings where the work is small.
 #include <cmath>
 #include <cstdlib>
 

@@ -4,6 +4,7 @@
 
 #include <algorithm>
 
+#include "cascade/batch.h"
 #include "cascade/names.h"
 #include "cascade/terms.h"
 
@@ -19,10 +20,11 @@ class Checker {
     for (size_t s = 0; s < ast_.statements.size(); ++s) declare(static_cast<int>(s));
     if (std::none_of(ast_.statements.begin(), ast_.statements.end(),
                      [](const Statement& s) { return s.output; })) {
-      names_.error(ast_.statements.back().main.place,
-                   "found no output, expected 'out' before the statements whose tensors are results");
+      names_.error(
+          ast_.statements.back().main.place,
+          "found no output, expected 'out' before the statements whose tensors are results");
     }
-    spread_batch_ranks();
+    spread_batch_ranks(ast_, names_, out_, first_statement_);
     groups_.resize(ast_.statements.size());
     for (size_t s = 0; s < ast_.statements.size(); ++s) statement(static_cast<int>(s));
     form_groups();
@@ -32,9 +34,7 @@ class Checker {
 
  private:
   const Statement& written(int s) const { return ast_.statements[static_cast<size_t>(s)]; }
-  TensorInfo& tensor_of(int s) {
-    return out_.tensors[static_cast<size_t>(first_statement_ + s)];
-  }
+  TensorInfo& tensor_of(int s) { return out_.tensors[static_cast<size_t>(first_statement_ + s)]; }
   Place index_place(int ast_index) const {
     return ast_.indices[static_cast<size_t>(ast_index)].place;
   }
@@ -69,7 +69,8 @@ class Checker {
     }
     if (info.running >= 0 && !written(s).has_initial) {
       names_.error(e.place, fmt::format("found the running tensor '{}' without a start, expected "
-                                        "'; {}[0,...] = ...' at the end of the line", e.name, e.name));
+                                        "'; {}[0,...] = ...' at the end of the line",
+                                        e.name, e.name));
     }
     if (info.running < 0 && written(s).has_initial) {
       names_.error(written(s).initial.place,
@@ -103,131 +104,6 @@ class Checker {
                  "rank, or the two parts of a split joined as in its declaration");
   }
 
-  // ---- batch ranks
-  struct Batch {
-    RankSet completed = 0;  // brought in by indices that were left out
-    RankSet explicitly = 0;
-  };
-
-  RankSet batch_ranks() const {
-    RankSet set = 0;
-    for (size_t r = 0; r < out_.ranks.size(); ++r) {
-      if (out_.ranks[r].batch) set |= bit(static_cast<int>(r));
-    }
-    return set;
-  }
-
-  void find_batch(int ast_expr, Batch& found) const {
-    const Expr& e = ast_.exprs[static_cast<size_t>(ast_expr)];
-    for (int arg : e.args) find_batch(arg, found);
-    if (e.kind != Expr::Kind::name) return;
-    const int tensor = names_.tensor(e.name);
-    if (tensor < 0) {
-      const int r = names_.rank(e.name);
-      if (r >= 0) found.completed |= bit(r) & batch_ranks();
-      return;
-    }
-    const auto match = names_.match(out_.tensor(tensor), e.indices, ~RankSet{0});
-    if (!match) return;
-    const bool batched = std::any_of(out_.tensor(tensor).axes.begin(),
-                                     out_.tensor(tensor).axes.end(),
-                                     [](const Axis& a) { return a.batch != 0; });
-    (batched && !match->left_out ? found.explicitly : found.completed) |=
-        match->ranks & batch_ranks();
-  }
-
-  void find_batch(const Equation& e, Batch& found) const {
-    for (const Term& t : e.terms) find_batch(t.body, found);
-    for (const Filter& f : e.filters) {
-      if (f.is_compare || f.has_args) {
-        for (int arg : f.args) {
-          found.completed |= out_.node(names_.index(arg, ~RankSet{0})).ranks & batch_ranks();
-        }
-        continue;
-      }
-      for (const PredicateDeclaration& p : ast_.predicates) {
-        if (p.name != f.name) continue;
-        for (const std::string& r : p.ranks) found.completed |= bit(names_.rank(r)) & batch_ranks();
-      }
-    }
-  }
-
-  Batch batch_of(int s) const {
-    Batch found;
-    find_batch(written(s).main, found);
-    if (written(s).has_initial) find_batch(written(s).initial, found);
-    return found;
-  }
-
-  RankSet left_ranks(const TensorInfo& info) const {
-    RankSet set = 0;
-    for (const Axis& axis : info.axes) {
-      if (axis.rank >= 0) set |= bit(axis.rank);
-    }
-    return set;
-  }
-
-  /// Gives each left side without batch ranks those that its right side brings in, until nothing
-  /// changes: a running tensor reads itself.
-  void spread_batch_ranks() {
-    std::vector<RankSet> given(ast_.statements.size());
-    for (bool changed = true; changed;) {
-      changed = false;
-      const size_t nodes = out_.indices.size();
-      for (size_t s = 0; s < given.size(); ++s) {
-        TensorInfo& info = tensor_of(static_cast<int>(s));
-        const RankSet written_batch = left_ranks(info) & batch_ranks() & ~given[s];
-        const Batch found = batch_of(static_cast<int>(s));
-        const RankSet wanted = written_batch != 0 ? 0 : found.completed & ~found.explicitly;
-        if ((wanted & ~given[s]) == 0) continue;
-        given[s] |= wanted;
-        changed = true;
-        give_axes(info, given[s]);
-      }
-      out_.indices.resize(nodes);
-    }
-    for (size_t s = 0; s < given.size(); ++s) check_batch(static_cast<int>(s), given[s]);
-  }
-
-  void give_axes(TensorInfo& info, RankSet ranks) const {
-    std::vector<Axis> axes;
-    for (size_t r = 0; r < out_.ranks.size(); ++r) {
-      const RankSet one = bit(static_cast<int>(r));
-      if ((ranks & one) == 0) continue;
-      Axis axis;
-      axis.rank = static_cast<int>(r);
-      axis.batch = one;
-      axes.push_back(axis);
-    }
-    for (const Axis& axis : info.axes) {
-      if ((axis.batch & ranks) == 0) axes.push_back(axis);
-    }
-    info.axes = std::move(axes);
-  }
-
-  void check_batch(int s, RankSet given) {
-    const Batch found = batch_of(s);
-    const TensorInfo& info = tensor_of(s);
-    const RankSet own = left_ranks(info) & batch_ranks() & ~given;
-    const RankSet bad = own != 0 ? found.completed & ~own & ~found.explicitly
-                                 : found.completed & found.explicitly;
-    for (size_t r = 0; r < out_.ranks.size(); ++r) {
-      if ((bad & bit(static_cast<int>(r))) == 0) continue;
-      const std::string& name = out_.ranks[r].name;
-      names_.error(info.place,
-                   own != 0 ? fmt::format("found '{}' without the batch rank '{}' that its right "
-                                          "side depends on, expected all batch ranks or none on "
-                                          "the left", info.name, name)
-                            : fmt::format("found the batch rank '{}' written in one place and left "
-                                          "out in another, expected '{}' on the left side of '{}' "
-                                          "or no batch ranks in this line", name, name, info.name));
-    }
-    if (info.axes.size() > static_cast<size_t>(kMaxAxes)) {
-      names_.error(info.place, fmt::format("found {} axes, expected at most {}", info.axes.size(),
-                                           kMaxAxes));
-    }
-  }
-
   // ---- statements
   void statement(int s) {
     LoweredStatement result;
@@ -240,7 +116,8 @@ class Checker {
   void left_side(int s, const Equation& e, bool initial, LoweredEquation& result) {
     const TensorInfo& info = tensor_of(s);
     if (e.name != info.name) {
-      names_.error(e.place, fmt::format("found '{}', expected the start of '{}'", e.name, info.name));
+      names_.error(e.place,
+                   fmt::format("found '{}', expected the start of '{}'", e.name, info.name));
     }
     const size_t left_out = info.axes.size() - written(s).main.indices.size();
     if (e.indices.size() + left_out != info.axes.size()) {
@@ -268,10 +145,9 @@ class Checker {
 
   void check_initial_index(int s, const Axis& axis, int id, int ast_index) {
     const IndexNode& n = out_.node(id);
-    const bool fits = axis.running
-                          ? n.kind == IndexNode::Kind::number && n.number == 0
-                          : n.kind == IndexNode::Kind::rank ? n.id == axis.rank
-                                                            : merged_split(out_, id) != nullptr;
+    const bool fits = axis.running ? n.kind == IndexNode::Kind::number && n.number == 0
+                      : n.kind == IndexNode::Kind::rank ? n.id == axis.rank
+                                                        : merged_split(out_, id) != nullptr;
     if (!fits) {
       names_.error(index_place(ast_index),
                    fmt::format("found another index, expected {} in the start of '{}'",
@@ -363,7 +239,8 @@ class Checker {
       if (free == 0 || tensor_of(s).axes[a].running) continue;
       names_.error(index_place(e.indices[a - left_out]),
                    fmt::format("found rank '{}' on the left, which nothing on the right binds, "
-                               "expected a term or a filter with it", first_rank_name(free)));
+                               "expected a term or a filter with it",
+                               first_rank_name(free)));
     }
   }
 
@@ -378,8 +255,8 @@ class Checker {
         const auto offset = offset_from(out_, index[a], info.running);
         if (!offset || *offset > 0) {
           names_.error(place, fmt::format("found '{}' ahead of its running rank, expected '{}[{}]' "
-                                          "or an earlier element", info.name, info.name,
-                                          out_.rank(info.running).name));
+                                          "or an earlier element",
+                                          info.name, info.name, out_.rank(info.running).name));
         }
       }
       Group& g = groups_[static_cast<size_t>(s)];
@@ -387,19 +264,21 @@ class Checker {
       return;
     }
     if (info.statement == s) {
-      names_.error(place, fmt::format("found '{}' in its own definition, a cycle, expected a running "
-                                      "rank ('{}[rank+1]') or another tensor", info.name, info.name));
+      names_.error(place,
+                   fmt::format("found '{}' in its own definition, a cycle, expected a running "
+                               "rank ('{}[rank+1]') or another tensor",
+                               info.name, info.name));
     }
     names_.error(place, fmt::format("found '{}' before its definition in line {}{}, expected it "
-                                    "after that line", info.name, info.place.line,
+                                    "after that line",
+                                    info.name, info.place.line,
                                     reaches(info.statement, s) ? ", a cycle" : ""));
   }
 
   bool mentions(int ast_expr, const std::string& name) const {
     const Expr& e = ast_.exprs[static_cast<size_t>(ast_expr)];
     if (e.kind == Expr::Kind::name && e.name == name) return true;
-    return std::any_of(e.args.begin(), e.args.end(),
-                       [&](int arg) { return mentions(arg, name); });
+    return std::any_of(e.args.begin(), e.args.end(), [&](int arg) { return mentions(arg, name); });
   }
 
   /// Does statement `from` read what statement `to` defines, directly or through others?
@@ -454,8 +333,8 @@ class Checker {
     if (!runs || (info.running >= 0 && info.running != g.rank)) {
       names_.error(info.place,
                    fmt::format("found '{}' between lines that run together along '{}', expected "
-                               "that rank on its left side or the line elsewhere", info.name,
-                               out_.rank(g.rank).name));
+                               "that rank on its left side or the line elsewhere",
+                               info.name, out_.rank(g.rank).name));
     }
     const LoweredStatement& statement = out_.statements[static_cast<size_t>(s)];
     for (const LoweredTerm& term : statement.main.terms) {
@@ -486,8 +365,7 @@ class Checker {
       if (!offset || *offset > limit) {
         names_.error(place, fmt::format("found '{}' read at another place of '{}' than the lines "
                                         "that run together have reached, expected '{}' or earlier",
-                                        info.name, out_.rank(g.rank).name,
-                                        out_.rank(g.rank).name));
+                                        info.name, out_.rank(g.rank).name, out_.rank(g.rank).name));
       }
     }
   }

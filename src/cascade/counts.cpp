@@ -1,7 +1,7 @@
-// Operations and traffic per statement. Each operation counts once for every combination of the ranks
-// beneath it, so a factor that does not depend on a rank is not counted along it. An addition or
-// subtraction of a product is one multiply-add with it, a sum over products too; other additions,
-// subtractions and multiplications count as one multiply-add each.
+// Operations and traffic per statement. Each operation counts once for every combination of the
+// ranks beneath it, so a factor that does not depend on a rank is not counted along it. An addition
+// or subtraction of a product is one multiply-add with it, a sum over products too; other
+// additions, subtractions and multiplications count as one multiply-add each.
 #include <fmt/format.h>
 
 #include <algorithm>
@@ -176,16 +176,21 @@ class Counter {
     switch (op) {
       case Op::add:
       case Op::subtract:
-      case Op::multiply: return row.multiply_adds;
-      case Op::divide: return row.divisions;
+      case Op::multiply:
+        return row.multiply_adds;
+      case Op::divide:
+        return row.divisions;
       case Op::max:
       case Op::min:
-      case Op::relu: return row.maxima;
+      case Op::relu:
+        return row.maxima;
       case Op::exp:
       case Op::tanh:
       case Op::sigmoid:
-      case Op::gelu: return row.exponentials;
-      default: return row.other;
+      case Op::gelu:
+        return row.exponentials;
+      default:
+        return row.other;
     }
   }
 

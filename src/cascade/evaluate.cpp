@@ -17,8 +17,8 @@ Values evaluate(const Program& program, const Bindings& bindings,
   for (const std::string& name : also) {
     const int tensor = lowered.find_tensor(name);
     if (tensor < 0) {
-      throw Error(fmt::format("cascade {}: found no tensor {}, expected one of its lines", lowered.name,
-                              name));
+      throw Error(fmt::format("cascade {}: found no tensor {}, expected one of its lines",
+                              lowered.name, name));
     }
     values[name] = run.array(tensor);
   }

@@ -6,8 +6,8 @@ namespace heed::cascade {
 
 enum class Op {
   constant,
-  load,    // an element of a tensor
-  index,   // an integer expression as a value
+  load,   // an element of a tensor
+  index,  // an integer expression as a value
   negate,
   add,
   subtract,

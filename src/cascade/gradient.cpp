@@ -1,6 +1,6 @@
-// Reverse mode over the statements of a program: last line first, running ranks backwards. Each term is
-// walked again as in the forward, its values computed anew chunk by chunk, and the adjoint of an element
-// handed down to what the element read. Points that the forward left out get nothing.
+// Reverse mode over the statements of a program: last line first, running ranks backwards. Each
+// term is walked again as in the forward, its values computed anew chunk by chunk, and the adjoint
+// of an element handed down to what the element read. Points that the forward left out get nothing.
 #include <fmt/format.h>
 
 #include <algorithm>
@@ -64,10 +64,10 @@ class TermReverse {
     for (int l = 0; l < block.lanes; ++l) {
       const uint64_t at =
           block.offset + static_cast<uint64_t>(l) * static_cast<uint64_t>(block.stride);
-      const bool gone = (!left_.present.empty() && left_.present[at] == 0) ||
-                        (!left_.carried.empty() && left_.carried[at] != 0) ||
-                        (!nest_.block_absent().empty() &&
-                         nest_.block_absent()[static_cast<size_t>(l)] != 0);
+      const bool gone =
+          (!left_.present.empty() && left_.present[at] == 0) ||
+          (!left_.carried.empty() && left_.carried[at] != 0) ||
+          (!nest_.block_absent().empty() && nest_.block_absent()[static_cast<size_t>(l)] != 0);
       const double g = gone ? 0.0 : adjoint[at];
       element_[l] = term_.minus ? -g : g;
       any |= g != 0;
@@ -157,8 +157,8 @@ class TermReverse {
     for (int l = 0; l < lanes; ++l) {
       const double slope = factor.uniform ? first : factor.data[l];
       // An absent lane has the adjoint 0 and may hold anything.
-      const double g = adjoint[l] == 0 || (slope == 0 && std::isinf(adjoint[l])) ? 0.0
-                                                                                 : adjoint[l] * slope;
+      const double g =
+          adjoint[l] == 0 || (slope == 0 && std::isinf(adjoint[l])) ? 0.0 : adjoint[l] * slope;
       if (one) {
         total += g;
       } else {

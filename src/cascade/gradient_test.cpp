@@ -1,4 +1,5 @@
-// Gradients against central differences of the interpreter, and the rules at ties and absent points.
+// Gradients against central differences of the interpreter, and the rules at ties and absent
+// points.
 #include <limits>
 
 #include "cascade/test_support.h"
@@ -60,7 +61,15 @@ TEST(Gradient, AttentionCascades) {
       {.B = 1, .Lq = 3, .Lk = 5, .D = 2, .Dv = 2, .tile = 2},
       {.B = 1, .Lq = 4, .Lk = 4, .D = 2, .Dv = 2, .tile = 3, .causal = true},
       {.B = 1, .Lq = 5, .Lk = 3, .D = 2, .Dv = 2, .tile = 2, .causal = true},  // empty rows
-      {.B = 2, .H = 2, .Hkv = 1, .Lq = 2, .Lk = 5, .D = 2, .Dv = 2, .tile = 2, .left = 1,
+      {.B = 2,
+       .H = 2,
+       .Hkv = 1,
+       .Lq = 2,
+       .Lk = 5,
+       .D = 2,
+       .Dv = 2,
+       .tile = 2,
+       .left = 1,
        .lengths = {0, 4}},
   };
   for (const char* name : {"softmax", "two_pass", "flash"}) {
@@ -73,8 +82,8 @@ TEST(Gradient, AttentionCascades) {
 }
 
 TEST(Gradient, AllAttentionCascadesAgree) {
-  const AttentionCase c{.Lq = 20, .Lk = 40, .D = 8, .Dv = 6, .tile = 16, .causal = true,
-                        .lengths = {7, 40}};
+  const AttentionCase c{
+      .Lq = 20, .Lk = 40, .D = 8, .Dv = 6, .tile = 16, .causal = true, .lengths = {7, 40}};
   const Bindings bindings = bind_attention(c);
   const Program softmax = parse_file("src/mechanisms/flash/softmax.cascade");
   const Values weights = seeds(evaluate(softmax, bindings));
@@ -98,8 +107,10 @@ TEST(Gradient, Sigmoid) {
 
 TEST(Gradient, Merge) {
   Bindings bindings;
-  bindings.tensors = {{"OA", normal({1, 2, 3, 2}, 1)}, {"LSEA", normal({1, 2, 3}, 2)},
-                      {"OB", normal({1, 2, 3, 2}, 3)}, {"LSEB", normal({1, 2, 3}, 4)}};
+  bindings.tensors = {{"OA", normal({1, 2, 3, 2}, 1)},
+                      {"LSEA", normal({1, 2, 3}, 2)},
+                      {"OB", normal({1, 2, 3, 2}, 3)},
+                      {"LSEB", normal({1, 2, 3}, 4)}};
   const Program merge = parse_file("src/mechanisms/flash/merge.cascade");
   expect_gradients(merge, bindings);
   bindings.tensors["LSEA"].values.assign(6, -kInf);
@@ -122,8 +133,9 @@ TEST(Gradient, Operations) {
         "select(A[p] > 0, A[p] * B[p], B[p] - A[p])", "-A[p] * -(B[p])", "half(A[p] * B[p])",
         "A[p] * A[p-1] * A[P-1-p]", "A[p] * p + P * s"}) {
     SCOPED_TRACE(line);
-    const std::string text = "cascade t\nrank p\nin A[p] B[p] s\nlet half(x) = x * x / 2\n"
-                             "out X[p] = ";
+    const std::string text =
+        "cascade t\nrank p\nin A[p] B[p] s\nlet half(x) = x * x / 2\n"
+        "out X[p] = ";
     expect_gradients(parse(text + line), bindings);
   }
 }
@@ -134,17 +146,20 @@ TEST(Gradient, ReductionsRunningRanksAndSplits) {
   bindings.sizes["T"] = 3;
   bindings.indices["swap"] = [](auto i) { return i[0] ^ 1; };
   const std::string head =
-      "cascade t\nrank n f g = F\nsplit n = t * T + i\nsplit n = t * T + j\nin A[n] B[n,f] W[f,g]\n";
+      "cascade t\nrank n f g = F\nsplit n = t * T + i\nsplit n = t * T + j\nin A[n] B[n,f] "
+      "W[f,g]\n";
   for (const char* body : {
            "out X[f] = A[n] * B[n,f] : n != 3",
            "out X[f] = max A[n] * B[n,f]",
            "out X[n] = min B[n,f]",
            "out X[t*T+i,f] = A[t*T+i] * sum_j[t,i,f]",
            "S[t] = max A[t,i]\nout X = sum S[t] * S[t]",
-           "R[n+1,f] = R[n,f] * A[n] + B[n,f] ; R[0,f] = B[2,f]\nout X[f] = R[N,f]\nout Y[n] = max R[n,f]",
+           "R[n+1,f] = R[n,f] * A[n] + B[n,f] ; R[0,f] = B[2,f]\nout X[f] = R[N,f]\nout Y[n] = max "
+           "R[n,f]",
            "R[n+1,f] = R[n,f] * A[n] + B[n,f] : n != 2, n != 5 ; R[0,f] = 1\nout X[f] = R[N,f]",
            "M[n+1] = max(M[n], A[n]) ; M[0] = -inf\nout X[n] = exp(A[n] - M[n+1])",
-           "U[n,f] = B[n,f] - sum W[f,g] * R[n,g]\nR[n+1,g] = R[n,g] + A[n] * U[n,g] ; R[0,g] = A[0] + 0*g\n"
+           "U[n,f] = B[n,f] - sum W[f,g] * R[n,g]\nR[n+1,g] = R[n,g] + A[n] * U[n,g] ; R[0,g] = "
+           "A[0] + 0*g\n"
            "out X[g] = R[N,g] * R[N-1,g]",
            "out X[n,f] = B[swap(n),f] * A[n-1]",
            "out X[f] = W[f,g] * B[0,g] - max B[n,f] + min A[n] * B[n,f]",
@@ -154,7 +169,8 @@ TEST(Gradient, ReductionsRunningRanksAndSplits) {
     const std::string inner = "sum_j[t,i,f]";
     const size_t at = text.find(inner);
     if (at != std::string::npos) {  // linear attention inside a tile
-      text = "L[t,i,f] = sum A[t,j] * B[t,j,f] : j <= i\n" + text.replace(at, inner.size(), "L[t,i,f]");
+      text = "L[t,i,f] = sum A[t,j] * B[t,j,f] : j <= i\n" +
+             text.replace(at, inner.size(), "L[t,i,f]");
     }
     expect_gradients(parse(head + text), bindings);
   }
@@ -168,10 +184,11 @@ TEST(Gradient, TiesGoToTheFirstWinner) {
     return gradient(parse(head + line), bindings, {{"X", g}}).at("A");
   };
   EXPECT_TRUE(near(run("out X[p] = max A[p,m]", {{2}, {1, 1}}), {{2, 3}, {0, 1, 0, 1, 0, 0}}, 0));
-  EXPECT_TRUE(near(run("out X[m] = max A[p,m]", {{3}, {1, 1, 1}}), {{2, 3}, {0, 1, 1, 1, 0, 0}}, 0));
+  EXPECT_TRUE(
+      near(run("out X[m] = max A[p,m]", {{3}, {1, 1, 1}}), {{2, 3}, {0, 1, 1, 1, 0, 0}}, 0));
   EXPECT_TRUE(near(run("out X = max A[p,m]", scalar(1)), {{2, 3}, {0, 1, 0, 0, 0, 0}}, 0));
-  EXPECT_TRUE(near(run("out X[p] = max(A[p,1], A[p,0])", {{2}, {1, 1}}),
-                   {{2, 3}, {0, 1, 0, 0, 1, 0}}, 0));
+  EXPECT_TRUE(
+      near(run("out X[p] = max(A[p,1], A[p,0])", {{2}, {1, 1}}), {{2, 3}, {0, 1, 0, 0, 1, 0}}, 0));
   // The order is that of the text, also where the last rank is the shorter one.
   bindings.tensors = {{"A", {{300, 2}, std::vector<double>(600, 1.0)}}};
   EXPECT_EQ(run("out X = max A[p,m]", scalar(1)).values[0], 1);
@@ -182,8 +199,9 @@ TEST(Gradient, AbsentPointsGetNoneEvenWhereTheyHoldNan) {
   const double nan = std::nan("");
   bindings.tensors = {{"A", {{4}, {1, nan, 2, nan}}}, {"B", {{4}, {3, 4, 5, nan}}}};
   bindings.predicates["keep"] = [](auto i) { return i[0] % 2 == 0; };
-  const Program program = parse("cascade t\nrank m\nin A[m] B[m]\nwhere keep(m)\n"
-                                "S[m] = A[m] : keep\nE[m] = exp(S[m])\nout X = E[m] * B[m]");
+  const Program program = parse(
+      "cascade t\nrank m\nin A[m] B[m]\nwhere keep(m)\n"
+      "S[m] = A[m] : keep\nE[m] = exp(S[m])\nout X = E[m] * B[m]");
   const Values found = gradient(program, bindings, {{"X", scalar(1)}});
   EXPECT_TRUE(near(found.at("A"), {{4}, {3 * std::exp(1.0), 0, 5 * std::exp(2.0), 0}}, 1e-15));
   EXPECT_TRUE(near(found.at("B"), {{4}, {std::exp(1.0), 0, std::exp(2.0), 0}}, 1e-15));
@@ -201,8 +219,9 @@ TEST(Gradient, NanOfASeenElementIsNotHidden) {
 TEST(Gradient, InputsThatNothingReadsGetZeros) {
   Bindings bindings;
   bindings.tensors = {{"A", normal({3}, 1)}};
-  const Program program = parse("cascade t\nrank p\nin A[p] B[p] = 1 s = 2\nout X[p] = A[p]\n"
-                                "out Y[p] = B[p] * s");
+  const Program program = parse(
+      "cascade t\nrank p\nin A[p] B[p] = 1 s = 2\nout X[p] = A[p]\n"
+      "out Y[p] = B[p] * s");
   const Values found = gradient(program, bindings, {{"X", normal({3}, 2)}});
   EXPECT_TRUE(near(found.at("A"), normal({3}, 2), 0));
   EXPECT_TRUE(near(found.at("B"), {{3}, {0, 0, 0}}, 0));

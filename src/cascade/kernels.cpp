@@ -65,18 +65,22 @@ double sigmoid(double x) {
   return e / (1 + e);
 }
 
-double gelu(double x) {
-  return x == -kInf ? 0.0 : 0.5 * x * std::erfc(-x / std::numbers::sqrt2);
-}
+double gelu(double x) { return x == -kInf ? 0.0 : 0.5 * x * std::erfc(-x / std::numbers::sqrt2); }
 
 bool compare(Compare how, double a, double b) {
   switch (how) {
-    case Compare::less: return a < b;
-    case Compare::less_equal: return a <= b;
-    case Compare::greater: return a > b;
-    case Compare::greater_equal: return a >= b;
-    case Compare::equal: return a == b;
-    case Compare::not_equal: return a != b;
+    case Compare::less:
+      return a < b;
+    case Compare::less_equal:
+      return a <= b;
+    case Compare::greater:
+      return a > b;
+    case Compare::greater_equal:
+      return a >= b;
+    case Compare::equal:
+      return a == b;
+    case Compare::not_equal:
+      return a != b;
   }
   return false;
 }
@@ -85,60 +89,94 @@ void binary(Op op, const double* a, bool uniform_a, const double* b, bool unifor
             int lanes) {
   const auto run = [&](auto f) { map2(f, a, uniform_a, b, uniform_b, out, lanes); };
   switch (op) {
-    case Op::add: return run([](double x, double y) { return x + y; });
-    case Op::subtract: return run(difference);
-    case Op::multiply: return run([](double x, double y) { return x * y; });
-    case Op::divide: return run(quotient);
-    case Op::power: return run([](double x, double y) { return std::pow(x, y); });
-    case Op::max: return run(larger);
-    default: return run(smaller);
+    case Op::add:
+      return run([](double x, double y) { return x + y; });
+    case Op::subtract:
+      return run(difference);
+    case Op::multiply:
+      return run([](double x, double y) { return x * y; });
+    case Op::divide:
+      return run(quotient);
+    case Op::power:
+      return run([](double x, double y) { return std::pow(x, y); });
+    case Op::max:
+      return run(larger);
+    default:
+      return run(smaller);
   }
 }
 
 void unary(Op op, const double* a, double* out, int lanes) {
   const auto run = [&](auto f) { map1(f, a, out, lanes); };
   switch (op) {
-    case Op::negate: return run([](double x) { return -x; });
-    case Op::exp: return run([](double x) { return std::exp(x); });
-    case Op::log: return run([](double x) { return std::log(x); });
-    case Op::tanh: return run([](double x) { return std::tanh(x); });
-    case Op::sigmoid: return run(sigmoid);
-    case Op::sqrt: return run([](double x) { return std::sqrt(x); });
-    case Op::cos: return run([](double x) { return std::cos(x); });
-    case Op::sin: return run([](double x) { return std::sin(x); });
-    case Op::relu: return run([](double x) { return x < 0 ? 0.0 : x; });
-    case Op::gelu: return run(gelu);
-    default: return run([](double x) { return std::abs(x); });
+    case Op::negate:
+      return run([](double x) { return -x; });
+    case Op::exp:
+      return run([](double x) { return std::exp(x); });
+    case Op::log:
+      return run([](double x) { return std::log(x); });
+    case Op::tanh:
+      return run([](double x) { return std::tanh(x); });
+    case Op::sigmoid:
+      return run(sigmoid);
+    case Op::sqrt:
+      return run([](double x) { return std::sqrt(x); });
+    case Op::cos:
+      return run([](double x) { return std::cos(x); });
+    case Op::sin:
+      return run([](double x) { return std::sin(x); });
+    case Op::relu:
+      return run([](double x) { return x < 0 ? 0.0 : x; });
+    case Op::gelu:
+      return run(gelu);
+    default:
+      return run([](double x) { return std::abs(x); });
   }
 }
 
 double pull_back(Op op, int which, double a, double b, double y, double adjoint) {
   switch (op) {
-    case Op::negate: return -adjoint;
-    case Op::add: return adjoint;
-    case Op::subtract: return which == 0 ? adjoint : -adjoint;
-    case Op::multiply: return times(adjoint, which == 0 ? b : a);
+    case Op::negate:
+      return -adjoint;
+    case Op::add:
+      return adjoint;
+    case Op::subtract:
+      return which == 0 ? adjoint : -adjoint;
+    case Op::multiply:
+      return times(adjoint, which == 0 ? b : a);
     case Op::divide:
       if (a == 0 && b == 0) return 0;
       return which == 0 ? times(adjoint, 1 / b) : times(adjoint, -y / b);
-    case Op::power: return times(adjoint, power_slope(which, a, b, y));
+    case Op::power:
+      return times(adjoint, power_slope(which, a, b, y));
     case Op::max:
       if (y == -kInf) return 0;
       return (a >= b || std::isnan(a)) == (which == 0) ? adjoint : 0;
     case Op::min:
       if (y == kInf) return 0;
       return (a <= b || std::isnan(a)) == (which == 0) ? adjoint : 0;
-    case Op::exp: return times(adjoint, y);
-    case Op::log: return a == 0 ? 0 : times(adjoint, 1 / a);
-    case Op::tanh: return times(adjoint, 1 - y * y);
-    case Op::sigmoid: return times(adjoint, y * (1 - y));
-    case Op::sqrt: return times(adjoint, 0.5 / y);
-    case Op::cos: return times(adjoint, -std::sin(a));
-    case Op::sin: return times(adjoint, std::cos(a));
-    case Op::relu: return std::isnan(a) ? times(adjoint, a) : a > 0 ? adjoint : 0;
-    case Op::gelu: return times(adjoint, gelu_slope(a));
-    case Op::abs: return std::isnan(a) ? times(adjoint, a) : a > 0 ? adjoint : a < 0 ? -adjoint : 0;
-    default: return 0;
+    case Op::exp:
+      return times(adjoint, y);
+    case Op::log:
+      return a == 0 ? 0 : times(adjoint, 1 / a);
+    case Op::tanh:
+      return times(adjoint, 1 - y * y);
+    case Op::sigmoid:
+      return times(adjoint, y * (1 - y));
+    case Op::sqrt:
+      return times(adjoint, 0.5 / y);
+    case Op::cos:
+      return times(adjoint, -std::sin(a));
+    case Op::sin:
+      return times(adjoint, std::cos(a));
+    case Op::relu:
+      return std::isnan(a) ? times(adjoint, a) : a > 0 ? adjoint : 0;
+    case Op::gelu:
+      return times(adjoint, gelu_slope(a));
+    case Op::abs:
+      return std::isnan(a) ? times(adjoint, a) : a > 0 ? adjoint : a < 0 ? -adjoint : 0;
+    default:
+      return 0;
   }
 }
 

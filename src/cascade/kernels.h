@@ -21,8 +21,8 @@ void binary(Op op, const double* a, bool uniform_a, const double* b, bool unifor
             int lanes);
 void unary(Op op, const double* a, double* out, int lanes);
 
-/// d(op)/d(argument `which`) at operands a, b with result y, times `adjoint`; 0 times infinity is 0.
-/// What is empty passes nothing on: a maximum of -inf, a minimum of +inf, log 0, 0/0.
+/// d(op)/d(argument `which`) at operands a, b with result y, times `adjoint`; 0 times infinity is
+/// 0. What is empty passes nothing on: a maximum of -inf, a minimum of +inf, log 0, 0/0.
 double pull_back(Op op, int which, double a, double b, double y, double adjoint);
 
 }  // namespace heed::cascade

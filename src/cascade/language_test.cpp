@@ -1,5 +1,6 @@
-// What the statements of the language mean: reductions, absent points, splits, running ranks, indices,
-// batch ranks, functions, sizes. Each case has its values written out or computed by plain loops.
+// What the statements of the language mean: reductions, absent points, splits, running ranks,
+// indices, batch ranks, functions, sizes. Each case has its values written out or computed by plain
+// loops.
 #include <limits>
 
 #include "cascade/test_support.h"
@@ -33,19 +34,22 @@ TEST(Language, EachTermReducesOverTheRanksThatTheLeftSideLacks) {
                    vec({-1, 16}), 0));
   EXPECT_TRUE(near(run(std::string(head) + "out X[m] = min A[p,m]", b, "X"), vec({1, 2, 3}), 0));
   EXPECT_TRUE(near(run(std::string(head) + "out X = A[p,m] * B[p]", b, "X"), scalar(360), 0));
-  EXPECT_TRUE(near(run(std::string(head) + "out X[p] = 2 * B[p]^2 / 4", b, "X"), vec({50, 200}), 0));
+  EXPECT_TRUE(
+      near(run(std::string(head) + "out X[p] = 2 * B[p]^2 / 4", b, "X"), vec({50, 200}), 0));
 }
 
 TEST(Language, EmptyReductionsAreTheIdentity) {
   const Bindings b = with({{"A", {{2, 0}, {}}}});
   const char* head = "cascade t\nrank p m\nin A[p,m]\n";
   EXPECT_TRUE(near(run(std::string(head) + "out X[p] = sum A[p,m]", b, "X"), vec({0, 0}), 0));
-  EXPECT_TRUE(near(run(std::string(head) + "out X[p] = max A[p,m]", b, "X"), vec({-kInf, -kInf}), 0));
+  EXPECT_TRUE(
+      near(run(std::string(head) + "out X[p] = max A[p,m]", b, "X"), vec({-kInf, -kInf}), 0));
   EXPECT_TRUE(near(run(std::string(head) + "out X[p] = min A[p,m]", b, "X"), vec({kInf, kInf}), 0));
 }
 
 TEST(Language, RulesOfEmptyRows) {
-  const Bindings b = with({{"A", vec({-kInf, -kInf, 0, 3, -kInf})}, {"B", vec({-kInf, 1, 0, 0, kInf})}});
+  const Bindings b =
+      with({{"A", vec({-kInf, -kInf, 0, 3, -kInf})}, {"B", vec({-kInf, 1, 0, 0, kInf})}});
   const char* head = "cascade t\nrank p\nin A[p] B[p]\n";
   EXPECT_TRUE(near(run(std::string(head) + "out X[p] = exp(A[p] - B[p])", b, "X"),
                    vec({0, 0, 1, std::exp(3.0), 0}), 0));
@@ -61,10 +65,10 @@ TEST(Language, NanIsNotHiddenByMaxMinOrZero) {
   const double nan = std::nan("");
   const Bindings b = with({{"A", {{3, 2}, {nan, 1, 1, nan, 2, 1}}}, {"Z", vec({0, 0})}});
   const char* head = "cascade t\nrank p m\nin A[p,m] Z[m]\n";
-  for (const char* line : {"out X[p] = max A[p,m]", "out X[p] = min A[p,m]",
-                           "out X[p] = A[p,m] * Z[m]", "out X[p] = sum relu(A[p,m])",
-                           "out X[p] = sum max(A[p,m], Z[m])", "out X[p] = sum min(Z[m], A[p,m])",
-                           "out X[p] = sum Z[m] / A[p,m]"}) {
+  for (const char* line :
+       {"out X[p] = max A[p,m]", "out X[p] = min A[p,m]", "out X[p] = A[p,m] * Z[m]",
+        "out X[p] = sum relu(A[p,m])", "out X[p] = sum max(A[p,m], Z[m])",
+        "out X[p] = sum min(Z[m], A[p,m])", "out X[p] = sum Z[m] / A[p,m]"}) {
     SCOPED_TRACE(line);
     const NdArray x = run(std::string(head) + line, b, "X");
     EXPECT_TRUE(std::isnan(x.values[0]));
@@ -82,16 +86,17 @@ TEST(Language, FiltersLeaveOutPointsAndElements) {
   EXPECT_TRUE(near(run(head + "out X[p] = max A[p,m] : keep(m,p)", b, "X"), vec({3, 6, -kInf}), 0));
   EXPECT_TRUE(near(run(head + "out X[p] = sum A[p,m] : keep, m > 0", b, "X"), vec({0, 0, 8}), 0));
   EXPECT_TRUE(near(run(head + "out X[p] = sum A[p,m] : p - m == 1", b, "X"), vec({0, 4, 8}), 0));
-  EXPECT_TRUE(near(run(head + "out X[p] = sum A[p,m] : m != 1, 2*p >= m + 1", b, "X"),
-                   vec({0, 4, 16}), 0));
+  EXPECT_TRUE(
+      near(run(head + "out X[p] = sum A[p,m] : m != 1, 2*p >= m + 1", b, "X"), vec({0, 4, 16}), 0));
   // An absent element is absent wherever it is read, also in sums with what is there.
   const std::string chain = head + "S[p,m] = A[p,m] : keep\nT[p,m] = S[p,m] + 100\n";
   EXPECT_TRUE(near(run(chain + "out X[p] = max T[p,m]", b, "X"), vec({-kInf, 104, 108}), 0));
   EXPECT_TRUE(near(run(chain + "out X[p] = T[p,m]", b, "X"), vec({0, 104, 215}), 0));
   // What the left side alone decides makes the element absent, whatever the reduction finds.
   const std::string alone = head + "rank a = 2\nS[p] = 2 * A[p,p] : p != 1\n";
-  EXPECT_TRUE(near(run(alone + "Y[p] = max S[p] * A[p+5+a,0]\nout X = sum select(Y[p] < 0, 1, 1)", b,
-                       "X"), scalar(2), 0));
+  EXPECT_TRUE(
+      near(run(alone + "Y[p] = max S[p] * A[p+5+a,0]\nout X = sum select(Y[p] < 0, 1, 1)", b, "X"),
+           scalar(2), 0));
   EXPECT_TRUE(near(run(chain + "out X[p,m] = T[p,m] + A[p,m]", b, "X"),
                    {{3, 3}, {0, 0, 0, 108, 0, 0, 114, 116, 0}}, 0));
 }
@@ -118,8 +123,10 @@ TEST(Language, SelectLooksOnlyAtWhatItChooses) {
   const Bindings b = with({{"A", vec({1, 2, 3})}});
   const std::string head = "cascade t\nrank p q = P\nin A[p]\n";
   EXPECT_TRUE(near(run(head + "out X[p] = select(p < 1, 7, A[p-1])", b, "X"), vec({7, 1, 2}), 0));
-  EXPECT_TRUE(near(run(head + "out X[p] = 1 + select(p, A[p-1], A[p+5])", b, "X"), vec({0, 2, 3}), 0));
-  EXPECT_TRUE(near(run(head + "out X[p] = sum select(A[q] > A[p], 1, 0)", b, "X"), vec({2, 1, 0}), 0));
+  EXPECT_TRUE(
+      near(run(head + "out X[p] = 1 + select(p, A[p-1], A[p+5])", b, "X"), vec({0, 2, 3}), 0));
+  EXPECT_TRUE(
+      near(run(head + "out X[p] = sum select(A[q] > A[p], 1, 0)", b, "X"), vec({2, 1, 0}), 0));
 }
 
 TEST(Language, IndexFunctions) {
@@ -129,13 +136,14 @@ TEST(Language, IndexFunctions) {
   b.indices["far"] = [](auto) { return std::numeric_limits<int64_t>::max(); };
   b.sizes["t"] = 2;
   const std::string head = "cascade t\nrank h p t\nin A[h,p]\n";
-  EXPECT_TRUE(near(run(head + "out X[h,p] = A[h,inv[p]]", b, "X"),
-                   {{2, 4}, {4, 3, 2, 1, 8, 7, 6, 5}}, 0));
+  EXPECT_TRUE(
+      near(run(head + "out X[h,p] = A[h,inv[p]]", b, "X"), {{2, 4}, {4, 3, 2, 1, 8, 7, 6, 5}}, 0));
   EXPECT_TRUE(near(run(head + "out X[h,p] = sum A[h,start(p)+t]", b, "X"),
                    {{2, 4}, {3, 3, 5, 7, 11, 11, 13, 15}}, 0));
   EXPECT_TRUE(near(run(head + "out X[h,p] = A[h,start(inv(p))]", b, "X"),
                    {{2, 4}, {3, 2, 1, 1, 7, 6, 5, 5}}, 0));
-  EXPECT_TRUE(near(run(head + "out X[p] = sum A[h,p] : inv(p) >= p", b, "X"), vec({6, 8, 0, 0}), 0));
+  EXPECT_TRUE(
+      near(run(head + "out X[p] = sum A[h,p] : inv(p) >= p", b, "X"), vec({6, 8, 0, 0}), 0));
   EXPECT_TRUE(near(run(head + "out X[p] = A[0,2*far(p)+p]", b, "X"), vec({0, 0, 0, 0}), 0));
 }
 
@@ -144,7 +152,8 @@ TEST(Language, SplitsWithARaggedLastTile) {
     SCOPED_TRACE(tile);
     Bindings b = with({{"A", vec({1, 2, 3, 4, 5, 6, 7})}});
     b.sizes["T"] = tile;
-    const std::string head = "cascade t\nrank n\nsplit n = t * T + i\nsplit n = t * T + j\nin A[n]\n";
+    const std::string head =
+        "cascade t\nrank n\nsplit n = t * T + i\nsplit n = t * T + j\nin A[n]\n";
     EXPECT_TRUE(near(run(head + "S[t] = sum A[t,i]\nout X = sum S[t]", b, "X"), scalar(28), 0));
     EXPECT_TRUE(near(run(head + "S[t,i] = -A[t,i]\nout X = max S[t,i]", b, "X"), scalar(-1), 0));
     // Two ranks inside one tile, and a left side that joins the parts again.
@@ -161,8 +170,9 @@ TEST(Language, SplitsWithARaggedLastTile) {
 TEST(Language, SplitsOfSplitsAndSplitsByANumber) {
   Bindings b = with({{"A", vec({1, 2, 3, 4, 5, 6, 7})}});
   b.sizes["M0"] = 2;
-  const std::string text = "cascade t\nrank m\nsplit m = m1 * M0 + m0\nsplit m1 = m3 * 3 + m2\n"
-                           "in A[m]\nS[m3,m2] = sum A[(m3*3+m2)*M0+m0]\nout X[m3] = max S[m3,m2]";
+  const std::string text =
+      "cascade t\nrank m\nsplit m = m1 * M0 + m0\nsplit m1 = m3 * 3 + m2\n"
+      "in A[m]\nS[m3,m2] = sum A[(m3*3+m2)*M0+m0]\nout X[m3] = max S[m3,m2]";
   EXPECT_TRUE(near(run(text, b, "X"), vec({11, 7}), 0));
 }
 
@@ -173,9 +183,11 @@ TEST(Language, RunningRanks) {
   bs.scalars["S"] = 10;
   EXPECT_TRUE(near(run(head + "out X[i+1] = 2 * X[i] + A[i] ; X[0] = S", bs, "X"),
                    vec({10, 21, 44, 91}), 0));
-  EXPECT_TRUE(near(run(head + "R[i+1] = max(R[i], A[i]) ; R[0] = -inf\nout X[i] = R[i+1] - R[i]", bs,
-                       "X"), vec({kInf, 1, 1}), 0));
-  EXPECT_TRUE(near(run(head + "F[i+1] = F[i] + F[i-1] ; F[0] = 1\nout X = F[I]", bs, "X"), scalar(3),
+  EXPECT_TRUE(
+      near(run(head + "R[i+1] = max(R[i], A[i]) ; R[0] = -inf\nout X[i] = R[i+1] - R[i]", bs, "X"),
+           vec({kInf, 1, 1}), 0));
+  EXPECT_TRUE(near(run(head + "F[i+1] = F[i] + F[i-1] ; F[0] = 1\nout X = F[I]", bs, "X"),
+                   scalar(3),
                    0));  // F[-1] is absent, so the first step keeps the state
 }
 
@@ -184,17 +196,19 @@ TEST(Language, ARunningStateStaysWhereItsLineIsAbsent) {
   const std::string head = "cascade t\nrank i\nin A[i]\n";
   EXPECT_TRUE(near(run(head + "out X[i+1] = X[i] / 2 + A[i] : i != 1, i != 2 ; X[0] = 8", b, "X"),
                    vec({8, 5, 5, 5, 6.5}), 0));
-  EXPECT_TRUE(near(run(head + "S[i] = A[i] : i >= 2\nout X[i+1] = max(X[i], S[i]) ; X[0] = -inf", b,
-                       "X"), vec({-kInf, -kInf, -kInf, 3, 4}), 0));
+  EXPECT_TRUE(
+      near(run(head + "S[i] = A[i] : i >= 2\nout X[i+1] = max(X[i], S[i]) ; X[0] = -inf", b, "X"),
+           vec({-kInf, -kInf, -kInf, 3, 4}), 0));
 }
 
 TEST(Language, StatementsThatReadEachOtherRunTogether) {
   // The delta rule: what the state predicts is corrected before the state moves on.
   const Bindings b = with({{"K", normal({5, 2}, 1)}, {"V", normal({5, 3}, 2)}});
-  const NdArray found = run(
-      "cascade delta\nrank t a f\nin K[t,a] V[t,f]\n"
-      "U[t,f] = V[t,f] - sum K[t,a] * S[t,a,f]\n"
-      "S[t+1,a,f] = S[t,a,f] + K[t,a] * U[t,f] ; S[0,a,f] = 0\nout X[a,f] = S[T,a,f]", b, "X");
+  const NdArray found =
+      run("cascade delta\nrank t a f\nin K[t,a] V[t,f]\n"
+          "U[t,f] = V[t,f] - sum K[t,a] * S[t,a,f]\n"
+          "S[t+1,a,f] = S[t,a,f] + K[t,a] * U[t,f] ; S[0,a,f] = 0\nout X[a,f] = S[T,a,f]",
+          b, "X");
   const auto& k = b.tensors.at("K").values;
   const auto& v = b.tensors.at("V").values;
   NdArray expected{{2, 3}, std::vector<double>(6)};
@@ -228,8 +242,9 @@ TEST(Language, BatchRanksMayBeLeftOut) {
 
 TEST(Language, FunctionsAndConstants) {
   const Bindings b = with({{"A", vec({-2, -0.5, 0, 0.5, 2})}});
-  const std::string head = "cascade t\nrank p\nin A[p]\nlet elu1(x) = select(x > 0, x + 1, exp(x))\n"
-                           "let twice(x) = 2 * x\n";
+  const std::string head =
+      "cascade t\nrank p\nin A[p]\nlet elu1(x) = select(x > 0, x + 1, exp(x))\n"
+      "let twice(x) = 2 * x\n";
   const std::vector<std::pair<std::string, double (*)(double)>> table = {
       {"exp(A[p])", [](double x) { return std::exp(x); }},
       {"log(A[p]^2 + 1)", [](double x) { return std::log(x * x + 1); }},
@@ -260,8 +275,9 @@ TEST(Language, FunctionsAndConstants) {
 
 TEST(Language, DefaultsOfInputsAndSizesOfRanks) {
   Bindings b = with({{"A", vec({1, 2})}});
-  const std::string text = "cascade t\nsize W\nrank p k = 2*P + W\nin A[p] B[p] = 5 c = -inf\n"
-                           "out X[k] = A[k] + B[k] + 0 * k\nout Y[p] = max(A[p], c)";
+  const std::string text =
+      "cascade t\nsize W\nrank p k = 2*P + W\nin A[p] B[p] = 5 c = -inf\n"
+      "out X[k] = A[k] + B[k] + 0 * k\nout Y[p] = max(A[p], c)";
   b.sizes["W"] = 1;
   EXPECT_TRUE(near(run(text, b, "X"), vec({6, 7, 0, 0, 0}), 0));
   EXPECT_TRUE(near(run(text, b, "Y"), vec({1, 2}), 0));
@@ -312,7 +328,8 @@ TEST(Language, BindingsThatDoNotFitAreErrors) {
   says([](Bindings& b) { b.indices["g"] = [](auto) { return 1; }; },
        "an index function of H gives 1, expected 0 to 0");
   EXPECT_THROW(run("cascade t\nrank p = 100000*100000\nout X[p] = 0*p", {}, "X"), Error);
-  EXPECT_THROW(run("cascade t\nrank p = 2000000000 q = 2000000000\nout X[p,q] = 0*p*q", {}, "X"), Error);
+  EXPECT_THROW(run("cascade t\nrank p = 2000000000 q = 2000000000\nout X[p,q] = 0*p*q", {}, "X"),
+               Error);
 }
 
 TEST(Language, MoreLanesThanOneChunk) {

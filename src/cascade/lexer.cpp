@@ -79,8 +79,8 @@ class Lexer {
     size_t n = 0;
     while (is_letter(peek(n)) || is_digit(peek(n))) ++n;
     if (n > static_cast<size_t>(kMaxNameLength)) {
-      fail(file_, place(), fmt::format("found a name of {} letters, expected at most {}", n,
-                                       kMaxNameLength));
+      fail(file_, place(),
+           fmt::format("found a name of {} letters, expected at most {}", n, kMaxNameLength));
     }
     add(Token::Kind::name, text_.substr(at_, n));
   }
@@ -103,8 +103,9 @@ class Lexer {
       }
     }
     if (is_letter(peek(n))) {
-      fail(file_, place(), fmt::format("found '{}', expected a number or a name, not both in one",
-                                       text_.substr(at_, n + 1)));
+      fail(file_, place(),
+           fmt::format("found '{}', expected a number or a name, not both in one",
+                       text_.substr(at_, n + 1)));
     }
     add(real ? Token::Kind::real : Token::Kind::integer, text_.substr(at_, n));
   }
@@ -117,10 +118,12 @@ class Lexer {
     const char c = peek();
     if (std::string_view("()[],;:=+-*/^<>").find(c) == std::string_view::npos) {
       const auto byte = static_cast<unsigned char>(c);
-      const std::string shown = byte >= 0x20 && byte < 0x7f ? std::string(1, c)
-                                                            : fmt::format("\\x{:02x}", byte);
-      fail(file_, place(), fmt::format("found '{}', expected a name, a number or one of "
-                                       "( ) [ ] , ; : = + - * / ^ < >", shown));
+      const std::string shown =
+          byte >= 0x20 && byte < 0x7f ? std::string(1, c) : fmt::format("\\x{:02x}", byte);
+      fail(file_, place(),
+           fmt::format("found '{}', expected a name, a number or one of "
+                       "( ) [ ] , ; : = + - * / ^ < >",
+                       shown));
     }
     if (c == '(' || c == '[') ++depth_;
     if (c == ')' || c == ']') --depth_;
@@ -140,17 +143,20 @@ class Lexer {
 
 Tokens tokenize(std::string_view text, std::string_view file) {
   if (text.size() > static_cast<size_t>(kMaxTextBytes)) {
-    fail(file, {1, 1}, fmt::format("found a text of {} bytes, expected at most {}", text.size(),
-                                   kMaxTextBytes));
+    fail(file, {1, 1},
+         fmt::format("found a text of {} bytes, expected at most {}", text.size(), kMaxTextBytes));
   }
   return Lexer(text, file).run();
 }
 
 std::string describe(const Token& token) {
   switch (token.kind) {
-    case Token::Kind::newline: return "the end of the line";
-    case Token::Kind::end: return "the end of the text";
-    default: return fmt::format("'{}'", token.text);
+    case Token::Kind::newline:
+      return "the end of the line";
+    case Token::Kind::end:
+      return "the end of the text";
+    default:
+      return fmt::format("'{}'", token.text);
   }
 }
 

@@ -1,5 +1,5 @@
-// A cascade with every name resolved: split ranks merged, batch ranks filled in, functions written out,
-// each term with the ranks it iterates over and the conditions its points must meet.
+// A cascade with every name resolved: split ranks merged, batch ranks filled in, functions written
+// out, each term with the ranks it iterates over and the conditions its points must meet.
 #pragma once
 #include <cstdint>
 #include <memory>
@@ -64,7 +64,7 @@ struct Node {
   std::vector<int> index;  // load: one node of Lowered::indices per axis; index: one
   std::vector<int> args;   // earlier nodes of the term
   Compare compare = Compare::less;
-  RankSet ranks = 0;       // of this node and all beneath it
+  RankSet ranks = 0;  // of this node and all beneath it
 };
 
 struct Condition {
@@ -79,8 +79,8 @@ struct LoweredTerm {
   Reduce reduce = Reduce::sum;  // never implicit
   std::vector<Node> nodes;
   int root = 0;
-  RankSet ranks = 0;            // all it iterates over, the left side's included
-  std::vector<int> reduced;     // in order of first appearance
+  RankSet ranks = 0;         // all it iterates over, the left side's included
+  std::vector<int> reduced;  // in order of first appearance
   std::vector<Condition> conditions;
   Place place;
 };

@@ -60,8 +60,7 @@ const Split* merged_split(const Lowered& lowered, int id) {
   for (const Split& s : lowered.splits) {
     const IndexNode& expected = lowered.node(s.block);
     if (outer.kind == Kind::rank && outer.id == s.outer && inner.id == s.inner &&
-        block.kind == expected.kind && block.id == expected.id &&
-        block.number == expected.number) {
+        block.kind == expected.kind && block.id == expected.id && block.number == expected.number) {
       return &s;
     }
   }
@@ -84,9 +83,7 @@ Names::Names(const Ast& ast, Lowered& lowered) : ast_(ast), lowered_(lowered) {
   for (const FunctionDeclaration& f : ast_.functions) declare(f.name, f.place, "function");
 }
 
-void Names::error(Place place, std::string_view message) const {
-  fail(ast_.file, place, message);
-}
+void Names::error(Place place, std::string_view message) const { fail(ast_.file, place, message); }
 
 void Names::declare(const std::string& name, Place place, const char* what) {
   const auto [it, added] = kinds_.emplace(name, what);
@@ -100,8 +97,8 @@ void Names::ranks() {
   for (const RankDeclaration& r : ast_.ranks) {
     declare(r.name, r.place, "rank");
     if (lowered_.ranks.size() >= static_cast<size_t>(kMaxRanks)) {
-      error(r.place, fmt::format("found rank {}, expected at most {} ranks", kMaxRanks + 1,
-                                 kMaxRanks));
+      error(r.place,
+            fmt::format("found rank {}, expected at most {} ranks", kMaxRanks + 1, kMaxRanks));
     }
     rank_ids_[r.name] = static_cast<int>(lowered_.ranks.size());
     lowered_.ranks.push_back({r.name, r.batch, -1, r.place});
@@ -129,7 +126,8 @@ void Names::sizes_and_splits() {
   for (const SplitDeclaration& s : ast_.splits) {
     const int parent = rank(s.parent);
     if (parent < 0) {
-      error(s.place, fmt::format("found '{}', expected a rank to split: {}", s.parent, rank_list()));
+      error(s.place,
+            fmt::format("found '{}', expected a rank to split: {}", s.parent, rank_list()));
     }
     int outer = rank(s.outer);
     const bool shared = std::any_of(parts.begin(), parts.end(), [&](const Parts& p) {
@@ -157,10 +155,10 @@ void Names::sizes_and_splits() {
     const Split split{parts[i].parent, parts[i].outer, parts[i].inner, node(block)};
     for (const Split& other : lowered_.splits) {
       const IndexNode& theirs = lowered_.node(other.block);
-      if (other.outer == split.outer &&
-          (theirs.id != block.id || theirs.number != block.number)) {
+      if (other.outer == split.outer && (theirs.id != block.id || theirs.number != block.number)) {
         error(s.block_place, fmt::format("found another block for the outer rank '{}', expected "
-                                         "the one of its first split", s.outer));
+                                         "the one of its first split",
+                                         s.outer));
       }
     }
     lowered_.splits.push_back(split);
@@ -194,7 +192,8 @@ void Names::inputs() {
       if (n.kind != IndexNode::Kind::rank && n.kind != IndexNode::Kind::call) {
         error(ast_.indices[static_cast<size_t>(i)].place,
               fmt::format("found an expression as an axis of '{}', expected a rank or an index "
-                          "function of ranks", in.name));
+                          "function of ranks",
+                          in.name));
       }
       RankSet batch = 0;
       for (size_t r = 0; r < lowered_.ranks.size(); ++r) {
@@ -263,7 +262,8 @@ int Names::rank_node(int rank, RankSet visible) const {
       const int outer = rank_node(s.outer, visible);
       const int inner = rank_node(s.inner, visible);
       if (((lowered_.node(outer).ranks | lowered_.node(inner).ranks) & ~visible) != 0) continue;
-      return node({Kind::add, 0, -1, {node({Kind::multiply, 0, -1, {outer, s.block}, 0}), inner}, 0});
+      return node(
+          {Kind::add, 0, -1, {node({Kind::multiply, 0, -1, {outer, s.block}, 0}), inner}, 0});
     }
   }
   return node({Kind::rank, 0, rank, {}, bit(rank)});
@@ -283,7 +283,8 @@ int Names::function(const Index& call) const {
     if (f.name != call.name) continue;
     if (f.arity != static_cast<int>(call.args.size())) {
       error(call.place, fmt::format("found {} arguments of the index function '{}', expected {} as "
-                                    "in its first use", call.args.size(), call.name, f.arity));
+                                    "in its first use",
+                                    call.args.size(), call.name, f.arity));
     }
     return static_cast<int>(i);
   }
@@ -296,7 +297,9 @@ int Names::index(int ast_index, RankSet visible) const {
   const Index& i = ast_.indices[static_cast<size_t>(ast_index)];
   IndexNode n;
   switch (i.kind) {
-    case Index::Kind::number: n.number = i.number; return node(n);
+    case Index::Kind::number:
+      n.number = i.number;
+      return node(n);
     case Index::Kind::name: {
       const int id = value_node(i.name, visible);
       if (id < 0) {
@@ -305,11 +308,22 @@ int Names::index(int ast_index, RankSet visible) const {
       }
       return id;
     }
-    case Index::Kind::call: n.kind = Kind::call; n.id = function(i); break;
-    case Index::Kind::negate: n.kind = Kind::negate; break;
-    case Index::Kind::add: n.kind = Kind::add; break;
-    case Index::Kind::subtract: n.kind = Kind::subtract; break;
-    case Index::Kind::multiply: n.kind = Kind::multiply; break;
+    case Index::Kind::call:
+      n.kind = Kind::call;
+      n.id = function(i);
+      break;
+    case Index::Kind::negate:
+      n.kind = Kind::negate;
+      break;
+    case Index::Kind::add:
+      n.kind = Kind::add;
+      break;
+    case Index::Kind::subtract:
+      n.kind = Kind::subtract;
+      break;
+    case Index::Kind::multiply:
+      n.kind = Kind::multiply;
+      break;
   }
   for (int arg : i.args) n.args.push_back(index(arg, visible));
   if (n.kind == Kind::multiply && lowered_.node(n.args[0]).ranks != 0 &&
@@ -331,8 +345,8 @@ bool Names::match_axes(const TensorInfo& tensor, const std::vector<int>& written
   size_t at = 0;
   for (const Axis& axis : tensor.axes) {
     if (leave_out && axis.batch != 0) {
-      const int id = axis.declared >= 0 ? axis.declared
-                                        : node({Kind::rank, 0, axis.rank, {}, bit(axis.rank)});
+      const int id =
+          axis.declared >= 0 ? axis.declared : node({Kind::rank, 0, axis.rank, {}, bit(axis.rank)});
       match.index.push_back(id);
       match.completed |= axis.batch;
       continue;

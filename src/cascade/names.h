@@ -1,4 +1,5 @@
-// The names of a cascade: declarations checked and numbered, index expressions and references resolved.
+// The names of a cascade: declarations checked and numbered, index expressions and references
+// resolved.
 #pragma once
 #include <map>
 #include <optional>

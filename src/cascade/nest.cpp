@@ -33,9 +33,10 @@ void Nest::enter(int depth) {
     const Call& call = calls_[static_cast<size_t>(id)];
     std::vector<uint64_t>& level = levels_[static_cast<size_t>(depth)];
     args_.clear();
-    for (int slot : call.args) args_.push_back(static_cast<int64_t>(level[static_cast<size_t>(slot)]));
-    const int64_t value = std::clamp(
-        (*frame_.functions[static_cast<size_t>(call.function)])(args_), -kFar, kFar);
+    for (int slot : call.args)
+      args_.push_back(static_cast<int64_t>(level[static_cast<size_t>(slot)]));
+    const int64_t value =
+        std::clamp((*frame_.functions[static_cast<size_t>(call.function)])(args_), -kFar, kFar);
     for (const auto& [slot, c] : call.targets) {
       level[static_cast<size_t>(slot)] += static_cast<uint64_t>(bounded_product(value, c));
     }
@@ -65,7 +66,8 @@ void Nest::visit(int depth, int last, const std::function<void()>& inside) {
   std::vector<uint64_t>& inner = levels_[static_cast<size_t>(depth) + 1];
   for (int64_t i = loop.begin; i < loop.end; ++i) {
     for (size_t s = 0; s < slots_.size(); ++s) {
-      inner[s] = outer[s] + static_cast<uint64_t>(i) * slots_[s].strides[static_cast<size_t>(depth)];
+      inner[s] =
+          outer[s] + static_cast<uint64_t>(i) * slots_[s].strides[static_cast<size_t>(depth)];
     }
     enter(depth + 1);
     if (checks_at(depth + 1)) visit(depth + 1, last, inside);
@@ -114,9 +116,9 @@ void Nest::elements(const std::function<void(const Block&)>& element) {
       block.stride = lane_stride(left_slot_);
       block_lanes_ = block.lanes;
       check_block(block.lanes);
-      const bool any = block_absent_.empty() ||
-                       std::any_of(block_absent_.begin(), block_absent_.end(),
-                                   [](uint8_t a) { return a == 0; });
+      const bool any =
+          block_absent_.empty() ||
+          std::any_of(block_absent_.begin(), block_absent_.end(), [](uint8_t a) { return a == 0; });
       if (any) element(block);
     }
   });
@@ -196,7 +198,8 @@ uint8_t Nest::load_absence(const Load& load, const TensorData& tensor, size_t no
     if (check.strict) {
       const Node& n = term_.nodes[node];
       throw Error(fmt::format("cascade {}: an index function of {} gives {}, expected 0 to {}",
-                              lowered_.name, lowered_.tensor(n.tensor).name, index, check.size - 1));
+                              lowered_.name, lowered_.tensor(n.tensor).name, index,
+                              check.size - 1));
     }
     return load.absence;
   }
@@ -271,8 +274,8 @@ void Nest::compute_absent(size_t node, int lanes) {
     if (select && bits == 0) {
       const Register& left = registers_[static_cast<size_t>(n.args[0])];
       const Register& right = registers_[static_cast<size_t>(n.args[1])];
-      const bool yes = compare(n.compare, left.data[left.uniform ? 0 : l],
-                               right.data[right.uniform ? 0 : l]);
+      const bool yes =
+          compare(n.compare, left.data[left.uniform ? 0 : l], right.data[right.uniform ? 0 : l]);
       bits |= absent(yes ? 2 : 3, l);
       // A choice that differs between the points of an element decides about points only.
       if (bits != 0 && (n.ranks & ~left_set_) != 0) bits = kAbsentPoint;

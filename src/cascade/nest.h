@@ -1,9 +1,11 @@
 // One term of an equation as a loop nest over numbers: strides instead of names, conditions at the
-// depth where they are decided, the innermost loop in chunks so that each operation runs over an array.
+// depth where they are decided, the innermost loop in chunks so that each operation runs over an
+// array.
 //
 // The loops of the left side stand outside, those of the reduction inside; one of them is chosen as
-// the vector loop ("lanes"). Points are absent where a filter, the end of a split, a read outside its
-// tensor or an absent element says so. What depends on the left side alone makes the element absent.
+// the vector loop ("lanes"). Points are absent where a filter, the end of a split, a read outside
+// its tensor or an absent element says so. What depends on the left side alone makes the element
+// absent.
 #pragma once
 #include <cstdint>
 #include <functional>
@@ -20,7 +22,8 @@ struct TensorData {
   std::vector<int64_t> shape, strides;
   std::vector<double> values;
   std::vector<uint8_t> present;  // empty: every element is
-  std::vector<uint8_t> carried;  // running tensor: the element kept the state before it; may be empty
+  std::vector<uint8_t>
+      carried;  // running tensor: the element kept the state before it; may be empty
 };
 
 /// Everything that the nests of one run share.
@@ -50,7 +53,7 @@ class Nest {
     std::vector<Check> checks;  // axes that may leave the tensor
     bool masked = false;
     bool in_step = false;  // of a tensor that runs together with the term
-    bool whole = false;  // all lanes are absent together, which leaves out the points
+    bool whole = false;    // all lanes are absent together, which leaves out the points
     uint8_t absence = kAbsentPoint;
   };
 
@@ -83,8 +86,8 @@ class Nest {
 
   /// Calls element(block) for the blocks of the left side that some point may reach.
   void elements(const std::function<void(const Block&)>& element);
-  /// Inside `element`: calls point(lanes, ordinal) for each chunk of points. Ordinals count the points
-  /// of the reduction in its own order; with vector_left() all lanes share one.
+  /// Inside `element`: calls point(lanes, ordinal) for each chunk of points. Ordinals count the
+  /// points of the reduction in its own order; with vector_left() all lanes share one.
   void points(const std::function<void(int lanes, int64_t ordinal)>& point);
 
   bool vector_left() const { return vector_left_; }
@@ -125,8 +128,8 @@ class Nest {
   };
   struct Call {
     int function = 0;
-    std::vector<int> args;                        // slots
-    std::vector<std::pair<int, int64_t>> targets; // slot, coefficient
+    std::vector<int> args;                         // slots
+    std::vector<std::pair<int, int64_t>> targets;  // slot, coefficient
     int depth = 0;
   };
   struct Check {
@@ -188,7 +191,7 @@ class Nest {
   std::vector<Call> calls_;
   std::vector<std::pair<int, int>> call_ids_;  // index node, call
   std::vector<Check> checks_;
-  std::vector<Load> loads_;  // per node
+  std::vector<Load> loads_;            // per node
   std::vector<size_t> element_loads_;  // strict ones that depend on the left side alone
   std::vector<Register> registers_;
   bool may_be_absent_ = false;

@@ -1,12 +1,13 @@
 // The pass counter (FuseMax, arXiv 2406.10491, section III; formalised as below).
 //
-// The family of a rank is the rank with all parts it is split into. A statement that iterates over a
-// whole member (the rank itself or an inner part) is full; one that iterates over outer parts only is a
-// summary of tiles; the others are plain. Each tensor has a time stamp: 2p = known before pass p starts,
-// 2p+1 = produced tile by tile during pass p. Inputs have 0.
+// The family of a rank is the rank with all parts it is split into. A statement that iterates over
+// a whole member (the rank itself or an inner part) is full; one that iterates over outer parts
+// only is a summary of tiles; the others are plain. Each tensor has a time stamp: 2p = known before
+// pass p starts, 2p+1 = produced tile by tile during pass p. Inputs have 0.
 //   full:      runs in pass p = max over operands of stamp/2; its result has 2p+1
 //   summary:   the latest of its operands
-//   reduction over the whole family, and any use of a whole running or tiled tensor: round up to even
+//   a reduction over the whole family, and any use of a whole running or tiled tensor: round up to
+//   even
 #include <fmt/format.h>
 
 #include <algorithm>
@@ -157,8 +158,8 @@ PassReport count_passes(const Program& program, std::string_view rank) {
   if (id < 0) {
     std::string names;
     for (const Rank& r : lowered.ranks) names += (names.empty() ? "" : ", ") + r.name;
-    throw Error(fmt::format("cascade {}: found no rank {}, expected one of {}", lowered.name, rank,
-                            names));
+    throw Error(
+        fmt::format("cascade {}: found no rank {}, expected one of {}", lowered.name, rank, names));
   }
   return PassCounter(lowered, id).run(program.ast());
 }

@@ -29,12 +29,14 @@ std::vector<std::string> reduced_ranks(const Ast& ast, int statement, bool initi
 std::string Writer::index(int node) const {
   const Index& i = ast_.indices[static_cast<size_t>(node)];
   switch (i.kind) {
-    case Index::Kind::negate: return notation_.index_sign('-') + index_product(i.args[0]);
+    case Index::Kind::negate:
+      return notation_.index_sign('-') + index_product(i.args[0]);
     case Index::Kind::add:
       return index(i.args[0]) + notation_.index_sign('+') + index_product(i.args[1]);
     case Index::Kind::subtract:
       return index(i.args[0]) + notation_.index_sign('-') + index_product(i.args[1]);
-    default: return index_product(node);
+    default:
+      return index_product(node);
   }
 }
 
@@ -47,16 +49,21 @@ std::string Writer::index_product(int node) const {
 std::string Writer::index_primary(int node) const {
   const Index& i = ast_.indices[static_cast<size_t>(node)];
   switch (i.kind) {
-    case Index::Kind::number: return std::to_string(i.number);
-    case Index::Kind::name: return notation_.name(i.name);
-    case Index::Kind::call: return notation_.index_call(i.name, indices(i.args));
-    default: return notation_.brackets(index(node));
+    case Index::Kind::number:
+      return std::to_string(i.number);
+    case Index::Kind::name:
+      return notation_.name(i.name);
+    case Index::Kind::call:
+      return notation_.index_call(i.name, indices(i.args));
+    default:
+      return notation_.brackets(index(node));
   }
 }
 
 std::string Writer::indices(const std::vector<int>& nodes) const {
   std::string text;
-  for (size_t i = 0; i < nodes.size(); ++i) text += (i > 0 ? notation_.comma() : "") + index(nodes[i]);
+  for (size_t i = 0; i < nodes.size(); ++i)
+    text += (i > 0 ? notation_.comma() : "") + index(nodes[i]);
   return text;
 }
 
@@ -93,10 +100,14 @@ std::string Writer::input(const InputDeclaration& input) const {
 std::string Writer::sum(int node) const {
   const Expr& e = expr(node);
   switch (e.kind) {
-    case Expr::Kind::negate: return "-" + product(e.args[0]);
-    case Expr::Kind::add: return sum(e.args[0]) + notation_.sign('+') + product(e.args[1]);
-    case Expr::Kind::subtract: return sum(e.args[0]) + notation_.sign('-') + product(e.args[1]);
-    default: return product(node);
+    case Expr::Kind::negate:
+      return "-" + product(e.args[0]);
+    case Expr::Kind::add:
+      return sum(e.args[0]) + notation_.sign('+') + product(e.args[1]);
+    case Expr::Kind::subtract:
+      return sum(e.args[0]) + notation_.sign('-') + product(e.args[1]);
+    default:
+      return product(node);
   }
 }
 
@@ -106,9 +117,8 @@ std::string Writer::product(int node) const {
     return product(e.args[0]) + notation_.sign('*') + unary(e.args[1]);
   }
   if (e.kind == Expr::Kind::divide) {
-    return notation_.fraction_brackets()
-               ? notation_.fraction(product(e.args[0]), unary(e.args[1]))
-               : notation_.fraction(sum(e.args[0]), sum(e.args[1]));
+    return notation_.fraction_brackets() ? notation_.fraction(product(e.args[0]), unary(e.args[1]))
+                                         : notation_.fraction(sum(e.args[0]), sum(e.args[1]));
   }
   return unary(node);
 }
@@ -123,10 +133,14 @@ std::string Writer::unary(int node) const {
 std::string Writer::primary(int node) const {
   const Expr& e = expr(node);
   switch (e.kind) {
-    case Expr::Kind::number: return notation_.number(e.number);
-    case Expr::Kind::name: return name(e);
-    case Expr::Kind::call: return call(e);
-    default: return notation_.brackets(sum(node));
+    case Expr::Kind::number:
+      return notation_.number(e.number);
+    case Expr::Kind::name:
+      return name(e);
+    case Expr::Kind::call:
+      return call(e);
+    default:
+      return notation_.brackets(sum(node));
   }
 }
 

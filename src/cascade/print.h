@@ -23,7 +23,7 @@ class Notation {
   virtual std::string fraction(const std::string& above, const std::string& below) const = 0;
   virtual bool fraction_brackets() const = 0;  // does a fraction need brackets around its parts?
   virtual std::string power(const std::string& base, const std::string& exponent) const = 0;
-  virtual bool power_brackets() const = 0;     // does an exponent need them?
+  virtual bool power_brackets() const = 0;  // does an exponent need them?
   /// The symbol of a reduction; `ranks` are those it runs over.
   virtual std::string reduction(Reduce reduce, const std::string& ranks) const = 0;
 };

@@ -35,9 +35,16 @@ std::string replaced(const std::string& text,
 }
 
 std::string latex_text(const std::string& text) {
-  return replaced(text, {{'\\', "\\textbackslash{}"}, {'_', "\\_"}, {'&', "\\&"}, {'%', "\\%"},
-                         {'#', "\\#"}, {'$', "\\$"}, {'{', "\\{"}, {'}', "\\}"},
-                         {'^', "\\textasciicircum{}"}, {'~', "\\textasciitilde{}"}});
+  return replaced(text, {{'\\', "\\textbackslash{}"},
+                         {'_', "\\_"},
+                         {'&', "\\&"},
+                         {'%', "\\%"},
+                         {'#', "\\#"},
+                         {'$', "\\$"},
+                         {'{', "\\{"},
+                         {'}', "\\}"},
+                         {'^', "\\textasciicircum{}"},
+                         {'~', "\\textasciitilde{}"}});
 }
 
 std::string html_text(const std::string& text) {
@@ -73,9 +80,7 @@ class LatexNotation : public Notation {
     if (op == ' ') return "\\,";
     return op == '*' ? "\\," : std::string(" ") + op + " ";
   }
-  std::string index_sign(char op) const override {
-    return op == '*' ? "\\," : std::string(1, op);
-  }
+  std::string index_sign(char op) const override { return op == '*' ? "\\," : std::string(1, op); }
   std::string compare(Compare how) const override {
     static constexpr const char* kSigns[] = {" < ", " \\le ", " > ", " \\ge ", " = ", " \\ne "};
     return kSigns[static_cast<int>(how)];
@@ -99,7 +104,9 @@ class LatexNotation : public Notation {
       list += (at > 0 ? "," : "") + name(ranks.substr(at, end - at));
       at = end + 1;
     }
-    const char* symbol = reduce == Reduce::max ? "\\max" : reduce == Reduce::min ? "\\min" : "\\sum";
+    const char* symbol = reduce == Reduce::max   ? "\\max"
+                         : reduce == Reduce::min ? "\\min"
+                                                 : "\\sum";
     return std::string(symbol) + "_{" + list + "} ";
   }
 };
@@ -207,7 +214,8 @@ std::string to_html(const Program& program) {
   std::string text = "<table class=\"cascade\">\n<caption>" + html_text(ast.name);
   for (const std::string& c : ast.header) text += "<br>" + html_text(c);
   text += "</caption>\n";
-  const auto row = [&](const std::string& left, const std::string& right, const std::string& comment) {
+  const auto row = [&](const std::string& left, const std::string& right,
+                       const std::string& comment) {
     text += "<tr><td style=\"text-align:right\">" + left + "</td><td>" + right + "</td><td>" +
             html_text(comment) + "</td></tr>\n";
   };

@@ -30,7 +30,8 @@ TEST(Print, EveryCascadeOfTheRepositoryReadsBackTheSame) {
 TEST(Print, EveryFormReadsBackTheSame) {
   const std::string head =
       "# above\n#\n#   indented\ncascade t # name\nbatch b\nrank p, m k=2*P-(M-1)  # ranks\n"
-      "size W\nsplit m = m1*W+m0\nsplit p = p1*2+p0\n# inputs\nin A[b,p,m], B[g(b),m] s=-inf c=0.5\n"
+      "size W\nsplit m = m1*W+m0\nsplit p = p1*2+p0\n# inputs\nin A[b,p,m], B[g(b),m] s=-inf "
+      "c=0.5\n"
       "where keep(b,p,m) seen(p)\nlet f(x,y) = -x*y + (x-y)\nlet id(x) = x\n";
   for (const char* line : {
            "out X[p] = -A[p,m] - (-B[m]) + max A[p,m]*2 : keep, seen(p-1), p >= m-W, g(p)+1 != 2*m",
@@ -53,10 +54,12 @@ TEST(Print, EveryFormReadsBackTheSame) {
 }
 
 TEST(Print, TheTextIsTheOneFormOfTheLanguage) {
-  const Program program = parse("#head\ncascade t\nrank p m\nin A[p,m]\nwhere keep(p,m)\n"
-                                "out X[p]=max   (A[p , m]*2):keep#tail\n");
-  EXPECT_EQ(to_text(program), "# head\ncascade t\nrank p m\nin A[p,m]\nwhere keep(p,m)\n\n"
-                              "out X[p] = max A[p,m] * 2 : keep  # tail\n");
+  const Program program = parse(
+      "#head\ncascade t\nrank p m\nin A[p,m]\nwhere keep(p,m)\n"
+      "out X[p]=max   (A[p , m]*2):keep#tail\n");
+  EXPECT_EQ(to_text(program),
+            "# head\ncascade t\nrank p m\nin A[p,m]\nwhere keep(p,m)\n\n"
+            "out X[p] = max A[p,m] * 2 : keep  # tail\n");
 }
 
 TEST(Print, LatexAndHtmlShowReductionsIndicesAndComments) {

@@ -20,9 +20,7 @@ class TextNotation : public Notation {
     return n + "(" + args + ")";
   }
   std::string comma() const override { return ","; }
-  std::string sign(char op) const override {
-    return op == ' ' ? " " : std::string(" ") + op + " ";
-  }
+  std::string sign(char op) const override { return op == ' ' ? " " : std::string(" ") + op + " "; }
   std::string index_sign(char op) const override { return std::string(1, op); }
   std::string compare(Compare how) const override {
     static constexpr const char* kSigns[] = {" < ", " <= ", " > ", " >= ", " == ", " != "};
@@ -39,10 +37,14 @@ class TextNotation : public Notation {
   bool power_brackets() const override { return true; }
   std::string reduction(Reduce reduce, const std::string&) const override {
     switch (reduce) {
-      case Reduce::sum: return "sum ";
-      case Reduce::max: return "max ";
-      case Reduce::min: return "min ";
-      default: return "";
+      case Reduce::sum:
+        return "sum ";
+      case Reduce::max:
+        return "max ";
+      case Reduce::min:
+        return "min ";
+      default:
+        return "";
     }
   }
 };
@@ -91,14 +93,20 @@ class TextPrinter {
     const size_t first = static_cast<size_t>(line.first);
     switch (line.kind) {
       case Line::Kind::batch:
-      case Line::Kind::rank: return ranks(line);
+      case Line::Kind::rank:
+        return ranks(line);
       case Line::Kind::size:
         return list(line, "size", ast_.sizes, [](const SizeDeclaration& s) { return s.name; });
-      case Line::Kind::split: return split(ast_.splits[first]);
-      case Line::Kind::input: return inputs(line);
-      case Line::Kind::predicate: return predicates(line);
-      case Line::Kind::function: return function(ast_.functions[first]);
-      case Line::Kind::statement: break;
+      case Line::Kind::split:
+        return split(ast_.splits[first]);
+      case Line::Kind::input:
+        return inputs(line);
+      case Line::Kind::predicate:
+        return predicates(line);
+      case Line::Kind::function:
+        return function(ast_.functions[first]);
+      case Line::Kind::statement:
+        break;
     }
     return statement(line.first);
   }

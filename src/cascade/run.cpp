@@ -48,8 +48,8 @@ void set_shape(const Lowered& lowered, const std::string& name, std::vector<int6
     }
     if (__builtin_mul_overflow(count, std::max<int64_t>(shape[a], 1), &count) ||
         count > kMaxElements) {
-      throw Error(fmt::format("cascade {}: tensor {} has more than 2^30 elements", lowered.name,
-                              name));
+      throw Error(
+          fmt::format("cascade {}: tensor {} has more than 2^30 elements", lowered.name, name));
     }
   }
   data.shape = std::move(shape);
@@ -67,7 +67,8 @@ Run::Run(const Program& program, const Bindings& bindings) : lowered_(*program.a
 void Run::bind_callables(const Bindings& bindings) {
   for (const Callable& p : lowered_.predicates) {
     const auto it = require(bindings.predicates, p.name, lowered_, "predicate");
-    if (!it->second) throw Error(fmt::format("cascade {}: predicate {} is empty", lowered_.name, p.name));
+    if (!it->second)
+      throw Error(fmt::format("cascade {}: predicate {} is empty", lowered_.name, p.name));
     frame_.predicates.push_back(&it->second);
   }
   for (const Callable& f : lowered_.functions) {
@@ -102,7 +103,8 @@ void Run::bind_inputs(const Bindings& bindings) {
         shape.push_back(size(axis.rank));
       }
       set_shape(lowered_, info.name, shape, data);
-      const auto count = std::accumulate(shape.begin(), shape.end(), int64_t{1}, std::multiplies<>());
+      const auto count =
+          std::accumulate(shape.begin(), shape.end(), int64_t{1}, std::multiplies<>());
       data.values.assign(static_cast<size_t>(count), info.fallback);
       continue;
     }
@@ -165,8 +167,8 @@ void Run::group(const Group& g) {
   for (int s = g.first; s <= g.last; ++s) {
     const LoweredStatement& statement = lowered_.statements[static_cast<size_t>(s)];
     TensorData& data = frame_.tensors[static_cast<size_t>(statement.main.tensor)];
-    const auto count = std::accumulate(data.shape.begin(), data.shape.end(), int64_t{1},
-                                       std::multiplies<>());
+    const auto count =
+        std::accumulate(data.shape.begin(), data.shape.end(), int64_t{1}, std::multiplies<>());
     data.values.assign(static_cast<size_t>(count), 0.0);
     mains.push_back(compile(statement.main, g.rank, together));
     bool track = mains.back().may_be_absent;
@@ -265,9 +267,12 @@ void add_point(Nest& nest, int lanes, Accumulator& acc) {
     return;
   }
   switch (nest.term().reduce) {
-    case Reduce::max: return acc.add(nest, lanes, maximum);
-    case Reduce::min: return acc.add(nest, lanes, minimum);
-    default: return acc.add(nest, lanes, [](double a, double b) { return a + b; });
+    case Reduce::max:
+      return acc.add(nest, lanes, maximum);
+    case Reduce::min:
+      return acc.add(nest, lanes, minimum);
+    default:
+      return acc.add(nest, lanes, [](double a, double b) { return a + b; });
   }
 }
 
@@ -281,7 +286,8 @@ void Run::run_term(Nest& nest, TensorData& out, bool first, bool track) {
     nest.points([&](int lanes, int64_t) { add_point(nest, lanes, acc); });
     for (int l = 0; l < block.lanes; ++l) {
       if (acc.absent[l] != 0) continue;
-      const uint64_t at = block.offset + static_cast<uint64_t>(l) * static_cast<uint64_t>(block.stride);
+      const uint64_t at =
+          block.offset + static_cast<uint64_t>(l) * static_cast<uint64_t>(block.stride);
       double& value = out.values[at];
       const double term_value = acc.values[l];
       value = first ? (term.minus ? -term_value : term_value)

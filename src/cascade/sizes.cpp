@@ -14,7 +14,8 @@ constexpr int64_t kMaxSize = int64_t{1} << 31;
 
 int64_t checked(const Lowered& lowered, __int128 value) {
   if (value > kLimit || value < -kLimit) {
-    throw Error(fmt::format("cascade {}: an index or size leaves the range of +-2^40", lowered.name));
+    throw Error(
+        fmt::format("cascade {}: an index or size leaves the range of +-2^40", lowered.name));
   }
   return static_cast<int64_t>(value);
 }
@@ -63,7 +64,8 @@ class Binder {
     for (bool changed = true; changed;) {
       changed = false;
       for (size_t r = 0; r < lowered_.ranks.size(); ++r) {
-        if (lowered_.ranks[r].size >= 0) changed |= derive(static_cast<int>(r), lowered_.ranks[r].size);
+        if (lowered_.ranks[r].size >= 0)
+          changed |= derive(static_cast<int>(r), lowered_.ranks[r].size);
       }
       for (const Split& s : lowered_.splits) changed |= derive_split(s);
     }
@@ -72,9 +74,10 @@ class Binder {
     for (size_t k = 0; k < sizes_.size(); ++k) {
       const size_t i = (k + ranks) % sizes_.size();
       if (sizes_[i] >= 0) continue;
-      throw Error(fmt::format("cascade {}: {} has no size: no bound tensor has it; give "
-                              "sizes[\"{}\"]", lowered_.name, size_name(lowered_, static_cast<int>(i)),
-                              name(i)));
+      throw Error(
+          fmt::format("cascade {}: {} has no size: no bound tensor has it; give "
+                      "sizes[\"{}\"]",
+                      lowered_.name, size_name(lowered_, static_cast<int>(i)), name(i)));
     }
     return sizes_;
   }
@@ -92,8 +95,8 @@ class Binder {
     }
     if (sizes_[i] >= 0 && sizes_[i] != value) {
       throw Error(fmt::format("cascade {}: {} is {} in {} but {} in {}", lowered_.name,
-                              size_name(lowered_, static_cast<int>(i)), sizes_[i], source_[i], value,
-                              source));
+                              size_name(lowered_, static_cast<int>(i)), sizes_[i], source_[i],
+                              value, source));
     }
     if (sizes_[i] >= 0) return false;
     sizes_[i] = value;
@@ -136,7 +139,8 @@ class Binder {
 
   bool derive(int rank, int id) {
     if (!known(id)) return false;
-    return set(static_cast<size_t>(rank), affine_of(lowered_, id, sizes_).constant, "its declaration");
+    return set(static_cast<size_t>(rank), affine_of(lowered_, id, sizes_).constant,
+               "its declaration");
   }
 
   bool derive_split(const Split& s) {
@@ -148,8 +152,10 @@ class Binder {
     }
     const int64_t block = affine_of(lowered_, s.block, sizes_).constant;
     if (block < 1) {
-      throw Error(fmt::format("cascade {}: the block of the split of rank {} is {}, expected at "
-                              "least 1", lowered_.name, lowered_.rank(s.parent).name, block));
+      throw Error(
+          fmt::format("cascade {}: the block of the split of rank {} is {}, expected at "
+                      "least 1",
+                      lowered_.name, lowered_.rank(s.parent).name, block));
     }
     bool changed = set(static_cast<size_t>(s.inner), block, "its split");
     const int64_t parent = sizes_[static_cast<size_t>(s.parent)];
@@ -176,12 +182,22 @@ Affine affine_of(const Lowered& lowered, int id, const std::vector<int64_t>& siz
   const IndexNode& n = lowered.node(id);
   Affine result;
   switch (n.kind) {
-    case Kind::number: result.constant = n.number; return result;
-    case Kind::rank: result.ranks.emplace_back(n.id, 1); return result;
-    case Kind::size: result.constant = sizes[static_cast<size_t>(n.id)]; return result;
-    case Kind::call: result.calls.emplace_back(id, 1); return result;
-    case Kind::negate: return scaled(lowered, affine_of(lowered, n.args[0], sizes), -1);
-    default: break;
+    case Kind::number:
+      result.constant = n.number;
+      return result;
+    case Kind::rank:
+      result.ranks.emplace_back(n.id, 1);
+      return result;
+    case Kind::size:
+      result.constant = sizes[static_cast<size_t>(n.id)];
+      return result;
+    case Kind::call:
+      result.calls.emplace_back(id, 1);
+      return result;
+    case Kind::negate:
+      return scaled(lowered, affine_of(lowered, n.args[0], sizes), -1);
+    default:
+      break;
   }
   Affine left = affine_of(lowered, n.args[0], sizes);
   Affine right = affine_of(lowered, n.args[1], sizes);
@@ -198,8 +214,8 @@ std::pair<int64_t, int64_t> range_of(const Affine& affine, const std::vector<int
   int64_t low = affine.constant, high = affine.constant;
   for (const auto& [rank, c] : affine.ranks) {
     const __int128 reach = __int128{c} * std::max<int64_t>(sizes[static_cast<size_t>(rank)] - 1, 0);
-    const auto bounded = static_cast<int64_t>(
-        std::clamp<__int128>(reach, -(__int128{1} << 55), __int128{1} << 55));
+    const auto bounded =
+        static_cast<int64_t>(std::clamp<__int128>(reach, -(__int128{1} << 55), __int128{1} << 55));
     (bounded < 0 ? low : high) += bounded;
   }
   return {low, high};

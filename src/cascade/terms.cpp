@@ -22,16 +22,18 @@ LoweredTerm TermLowering::term(const Term& written, const std::vector<int>& left
     if ((left_set & bit(r)) == 0) term_.reduced.push_back(r);
   }
   if (written.reduce != Reduce::implicit && term_.reduced.empty()) {
-    names_.error(written.place, "found a reduction over nothing: the left side has every rank of "
-                                "the term, expected one that it lacks");
+    names_.error(written.place,
+                 "found a reduction over nothing: the left side has every rank of "
+                 "the term, expected one that it lacks");
   }
   return std::move(term_);
 }
 
 TermLowering::Nested::Nested(TermLowering& t, Place place) : terms(t) {
   if (++terms.depth_ > 4 * kMaxDepth) {
-    terms.names_.error(place, "found functions nested too deep (does one call itself?), expected "
-                              "fewer");
+    terms.names_.error(place,
+                       "found functions nested too deep (does one call itself?), expected "
+                       "fewer");
   }
 }
 
@@ -67,21 +69,30 @@ int TermLowering::expr(int ast_expr, const Parameters* parameters) {
       n.value = e.number;
       return push(std::move(n), e.place);
     }
-    case Expr::Kind::name: return name(e, parameters);
-    case Expr::Kind::call: return call(e, parameters);
+    case Expr::Kind::name:
+      return name(e, parameters);
+    case Expr::Kind::call:
+      return call(e, parameters);
     case Expr::Kind::compare:
       names_.error(e.place, "found a comparison, expected it only as the first part of select");
-    default: break;
+    default:
+      break;
   }
   std::vector<int> args;
   for (int arg : e.args) args.push_back(expr(arg, parameters));
   switch (e.kind) {
-    case Expr::Kind::negate: return push(Op::negate, std::move(args), e.place);
-    case Expr::Kind::add: return push(Op::add, std::move(args), e.place);
-    case Expr::Kind::subtract: return push(Op::subtract, std::move(args), e.place);
-    case Expr::Kind::multiply: return push(Op::multiply, std::move(args), e.place);
-    case Expr::Kind::divide: return push(Op::divide, std::move(args), e.place);
-    default: return push(Op::power, std::move(args), e.place);
+    case Expr::Kind::negate:
+      return push(Op::negate, std::move(args), e.place);
+    case Expr::Kind::add:
+      return push(Op::add, std::move(args), e.place);
+    case Expr::Kind::subtract:
+      return push(Op::subtract, std::move(args), e.place);
+    case Expr::Kind::multiply:
+      return push(Op::multiply, std::move(args), e.place);
+    case Expr::Kind::divide:
+      return push(Op::divide, std::move(args), e.place);
+    default:
+      return push(Op::power, std::move(args), e.place);
   }
 }
 
@@ -96,13 +107,14 @@ int TermLowering::name(const Expr& e, const Parameters* parameters) {
     const TensorInfo& info = lowered_.tensor(tensor);
     if (parameters != nullptr && !info.scalar) {
       names_.error(e.place, fmt::format("found the tensor '{}' in a function, expected parameters, "
-                                        "numbers and scalars only", e.name));
+                                        "numbers and scalars only",
+                                        e.name));
     }
     const auto match = names_.match(info, e.indices, ~RankSet{0});
     if (!match) {
-      names_.error(e.place, fmt::format("found {} indices of '{}', expected {}{}",
-                                        e.indices.size(), e.name, names_.axes_text(info),
-                                        " with all batch ranks or with none"));
+      names_.error(e.place,
+                   fmt::format("found {} indices of '{}', expected {}{}", e.indices.size(), e.name,
+                               names_.axes_text(info), " with all batch ranks or with none"));
     }
     check_(tensor, match->index, e.place);
     n.op = Op::load;
@@ -116,9 +128,8 @@ int TermLowering::name(const Expr& e, const Parameters* parameters) {
     names_.error(e.place, fmt::format("found '{}[', expected a tensor: no line defines '{}'",
                                       e.name, e.name));
   }
-  const int value = parameters != nullptr && names_.rank(e.name) >= 0
-                        ? -1
-                        : names_.value_node(e.name, visible_);
+  const int value =
+      parameters != nullptr && names_.rank(e.name) >= 0 ? -1 : names_.value_node(e.name, visible_);
   if (value >= 0) {
     n.op = Op::index;
     n.index = {value};
@@ -131,7 +142,8 @@ int TermLowering::name(const Expr& e, const Parameters* parameters) {
     return push(std::move(n), e.place);
   }
   names_.error(e.place, fmt::format("found '{}', expected a tensor, a scalar, a rank ({}), a size "
-                                    "or a number", e.name, names_.rank_list()));
+                                    "or a number",
+                                    e.name, names_.rank_list()));
 }
 
 int TermLowering::call(const Expr& e, const Parameters* parameters) {
@@ -143,7 +155,8 @@ int TermLowering::call(const Expr& e, const Parameters* parameters) {
   if (f == nullptr && own == nullptr) {
     names_.error(e.place, fmt::format("found '{}(', expected a function: exp, log, tanh, sigmoid, "
                                       "sqrt, cos, sin, relu, gelu, abs, pow, max, min, select or "
-                                      "one that 'let' defines", e.name));
+                                      "one that 'let' defines",
+                                      e.name));
   }
   const size_t arity = f != nullptr ? static_cast<size_t>(f->arity) : own->parameters.size();
   if (e.args.size() != arity) {
@@ -172,8 +185,10 @@ int TermLowering::call(const Expr& e, const Parameters* parameters) {
 }
 
 void TermLowering::too_large(Place place) const {
-  names_.error(place, fmt::format("found an expression of more than {} operations once its functions "
-                                  "are written out, expected fewer", kMaxNodes));
+  names_.error(place,
+               fmt::format("found an expression of more than {} operations once its functions "
+                           "are written out, expected fewer",
+                           kMaxNodes));
 }
 
 int TermLowering::function(const Expr& e, const FunctionDeclaration& f,
@@ -200,7 +215,8 @@ Condition TermLowering::filter(const Filter& written) {
     }
     if (p == nullptr) {
       names_.error(written.place, fmt::format("found '{}', expected a predicate that 'where' "
-                                              "declares, or a comparison", written.name));
+                                              "declares, or a comparison",
+                                              written.name));
     }
     if (written.has_args && written.args.size() != p->ranks.size()) {
       names_.error(written.place, fmt::format("found {} arguments of '{}', expected {}",
