@@ -18,6 +18,10 @@ const std::vector<Isa>& available_isas();
 /// The strongest available, or what the environment variable HEED_ISA forces.
 Isa default_isa();
 
+struct RunOptions;
+/// What run.isa asks for, else default_isa(). Throws Error if this machine cannot run it.
+Isa chosen_isa(const RunOptions& run);
+
 /// Threads that a call uses when RunOptions says nothing: set_threads, else OMP_NUM_THREADS, else all cores.
 int default_threads();
 void set_threads(int threads);  // throws Error below 1

@@ -1,5 +1,6 @@
 #include <gtest/gtest.h>
 
+#include <algorithm>
 #include <bit>
 #include <cmath>
 #include <limits>
@@ -119,6 +120,19 @@ TEST(Isa, NamesParseAndUnknownOnesAreExplained) {
   } catch (const Error& e) {
     EXPECT_NE(std::string(e.what()).find("sse9"), std::string::npos);
     EXPECT_NE(std::string(e.what()).find("portable"), std::string::npos);
+  }
+}
+
+TEST(Isa, OneThatTheMachineLacksIsRefused) {
+  for (Isa isa : {Isa::portable, Isa::avx2, Isa::avx512, Isa::amx}) {
+    RunOptions run;
+    run.isa = isa;
+    const auto& available = available_isas();
+    if (std::find(available.begin(), available.end(), isa) != available.end()) {
+      EXPECT_EQ(chosen_isa(run), isa);
+    } else {
+      EXPECT_THROW(chosen_isa(run), Error);
+    }
   }
 }
 

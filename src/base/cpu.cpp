@@ -1,3 +1,4 @@
+#include <algorithm>
 #include <cstdint>
 #include <cstdlib>
 #include <fstream>
@@ -146,15 +147,25 @@ const std::vector<Isa>& available_isas() {
   return isas;
 }
 
+namespace {
+
+Isa require_available(Isa isa, const char* asked_by) {
+  const auto& available = available_isas();
+  if (std::find(available.begin(), available.end(), isa) != available.end()) return isa;
+  throw Error(std::string(asked_by) + " is " + name_of(isa) +
+              ", which this machine cannot run; it has up to " + name_of(available.back()));
+}
+
+}  // namespace
+
 Isa default_isa() {
   const char* forced = std::getenv("HEED_ISA");
   if (forced == nullptr || *forced == '\0') return available_isas().back();
-  Isa isa = parse_isa(forced);
-  for (Isa available : available_isas()) {
-    if (available == isa) return isa;
-  }
-  throw Error(std::string("HEED_ISA is ") + forced +
-              ", which this machine cannot run; it has up to " + name_of(available_isas().back()));
+  return require_available(parse_isa(forced), "HEED_ISA");
+}
+
+Isa chosen_isa(const RunOptions& run) {
+  return run.isa ? require_available(*run.isa, "isa") : default_isa();
 }
 
 const CpuInfo& cpu_info() {

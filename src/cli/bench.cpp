@@ -117,8 +117,8 @@ std::string extent(const ExampleCase& example, std::initializer_list<const char*
 
 std::string header(const Arguments& arguments, const RunOptions& run) {
   return fmt::format("{}, {} thread{}, {}, {}, heed {}{}", cpu_info().model, default_threads(),
-                     default_threads() == 1 ? "" : "s", name_of(run.isa.value_or(default_isa())),
-                     compiler_name(), kVersion,
+                     default_threads() == 1 ? "" : "s", name_of(chosen_isa(run)), compiler_name(),
+                     kVersion,
                      arguments.versus.empty() ? "" : ", side by side with " + peer_version());
 }
 
@@ -200,7 +200,7 @@ void print_bench_json(const std::vector<Row>& rows, const Arguments& arguments,
   }
   Json json = {{"cpu", cpu_info().model},
                {"threads", default_threads()},
-               {"isa", name_of(run.isa.value_or(default_isa()))},
+               {"isa", name_of(chosen_isa(run))},
                {"compiler", compiler_name()},
                {"heed", kVersion},
                {"rows", list}};
@@ -236,7 +236,7 @@ int bench(const Arguments& arguments) {
     Row& row = rows[i];
     progress.show(static_cast<int64_t>(i), static_cast<int64_t>(rows.size()),
                   row.mechanism->name + " " + row.example.options);
-    quick_check(row, run.isa.value_or(default_isa()));
+    quick_check(row, chosen_isa(run));
     if (row.wrong.empty()) {
       time_row(row, arguments, run);
       continue;

@@ -237,7 +237,7 @@ void quantized_rows(std::span<const RowProduct> products, const float* x, int64_
     int64_t step = rows_per_item(p.weights);
     items += (p.weights.rows + step - 1) / step;
   }
-  const RowKernels& kernels = row_kernels_for(run.isa.value_or(default_isa()));
+  const RowKernels& kernels = row_kernels_for(chosen_isa(run));
   parallel_for(items, threads_for(run, items), [&](int64_t item, int) {
     for (const RowProduct& p : products) {
       const BlockMatrix& w = p.weights;

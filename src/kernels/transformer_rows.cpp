@@ -286,7 +286,7 @@ namespace heed {
 namespace {
 
 const TransformerKernels& kernels_for(const RunOptions& run) {
-  const Isa isa = run.isa.value_or(default_isa());
+  const Isa isa = chosen_isa(run);
 #if HWY_ARCH_X86
   static const TransformerKernels avx512 = N_AVX3::transformer_kernels();
   static const TransformerKernels avx2 = N_AVX2::transformer_kernels();

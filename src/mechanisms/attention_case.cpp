@@ -78,8 +78,7 @@ std::vector<PathAnswer> explain_attention(const NamedTensors& in, const RunOptio
   const Tensor &q = in.at("q"), &v = in.at("v");
   const int64_t group = q.size(1) / v.size(1);
   std::vector<PathAnswer> answers;
-  for (const auto& choice :
-       tiled::explain(group * q.size(2), q.size(3), v.size(3), q.dtype(), run)) {
+  for (const auto& choice : tiled::explain({group * q.size(2), q.dtype()}, run)) {
     answers.push_back({choice.path, choice.can_run, choice.reason});
   }
   return answers;

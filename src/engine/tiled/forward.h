@@ -47,24 +47,28 @@ double resolve_scale(const char* op, const std::optional<double>& scale, int64_t
 /// Type of statistics and states beside tensors of `dtype`.
 inline DType statistics_type(DType dtype) { return dtype == DType::f64 ? DType::f64 : DType::f32; }
 
+/// What the choice of a path depends on.
+struct CallKind {
+  int64_t rows_per_key_head = 1;  // query rows that read the same keys: (H/Hkv) * Lq
+  DType dtype = DType::f32;
+};
+
 /// The path a call takes: kernels and tile sizes.
 struct Path {
   Isa isa = Isa::portable;
-  bool few_rows = false;       // products straight from unpacked keys and values
   bool half_operands = false;  // bfloat16 products
+  bool few_rows = false;       // products straight from unpacked keys and values
   int64_t query_tile = 0, key_tile = 0;
-  int64_t group_rows = 0;  // query rows that share one packed key tile
-  std::string name() const;
+  int64_t group_rows = 0;  // query rows of a head that share one packed key tile
 };
 Path choose_path(const Problem& problem, const RunOptions& run);
 
-/// One visible list: what each instruction set could do for this call, best first.
+/// The list that choose_path takes the first possible entry of, with reasons.
 struct PathChoice {
   std::string path;
   bool can_run = false;
-  std::string reason;
+  std::string reason;  // empty when it can
 };
-std::vector<PathChoice> explain(int64_t rows_per_group, int64_t head_dim, int64_t value_dim,
-                                DType dtype, const RunOptions& run);
+std::vector<PathChoice> explain(const CallKind& call, const RunOptions& run);
 
 }  // namespace heed::tiled

@@ -28,74 +28,93 @@ TileSizes tile_sizes(Isa isa, bool half_operands, int64_t head_dim, int64_t valu
   return {48, key_tile};
 }
 
-}  // namespace
+// A way to run a call, best first.
+struct Candidate {
+  Isa isa;
+  bool half_operands;
+};
+constexpr Candidate kCandidates[] = {{Isa::amx, true},
+                                     {Isa::avx512, true},
+                                     {Isa::avx512, false},
+                                     {Isa::avx2, false},
+                                     {Isa::portable, false}};
 
-std::string Path::name() const {
-  std::string text = name_of(isa);
-  if (few_rows) text += ", few rows";
-  if (half_operands) text += ", bfloat16 products";
+// Why a candidate cannot run a call; empty if it can.
+std::string refusal(const Candidate& candidate, const CallKind& call, Isa strongest) {
+  const auto& available = available_isas();
+  if (std::find(available.begin(), available.end(), candidate.isa) == available.end()) {
+    return "this machine does not have it";
+  }
+  if (candidate.isa > strongest) return std::string(name_of(strongest)) + " is forced";
+  if (!candidate.half_operands) return "";
+  if (kernels::half_tile_kernels(candidate.isa) == nullptr) {
+    return "this processor multiplies bfloat16 no faster than float32";
+  }
+  if (call.dtype != DType::bf16) {
+    return std::string("it multiplies bfloat16, the call is ") + name_of(call.dtype);
+  }
+  if (call.rows_per_key_head <= kFewRows) {
+    return std::to_string(call.rows_per_key_head) +
+           " query rows per key head: reading the keys is the bound, not products";
+  }
+  return "";
+}
+
+std::string name_of_candidate(const Candidate& candidate, const CallKind& call) {
+  std::string text = name_of(candidate.isa);
+  if (candidate.half_operands && candidate.isa != Isa::amx) text += ", bfloat16 products";
+  if (!candidate.half_operands && call.rows_per_key_head <= kFewRows) text += ", few rows";
   return text;
 }
 
-Path choose_path(const Problem& problem, const RunOptions& run) {
-  const Tensor &q = problem.q, &v = problem.v;
-  Path path;
-  path.isa = run.isa.value_or(default_isa());
-  const int64_t group = std::max<int64_t>(1, q.size(1) / std::max<int64_t>(1, v.size(1)));
-  path.few_rows = group * q.size(2) <= kFewRows;
-  path.half_operands =
-      !path.few_rows && q.dtype() == DType::bf16 && kernels::half_tile_kernels(path.isa) != nullptr;
-  const size_t element = q.dtype() == DType::f64 ? 8 : 4;
-  const TileSizes sizes = tile_sizes(path.isa, path.half_operands, q.size(3), v.size(3), element);
-  path.query_tile = path.few_rows ? group * q.size(2) : sizes.query_tile;
-  path.key_tile = sizes.key_tile;
-  if (path.few_rows) {
-    path.group_rows = group * q.size(2);
-    return path;
-  }
-  // Rows that share a packed key tile: as many as keep packing cheap, few enough for all threads to
-  // have several items. Results do not depend on it.
-  const int64_t most = std::max<int64_t>(1, 1024 / group / path.query_tile);
-  const int64_t tiles = ceil_div(q.size(2), path.query_tile);
-  const int64_t heads = q.size(0) * std::max<int64_t>(1, v.size(1));
+CallKind kind_of(const Problem& problem) {
+  const Tensor &q = problem.q, &k = problem.k;
+  const int64_t group = std::max<int64_t>(1, q.size(1) / std::max<int64_t>(1, k.size(1)));
+  return {group * q.size(2), q.dtype()};
+}
+
+// Rows that share a packed key tile: as many as keep packing cheap, few enough for all threads to have
+// several items. Results do not depend on it.
+int64_t rows_per_item(const Problem& problem, int64_t query_tile, const RunOptions& run) {
+  const int64_t key_heads = std::max<int64_t>(1, problem.k.size(1));
+  const int64_t group = std::max<int64_t>(1, problem.q.size(1) / key_heads);
+  const int64_t most = std::max<int64_t>(1, 1024 / group / query_tile);
+  const int64_t tiles = ceil_div(problem.q.size(2), query_tile);
   const int64_t threads = run.threads.value_or(default_threads());
   const int64_t wanted_items = threads == 1 ? 1 : 6 * threads;
-  const int64_t parts = std::clamp<int64_t>(ceil_div(wanted_items, std::max<int64_t>(1, heads)),
-                                            ceil_div(tiles, most), std::max<int64_t>(1, tiles));
-  path.group_rows = ceil_div(tiles, parts) * path.query_tile;
+  const int64_t heads = std::max<int64_t>(1, problem.q.size(0) * key_heads);
+  const int64_t parts = std::clamp<int64_t>(ceil_div(wanted_items, heads), ceil_div(tiles, most),
+                                            std::max<int64_t>(1, tiles));
+  return ceil_div(tiles, parts) * query_tile;
+}
+
+}  // namespace
+
+Path choose_path(const Problem& problem, const RunOptions& run) {
+  const CallKind call = kind_of(problem);
+  const Isa strongest = chosen_isa(run);
+  const auto* chosen = std::find_if(
+      std::begin(kCandidates), std::end(kCandidates),
+      [&](const Candidate& candidate) { return refusal(candidate, call, strongest).empty(); });
+  Path path;
+  path.isa = chosen->isa;  // the portable candidate refuses nothing
+  path.half_operands = chosen->half_operands;
+  path.few_rows = call.rows_per_key_head <= kFewRows;
+  const TileSizes sizes = tile_sizes(path.isa, path.half_operands, problem.q.size(3),
+                                     problem.v.size(3), call.dtype == DType::f64 ? 8 : 4);
+  path.key_tile = sizes.key_tile;
+  path.query_tile = path.few_rows ? call.rows_per_key_head : sizes.query_tile;
+  path.group_rows =
+      path.few_rows ? call.rows_per_key_head : rows_per_item(problem, path.query_tile, run);
   return path;
 }
 
-std::vector<PathChoice> explain(int64_t rows_per_group, int64_t head_dim, int64_t value_dim,
-                                DType dtype, const RunOptions& run) {
-  (void)head_dim;
-  (void)value_dim;
+std::vector<PathChoice> explain(const CallKind& call, const RunOptions& run) {
+  const Isa strongest = chosen_isa(run);
   std::vector<PathChoice> choices;
-  const bool few = rows_per_group <= kFewRows;
-  const auto& available = available_isas();
-  const Isa forced = run.isa.value_or(default_isa());
-  for (Isa isa : {Isa::amx, Isa::avx512, Isa::avx2, Isa::portable}) {
-    PathChoice choice;
-    choice.path = name_of(isa);
-    const bool half = kernels::half_tile_kernels(isa) != nullptr;
-    if (std::find(available.begin(), available.end(), isa) == available.end()) {
-      choice.reason = "this machine does not have it";
-    } else if (isa > forced) {
-      choice.reason = std::string(name_of(forced)) + " is forced";
-    } else if (isa == Isa::amx && dtype != DType::bf16) {
-      choice.reason = std::string("tiles multiply bfloat16, the call is ") + name_of(dtype);
-    } else if (isa == Isa::amx && few) {
-      choice.reason = std::to_string(rows_per_group) +
-                      " query rows per key head: reading the keys is the bound, not products";
-    } else {
-      choice.can_run = true;
-      if (few) {
-        choice.path += ", few rows";
-      } else if (half && dtype == DType::bf16) {
-        choice.path += ", bfloat16 products";
-      }
-    }
-    choices.push_back(choice);
+  for (const Candidate& candidate : kCandidates) {
+    const std::string reason = refusal(candidate, call, strongest);
+    choices.push_back({name_of_candidate(candidate, call), reason.empty(), reason});
   }
   return choices;
 }
