@@ -8,9 +8,16 @@
 //   finish       out[r]  = O[r] / sum[r], converted; lse[r]
 //   dot_rows, add_rows                     the two products for few rows, straight from unpacked memory
 //
+// Backward, from the scores S and dP[r,m] = sum_f dO[r,f] V[m,f] (both by `scores`) of a tile:
+//   gradients           S becomes the weights W, dP becomes dS, the gradient of the shaped score
+//   accumulate_columns  C[f,m] += sum_r X[r,f] W[r,m]   (dV^T from dO and W, dK^T from Q and dS)
+//   accumulate          dQ[r,e] += sum_m dS[r,m] K[m,e], with keys packed by pack_values
+//   finish_columns      out[m,f] = factor C[f,m], converted
+//
 // T is float (float32, bfloat16 and float16 calls) or double (float64 calls).
 #pragma once
 #include <cstdint>
+#include <limits>
 
 #include "heed/run.h"
 #include "heed/tensor.h"
@@ -32,6 +39,13 @@ struct KeyRange {
   bool empty() const { return begin >= end; }
 };
 
+/// What a call does to its scaled scores before bias and masks, in natural units.
+template <class T>
+struct ScoreCaps {
+  T softcap = 0;                                // > 0: x becomes softcap tanh(x / softcap)
+  T most = std::numeric_limits<T>::infinity();  // then min(x, most)
+};
+
 /// A matrix in scratch memory.
 template <class T>
 struct Block {
@@ -40,20 +54,24 @@ struct Block {
   T* row(int64_t r) const { return data + r * stride; }
 };
 
-enum class WeightKind { softmax, sigmoid };
+enum class WeightKind { softmax, sigmoid, polynomial };
+inline constexpr int kWeightKinds = 3;
 
-/// How the scores of a tile become weights. Scores are used as s * scale + bias - slope * |distance|.
+/// How the scores of a tile become weights. Scores are used as t = s * scale + bias - slope *
+/// |distance|: softmax 2^(t - pivot), sigmoid 1 / (1 + 2^-t), polynomial sum over n <= order of t^n / n!
 template <class T>
 struct WeightShape {
-  T scale = 1;  // never negative: the engine negates the queries instead
-  T bias = 0;   // sigmoid only: a constant moves no softmax
-  T slope = 0;  // ALiBi
+  T scale = 1;    // never negative: the engine negates the queries instead
+  int order = 0;  // polynomial only
+  T bias = 0;     // sigmoid only: a constant moves no softmax
+  T slope = 0;    // ALiBi
   int64_t distance =
       0;  // position of row 0 minus position of key 0; row r, key m: distance + r - m
 };
 
 /// Row statistics of a running softmax, in units of log2: the row's pivot, the sum of its weights
-/// relative to the pivot, and the factor that the last tile put on earlier sums.
+/// relative to the pivot, and the factor that the last tile put on earlier sums. Sigmoid touches none
+/// of them, polynomial only adds its weights to the sum.
 template <class T>
 struct RowState {
   T* pivot = nullptr;  // -inf until the row has seen a key
@@ -85,16 +103,57 @@ struct TileKernels {
                  int64_t width, const KeyRange* ranges, Block<T> s) = nullptr;
   /// Weights go to `weights` (T, may be `s` itself; or bfloat16 with half_operands), exactly 0 outside
   /// a row's range and in the padding columns.
-  void (*weights[2])(Block<T> s, int64_t rows, int64_t key_count, const KeyRange* ranges,
-                     const WeightShape<T>& shape, const RowState<T>& state, void* weights,
-                     int64_t weight_stride) = {};
+  void (*weights[kWeightKinds])(Block<T> s, int64_t rows, int64_t key_count, const KeyRange* ranges,
+                                const WeightShape<T>& shape, const RowState<T>& state,
+                                void* weights, int64_t weight_stride) = {};
   void (*accumulate)(const void* weights, int64_t weight_stride, int64_t rows, const void* values,
                      int64_t key_count, int64_t width, const KeyRange* ranges, const T* carry,
                      Block<T> o) = nullptr;
 
+  /// s = caps(s * scale) in place, within the ranges. If `slope` has data it receives the derivative of
+  /// the result with respect to s * scale.
+  void (*cap_scores)(Block<T> s, int64_t rows, int64_t key_count, const KeyRange* ranges, T scale,
+                     const ScoreCaps<T>& caps, Block<T> slope) = nullptr;
+  /// Parallax: t = weights * t and sum = carry * sum + its row sum; exactly 0 outside the ranges.
+  void (*second_weights)(Block<const T> weights, Block<T> t, int64_t rows, int64_t key_count,
+                         const KeyRange* ranges, const T* carry, T* sum) = nullptr;
+  /// A block of T as the operand of `accumulate`: bfloat16 with half_operands, else null (used as it is).
+  void (*round_weights)(Block<const T> from, int64_t rows, int64_t key_count, void* to,
+                        int64_t to_stride) = nullptr;
+
   /// out[r] = o[r] / sum[r] (as it is when sum is null), rounded to out's type; a zero sum gives 0.
   void (*finish)(Block<T> o, int64_t rows, int64_t width, const T* sum, void* out, DType out_dtype,
                  int64_t out_stride) = nullptr;
+
+  /// Backward. s holds raw scores and becomes W (softmax: 2^(t - pivot[r]), an infinite pivot: all 0),
+  /// dp becomes dS in natural units of the shaped score: softmax W (dp + shift[r]); sigmoid
+  /// W (1 - W) dp; polynomial W' (dp + shift[r]) with the derivative W'. Both exactly 0 outside the
+  /// ranges, where s is -inf whatever dp is, and in the padding columns.
+  void (*gradients[kWeightKinds])(Block<T> s, Block<T> dp, int64_t rows, int64_t key_count,
+                                  const KeyRange* ranges, const WeightShape<T>& shape,
+                                  const T* pivot, const T* shift) = {};
+  /// Parallax, softmax weights p: from raw scores s, t = r . k and a = dO . V of a tile to
+  ///   s = p (1 + t_mean - t)                                     what multiplies dO in dV
+  ///   a = p (a - dot_out + (t_mean - t) (a - dot_mean))          dS
+  ///   t = -p (a - dot_mean)                                      dT
+  /// with row vectors t_mean, dot_out = dO . out, dot_mean = dO . v_mean; zeros as above.
+  void (*parallax_gradients)(Block<T> s, Block<T> t, Block<T> a, int64_t rows, int64_t key_count,
+                             const KeyRange* ranges, const WeightShape<T>& shape, const T* pivot,
+                             const T* t_mean, const T* dot_out, const T* dot_mean) = nullptr;
+  /// X of accumulate_columns: rows of Q or dO.
+  int64_t (*column_bytes)(int64_t rows, int64_t width) = nullptr;
+  void (*pack_columns)(const Rows& x, bool negate, void* packed) = nullptr;
+  /// A block of T as the second operand of accumulate_columns; null: used as it is.
+  void (*pair_weights)(Block<const T> from, int64_t rows, int64_t key_count, void* to,
+                       int64_t to_stride) = nullptr;
+  /// C [width padded to column_multiple, keys]; `weights` are exactly 0 outside the ranges, which only
+  /// save work. Rows beyond `rows` up to row_multiple are not read or count as zero.
+  void (*accumulate_columns)(const void* packed, int64_t rows, int64_t width, const void* weights,
+                             int64_t weight_stride, int64_t key_count, const KeyRange* ranges,
+                             Block<T> c) = nullptr;
+  int64_t column_multiple = 1;
+  void (*finish_columns)(Block<T> c, int64_t keys, int64_t width, T factor, void* out,
+                         DType out_dtype, int64_t out_stride) = nullptr;
 
   /// Few rows: queries are T [rows, width padded to dim_multiple].
   void (*dot_rows)(Block<const T> queries, int64_t rows, const Rows& k, Block<T> s) = nullptr;
