@@ -3,7 +3,7 @@
 #include <cmath>
 
 #include "base/philox.h"
-#include "engine/tiled/forward.h"
+#include "engine/tiled/path.h"
 
 namespace heed {
 

@@ -1,7 +1,7 @@
 #include <cmath>
 #include <string>
 
-#include "engine/tiled/forward.h"
+#include "engine/tiled/problem.h"
 #include "heed/error.h"
 
 namespace heed::tiled {
@@ -89,6 +89,34 @@ double resolve_scale(const char* op, const std::optional<double>& scale, int64_t
     fail(op, "scale is " + std::to_string(*scale), "a finite number is needed");
   }
   return *scale;
+}
+
+std::vector<double> per_head(const char* op, const char* name, const Tensor& values,
+                             int64_t heads) {
+  if (values.rank() != 1 || values.size(0) != heads || !is_floating(values.dtype())) {
+    fail(op, describe(name, values),
+         "[" + std::to_string(heads) + "] of a floating type is needed, one per query head");
+  }
+  const Array exact = convert(values, DType::f64);
+  return {exact.as<double>(), exact.as<double>() + heads};
+}
+
+std::vector<Sequence> batch_sequences(const Tensor& q, const Tensor& k, const Tensor& v,
+                                      const Tensor& out, const Tensor& lse,
+                                      const std::vector<TilePlan>& plans) {
+  std::vector<Sequence> sequences;
+  for (int64_t b = 0; b < q.size(0); ++b) {
+    Sequence s;
+    s.q = q.select(0, b);
+    s.k = k.select(0, b);
+    s.v = v.select(0, b);
+    s.out = out.select(0, b);
+    if (lse.defined()) s.lse = lse.select(0, b);
+    s.plan = plans[static_cast<size_t>(b)];
+    s.batch = b;
+    sequences.push_back(std::move(s));
+  }
+  return sequences;
 }
 
 }  // namespace heed::tiled

@@ -1,74 +1,122 @@
-// The forward pass of every mechanism that looks at scores tile by tile: one pass over the keys,
-// scratch of O(threads x tile). A mechanism is a Policy; a call is a Problem.
+// The forward pass as a class, in two files: forward.cpp (tiles of packed operands) and few_rows.cpp
+// (few query rows against many keys).
 #pragma once
-#include <optional>
-#include <string>
 #include <vector>
 
-#include "engine/tiled/plan.h"
-#include "heed/run.h"
-#include "heed/tensor.h"
-#include "kernels/tile.h"
+#include "base/parallel.h"
+#include "engine/tiled/tile_call.h"
 
 namespace heed::tiled {
 
-/// What a mechanism says about its scores and weights.
-struct Policy {
-  kernels::WeightKind weight = kernels::WeightKind::softmax;
-  std::vector<double> head_bias;    // added to the scaled score, one per query head; empty: none
-  std::vector<double> alibi_slope;  // per query head; empty: none
-  bool divide_by_sum() const { return weight == kernels::WeightKind::softmax; }
+/// Rows of one query head inside an item, and where their state lies.
+struct QueryTile {
+  int64_t head = 0, begin = 0, end = 0;
+  int64_t slot = 0;  // first row of its state
+  int64_t rows() const { return end - begin; }
 };
 
-/// One checked call. q [B,H,Lq,D], k [B,Hkv,Lk,D], v [B,Hkv,Lk,Dv], out [B,H,Lq,Dv], lse [B,H,Lq] or
-/// undefined.
-struct Problem {
-  const char* op = "";
-  Tensor q, k, v, out, lse;
-  TilePlan plan;
-  double scale = 1;
-  Policy policy;
-  std::optional<int64_t>
-      splits;  // parts the keys are cut into when there are few rows; none: chosen
+/// Query rows of all heads of a group, against a range of keys.
+struct Item {
+  int64_t sequence = 0, kv_head = 0;
+  int64_t row_begin = 0, row_end = 0;
+  Interval keys;
+  int64_t part = -1;  // index among the partial results; -1: finishes its rows itself
+  bool first_part = true;
 };
 
-void forward(const Problem& problem, const RunOptions& run);
-
-/// What a caller calls the keys and values.
-struct OperandNames {
-  const char* k = "k";
-  const char* v = "v";
-};
-/// Throws Error unless q, k, v, out and (if defined) lse fit together.
-void check_operands(const char* op, const Tensor& q, const Tensor& k, const Tensor& v,
-                    const Tensor& out, const Tensor& lse, OperandNames names = {});
-/// scale, or 1/sqrt(D). Throws Error if it is not finite.
-double resolve_scale(const char* op, const std::optional<double>& scale, int64_t head_dim);
-/// Type of statistics and states beside tensors of `dtype`.
-inline DType statistics_type(DType dtype) { return dtype == DType::f64 ? DType::f64 : DType::f32; }
-
-/// What the choice of a path depends on.
-struct CallKind {
-  int64_t rows_per_key_head = 1;  // query rows that read the same keys: (H/Hkv) * Lq
-  DType dtype = DType::f32;
+struct SeenElement {
+  int64_t row = 0, key = 0;
 };
 
-/// The path a call takes: kernels and tile sizes.
-struct Path {
-  Isa isa = Isa::portable;
-  bool half_operands = false;  // bfloat16 products
-  bool few_rows = false;       // products straight from unpacked keys and values
-  int64_t query_tile = 0, key_tile = 0;
-  int64_t group_rows = 0;  // query rows of a head that share one packed key tile
-};
-Path choose_path(const Problem& problem, const RunOptions& run);
+template <class T>
+class Forward : private TileCall<T> {
+ public:
+  Forward(const Problem& problem, const RunOptions& run);
+  void run();
 
-/// The list that choose_path takes the first possible entry of, with reasons.
-struct PathChoice {
-  std::string path;
-  bool can_run = false;
-  std::string reason;  // empty when it can
+ private:
+  using typename TileCall<T>::Block;
+  using KeyRange = kernels::KeyRange;
+  using Rows = kernels::Rows;
+  template <class U>
+  using RowState = kernels::RowState<U>;
+  using TileCall<T>::group_;
+  using TileCall<T>::head_dim_;
+  using TileCall<T>::kPad;
+  using TileCall<T>::path_;
+  using TileCall<T>::problem_;
+  using TileCall<T>::products_;
+  using TileCall<T>::run_;
+  using TileCall<T>::second_;
+  using TileCall<T>::sequence;
+  using TileCall<T>::value_dim_;
+  using TileCall<T>::wide_;
+
+  /// Sizes of an item's blocks. State and result rows of a second stream lie `rows` rows behind.
+  struct Layout {
+    int64_t rows, out_rows, block_rows, block_stride;
+  };
+
+  /// Everything one item needs, cut from one block of scratch.
+  struct Memory {
+    std::byte* queries;
+    int64_t query_tile_bytes;
+    void *keys, *values;
+    T *pivot, *sum, *carry;
+    int64_t second;  // rows from a row's state to that of its second stream
+    Block scores, second_scores, out;
+    void* weights;  // bfloat16, with half operands
+    KeyRange* ranges;
+  };
+
+  void plan_items();
+  void plan_parts(int64_t s);
+  std::vector<QueryTile> query_tiles(const Item& item) const;
+  int64_t slots(const std::vector<QueryTile>& tiles) const;
+  int64_t query_bytes(const std::vector<QueryTile>& tiles) const;
+  Layout layout(const std::vector<QueryTile>& tiles) const;
+  size_t scratch_bytes(const std::vector<QueryTile>& tiles) const;
+  Memory cut(Scratch& scratch, const Item& item, const std::vector<QueryTile>& tiles) const;
+  void place_sinks(const std::vector<QueryTile>& tiles, const Memory& m) const;
+  void pack_item(const Item& item, const std::vector<QueryTile>& tiles, const Memory& m) const;
+  void run_item(const Item& item) const;
+  void run_key_tile(const Item& item, const std::vector<QueryTile>& tiles, Interval keys,
+                    const Memory& m) const;
+  std::vector<SeenElement> seen_elements(const std::vector<int64_t>& keys, const TileAt& at,
+                                         const Seen& seen, Block s) const;
+  void weigh_and_add(const TileAt& at, const Seen& seen, const QueryTile& tile,
+                     const void* second_queries, bool direct, const Memory& m) const;
+  void finish(int64_t s, const QueryTile& tile, const Memory& m) const;
+  void combine_streams(int64_t s, const QueryTile& tile, int64_t r, const Memory& m) const;
+  void store_sums(int64_t s, int64_t head, int64_t row, double pivot, double sum) const;
+
+  std::byte* packed_queries(const std::vector<QueryTile>& tiles, int64_t stream, size_t tile,
+                            const Memory& m) const {
+    const auto index = stream * static_cast<int64_t>(tiles.size()) + static_cast<int64_t>(tile);
+    return m.queries + index * m.query_tile_bytes;
+  }
+  RowState<T> state_of(const QueryTile& tile, const Memory& m) const {
+    return {m.pivot + tile.slot, m.sum + tile.slot, m.carry + tile.slot};
+  }
+  TileAt tile_at(const Item& item, const QueryTile& tile, Interval keys) const {
+    return {item.sequence, tile.head, tile.begin, tile.rows(), keys.begin, keys.end - keys.begin};
+  }
+
+  // few_rows.cpp
+  void run_few_rows(const Item& item, const std::vector<QueryTile>& tiles, Interval keys,
+                    const Memory& m) const;
+  void add_seen(Block weights, int64_t row, const Rows& v, const std::vector<KeyRange>& runs,
+                const Memory& m) const;
+  void keep_part(int64_t part, const QueryTile& tile, const Memory& m) const;
+  void merge_parts() const;
+  void merge_group(size_t first, size_t last) const;
+  void merge_row(size_t first, size_t last, int64_t slot, const Memory& m) const;
+
+  const int64_t streams_, padded_dim_, padded_values_, tile_rows_, tile_keys_;
+  std::vector<Item> items_;
+  int64_t parts_ = 0, most_rows_ = 0;
+  // [parts, rows, (pivot, sum, sum of the second stream)], [parts, streams x rows, value dim]
+  Array part_sums_, part_out_;
 };
-std::vector<PathChoice> explain(const CallKind& call, const RunOptions& run);
 
 }  // namespace heed::tiled

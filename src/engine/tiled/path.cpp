@@ -1,7 +1,8 @@
-// Which kernels and tile sizes a call gets. One visible list; `explain` reads it back.
+// One visible list of paths; `explain` reads it back.
+#include "engine/tiled/path.h"
+
 #include <algorithm>
 
-#include "engine/tiled/forward.h"
 #include "kernels/tile.h"
 
 namespace heed::tiled {
@@ -10,6 +11,8 @@ namespace {
 
 // Up to this many query rows per key head, reading keys and values once matters more than products.
 constexpr int64_t kFewRows = 16;
+
+bool few_rows(const CallKind& call) { return !call.backward && call.rows_per_key_head <= kFewRows; }
 
 int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
@@ -53,7 +56,7 @@ std::string refusal(const Candidate& candidate, const CallKind& call, Isa strong
   if (call.dtype != DType::bf16) {
     return std::string("it multiplies bfloat16, the call is ") + name_of(call.dtype);
   }
-  if (call.rows_per_key_head <= kFewRows) {
+  if (few_rows(call)) {
     return std::to_string(call.rows_per_key_head) +
            " query rows per key head: reading the keys is the bound, not products";
   }
@@ -63,26 +66,31 @@ std::string refusal(const Candidate& candidate, const CallKind& call, Isa strong
 std::string name_of_candidate(const Candidate& candidate, const CallKind& call) {
   std::string text = name_of(candidate.isa);
   if (candidate.half_operands && candidate.isa != Isa::amx) text += ", bfloat16 products";
-  if (!candidate.half_operands && call.rows_per_key_head <= kFewRows) text += ", few rows";
+  if (!candidate.half_operands && few_rows(call)) text += ", few rows";
   return text;
 }
 
-CallKind kind_of(const Problem& problem) {
-  const Tensor &q = problem.q, &k = problem.k;
-  const int64_t group = std::max<int64_t>(1, q.size(1) / std::max<int64_t>(1, k.size(1)));
-  return {group * q.size(2), q.dtype()};
+// The longest sequence stands for all.
+const Sequence& longest(const Problem& problem) {
+  return *std::max_element(
+      problem.sequences.begin(), problem.sequences.end(),
+      [](const Sequence& a, const Sequence& b) { return a.plan.queries() < b.plan.queries(); });
+}
+
+int64_t group_of(const Sequence& s) {
+  return std::max<int64_t>(1, s.q.size(0) / std::max<int64_t>(1, s.k.size(0)));
 }
 
 // Rows that share a packed key tile: as many as keep packing cheap, few enough for all threads to have
 // several items. Results do not depend on it.
 int64_t rows_per_item(const Problem& problem, int64_t query_tile, const RunOptions& run) {
-  const int64_t key_heads = std::max<int64_t>(1, problem.k.size(1));
-  const int64_t group = std::max<int64_t>(1, problem.q.size(1) / key_heads);
-  const int64_t most = std::max<int64_t>(1, 1024 / group / query_tile);
-  const int64_t tiles = ceil_div(problem.q.size(2), query_tile);
+  const Sequence& sequence = longest(problem);
+  const int64_t most = std::max<int64_t>(1, 1024 / group_of(sequence) / query_tile);
+  const int64_t tiles = ceil_div(sequence.plan.queries(), query_tile);
   const int64_t threads = run.threads.value_or(default_threads());
   const int64_t wanted_items = threads == 1 ? 1 : 6 * threads;
-  const int64_t heads = std::max<int64_t>(1, problem.q.size(0) * key_heads);
+  const int64_t heads =
+      std::max<int64_t>(1, static_cast<int64_t>(problem.sequences.size()) * sequence.k.size(0));
   const int64_t parts = std::clamp<int64_t>(ceil_div(wanted_items, heads), ceil_div(tiles, most),
                                             std::max<int64_t>(1, tiles));
   return ceil_div(tiles, parts) * query_tile;
@@ -90,8 +98,9 @@ int64_t rows_per_item(const Problem& problem, int64_t query_tile, const RunOptio
 
 }  // namespace
 
-Path choose_path(const Problem& problem, const RunOptions& run) {
-  const CallKind call = kind_of(problem);
+Path choose_path(const Problem& problem, const RunOptions& run, bool backward) {
+  const Sequence& sequence = longest(problem);
+  const CallKind call{group_of(sequence) * sequence.plan.queries(), sequence.q.dtype(), backward};
   const Isa strongest = chosen_isa(run);
   const auto* chosen = std::find_if(
       std::begin(kCandidates), std::end(kCandidates),
@@ -99,11 +108,13 @@ Path choose_path(const Problem& problem, const RunOptions& run) {
   Path path;
   path.isa = chosen->isa;  // the portable candidate refuses nothing
   path.half_operands = chosen->half_operands;
-  path.few_rows = call.rows_per_key_head <= kFewRows;
-  const TileSizes sizes = tile_sizes(path.isa, path.half_operands, problem.q.size(3),
-                                     problem.v.size(3), call.dtype == DType::f64 ? 8 : 4);
-  path.key_tile = sizes.key_tile;
-  path.query_tile = path.few_rows ? call.rows_per_key_head : sizes.query_tile;
+  path.few_rows = few_rows(call);
+  const TileSizes sizes = tile_sizes(path.isa, path.half_operands, sequence.q.size(2),
+                                     sequence.v.size(2), call.dtype == DType::f64 ? 8 : 4);
+  path.key_tile = problem.key_tile > 0 ? problem.key_tile : sizes.key_tile;
+  path.query_tile = path.few_rows            ? call.rows_per_key_head
+                    : problem.query_tile > 0 ? problem.query_tile
+                                             : sizes.query_tile;
   path.group_rows =
       path.few_rows ? call.rows_per_key_head : rows_per_item(problem, path.query_tile, run);
   return path;

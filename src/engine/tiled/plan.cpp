@@ -20,7 +20,7 @@ int64_t window_side(const char* op, const char* side, const std::optional<int64_
 }
 
 std::vector<int64_t> read_lengths(const char* op, const Tensor& lengths, int64_t batch,
-                                  int64_t least, int64_t most) {
+                                  int64_t most) {
   if ((lengths.dtype() != DType::i32 && lengths.dtype() != DType::i64) || lengths.rank() != 1 ||
       lengths.size(0) != batch) {
     throw Error(std::string(op) + ": " + describe("lengths", lengths) + ", [" +
@@ -31,10 +31,10 @@ std::vector<int64_t> read_lengths(const char* op, const Tensor& lengths, int64_t
     const std::byte* p = lengths.at({b});
     int64_t value = lengths.dtype() == DType::i32 ? *reinterpret_cast<const int32_t*>(p)
                                                   : *reinterpret_cast<const int64_t*>(p);
-    if (value < least || value > most) {
+    if (value < 0 || value > most) {
       throw Error(std::string(op) + ": lengths[" + std::to_string(b) + "] is " +
-                  std::to_string(value) + ", a value from " + std::to_string(least) + " to " +
-                  std::to_string(most) + " is needed");
+                  std::to_string(value) + ", a value from 0 to " + std::to_string(most) +
+                  " is needed");
     }
     values[static_cast<size_t>(b)] = value;
   }
@@ -43,73 +43,84 @@ std::vector<int64_t> read_lengths(const char* op, const Tensor& lengths, int64_t
 
 }  // namespace
 
-TilePlan::TilePlan(int64_t batch, int64_t queries, int64_t keys)
-    : batch_(batch), queries_(queries), keys_(keys) {
-  left_ = right_ = queries + keys;
-  offset_.assign(static_cast<size_t>(batch), keys - queries);
-  limit_.assign(static_cast<size_t>(batch), keys);
-}
+TilePlan::TilePlan(int64_t queries, int64_t keys)
+    : queries_(queries),
+      keys_(keys),
+      left_(queries + keys),
+      right_(queries + keys),
+      offset_(keys - queries),
+      limit_(keys) {}
 
-TilePlan TilePlan::from_masks(const char* op, const Masks& masks, int64_t batch, int64_t queries,
-                              int64_t keys) {
-  TilePlan plan(batch, queries, keys);
+std::vector<TilePlan> TilePlan::from_masks(const char* op, const Masks& masks, int64_t batch,
+                                           int64_t queries, int64_t keys) {
+  TilePlan plan(queries, keys);
   const int64_t open = queries + keys;
   plan.left_ = window_side(op, "left", masks.window.left, open);
   plan.right_ = window_side(op, "right", masks.window.right, open);
   if (masks.causal) plan.right_ = 0;
-  if (masks.lengths.defined()) plan.limit_ = read_lengths(op, masks.lengths, batch, 0, keys);
-  return plan;
+  std::vector<TilePlan> plans(static_cast<size_t>(batch), plan);
+  if (masks.lengths.defined()) {
+    const std::vector<int64_t> lengths = read_lengths(op, masks.lengths, batch, keys);
+    for (size_t b = 0; b < plans.size(); ++b) plans[b].limit_ = lengths[b];
+  }
+  return plans;
 }
 
-TilePlan TilePlan::for_decoding(const char* op, const Tensor& lengths,
-                                std::optional<int64_t> window, int64_t batch, int64_t queries,
-                                int64_t capacity) {
-  TilePlan plan(batch, queries, capacity);
+std::vector<TilePlan> TilePlan::for_decoding(const char* op, const Tensor& lengths,
+                                             std::optional<int64_t> window, int64_t batch,
+                                             int64_t queries, int64_t capacity) {
+  TilePlan plan(queries, capacity);
   plan.left_ = window_side(op, "left", window, queries + capacity);
   plan.right_ = 0;
-  plan.limit_ = read_lengths(op, lengths, batch, 0, capacity);
-  for (size_t b = 0; b < plan.limit_.size(); ++b) plan.offset_[b] = plan.limit_[b] - queries;
+  std::vector<TilePlan> plans;
+  for (int64_t length : read_lengths(op, lengths, batch, capacity)) {
+    plan.limit_ = length;
+    plan.offset_ = length - queries;
+    plans.push_back(plan);
+  }
+  return plans;
+}
+
+TilePlan TilePlan::of_rows(std::vector<int64_t> rows) const {
+  TilePlan plan = *this;
+  plan.queries_ = static_cast<int64_t>(rows.size());
+  plan.rows_ = std::make_shared<const std::vector<int64_t>>(std::move(rows));
   return plan;
 }
 
-Interval TilePlan::row(int64_t b, int64_t i) const {
-  const int64_t position = i + offset_[static_cast<size_t>(b)];
-  return {std::max<int64_t>(0, position - left_),
-          std::min(limit_[static_cast<size_t>(b)], position + right_ + 1)};
+Interval TilePlan::row(int64_t i) const {
+  const int64_t at = position(i);
+  return {std::max<int64_t>(0, at - left_), std::min(limit_, at + right_ + 1)};
 }
 
-Interval TilePlan::rows(int64_t b, int64_t begin, int64_t end) const {
+Interval TilePlan::rows(int64_t begin, int64_t end) const {
   // Empty rows at either end (before the first key, behind the last) do not stretch the interval:
   // begin and end are both non-decreasing.
-  return {row(b, begin).begin, row(b, end - 1).end};
+  return {row(begin).begin, row(end - 1).end};
 }
 
-bool TilePlan::covers(int64_t b, int64_t begin, int64_t end, Interval keys) const {
-  return row(b, end - 1).begin <= keys.begin && row(b, begin).end >= keys.end;
+bool TilePlan::covers(int64_t begin, int64_t end, Interval keys) const {
+  return row(end - 1).begin <= keys.begin && row(begin).end >= keys.end;
 }
 
 int64_t TilePlan::visible_pairs() const {
   int64_t pairs = 0;
-  for (int64_t b = 0; b < batch_; ++b) {
-    for (int64_t i = 0; i < queries_; ++i) {
-      const Interval seen = row(b, i);
-      if (!seen.empty()) pairs += seen.end - seen.begin;
-    }
+  for (int64_t i = 0; i < queries_; ++i) {
+    const Interval seen = row(i);
+    if (!seen.empty()) pairs += seen.end - seen.begin;
   }
   return pairs;
 }
 
 int64_t TilePlan::visited_pairs(int64_t query_tile, int64_t key_tile) const {
   int64_t pairs = 0;
-  for (int64_t b = 0; b < batch_; ++b) {
-    for (int64_t i = 0; i < queries_; i += query_tile) {
-      const int64_t end = std::min(i + query_tile, queries_);
-      const Interval seen = rows(b, i, end);
-      if (seen.empty()) continue;
-      const int64_t first = seen.begin / key_tile * key_tile;
-      const int64_t last = std::min(keys_, (seen.end + key_tile - 1) / key_tile * key_tile);
-      pairs += (end - i) * (last - first);
-    }
+  for (int64_t i = 0; i < queries_; i += query_tile) {
+    const int64_t end = std::min(i + query_tile, queries_);
+    const Interval seen = rows(i, end);
+    if (seen.empty()) continue;
+    const int64_t first = seen.begin / key_tile * key_tile;
+    const int64_t last = std::min(keys_, (seen.end + key_tile - 1) / key_tile * key_tile);
+    pairs += (end - i) * (last - first);
   }
   return pairs;
 }

@@ -1,6 +1,7 @@
 // The tile plan: which keys each query row visits. The engine asks it and never asks why.
 #pragma once
 #include <cstdint>
+#include <memory>
 #include <vector>
 
 #include "heed/masks.h"
@@ -13,36 +14,46 @@ struct Interval {
   bool empty() const { return begin >= end; }
 };
 
-/// Query row i of batch entry b sees one interval of keys, whose ends never decrease with i.
+/// Query row i of one sequence sees an interval of keys, whose ends never decrease with i.
 class TilePlan {
  public:
-  /// Masks of api.md, aligned to the end of the keys. Throws Error if lengths or windows are wrong.
-  static TilePlan from_masks(const char* op, const Masks& masks, int64_t batch, int64_t queries,
-                             int64_t keys);
+  /// Every row sees every key.
+  TilePlan(int64_t queries = 0, int64_t keys = 0);
+  /// Masks of api.md for each batch entry, aligned to the end of the keys. Throws Error if lengths or
+  /// windows are wrong.
+  static std::vector<TilePlan> from_masks(const char* op, const Masks& masks, int64_t batch,
+                                          int64_t queries, int64_t keys);
   /// The last `queries` tokens of sequences of lengths[b] keys, causal, with a window to the left.
-  static TilePlan for_decoding(const char* op, const Tensor& lengths, std::optional<int64_t> window,
-                               int64_t batch, int64_t queries, int64_t capacity);
+  static std::vector<TilePlan> for_decoding(const char* op, const Tensor& lengths,
+                                            std::optional<int64_t> window, int64_t batch,
+                                            int64_t queries, int64_t capacity);
+  /// The plan of some of the rows: row i of the result is row rows[i] of this plan. Increasing.
+  TilePlan of_rows(std::vector<int64_t> rows) const;
 
-  Interval row(int64_t b, int64_t i) const;
+  Interval row(int64_t i) const;
   /// What rows [begin, end) see together.
-  Interval rows(int64_t b, int64_t begin, int64_t end) const;
+  Interval rows(int64_t begin, int64_t end) const;
   /// True if each of the rows [begin, end) sees all of `keys`.
-  bool covers(int64_t b, int64_t begin, int64_t end, Interval keys) const;
-  /// Position of query 0 minus position of key 0, for mechanisms with distances.
-  int64_t offset(int64_t b) const { return offset_[static_cast<size_t>(b)]; }
+  bool covers(int64_t begin, int64_t end, Interval keys) const;
+  /// Position of row i on the axis of the keys, for masks and distances.
+  int64_t position(int64_t i) const {
+    return (rows_ ? (*rows_)[static_cast<size_t>(i)] : i) + offset_;
+  }
+  /// True if positions of neighbouring rows are neighbours.
+  bool consecutive() const { return rows_ == nullptr; }
   int64_t queries() const { return queries_; }
   int64_t keys() const { return keys_; }
 
-  /// Pairs (query, key) that are visible, over all batch entries: what exact work would be.
+  /// Pairs (query, key) that are visible: what exact work would be.
   int64_t visible_pairs() const;
   /// Pairs in the key tiles that the engine visits for query tiles of the given size.
   int64_t visited_pairs(int64_t query_tile, int64_t key_tile) const;
 
  private:
-  TilePlan(int64_t batch, int64_t queries, int64_t keys);
-  int64_t batch_ = 0, queries_ = 0, keys_ = 0;
+  int64_t queries_ = 0, keys_ = 0;
   int64_t left_ = 0, right_ = 0;  // clamped to queries + keys, which is open
-  std::vector<int64_t> offset_, limit_;
+  int64_t offset_ = 0, limit_ = 0;
+  std::shared_ptr<const std::vector<int64_t>> rows_;
 };
 
 }  // namespace heed::tiled

@@ -23,16 +23,17 @@ bool sees(const Masks& masks, const std::vector<int64_t>& lengths, int64_t b, in
 void check_plan(Masks masks, std::vector<int64_t> lengths, int64_t queries, int64_t keys) {
   const auto batch = static_cast<int64_t>(lengths.empty() ? 2 : lengths.size());
   if (!lengths.empty()) masks.lengths = Tensor(lengths.data(), DType::i64, {batch});
-  const TilePlan plan = TilePlan::from_masks("op", masks, batch, queries, keys);
-  int64_t pairs = 0;
+  const std::vector<TilePlan> plans = TilePlan::from_masks("op", masks, batch, queries, keys);
   for (int64_t b = 0; b < batch; ++b) {
+    const TilePlan& plan = plans[static_cast<size_t>(b)];
+    int64_t pairs = 0;
     for (int64_t i = 0; i < queries; ++i) {
       for (int64_t j = 0; j < keys; ++j) {
-        const Interval seen = plan.row(b, i);
+        const Interval seen = plan.row(i);
         const bool want = sees(masks, lengths, b, i, j, queries, keys);
         ASSERT_EQ(j >= seen.begin && j < seen.end, want) << b << " " << i << " " << j;
         pairs += want;
-        const Interval joint = plan.rows(b, i / 3 * 3, std::min(queries, i / 3 * 3 + 3));
+        const Interval joint = plan.rows(i / 3 * 3, std::min(queries, i / 3 * 3 + 3));
         if (want) {
           ASSERT_TRUE(j >= joint.begin && j < joint.end);
         }
@@ -46,13 +47,13 @@ void check_plan(Masks masks, std::vector<int64_t> lengths, int64_t queries, int6
             all = all && sees(masks, lengths, b, i, j, queries, keys);
           }
         }
-        ASSERT_EQ(plan.covers(b, begin, begin + 2, {key, key + 3}), all);
+        ASSERT_EQ(plan.covers(begin, begin + 2, {key, key + 3}), all);
       }
     }
+    EXPECT_EQ(plan.visible_pairs(), pairs);
+    EXPECT_GE(plan.visited_pairs(4, 8), pairs);
+    EXPECT_EQ(plan.visited_pairs(1, 1), pairs);
   }
-  EXPECT_EQ(plan.visible_pairs(), pairs);
-  EXPECT_GE(plan.visited_pairs(4, 8), pairs);
-  EXPECT_EQ(plan.visited_pairs(1, 1), pairs);
 }
 
 TEST(TilePlan, IsTheMaskPairByPair) {
@@ -72,13 +73,13 @@ TEST(TilePlan, IsTheMaskPairByPair) {
 
 TEST(TilePlan, DecodingAlignsToTheLength) {
   std::vector<int32_t> lengths{0, 2, 9, 16};
-  const auto plan =
+  const auto plans =
       TilePlan::for_decoding("op", Tensor(lengths.data(), DType::i32, {4}), 5, 4, 3, 16);
   for (int64_t b = 0; b < 4; ++b) {
     for (int64_t i = 0; i < 3; ++i) {
       for (int64_t j = 0; j < 16; ++j) {
         const int64_t position = lengths[static_cast<size_t>(b)] - 3 + i;
-        const Interval seen = plan.row(b, i);
+        const Interval seen = plans[static_cast<size_t>(b)].row(i);
         EXPECT_EQ(j >= seen.begin && j < seen.end, j <= position && j >= position - 5);
       }
     }

@@ -2,7 +2,7 @@
 #include <limits>
 
 #include "base/parallel.h"
-#include "engine/tiled/forward.h"
+#include "engine/tiled/problem.h"
 #include "heed/error.h"
 #include "heed/flash_attention.h"
 
@@ -98,17 +98,13 @@ void flash_attention(const Tensor& q, const Tensor& k, const Tensor& v, const Te
                      const Tensor& lse, const FlashOptions& options, const RunOptions& run) {
   constexpr const char* kOp = "flash_attention";
   tiled::check_operands(kOp, q, k, v, out, lse);
-  tiled::forward({kOp,
-                  q,
-                  k,
-                  v,
-                  out,
-                  lse,
-                  tiled::TilePlan::from_masks(kOp, options.masks, q.size(0), q.size(2), k.size(2)),
-                  tiled::resolve_scale(kOp, options.scale, q.size(3)),
-                  {},
-                  {}},
-                 run);
+  tiled::Problem problem;
+  problem.op = kOp;
+  problem.sequences = tiled::batch_sequences(
+      q, k, v, out, lse,
+      tiled::TilePlan::from_masks(kOp, options.masks, q.size(0), q.size(2), k.size(2)));
+  problem.scale = tiled::resolve_scale(kOp, options.scale, q.size(3));
+  tiled::forward(problem, run);
 }
 
 AttentionResult flash_attention(const Tensor& q, const Tensor& k, const Tensor& v,
@@ -132,18 +128,15 @@ void decode_attention(const Tensor& q, const Tensor& k_cache, const Tensor& v_ca
     throw Error(std::string(kOp) + ": splits is " + std::to_string(options.splits) +
                 "; 0 (chosen) or a positive number is needed");
   }
-  tiled::forward({kOp,
-                  q,
-                  k_cache,
-                  v_cache,
-                  out,
-                  lse,
-                  tiled::TilePlan::for_decoding(kOp, lengths, options.window, q.size(0), q.size(2),
-                                                k_cache.size(2)),
-                  tiled::resolve_scale(kOp, options.scale, q.size(3)),
-                  {},
-                  options.splits > 0 ? std::optional(options.splits) : std::nullopt},
-                 run);
+  tiled::Problem problem;
+  problem.op = kOp;
+  problem.sequences =
+      tiled::batch_sequences(q, k_cache, v_cache, out, lse,
+                             tiled::TilePlan::for_decoding(kOp, lengths, options.window, q.size(0),
+                                                           q.size(2), k_cache.size(2)));
+  problem.scale = tiled::resolve_scale(kOp, options.scale, q.size(3));
+  if (options.splits > 0) problem.splits = options.splits;
+  tiled::forward(problem, run);
 }
 
 AttentionResult decode_attention(const Tensor& q, const Tensor& k_cache, const Tensor& v_cache,

@@ -2,7 +2,7 @@
 #include <limits>
 #include <string>
 
-#include "engine/tiled/forward.h"
+#include "engine/tiled/problem.h"
 #include "heed/error.h"
 #include "heed/sigmoid_attention.h"
 
@@ -12,19 +12,9 @@ namespace {
 
 constexpr const char* kOp = "sigmoid_attention";
 
-// One number per head from a tensor [H].
-std::vector<double> per_head(const char* name, const Tensor& values, int64_t heads) {
-  if (values.rank() != 1 || values.size(0) != heads || !is_floating(values.dtype())) {
-    throw Error(std::string(kOp) + ": " + describe(name, values) + "; [" + std::to_string(heads) +
-                "] of a floating type is needed, one per query head");
-  }
-  const Array exact = convert(values, DType::f64);
-  return {exact.as<double>(), exact.as<double>() + heads};
-}
-
 std::vector<double> resolve_bias(const SigmoidOptions& options, int64_t heads, int64_t keys) {
   if (const auto* tensor = std::get_if<Tensor>(&options.bias)) {
-    return per_head("bias", *tensor, heads);
+    return tiled::per_head(kOp, "bias", *tensor, heads);
   }
   const auto* number = std::get_if<double>(&options.bias);
   const double bias = number != nullptr ? *number
@@ -41,23 +31,19 @@ std::vector<double> resolve_bias(const SigmoidOptions& options, int64_t heads, i
 void sigmoid_attention(const Tensor& q, const Tensor& k, const Tensor& v, const Tensor& out,
                        const SigmoidOptions& options, const RunOptions& run) {
   tiled::check_operands(kOp, q, k, v, out, {});
-  tiled::Policy policy;
-  policy.weight = kernels::WeightKind::sigmoid;
-  policy.head_bias = resolve_bias(options, q.size(1), k.size(2));
+  tiled::Problem problem;
+  problem.op = kOp;
+  problem.sequences = tiled::batch_sequences(
+      q, k, v, out, {},
+      tiled::TilePlan::from_masks(kOp, options.masks, q.size(0), q.size(2), k.size(2)));
+  problem.scale = tiled::resolve_scale(kOp, options.scale, q.size(3));
+  problem.policy.weight = kernels::WeightKind::sigmoid;
+  problem.policy.head_bias = resolve_bias(options, q.size(1), k.size(2));
   if (options.alibi_slopes.defined()) {
-    policy.alibi_slope = per_head("alibi_slopes", options.alibi_slopes, q.size(1));
+    problem.policy.alibi_slope =
+        tiled::per_head(kOp, "alibi_slopes", options.alibi_slopes, q.size(1));
   }
-  tiled::forward({kOp,
-                  q,
-                  k,
-                  v,
-                  out,
-                  Tensor(),
-                  tiled::TilePlan::from_masks(kOp, options.masks, q.size(0), q.size(2), k.size(2)),
-                  tiled::resolve_scale(kOp, options.scale, q.size(3)),
-                  policy,
-                  {}},
-                 run);
+  tiled::forward(problem, run);
 }
 
 Array sigmoid_attention(const Tensor& q, const Tensor& k, const Tensor& v,

@@ -1,0 +1,172 @@
+// Few query rows against many keys: memory is the bound, so keys and values are read in place, once for
+// all rows of a group and both streams, whose rows lie behind one another.
+#include <limits>
+
+#include "engine/tiled/forward.h"
+
+namespace heed::tiled {
+
+namespace {
+
+// The keys that a row sees of a tile, as runs.
+template <class T>
+std::vector<kernels::KeyRange> seen_runs(const T* s, const Seen& seen, int64_t r, int64_t keys) {
+  const kernels::KeyRange all =
+      seen.ranges != nullptr ? seen.ranges[r] : kernels::KeyRange{0, static_cast<int32_t>(keys)};
+  if (!seen.masked) return {all};
+  std::vector<kernels::KeyRange> runs;
+  for (int32_t m = all.begin; m < all.end; ++m) {
+    if (s[m] == -std::numeric_limits<T>::infinity()) continue;
+    if (!runs.empty() && runs.back().end == m) {
+      ++runs.back().end;
+    } else {
+      runs.push_back({m, m + 1});
+    }
+  }
+  return runs;
+}
+
+}  // namespace
+
+template <class T>
+void Forward<T>::run_few_rows(const Item& item, const std::vector<QueryTile>& tiles, Interval keys,
+                              const Memory& m) const {
+  const Sequence& s = sequence(item.sequence);
+  const int64_t rows = m.second;
+  const Rows k = rows_of(s.k, item.kv_head, keys.begin, keys.end);
+  const Rows v = rows_of(s.v, item.kv_head, keys.begin, keys.end);
+  wide_.dot_rows({reinterpret_cast<const T*>(m.queries), padded_dim_}, streams_ * rows, k,
+                 m.scores);
+  std::vector<std::vector<KeyRange>> runs(static_cast<size_t>(rows));
+  bool partial = false;
+  for (const QueryTile& tile : tiles) {
+    const TileAt at = tile_at(item, tile, keys);
+    const Seen seen = this->look(at, m.ranges + tile.slot);
+    const Block scores{m.scores.row(tile.slot), m.scores.stride};
+    partial = partial || !seen.any || seen.partial();
+    std::fill_n(m.carry + tile.slot, tile.rows(), T{1});
+    if (!seen.any) continue;
+    this->shape_scores(at, seen, scores, {});
+    for (int64_t r = 0; r < tile.rows(); ++r) {
+      runs[static_cast<size_t>(tile.slot + r)] = seen_runs(scores.row(r), seen, r, at.keys);
+    }
+    wide_.weights[static_cast<int>(problem_.policy.weight)](
+        scores, at.rows, at.keys, seen.ranges, this->weight_shape(at), state_of(tile, m),
+        scores.data, scores.stride);
+    if (problem_.policy.dropout > 0) drop_out(problem_.policy, s.batch, at, scores);
+    if (second_) {
+      wide_.second_weights({scores.data, scores.stride},
+                           {m.scores.row(rows + tile.slot), m.scores.stride}, at.rows, at.keys,
+                           seen.ranges, m.carry + tile.slot, m.sum + rows + tile.slot);
+    }
+  }
+  if (second_) std::copy_n(m.carry, rows, m.carry + rows);
+  if (!partial) {
+    wide_.add_rows({m.scores.data, m.scores.stride}, streams_ * rows, v, m.carry, m.out);
+    return;
+  }
+  for (int64_t row = 0; row < streams_ * rows; ++row) {
+    add_seen(m.scores, row, v, runs[static_cast<size_t>(row % rows)], m);
+  }
+}
+
+// One row of the result: values that the row does not see are not read.
+template <class T>
+void Forward<T>::add_seen(Block weights, int64_t row, const Rows& v,
+                          const std::vector<KeyRange>& runs, const Memory& m) const {
+  const auto element = static_cast<int64_t>(size_of(v.dtype));
+  const T* carry = m.carry + row;
+  for (const KeyRange& run : runs) {
+    if (run.empty()) continue;
+    Rows seen = v;
+    seen.data = static_cast<const std::byte*>(v.data) + run.begin * v.stride * element;
+    seen.count = run.end - run.begin;
+    wide_.add_rows({weights.row(row) + run.begin, weights.stride}, 1, seen, carry,
+                   {m.out.row(row), m.out.stride});
+    carry = nullptr;
+  }
+}
+
+template <class T>
+void Forward<T>::keep_part(int64_t part, const QueryTile& tile, const Memory& m) const {
+  for (int64_t r = tile.slot; r < tile.slot + tile.rows(); ++r) {
+    double* sums = part_sums_.template as<double>() + (part * most_rows_ + r) * 3;
+    sums[0] = m.pivot[r];
+    sums[1] = m.sum[r];
+    if (second_) sums[2] = m.sum[m.second + r];
+    for (int64_t stream = 0; stream < streams_; ++stream) {
+      std::memcpy(part_out_.template as<T>() +
+                      ((part * streams_ + stream) * most_rows_ + r) * padded_values_,
+                  m.out.row(stream * m.second + r),
+                  static_cast<size_t>(padded_values_) * sizeof(T));
+    }
+  }
+}
+
+// Items of one (sequence, key head) lie together, in key order.
+template <class T>
+void Forward<T>::merge_parts() const {
+  std::vector<size_t> firsts;
+  for (size_t i = 0; i < items_.size(); ++i) {
+    const bool same = i > 0 && items_[i].sequence == items_[i - 1].sequence &&
+                      items_[i].kv_head == items_[i - 1].kv_head;
+    if (!same && items_[i].part >= 0) firsts.push_back(i);
+  }
+  const auto groups = static_cast<int64_t>(firsts.size());
+  parallel_for(groups, threads_for(run_, groups), [&](int64_t group, int) {
+    const size_t first = firsts[static_cast<size_t>(group)];
+    size_t last = first + 1;
+    while (last < items_.size() && items_[last].part >= 0 && !items_[last].first_part) ++last;
+    merge_group(first, last);
+  });
+}
+
+template <class T>
+void Forward<T>::merge_group(size_t first, size_t last) const {
+  const std::vector<QueryTile> tiles = query_tiles(items_[first]);
+  const int64_t rows = slots(tiles);
+  Scratch scratch(static_cast<size_t>(streams_ * rows * (padded_values_ + 2)) * sizeof(T) + 3 * 64);
+  Memory m{};
+  m.second = rows;
+  m.out = {scratch.take<T>(streams_ * rows * padded_values_), padded_values_};
+  m.pivot = scratch.take<T>(streams_ * rows);
+  m.sum = scratch.take<T>(streams_ * rows);
+  for (const QueryTile& tile : tiles) {
+    for (int64_t r = 0; r < tile.rows(); ++r) merge_row(first, last, tile.slot + r, m);
+    finish(items_[first].sequence, tile, m);
+  }
+}
+
+template <class T>
+void Forward<T>::merge_row(size_t first, size_t last, int64_t slot, const Memory& m) const {
+  const bool softmax = problem_.policy.divide_by_sum();
+  const auto sums = [&](size_t i) {
+    return part_sums_.template as<double>() + (items_[i].part * most_rows_ + slot) * 3;
+  };
+  double pivot = -std::numeric_limits<double>::infinity(), sum = 0, second = 0;
+  for (size_t i = first; i < last; ++i) pivot = std::max(pivot, sums(i)[0]);
+  for (int64_t stream = 0; stream < streams_; ++stream) {
+    std::fill_n(m.out.row(stream * m.second + slot), padded_values_, T{0});
+  }
+  for (size_t i = first; i < last; ++i) {
+    const bool empty = softmax && sums(i)[1] == 0;
+    if (empty) continue;
+    const double factor = !softmax || sums(i)[0] == pivot ? 1 : std::exp2(sums(i)[0] - pivot);
+    sum += factor * sums(i)[1];
+    if (second_) second += factor * sums(i)[2];
+    for (int64_t stream = 0; stream < streams_; ++stream) {
+      const T* part = part_out_.template as<T>() +
+                      ((items_[i].part * streams_ + stream) * most_rows_ + slot) * padded_values_;
+      T* out = m.out.row(stream * m.second + slot);
+      for (int64_t f = 0; f < value_dim_; ++f) out[f] += static_cast<T>(factor) * part[f];
+    }
+  }
+  m.pivot[slot] = static_cast<T>(pivot);
+  m.sum[slot] = static_cast<T>(sum);
+  if (second_) m.sum[m.second + slot] = static_cast<T>(second);
+}
+
+template class Forward<float>;
+template class Forward<double>;
+
+}  // namespace heed::tiled

@@ -1,0 +1,35 @@
+// Which kernels and tile sizes a call gets.
+#pragma once
+#include <string>
+#include <vector>
+
+#include "engine/tiled/problem.h"
+
+namespace heed::tiled {
+
+/// What the choice of a path depends on.
+struct CallKind {
+  int64_t rows_per_key_head = 1;  // query rows that read the same keys: (H/Hkv) * Lq
+  DType dtype = DType::f32;
+  bool backward = false;
+};
+
+/// The path a call takes: kernels and tile sizes.
+struct Path {
+  Isa isa = Isa::portable;
+  bool half_operands = false;  // bfloat16 products
+  bool few_rows = false;       // products straight from unpacked keys and values
+  int64_t query_tile = 0, key_tile = 0;
+  int64_t group_rows = 0;  // query rows of a head that share one packed key tile
+};
+Path choose_path(const Problem& problem, const RunOptions& run, bool backward);
+
+/// The list that choose_path takes the first possible entry of, with reasons.
+struct PathChoice {
+  std::string path;
+  bool can_run = false;
+  std::string reason;  // empty when it can
+};
+std::vector<PathChoice> explain(const CallKind& call, const RunOptions& run);
+
+}  // namespace heed::tiled

@@ -1,0 +1,150 @@
+// What forward and backward do alike in every tile: operands, ranges, the way from products to shaped
+// scores, dropout.
+#pragma once
+#include <algorithm>
+#include <cmath>
+#include <cstring>
+#include <vector>
+
+#include "engine/tiled/path.h"
+#include "engine/tiled/problem.h"
+
+namespace heed::tiled {
+
+inline constexpr double kLog2E = 1.4426950408889634;
+
+inline int64_t round_up(int64_t n, int64_t multiple) {
+  return (n + multiple - 1) / multiple * multiple;
+}
+
+/// Rows of one head: t [heads, rows, width].
+inline kernels::Rows rows_of(const Tensor& t, int64_t head, int64_t begin, int64_t end) {
+  return {t.at({head, begin}), t.dtype(), t.stride(1), end - begin, t.size(2)};
+}
+
+inline double load_statistic(const Tensor& t, int64_t head, int64_t row) {
+  const std::byte* p = t.at({head, row});
+  return t.dtype() == DType::f64 ? *reinterpret_cast<const double*>(p)
+                                 : *reinterpret_cast<const float*>(p);
+}
+
+inline void store_statistic(const Tensor& t, int64_t head, int64_t row, double value) {
+  if (!t.defined()) return;
+  std::byte* p = t.at({head, row});
+  if (t.dtype() == DType::f64) {
+    *reinterpret_cast<double*>(p) = value;
+  } else {
+    *reinterpret_cast<float*>(p) = static_cast<float>(value);
+  }
+}
+
+/// Multiplies a block of weights by the dropout's factors.
+template <class T>
+void drop_out(const Policy& policy, int64_t batch, const TileAt& at, kernels::Block<T> block);
+
+/// A copy of rows in which everything infinite or NaN is 0, and which elements those were.
+struct FiniteRows {
+  Array copy;                 // [rows, width]
+  std::vector<int64_t> rows;  // that have such elements
+  kernels::Rows view() const {
+    const Tensor& t = copy;
+    return {t.data(), t.dtype(), t.stride(0), t.size(0), t.size(1)};
+  }
+};
+FiniteRows finite_rows(const kernels::Rows& rows);
+/// to[i] += factor * row[i] as it is, without any vector kernel.
+template <class T>
+void add_row(const kernels::Rows& rows, int64_t row, T factor, T* to, int64_t to_stride);
+
+/// What the rows of a tile see of it.
+struct Seen {
+  bool any = false;
+  bool masked = false;                        // `shape` of the terms hides elements
+  const kernels::KeyRange* ranges = nullptr;  // null: every row sees all keys up to `masked`
+  bool partial() const { return masked || ranges != nullptr; }
+};
+
+template <class T>
+class TileCall {
+ protected:
+  using Block = kernels::Block<T>;
+
+  TileCall(const Problem& problem, const RunOptions& run, bool backward)
+      : problem_(problem),
+        run_(run),
+        path_(choose_path(problem, run, backward)),
+        wide_(kernels::tile_kernels<T>(path_.isa)),
+        products_(product_kernels()),
+        head_dim_(problem.sequences[0].q.size(2)),
+        value_dim_(problem.sequences[0].v.size(2)),
+        group_(problem.sequences[0].q.size(0) / problem.sequences[0].k.size(0)),
+        second_(problem.sequences[0].r.defined()),
+        shaped_(problem.terms != nullptr || problem.policy.softcap > 0 || problem.policy.most) {}
+
+  const kernels::TileKernels<T>& product_kernels() const {
+    if constexpr (sizeof(T) == 4) {
+      if (path_.half_operands) return *kernels::half_tile_kernels(path_.isa);
+    }
+    return kernels::tile_kernels<T>(path_.isa);
+  }
+
+  const Sequence& sequence(int64_t s) const { return problem_.sequences[static_cast<size_t>(s)]; }
+
+  /// `ranges` has room for the rows of the tile.
+  Seen look(const TileAt& at, kernels::KeyRange* ranges) const {
+    const TilePlan& plan = sequence(at.sequence).plan;
+    const Interval keys{at.key, at.key + at.keys}, all = plan.rows(at.row, at.row + at.rows);
+    if (all.empty() || all.begin >= keys.end || all.end <= keys.begin) return {};
+    const Visit visit = problem_.terms == nullptr ? Visit::whole : problem_.terms->visit(at);
+    if (visit == Visit::none) return {};
+    Seen seen{true, visit == Visit::masked, nullptr};
+    if (plan.covers(at.row, at.row + at.rows, keys)) return seen;
+    for (int64_t r = 0; r < at.rows; ++r) {
+      const Interval row = plan.row(at.row + r);
+      ranges[r] = {static_cast<int32_t>(std::clamp(row.begin, keys.begin, keys.end) - keys.begin),
+                   static_cast<int32_t>(std::clamp(row.end, keys.begin, keys.end) - keys.begin)};
+    }
+    seen.ranges = ranges;
+    return seen;
+  }
+
+  /// From products to what the weight kernels take with weight_shape.
+  void shape_scores(const TileAt& at, const Seen& seen, Block s, Block slope) const {
+    if (!shaped_) return;
+    kernels::ScoreCaps<T> caps;
+    caps.softcap = static_cast<T>(problem_.policy.softcap);
+    if (problem_.policy.most) caps.most = static_cast<T>(*problem_.policy.most);
+    wide_.cap_scores(s, at.rows, at.keys, seen.ranges, static_cast<T>(std::abs(problem_.scale)),
+                     caps, slope);
+    if (problem_.terms != nullptr) problem_.terms->shape(at, s);
+  }
+
+  kernels::WeightShape<T> weight_shape(const TileAt& at) const {
+    const auto head = static_cast<size_t>(at.head);
+    const Policy& policy = problem_.policy;
+    const double unit = policy.weight == kernels::WeightKind::polynomial ? 1 : kLog2E;
+    kernels::WeightShape<T> shape;
+    shape.scale = static_cast<T>((shaped_ ? 1 : std::abs(problem_.scale)) * unit);
+    shape.order = policy.order;
+    if (!policy.head_bias.empty()) shape.bias = static_cast<T>(policy.head_bias[head] * unit);
+    if (!policy.alibi_slope.empty()) {
+      shape.slope = static_cast<T>(policy.alibi_slope[head] * unit);
+    }
+    shape.distance = sequence(at.sequence).plan.position(at.row) - at.key;
+    return shape;
+  }
+
+  // Columns behind a tile: whole panels, and rows that do not fall on the same cache sets.
+  static constexpr int64_t kPad = 64 + 16;
+
+  const Problem& problem_;
+  const RunOptions& run_;
+  const Path path_;
+  const kernels::TileKernels<T>& wide_;      // operands of type T
+  const kernels::TileKernels<T>& products_;  // operands of the path
+  const int64_t head_dim_, value_dim_, group_;
+  const bool second_;  // there is a second stream
+  const bool shaped_;  // scores are changed before they become weights
+};
+
+}  // namespace heed::tiled
