@@ -5,9 +5,7 @@ namespace heed::kernels {
 
 void add_amx_products(TileKernels<float>& f) {
 #if defined(__x86_64__)
-  f.row_multiple = 32;
-  f.scores = tile_scores<HardwareTiles>;
-  f.accumulate = tile_accumulate<HardwareTiles>;
+  use_tile_unit<HardwareTiles>(f);
 #else
   (void)f;
 #endif

@@ -1,7 +1,8 @@
-// The two products of a tile on a matrix tile unit: blocks of 2 x 2 tiles, 32 rows x 32 columns, so that
+// The products of a tile on a matrix tile unit: blocks of 2 x 2 tiles, 32 rows x 32 columns, so that
 // every operand tile loaded is multiplied twice. Template over the unit (amx_tiles.h).
 #pragma once
 #include <cstdint>
+#include <cstring>
 
 #include "kernels/parts.h"
 #include "kernels/product_loops.h"
@@ -89,7 +90,7 @@ void tile_accumulate(const void* weights, int64_t p_stride, int64_t rows, const 
   for_sum_blocks(
       rows, key_count, ranges, 32, key_count, kHalfDepth,
       [&](int64_t r, int64_t from, int64_t to, bool) {
-        scale_rows(carry + r, v_stride, o.row(r), o.stride);
+        if (carry != nullptr) scale_rows(carry + r, v_stride, o.row(r), o.stride);
         const int64_t steps = (to - from + kHalfDepth - 1) / kHalfDepth;
         if (steps == 0) return;
         const auto* p = static_cast<const uint16_t*>(weights) + r * p_stride + from;
@@ -102,6 +103,53 @@ void tile_accumulate(const void* weights, int64_t p_stride, int64_t rows, const 
           sum_tiles<false>(unit, p, p_stride, pairs + f, v_stride, steps, o.row(r) + f, o.stride);
         }
       });
+}
+
+// C (32 rows f x 32 keys) += A (X^T: 32 rows f, steps of 32 tile rows) B (pairs of tile rows). Pairs of
+// the last step that do not exist are zero: they are multiplied from `rest`.
+template <class Unit>
+void column_tiles(Unit& unit, const uint16_t* x, int64_t x_stride, const uint32_t* w,
+                  int64_t w_stride, int64_t steps, const uint32_t* rest, float* c,
+                  int64_t c_stride) {
+  unit.template load<0>(c, c_stride * 4);
+  unit.template load<1>(c + 16, c_stride * 4);
+  unit.template load<2>(c + 16 * c_stride, c_stride * 4);
+  unit.template load<3>(c + 16 * c_stride + 16, c_stride * 4);
+  multiply_tiles<true>(unit, x, x_stride, w, w_stride, steps);
+  if (rest != nullptr) multiply_tiles<true>(unit, x + steps * kHalfDepth, x_stride, rest, 32, 1);
+  store_tiles<true>(unit, c, c_stride);
+}
+
+template <class Unit>
+void tile_accumulate_columns(const void* packed, int64_t rows, int64_t width, const void* weights,
+                             int64_t w_stride, int64_t key_count, const KeyRange* ranges,
+                             Block<float> c) {
+  Unit unit;
+  const int64_t x_stride = round_up(rows, kHalfDepth);
+  for_column_panels(
+      rows, key_count, ranges, 32, [&](int64_t start, int64_t, int64_t from, int64_t to) {
+        const int64_t first = from / kHalfDepth * kHalfDepth, steps = (to - first) / kHalfDepth;
+        const auto* x = static_cast<const uint16_t*>(packed) + first;
+        const auto* w = static_cast<const uint32_t*>(weights) + first / 2 * w_stride + start;
+        const int64_t rest_pairs = (to - first - steps * kHalfDepth + 1) / 2;
+        uint32_t rest[16][32] = {};
+        for (int64_t i = 0; i < rest_pairs; ++i) {
+          std::memcpy(rest[i], w + (steps * 16 + i) * w_stride, sizeof rest[i]);
+        }
+        for (int64_t f = 0; f < width; f += 32) {
+          column_tiles(unit, x + f * x_stride, x_stride, w, w_stride, steps,
+                       rest_pairs > 0 ? rest[0] : nullptr, c.row(f) + start, c.stride);
+        }
+      });
+}
+
+template <class Unit>
+void use_tile_unit(TileKernels<float>& f) {
+  f.row_multiple = 32;
+  f.scores = tile_scores<Unit>;
+  f.accumulate = tile_accumulate<Unit>;
+  f.accumulate_columns = tile_accumulate_columns<Unit>;
+  f.column_multiple = 32;
 }
 
 }  // namespace heed::kernels

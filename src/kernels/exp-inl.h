@@ -1,5 +1,5 @@
-// exp2 for weights: relative error below 2^-23 (float) and 2^-48 (double) on [-125, 125] (double:
-// [-1000, 1000]); exactly 0 below; NaN stays NaN. No subnormal results: they would stall later products.
+// exp2 for weights: relative error below 2^-23 (float) and 2^-48 (double); exactly 0 below 2^-126.5
+// (double: 2^-1022.5), so that hardly ever a subnormal result stalls later products; NaN stays NaN.
 #if defined(HEED_KERNELS_EXP_INL_H_) == defined(HWY_TARGET_TOGGLE)
 #ifdef HEED_KERNELS_EXP_INL_H_
 #undef HEED_KERNELS_EXP_INL_H_
@@ -35,21 +35,55 @@ HWY_INLINE V exp2_fraction(D d, V f) {
   }
 }
 
+// max(limit, x) and min(limit, x) where a NaN in x stays.
+template <class D, class V>
+HWY_INLINE V at_least(D d, hn::TFromD<D> limit, V x) {
+  const V bound = hn::Set(d, limit);
+#if HWY_TARGET == HWY_AVX2 || HWY_TARGET == HWY_AVX3
+  return hn::Max(bound, x);  // the second operand where one is NaN
+#else
+  return hn::IfThenElse(hn::Lt(x, bound), bound, x);
+#endif
+}
+template <class D, class V>
+HWY_INLINE V at_most(D d, hn::TFromD<D> limit, V x) {
+  const V bound = hn::Set(d, limit);
+#if HWY_TARGET == HWY_AVX2 || HWY_TARGET == HWY_AVX3
+  return hn::Min(bound, x);
+#else
+  return hn::IfThenElse(hn::Gt(x, bound), bound, x);
+#endif
+}
+
+// round(t) and 2^round(t) for t in [-127, 128] (double: [-1023, 1024]): 0 at the lower end, infinite at
+// the upper one.
+template <class D, class V>
+HWY_INLINE V round_power(D d, V t, V& power) {
+  constexpr bool kDouble = sizeof(hn::TFromD<D>) == 8;
+  // Adding 1.5 * 2^mantissa_bits + exponent_bias leaves round(t) + bias in the low bits of the sum:
+  // shifted into place they are 2^round(t).
+  const V magic = hn::Set(
+      d, static_cast<hn::TFromD<D>>(kDouble ? 6755399441055744.0 + 1023 : 12582912.0 + 127));
+  const V sum = hn::Add(t, magic);
+  const hn::RebindToUnsigned<D> du;
+  power = hn::BitCast(d, hn::ShiftLeft<kDouble ? 52 : 23>(hn::BitCast(du, sum)));
+  return hn::Sub(sum, magic);
+}
+
+// 2^t for t below 128 (double: 1024).
 template <class D, class V>
 HWY_INLINE V exp2(D d, V t) {
-  using T = hn::TFromD<D>;
-  constexpr bool kDouble = sizeof(T) == 8;
-  // Adding 1.5 * 2^mantissa_bits + exponent_bias leaves round(t) + bias in the low bits of the sum:
-  // shifted into place they are 2^round(t). A product, so that a NaN in t survives.
-  const V magic =
-      hn::Set(d, static_cast<T>(kDouble ? 6755399441055744.0 + 1023 : 12582912.0 + 127));
-  const V sum = hn::Add(t, magic);
-  const V fraction = hn::Sub(t, hn::Sub(sum, magic));
-  const hn::RebindToUnsigned<D> du;
-  const V power = hn::BitCast(d, hn::ShiftLeft<kDouble ? 52 : 23>(hn::BitCast(du, sum)));
-  const V value = hn::Mul(exp2_fraction(d, fraction), power);
-  const auto too_small = hn::Lt(t, hn::Set(d, static_cast<T>(kDouble ? -1000 : -125)));
-  return hn::IfThenZeroElse(too_small, value);
+  const V above = at_least(d, sizeof(hn::TFromD<D>) == 8 ? -1023 : -127, t);
+  V power;
+  const V whole = round_power(d, above, power);
+  // A product, so that a NaN in t survives.
+  return hn::Mul(exp2_fraction(d, hn::Sub(above, whole)), power);
+}
+
+// 2^t for every t: infinite from 127.5 (double: 1023.5) on.
+template <class D, class V>
+HWY_INLINE V exp2_any(D d, V t) {
+  return exp2(d, at_most(d, sizeof(hn::TFromD<D>) == 8 ? 1024 : 128, t));
 }
 
 }  // namespace heed::kernels::HWY_NAMESPACE

@@ -108,8 +108,9 @@ void sum_columns(const uint16_t* p, int64_t p_stride, int64_t rows, const uint32
                  [&](int64_t r, int64_t from, int64_t to, bool first) {
                    const auto* weights = reinterpret_cast<const uint32_t*>(p + r * p_stride + from);
                    sum_block<NV>(weights, p_stride / 2, v + from / 2 * v_stride + column, v_stride,
-                                 (to - from + 1) / 2, first ? carry + r : nullptr,
-                                 o.row(r) + column, o.stride);
+                                 (to - from + 1) / 2,
+                                 first && carry != nullptr ? carry + r : nullptr, o.row(r) + column,
+                                 o.stride);
                  });
 }
 
@@ -134,12 +135,61 @@ void accumulate(const void* weights, int64_t p_stride, int64_t rows, const void*
   });
 }
 
+// C[f][keys] += sum over pairs of rows of X^T[f][pair] . W[pair][key], for MR rows f of C.
+template <int MR, int NV>
+__attribute__((noinline)) void column_block(const uint32_t* x, int64_t x_stride, const uint32_t* w,
+                                            int64_t w_stride, int64_t pairs, float* c,
+                                            int64_t c_stride) {
+  __m512 acc[MR][NV];
+#pragma GCC unroll 6
+  for (int f = 0; f < MR; ++f) {
+#pragma GCC unroll 4
+    for (int j = 0; j < NV; ++j) acc[f][j] = _mm512_loadu_ps(c + f * c_stride + j * 16);
+  }
+  multiply_pairs<MR, NV>(x, x_stride, w, w_stride, pairs, acc);
+  store_block(acc, c, c_stride);
+}
+
+template <int NV>
+void panel_columns(const uint32_t* x, int64_t x_stride, int64_t width, const uint32_t* w,
+                   int64_t w_stride, int64_t pairs, Block<float> c, int64_t start) {
+  for_column_blocks(round_up(width, 2), [&](int64_t f, auto block) {
+    column_block<block, NV>(x + f * x_stride, x_stride, w, w_stride, pairs, c.row(f) + start,
+                            c.stride);
+  });
+}
+
+void accumulate_columns(const void* packed, int64_t rows, int64_t width, const void* weights,
+                        int64_t w_stride, int64_t key_count, const KeyRange* ranges,
+                        Block<float> c) {
+  const int64_t x_stride = round_up(rows, kHalfDepth) / 2;
+  for_column_panels(rows, key_count, ranges, kHalfPanel,
+                    [&](int64_t start, int64_t keys, int64_t from, int64_t to) {
+                      const int64_t first = from / 2, pairs = (to + 1) / 2 - first;
+                      const auto* x = static_cast<const uint32_t*>(packed) + first;
+                      const auto* w =
+                          static_cast<const uint32_t*>(weights) + first * w_stride + start;
+                      switch ((keys + 15) / 16) {
+                        case 1:
+                          return panel_columns<1>(x, x_stride, width, w, w_stride, pairs, c, start);
+                        case 2:
+                          return panel_columns<2>(x, x_stride, width, w, w_stride, pairs, c, start);
+                        case 3:
+                          return panel_columns<3>(x, x_stride, width, w, w_stride, pairs, c, start);
+                        default:
+                          return panel_columns<4>(x, x_stride, width, w, w_stride, pairs, c, start);
+                      }
+                    });
+}
+
 }  // namespace
 
 void add_avx512_half_products(TileKernels<float>& f) {
   f.row_multiple = kRowMultiple;
   f.scores = scores;
   f.accumulate = accumulate;
+  f.accumulate_columns = accumulate_columns;
+  f.column_multiple = 2;
 }
 
 }  // namespace heed::kernels

@@ -143,6 +143,35 @@ void finish(Block<T> o, int64_t rows, int64_t width, const T* sum, void* out, DT
   }
 }
 
+// Blocks of C [width, keys] turned into rows of keys, converted.
+template <class T>
+void finish_columns(Block<T> c, int64_t keys, int64_t width, T factor, void* out, DType dtype,
+                    int64_t out_stride) {
+  const Full<T> d;
+  constexpr int64_t kGroup = 16 / sizeof(T), kDepth = 64;
+  const auto element = static_cast<int64_t>(size_of(dtype));
+  HWY_ALIGN T block[hn::MaxLanes(d)][kDepth];
+  for (int64_t m = 0; m < keys; m += lanes<T>()) {
+    const int64_t count = HWY_MIN(lanes<T>(), keys - m);
+    for (int64_t start = 0; start < width; start += kDepth) {
+      const int64_t depth = HWY_MIN(kDepth, width - start);
+      for (int64_t f = 0; f < depth; f += kGroup) {
+        hn::Vec<Full<T>> rows[kGroup];
+        for (int64_t i = 0; i < kGroup; ++i) {
+          rows[i] = f + i < depth ? hn::LoadU(d, c.row(start + f + i) + m) : hn::Zero(d);
+        }
+        transpose_group<T>(rows, [&](int64_t key, const T* group)
+                                     HWY_ATTR { hwy::CopyBytes<16>(group, &block[key][f]); });
+      }
+      for (int64_t key = 0; key < count; ++key) {
+        store_row<T>(block[key], depth, factor,
+                     static_cast<std::byte*>(out) + ((m + key) * out_stride + start) * element,
+                     dtype);
+      }
+    }
+  }
+}
+
 template <class T>
 void add_pack(TileKernels<T>& k) {
   k.row_multiple = kRowMultiple;
@@ -161,6 +190,9 @@ void add_pack(TileKernels<T>& k) {
   k.pack_keys = pack_keys<T>;
   k.pack_values = pack_values<T>;
   k.finish = finish<T>;
+  k.column_bytes = k.query_bytes;
+  k.pack_columns = pack_queries<T>;
+  k.finish_columns = finish_columns<T>;
 }
 
 void add_pack_parts(TileKernels<float>& f, TileKernels<double>& d) {

@@ -87,6 +87,72 @@ bool pack_half_values(const Rows& v, void* packed) {
   return hn::AllTrue(df, hn::Eq(bad, bad));
 }
 
+// Rows r and r + 1 side by side in 32-bit lanes, those at and behind `count` as zeros.
+HWY_INLINE hn::Vec<Full<uint32_t>> load_row_pair(const Rows& x, int64_t r, int64_t f) {
+  const auto* row = static_cast<const uint16_t*>(x.data) + r * x.stride;
+  const auto low = load_words(r < x.count ? row : nullptr, f, x.width);
+  const auto high = load_words(r + 1 < x.count ? row + x.stride : nullptr, f, x.width);
+  return hn::Or(low, hn::ShiftLeft<16>(high));
+}
+
+// X^T [width padded][rows padded], so that neighbours along the rows are pairs.
+void pack_half_columns(const Rows& x, bool negate, void* packed) {
+  const Full<float> df;
+  const Full<uint32_t> d;
+  const int64_t width = round_up(x.width, kHalfDepth), stride = round_up(x.count, kHalfDepth);
+  const auto flip = hn::Set(d, negate ? 0x80008000u : 0u);
+  auto* to = static_cast<uint16_t*>(packed);
+  for (int64_t r = 0; r < stride; r += 8) {
+    for (int64_t f = 0; f < width; f += lanes<uint32_t>()) {
+      hn::Vec<Full<float>> rows[4];
+      for (int64_t i = 0; i < 4; ++i) {
+        rows[i] = hn::BitCast(df, hn::Xor(load_row_pair(x, r + 2 * i, f), flip));
+      }
+      transpose_group<float>(rows, [&](int64_t c, const float* group) HWY_ATTR {
+        hwy::CopyBytes<16>(group, to + (f + c) * stride + r);
+      });
+    }
+  }
+}
+
+// bfloat16 bits of a row's columns [m, m + lanes) in the low halves, zeros from `count` on.
+HWY_INLINE hn::Vec<Full<uint32_t>> rounded_columns(const float* row, int64_t m, int64_t count) {
+  const Full<float> d;
+  if (row == nullptr || m >= count) return hn::Zero(Full<uint32_t>());
+  const int64_t rest = count - m;
+  return bfloat16_bits(d, rest >= lanes<float>()
+                              ? hn::LoadU(d, row + m)
+                              : Load<float, float>::first(d, row + m, static_cast<size_t>(rest)));
+}
+
+void round_weights(Block<const float> from, int64_t rows, int64_t key_count, void* to,
+                   int64_t to_stride) {
+  const Full<uint32_t> d;
+  const hn::Rebind<uint16_t, decltype(d)> half;
+  const hn::Rebind<int32_t, decltype(d)> signed_words;
+  for (int64_t r = 0; r < rows; ++r) {
+    auto* out = static_cast<uint16_t*>(to) + r * to_stride;
+    for (int64_t m = 0; m < round_up(key_count, kHalfDepth); m += lanes<float>()) {
+      const auto bits = rounded_columns(from.row(r), m, key_count);
+      hn::StoreU(hn::DemoteTo(half, hn::BitCast(signed_words, bits)), half, out + m);
+    }
+  }
+}
+
+void pair_weights(Block<const float> from, int64_t rows, int64_t key_count, void* to,
+                  int64_t to_stride) {
+  const Full<uint32_t> d;
+  for (int64_t r = 0; r < rows; r += 2) {
+    auto* out = static_cast<uint32_t*>(to) + r / 2 * to_stride;
+    const float* odd = r + 1 < rows ? from.row(r + 1) : nullptr;
+    for (int64_t m = 0; m < round_up(key_count, kHalfDepth); m += lanes<float>()) {
+      const auto low = rounded_columns(from.row(r), m, key_count);
+      const auto high = hn::ShiftLeft<16>(rounded_columns(odd, m, key_count));
+      hn::StoreU(hn::Or(low, high), d, out + m);
+    }
+  }
+}
+
 void add_half_pack_parts(TileKernels<float>& f) {
   f.half_operands = true;
   f.key_multiple = kHalfDepth;
@@ -103,6 +169,12 @@ void add_half_pack_parts(TileKernels<float>& f) {
   f.pack_queries = pack_half_queries;
   f.pack_keys = pack_half_keys;
   f.pack_values = pack_half_values;
+  f.column_bytes = [](int64_t rows, int64_t width) {
+    return round_up(rows, kHalfDepth) * round_up(width, kHalfDepth) * 2;
+  };
+  f.pack_columns = pack_half_columns;
+  f.round_weights = round_weights;
+  f.pair_weights = pair_weights;
 }
 
 }  // namespace heed::kernels::HWY_NAMESPACE

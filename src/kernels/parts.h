@@ -1,6 +1,7 @@
 // How the tables of tile.h are put together: every vector file fills in its functions for one
 // instruction set.
 #pragma once
+#include "base/round_up.h"
 #include "heed/run.h"
 #include "kernels/tile.h"
 
@@ -9,19 +10,19 @@ namespace heed::kernels {
 /// Row blocks of the products are 6, 8 or 12 rows high.
 inline constexpr int64_t kRowMultiple = 24;
 
-inline int64_t round_up(int64_t n, int64_t multiple) {
-  return (n + multiple - 1) / multiple * multiple;
-}
-
 void add_pack_parts(Isa isa, TileKernels<float>& f, TileKernels<double>& d);
 void add_product_parts(Isa isa, TileKernels<float>& f, TileKernels<double>& d);
 void add_weight_parts(Isa isa, TileKernels<float>& f, TileKernels<double>& d);
+void add_gradient_parts(Isa isa, TileKernels<float>& f, TileKernels<double>& d);
+void add_cap_parts(Isa isa, TileKernels<float>& f, TileKernels<double>& d);
 void add_few_row_parts(Isa isa, TileKernels<float>& f, TileKernels<double>& d);
 
 // bfloat16 products. Operands are packed in pairs of neighbours along the summed axis:
 //   queries, weights  [row][padded depth]          keys    panels of 64: [depth / 2][key][2]
 //   values            [key / 2][padded width][2]
-// with depth and keys padded with zeros to kHalfDepth, one step of a matrix tile.
+//   columns           [padded width][padded rows]  paired weights  [row / 2][padded key][2]
+// with depth, keys and columns' rows and width padded with zeros to kHalfDepth, one step of a matrix
+// tile.
 inline constexpr int64_t kHalfDepth = 32;
 inline constexpr int64_t kHalfPanel = 64;
 inline constexpr int64_t kHalfColumns = 16;

@@ -3,6 +3,7 @@
 #pragma once
 #include <algorithm>
 #include <cstdint>
+#include <type_traits>
 
 #include "kernels/tile.h"
 
@@ -56,6 +57,37 @@ void for_sum_blocks(int64_t rows, int64_t keys, const KeyRange* ranges, int64_t 
       }
     }
   }
+}
+
+// Calls body(panel start, panel width, from, to) for every panel of keys, with the run of rows that
+// holds all rows which see some of it; panels that no row sees are left out.
+template <class Body>
+void for_column_panels(int64_t rows, int64_t keys, const KeyRange* ranges, int64_t panel,
+                       Body&& body) {
+  for (int64_t start = 0; start < keys; start += panel) {
+    const int64_t width = std::min(panel, keys - start);
+    int64_t from = 0, to = rows;
+    if (ranges != nullptr) {
+      const auto blind = [&](int64_t r) {
+        return ranges[r].empty() || ranges[r].begin >= start + width || ranges[r].end <= start;
+      };
+      while (from < to && blind(from)) ++from;
+      while (from < to && blind(to - 1)) --to;
+    }
+    if (from < to) body(start, width, from, to);
+  }
+}
+
+// Calls body(first, size as a constant) for `count` rows of C (a multiple of 2) in blocks of 6, 4 and 2.
+template <class Body>
+void for_column_blocks(int64_t count, Body&& body) {
+  int64_t f = 0;
+  for (; f + 6 <= count; f += 6) body(f, std::integral_constant<int, 6>());
+  if (f + 4 <= count) {
+    body(f, std::integral_constant<int, 4>());
+    f += 4;
+  }
+  if (f < count) body(f, std::integral_constant<int, 2>());
 }
 
 // Cuts `count` into the fewest shares of at most `most`, as even as they come: body(first, size).

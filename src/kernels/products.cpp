@@ -1,5 +1,5 @@
-// The two matrix products of a tile: scores Q K^T and weighted sums P V, as register blocks of
-// MR rows x NV vectors. Per vector of B loaded, MR fused multiply-adds; per broadcast of A, NV.
+// The matrix products of a tile: scores Q K^T, weighted sums P V and, backward, X^T W, as register
+// blocks of MR rows x NV vectors. Per vector of B loaded, MR fused multiply-adds; per broadcast of A, NV.
 #include "kernels/simd.h"
 #undef HWY_TARGET_INCLUDE
 #define HWY_TARGET_INCLUDE "kernels/products.cpp"
@@ -31,10 +31,11 @@ HWY_INLINE void with_vectors(int64_t vectors, Body&& body) {
   }
 }
 
-// acc[r][j] += sum_i a[r * a_stride + i] * b[i * b_stride + j * lanes], i in [0, depth)
+// acc[r][j] += sum_i a[r * a_stride + i * a_step] * b[i * b_stride + j * lanes], i in [0, depth)
 template <int MR, int NV, class T>
-HWY_INLINE void multiply(const T* HWY_RESTRICT a, int64_t a_stride, const T* HWY_RESTRICT b,
-                         int64_t b_stride, int64_t depth, hn::Vec<Full<T>> (&acc)[MR][NV]) {
+HWY_INLINE void multiply(const T* HWY_RESTRICT a, int64_t a_stride, int64_t a_step,
+                         const T* HWY_RESTRICT b, int64_t b_stride, int64_t depth,
+                         hn::Vec<Full<T>> (&acc)[MR][NV]) {
   const Full<T> d;
   for (int64_t i = 0; i < depth; ++i) {
     hn::Vec<Full<T>> column[NV];
@@ -42,7 +43,7 @@ HWY_INLINE void multiply(const T* HWY_RESTRICT a, int64_t a_stride, const T* HWY
     for (int j = 0; j < NV; ++j) column[j] = hn::LoadU(d, b + i * b_stride + j * lanes<T>());
 #pragma GCC unroll 12
     for (int r = 0; r < MR; ++r) {
-      const auto x = hn::Set(d, a[r * a_stride + i]);
+      const auto x = hn::Set(d, a[r * a_stride + i * a_step]);
 #pragma GCC unroll 4
       for (int j = 0; j < NV; ++j) acc[r][j] = hn::MulAdd(x, column[j], acc[r][j]);
     }
@@ -60,7 +61,7 @@ HWY_NOINLINE void score_block(const T* q, int64_t q_stride, const T* panel, int6
 #pragma GCC unroll 4
     for (int j = 0; j < NV; ++j) acc[r][j] = hn::Zero(d);
   }
-  multiply<MR, NV, T>(q, q_stride, panel, panel_width, width, acc);
+  multiply<MR, NV, T>(q, q_stride, 1, panel, panel_width, width, acc);
 #pragma GCC unroll 6
   for (int r = 0; r < MR; ++r) {
 #pragma GCC unroll 4
@@ -100,12 +101,17 @@ HWY_NOINLINE void accumulate_block(const T* p, int64_t p_stride, const T* v, int
       acc[r][j] = hn::Mul(c, hn::LoadU(d, o + r * o_stride + j * lanes<T>()));
     }
   }
-  multiply<MR, NV, T>(p, p_stride, v, v_stride, keys, acc);
+  multiply<MR, NV, T>(p, p_stride, 1, v, v_stride, keys, acc);
 #pragma GCC unroll 12
   for (int r = 0; r < MR; ++r) {
 #pragma GCC unroll 4
     for (int j = 0; j < NV; ++j) hn::StoreU(acc[r][j], d, o + r * o_stride + j * lanes<T>());
   }
+}
+
+template <class T>
+const T* carry_at(const T* carry, int64_t r) {
+  return carry == nullptr ? nullptr : carry + r;
 }
 
 template <class T>
@@ -125,18 +131,58 @@ void accumulate(const void* weights, int64_t p_stride, int64_t rows, const void*
                      [&](int64_t r, int64_t from, int64_t to, bool first) {
                        accumulate_block<vectors, T>(p + r * p_stride + from, p_stride,
                                                     v + from * v_stride + column, v_stride,
-                                                    to - from, first ? carry + r : nullptr,
+                                                    to - from, carry_at(first ? carry : nullptr, r),
                                                     o.row(r) + column, o.stride);
                      });
     });
   });
 }
 
+// C[f][keys] += sum over rows of X[row][f] W[row][key], for MR rows f of C.
+template <int MR, int NV, class T>
+HWY_NOINLINE void column_block(const T* x, int64_t x_stride, const T* w, int64_t w_stride,
+                               int64_t rows, T* c, int64_t c_stride) {
+  const Full<T> d;
+  hn::Vec<Full<T>> acc[MR][NV];
+#pragma GCC unroll 6
+  for (int f = 0; f < MR; ++f) {
+#pragma GCC unroll 4
+    for (int j = 0; j < NV; ++j) acc[f][j] = hn::LoadU(d, c + f * c_stride + j * lanes<T>());
+  }
+  multiply<MR, NV, T>(x, 1, x_stride, w, w_stride, rows, acc);
+#pragma GCC unroll 6
+  for (int f = 0; f < MR; ++f) {
+#pragma GCC unroll 4
+    for (int j = 0; j < NV; ++j) hn::StoreU(acc[f][j], d, c + f * c_stride + j * lanes<T>());
+  }
+}
+
+template <class T>
+void accumulate_columns(const void* packed, int64_t rows, int64_t width, const void* weights,
+                        int64_t w_stride, int64_t key_count, const KeyRange* ranges, Block<T> c) {
+  const int64_t x_stride = round_up(width, lanes<T>());
+  const auto* x = static_cast<const T*>(packed);
+  const auto* w = static_cast<const T*>(weights);
+  for_column_panels(rows, key_count, ranges, kPanelVectors * lanes<T>(),
+                    [&](int64_t start, int64_t keys, int64_t from, int64_t to) {
+                      with_vectors((keys + lanes<T>() - 1) / lanes<T>(), [&](auto vectors) {
+                        for_column_blocks(round_up(width, 2), [&](int64_t f, auto block) {
+                          column_block<block, vectors, T>(x + from * x_stride + f, x_stride,
+                                                          w + from * w_stride + start, w_stride,
+                                                          to - from, c.row(f) + start, c.stride);
+                        });
+                      });
+                    });
+}
+
 void add_product_parts(TileKernels<float>& f, TileKernels<double>& d) {
   f.scores = scores<float>;
   f.accumulate = accumulate<float>;
+  f.accumulate_columns = accumulate_columns<float>;
   d.scores = scores<double>;
   d.accumulate = accumulate<double>;
+  d.accumulate_columns = accumulate_columns<double>;
+  f.column_multiple = d.column_multiple = 2;
 }
 
 }  // namespace heed::kernels::HWY_NAMESPACE

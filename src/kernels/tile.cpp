@@ -19,6 +19,8 @@ Tables make_tables(Isa isa) {
   add_pack_parts(isa, tables.f, tables.d);
   add_product_parts(isa, tables.f, tables.d);
   add_weight_parts(isa, tables.f, tables.d);
+  add_gradient_parts(isa, tables.f, tables.d);
+  add_cap_parts(isa, tables.f, tables.d);
   add_few_row_parts(isa, tables.f, tables.d);
   return tables;
 }

@@ -143,10 +143,11 @@ struct TileKernels {
   /// X of accumulate_columns: rows of Q or dO.
   int64_t (*column_bytes)(int64_t rows, int64_t width) = nullptr;
   void (*pack_columns)(const Rows& x, bool negate, void* packed) = nullptr;
-  /// A block of T as the second operand of accumulate_columns; null: used as it is.
+  /// A block of T as the second operand of accumulate_columns: with half_operands pairs of bfloat16,
+  /// [row / 2][key], an odd last row paired with zeros. `to_stride` counts pairs. Null: used as it is.
   void (*pair_weights)(Block<const T> from, int64_t rows, int64_t key_count, void* to,
                        int64_t to_stride) = nullptr;
-  /// C [width padded to column_multiple, keys]; `weights` are exactly 0 outside the ranges, which only
+  /// C [width padded to column_multiple, keys padded to key_multiple]; `weights` are exactly 0 outside the ranges, which only
   /// save work. Rows beyond `rows` up to row_multiple are not read or count as zero.
   void (*accumulate_columns)(const void* packed, int64_t rows, int64_t width, const void* weights,
                              int64_t weight_stride, int64_t key_count, const KeyRange* ranges,

@@ -82,9 +82,7 @@ TileKernels<float> emulated_tile_table() {
   table.name = "emulated tiles";
   add_half_pack_parts(Isa::portable, table);
   add_half_weight_parts(Isa::portable, table);
-  table.row_multiple = 32;
-  table.scores = tile_scores<EmulatedTiles>;
-  table.accumulate = tile_accumulate<EmulatedTiles>;
+  use_tile_unit<EmulatedTiles>(table);
   return table;
 }
 
@@ -243,10 +241,13 @@ void check_all_weights(const TileKernels<T>& k) {
     for (int64_t keys : {1, 5, 16, 31, 64, 200}) {
       const auto ranges = slanted_ranges(rows, keys);
       for (const auto* mask : {static_cast<const std::vector<KeyRange>*>(nullptr), &ranges}) {
-        check_weights<T>(k, WeightKind::softmax, {T(1.3), 0, 0, 0}, mask, rows, keys);
-        check_weights<T>(k, WeightKind::softmax, {T(1.3), 0, T(0.2), 4}, mask, rows, keys);
-        check_weights<T>(k, WeightKind::sigmoid, {T(0.9), T(-3), 0, 0}, mask, rows, keys);
-        check_weights<T>(k, WeightKind::sigmoid, {T(0.9), T(-3), T(0.1), -6}, mask, rows, keys);
+        check_weights<T>(k, WeightKind::softmax, {.scale = T(1.3)}, mask, rows, keys);
+        check_weights<T>(k, WeightKind::softmax, {.scale = T(1.3), .slope = T(0.2), .distance = 4},
+                         mask, rows, keys);
+        check_weights<T>(k, WeightKind::sigmoid, {.scale = T(0.9), .bias = -3}, mask, rows, keys);
+        check_weights<T>(k, WeightKind::sigmoid,
+                         {.scale = T(0.9), .bias = -3, .slope = T(0.1), .distance = -6}, mask, rows,
+                         keys);
       }
     }
   }
@@ -271,8 +272,8 @@ void check_extreme_weights(const TileKernels<T>& k) {
         s.memory[static_cast<size_t>(at)] = static_cast<T>(extreme);
         T pivot = static_cast<T>(-kInf), sum = 0, carry = 1;
         std::vector<std::byte> weights(96 * sizeof(T));
-        k.weights[static_cast<int>(kind)](s.block(), 1, 37, nullptr, {1, 0, 0, 0},
-                                          {&pivot, &sum, &carry}, weights.data(), 96);
+        k.weights[static_cast<int>(kind)](s.block(), 1, 37, nullptr, {}, {&pivot, &sum, &carry},
+                                          weights.data(), 96);
         const double got = weight_at(k, weights, 96, 0, at);
         double want;
         if (kind == WeightKind::sigmoid) {

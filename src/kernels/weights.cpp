@@ -1,5 +1,5 @@
-// From scores to weights, row by row: the running softmax (arXiv 2307.08691, Algorithm 1) and the
-// sigmoid (arXiv 2409.04431). Exponents are in units of log2.
+// From scores to weights, row by row: the running softmax (arXiv 2307.08691, Algorithm 1), the sigmoid
+// (arXiv 2409.04431), Taylor polynomials of the exponential, and the second stream of Parallax.
 #include "kernels/simd.h"
 #undef HWY_TARGET_INCLUDE
 #define HWY_TARGET_INCLUDE "kernels/weights.cpp"
@@ -11,6 +11,7 @@
 
 #include "kernels/exp-inl.h"
 #include "kernels/parts.h"
+#include "kernels/row_scores-inl.h"
 #include "kernels/vector-inl.h"
 
 HWY_BEFORE_NAMESPACE();
@@ -38,57 +39,26 @@ struct HalfWeights {
   }
 };
 
-// The scores of one row, shaped: s * scale + bias - slope * |distance|.
-template <class T, bool kAlibi>
-struct ShapedRow {
-  const T* s;
-  T scale, bias, slope, distance;  // distance: from key 0 to the query
-
-  HWY_INLINE hn::Vec<Full<T>> at(int64_t m) const {
-    const Full<T> d;
-    const auto t = hn::MulAdd(hn::LoadU(d, s + m), hn::Set(d, scale), hn::Set(d, bias));
-    if constexpr (kAlibi) {
-      const auto steps = hn::Abs(hn::Sub(hn::Set(d, distance), hn::Iota(d, static_cast<T>(m))));
-      return hn::NegMulAdd(hn::Set(d, slope), steps, t);
-    } else {
-      return t;
-    }
-  }
-};
-
 template <class T>
-HWY_INLINE hn::Mask<Full<T>> visible_lanes(int64_t m, KeyRange range) {
+HWY_INLINE T lane_maximum(hn::Vec<Full<T>> v) {
   const Full<T> d;
-  const auto from = hn::FirstN(d, static_cast<size_t>(HWY_MAX(range.begin - m, int64_t{0})));
-  const auto to = hn::FirstN(d, static_cast<size_t>(HWY_MIN(range.end - m, lanes<T>())));
-  return hn::AndNot(from, to);
+#if HWY_TARGET == HWY_EMU128
+  // MaxOfLanes of this target starts from the lowest finite number.
+  HWY_ALIGN T buffer[hn::MaxLanes(d)];
+  hn::Store(v, d, buffer);
+  T most = buffer[0];
+  for (const T x : buffer) most = HWY_MAX(most, x);
+  return most;
+#else
+  return hn::GetLane(hn::MaxOfLanes(d, v));
+#endif
 }
 
-// Calls whole(m, parity) for vectors of columns inside the range and edge(m, mask) for those that
-// straddle its ends. `parity` alternates, for two independent accumulators.
-template <class T, class Whole, class Edge>
-HWY_INLINE void for_visible(KeyRange range, Whole&& whole, Edge&& edge) {
-  constexpr int64_t kLanes = lanes<T>();
-  int64_t m = range.begin / kLanes * kLanes;
-  if (m < range.begin) {
-    edge(m, visible_lanes<T>(m, range));
-    m += kLanes;
-  }
-  for (; m + 2 * kLanes <= range.end; m += 2 * kLanes) {
-    whole(m, std::integral_constant<int, 0>());
-    whole(m + kLanes, std::integral_constant<int, 1>());
-  }
-  if (m + kLanes <= range.end) {
-    whole(m, std::integral_constant<int, 0>());
-    m += kLanes;
-  }
-  if (m < range.end) edge(m, visible_lanes<T>(m, range));
-}
-
+// The largest shaped score, -inf if there is none. A NaN may be passed over: it reaches the row's sum.
 template <class T, bool kAlibi>
 HWY_INLINE T row_maximum(const ShapedRow<T, kAlibi>& row, KeyRange range) {
   const Full<T> d;
-  const auto nothing = hn::Set(d, -std::numeric_limits<T>::infinity());
+  const auto nothing = hn::Set(d, kMinusInfinity<T>);
   hn::Vec<Full<T>> most[2] = {nothing, nothing};
   // Without position terms shaping is monotone (scale >= 0), so it can wait until after the maximum.
   const auto value = [&](int64_t m) HWY_ATTR {
@@ -100,14 +70,14 @@ HWY_INLINE T row_maximum(const ShapedRow<T, kAlibi>& row, KeyRange range) {
       [&](int64_t m, auto parity) HWY_ATTR { most[parity] = hn::Max(most[parity], value(m)); },
       [&](int64_t m, hn::Mask<Full<T>> seen)
           HWY_ATTR { most[0] = hn::Max(most[0], hn::IfThenElse(seen, value(m), nothing)); });
-  const T found = hn::GetLane(hn::MaxOfLanes(d, hn::Max(most[0], most[1])));
+  const T found = lane_maximum<T>(hn::Max(most[0], most[1]));
   return kAlibi ? found : found * row.scale;
 }
 
 template <class T, class Weights, bool kAlibi>
 HWY_INLINE void softmax_row(const ShapedRow<T, kAlibi>& row, KeyRange range, T& pivot, T& sum,
                             T& carry, typename Weights::Element* out) {
-  constexpr T kNothing = -std::numeric_limits<T>::infinity();
+  constexpr T kNothing = kMinusInfinity<T>;
   const Full<T> d;
   const T before = pivot, most = row_maximum<T, kAlibi>(row, range);
   if (most > before) pivot = most;
@@ -135,10 +105,9 @@ HWY_INLINE void softmax_row(const ShapedRow<T, kAlibi>& row, KeyRange range, T& 
 template <class T, class V>
 HWY_INLINE V sigmoid(Full<T> d, V t) {
   constexpr T kLowest = sizeof(T) == 8 ? -1000 : -125;
-  const auto vanishing = hn::Lt(t, hn::Set(d, kLowest));
-  const auto bounded = hn::IfThenZeroElse(vanishing, t);
-  const auto one = hn::Set(d, T{1});
-  return hn::IfThenZeroElse(vanishing, hn::Div(one, hn::Add(one, exp2(d, hn::Neg(bounded)))));
+  const V one = hn::Set(d, T{1});
+  const V w = hn::Div(one, hn::Add(one, exp2_any(d, hn::Neg(t))));
+  return hn::IfThenZeroElse(hn::Lt(t, hn::Set(d, kLowest)), w);
 }
 
 template <class T, class Weights, bool kAlibi>
@@ -152,10 +121,21 @@ HWY_INLINE void sigmoid_row(const ShapedRow<T, kAlibi>& row, KeyRange range,
       });
 }
 
-// Zero columns [from, to) in whole vectors; a vector that also holds weights was written before.
-template <class Element>
-HWY_INLINE void clear_columns(Element* out, int64_t from, int64_t to) {
-  for (int64_t m = from; m < to; ++m) out[m] = Element{0};
+template <class T, class Weights, bool kAlibi>
+HWY_INLINE void polynomial_row(const ShapedRow<T, kAlibi>& row, KeyRange range, int order, T& sum,
+                               typename Weights::Element* out) {
+  const Full<T> d;
+  auto total = hn::Zero(d);
+  const auto add = [&](int64_t m, auto seen) HWY_ATTR {
+    const auto score = hn::LoadU(d, row.s + m);
+    const auto unmasked = hn::And(seen, hn::Ne(score, hn::Set(d, kMinusInfinity<T>)));
+    const auto p = hn::IfThenElseZero(unmasked, taylor<T>(d, row.shape(score, m), order));
+    total = hn::Add(total, p);
+    Weights::store(p, out + m);
+  };
+  const auto all = hn::FirstN(d, hn::MaxLanes(d));
+  for_visible<T>(range, [&](int64_t m, auto) HWY_ATTR { add(m, all); }, add);
+  sum += hn::GetLane(hn::SumOfLanes(d, total));
 }
 
 template <class T, class Weights, WeightKind kKind, bool kAlibi>
@@ -165,34 +145,32 @@ HWY_INLINE void weight_rows(Block<T> s, int64_t rows, int64_t key_count, const K
                             int64_t key_multiple) {
   const int64_t columns = round_up(key_count, key_multiple);
   for (int64_t r = 0; r < rows; ++r) {
-    const KeyRange range =
-        ranges == nullptr ? KeyRange{0, static_cast<int32_t>(key_count)} : ranges[r];
+    const KeyRange range = range_of(ranges, r, key_count);
     auto* out = weights + r * stride;
-    if (range.empty()) {
-      clear_columns(out, 0, columns);
-      if constexpr (kKind == WeightKind::softmax) state.carry[r] = 1;
-      continue;
+    if constexpr (kKind != WeightKind::sigmoid) state.carry[r] = 1;
+    if (!range.empty()) {
+      const ShapedRow<T, kAlibi> row(s, r, shape);
+      if constexpr (kKind == WeightKind::softmax) {
+        softmax_row<T, Weights, kAlibi>(row, range, state.pivot[r], state.sum[r], state.carry[r],
+                                        out);
+      } else if constexpr (kKind == WeightKind::sigmoid) {
+        sigmoid_row<T, Weights, kAlibi>(row, range, out);
+      } else {
+        polynomial_row<T, Weights, kAlibi>(row, range, shape.order, state.sum[r], out);
+      }
     }
-    const ShapedRow<T, kAlibi> row{s.row(r), shape.scale, shape.bias, shape.slope,
-                                   static_cast<T>(shape.distance + r)};
-    if constexpr (kKind == WeightKind::softmax) {
-      softmax_row<T, Weights, kAlibi>(row, range, state.pivot[r], state.sum[r], state.carry[r],
-                                      out);
-    } else {
-      sigmoid_row<T, Weights, kAlibi>(row, range, out);
-    }
-    clear_columns(out, 0, range.begin / lanes<T>() * lanes<T>());
-    clear_columns(out, round_up(range.end, lanes<T>()), columns);
+    clear_outside<T>(out, range, columns);
   }
 }
 
 template <class T, class Weights, WeightKind kKind>
 void weight_tile(Block<T> s, int64_t rows, int64_t key_count, const KeyRange* ranges,
-                 const WeightShape<T>& shape, const RowState<T>& state, void* weights,
+                 const WeightShape<T>& given, const RowState<T>& state, void* weights,
                  int64_t stride) {
   // Half operands come in pairs of up to 32 keys.
-  constexpr int64_t kMultiple = std::is_same_v<Weights, HalfWeights> ? 32 : lanes<T>();
+  constexpr int64_t kMultiple = std::is_same_v<Weights, HalfWeights> ? kHalfDepth : lanes<T>();
   auto* out = static_cast<typename Weights::Element*>(weights);
+  const WeightShape<T> shape = without_zero_scale(s, rows, key_count, ranges, given);
   if (shape.slope != 0) {
     weight_rows<T, Weights, kKind, true>(s, rows, key_count, ranges, shape, state, out, stride,
                                          kMultiple);
@@ -202,18 +180,54 @@ void weight_tile(Block<T> s, int64_t rows, int64_t key_count, const KeyRange* ra
   }
 }
 
-void add_weight_parts(TileKernels<float>& f, TileKernels<double>& d) {
-  constexpr auto kSoftmax = WeightKind::softmax, kSigmoid = WeightKind::sigmoid;
-  f.weights[0] = weight_tile<float, WideWeights<float>, kSoftmax>;
-  f.weights[1] = weight_tile<float, WideWeights<float>, kSigmoid>;
-  d.weights[0] = weight_tile<double, WideWeights<double>, kSoftmax>;
-  d.weights[1] = weight_tile<double, WideWeights<double>, kSigmoid>;
+template <class T>
+void second_weights(Block<const T> weights, Block<T> t, int64_t rows, int64_t key_count,
+                    const KeyRange* ranges, const T* carry, T* sum) {
+  const Full<T> d;
+  for (int64_t r = 0; r < rows; ++r) {
+    const KeyRange range = range_of(ranges, r, key_count);
+    const T* w = weights.row(r);
+    T* out = t.row(r);
+    hn::Vec<Full<T>> total[2] = {hn::Zero(d), hn::Zero(d)};
+    // A masked key has weight 0, whatever it makes of t.
+    const auto product = [&](int64_t m) HWY_ATTR {
+      const auto p = hn::LoadU(d, w + m);
+      return hn::IfThenZeroElse(hn::Eq(p, hn::Zero(d)), hn::Mul(p, hn::LoadU(d, out + m)));
+    };
+    if (!range.empty()) {
+      for_visible<T>(
+          range,
+          [&](int64_t m, auto parity) HWY_ATTR {
+            const auto x = product(m);
+            total[parity] = hn::Add(total[parity], x);
+            hn::StoreU(x, d, out + m);
+          },
+          [&](int64_t m, hn::Mask<Full<T>> seen) HWY_ATTR {
+            const auto x = hn::IfThenElseZero(seen, product(m));
+            total[0] = hn::Add(total[0], x);
+            hn::StoreU(x, d, out + m);
+          });
+    }
+    clear_outside<T>(out, range, round_up(key_count, lanes<T>()));
+    sum[r] = carry[r] * sum[r] + hn::GetLane(hn::SumOfLanes(d, hn::Add(total[0], total[1])));
+  }
 }
 
-void add_half_weight_parts(TileKernels<float>& f) {
-  f.weights[0] = weight_tile<float, HalfWeights, WeightKind::softmax>;
-  f.weights[1] = weight_tile<float, HalfWeights, WeightKind::sigmoid>;
+template <class T, class Weights>
+void add_weights(TileKernels<T>& k) {
+  k.weights[0] = weight_tile<T, Weights, WeightKind::softmax>;
+  k.weights[1] = weight_tile<T, Weights, WeightKind::sigmoid>;
+  k.weights[2] = weight_tile<T, Weights, WeightKind::polynomial>;
 }
+
+void add_weight_parts(TileKernels<float>& f, TileKernels<double>& d) {
+  add_weights<float, WideWeights<float>>(f);
+  add_weights<double, WideWeights<double>>(d);
+  f.second_weights = second_weights<float>;
+  d.second_weights = second_weights<double>;
+}
+
+void add_half_weight_parts(TileKernels<float>& f) { add_weights<float, HalfWeights>(f); }
 
 }  // namespace heed::kernels::HWY_NAMESPACE
 HWY_AFTER_NAMESPACE();
