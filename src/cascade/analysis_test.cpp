@@ -141,5 +141,17 @@ TEST(Counts, AdditionsFuseWithProductsAndOperationsStandOutsideTheLoopsTheyDoNot
   EXPECT_EQ(one("out X[p] = A[p,0]").reads.text(), "p");
 }
 
+TEST(Counts, AdditionsWithoutAProductAreToldApart) {
+  const auto rows = count(parse_file(kFolder + "softmax.cascade"));
+  EXPECT_EQ(row(rows, "S").additions.text(), "0");
+  EXPECT_EQ(row(rows, "SN").additions.text(), "b*h*m*p");
+  EXPECT_EQ(row(rows, "SD").additions.text(), "b*h*m*p");
+  EXPECT_EQ(row(rows, "O").additions.text(), "0");
+  const std::string head = "cascade t\nrank p m\nin A[p,m] B[p]\n";
+  const auto one = [&](const std::string& line) { return count(parse(head + line)).at(0); };
+  EXPECT_EQ(one("out X[p,m] = A[p,m] * B[p] + A[p,m]").additions.text(), "0");
+  EXPECT_EQ(one("out X[p] = B[p] + sum A[p,m]").additions.text(), "m*p + p");
+}
+
 }  // namespace
 }  // namespace heed::cascade

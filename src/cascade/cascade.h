@@ -86,6 +86,7 @@ struct StatementCount {
   std::string tensor;
   int line = 0;
   Polynomial multiply_adds, exponentials, divisions, maxima, other;
+  Polynomial additions;      // the multiply-adds among them that have no product
   Polynomial reads, writes;  // elements
   Polynomial live_after;     // elements alive between this statement and the next
 };

@@ -87,6 +87,11 @@ class Counter {
 
   void count(Polynomial& to, RankSet ranks) const { to.terms[names(ranks)] += 1; }
 
+  void addition(StatementCount& row, RankSet ranks) const {
+    count(row.multiply_adds, ranks);
+    count(row.additions, ranks);
+  }
+
   Polynomial tensor_size(const TensorInfo& info) const {
     Polynomial size;
     if (info.scalar) return size;
@@ -117,7 +122,7 @@ class Counter {
       if (t > 0 && products > 0) {
         --products;
       } else if (t > 0) {
-        count(row.multiply_adds, e.left_set);
+        addition(row, e.left_set);
       }
       reads(term, seen, row);
     }
@@ -132,14 +137,16 @@ class Counter {
       if (!varies[i] || n.args.empty()) continue;
       open[i] = n.op == Op::multiply;
       const bool sum = n.op == Op::add || n.op == Op::subtract;
-      if (!sum || !fuse(term, n, open)) count(counter(n.op, row), n.ranks);
+      if (sum && fuse(term, n, open)) continue;
+      count(counter(n.op, row), n.ranks);
+      if (sum) count(row.additions, n.ranks);
     }
     const size_t root = static_cast<size_t>(term.root);
     if (term.reduced.empty()) return open[root];
     if (term.reduce != Reduce::sum) {
       count(row.maxima, term.nodes[root].ranks);
     } else if (!open[root]) {
-      count(row.multiply_adds, term.nodes[root].ranks);
+      addition(row, term.nodes[root].ranks);
     }
     return false;
   }
