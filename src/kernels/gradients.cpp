@@ -51,11 +51,13 @@ struct Gradient {
 template <class T, class Body>
 HWY_INLINE void for_unmasked(const T* s, KeyRange range, Body&& body) {
   const Full<T> d;
-  const auto masked = hn::Set(d, kMinusInfinity<T>);
+  // Not Ne: Highway's is false for NaN on x86.
+  const auto masked = [&](int64_t m) HWY_ATTR {
+    return hn::Eq(hn::LoadU(d, s + m), hn::Set(d, kMinusInfinity<T>));
+  };
   for_visible<T>(
-      range, [&](int64_t m, auto) HWY_ATTR { body(m, hn::Ne(hn::LoadU(d, s + m), masked)); },
-      [&](int64_t m, hn::Mask<Full<T>> seen)
-          HWY_ATTR { body(m, hn::And(seen, hn::Ne(hn::LoadU(d, s + m), masked))); });
+      range, [&](int64_t m, auto) HWY_ATTR { body(m, hn::Not(masked(m))); },
+      [&](int64_t m, hn::Mask<Full<T>> seen) HWY_ATTR { body(m, hn::AndNot(masked(m), seen)); });
 }
 
 template <class T, WeightKind kKind, bool kAlibi>

@@ -128,7 +128,8 @@ struct TileKernels {
   /// Backward. s holds raw scores and becomes W (softmax: 2^(t - pivot[r]), an infinite pivot: all 0),
   /// dp becomes dS in natural units of the shaped score: softmax W (dp + shift[r]); sigmoid
   /// W (1 - W) dp; polynomial W' (dp + shift[r]) with the derivative W'. Both exactly 0 outside the
-  /// ranges, where s is -inf whatever dp is, and in the padding columns.
+  /// ranges, where s is -inf whatever dp is, and in the padding columns (half_operands: those of the
+  /// rounded operands).
   void (*gradients[kWeightKinds])(Block<T> s, Block<T> dp, int64_t rows, int64_t key_count,
                                   const KeyRange* ranges, const WeightShape<T>& shape,
                                   const T* pivot, const T* shift) = {};

@@ -1,106 +1,11 @@
 // Every part of the tile kernels against plain loops in double, on every instruction set this machine
 // has, and the matrix-tile loops on an emulated unit wherever there is none.
-#include "kernels/tile.h"
+#include "kernels/tile_test.h"
 
 #include <gtest/gtest.h>
 
-#include <cmath>
-#include <cstring>
-#include <limits>
-#include <random>
-#include <vector>
-
-#include "kernels/amx_products.h"
-#include "kernels/amx_tiles.h"
-#include "kernels/parts.h"
-
 namespace heed::kernels {
 namespace {
-
-constexpr float kNaN = std::numeric_limits<float>::quiet_NaN();
-constexpr float kInf = std::numeric_limits<float>::infinity();
-
-template <class T>
-DType dtype_of() {
-  return sizeof(T) == 8 ? DType::f64 : DType::f32;
-}
-
-// Rows of random numbers of any type at a stride, with their exact values.
-struct Matrix {
-  Matrix(DType type, int64_t rows, int64_t columns, int64_t row_stride, uint32_t seed)
-      : storage(type, {std::max<int64_t>(rows, 1), row_stride}),
-        stride(row_stride),
-        width(columns) {
-    std::mt19937 generator(seed);
-    std::normal_distribution<double> normal;
-    Array wide(DType::f64, storage.shape());
-    for (int64_t i = 0; i < wide.count(); ++i) wide.as<double>()[i] = normal(generator);
-    copy(wide, storage);
-    copy(storage, wide);
-    exact.assign(wide.as<double>(), wide.as<double>() + wide.count());
-    count = rows;
-  }
-  Rows rows() const { return {storage.view().data(), storage.dtype(), stride, count, width}; }
-  double at(int64_t r, int64_t c) const { return exact[static_cast<size_t>(r * stride + c)]; }
-
-  Array storage;
-  int64_t stride, width, count = 0;
-  std::vector<double> exact;
-};
-
-template <class T>
-struct Buffer {
-  Buffer(int64_t rows, int64_t stride_elements, T fill = T{})
-      : memory(static_cast<size_t>(rows * stride_elements), fill), stride(stride_elements) {}
-  Block<T> block() { return {memory.data(), stride}; }
-  std::vector<T> memory;
-  int64_t stride;
-};
-
-struct Sizes {
-  int64_t rows, keys, width, value_width;
-};
-const Sizes kSizes[] = {{1, 1, 1, 1},      {5, 7, 3, 2},      {24, 64, 64, 64},
-                        {23, 63, 65, 33},  {48, 129, 80, 80}, {7, 200, 31, 100},
-                        {32, 96, 17, 128}, {13, 40, 256, 255}};
-
-template <class T>
-std::vector<const TileKernels<T>*> tables() {
-  std::vector<const TileKernels<T>*> all;
-  for (Isa isa : available_isas()) {
-    if (isa != Isa::amx) all.push_back(&tile_kernels<T>(isa));
-    if constexpr (sizeof(T) == 4) {
-      if (const auto* half = half_tile_kernels(isa)) all.push_back(half);
-    }
-  }
-  return all;
-}
-
-// bfloat16 packing and weights with products on the emulated tile unit.
-TileKernels<float> emulated_tile_table() {
-  TileKernels<float> table = tile_kernels<float>(Isa::portable);
-  table.name = "emulated tiles";
-  add_half_pack_parts(Isa::portable, table);
-  add_half_weight_parts(Isa::portable, table);
-  use_tile_unit<EmulatedTiles>(table);
-  return table;
-}
-
-std::vector<KeyRange> slanted_ranges(int64_t rows, int64_t keys) {
-  std::vector<KeyRange> ranges;
-  for (int64_t r = 0; r < rows; ++r) {
-    const int64_t begin = std::min(keys, r / 2), end = std::min(keys, 3 + 2 * r);
-    ranges.push_back({static_cast<int32_t>(begin), static_cast<int32_t>(end)});
-    if (r % 7 == 5) ranges.back() = {0, 0};
-  }
-  return ranges;
-}
-
-bool sees(const std::vector<KeyRange>* ranges, int64_t r, int64_t m) {
-  if (ranges == nullptr) return true;
-  const KeyRange range = (*ranges)[static_cast<size_t>(r)];
-  return m >= range.begin && m < range.end;
-}
 
 template <class T>
 void check_scores(const TileKernels<T>& k, const Sizes& n, DType type,
@@ -133,13 +38,6 @@ void check_scores(const TileKernels<T>& k, const Sizes& n, DType type,
 }
 
 template <class T>
-std::vector<DType> input_types(const TileKernels<T>& k) {
-  if (sizeof(T) == 8) return {DType::f64};
-  if (k.half_operands) return {DType::bf16};
-  return {DType::f32, DType::bf16, DType::f16};
-}
-
-template <class T>
 void check_all_scores(const TileKernels<T>& k) {
   for (const Sizes& n : kSizes) {
     const auto ranges = slanted_ranges(n.rows, n.keys);
@@ -158,96 +56,108 @@ TEST(TileScores, Double) {
 }
 TEST(TileScores, EmulatedTileUnit) { check_all_scores(emulated_tile_table()); }
 
-// Weights as the second product reads them.
-template <class T>
-double weight_at(const TileKernels<T>& k, const std::vector<std::byte>& weights, int64_t stride,
-                 int64_t r, int64_t m) {
-  if (k.half_operands) {
-    bfloat16 x;
-    std::memcpy(&x, weights.data() + (r * stride + m) * 2, 2);
-    return to_float(x);
-  }
-  T x;
-  std::memcpy(&x, weights.data() + (r * stride + m) * static_cast<int64_t>(sizeof(T)), sizeof(T));
-  return x;
-}
-
 struct Statistics {
-  double pivot = -kInf, sum = 0;
+  double pivot = -kInf, sum = 0, carry = 1;
 };
 
+struct WeightCase {
+  WeightKind kind;
+  bool masked;  // some scores are -inf, row 3 as a whole
+  int64_t rows, keys;
+};
+
+// One row's weights and statistics in double; `before` are those of the tiles so far.
 template <class T>
-void check_weights(const TileKernels<T>& k, WeightKind kind, const WeightShape<T>& shape,
-                   const std::vector<KeyRange>* ranges, int64_t rows, int64_t keys) {
-  const int64_t stride = round_up(keys, 64) + 16, padded = round_up(keys, k.key_multiple);
-  const Matrix scores(dtype_of<T>(), rows, keys, stride, 7);
-  std::vector<std::byte> weights(static_cast<size_t>(rows * stride) * sizeof(T));
-  std::vector<T> pivot(static_cast<size_t>(rows), static_cast<T>(-kInf)), sum(pivot.size(), 0),
+std::vector<double> expected_weights(WeightKind kind, const WeightShape<T>& shape, const T* s,
+                                     int64_t r, const std::vector<bool>& seen, Statistics& row) {
+  std::vector<double> t(seen.size(), -kInf), p(seen.size(), 0);
+  const double before = row.pivot;
+  for (size_t m = 0; m < t.size(); ++m) {
+    if (seen[m]) t[m] = shaped(shape, s, r, static_cast<int64_t>(m));
+    row.pivot = std::max(row.pivot, t[m]);
+  }
+  row.carry = 1;
+  if (kind == WeightKind::softmax && before != -kInf) row.carry = std::exp2(before - row.pivot);
+  row.sum *= row.carry;
+  for (size_t m = 0; m < t.size(); ++m) {
+    if (t[m] != -kInf) p[m] = weight_of(kind, shape.order, t[m], row.pivot);
+    row.sum += p[m];
+  }
+  return p;
+}
+
+template <class T>
+void check_weights(const TileKernels<T>& k, const WeightCase& n, const WeightShape<T>& shape,
+                   const std::vector<KeyRange>* ranges) {
+  const int64_t stride = round_up(n.keys, 64) + 16, padded = round_up(n.keys, k.key_multiple);
+  const Matrix scores(dtype_of<T>(), n.rows, n.keys, stride, 7);
+  std::vector<std::byte> weights(static_cast<size_t>(n.rows * stride) * sizeof(T));
+  std::vector<T> pivot(static_cast<size_t>(n.rows), static_cast<T>(-kInf)), sum(pivot.size(), 0),
       carry(pivot.size(), 9);
   std::vector<Statistics> want(pivot.size());
   const double unit = k.half_operands ? 0x1p-8 : sizeof(T) == 8 ? 1e-13 : 4e-7;
   for (int pass = 0; pass < 2; ++pass) {  // the second pass carries statistics along
-    Buffer<T> s(rows, stride);
-    for (size_t i = 0; i < s.memory.size(); ++i) {
-      s.memory[i] = static_cast<T>(scores.exact[i] * (1 + 3 * pass));
+    Buffer<T> s(n.rows, stride), given(n.rows, stride);
+    for (int64_t r = 0; r < n.rows; ++r) {
+      for (int64_t m = 0; m < stride; ++m) {
+        s.block().row(r)[m] = static_cast<T>(
+            n.masked && is_masked(r, m) ? -kInf : scores.exact[r * stride + m] * (1 + 3 * pass));
+      }
     }
+    given.memory = s.memory;
     std::memset(weights.data(), 0xff, weights.size());
-    k.weights[static_cast<int>(kind)](s.block(), rows, keys, ranges ? ranges->data() : nullptr,
-                                      shape, {pivot.data(), sum.data(), carry.data()},
-                                      weights.data(), stride);
-    for (int64_t r = 0; r < rows; ++r) {
+    k.weights[static_cast<int>(n.kind)](
+        s.block(), n.rows, n.keys, ranges ? ranges->data() : nullptr, shape,
+        {pivot.data(), sum.data(), carry.data()}, weights.data(), stride);
+    for (int64_t r = 0; r < n.rows; ++r) {
       const auto row = static_cast<size_t>(r);
-      const auto t = [&](int64_t m) {
-        return double{s.block().row(r)[m]} * shape.scale + shape.bias -
-               shape.slope * std::abs(static_cast<double>(shape.distance + r - m));
-      };
-      const double before = want[row].pivot;
-      bool any = false;
-      for (int64_t m = 0; m < keys; ++m) {
-        if (!sees(ranges, r, m)) continue;
-        want[row].pivot = std::max(want[row].pivot, t(m));
-        any = true;
-      }
-      const double factor = before == -kInf ? 1 : std::exp2(before - want[row].pivot);
-      if (kind == WeightKind::softmax) {
-        want[row].sum *= factor;
-        ASSERT_NEAR(carry[row], any ? factor : 1, 1e-5) << k.name;
-      }
+      std::vector<bool> seen(static_cast<size_t>(n.keys));
+      for (int64_t m = 0; m < n.keys; ++m) seen[static_cast<size_t>(m)] = sees(ranges, r, m);
+      const auto p = expected_weights<T>(n.kind, shape, given.block().row(r), r, seen, want[row]);
       for (int64_t m = 0; m < padded; ++m) {
         const double got = weight_at(k, weights, stride, r, m);
-        if (m >= keys || !sees(ranges, r, m)) {
-          ASSERT_EQ(got, 0) << k.name << " row " << r << " key " << m;
-          continue;
-        }
-        const double p = kind == WeightKind::softmax ? std::exp2(t(m) - want[row].pivot)
-                                                     : 1 / (1 + std::exp2(-t(m)));
-        // The exponent is rounded where scores, bias, distances and pivot meet.
-        const double magnitude = 4 + std::abs(t(m)) + 2 * std::abs(shape.bias) +
-                                 (kind == WeightKind::softmax ? std::abs(want[row].pivot) : 0) +
-                                 2 * shape.slope * std::abs(double(shape.distance + r - m));
-        ASSERT_NEAR(got, p, unit * p * magnitude + 1e-30) << k.name << " row " << r;
-        want[row].sum += p;
+        const double expected = m < n.keys ? p[static_cast<size_t>(m)] : 0;
+        const double bound = expected == 0
+                                 ? 0
+                                 : unit * weight_magnitude(n.kind, shape, given.block().row(r), r,
+                                                           m, expected, want[row].pivot);
+        ASSERT_NEAR(got, expected, bound) << k.name << " row " << r << " key " << m;
       }
-      if (kind == WeightKind::softmax) {
-        ASSERT_NEAR(sum[row], want[row].sum, 1e-5 * (1 + want[row].sum)) << k.name;
+      if (n.kind == WeightKind::sigmoid) continue;
+      if (n.kind == WeightKind::softmax) {
+        ASSERT_TRUE(std::abs(pivot[row] - want[row].pivot) < 1e-5 || pivot[row] == want[row].pivot)
+            << k.name << " row " << r;
       }
+      ASSERT_NEAR(carry[row], want[row].carry, 1e-5) << k.name << " row " << r;
+      ASSERT_NEAR(sum[row], want[row].sum, 1e-5 * (1 + std::abs(want[row].sum))) << k.name;
     }
   }
 }
 
 template <class T>
 void check_all_weights(const TileKernels<T>& k) {
+  const WeightShape<T> softmax[] = {
+      {.scale = T(1.3)}, {.scale = T(1.3), .slope = T(0.2), .distance = 4}, {.scale = 0}};
+  const WeightShape<T> sigmoid[] = {{.scale = T(0.9), .bias = -3},
+                                    {.scale = T(0.9), .bias = -3, .slope = T(0.1), .distance = -6},
+                                    {.scale = 0, .bias = -3}};
+  const WeightShape<T> polynomial[] = {{.scale = T(0.4), .order = 3},
+                                       {.scale = T(0.4), .order = 2, .slope = T(0.1)},
+                                       {.scale = T(0.4), .order = 1},
+                                       {.scale = T(0.4), .order = 0},
+                                       {.scale = 0, .order = 2}};
   for (int64_t rows : {1, 7, 30}) {
     for (int64_t keys : {1, 5, 16, 31, 64, 200}) {
       const auto ranges = slanted_ranges(rows, keys);
-      for (const auto* mask : {static_cast<const std::vector<KeyRange>*>(nullptr), &ranges}) {
-        check_weights<T>(k, WeightKind::softmax, {.scale = T(1.3)}, mask, rows, keys);
-        check_weights<T>(k, WeightKind::softmax, {.scale = T(1.3), .slope = T(0.2), .distance = 4},
-                         mask, rows, keys);
-        check_weights<T>(k, WeightKind::sigmoid, {.scale = T(0.9), .bias = -3}, mask, rows, keys);
-        check_weights<T>(k, WeightKind::sigmoid,
-                         {.scale = T(0.9), .bias = -3, .slope = T(0.1), .distance = -6}, mask, rows,
-                         keys);
+      for (const auto* range : {static_cast<const std::vector<KeyRange>*>(nullptr), &ranges}) {
+        for (bool masked : {false, true}) {
+          WeightCase n{WeightKind::softmax, masked, rows, keys};
+          for (const auto& shape : softmax) check_weights<T>(k, n, shape, range);
+          n.kind = WeightKind::sigmoid;
+          for (const auto& shape : sigmoid) check_weights<T>(k, n, shape, range);
+          n.kind = WeightKind::polynomial;
+          for (const auto& shape : polynomial) check_weights<T>(k, n, shape, range);
+        }
       }
     }
   }
@@ -297,9 +207,38 @@ TEST(TileWeights, ExtremesStayDefinedAndNaNIsNotHidden) {
   for (const auto* k : tables<double>()) check_extreme_weights(*k);
 }
 
+// A NaN that a row sees is in the row's sum, wherever it lies and whatever lies beside it.
+template <class T>
+void check_nan_rows(const TileKernels<T>& k) {
+  const int64_t keys = 75;
+  for (double beside : {0.5, -double{kInf}, double{kInf}}) {
+    for (int64_t at : {0, 3, 16, 37, 64, 74}) {
+      for (T slope : {T(0), T(0.1)}) {
+        Buffer<T> s(2, 96, static_cast<T>(beside));
+        s.block().row(0)[at] = static_cast<T>(kNaN);
+        std::vector<T> pivot(2, static_cast<T>(-kInf)), sum(2, 0), carry(2, 1);
+        std::vector<std::byte> weights(2 * 96 * sizeof(T));
+        for (int kind = 0; kind < kWeightKinds; ++kind) {
+          k.weights[kind](s.block(), 2, keys, nullptr, {.order = 2, .slope = slope},
+                          {pivot.data(), sum.data(), carry.data()}, weights.data(), 96);
+          EXPECT_TRUE(std::isnan(weight_at(k, weights, 96, 0, at))) << k.name << " kind " << kind;
+          if (kind != 0) continue;
+          EXPECT_TRUE(std::isnan(sum[0])) << k.name << " at " << at << " beside " << beside;
+          EXPECT_EQ(std::isnan(sum[1]), beside == double{kInf}) << k.name;
+        }
+      }
+    }
+  }
+}
+
+TEST(TileWeights, NaNReachesTheSumOfItsRow) {
+  for (const auto* k : tables<float>()) check_nan_rows(*k);
+  for (const auto* k : tables<double>()) check_nan_rows(*k);
+}
+
 template <class T>
 void check_sums(const TileKernels<T>& k, const Sizes& n, DType type,
-                const std::vector<KeyRange>* ranges) {
+                const std::vector<KeyRange>* ranges, bool carried) {
   const Matrix v(type, n.keys, n.value_width, n.value_width + 1, 3);
   const int64_t rows = round_up(n.rows, k.row_multiple), stride = round_up(n.keys, 64) + 16;
   const int64_t padded = round_up(n.value_width, k.dim_multiple);
@@ -314,12 +253,13 @@ void check_sums(const TileKernels<T>& k, const Sizes& n, DType type,
       std::memset(at, 0, size_of(weights.dtype()));
     }
   }
-  std::vector<T> carry(static_cast<size_t>(rows));
-  for (size_t r = 0; r < carry.size(); ++r) carry[r] = static_cast<T>(r % 3 == 0 ? 1 : 0.5);
+  std::vector<T> carry(static_cast<size_t>(rows), 1);
+  for (size_t r = 0; carried && r < carry.size(); ++r) carry[r] = static_cast<T>(r % 3 ? 0.5 : 1);
   std::vector<std::byte> values(static_cast<size_t>(k.value_bytes(n.keys, n.value_width)) + 64);
   EXPECT_TRUE(k.pack_values(v.rows(), values.data())) << k.name;
   k.accumulate(weights.view().data(), stride, n.rows, values.data(), n.keys, n.value_width,
-               ranges ? ranges->data() : nullptr, carry.data(), {out.as<T>(), padded});
+               ranges ? ranges->data() : nullptr, carried ? carry.data() : nullptr,
+               {out.as<T>(), padded});
   const double unit = sizeof(T) == 8 ? 1e-14 : 1e-6;
   for (int64_t r = 0; r < n.rows; ++r) {
     for (int64_t f = 0; f < n.value_width; ++f) {
@@ -341,8 +281,10 @@ void check_all_sums(const TileKernels<T>& k) {
   for (const Sizes& n : kSizes) {
     const auto ranges = slanted_ranges(n.rows, n.keys);
     for (DType type : input_types(k)) {
-      check_sums<T>(k, n, type, nullptr);
-      check_sums<T>(k, n, type, &ranges);
+      for (bool carried : {true, false}) {
+        check_sums<T>(k, n, type, nullptr, carried);
+        check_sums<T>(k, n, type, &ranges, carried);
+      }
     }
   }
 }

@@ -126,15 +126,19 @@ HWY_INLINE void polynomial_row(const ShapedRow<T, kAlibi>& row, KeyRange range, 
                                typename Weights::Element* out) {
   const Full<T> d;
   auto total = hn::Zero(d);
-  const auto add = [&](int64_t m, auto seen) HWY_ATTR {
+  const auto weights = [&](int64_t m) HWY_ATTR {
     const auto score = hn::LoadU(d, row.s + m);
-    const auto unmasked = hn::And(seen, hn::Ne(score, hn::Set(d, kMinusInfinity<T>)));
-    const auto p = hn::IfThenElseZero(unmasked, taylor<T>(d, row.shape(score, m), order));
+    const auto masked = hn::Eq(score, hn::Set(d, kMinusInfinity<T>));
+    return hn::IfThenZeroElse(masked, taylor<T>(d, row.shape(score, m), order));
+  };
+  const auto add = [&](hn::Vec<Full<T>> p, int64_t m) HWY_ATTR {
     total = hn::Add(total, p);
     Weights::store(p, out + m);
   };
-  const auto all = hn::FirstN(d, hn::MaxLanes(d));
-  for_visible<T>(range, [&](int64_t m, auto) HWY_ATTR { add(m, all); }, add);
+  for_visible<T>(
+      range, [&](int64_t m, auto) HWY_ATTR { add(weights(m), m); },
+      [&](int64_t m, hn::Mask<Full<T>> seen)
+          HWY_ATTR { add(hn::IfThenElseZero(seen, weights(m)), m); });
   sum += hn::GetLane(hn::SumOfLanes(d, total));
 }
 
