@@ -88,7 +88,16 @@ TilePlan TilePlan::of_rows(std::vector<int64_t> rows) const {
   return plan;
 }
 
+TilePlan TilePlan::of_intervals(std::vector<Interval> intervals, int64_t rows_each, int64_t queries,
+                                int64_t keys) {
+  TilePlan plan(queries, keys);
+  plan.intervals_ = std::make_shared<const std::vector<Interval>>(std::move(intervals));
+  plan.rows_each_ = rows_each;
+  return plan;
+}
+
 Interval TilePlan::row(int64_t i) const {
+  if (intervals_) return (*intervals_)[static_cast<size_t>(i / rows_each_)];
   const int64_t at = position(i);
   return {std::max<int64_t>(0, at - left_), std::min(limit_, at + right_ + 1)};
 }

@@ -29,6 +29,9 @@ class TilePlan {
                                             int64_t queries, int64_t capacity);
   /// The plan of some of the rows: row i of the result is row rows[i] of this plan. Increasing.
   TilePlan of_rows(std::vector<int64_t> rows) const;
+  /// Row i sees intervals[i / rows_each], whose ends never decrease.
+  static TilePlan of_intervals(std::vector<Interval> intervals, int64_t rows_each, int64_t queries,
+                               int64_t keys);
 
   Interval row(int64_t i) const;
   /// What rows [begin, end) see together.
@@ -54,6 +57,8 @@ class TilePlan {
   int64_t left_ = 0, right_ = 0;  // clamped to queries + keys, which is open
   int64_t offset_ = 0, limit_ = 0;
   std::shared_ptr<const std::vector<int64_t>> rows_;
+  std::shared_ptr<const std::vector<Interval>> intervals_;
+  int64_t rows_each_ = 1;  // that share an interval
 };
 
 }  // namespace heed::tiled

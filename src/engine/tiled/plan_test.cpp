@@ -86,6 +86,19 @@ TEST(TilePlan, DecodingAlignsToTheLength) {
   }
 }
 
+TEST(TilePlan, GivenIntervals) {
+  const TilePlan plan = TilePlan::of_intervals({{0, 3}, {0, 5}, {4, 9}}, 2, 5, 9);
+  EXPECT_EQ(plan.queries(), 5);
+  EXPECT_EQ(plan.row(1).end, 3);
+  EXPECT_EQ(plan.row(2).end, 5);
+  EXPECT_EQ(plan.row(4).begin, 4);
+  EXPECT_EQ(plan.rows(1, 5).begin, 0);
+  EXPECT_EQ(plan.rows(1, 5).end, 9);
+  EXPECT_TRUE(plan.covers(0, 4, {0, 3}));
+  EXPECT_FALSE(plan.covers(0, 5, {0, 3}));
+  EXPECT_EQ(plan.visible_pairs(), 2 * 3 + 2 * 5 + 5);
+}
+
 TEST(TilePlan, ErrorsNameTheArgument) {
   const auto message = [](const Masks& masks) -> std::string {
     try {
