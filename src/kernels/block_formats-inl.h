@@ -5,8 +5,6 @@
 // Format::decode(block, scales, sums) calls sums.add(w0, k0, w1, k1) with vectors of weights that begin
 // at columns k0 and k1 of the block, until every column was given once. `scales` is the pair of
 // float16 values at the start of the block as float32 where kPairs says that there is one.
-#include <hwy/highway.h>
-
 #if defined(HEED_BLOCK_FORMATS_INL_H_) == defined(HWY_TARGET_TOGGLE)
 #ifdef HEED_BLOCK_FORMATS_INL_H_
 #undef HEED_BLOCK_FORMATS_INL_H_
@@ -14,29 +12,31 @@
 #define HEED_BLOCK_FORMATS_INL_H_
 #endif
 
+#include <hwy/highway.h>
+
 #include <cstdint>
 #include <cstring>
 
+#include "kernels/vector-inl.h"
+
 HWY_BEFORE_NAMESPACE();
-namespace heed::HWY_NAMESPACE {
+namespace heed::kernels::HWY_NAMESPACE {
 namespace {
 
 namespace hn = hwy::HWY_NAMESPACE;
 
-using D = hn::CappedTag<float, 16>;
+using D = Full<float>;
 using DI = hn::RebindToSigned<D>;
 using DU = hn::RebindToUnsigned<D>;
 using V = hn::Vec<D>;
 using VI = hn::Vec<DI>;
-constexpr int kLanes = static_cast<int>(HWY_MIN(HWY_LANES(float), 16));
+constexpr int kLanes = static_cast<int>(lanes<float>());
 // Blocks whose scales are converted together, a multiple of the lanes.
 constexpr int64_t kScaledBlocks = 32;
 
 HWY_INLINE float load_f16(const uint8_t* p) {
-  const hn::CappedTag<float, 1> one;
-  const auto half = hn::LoadU(hn::Rebind<hwy::float16_t, decltype(one)>(),
-                              reinterpret_cast<const hwy::float16_t*>(p));
-  return hn::GetLane(hn::PromoteTo(one, half));
+  return hn::GetLane(
+      Load<float, float16>::full(hn::CappedTag<float, 1>(), reinterpret_cast<const float16*>(p)));
 }
 
 // The float16 pairs (scale, minimum) at the start of `count` blocks, `stride` bytes apart, as float32.
@@ -45,9 +45,8 @@ HWY_INLINE void load_pairs(const uint8_t* blocks, int64_t stride, int64_t count,
   HWY_ALIGN uint16_t raw[2 * kScaledBlocks];
   for (int64_t b = 0; b < count; ++b) std::memcpy(raw + 2 * b, blocks + b * stride, 4);
   for (int64_t i = 0; i < 2 * count; i += kLanes) {
-    const auto half = hn::LoadU(hn::Rebind<hwy::float16_t, D>(),
-                                reinterpret_cast<const hwy::float16_t*>(raw + i));
-    hn::StoreU(hn::PromoteTo(D(), half), D(), to + i);
+    hn::StoreU(Load<float, float16>::full(D(), reinterpret_cast<const float16*>(raw + i)), D(),
+               to + i);
   }
 }
 
@@ -99,8 +98,7 @@ struct F16 {
   static constexpr bool kPairs = false;
   static constexpr int64_t kWeights = 32, kBytes = 64;
   static HWY_INLINE V load(const uint8_t* p) {
-    return hn::PromoteTo(D(), hn::LoadU(hn::Rebind<hwy::float16_t, D>(),
-                                        reinterpret_cast<const hwy::float16_t*>(p)));
+    return Load<float, float16>::full(D(), reinterpret_cast<const float16*>(p));
   }
   template <class Sums>
   static HWY_INLINE void decode(const uint8_t* block, const float* /*scales*/, Sums& sums) {
@@ -116,8 +114,7 @@ struct BF16 {
   static constexpr bool kPairs = false;
   static constexpr int64_t kWeights = 32, kBytes = 64;
   static HWY_INLINE V load(const uint8_t* p) {
-    const auto bits = hn::LoadU(hn::Rebind<uint16_t, D>(), reinterpret_cast<const uint16_t*>(p));
-    return hn::BitCast(D(), hn::ShiftLeft<16>(hn::PromoteTo(DU(), bits)));
+    return Load<float, bfloat16>::full(D(), reinterpret_cast<const bfloat16*>(p));
   }
   template <class Sums>
   static HWY_INLINE void decode(const uint8_t* block, const float* /*scales*/, Sums& sums) {
@@ -317,7 +314,7 @@ struct Q6_K {
 };
 
 }  // namespace
-}  // namespace heed::HWY_NAMESPACE
+}  // namespace heed::kernels::HWY_NAMESPACE
 HWY_AFTER_NAMESPACE();
 
 #endif  // HEED_BLOCK_FORMATS_INL_H_

@@ -18,7 +18,7 @@
 #include "kernels/block_formats-inl.h"
 
 HWY_BEFORE_NAMESPACE();
-namespace heed::HWY_NAMESPACE {
+namespace heed::kernels::HWY_NAMESPACE {
 namespace {
 
 namespace hn = hwy::HWY_NAMESPACE;
@@ -148,7 +148,7 @@ auto row_kernels() {
                     rows_of<Q4_K>, rows_of<Q5_K>, rows_of<Q6_K>};
 }
 
-}  // namespace heed::HWY_NAMESPACE
+}  // namespace heed::kernels::HWY_NAMESPACE
 HWY_AFTER_NAMESPACE();
 
 #if HWY_ONCE
@@ -179,12 +179,12 @@ using RowKernels = std::array<void (*)(const uint8_t*, int64_t, int64_t, const f
 
 const RowKernels& row_kernels_for(Isa isa) {
 #if HWY_ARCH_X86
-  static const RowKernels avx512 = N_AVX3::row_kernels();
-  static const RowKernels avx2 = N_AVX2::row_kernels();
+  static const RowKernels avx512 = kernels::N_AVX3::row_kernels();
+  static const RowKernels avx2 = kernels::N_AVX2::row_kernels();
   if (isa >= Isa::avx512) return avx512;
   if (isa == Isa::avx2) return avx2;
 #endif
-  static const RowKernels portable = HWY_STATIC_DISPATCH(row_kernels)();
+  static const RowKernels portable = kernels::HWY_STATIC_DISPATCH(row_kernels)();
   return portable;
 }
 

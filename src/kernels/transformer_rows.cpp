@@ -36,48 +36,32 @@ struct TransformerKernels {
 #include <hwy/contrib/math/math-inl.h>
 #include <hwy/highway.h>
 
+#include "kernels/vector-inl.h"
+
 HWY_BEFORE_NAMESPACE();
-namespace heed::HWY_NAMESPACE {
+namespace heed::kernels::HWY_NAMESPACE {
 namespace {
 
 namespace hn = hwy::HWY_NAMESPACE;
 
-using D = hn::CappedTag<float, 16>;
-using DI = hn::RebindToSigned<D>;
+using D = Full<float>;
 using DU = hn::RebindToUnsigned<D>;
-using DH = hn::Rebind<uint16_t, D>;
 using V = hn::Vec<D>;
 using VU = hn::Vec<DU>;
-constexpr int64_t kLanes = HWY_MIN(HWY_LANES(float), 16);
+constexpr int64_t kLanes = lanes<float>();
 
-// The upper half of each lane, rounded to nearest even, in place; NaN stays NaN.
-HWY_INLINE VU round_to_bf16(V x) {
-  const VU bits = hn::BitCast(DU(), x);
-  const VU odd = hn::And(hn::ShiftRight<16>(bits), hn::Set(DU(), 1u));
-  const VU rounded = hn::Add(bits, hn::Add(odd, hn::Set(DU(), 0x7fffu)));
-  const VU quiet = hn::Or(bits, hn::Set(DU(), 0x400000u));
-  const VU chosen = hn::IfThenElse(hn::RebindMask(DU(), hn::IsNaN(x)), quiet, rounded);
-  return hn::And(chosen, hn::Set(DU(), 0xffff0000u));
-}
-
-HWY_INLINE V load(const float* p) { return hn::LoadU(D(), p); }
-HWY_INLINE V load(const bfloat16* p) {
-  const auto half = hn::LoadU(DH(), reinterpret_cast<const uint16_t*>(p));
-  return hn::BitCast(D(), hn::ShiftLeft<16>(hn::PromoteTo(DU(), half)));
+template <class T>
+HWY_INLINE V load(const T* p) {
+  return Load<float, T>::full(D(), p);
 }
 HWY_INLINE void store(V x, float* p) { hn::StoreU(x, D(), p); }
-HWY_INLINE void store(V x, bfloat16* p) {
-  const auto half = hn::BitCast(DI(), hn::ShiftRight<16>(round_to_bf16(x)));
-  hn::StoreU(hn::DemoteTo(DH(), half), DH(), reinterpret_cast<uint16_t*>(p));
-}
+HWY_INLINE void store(V x, bfloat16* p) { store_bfloat16(D(), x, reinterpret_cast<uint16_t*>(p)); }
 
 // The first n < kLanes elements; the others read as zero and are not written.
 template <class T>
 HWY_INLINE V load(const T* p, int64_t n) {
   if (n >= kLanes) return load(p);
-  T padded[kLanes] = {};
-  std::memcpy(padded, p, static_cast<size_t>(n) * sizeof(T));
-  return load(padded);
+  return Load<float, T>::first(D(), p, static_cast<size_t>(n));
 }
 template <class T>
 HWY_INLINE void store(V x, T* p, int64_t n) {
@@ -130,7 +114,8 @@ HWY_INLINE void load_pairs(const bfloat16* p, V& a, V& b) {
 }
 HWY_INLINE void store_pairs(V a, V b, bfloat16* p) {
   uint32_t words[kLanes];
-  hn::StoreU(hn::Or(round_to_bf16(b), hn::ShiftRight<16>(round_to_bf16(a))), DU(), words);
+  const VU high = hn::ShiftLeft<16>(bfloat16_bits(D(), b));
+  hn::StoreU(hn::Or(high, bfloat16_bits(D(), a)), DU(), words);
   std::memcpy(p, words, sizeof words);
 }
 
@@ -278,7 +263,7 @@ TransformerKernels transformer_kernels() {
   return {rms_norm_rows, swiglu_rows, rotate_rows, convert_some, add_some, sum_exp};
 }
 
-}  // namespace heed::HWY_NAMESPACE
+}  // namespace heed::kernels::HWY_NAMESPACE
 HWY_AFTER_NAMESPACE();
 
 #if HWY_ONCE
@@ -288,12 +273,12 @@ namespace {
 const TransformerKernels& kernels_for(const RunOptions& run) {
   const Isa isa = chosen_isa(run);
 #if HWY_ARCH_X86
-  static const TransformerKernels avx512 = N_AVX3::transformer_kernels();
-  static const TransformerKernels avx2 = N_AVX2::transformer_kernels();
+  static const TransformerKernels avx512 = kernels::N_AVX3::transformer_kernels();
+  static const TransformerKernels avx2 = kernels::N_AVX2::transformer_kernels();
   if (isa >= Isa::avx512) return avx512;
   if (isa == Isa::avx2) return avx2;
 #endif
-  static const TransformerKernels portable = HWY_STATIC_DISPATCH(transformer_kernels)();
+  static const TransformerKernels portable = kernels::HWY_STATIC_DISPATCH(transformer_kernels)();
   return portable;
 }
 

@@ -1,4 +1,4 @@
-// Vector helpers shared by the tile kernels, once per Highway target.
+// Vector helpers shared by all kernels, once per Highway target.
 #if defined(HEED_KERNELS_VECTOR_INL_H_) == defined(HWY_TARGET_TOGGLE)
 #ifdef HEED_KERNELS_VECTOR_INL_H_
 #undef HEED_KERNELS_VECTOR_INL_H_
@@ -7,6 +7,8 @@
 #endif
 
 #include <hwy/highway.h>
+
+#include <cstring>
 
 #include "heed/tensor.h"
 
@@ -20,8 +22,9 @@ inline constexpr int kPanelVectors = 4;  // 32 registers: 6 x 4 accumulators
 inline constexpr int kPanelVectors = 2;  // 16 registers: 6 x 2 accumulators
 #endif
 
+// At most 64 bytes: blocks of quantised weights are cut for 16 lanes of float.
 template <class T>
-using Full = hn::ScalableTag<T>;
+using Full = hn::CappedTag<T, 64 / sizeof(T)>;
 
 template <class T>
 HWY_INLINE constexpr int64_t lanes() {
@@ -68,8 +71,11 @@ struct Load<float, float16> {
   template <class D>
   static HWY_INLINE hn::Vec<D> full([[maybe_unused]] D d, const float16* p) {
 #if HWY_TARGET == HWY_EMU128
+    // Highway's conversion here takes infinities and NaN for numbers.
+    float16 half[hn::MaxLanes(D())];
+    std::memcpy(half, p, sizeof half);
     HWY_ALIGN float buffer[hn::MaxLanes(D())];
-    for (size_t i = 0; i < hn::MaxLanes(D()); ++i) buffer[i] = to_float(p[i]);
+    for (size_t i = 0; i < hn::MaxLanes(D()); ++i) buffer[i] = to_float(half[i]);
     return hn::Load(d, buffer);
 #else
     const hn::Rebind<hwy::float16_t, D> df16;
