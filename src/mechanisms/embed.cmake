@@ -1,7 +1,11 @@
 # Writes a C++ file that holds text files as string literals.
-#   cmake -DROOT=dir -DFILES="a;b" -DOUT=file.cpp -P embed.cmake      FILES are relative to ROOT
+#   cmake -DROOT=dir -DFILES="a;b" -DOUT=file.cpp [-DTABLE=name] -P embed.cmake
+# FILES are relative to ROOT.
+if(NOT TABLE)
+  set(TABLE kEmbeddedFiles)
+endif()
 set(text "#include \"mechanisms/embedded_table.h\"\nnamespace heed {\n")
-string(APPEND text "const EmbeddedFile kEmbeddedFiles[] = {\n")
+string(APPEND text "extern const EmbeddedFile ${TABLE}[];\nconst EmbeddedFile ${TABLE}[] = {\n")
 foreach(name IN LISTS FILES)
   file(READ "${ROOT}/${name}" content)
   if(content MATCHES "\\)_heed_\"")
