@@ -148,9 +148,9 @@ void print_table(const std::vector<Row>& rows, bool versus) {
     std::vector<std::string> cells = {row.mechanism->name,
                                       row.example.options.empty() ? "full" : row.example.options,
                                       name_of(row.dtype), row.path};
-    for (int axis : {0, 1, 2}) cells.push_back(extent(row.example, {"q", "out_a"}, axis));
+    for (int axis : {0, 1, 2}) cells.push_back(extent(row.example, {"q", "out_a", "x"}, axis));
     cells.push_back(extent(row.example, {"k", "k_cache"}, 2));
-    cells.push_back(extent(row.example, {"q", "out_a"}, 3));
+    cells.push_back(extent(row.example, {"q", "out_a", "x"}, 3));
     cells.push_back(short_number(quantile(row.heed, 0.5)));
     cells.push_back(spread(row.heed));
     cells.push_back(short_number(gigaflops(row)));

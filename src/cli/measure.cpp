@@ -105,7 +105,7 @@ std::string compiler_name() {
 }
 
 double visible_operations(const Mechanism& mechanism, const NamedTensors& in, const Spec& options) {
-  const CascadeText& text = mechanism.cascades.at(0);
+  const CascadeText& text = *cascades_for(mechanism, options).front();
   const cascade::Program program = cascade::parse(text.text, text.name);
   const cascade::Ast& ast = program.ast();
   const cascade::Bindings bindings = mechanism.bind(in, options);
@@ -142,11 +142,15 @@ const Dims* input_shape(const ExampleCase& example, std::initializer_list<const 
 
 ExampleCase shrunk(const ExampleCase& example) {
   constexpr int64_t kQueries = 64, kKeys = 96;
+  ShapeArguments shapes;
+  if (const Dims* x = input_shape(example, {"x"}); x != nullptr && x->rank() == 4) {
+    shapes.q = Dims{(*x)[0], (*x)[1], std::min((*x)[2], kQueries), (*x)[3]};
+    return with_shapes(example, shapes);
+  }
   const Dims* q = input_shape(example, {"q", "out_a"});
   if (q == nullptr || q->rank() != 4) return example;
   const Dims* k = input_shape(example, {"k", "k_cache"});
   const Dims* v = input_shape(example, {"v", "v_cache"});
-  ShapeArguments shapes;
   shapes.q = Dims{1, group_size(q, k), std::min((*q)[2], kQueries), (*q)[3]};
   if (k != nullptr) shapes.k = Dims{1, 1, std::min((*k)[2], kKeys), (*k)[3]};
   if (v != nullptr) shapes.v = Dims{1, 1, std::min((*v)[2], kKeys), (*v)[3]};

@@ -102,7 +102,8 @@ void print_text(const Mechanism& m, const Arguments& arguments) {
   fmt::print("engine {}, {}\n", m.engine, m.backward ? "differentiable" : "forward only");
   for (const CascadeText& text : m.cascades) {
     const Program program = cascade::parse(text.text, text.name);
-    fmt::print("\n{}\n{}", bold("Cascade " + text.name), text.text);
+    const std::string when = text.when.empty() ? "" : " (" + text.when + ")";
+    fmt::print("\n{}\n{}", bold("Cascade " + text.name + when), text.text);
     if (!text.text.ends_with('\n')) fmt::print("\n");
     fmt::print("\n");
     print_passes(program, m.pass_rank);
@@ -131,6 +132,7 @@ Json cascade_json(const CascadeText& text, const Mechanism& m, const std::string
     counts.push_back(std::move(entry));
   }
   return {{"name", text.name},
+          {"when", text.when},
           {"text", text.text},
           {"passes", report.passes},
           {"statements", passes},

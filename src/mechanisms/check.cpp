@@ -260,7 +260,8 @@ Reference make_reference(const Mechanism& mechanism, const ExampleCase& example,
                       .outputs = {},
                       .gradients = {},
                       .sensitivity = {}};
-  const CascadeText& definition = mechanism.cascades.at(0);
+  const CascadeText& definition =
+      *cascades_for(mechanism, Spec::parse_options(example.options)).front();
   const cascade::Program program = cascade::parse(definition.text, definition.name);
   reference.outputs = evaluate_definition(reference, program, views(reference.inputs)).outputs;
   if (mechanism.backward) {
@@ -304,20 +305,21 @@ std::vector<CheckRow> check_cascades(const Mechanism& mechanism, const ExampleCa
                                      uint64_t seed) {
   constexpr double kAgreement = 1e-12;
   const NamedArrays inputs = make_inputs(mechanism, example, DType::f64, seed);
-  const cascade::Bindings bindings =
-      mechanism.bind(views(inputs), Spec::parse_options(example.options));
+  const Spec options = Spec::parse_options(example.options);
+  const cascade::Bindings bindings = mechanism.bind(views(inputs), options);
+  const std::vector<const CascadeText*> texts = cascades_for(mechanism, options);
   const auto run = [&](const CascadeText& text) {
     return cascade::evaluate(cascade::parse(text.text, text.name), bindings);
   };
-  const Values definition = run(mechanism.cascades.at(0));
+  const Values definition = run(*texts.front());
   std::vector<CheckRow> rows;
-  for (size_t i = 1; i < mechanism.cascades.size(); ++i) {
+  for (size_t i = 1; i < texts.size(); ++i) {
     CheckRow base = row_for(mechanism, example);
     base.type = "float64";
-    base.path = "cascade " + mechanism.cascades[i].name;
+    base.path = "cascade " + texts[i]->name;
     base.replay = "heed check " + mechanism.name + " --case " + example.name + " --seed " +
                   std::to_string(seed);
-    const Values other = run(mechanism.cascades[i]);
+    const Values other = run(*texts[i]);
     for (const auto& [result, output] : mechanism.outputs) {
       CheckRow& row = rows.emplace_back(base);
       row.result = result;

@@ -102,6 +102,28 @@ TEST(Check, WrongKernelsAreFound) {
   }
 }
 
+TEST(Check, CascadesSpeakOfTheCasesTheyAreFor) {
+  Mechanism m = toy();
+  m.cascades = {
+      {"wrong", kWrong, "form=max"}, {"product", kProduct, "form=sum"}, {"other", kOther}};
+  const auto names = [&](const char* options) {
+    std::string text;
+    for (const CascadeText* c : cascades_for(m, Spec::parse_options(options)))
+      text += c->name + " ";
+    return text;
+  };
+  EXPECT_EQ(names("form=sum"), "product other ");
+  EXPECT_EQ(names("form=max"), "wrong other ");
+  EXPECT_EQ(names(""), "other ");
+  m.cascades.pop_back();
+  EXPECT_THROW(names(""), Error);
+  ExampleCase example = kCase;
+  example.options = "form=sum";
+  const Reference reference = make_reference(m, example, DType::f32, 1);
+  EXPECT_TRUE(check_kernel(reference, Isa::portable, Layout::contiguous)[0].ok());
+  EXPECT_TRUE(check_cascades(m, example, 1).empty());
+}
+
 TEST(Check, ExceptionsAndMissingResultsAreFailures) {
   Mechanism throws = toy([](double*, int64_t) { throw Error("x is too small"); });
   EXPECT_EQ(rows_of(throws, DType::f32)[0].failure, "x is too small");

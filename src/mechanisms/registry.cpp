@@ -28,4 +28,19 @@ const Mechanism& find_mechanism(std::string_view name) {
               "; known: " + joined(names));
 }
 
+std::vector<const CascadeText*> cascades_for(const Mechanism& mechanism, const Spec& options) {
+  std::vector<const CascadeText*> texts;
+  for (const CascadeText& text : mechanism.cascades) {
+    const size_t equals = text.when.find('=');
+    if (text.when.empty() ||
+        options.text(text.when.substr(0, equals)) == text.when.substr(equals + 1)) {
+      texts.push_back(&text);
+    }
+  }
+  if (texts.empty()) {
+    throw Error(mechanism.name + ": no cascade defines the options '" + options.str() + "'");
+  }
+  return texts;
+}
+
 }  // namespace heed

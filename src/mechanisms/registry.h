@@ -30,6 +30,8 @@ struct ExampleCase {
 struct CascadeText {
   std::string name;  // "softmax", "flash"
   std::string text;
+  /// "kind=relu": it only speaks of cases with this option; empty: of all.
+  std::string when = {};
 };
 
 /// Attention of the last Lq tokens over all Lk tokens so far, causal to the end of the keys:
@@ -52,7 +54,7 @@ struct Mechanism {
   std::string engine;  // "tiled" or "chunked" or "none"
   std::string pass_rank;  // the rank whose passes are counted, usually "m"
   std::string card;    // Markdown, one page
-  std::vector<CascadeText> cascades;  // the definition first, then the fast form
+  std::vector<CascadeText> cascades;  // the definition first, then the fast form; see cascades_for
   std::map<std::string, std::string> outputs;  // result name -> cascade output, "out" -> "O"
   std::vector<ExampleCase> cases;        // small: correctness, every option, odd sizes
   std::vector<ExampleCase> bench_cases;  // large: `heed bench`
@@ -79,6 +81,10 @@ struct Mechanism {
 std::span<const Mechanism> mechanisms();
 /// By full name or without "_attention"; throws Error listing the names otherwise.
 const Mechanism& find_mechanism(std::string_view name);
+
+/// The cascades that speak of a call with these options: its definition, then its fast forms. Throws
+/// Error where there is none.
+std::vector<const CascadeText*> cascades_for(const Mechanism& mechanism, const Spec& options);
 
 /// Inputs of a case from a seed: floating inputs are standard normal rounded to `dtype`.
 NamedArrays make_inputs(const Mechanism& mechanism, const ExampleCase& example, DType dtype,
