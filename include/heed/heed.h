@@ -1,6 +1,7 @@
 // Everything a user of the core library includes.
 #pragma once
 #include "heed/error.h"
+#include "heed/feature_map.h"
 #include "heed/flash_attention.h"
 #include "heed/masks.h"
 #include "heed/run.h"

@@ -1,0 +1,341 @@
+#include "kernels/feature_rows.h"
+
+#include "kernels/simd.h"
+#undef HWY_TARGET_INCLUDE
+#define HWY_TARGET_INCLUDE "kernels/feature_rows.cpp"
+#include <hwy/foreach_target.h>
+// After foreach_target.
+#include <algorithm>
+#include <cmath>
+#include <limits>
+#include <vector>
+
+#include "kernels/functions-inl.h"
+#include "kernels/parts.h"
+#include "kernels/row_loops-inl.h"
+
+HWY_BEFORE_NAMESPACE();
+namespace heed::kernels::HWY_NAMESPACE {
+namespace {
+namespace hn = hwy::HWY_NAMESPACE;
+
+template <class T>
+using V = hn::Vec<Full<T>>;
+
+// to[i] = f(from[i])
+template <class T, class F>
+HWY_INLINE void map_row(const T* from, int64_t n, T* to, F&& f) {
+  for_each_vector<T>(n, [&](int64_t i, auto all) HWY_ATTR {
+    store_some<T>(all, f(load_some<T>(all, from + i)), to + i);
+  });
+}
+
+// to[i] = f(a[i], b[i])
+template <class T, class F>
+HWY_INLINE void map_rows(const T* a, const T* b, int64_t n, T* to, F&& f) {
+  for_each_vector<T>(n, [&](int64_t i, auto all) HWY_ATTR {
+    store_some<T>(all, f(load_some<T>(all, a + i), load_some<T>(all, b + i)), to + i);
+  });
+}
+
+// max sign * z; NaN if one is.
+template <class T>
+T largest(const T* z, int64_t n, T sign) {
+  const Full<T> d;
+  const auto s = hn::Set(d, sign);
+  auto most = hn::Set(d, -std::numeric_limits<T>::infinity());
+  auto bad = hn::Zero(d);
+  for_each_vector<T>(n, [&](int64_t i, auto all) HWY_ATTR {
+    const auto x = hn::Mul(s, load_some<T>(all, z + i));
+    bad = hn::IfThenElse(hn::IsNaN(x), x, bad);
+    most = hn::Max(most, covered_or<T>(all, x, -std::numeric_limits<T>::infinity()));
+  });
+  if (!hn::AllFalse(d, hn::IsNaN(bad))) return std::numeric_limits<T>::quiet_NaN();
+  return hn::GetLane(hn::MaxOfLanes(d, most));
+}
+
+// e[i] = exp(slope * z[i] - shift); returns the sum.
+template <class T>
+T exponentials(const T* z, int64_t n, T slope, T shift, T* e) {
+  const Full<T> d;
+  const auto s = hn::Set(d, slope), m = hn::Set(d, shift);
+  auto sum = hn::Zero(d);
+  for_each_vector<T>(n, [&](int64_t i, auto all) HWY_ATTR {
+    const auto x = exp_of<T>(hn::MulSub(s, load_some<T>(all, z + i), m));
+    sum = hn::Add(sum, covered_or<T>(all, x, T{0}));
+    store_some<T>(all, x, e + i);
+  });
+  return hn::GetLane(hn::SumOfLanes(d, sum));
+}
+
+// max(x * factor, floor), NaN stays NaN.
+template <class T>
+void scale_to_floor(T* x, int64_t n, T factor, T floor) {
+  const Full<T> d;
+  const auto f = hn::Set(d, factor), least = hn::Set(d, floor);
+  map_row<T>(x, n, x, [&](V<T> v) HWY_ATTR {
+    const auto y = hn::Mul(v, f);
+    return hn::IfThenElse(hn::Lt(y, least), least, y);
+  });
+}
+
+// The kinds made of two halves with the exponents z and -z: both halves of e, unnormalised, and the
+// factors that normalise them.
+template <class T>
+struct Halves {
+  T first = 1, second = 1;
+};
+template <class T>
+Halves<T> hedgehog_halves(FeatureKind kind, const T* z, int64_t n, T* e) {
+  switch (kind) {
+    case FeatureKind::hedgehog_exp:
+      exponentials<T>(z, n, 1, 0, e);
+      exponentials<T>(z, n, -1, 0, e + n);
+      return {};
+    case FeatureKind::hedgehog_joint: {
+      const T most = 2 * std::max(largest<T>(z, n, 1), largest<T>(z, n, -1));
+      const T first = exponentials<T>(z, n, 2, most, e);
+      const T sum = first + exponentials<T>(z, n, -2, most, e + n);
+      return {1 / sum, 1 / sum};
+    }
+    default: {
+      const T first = exponentials<T>(z, n, 1, largest<T>(z, n, 1), e);
+      const T second = exponentials<T>(z, n, -1, largest<T>(z, n, -1), e + n);
+      if (kind == FeatureKind::hedgehog_exp_max) return {};
+      return {1 / first, 1 / second};
+    }
+  }
+}
+
+template <class T>
+void hedgehog_forward(const FeatureRows<T>& in, const T* z, T* phi) {
+  const Halves<T> factors = hedgehog_halves(in.kind, z, in.width, phi);
+  if (in.kind == FeatureKind::hedgehog_exp) return;
+  scale_to_floor(phi, in.width, factors.first, in.floor);
+  scale_to_floor(phi + in.width, in.width, factors.second, in.floor);
+}
+
+template <class T>
+void taylor_forward(const FeatureRows<T>& in, const T* z, T* phi) {
+  const Full<T> d;
+  const int64_t n = in.width;
+  const auto factor = hn::Set(d, in.factor);
+  phi[0] = 1;
+  T* y = phi + 1;
+  map_row<T>(z, n, y, [&](V<T> v) HWY_ATTR { return hn::Mul(v, factor); });
+  const T half = std::sqrt(T{0.5});
+  for (int64_t i = 0; i < n; ++i) {
+    const auto left = hn::Set(d, y[i] * half);
+    map_row<T>(y, n, y + n + i * n, [&](V<T> v) HWY_ATTR { return hn::Mul(left, v); });
+  }
+}
+
+template <class T>
+void forward_row(const FeatureRows<T>& in, int64_t row, T* phi) {
+  const Full<T> d;
+  const T* z = in.z.row(row);
+  switch (in.kind) {
+    case FeatureKind::elu1:
+      return map_row<T>(z, in.width, phi, [&](V<T> x) HWY_ATTR {
+        return hn::IfThenElse(hn::Gt(x, hn::Zero(d)), hn::Add(x, hn::Set(d, T{1})), exp_of<T>(x));
+      });
+    case FeatureKind::relu:
+      return map_row<T>(z, in.width, phi, [&](V<T> x) HWY_ATTR {
+        return hn::IfThenElse(hn::Lt(x, hn::Zero(d)), hn::Zero(d), x);
+      });
+    case FeatureKind::exp:
+      return map_row<T>(z, in.width, phi, [&](V<T> x) HWY_ATTR { return exp_of<T>(x); });
+    case FeatureKind::performer: {
+      const auto shift = hn::Set(d, in.shift[row]), factor = hn::Set(d, in.factor);
+      return map_row<T>(z, in.width, phi, [&](V<T> x) HWY_ATTR {
+        return hn::Mul(factor, exp_of<T>(hn::Sub(x, shift)));
+      });
+    }
+    case FeatureKind::taylor2:
+      return taylor_forward(in, z, phi);
+    default:
+      return hedgehog_forward(in, z, phi);
+  }
+}
+
+// g[i] where feature e[i] * factor is above the floor, else 0; returns sum_i e[i] factor g[i].
+template <class T>
+T gradients_above_floor(const T* e, int64_t n, T factor, T floor, const T* dphi, T* g) {
+  const Full<T> d;
+  const auto f = hn::Set(d, factor), least = hn::Set(d, floor);
+  auto sum = hn::Zero(d);
+  for_each_vector<T>(n, [&](int64_t i, auto all) HWY_ATTR {
+    const auto phi = hn::Mul(f, load_some<T>(all, e + i));
+    const auto x = hn::IfThenElse(hn::Lt(phi, least), hn::Zero(d), load_some<T>(all, dphi + i));
+    sum = hn::MulAdd(phi, x, sum);
+    store_some<T>(all, x, g + i);
+  });
+  return hn::GetLane(hn::SumOfLanes(d, sum));
+}
+
+// dz[i] += e[i] * factor * (g[i] - mean)
+template <class T>
+void add_weighted(const T* e, const T* g, int64_t n, T factor, T mean, T* dz) {
+  const Full<T> d;
+  const auto f = hn::Set(d, factor), c = hn::Set(d, mean);
+  for_each_vector<T>(n, [&](int64_t i, auto all) HWY_ATTR {
+    const auto weight = hn::Mul(f, load_some<T>(all, e + i));
+    const auto x =
+        hn::MulAdd(weight, hn::Sub(load_some<T>(all, g + i), c), load_some<T>(all, dz + i));
+    store_some<T>(all, x, dz + i);
+  });
+}
+
+// e and g: 2 * width elements of scratch each.
+template <class T>
+void hedgehog_backward(const FeatureRows<T>& in, const T* z, const T* dphi, T* dz, T* e, T* g) {
+  const int64_t n = in.width;
+  const Halves<T> factors = hedgehog_halves(in.kind, z, n, e);
+  const T floor =
+      in.kind == FeatureKind::hedgehog_exp ? -std::numeric_limits<T>::infinity() : in.floor;
+  T first = gradients_above_floor(e, n, factors.first, floor, dphi, g);
+  T second = gradients_above_floor(e + n, n, factors.second, floor, dphi + n, g + n);
+  std::fill_n(dz, n, T{0});
+  const bool exponential =
+      in.kind == FeatureKind::hedgehog_exp || in.kind == FeatureKind::hedgehog_exp_max;
+  if (in.kind == FeatureKind::hedgehog_joint) first = second = first + second;
+  const T slope = in.kind == FeatureKind::hedgehog_joint ? 2 : 1;
+  add_weighted(e, g, n, slope * factors.first, exponential ? T{0} : first, dz);
+  add_weighted(e + n, g + n, n, -slope * factors.second, exponential ? T{0} : second, dz);
+  if (in.kind == FeatureKind::hedgehog_exp_max && n > 0) {
+    dz[std::max_element(z, z + n) - z] -= first;
+    dz[std::min_element(z, z + n) - z] += second;
+  }
+}
+
+template <class T>
+void taylor_backward(const FeatureRows<T>& in, const T* z, const T* dphi, T* dz, T* y) {
+  const Full<T> d;
+  const int64_t n = in.width;
+  const T half = std::sqrt(T{0.5});
+  const auto factor = hn::Set(d, in.factor);
+  map_row<T>(z, n, y, [&](V<T> v) HWY_ATTR { return hn::Mul(v, factor); });
+  std::copy_n(dphi + 1, n, dz);
+  for (int64_t i = 0; i < n; ++i) {  // y_i y_j: its gradient goes to both
+    const T* g = dphi + 1 + n + i * n;
+    const auto left = hn::Set(d, y[i] * half);
+    auto sum = hn::Zero(d);
+    for_each_vector<T>(n, [&](int64_t j, auto all) HWY_ATTR {
+      const auto x = load_some<T>(all, g + j);
+      sum = hn::MulAdd(x, load_some<T>(all, y + j), sum);
+      store_some<T>(all, hn::MulAdd(left, x, load_some<T>(all, dz + j)), dz + j);
+    });
+    dz[i] += half * hn::GetLane(hn::SumOfLanes(d, sum));
+  }
+  map_row<T>(dz, n, dz, [&](V<T> v) HWY_ATTR { return hn::Mul(v, factor); });
+}
+
+template <class T>
+T performer_backward(const FeatureRows<T>& in, int64_t row, const T* dphi, T* dz) {
+  const Full<T> d;
+  const T* z = in.z.row(row);
+  const auto shift = hn::Set(d, in.shift[row]), factor = hn::Set(d, in.factor);
+  auto sum = hn::Zero(d);
+  for_each_vector<T>(in.width, [&](int64_t i, auto all) HWY_ATTR {
+    const auto phi = hn::Mul(factor, exp_of<T>(hn::Sub(load_some<T>(all, z + i), shift)));
+    const auto x = hn::Mul(phi, load_some<T>(all, dphi + i));
+    sum = hn::Add(sum, covered_or<T>(all, x, T{0}));
+    store_some<T>(all, x, dz + i);
+  });
+  return hn::GetLane(hn::SumOfLanes(d, sum));
+}
+
+template <class T>
+void elementwise_backward(FeatureKind kind, const T* z, const T* dphi, int64_t n, T* dz) {
+  const Full<T> d;
+  map_rows<T>(z, dphi, n, dz, [&](V<T> x, V<T> g) HWY_ATTR {
+    if (kind == FeatureKind::relu) {
+      return hn::IfThenElse(hn::Le(x, hn::Zero(d)), hn::Zero(d), g);
+    }
+    const auto slope = exp_of<T>(x);
+    if (kind == FeatureKind::exp) return hn::Mul(g, slope);
+    return hn::Mul(g, hn::IfThenElse(hn::Gt(x, hn::Zero(d)), hn::Set(d, T{1}), slope));
+  });
+}
+
+template <class T>
+void forward(const FeatureRows<T>& in, Block<T> phi) {
+  for (int64_t r = 0; r < in.rows; ++r) forward_row(in, r, phi.row(r));
+}
+
+template <class T>
+void backward(const FeatureRows<T>& in, Block<const T> dphi, Block<T> dz, T* row_sums) {
+  std::vector<T> scratch(static_cast<size_t>(4 * in.width));
+  T* first = scratch.data();
+  for (int64_t r = 0; r < in.rows; ++r) {
+    const T *z = in.z.row(r), *g = dphi.row(r);
+    switch (in.kind) {
+      case FeatureKind::elu1:
+      case FeatureKind::relu:
+      case FeatureKind::exp:
+        elementwise_backward(in.kind, z, g, in.width, dz.row(r));
+        break;
+      case FeatureKind::performer:
+        row_sums[r] = performer_backward(in, r, g, dz.row(r));
+        break;
+      case FeatureKind::taylor2:
+        taylor_backward(in, z, g, dz.row(r), first);
+        break;
+      default:
+        hedgehog_backward(in, z, g, dz.row(r), first, first + 2 * in.width);
+    }
+  }
+}
+
+}  // namespace
+
+void fill_feature_kernels(FeatureKernels<float>& f, FeatureKernels<double>& d) {
+  f = {forward<float>, backward<float>};
+  d = {forward<double>, backward<double>};
+}
+
+}  // namespace heed::kernels::HWY_NAMESPACE
+HWY_AFTER_NAMESPACE();
+
+#if HWY_ONCE
+namespace heed::kernels {
+namespace {
+
+struct Tables {
+  FeatureKernels<float> f;
+  FeatureKernels<double> d;
+};
+
+void fill_feature_kernels(Isa isa, FeatureKernels<float>& f, FeatureKernels<double>& d)
+    HEED_SELECT(fill_feature_kernels, f, d)
+
+        Tables make_tables(Isa isa) {
+  Tables tables;
+  fill_feature_kernels(isa, tables.f, tables.d);
+  return tables;
+}
+
+// AMX multiplies bfloat16 only: everything here on such a machine is AVX-512.
+const Tables& tables_of(Isa isa) {
+  static const Tables portable = make_tables(Isa::portable);
+  if (isa == Isa::portable) return portable;
+  static const Tables avx2 = make_tables(Isa::avx2);
+  if (isa == Isa::avx2) return avx2;
+  static const Tables avx512 = make_tables(Isa::avx512);
+  return avx512;
+}
+
+}  // namespace
+
+template <>
+const FeatureKernels<float>& feature_kernels<float>(Isa isa) {
+  return tables_of(isa).f;
+}
+
+template <>
+const FeatureKernels<double>& feature_kernels<double>(Isa isa) {
+  return tables_of(isa).d;
+}
+
+}  // namespace heed::kernels
+#endif
