@@ -1,5 +1,6 @@
 // Everything a user of the core library includes.
 #pragma once
+#include "heed/depthwise_conv.h"
 #include "heed/error.h"
 #include "heed/feature_map.h"
 #include "heed/flash_attention.h"

@@ -1,0 +1,93 @@
+#include "heed/depthwise_conv.h"
+#include "mechanisms/embedded.h"
+#include "mechanisms/isa_paths.h"
+
+namespace heed {
+
+namespace {
+
+Tensor bias_of(const NamedTensors& in) {
+  const auto found = in.find("bias");
+  return found == in.end() ? Tensor() : found->second;
+}
+
+cascade::Bindings bind(const NamedTensors& in, const Spec&) {
+  cascade::Bindings bindings;
+  bindings.tensors = {{"X", to_nd(in.at("x"))}, {"Weight", to_nd(in.at("weight"))}};
+  if (bias_of(in).defined()) bindings.tensors["Bias"] = to_nd(bias_of(in));
+  return bindings;
+}
+
+// The option only says which cascade defines the case; the call reads it from the shapes.
+enum class Bias { none, given };
+
+ExampleCase shared_case(const char* name, const Dims& x, int64_t taps, Bias bias) {
+  ExampleCase example{name, {{"x", x}, {"weight", {x[3], taps}}}, "per_head=0"};
+  if (bias == Bias::given) example.inputs.emplace_back("bias", Dims{x[3]});
+  return example;
+}
+
+ExampleCase per_head_case(const char* name, const Dims& x, int64_t taps, Bias bias) {
+  ExampleCase example{name, {{"x", x}, {"weight", {x[1], x[3], taps}}}, "per_head=1"};
+  if (bias == Bias::given) example.inputs.emplace_back("bias", Dims{x[1], x[3]});
+  return example;
+}
+
+ExampleCase float32_parameters(ExampleCase example) {
+  example.types = {{"weight", DType::f32}, {"bias", DType::f32}};
+  return example;
+}
+
+Mechanism conv_record() {
+  Mechanism m;
+  m.name = "depthwise_causal_conv";
+  m.title = "Depthwise causal convolution along the tokens";
+  m.sheets = {19};
+  m.arxiv = {"2308.03429", "2109.08668"};
+  m.engine = "none";
+  m.pass_rank = "t";
+  m.card = embedded("depthwise_conv/card.md");
+  m.cascades = {
+      {"shared", std::string(embedded("depthwise_conv/shared.cascade")), "per_head=0"},
+      {"per_head", std::string(embedded("depthwise_conv/per_head.cascade")), "per_head=1"}};
+  m.outputs = {{"out", "O"}};
+  m.cases = {
+      shared_case("rcmha", {2, 3, 40, 16}, 3, Bias::given),
+      shared_case("one_tap", {1, 2, 9, 5}, 1, Bias::none),
+      shared_case("odd", {2, 3, 37, 19}, 4, Bias::none),
+      shared_case("more_taps_than_tokens", {1, 2, 3, 7}, 6, Bias::given),
+      shared_case("several_blocks", {1, 1, 300, 33}, 2, Bias::given),
+      shared_case("one_token", {3, 2, 1, 1}, 3, Bias::given),
+      per_head_case("primer", {2, 4, 33, 24}, 3, Bias::given),
+      per_head_case("per_head_odd", {1, 3, 21, 70}, 5, Bias::none),
+      float32_parameters(shared_case("float32_parameters", {1, 2, 20, 12}, 3, Bias::given)),
+      float32_parameters(per_head_case("float32_per_head", {1, 2, 20, 12}, 3, Bias::given)),
+  };
+  m.bench_cases = {shared_case("d64_n1024", {1, 8, 1024, 64}, 3, Bias::given),
+                   per_head_case("d128_n4096", {1, 8, 4096, 128}, 4, Bias::given)};
+  m.forward = [](const NamedTensors& in, const Spec& options, const RunOptions& run) {
+    options.require_known({"per_head"});
+    NamedArrays arrays;
+    arrays.emplace("out", depthwise_causal_conv(in.at("x"), in.at("weight"), bias_of(in), run));
+    return arrays;
+  };
+  m.backward = [](const NamedTensors& in, const NamedTensors& out_gradients, const Spec&,
+                  const RunOptions& run) {
+    DepthwiseConvGradients gradients = depthwise_causal_conv_backward(
+        out_gradients.at("out"), in.at("x"), in.at("weight"), bias_of(in), run);
+    NamedArrays arrays;
+    arrays.emplace("x", std::move(gradients.x));
+    arrays.emplace("weight", std::move(gradients.weight));
+    if (bias_of(in).defined()) arrays.emplace("bias", std::move(gradients.bias));
+    return arrays;
+  };
+  m.bind = bind;
+  m.explain = [](const NamedTensors&, const RunOptions& run) { return explain_isas(run); };
+  return m;
+}
+
+}  // namespace
+
+std::vector<Mechanism> depthwise_conv_records() { return {conv_record()}; }
+
+}  // namespace heed
