@@ -5,6 +5,7 @@
 #include "heed/feature_map.h"
 #include "heed/flash_attention.h"
 #include "heed/masks.h"
+#include "heed/moh_router.h"
 #include "heed/run.h"
 #include "heed/sigmoid_attention.h"
 #include "heed/tensor.h"
