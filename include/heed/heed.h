@@ -6,6 +6,7 @@
 #include "heed/flash_attention.h"
 #include "heed/masks.h"
 #include "heed/moh_router.h"
+#include "heed/relu_linear_attention.h"
 #include "heed/run.h"
 #include "heed/sigmoid_attention.h"
 #include "heed/tensor.h"

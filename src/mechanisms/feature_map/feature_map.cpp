@@ -6,9 +6,9 @@
 #include <vector>
 
 #include "base/parallel.h"
-#include "heed/error.h"
 #include "kernels/feature_rows.h"
 #include "kernels/matrix.h"
+#include "mechanisms/operands.h"
 
 namespace heed {
 
@@ -18,49 +18,6 @@ using kernels::Block;
 using kernels::MatrixKernels;
 
 constexpr const char* kOp = "feature_map";
-constexpr int64_t kMaxHeadDim = 256;
-
-[[noreturn]] void fail(const std::string& found, const std::string& needed) {
-  throw Error(std::string(kOp) + ": " + found + "; " + needed);
-}
-
-int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
-
-// --- checks --------------------------------------------------------------------------------------
-
-void check_rows(const char* name, const Tensor& t) {
-  if (t.rank() != 4) fail(describe(name, t), "four dimensions [B,H,L,D] are needed");
-  if (!is_floating(t.dtype())) {
-    fail(describe(name, t), "float64, float32, bfloat16 or float16 is needed");
-  }
-  if (t.size(3) > 1 && t.stride(3) != 1) {
-    fail(
-        std::string(name) + " has stride " + std::to_string(t.stride(3)) + " in its last dimension",
-        "a unit stride is needed there (other dimensions may have any)");
-  }
-}
-
-void check_like(const char* name, const Tensor& t, const Dims& shape, DType dtype) {
-  check_rows(name, t);
-  if (!(t.shape() == shape) || t.dtype() != dtype) {
-    fail(describe(name, t), to_string(shape) + " " + name_of(dtype) + " is needed");
-  }
-}
-
-bool parameter_type_fits(DType parameter, DType x) {
-  return parameter == x || (is_half(x) && parameter == DType::f32);
-}
-
-void check_parameter(const char* name, const Tensor& t, const Dims& shape, const char* text,
-                     DType x) {
-  if (!(t.shape() == shape)) fail(describe(name, t), std::string(text) + " is needed");
-  if (!parameter_type_fits(t.dtype(), x)) {
-    fail(describe(name, t) + " beside x of type " + name_of(x),
-         is_half(x) ? std::string(name_of(x)) + " or float32 is needed"
-                    : std::string(name_of(x)) + " is needed");
-  }
-}
-
 // One checked call. `width` is D', or M for performer: what a row of z holds.
 struct Call {
   Tensor x, weight, bias;
@@ -76,33 +33,29 @@ int64_t checked_width(const Tensor& x, FeatureKind kind, const FeatureMapOptions
   const std::string heads = std::to_string(x.size(1)), dim = std::to_string(x.size(3));
   if (kind == FeatureKind::performer) {
     const std::string shape = "[" + heads + ",M," + dim + "]";
-    if (!w.defined()) fail("weight is missing", "performer needs a projection " + shape);
-    if (options.bias.defined()) fail(describe("bias", options.bias), "performer takes none");
-    if (w.rank() != 3 || w.size(1) < 1) fail(describe("weight", w), shape + " is needed, M >= 1");
-    check_parameter("weight", w, {x.size(1), w.size(1), x.size(3)}, shape.c_str(), x.dtype());
+    if (!w.defined()) fail(kOp, "weight is missing", "performer needs a projection " + shape);
+    if (options.bias.defined()) fail(kOp, describe("bias", options.bias), "performer takes none");
+    if (w.rank() != 3 || w.size(1) < 1)
+      fail(kOp, describe("weight", w), shape + " is needed, M >= 1");
+    check_parameter(kOp, "weight", w, {x.size(1), w.size(1), x.size(3)}, x.dtype(), shape);
     return w.size(1);
   }
   int64_t width = x.size(3);
   if (w.defined()) {
     const std::string shape = "[" + heads + "," + dim + ",D']";
-    if (w.rank() != 3 || w.size(2) < 1) fail(describe("weight", w), shape + " is needed, D' >= 1");
-    check_parameter("weight", w, {x.size(1), x.size(3), w.size(2)}, shape.c_str(), x.dtype());
+    if (w.rank() != 3 || w.size(2) < 1)
+      fail(kOp, describe("weight", w), shape + " is needed, D' >= 1");
+    check_parameter(kOp, "weight", w, {x.size(1), x.size(3), w.size(2)}, x.dtype(), shape);
     width = w.size(2);
   }
   if (options.bias.defined()) {
-    const std::string shape = "[" + heads + "," + std::to_string(width) + "]";
-    check_parameter("bias", options.bias, {x.size(1), width}, shape.c_str(), x.dtype());
+    check_parameter(kOp, "bias", options.bias, {x.size(1), width}, x.dtype());
   }
   return width;
 }
 
 Call checked_call(const Tensor& x, FeatureKind kind, const FeatureMapOptions& options) {
-  if (!x.defined()) fail("x is missing", "a tensor [B,H,L,D] is needed");
-  check_rows("x", x);
-  if (x.size(3) < 1 || x.size(3) > kMaxHeadDim) {
-    fail(describe("x", x) + " has head dim " + std::to_string(x.size(3)),
-         "1 to " + std::to_string(kMaxHeadDim) + " is supported");
-  }
+  check_head_rows(kOp, "x", x);
   const int64_t width = checked_width(x, kind, options);
   return {x,         options.weight, options.bias, kind,  x.size(0),
           x.size(1), x.size(2),      x.size(3),    width, feature_count(kind, width)};
@@ -128,12 +81,6 @@ struct Layer {
 
 double input_factor(const Call& call) {  // y = x / D^(1/4) of performer
   return call.performer() ? 1 / std::sqrt(std::sqrt(static_cast<double>(call.dim))) : 1;
-}
-
-template <class T>
-std::vector<T> contiguous_values(const Tensor& t) {
-  Array wide = convert(t, sizeof(T) == 8 ? DType::f64 : DType::f32);
-  return {wide.as<T>(), wide.as<T>() + wide.count()};
 }
 
 template <class T>
@@ -416,21 +363,14 @@ class Backward {
 
 void check_gradients(const Call& call, const FeatureMapGradientViews& wanted) {
   if (wanted.x.defined()) {
-    check_like("gradient of x", wanted.x, call.x.shape(), call.dtype());
+    check_rows_like(kOp, "gradient of x", wanted.x, call.x.shape(), call.dtype());
   }
-  const auto check = [](const char* name, const Tensor& gradient, const Tensor& parameter) {
-    if (!gradient.defined()) return;
-    if (!parameter.defined()) fail(describe(name, gradient), "there is nothing it belongs to");
-    const int last = gradient.rank() - 1;
-    if (!(gradient.shape() == parameter.shape()) || gradient.dtype() != parameter.dtype() ||
-        (gradient.size(last) > 1 && gradient.stride(last) != 1)) {
-      fail(describe(name, gradient), to_string(parameter.shape()) + " " +
-                                         name_of(parameter.dtype()) +
-                                         " with a unit stride in the last dimension is needed");
-    }
-  };
-  check("gradient of weight", wanted.weight, call.weight);
-  check("gradient of bias", wanted.bias, call.bias);
+  if (wanted.weight.defined()) {
+    check_parameter_gradient(kOp, "gradient of weight", wanted.weight, call.weight);
+  }
+  if (wanted.bias.defined()) {
+    check_parameter_gradient(kOp, "gradient of bias", wanted.bias, call.bias);
+  }
 }
 
 }  // namespace
@@ -438,7 +378,7 @@ void check_gradients(const Call& call, const FeatureMapGradientViews& wanted) {
 void feature_map(const Tensor& x, FeatureKind kind, const Tensor& out,
                  const FeatureMapOptions& options, const RunOptions& run) {
   const Call call = checked_call(x, kind, options);
-  check_like("out", out, call.out_shape(), call.dtype());
+  check_rows_like(kOp, "out", out, call.out_shape(), call.dtype());
   call.dtype() == DType::f64 ? forward<double>(call, out, run) : forward<float>(call, out, run);
 }
 
@@ -453,7 +393,7 @@ void feature_map_backward(const Tensor& grad_out, const Tensor& x, FeatureKind k
                           const FeatureMapOptions& options,
                           const FeatureMapGradientViews& gradients, const RunOptions& run) {
   const Call call = checked_call(x, kind, options);
-  check_like("grad_out", grad_out, call.out_shape(), call.dtype());
+  check_rows_like(kOp, "grad_out", grad_out, call.out_shape(), call.dtype());
   check_gradients(call, gradients);
   if (call.dtype() == DType::f64) {
     Backward<double>(call, grad_out, gradients, run).run(run);

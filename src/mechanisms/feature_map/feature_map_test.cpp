@@ -253,7 +253,7 @@ TEST(FeatureMap, ErrorsNameTheArgument) {
   EXPECT_EQ(call(x, FeatureKind::exp, w, b), "");
   EXPECT_EQ(call(half, FeatureKind::exp, w, b), "");
   says(call({}, FeatureKind::exp, {}, {}), {"feature_map", "x is missing"});
-  says(call(x.view().select(0, 0), FeatureKind::exp, {}, {}), {"x [2,5,8]", "four dimensions"});
+  says(call(x.view().select(0, 0), FeatureKind::exp, {}, {}), {"x [2,5,8]", "4 are needed"});
   says(call(x, FeatureKind::exp, b, {}), {"weight [2,6]", "[2,8,D']"});
   says(call(x, FeatureKind::exp, w.view().slice(0, 0, 1), {}), {"weight [1,8,6]", "[2,8,D']"});
   says(call(x, FeatureKind::exp, w, w), {"bias [2,8,6]", "[2,6]"});

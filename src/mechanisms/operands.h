@@ -1,0 +1,58 @@
+// Checks of arguments that mechanisms without a tiled engine share. Each throws Error that names the
+// operation, the argument, what was found and what is needed.
+#pragma once
+#include <cstdint>
+#include <string>
+#include <vector>
+
+#include "heed/tensor.h"
+
+namespace heed {
+
+[[noreturn]] void fail(const char* op, const std::string& found, const std::string& needed);
+
+/// [B,H,L,D] of a floating type with a unit stride in the last dimension.
+void check_rows(const char* op, const char* name, const Tensor& t);
+/// The above with 1 to 256 in the last dimension.
+void check_head_rows(const char* op, const char* name, const Tensor& t);
+/// check_rows, and the shape and type asked for.
+void check_rows_like(const char* op, const char* name, const Tensor& t, const Dims& shape,
+                     DType dtype);
+/// A parameter of any strides beside inputs of type `inputs`: that type, or float32 beside 16 bits.
+/// `text` describes the shape for the message ("[H]"); empty: `shape` itself.
+void check_parameter(const char* op, const char* name, const Tensor& t, const Dims& shape,
+                     DType inputs, const std::string& text = "");
+/// The gradient of a parameter: its shape and type, unit stride in the last dimension.
+void check_parameter_gradient(const char* op, const char* name, const Tensor& gradient,
+                              const Tensor& parameter);
+
+/// Sizes of q [B,H,Lq,D], k [B,Hkv,Lk,D], v [B,Hkv,Lk,Dv].
+struct AttentionSizes {
+  int64_t batch = 0, heads = 0, kv_heads = 0, queries = 0, keys = 0, dim = 0, value_dim = 0;
+  int64_t group() const { return kv_heads == 0 ? 1 : heads / kv_heads; }
+  Dims out_shape() const { return {batch, heads, queries, value_dim}; }
+};
+/// Checks q, k and v for themselves and against each other.
+AttentionSizes check_attention(const char* op, const Tensor& q, const Tensor& k, const Tensor& v);
+/// That the heads of `t` divide those of q.
+void check_heads(const char* op, const char* name, const Tensor& t, const Tensor& q);
+
+/// The type of statistics, states and parameters in a call with inputs of `dtype`.
+inline DType statistics_type(DType dtype) { return dtype == DType::f64 ? DType::f64 : DType::f32; }
+
+/// Row-major values in the type of the computation.
+template <class T>
+std::vector<T> contiguous_values(const Tensor& t) {
+  const Array wide = convert(t, sizeof(T) == 8 ? DType::f64 : DType::f32);
+  return {wide.as<T>(), wide.as<T>() + wide.count()};
+}
+
+/// Values of T rounded into a tensor of any strides and floating type.
+template <class T>
+void copy_values(const T* values, const Tensor& to) {
+  copy(Tensor(values, sizeof(T) == 8 ? DType::f64 : DType::f32, to.shape()), to);
+}
+
+inline int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
+
+}  // namespace heed
