@@ -17,75 +17,99 @@ HWY_BEFORE_NAMESPACE();
 namespace heed::kernels::HWY_NAMESPACE {
 namespace hn = hwy::HWY_NAMESPACE;
 
-// Weight W and gradient of the shaped score t, which the caller zeroes where a mask set the score to
-// -inf. Softmax: t is relative to the pivot.
-template <class T, WeightKind kKind>
+// t becomes the weight W, dp the gradient of the shaped score; the caller zeroes that where a mask set
+// the score to -inf. Softmax: t is relative to the pivot.
+template <class T>
 struct Gradient {
   using V = hn::Vec<Full<T>>;
   int order = 0;
   T shift = 0;
 
-  HWY_INLINE V apply(V t, V dp, V& w) const {
+  template <int N>
+  HWY_INLINE void softmax(V (&t)[N], V (&dp)[N]) const {
     const Full<T> d;
-    if constexpr (kKind == WeightKind::softmax) {
-      w = exp2_any(d, t);
-      return hn::Mul(w, hn::Add(dp, hn::Set(d, shift)));
-    } else if constexpr (kKind == WeightKind::sigmoid) {
-      // 1 - W as 2^-t W, which does not cancel.
-      const V one = hn::Set(d, T{1}), u = exp2(d, hn::Neg(at_least(d, kLowest, t)));
-      const auto vanishes = hn::Lt(t, hn::Set(d, kLowest));
-      const V weight = hn::IfThenZeroElse(vanishes, hn::Div(one, hn::Add(one, u)));
-      w = weight;
-      return hn::Mul(hn::Mul(weight, hn::Mul(u, weight)), dp);
-    } else {
-      w = taylor<T>(d, t, order);
-      const V slope = order > 0 ? taylor<T>(d, t, order - 1) : hn::Zero(d);
-      return hn::Mul(slope, hn::Add(dp, hn::Set(d, shift)));
+    exp2_any(d, t);
+#pragma GCC unroll 4
+    for (int j = 0; j < N; ++j) dp[j] = hn::Mul(t[j], hn::Add(dp[j], hn::Set(d, shift)));
+  }
+
+  // W = 2^whole r, 1 - W = 2^-fraction r, r = 1 / (2^whole + 2^-fraction): as in weights.cpp.
+  template <int N>
+  HWY_INLINE void sigmoid(V (&t)[N], V (&dp)[N]) const {
+    const Full<T> d;
+    const V one = hn::Set(d, T{1});
+    V power[N], p[N];
+#pragma GCC unroll 4
+    for (int j = 0; j < N; ++j) {
+      t[j] = at_most(d, sizeof(T) == 8 ? 1020 : 125, at_least(d, kLeastExponent<T>, t[j]));
+    }
+    split_power<true>(d, t, power);
+    exp2_fraction<Exactness::full>(d, t, p);
+#pragma GCC unroll 4
+    for (int j = 0; j < N; ++j) {
+      const V r = hn::Div(one, hn::Add(power[j], p[j]));
+      t[j] = hn::Mul(power[j], r);
+      dp[j] = hn::Mul(hn::Mul(t[j], hn::Mul(p[j], r)), dp[j]);
     }
   }
-  static constexpr T kLowest = sizeof(T) == 8 ? -1000 : -125;
+
+  template <int N>
+  HWY_INLINE void polynomial(V (&t)[N], V (&dp)[N]) const {
+    const Full<T> d;
+    V w[N], slope[N];
+    taylor<T>(t, order, w);
+    taylor<T>(t, order - 1, slope);
+    const V exists = hn::Set(d, order > 0 ? T{1} : T{0});
+#pragma GCC unroll 4
+    for (int j = 0; j < N; ++j) {
+      t[j] = w[j];
+      dp[j] = hn::Mul(hn::Mul(slope[j], exists), hn::Add(dp[j], hn::Set(d, shift)));
+    }
+  }
 };
 
-// Calls body(m, mask) for every vector of the range, with the lanes that the row sees and no mask set
-// to -inf.
-template <class T, class Body>
-HWY_INLINE void for_unmasked(const T* s, KeyRange range, Body&& body) {
+template <class T, WeightKind kKind, bool kAlibi>
+HWY_INLINE void gradient_row(const ShapedRow<T, kAlibi>& row, const Gradient<T>& gradient,
+                             KeyRange range, T* weights, T* ds) {
   const Full<T> d;
-  // Not Ne: Highway's is false for NaN on x86.
-  const auto masked = [&](int64_t m) HWY_ATTR {
-    return hn::Eq(hn::LoadU(d, s + m), hn::Set(d, kMinusInfinity<T>));
-  };
-  for_visible<T>(
-      range, [&](int64_t m, auto) HWY_ATTR { body(m, hn::Not(masked(m))); },
-      [&](int64_t m, hn::Mask<Full<T>> seen) HWY_ATTR { body(m, hn::AndNot(masked(m), seen)); });
+  for_visible<T>(range, [&](int64_t m, auto count, auto seen) HWY_ATTR {
+    constexpr int kCount = decltype(count)::value;
+    hn::Vec<Full<T>> w[kCount], g[kCount];
+    row.load(m, w);
+#pragma GCC unroll 4
+    for (int j = 0; j < kCount; ++j) g[j] = hn::LoadU(d, ds + m + j * lanes<T>());
+    if constexpr (kKind == WeightKind::softmax) gradient.softmax(w, g);
+    if constexpr (kKind == WeightKind::sigmoid) gradient.sigmoid(w, g);
+    if constexpr (kKind == WeightKind::polynomial) gradient.polynomial(w, g);
+#pragma GCC unroll 4
+    for (int j = 0; j < kCount; ++j) {
+      const int64_t at = m + j * lanes<T>();
+      const auto absent = masked<T>(row.s + at);
+      if constexpr (kKind == WeightKind::polynomial) w[j] = hn::IfThenZeroElse(absent, w[j]);
+      hn::StoreU(seen_or_zero(seen, w[j]), d, weights + at);
+      hn::StoreU(seen_or_zero(seen, hn::IfThenZeroElse(absent, g[j])), d, ds + at);
+    }
+  });
 }
 
 template <class T, WeightKind kKind, bool kAlibi>
-HWY_INLINE void gradient_rows(Block<T> s, Block<T> dp, int64_t rows, int64_t key_count,
-                              const KeyRange* ranges, const WeightShape<T>& shape, const T* pivot,
-                              const T* shift) {
-  const Full<T> d;
+void gradient_rows(Block<T> s, Block<T> dp, int64_t rows, int64_t key_count, const KeyRange* ranges,
+                   const WeightShape<T>& shape, const T* pivot, const T* shift) {
   const int64_t columns = round_up(key_count, lanes<T>());
   for (int64_t r = 0; r < rows; ++r) {
     KeyRange range = range_of(ranges, r, key_count);
     ShapedRow<T, kAlibi> row(s, r, shape);
-    Gradient<T, kKind> gradient{shape.order, 0};
+    Gradient<T> gradient{shape.order, 0};
     if constexpr (kKind == WeightKind::softmax) {
       if (std::isinf(pivot[r])) range = {};
       row.bias -= pivot[r];
     }
     if constexpr (kKind != WeightKind::sigmoid) gradient.shift = shift[r];
-    T *weights = s.row(r), *ds = dp.row(r);
     if (!range.empty()) {
-      for_unmasked<T>(weights, range, [&](int64_t m, auto seen) HWY_ATTR {
-        hn::Vec<Full<T>> w;
-        const auto g = gradient.apply(row.at(m), hn::LoadU(d, ds + m), w);
-        hn::StoreU(hn::IfThenElseZero(seen, w), d, weights + m);
-        hn::StoreU(hn::IfThenElseZero(seen, g), d, ds + m);
-      });
+      gradient_row<T, kKind, kAlibi>(row, gradient, range, s.row(r), dp.row(r));
     }
-    clear_outside<T>(weights, range, columns);
-    clear_outside<T>(ds, range, columns);
+    clear_outside<T>(s.row(r), range, columns);
+    clear_outside<T>(dp.row(r), range, columns);
   }
 }
 
@@ -100,32 +124,55 @@ void gradients(Block<T> s, Block<T> dp, int64_t rows, int64_t key_count, const K
   }
 }
 
+template <class T>
+struct ParallaxRow {
+  T *s, *t, *a;
+  T t_mean, dot_out, dot_mean;
+};
+
 template <class T, bool kAlibi>
-HWY_INLINE void parallax_rows(Block<T> s, Block<T> t, Block<T> a, int64_t rows, int64_t key_count,
-                              const KeyRange* ranges, const WeightShape<T>& shape, const T* pivot,
-                              const T* t_mean, const T* dot_out, const T* dot_mean) {
+HWY_INLINE void parallax_row(const ShapedRow<T, kAlibi>& row, const ParallaxRow<T>& x,
+                             KeyRange range) {
   const Full<T> d;
-  const auto one = hn::Set(d, T{1});
+  const auto one = hn::Set(d, T{1}), mean = hn::Set(d, x.t_mean), out = hn::Set(d, x.dot_out),
+             value_mean = hn::Set(d, x.dot_mean);
+  for_visible<T>(range, [&](int64_t m, auto count, auto seen) HWY_ATTR {
+    constexpr int kCount = decltype(count)::value;
+    hn::Vec<Full<T>> p[kCount];
+    row.load(m, p);
+    exp2_any(d, p);
+#pragma GCC unroll 4
+    for (int j = 0; j < kCount; ++j) {
+      const int64_t at = m + j * lanes<T>();
+      const auto absent = masked<T>(row.s + at);
+      const auto dot = hn::LoadU(d, x.a + at), above = hn::Sub(dot, value_mean);
+      const auto lag = hn::Sub(mean, hn::LoadU(d, x.t + at));
+      const auto ds = hn::Mul(p[j], hn::MulAdd(lag, above, hn::Sub(dot, out)));
+      const auto store = [&](auto value, T* to) HWY_ATTR {
+        hn::StoreU(seen_or_zero(seen, hn::IfThenZeroElse(absent, value)), d, to + at);
+      };
+      store(hn::Mul(p[j], hn::Add(one, lag)), x.s);
+      store(ds, x.a);
+      store(hn::Neg(hn::Mul(p[j], above)), x.t);
+    }
+  });
+}
+
+template <class T, bool kAlibi>
+void parallax_rows(Block<T> s, Block<T> t, Block<T> a, int64_t rows, int64_t key_count,
+                   const KeyRange* ranges, const WeightShape<T>& shape, const T* pivot,
+                   const T* t_mean, const T* dot_out, const T* dot_mean) {
   const int64_t columns = round_up(key_count, lanes<T>());
   for (int64_t r = 0; r < rows; ++r) {
     KeyRange range = range_of(ranges, r, key_count);
     if (std::isinf(pivot[r])) range = {};
-    T *scores = s.row(r), *probes = t.row(r), *dots = a.row(r);
+    const ParallaxRow<T> x{s.row(r), t.row(r), a.row(r), t_mean[r], dot_out[r], dot_mean[r]};
     if (!range.empty()) {
       ShapedRow<T, kAlibi> row(s, r, shape);
       row.bias -= pivot[r];
-      const auto mean = hn::Set(d, t_mean[r]), out = hn::Set(d, dot_out[r]),
-                 value_mean = hn::Set(d, dot_mean[r]);
-      for_unmasked<T>(scores, range, [&](int64_t m, auto seen) HWY_ATTR {
-        const auto p = exp2_any(d, row.at(m)), dot = hn::LoadU(d, dots + m);
-        const auto lag = hn::Sub(mean, hn::LoadU(d, probes + m)), above = hn::Sub(dot, value_mean);
-        const auto ds = hn::Mul(p, hn::MulAdd(lag, above, hn::Sub(dot, out)));
-        hn::StoreU(hn::IfThenElseZero(seen, hn::Mul(p, hn::Add(one, lag))), d, scores + m);
-        hn::StoreU(hn::IfThenElseZero(seen, ds), d, dots + m);
-        hn::StoreU(hn::IfThenElseZero(seen, hn::Neg(hn::Mul(p, above))), d, probes + m);
-      });
+      parallax_row<T, kAlibi>(row, x, range);
     }
-    for (T* out : {scores, probes, dots}) clear_outside<T>(out, range, columns);
+    for (T* out : {x.s, x.t, x.a}) clear_outside<T>(out, range, columns);
   }
 }
 

@@ -27,6 +27,7 @@ template <class T, bool kAlibi>
 struct ShapedRow {
   const T* s;
   T scale, bias, slope, distance;  // distance: from key 0 to the query
+  hn::Vec<Full<T>> lane = hn::Iota(Full<T>(), T{0});
 
   ShapedRow(const Block<T>& block, int64_t r, const WeightShape<T>& shape)
       : s(block.row(r)),
@@ -35,15 +36,19 @@ struct ShapedRow {
         slope(shape.slope),
         distance(static_cast<T>(shape.distance + r)) {}
 
-  HWY_INLINE hn::Vec<Full<T>> at(int64_t m) const { return shape(hn::LoadU(Full<T>(), s + m), m); }
-  HWY_INLINE hn::Vec<Full<T>> shape(hn::Vec<Full<T>> score, int64_t m) const {
+  // N vectors from column m on.
+  template <int N>
+  HWY_INLINE void load(int64_t m, hn::Vec<Full<T>> (&t)[N]) const {
     const Full<T> d;
-    const auto t = hn::MulAdd(score, hn::Set(d, scale), hn::Set(d, bias));
-    if constexpr (kAlibi) {
-      const auto steps = hn::Abs(hn::Sub(hn::Set(d, distance), hn::Iota(d, static_cast<T>(m))));
-      return hn::NegMulAdd(hn::Set(d, slope), steps, t);
-    } else {
-      return t;
+    const auto away = hn::Sub(hn::Set(d, distance - static_cast<T>(m)), lane);
+#pragma GCC unroll 4
+    for (int j = 0; j < N; ++j) {
+      const int64_t step = j * lanes<T>();
+      t[j] = hn::MulAdd(hn::LoadU(d, s + m + step), hn::Set(d, scale), hn::Set(d, bias));
+      if constexpr (kAlibi) {
+        const auto steps = hn::Abs(hn::Sub(away, hn::Set(d, static_cast<T>(step))));
+        t[j] = hn::NegMulAdd(hn::Set(d, slope), steps, t[j]);
+      }
     }
   }
 };
@@ -60,25 +65,43 @@ HWY_INLINE hn::Mask<Full<T>> visible_lanes(int64_t m, KeyRange range) {
   return hn::AndNot(from, to);
 }
 
-// Calls whole(m, parity) for vectors of columns inside the range and edge(m, mask) for those that
-// straddle its ends. `parity` alternates, for two independent accumulators.
-template <class T, class Whole, class Edge>
-HWY_INLINE void for_visible(KeyRange range, Whole&& whole, Edge&& edge) {
+// The lanes that a row sees of a vector of columns: all of them, or a mask.
+struct AllLanes {};
+template <class V>
+HWY_INLINE V seen_or_zero(AllLanes, V x) {
+  return x;
+}
+template <class M, class V>
+HWY_INLINE V seen_or_zero(M seen, V x) {
+  return hn::IfThenElseZero(seen, x);
+}
+template <class V>
+HWY_INLINE V seen_or(AllLanes, V x, V /*otherwise*/) {
+  return x;
+}
+template <class M, class V>
+HWY_INLINE V seen_or(M seen, V x, V otherwise) {
+  return hn::IfThenElse(seen, x, otherwise);
+}
+
+// Vectors that are worked on together.
+inline constexpr int kRowGroup = 4;
+
+// Calls body(m, number of vectors as a constant, lanes) for groups of kRowGroup vectors of columns inside
+// the range, then for what remains one by one; only the vectors that straddle its ends have a mask.
+template <class T, class Body>
+HWY_INLINE void for_visible(KeyRange range, Body&& body) {
   constexpr int64_t kLanes = lanes<T>();
+  const std::integral_constant<int, kRowGroup> group;
+  const std::integral_constant<int, 1> one;
   int64_t m = range.begin / kLanes * kLanes;
   if (m < range.begin) {
-    edge(m, visible_lanes<T>(m, range));
+    body(m, one, visible_lanes<T>(m, range));
     m += kLanes;
   }
-  for (; m + 2 * kLanes <= range.end; m += 2 * kLanes) {
-    whole(m, std::integral_constant<int, 0>());
-    whole(m + kLanes, std::integral_constant<int, 1>());
-  }
-  if (m + kLanes <= range.end) {
-    whole(m, std::integral_constant<int, 0>());
-    m += kLanes;
-  }
-  if (m < range.end) edge(m, visible_lanes<T>(m, range));
+  for (; m + group * kLanes <= range.end; m += group * kLanes) body(m, group, AllLanes());
+  for (; m + kLanes <= range.end; m += kLanes) body(m, one, AllLanes());
+  if (m < range.end) body(m, one, visible_lanes<T>(m, range));
 }
 
 // Zeros in the columns of one row that for_visible does not pass over.
@@ -109,13 +132,25 @@ HWY_INLINE WeightShape<T> without_zero_scale(Block<T> s, int64_t rows, int64_t k
   return shape;
 }
 
-// sum over n <= order of t^n / n!
-template <class T, class V>
-HWY_INLINE V taylor(Full<T> d, V t, int order) {
-  const V one = hn::Set(d, T{1});
-  V sum = one;
-  for (int n = order; n > 0; --n) sum = hn::MulAdd(sum, hn::Mul(t, hn::Set(d, T{1} / n)), one);
-  return sum;
+// Scores that a mask set to -inf. (Highway's Ne is false for NaN on x86.)
+template <class T>
+HWY_INLINE hn::Mask<Full<T>> masked(const T* s) {
+  const Full<T> d;
+  return hn::Eq(hn::LoadU(d, s), hn::Set(d, kMinusInfinity<T>));
+}
+
+// p = sum over n <= order of t^n / n!
+template <class T, int N>
+HWY_INLINE void taylor(const hn::Vec<Full<T>> (&t)[N], int order, hn::Vec<Full<T>> (&p)[N]) {
+  const Full<T> d;
+  const auto one = hn::Set(d, T{1});
+#pragma GCC unroll 4
+  for (int j = 0; j < N; ++j) p[j] = one;
+  for (int n = order; n > 0; --n) {
+    const auto inverse = hn::Set(d, T{1} / n);
+#pragma GCC unroll 4
+    for (int j = 0; j < N; ++j) p[j] = hn::MulAdd(p[j], hn::Mul(t[j], inverse), one);
+  }
 }
 
 }  // namespace heed::kernels::HWY_NAMESPACE

@@ -224,7 +224,7 @@ void check_caps(const TileKernels<T>& k, const ScoreCaps<T>& caps, bool with_slo
   const T scale = T(1.25);
   k.cap_scores(s.block(), rows, keys, data_of(ranges), scale, caps,
                with_slope ? slope.block() : Block<T>{});
-  const double unit = sizeof(T) == 8 ? 1e-15 : 3e-7;
+  const double unit = 8 * (sizeof(T) == 8 ? 0x1p-53 : 0x1p-24);  // eight roundings
   for (int64_t r = 0; r < rows; ++r) {
     for (int64_t m = 0; m < keys; ++m) {
       if (!sees(ranges, r, m)) continue;

@@ -22,11 +22,13 @@ namespace hn = hwy::HWY_NAMESPACE;
 template <class T>
 struct WideWeights {
   using Element = T;
+  static constexpr Exactness kSoftmax = Exactness::full, kSigmoid = Exactness::full;
   static HWY_INLINE void store(hn::Vec<Full<T>> p, T* to) { hn::StoreU(p, Full<T>(), to); }
 };
 
 struct HalfWeights {
   using Element = uint16_t;
+  static constexpr Exactness kSoftmax = Exactness::half, kSigmoid = Exactness::coarse;
   static HWY_INLINE void store(hn::Vec<Full<float>> p, uint16_t* to) {
 #if HWY_TARGET == HWY_AVX3
     // Only reached on processors with AVX512-BF16: they are the ones with products for half operands.
@@ -59,104 +61,140 @@ template <class T, bool kAlibi>
 HWY_INLINE T row_maximum(const ShapedRow<T, kAlibi>& row, KeyRange range) {
   const Full<T> d;
   const auto nothing = hn::Set(d, kMinusInfinity<T>);
-  hn::Vec<Full<T>> most[2] = {nothing, nothing};
-  // Without position terms shaping is monotone (scale >= 0), so it can wait until after the maximum.
-  const auto value = [&](int64_t m) HWY_ATTR {
-    if constexpr (kAlibi) return row.at(m);
-    return hn::LoadU(d, row.s + m);
-  };
-  for_visible<T>(
-      range,
-      [&](int64_t m, auto parity) HWY_ATTR { most[parity] = hn::Max(most[parity], value(m)); },
-      [&](int64_t m, hn::Mask<Full<T>> seen)
-          HWY_ATTR { most[0] = hn::Max(most[0], hn::IfThenElse(seen, value(m), nothing)); });
-  const T found = lane_maximum<T>(hn::Max(most[0], most[1]));
+  hn::Vec<Full<T>> most[kRowGroup] = {nothing, nothing, nothing, nothing};
+  for_visible<T>(range, [&](int64_t m, auto count, auto seen) HWY_ATTR {
+    constexpr int kCount = decltype(count)::value;
+    hn::Vec<Full<T>> x[kCount];
+    if constexpr (kAlibi) row.load(m, x);
+#pragma GCC unroll 4
+    for (int j = 0; j < kCount; ++j) {
+      // Without position terms shaping is monotone (scale >= 0), so it can wait until after the maximum.
+      if constexpr (!kAlibi) x[j] = hn::LoadU(d, row.s + m + j * lanes<T>());
+      most[j] = hn::Max(most[j], seen_or(seen, x[j], nothing));
+    }
+  });
+  const T found = lane_maximum<T>(hn::Max(hn::Max(most[0], most[1]), hn::Max(most[2], most[3])));
   return kAlibi ? found : found * row.scale;
 }
 
+template <class T>
+HWY_INLINE T sum_of(const hn::Vec<Full<T>> (&total)[kRowGroup]) {
+  return hn::GetLane(
+      hn::SumOfLanes(Full<T>(), hn::Add(hn::Add(total[0], total[1]), hn::Add(total[2], total[3]))));
+}
+
 template <class T, class Weights, bool kAlibi>
-HWY_INLINE void softmax_row(const ShapedRow<T, kAlibi>& row, KeyRange range, T& pivot, T& sum,
-                            T& carry, typename Weights::Element* out) {
+HWY_INLINE void softmax_row(const ShapedRow<T, kAlibi>& row, KeyRange range, T most, T& pivot,
+                            T& sum, T& carry, typename Weights::Element* out) {
   constexpr T kNothing = kMinusInfinity<T>;
   const Full<T> d;
-  const T before = pivot, most = row_maximum<T, kAlibi>(row, range);
+  const T before = pivot;
   if (most > before) pivot = most;
   carry = before == kNothing ? T{1} : before == pivot ? T{1} : std::exp2(before - pivot);
   ShapedRow<T, kAlibi> shifted = row;
   shifted.bias -= pivot == kNothing ? T{0} : pivot;
 
-  hn::Vec<Full<T>> total[2] = {hn::Zero(d), hn::Zero(d)};
-  for_visible<T>(
-      range,
-      [&](int64_t m, auto parity) HWY_ATTR {
-        const auto p = exp2(d, shifted.at(m));
-        total[parity] = hn::Add(total[parity], p);
-        Weights::store(p, out + m);
-      },
-      [&](int64_t m, hn::Mask<Full<T>> seen) HWY_ATTR {
-        const auto p = hn::IfThenElseZero(seen, exp2(d, shifted.at(m)));
-        total[0] = hn::Add(total[0], p);
-        Weights::store(p, out + m);
-      });
-  sum = sum * carry + hn::GetLane(hn::SumOfLanes(d, hn::Add(total[0], total[1])));
+  const auto zero = hn::Zero(d);
+  hn::Vec<Full<T>> total[kRowGroup] = {zero, zero, zero, zero};
+  for_visible<T>(range, [&](int64_t m, auto count, auto seen) HWY_ATTR {
+    constexpr int kCount = decltype(count)::value;
+    hn::Vec<Full<T>> p[kCount];
+    shifted.load(m, p);
+    exp2<Weights::kSoftmax>(d, p);
+#pragma GCC unroll 4
+    for (int j = 0; j < kCount; ++j) {
+      p[j] = seen_or_zero(seen, p[j]);
+      total[j] = hn::Add(total[j], p[j]);
+      Weights::store(p[j], out + m + j * lanes<T>());
+    }
+  });
+  sum = sum * carry + sum_of<T>(total);
 }
 
-// 1 / (1 + 2^-t), and 0 where that is below 2^-125 (double: 2^-1000).
-template <class T, class V>
-HWY_INLINE V sigmoid(Full<T> d, V t) {
-  constexpr T kLowest = sizeof(T) == 8 ? -1000 : -125;
-  const V one = hn::Set(d, T{1});
-  const V w = hn::Div(one, hn::Add(one, exp2_any(d, hn::Neg(t))));
-  return hn::IfThenZeroElse(hn::Lt(t, hn::Set(d, kLowest)), w);
+// 1 / (1 + 2^-t) in place, 0 from about 2^-126 (double: 2^-1022) on: with t = whole + fraction
+// 2^whole / (2^whole + 2^-fraction), which neither overflows nor needs a test for what vanishes.
+template <Exactness kExactness, class T, int N>
+HWY_INLINE void sigmoid(hn::Vec<Full<T>> (&t)[N]) {
+  const Full<T> d;
+  hn::Vec<Full<T>> power[N], p[N];
+#pragma GCC unroll 4
+  for (int j = 0; j < N; ++j) {
+    t[j] = at_most(d, sizeof(T) == 8 ? 1020 : 125, at_least(d, kLeastExponent<T>, t[j]));
+  }
+  split_power<true>(d, t, power);
+  exp2_fraction<kExactness>(d, t, p);
+#pragma GCC unroll 4
+  for (int j = 0; j < N; ++j) {
+    const auto sum = hn::Add(power[j], p[j]);
+    if constexpr (kExactness == Exactness::coarse) {
+      t[j] = hn::Mul(power[j], hn::ApproximateReciprocal(sum));  // to 12 bits or more
+    } else {
+      t[j] = hn::Div(power[j], sum);
+    }
+  }
 }
 
 template <class T, class Weights, bool kAlibi>
 HWY_INLINE void sigmoid_row(const ShapedRow<T, kAlibi>& row, KeyRange range,
                             typename Weights::Element* out) {
-  const Full<T> d;
-  for_visible<T>(
-      range, [&](int64_t m, auto) HWY_ATTR { Weights::store(sigmoid<T>(d, row.at(m)), out + m); },
-      [&](int64_t m, hn::Mask<Full<T>> seen) HWY_ATTR {
-        Weights::store(hn::IfThenElseZero(seen, sigmoid<T>(d, row.at(m))), out + m);
-      });
+  for_visible<T>(range, [&](int64_t m, auto count, auto seen) HWY_ATTR {
+    constexpr int kCount = decltype(count)::value;
+    hn::Vec<Full<T>> w[kCount];
+    row.load(m, w);
+    sigmoid<Weights::kSigmoid, T>(w);
+#pragma GCC unroll 4
+    for (int j = 0; j < kCount; ++j) {
+      Weights::store(seen_or_zero(seen, w[j]), out + m + j * lanes<T>());
+    }
+  });
 }
 
 template <class T, class Weights, bool kAlibi>
 HWY_INLINE void polynomial_row(const ShapedRow<T, kAlibi>& row, KeyRange range, int order, T& sum,
                                typename Weights::Element* out) {
   const Full<T> d;
-  auto total = hn::Zero(d);
-  const auto weights = [&](int64_t m) HWY_ATTR {
-    const auto score = hn::LoadU(d, row.s + m);
-    const auto masked = hn::Eq(score, hn::Set(d, kMinusInfinity<T>));
-    return hn::IfThenZeroElse(masked, taylor<T>(d, row.shape(score, m), order));
-  };
-  const auto add = [&](hn::Vec<Full<T>> p, int64_t m) HWY_ATTR {
-    total = hn::Add(total, p);
-    Weights::store(p, out + m);
-  };
-  for_visible<T>(
-      range, [&](int64_t m, auto) HWY_ATTR { add(weights(m), m); },
-      [&](int64_t m, hn::Mask<Full<T>> seen)
-          HWY_ATTR { add(hn::IfThenElseZero(seen, weights(m)), m); });
-  sum += hn::GetLane(hn::SumOfLanes(d, total));
+  const auto zero = hn::Zero(d);
+  hn::Vec<Full<T>> total[kRowGroup] = {zero, zero, zero, zero};
+  for_visible<T>(range, [&](int64_t m, auto count, auto seen) HWY_ATTR {
+    constexpr int kCount = decltype(count)::value;
+    hn::Vec<Full<T>> t[kCount], p[kCount];
+    row.load(m, t);
+    taylor<T>(t, order, p);
+#pragma GCC unroll 4
+    for (int j = 0; j < kCount; ++j) {
+      const int64_t at = m + j * lanes<T>();
+      p[j] = seen_or_zero(seen, hn::IfThenZeroElse(masked<T>(row.s + at), p[j]));
+      total[j] = hn::Add(total[j], p[j]);
+      Weights::store(p[j], out + at);
+    }
+  });
+  sum += sum_of<T>(total);
 }
 
 template <class T, class Weights, WeightKind kKind, bool kAlibi>
-HWY_INLINE void weight_rows(Block<T> s, int64_t rows, int64_t key_count, const KeyRange* ranges,
-                            const WeightShape<T>& shape, const RowState<T>& state,
-                            typename Weights::Element* weights, int64_t stride,
-                            int64_t key_multiple) {
+void weight_rows(Block<T> s, int64_t rows, int64_t key_count, const KeyRange* ranges,
+                 const WeightShape<T>& shape, const RowState<T>& state,
+                 typename Weights::Element* weights, int64_t stride, int64_t key_multiple) {
   const int64_t columns = round_up(key_count, key_multiple);
+  // Maxima of several rows first: the weights of a row wait for its maximum, other maxima do not.
+  constexpr int64_t kMaxima = 8;
+  T most[kMaxima];
   for (int64_t r = 0; r < rows; ++r) {
     const KeyRange range = range_of(ranges, r, key_count);
     auto* out = weights + r * stride;
+    if (kKind == WeightKind::softmax && r % kMaxima == 0) {
+      for (int64_t i = r; i < HWY_MIN(rows, r + kMaxima); ++i) {
+        const KeyRange seen = range_of(ranges, i, key_count);
+        if (seen.empty()) continue;
+        most[i - r] = row_maximum<T, kAlibi>(ShapedRow<T, kAlibi>(s, i, shape), seen);
+      }
+    }
     if constexpr (kKind != WeightKind::sigmoid) state.carry[r] = 1;
     if (!range.empty()) {
       const ShapedRow<T, kAlibi> row(s, r, shape);
       if constexpr (kKind == WeightKind::softmax) {
-        softmax_row<T, Weights, kAlibi>(row, range, state.pivot[r], state.sum[r], state.carry[r],
-                                        out);
+        softmax_row<T, Weights, kAlibi>(row, range, most[r % kMaxima], state.pivot[r], state.sum[r],
+                                        state.carry[r], out);
       } else if constexpr (kKind == WeightKind::sigmoid) {
         sigmoid_row<T, Weights, kAlibi>(row, range, out);
       } else {
@@ -192,28 +230,24 @@ void second_weights(Block<const T> weights, Block<T> t, int64_t rows, int64_t ke
     const KeyRange range = range_of(ranges, r, key_count);
     const T* w = weights.row(r);
     T* out = t.row(r);
-    hn::Vec<Full<T>> total[2] = {hn::Zero(d), hn::Zero(d)};
-    // A masked key has weight 0, whatever it makes of t.
-    const auto product = [&](int64_t m) HWY_ATTR {
-      const auto p = hn::LoadU(d, w + m);
-      return hn::IfThenZeroElse(hn::Eq(p, hn::Zero(d)), hn::Mul(p, hn::LoadU(d, out + m)));
-    };
+    const auto zero = hn::Zero(d);
+    hn::Vec<Full<T>> total[kRowGroup] = {zero, zero, zero, zero};
     if (!range.empty()) {
-      for_visible<T>(
-          range,
-          [&](int64_t m, auto parity) HWY_ATTR {
-            const auto x = product(m);
-            total[parity] = hn::Add(total[parity], x);
-            hn::StoreU(x, d, out + m);
-          },
-          [&](int64_t m, hn::Mask<Full<T>> seen) HWY_ATTR {
-            const auto x = hn::IfThenElseZero(seen, product(m));
-            total[0] = hn::Add(total[0], x);
-            hn::StoreU(x, d, out + m);
-          });
+      for_visible<T>(range, [&](int64_t m, auto count, auto seen) HWY_ATTR {
+        constexpr int kCount = decltype(count)::value;
+#pragma GCC unroll 4
+        for (int j = 0; j < kCount; ++j) {
+          const int64_t at = m + j * lanes<T>();
+          const auto p = hn::LoadU(d, w + at), x = hn::Mul(p, hn::LoadU(d, out + at));
+          // A masked key has weight 0, whatever it makes of t.
+          const auto product = seen_or_zero(seen, hn::IfThenZeroElse(hn::Eq(p, zero), x));
+          total[j] = hn::Add(total[j], product);
+          hn::StoreU(product, d, out + at);
+        }
+      });
     }
     clear_outside<T>(out, range, round_up(key_count, lanes<T>()));
-    sum[r] = carry[r] * sum[r] + hn::GetLane(hn::SumOfLanes(d, hn::Add(total[0], total[1])));
+    sum[r] = carry[r] * sum[r] + sum_of<T>(total);
   }
 }
 
