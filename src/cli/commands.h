@@ -22,5 +22,6 @@ void add_check(CLI::App& app, Outcome& outcome);
 void add_bench(CLI::App& app, Outcome& outcome);
 void add_explain(CLI::App& app, Outcome& outcome);
 void add_cpu(CLI::App& app, Outcome& outcome);
+void add_hardware(CLI::App& app, Outcome& outcome);
 
 }  // namespace heed::cli

@@ -33,6 +33,7 @@ void add_commands(CLI::App& app, Outcome& outcome) {
   add_bench(app, outcome);
   add_explain(app, outcome);
   add_cpu(app, outcome);
+  add_hardware(app, outcome);
 }
 
 std::vector<std::string> option_names(const CLI::App& command) {
@@ -54,21 +55,24 @@ std::vector<std::string> command_names(const CLI::App& app) {
 // What stood on the command line and belongs to nothing.
 std::string leftover_message(const CLI::App& app) {
   const CLI::App* command = &app;
-  for (const CLI::App* parsed : app.get_subcommands()) command = parsed;
-  std::vector<std::string> left = command->remaining();
-  if (left.empty()) left = app.remaining();
+  std::string path;  // "hardware tiles "
+  std::vector<std::string> left = app.remaining();
+  for (auto parsed = app.get_subcommands(); !parsed.empty(); parsed = command->get_subcommands()) {
+    command = parsed.front();
+    path += command->get_name() + " ";
+    if (!command->remaining().empty()) left = command->remaining();
+  }
   if (left.empty()) return "an argument was not expected";
   const std::string& word = left.front();
   const std::string name = word.substr(0, word.find('='));
+  const std::string owner = path.empty() ? "" : path.substr(0, path.size() - 1) + ": ";
   if (name.starts_with("-")) {
-    const std::string owner = command == &app ? "" : command->get_name() + ": ";
     return owner + "unknown option '" + name + "'" +
-           heed::did_you_mean(name, option_names(*command)) + "; see heed " +
-           (command == &app ? "" : command->get_name() + " ") + "--help";
+           heed::did_you_mean(name, option_names(*command)) + "; see heed " + path + "--help";
   }
-  if (command != &app) return command->get_name() + ": unexpected argument '" + word + "'";
-  const auto names = command_names(app);
-  return "unknown command '" + word + "'" + heed::did_you_mean(word, names) +
+  const auto names = command_names(*command);
+  if (names.empty()) return owner + "unexpected argument '" + word + "'";
+  return owner + "unknown command '" + word + "'" + heed::did_you_mean(word, names) +
          "; known: " + heed::joined(names);
 }
 

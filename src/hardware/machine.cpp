@@ -104,6 +104,14 @@ std::string_view data_file(std::string_view name) {
   throw std::logic_error("no embedded file '" + std::string(name) + "'");
 }
 
+std::vector<std::string_view> data_files() {
+  std::vector<std::string_view> names;
+  for (const EmbeddedFile* file = kHardwareFiles; !file->name.empty(); ++file) {
+    names.push_back(file->name);
+  }
+  return names;
+}
+
 Machine parse_machine(std::string_view text, const std::string& file) {
   const Json json = parse_json(text, file);
   Fields fields(json, file);

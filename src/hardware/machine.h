@@ -71,5 +71,6 @@ void check_size(const Workload& workload);
 
 /// A text of this folder: "cascades/one_pass.cascade". Throws std::logic_error.
 std::string_view data_file(std::string_view name);
+std::vector<std::string_view> data_files();  // all of them
 
 }  // namespace heed::hardware

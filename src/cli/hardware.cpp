@@ -1,0 +1,74 @@
+#include "cli/hardware.h"
+
+#include <fmt/format.h>
+
+#include <algorithm>
+#include <cerrno>
+#include <charconv>
+#include <cstring>
+#include <filesystem>
+#include <fstream>
+#include <sstream>
+
+#include "heed/error.h"
+
+namespace heed::cli {
+
+std::string read_text(std::string_view option, const std::string& path) {
+  const std::string where = std::string(option) + " " + path + ": ";
+  std::error_code error;
+  const auto status = std::filesystem::status(path, error);
+  if (std::filesystem::is_directory(status))
+    throw Error(where + "a file is needed, found a folder");
+  std::ifstream file(path, std::ios::binary);
+  if (!file) throw Error(where + "cannot open it: " + std::strerror(errno));
+  constexpr size_t kMost = size_t{1} << 24;
+  std::string text(kMost + 1, '\0');
+  file.read(text.data(), static_cast<std::streamsize>(text.size()));
+  if (file.bad()) throw Error(where + "cannot read it");
+  text.resize(static_cast<size_t>(file.gcount()));
+  if (text.size() > kMost) throw Error(where + "the file has more than 16 MiB");
+  return text;
+}
+
+void write_text(std::string_view option, const std::string& path, const std::string& text) {
+  std::ofstream file(path, std::ios::binary | std::ios::trunc);
+  file << text;
+  file.close();
+  if (!file) {
+    throw Error(std::string(option) + " " + path + ": cannot write it: " + std::strerror(errno));
+  }
+}
+
+std::vector<int64_t> parse_numbers(std::string_view option, std::string_view text) {
+  std::vector<int64_t> numbers;
+  for (size_t begin = 0; begin <= text.size();) {
+    const size_t comma = std::min(text.find(',', begin), text.size());
+    int64_t value = 0;
+    const auto [stop, error] = std::from_chars(text.data() + begin, text.data() + comma, value);
+    if (error != std::errc{} || stop != text.data() + comma || begin == comma) {
+      throw Error(std::string(option) + ": found '" + std::string(text) +
+                  "', whole numbers of at most 63 bits with commas between them are needed");
+    }
+    numbers.push_back(value);
+    begin = comma + 1;
+  }
+  return numbers;
+}
+
+void add_hardware(CLI::App& app, Outcome& outcome) {
+  CLI::App* hardware = app.add_subcommand(
+      "hardware", "Passes, accelerators, tile plans: what attention costs on a machine");
+  hardware->require_subcommand(0, 1);
+  add_hardware_passes(*hardware);
+  add_hardware_fusemax(*hardware);
+  add_hardware_tiles(*hardware);
+  add_hardware_files(*hardware);
+  hardware->callback([hardware, &outcome] {
+    if (!hardware->get_subcommands().empty()) return;
+    fmt::print(stderr, "{}", hardware->help());
+    outcome.exit_code = kUsageError;
+  });
+}
+
+}  // namespace heed::cli

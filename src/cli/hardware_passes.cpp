@@ -1,0 +1,137 @@
+// heed hardware passes: how often a cascade must go over a rank.
+#include <fmt/format.h>
+
+#include <filesystem>
+#include <memory>
+
+#include "cascade/ast.h"
+#include "cli/hardware.h"
+#include "cli/terminal.h"
+#include "heed/error.h"
+#include "mechanisms/registry.h"
+
+namespace heed::cli {
+namespace {
+
+using cascade::PassReport;
+using cascade::Program;
+
+struct Arguments {
+  std::string what, rank;
+  bool json = false;
+};
+
+// "m" where the cascade has it, else its only rank.
+std::string default_rank(const Program& program) {
+  std::vector<std::string> own;
+  for (const auto& rank : program.ast().ranks) {
+    if (rank.name == "m") return "m";
+    if (!rank.batch) own.push_back(rank.name);
+  }
+  if (own.size() == 1) return own[0];
+  cascade::count_passes(program, "m");  // throws, listing the ranks
+  return "m";
+}
+
+Json report_json(const PassReport& report) {
+  Json statements = Json::array();
+  for (const auto& row : report.rows) {
+    statements.push_back({{"tensor", row.tensor}, {"pass", row.pass}, {"line", row.line}});
+  }
+  return {{"passes", report.passes}, {"statements", statements}};
+}
+
+void print_report(const std::string& name, const std::string& rank, const PassReport& report) {
+  Table table({{"line", Table::Align::right}, {"tensor"}, {"pass", Table::Align::right}});
+  for (const auto& row : report.rows) {
+    table.add(
+        {std::to_string(row.line), row.tensor, row.pass == 0 ? "-" : std::to_string(row.pass)});
+  }
+  fmt::print("{}\n", bold(fmt::format("{}: passes over {}: {}", name, rank, report.passes)));
+  table.print(2);
+}
+
+void one_program(const Program& program, const Arguments& arguments) {
+  const std::string rank = arguments.rank.empty() ? default_rank(program) : arguments.rank;
+  const PassReport report = cascade::count_passes(program, rank);
+  if (arguments.json) {
+    print_json(report_json(report));
+  } else {
+    print_report(program.name(), rank, report);
+  }
+}
+
+void one_mechanism(const Mechanism& mechanism, const Arguments& arguments) {
+  const std::string rank = arguments.rank.empty() ? mechanism.pass_rank : arguments.rank;
+  Json cascades = Json::array();
+  for (const CascadeText& text : mechanism.cascades) {
+    const PassReport report = cascade::count_passes(cascade::parse(text.text, text.name), rank);
+    if (!arguments.json) print_report(text.name, rank, report);
+    Json json = report_json(report);
+    json["cascade"] = text.name;
+    cascades.push_back(std::move(json));
+  }
+  if (arguments.json)
+    print_json({{"name", mechanism.name}, {"rank", rank}, {"cascades", cascades}});
+}
+
+// Every mechanism, its definition beside the forms it is computed in.
+void all_mechanisms(const Arguments& arguments) {
+  if (!arguments.rank.empty()) {
+    throw Error("--rank: a cascade file or a mechanism is needed with it");
+  }
+  Json list = Json::array();
+  Table table({{"mechanism"},
+               {"rank"},
+               {"definition"},
+               {"passes", Table::Align::right},
+               {"computed as"},
+               {"passes", Table::Align::right}});
+  for (const Mechanism& mechanism : mechanisms()) {
+    Json cascades = Json::array();
+    for (size_t i = 0; i < mechanism.cascades.size(); ++i) {
+      const CascadeText& text = mechanism.cascades[i];
+      const int passes =
+          cascade::count_passes(cascade::parse(text.text, text.name), mechanism.pass_rank).passes;
+      cascades.push_back({{"cascade", text.name}, {"passes", passes}});
+    }
+    const auto passes = [&](size_t i) { return std::to_string(cascades[i]["passes"].get<int>()); };
+    const size_t count = mechanism.cascades.size();
+    for (size_t i = 1; i < std::max<size_t>(count, 2); ++i) {
+      table.add({i == 1 ? mechanism.name : "", i == 1 ? mechanism.pass_rank : "",
+                 i == 1 ? mechanism.cascades[0].name : "", i == 1 ? passes(0) : "",
+                 i < count ? mechanism.cascades[i].name : "the same", passes(i < count ? i : 0)});
+    }
+    list.push_back(
+        {{"name", mechanism.name}, {"rank", mechanism.pass_rank}, {"cascades", cascades}});
+  }
+  if (arguments.json) return print_json(list);
+  table.print();
+}
+
+bool is_file(const std::string& what) {
+  std::error_code error;
+  return what.ends_with(".cascade") || what.find('/') != std::string::npos ||
+         std::filesystem::exists(what, error);
+}
+
+void passes(const Arguments& arguments) {
+  if (arguments.what.empty()) return all_mechanisms(arguments);
+  if (!is_file(arguments.what)) return one_mechanism(find_mechanism(arguments.what), arguments);
+  one_program(cascade::parse(read_text("passes", arguments.what), arguments.what), arguments);
+}
+
+}  // namespace
+
+void add_hardware_passes(CLI::App& hardware) {
+  CLI::App* command = hardware.add_subcommand(
+      "passes", "How often a cascade must go over a rank: a file, a mechanism, or all of them");
+  auto arguments = std::make_shared<Arguments>();
+  command->add_option("FILE", arguments->what, "Cascade file, or the name of a mechanism");
+  command->add_option("--rank", arguments->rank,
+                      "The rank; without it m, or what the mechanism's record says");
+  command->add_flag("--json", arguments->json, "JSON");
+  command->callback([arguments] { passes(*arguments); });
+}
+
+}  // namespace heed::cli
