@@ -1,15 +1,18 @@
 // Exact softmax attention in one pass over the keys.  arXiv 2205.14135, 2307.08691
 //
-//   S[b,h,p,m] = scale * sum_e q[b,h,p,e] k[b,g(h),m,e]        g(h) = h / (H/Hkv)
-//   out        = softmax over the visible m of S, times v[b,g(h),m,f]
-//   lse[b,h,p] = log sum over the visible m of exp S           natural logarithm
+//   S[b,h,p,m] = softcap(scale * sum_e q[b,h,p,e] k[b,g(h),m,e])         g(h) = h / (H/Hkv)
+//                - alibi_slopes[h] |p + Lk - Lq - m| + bias[b,h,p,m]
+//   out        = softmax over the visible m (and the sink) of S, times v[b,g(h),m,f]
+//   lse[b,h,p] = log sum over the visible m (and the sink) of exp S      natural logarithm
 //
 // q [B,H,Lq,D]  k [B,Hkv,Lk,D]  v [B,Hkv,Lk,Dv]  out [B,H,Lq,Dv]  lse [B,H,Lq]
 // H % Hkv == 0; D and Dv from 1 to 256; any strides with a unit stride in the last dimension.
 // float64, float32, bfloat16, float16; out has q's type. Scores, statistics and sums are float32
 // (float64 for float64, where everything is float64); lse is float32 or float64 accordingly.
-// A row that sees no key: out = 0, lse = -inf. Memory beyond the results: O(threads x tile).
+// A row that sees no key: out = 0, lse = -inf (its sink, if there is one), gradients 0.
+// Memory beyond the results: O(threads x tile), in the backward O(threads x L).
 #pragma once
+#include <array>
 #include <optional>
 
 #include "heed/masks.h"
@@ -21,6 +24,17 @@ namespace heed {
 struct FlashOptions {
   Masks masks = {};
   std::optional<double> scale = {};  // none: 1/sqrt(D)
+  double softcap = 0;                // c > 0: scores become c * tanh(score / c)
+  Tensor alibi_slopes = {};          // [H]
+  Tensor mask = {};                  // boolean, broadcastable to [B,H,Lq,Lk]; true = attend
+  Tensor bias = {};                  // floating, broadcastable to [B,H,Lq,Lk]
+  Tensor sink = {};                  // [H], a logit per head that only enters the row's sum
+  /// Boolean [H or 1, ceil(Lq/rows), ceil(Lk/keys)] over blocks of block_size = {rows, keys}; a false
+  /// block is not computed.
+  Tensor block_mask = {};
+  std::array<int64_t, 2> block_size = {64, 64};
+  double dropout_p = 0;  // each weight is dropped with this probability, 0 <= p < 1
+  uint64_t seed = 0;     // of the dropout: which weights are dropped is a function of it alone
 };
 
 struct AttentionResult {
@@ -36,10 +50,46 @@ void flash_attention(const Tensor& q, const Tensor& k, const Tensor& v, const Te
                      const Tensor& lse, const FlashOptions& options = {},
                      const RunOptions& run = {});
 
+/// Gradients of q, k, v in their type; of the options' tensors in theirs, empty where there is none.
+struct FlashGradients {
+  Array q, k, v;
+  Array bias;          // the shape of bias: summed where it was broadcast
+  Array alibi_slopes;  // [H]
+  Array sink;          // [H]
+};
+
+/// out and lse are what the forward returned for the same options; grad_lse may be undefined (zero).
+FlashGradients flash_attention_backward(const Tensor& grad_out, const Tensor& grad_lse,
+                                        const Tensor& q, const Tensor& k, const Tensor& v,
+                                        const Tensor& out, const Tensor& lse,
+                                        const FlashOptions& options = {},
+                                        const RunOptions& run = {});
+
+/// Sequences packed one behind the other: sequence b has rows [cu[b], cu[b+1]) and its own causal
+/// alignment. cu_seqlens_* [B+1] int32 or int64, from 0 to the number of tokens.
+struct VarlenOptions {
+  bool causal = false;
+  Window window = {};
+  std::optional<double> scale = {};
+  double softcap = 0;
+  Tensor alibi_slopes = {};  // [H]
+};
+
+/// q [Tq,H,D]  k [Tk,Hkv,D]  v [Tk,Hkv,Dv]  out [Tq,H,Dv]  lse [H,Tq]
+AttentionResult flash_attention_varlen(const Tensor& q, const Tensor& k, const Tensor& v,
+                                       const Tensor& cu_seqlens_q, const Tensor& cu_seqlens_k,
+                                       const VarlenOptions& options = {},
+                                       const RunOptions& run = {});
+FlashGradients flash_attention_varlen_backward(
+    const Tensor& grad_out, const Tensor& grad_lse, const Tensor& q, const Tensor& k,
+    const Tensor& v, const Tensor& out, const Tensor& lse, const Tensor& cu_seqlens_q,
+    const Tensor& cu_seqlens_k, const VarlenOptions& options = {}, const RunOptions& run = {});
+
 struct DecodeOptions {
   std::optional<double> scale = {};    // none: 1/sqrt(D)
   std::optional<int64_t> window = {};  // keys to the left that a query sees besides its own
   int64_t splits = 0;                  // parts the keys are cut into; 0 chooses
+  Tensor sink = {};                    // [H]
 };
 
 /// Attention of the last Lq <= 16 tokens of each sequence over its cache, causal among themselves.
@@ -61,5 +111,14 @@ AttentionResult merge_attention(const Tensor& out_a, const Tensor& lse_a, const 
 void merge_attention(const Tensor& out_a, const Tensor& lse_a, const Tensor& out_b,
                      const Tensor& lse_b, const Tensor& out, const Tensor& lse,
                      const RunOptions& run = {});
+
+struct MergeGradients {
+  Array out_a, lse_a, out_b, lse_b;
+};
+/// out and lse are what the forward returned; grad_lse may be undefined (zero).
+MergeGradients merge_attention_backward(const Tensor& grad_out, const Tensor& grad_lse,
+                                        const Tensor& out_a, const Tensor& lse_a,
+                                        const Tensor& out_b, const Tensor& lse_b, const Tensor& out,
+                                        const Tensor& lse, const RunOptions& run = {});
 
 }  // namespace heed

@@ -1,6 +1,7 @@
 // Strided views of caller memory, owning arrays and their element types. No dependencies.
 #pragma once
 #include <array>
+#include <bit>
 #include <cstddef>
 #include <cstdint>
 #include <initializer_list>
@@ -24,7 +25,9 @@ struct bfloat16 {
 struct float16 {
   uint16_t bits = 0;
 };
-float to_float(bfloat16 x);
+inline float to_float(bfloat16 x) {
+  return std::bit_cast<float>(static_cast<uint32_t>(x.bits) << 16);
+}
 float to_float(float16 x);
 bfloat16 to_bfloat16(float x);  // round to nearest even, NaN stays NaN
 float16 to_float16(float x);

@@ -48,8 +48,6 @@ const char* name_of(DType dtype) {
   return "?";
 }
 
-float to_float(bfloat16 x) { return std::bit_cast<float>(uint32_t{x.bits} << 16); }
-
 bfloat16 to_bfloat16(float x) {
   uint32_t bits = std::bit_cast<uint32_t>(x);
   if (std::isnan(x)) return {static_cast<uint16_t>((bits >> 16) | 0x40)};

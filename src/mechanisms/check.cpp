@@ -260,8 +260,7 @@ Reference make_reference(const Mechanism& mechanism, const ExampleCase& example,
                       .outputs = {},
                       .gradients = {},
                       .sensitivity = {}};
-  const CascadeText& definition =
-      *cascades_for(mechanism, Spec::parse_options(example.options)).front();
+  const CascadeText& definition = definition_of(mechanism, example);
   const cascade::Program program = cascade::parse(definition.text, definition.name);
   reference.outputs = evaluate_definition(reference, program, views(reference.inputs)).outputs;
   if (mechanism.backward) {
@@ -304,6 +303,7 @@ std::vector<CheckRow> check_kernel(const Reference& reference, Isa isa, Layout l
 std::vector<CheckRow> check_cascades(const Mechanism& mechanism, const ExampleCase& example,
                                      uint64_t seed) {
   constexpr double kAgreement = 1e-12;
+  if (!example.definition.empty()) return {};  // the others leave out what this case is about
   const NamedArrays inputs = make_inputs(mechanism, example, DType::f64, seed);
   const Spec options = Spec::parse_options(example.options);
   const cascade::Bindings bindings = mechanism.bind(views(inputs), options);

@@ -12,6 +12,13 @@ std::span<const Mechanism> mechanisms() {
   return all;
 }
 
+const CascadeText& definition_of(const Mechanism& mechanism, const ExampleCase& example) {
+  for (const CascadeText& text : mechanism.cascades) {
+    if (text.name == example.definition) return text;
+  }
+  return *cascades_for(mechanism, Spec::parse_options(example.options)).front();
+}
+
 const Mechanism& find_mechanism(std::string_view name) {
   constexpr std::string_view kSuffix = "_attention";
   std::vector<std::string> names, spellings;

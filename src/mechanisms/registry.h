@@ -20,11 +20,13 @@ using NamedArrays = std::map<std::string, Array>;
 
 /// A call to try: input shapes by argument name and options in the form of a Spec.
 struct ExampleCase {
-  std::string name;                                   // "causal_gqa"
-  std::vector<std::pair<std::string, Dims>> inputs;   // in the order of the signature
-  std::string options;                                // "causal=1,window=8"; parsed by Spec
+  std::string name;                                  // "causal_gqa"
+  std::vector<std::pair<std::string, Dims>> inputs;  // in the order of the signature
+  std::string options;                               // "causal=1,window=8"; parsed by Spec
   /// Inputs that keep a type of their own; float32 ones are float64 in a float64 case.
   std::map<std::string, DType> types = {};
+  /// The cascade that defines this case, for options that the record's first one leaves out.
+  std::string definition = {};
 };
 
 struct CascadeText {
@@ -41,23 +43,23 @@ using ModelAttention = std::function<void(const Tensor& q, const Tensor& k, cons
 
 /// One line of `heed explain`: can this path run the call, and if not, why.
 struct PathAnswer {
-  std::string path;    // "amx", "avx512", ...
+  std::string path;  // "amx", "avx512", ...
   bool can_run = false;
   std::string reason;  // empty when it can
 };
 
 struct Mechanism {
-  std::string name;    // "flash_attention"; the same in C++ and PyTorch
+  std::string name;  // "flash_attention"; the same in C++ and PyTorch
   std::string title;
   std::vector<int> sheets;
   std::vector<std::string> arxiv;
-  std::string engine;  // "tiled" or "chunked" or "none"
-  std::string pass_rank;  // the rank whose passes are counted, usually "m"
-  std::string card;    // Markdown, one page
-  std::vector<CascadeText> cascades;  // the definition first, then the fast form; see cascades_for
+  std::string engine;                          // "tiled" or "chunked" or "none"
+  std::string pass_rank;                       // the rank whose passes are counted, usually "m"
+  std::string card;                            // Markdown, one page
+  std::vector<CascadeText> cascades;           // the definition first, then the fast form
   std::map<std::string, std::string> outputs;  // result name -> cascade output, "out" -> "O"
-  std::vector<ExampleCase> cases;        // small: correctness, every option, odd sizes
-  std::vector<ExampleCase> bench_cases;  // large: `heed bench`
+  std::vector<ExampleCase> cases;              // small: correctness, every option, odd sizes
+  std::vector<ExampleCase> bench_cases;        // large: `heed bench`
 
   std::function<NamedArrays(const NamedTensors& in, const Spec& options, const RunOptions& run)>
       forward;
@@ -77,6 +79,9 @@ struct Mechanism {
                      const Tensor& to_fill)>
       fill;
 };
+
+/// The cascade that defines a case: the one it names, else the first.
+const CascadeText& definition_of(const Mechanism& mechanism, const ExampleCase& example);
 
 std::span<const Mechanism> mechanisms();
 /// By full name or without "_attention"; throws Error listing the names otherwise.

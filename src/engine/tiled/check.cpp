@@ -83,6 +83,23 @@ void check_operands(const char* op, const Tensor& q, const Tensor& k, const Tens
   }
 }
 
+void check_backward(const char* op, const Tensor& grad_out, const Tensor& grad_lse,
+                    const Tensor& out, const Tensor& lse) {
+  if (!lse.defined()) fail(op, "lse is missing", "the backward needs what the forward returned");
+  const auto same = [&](const char* name, const Tensor& gradient, const Tensor& like) {
+    if (gradient.shape() == like.shape() && gradient.dtype() == like.dtype() &&
+        (gradient.rank() == 0 || gradient.shape().back() <= 1 ||
+         gradient.stride(gradient.rank() - 1) == 1 || gradient.rank() == 3)) {
+      return;
+    }
+    fail(op, describe(name, gradient),
+         to_string(like.shape()) + " " + name_of(like.dtype()) +
+             " with a unit stride in the last dimension is needed");
+  };
+  same("grad_out", grad_out, out);
+  if (grad_lse.defined()) same("grad_lse", grad_lse, lse);
+}
+
 double resolve_scale(const char* op, const std::optional<double>& scale, int64_t head_dim) {
   if (!scale) return 1.0 / std::sqrt(static_cast<double>(head_dim));
   if (!std::isfinite(*scale)) {
@@ -117,6 +134,16 @@ std::vector<Sequence> batch_sequences(const Tensor& q, const Tensor& k, const Te
     sequences.push_back(std::move(s));
   }
   return sequences;
+}
+
+std::vector<SequenceGradient> batch_gradients(const Tensor& out, const Tensor& lse, const Tensor& q,
+                                              const Tensor& k, const Tensor& v) {
+  std::vector<SequenceGradient> gradients;
+  for (int64_t b = 0; b < q.size(0); ++b) {
+    gradients.push_back({out.select(0, b), lse.defined() ? lse.select(0, b) : Tensor(),
+                         q.select(0, b), k.select(0, b), v.select(0, b), Tensor()});
+  }
+  return gradients;
 }
 
 }  // namespace heed::tiled

@@ -135,7 +135,7 @@ typename Forward<T>::Layout Forward<T>::layout(const std::vector<QueryTile>& til
   l.rows = path_.few_rows ? rows : round_up(rows, products_.row_multiple);
   l.out_rows = round_up(streams_ * l.rows, products_.row_multiple);
   l.block_rows = path_.few_rows ? round_up(streams_ * rows, 4) : tile_rows_;
-  l.block_stride = round_up(tile_keys_, 16) + kPad;
+  l.block_stride = this->block_stride();
   return l;
 }
 

@@ -42,7 +42,6 @@ class Forward : private TileCall<T> {
   using RowState = kernels::RowState<U>;
   using TileCall<T>::group_;
   using TileCall<T>::head_dim_;
-  using TileCall<T>::kPad;
   using TileCall<T>::path_;
   using TileCall<T>::problem_;
   using TileCall<T>::products_;

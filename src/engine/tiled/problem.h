@@ -97,6 +97,8 @@ struct Problem {
   int64_t query_tile = 0, key_tile = 0;
   /// Parts the keys are cut into when there are few rows; none: chosen.
   std::optional<int64_t> splits;
+  /// The backward also sums the gradients of head_bias and alibi_slope.
+  bool head_gradients = false;
 };
 
 /// Writes out and, where defined, lse, v_mean, t_mean of every sequence.
@@ -104,7 +106,7 @@ void forward(const Problem& problem, const RunOptions& run);
 
 /// Sums over a call that are gradients of per-head numbers.
 struct HeadGradients {
-  std::vector<double> bias, alibi_slope, sink;  // one per query head, where the policy has them
+  std::vector<double> bias, alibi_slope, sink;  // one per query head
 };
 
 /// Writes the gradients; `sequences` of the problem hold what forward wrote (softmax: out and lse,
@@ -117,6 +119,10 @@ std::vector<Sequence> batch_sequences(const Tensor& q, const Tensor& k, const Te
                                       const Tensor& out, const Tensor& lse,
                                       const std::vector<TilePlan>& plans);
 
+/// The same for gradients [B,H,L,D]; `lse` may be undefined.
+std::vector<SequenceGradient> batch_gradients(const Tensor& out, const Tensor& lse, const Tensor& q,
+                                              const Tensor& k, const Tensor& v);
+
 /// 1 / (1 - p) where the weight of (batch entry, head, query, key) is kept, 0 where it is dropped.
 double dropout_factor(const Policy& policy, int64_t batch, int64_t head, int64_t row, int64_t key);
 
@@ -128,6 +134,9 @@ struct OperandNames {
 /// Throws Error unless q [B,H,Lq,D], k, v, out and (if defined) lse fit together.
 void check_operands(const char* op, const Tensor& q, const Tensor& k, const Tensor& v,
                     const Tensor& out, const Tensor& lse, OperandNames names = {});
+/// Throws Error unless the gradients of out and lse look like them; lse must be there.
+void check_backward(const char* op, const Tensor& grad_out, const Tensor& grad_lse,
+                    const Tensor& out, const Tensor& lse);
 /// scale, or 1/sqrt(D). Throws Error if it is not finite.
 double resolve_scale(const char* op, const std::optional<double>& scale, int64_t head_dim);
 /// Type of statistics and states beside tensors of `dtype`.

@@ -134,8 +134,9 @@ class TileCall {
     return shape;
   }
 
-  // Columns behind a tile: whole panels, and rows that do not fall on the same cache sets.
-  static constexpr int64_t kPad = 64 + 16;
+  // Elements from row to row of score blocks: whole panels, pairs of keys, and rows that do not fall on
+  // the same cache sets.
+  int64_t block_stride() const { return round_up(path_.key_tile, 64) + 64 + 16; }
 
   const Problem& problem_;
   const RunOptions& run_;

@@ -1,3 +1,7 @@
+#include <cmath>
+
+#include "base/philox.h"
+#include "engine/tiled/problem.h"
 #include "heed/flash_attention.h"
 #include "mechanisms/attention_case.h"
 #include "mechanisms/embedded.h"
@@ -7,8 +11,23 @@ namespace heed {
 namespace {
 
 FlashOptions flash_options(const NamedTensors& in, const Spec& options) {
-  require_attention_keys(options);
-  return {masks_of(in, options), options.number("scale")};
+  require_attention_keys(options, {"softcap", "block_rows", "block_keys", "dropout", "seed"});
+  FlashOptions chosen{masks_of(in, options), options.number("scale")};
+  const auto input = [&](const char* name) {
+    const auto found = in.find(name);
+    return found == in.end() ? Tensor() : found->second;
+  };
+  chosen.softcap = options.number("softcap").value_or(0);
+  chosen.alibi_slopes = input("alibi_slopes");
+  chosen.mask = input("mask");
+  chosen.bias = input("bias");
+  chosen.sink = input("sink");
+  chosen.block_mask = input("block_mask");
+  chosen.block_size = {options.integer("block_rows").value_or(64),
+                       options.integer("block_keys").value_or(64)};
+  chosen.dropout_p = options.number("dropout").value_or(0);
+  chosen.seed = static_cast<uint64_t>(options.integer("seed").value_or(0));
+  return chosen;
 }
 
 NamedArrays named(AttentionResult result) {
@@ -18,12 +37,158 @@ NamedArrays named(AttentionResult result) {
   return arrays;
 }
 
+void add_gradient(NamedArrays& to, const char* name, Array& gradient) {
+  if (gradient.count() > 0 || gradient.shape().rank() > 0) to.emplace(name, std::move(gradient));
+}
+
+NamedArrays named(FlashGradients gradients) {
+  NamedArrays arrays;
+  add_gradient(arrays, "q", gradients.q);
+  add_gradient(arrays, "k", gradients.k);
+  add_gradient(arrays, "v", gradients.v);
+  add_gradient(arrays, "bias", gradients.bias);
+  add_gradient(arrays, "alibi_slopes", gradients.alibi_slopes);
+  add_gradient(arrays, "sink", gradients.sink);
+  return arrays;
+}
+
 std::vector<CascadeText> softmax_cascades() {
   std::vector<CascadeText> texts;
-  for (const char* name : {"softmax", "two_pass", "flash"}) {
+  for (const char* name : {"softmax", "two_pass", "flash", "with_options"}) {
     texts.push_back({name, std::string(embedded(std::string("flash/") + name + ".cascade"))});
   }
   return texts;
+}
+
+bool truth(const Tensor& t, std::initializer_list<int64_t> index) {
+  return *reinterpret_cast<const uint8_t*>(t.at(index)) != 0;
+}
+
+// Index along an axis that may be broadcast.
+int64_t along(const Dims& shape, int axis, int64_t i) {
+  return shape.rank() + axis < 0 || shape[shape.rank() + axis] == 1 ? 0 : i;
+}
+
+void bind_masks(const NamedTensors& in, const FlashOptions& options, cascade::Bindings& bindings) {
+  const Tensor mask = options.mask, blocks = options.block_mask;
+  const auto size = options.block_size;
+  (void)in;
+  bindings.predicates["seen"] = [mask, blocks, size](std::span<const int64_t> i) {
+    if (mask.defined()) {
+      const Dims& s = mask.shape();
+      if (!truth(mask, {along(s, -4, i[0]), along(s, -3, i[1]), along(s, -2, i[2]),
+                        along(s, -1, i[3])})) {
+        return false;
+      }
+    }
+    return !blocks.defined() ||
+           truth(blocks, {along(blocks.shape(), -3, i[1]), i[2] / size[0], i[3] / size[1]});
+  };
+}
+
+cascade::Bindings bind_flash(const NamedTensors& in, const Spec& options) {
+  cascade::Bindings bindings = bind_attention(in, options);
+  const FlashOptions chosen = flash_options(in, options);
+  bind_masks(in, chosen, bindings);
+  Dims bias{1, 1, 1, 1};
+  bindings.tensors["Bias"] = {{1, 1, 1, 1}, {0}};
+  if (chosen.bias.defined()) {
+    bias = chosen.bias.shape();
+    bindings.tensors["Bias"] = to_nd(chosen.bias);
+  }
+  int axis = -4;
+  for (const char* name : {"bb", "bh", "bp", "bm"}) {
+    bindings.indices[name] = [bias, axis](std::span<const int64_t> i) {
+      return along(bias, axis, i[0]);
+    };
+    ++axis;
+  }
+  if (chosen.softcap > 0) bindings.scalars["softcap"] = chosen.softcap;
+  if (chosen.alibi_slopes.defined()) bindings.tensors["Alibi_Slopes"] = to_nd(chosen.alibi_slopes);
+  if (chosen.sink.defined()) bindings.tensors["Sink"] = to_nd(chosen.sink);
+  if (chosen.dropout_p > 0) {
+    const Tensor &q = in.at("q"), &k = in.at("k");
+    tiled::Policy policy;
+    policy.dropout = chosen.dropout_p;
+    policy.seed = chosen.seed;
+    cascade::NdArray kept{{q.size(0), q.size(1), q.size(2), k.size(2)}, {}};
+    for (int64_t b = 0; b < q.size(0); ++b) {
+      for (int64_t h = 0; h < q.size(1); ++h) {
+        for (int64_t i = 0; i < q.size(2); ++i) {
+          for (int64_t j = 0; j < k.size(2); ++j) {
+            kept.values.push_back(tiled::dropout_factor(policy, b, h, i, j));
+          }
+        }
+      }
+    }
+    bindings.tensors["Kept"] = std::move(kept);
+  }
+  return bindings;
+}
+
+void fill_flash(const ExampleCase& example, const std::string& input, uint64_t seed,
+                const Tensor& to_fill) {
+  fill_lengths(example, input, seed, to_fill);
+  if (input == "alibi_slopes") {  // slopes below 0 would let distant keys win by hundreds
+    const Array positive = convert(to_fill, DType::f64);
+    for (int64_t i = 0; i < positive.count(); ++i) {
+      positive.as<double>()[i] = std::abs(positive.as<double>()[i]);
+    }
+    copy(positive, to_fill);
+  }
+  if (input == "mask" || input == "block_mask") {
+    for (int64_t i = 0; i < to_fill.count(); ++i) {
+      to_fill.as<uint8_t>()[i] = philox_word(seed, static_cast<uint64_t>(i)) % 3 == 0;
+    }
+  }
+}
+
+// A case of the full definition with further inputs [name, shape, type]; f32 ones are f64 in f64 calls.
+struct More {
+  const char* name;
+  Dims shape;
+  DType type = DType::f32;
+};
+ExampleCase option_case(const char* name, const AttentionShape& shape, const char* options,
+                        const std::vector<More>& inputs = {}) {
+  ExampleCase example = attention_case(name, shape, options);
+  example.definition = "with_options";
+  for (const More& input : inputs) {
+    example.inputs.emplace_back(input.name, input.shape);
+    example.types[input.name] = input.type;
+  }
+  return example;
+}
+
+std::vector<ExampleCase> option_cases() {
+  constexpr DType kBool = DType::boolean, kF32 = DType::f32;
+  return {
+      option_case("softcap", {1, 2, 1, 40, 70, 16, 12}, "softcap=1.5,causal=1"),
+      option_case("softcap_negative_scale", {1, 1, 1, 20, 30, 8, 8}, "softcap=0.7,scale=-0.9"),
+      option_case("softcap_few_rows", {1, 4, 2, 2, 70, 16, 12}, "softcap=1.5,causal=1"),
+      option_case("alibi", {2, 4, 2, 60, 75, 16, 16}, "causal=1", {{"alibi_slopes", {4}}}),
+      option_case("alibi_few_rows", {1, 4, 2, 3, 75, 16, 16}, "", {{"alibi_slopes", {4}}}),
+      option_case("sink", {2, 4, 2, 53, 61, 16, 16}, "window=7,causal=1", {{"sink", {4}}}),
+      option_case("sink_dead_rows", {1, 2, 2, 40, 21, 9, 9}, "causal=1", {{"sink", {2}}}),
+      option_case("sink_split", {1, 2, 1, 2, 1500, 8, 8}, "", {{"sink", {2}}}),
+      option_case("bias", {2, 4, 2, 50, 70, 16, 16}, "", {{"bias", {2, 4, 50, 70}}}),
+      option_case("bias_per_head", {2, 4, 2, 50, 70, 16, 16}, "causal=1",
+                  {{"bias", {1, 4, 50, 70}, kF32}}),
+      option_case("bias_per_key", {2, 2, 2, 55, 70, 16, 16}, "", {{"bias", {2, 1, 1, 70}}}),
+      option_case("bias_per_row", {1, 2, 2, 55, 90, 16, 16}, "", {{"bias", {1, 1, 55, 1}}}),
+      option_case("bias_few_rows", {1, 4, 1, 3, 70, 16, 16}, "", {{"bias", {1, 4, 3, 70}}}),
+      option_case("mask", {2, 3, 1, 50, 300, 24, 16}, "", {{"mask", {2, 1, 50, 300}, kBool}}),
+      option_case("mask_causal", {1, 2, 2, 90, 90, 24, 16}, "causal=1",
+                  {{"mask", {1, 1, 90, 90}, kBool}}),
+      option_case("mask_few_rows", {2, 4, 2, 3, 90, 24, 16}, "", {{"mask", {2, 1, 1, 90}, kBool}}),
+      option_case("mask_and_bias", {1, 2, 2, 45, 90, 24, 16}, "softcap=2",
+                  {{"mask", {1, 2, 45, 90}, kBool}, {"bias", {1, 1, 45, 90}}, {"sink", {2}}}),
+      option_case("blocks", {1, 2, 2, 150, 200, 24, 16}, "", {{"block_mask", {2, 3, 4}, kBool}}),
+      option_case("small_blocks", {2, 2, 1, 70, 90, 24, 16}, "causal=1,block_rows=7,block_keys=13",
+                  {{"block_mask", {1, 10, 7}, kBool}}),
+      option_case("dropout", {2, 2, 1, 50, 90, 24, 16}, "causal=1,dropout=0.3,seed=7"),
+      option_case("dropout_few_rows", {1, 4, 2, 2, 90, 24, 16}, "dropout=0.5,seed=1"),
+  };
 }
 
 Mechanism flash_record() {
@@ -38,14 +203,23 @@ Mechanism flash_record() {
   m.cascades = softmax_cascades();
   m.outputs = {{"out", "O"}, {"lse", "LSE"}};
   m.cases = common_attention_cases();
+  for (ExampleCase& example : option_cases()) m.cases.push_back(std::move(example));
   m.bench_cases = attention_bench_cases();
   m.forward = [](const NamedTensors& in, const Spec& options, const RunOptions& run) {
     return named(
         flash_attention(in.at("q"), in.at("k"), in.at("v"), flash_options(in, options), run));
   };
-  m.bind = bind_attention;
+  m.backward = [](const NamedTensors& in, const NamedTensors& gradients, const Spec& options,
+                  const RunOptions& run) {
+    const FlashOptions chosen = flash_options(in, options);
+    const AttentionResult result = flash_attention(in.at("q"), in.at("k"), in.at("v"), chosen, run);
+    return named(flash_attention_backward(gradients.at("out"), gradients.at("lse"), in.at("q"),
+                                          in.at("k"), in.at("v"), result.out, result.lse, chosen,
+                                          run));
+  };
+  m.bind = bind_flash;
   m.explain = explain_attention;
-  m.fill = fill_lengths;
+  m.fill = fill_flash;
   m.model_attention = [](const Spec& options) -> ModelAttention {
     FlashOptions chosen = flash_options({}, options);
     chosen.masks.causal = true;
@@ -58,7 +232,8 @@ Mechanism flash_record() {
 // Decoding is the same mechanism with queries aligned to lengths[b] instead of the end of the cache.
 cascade::Bindings bind_decode(const NamedTensors& in, const Spec& options) {
   NamedTensors renamed = {{"q", in.at("q")}, {"k", in.at("k_cache")}, {"v", in.at("v_cache")}};
-  cascade::Bindings bindings = bind_attention(renamed, Spec::parse_options(""));
+  if (const auto sink = in.find("sink"); sink != in.end()) renamed["sink"] = sink->second;
+  cascade::Bindings bindings = bind_flash(renamed, Spec::parse_options(""));
   const std::vector<double> lengths = to_nd(in.at("lengths")).values;
   const auto window = options.integer("window");
   const int64_t queries = in.at("q").size(2);
@@ -92,6 +267,15 @@ ExampleCase decode_case(const std::string& name, const AttentionShape& s,
   return example;
 }
 
+DecodeOptions decode_options(const NamedTensors& in, const Spec& options) {
+  DecodeOptions chosen;
+  chosen.scale = options.number("scale");
+  chosen.window = options.integer("window");
+  chosen.splits = options.integer("splits").value_or(0);
+  if (const auto sink = in.find("sink"); sink != in.end()) chosen.sink = sink->second;
+  return chosen;
+}
+
 Mechanism decode_record() {
   Mechanism m;
   m.name = "decode_attention";
@@ -109,16 +293,19 @@ Mechanism decode_record() {
              decode_case("window", {3, 3, 1, 4, 90, 33, 33}, "window=11"),
              decode_case("splits", {3, 3, 3, 2, 1400, 8, 8}, "splits=3"),
              decode_case("many_keys", {1, 3, 1, 1, 2600, 16, 16}, "")};
+  ExampleCase sink = decode_case("sink", {3, 4, 2, 2, 2100, 16, 16}, "");
+  sink.inputs.emplace_back("sink", Dims{4});
+  sink.types["sink"] = DType::f32;
+  sink.definition = "with_options";
+  m.cases.push_back(sink);
   for (int64_t keys : {512, 4096, 16384}) {
     m.bench_cases.push_back(
         decode_case("kv" + std::to_string(keys), {1, 32, 8, 1, keys, 128, 128}, ""));
   }
   m.forward = [](const NamedTensors& in, const Spec& options, const RunOptions& run) {
     options.require_known({"window", "scale", "splits"});
-    return named(decode_attention(
-        in.at("q"), in.at("k_cache"), in.at("v_cache"), in.at("lengths"),
-        {options.number("scale"), options.integer("window"), options.integer("splits").value_or(0)},
-        run));
+    return named(decode_attention(in.at("q"), in.at("k_cache"), in.at("v_cache"), in.at("lengths"),
+                                  decode_options(in, options), run));
   };
   m.bind = bind_decode;
   m.fill = fill_decode;
@@ -153,12 +340,26 @@ Mechanism merge_record() {
     return named(
         merge_attention(in.at("out_a"), in.at("lse_a"), in.at("out_b"), in.at("lse_b"), run));
   };
+  m.backward = [](const NamedTensors& in, const NamedTensors& gradients, const Spec&,
+                  const RunOptions& run) {
+    const Tensor &out_a = in.at("out_a"), &lse_a = in.at("lse_a"), &out_b = in.at("out_b"),
+                 &lse_b = in.at("lse_b");
+    const AttentionResult result = merge_attention(out_a, lse_a, out_b, lse_b, run);
+    MergeGradients to = merge_attention_backward(gradients.at("out"), gradients.at("lse"), out_a,
+                                                 lse_a, out_b, lse_b, result.out, result.lse, run);
+    NamedArrays arrays;
+    arrays.emplace("out_a", std::move(to.out_a));
+    arrays.emplace("lse_a", std::move(to.lse_a));
+    arrays.emplace("out_b", std::move(to.out_b));
+    arrays.emplace("lse_b", std::move(to.lse_b));
+    return arrays;
+  };
   m.bind = [](const NamedTensors& in, const Spec&) {
     cascade::Bindings bindings;
-    bindings.tensors = {{"OA", to_nd(in.at("out_a"))},
-                        {"LSEA", to_nd(in.at("lse_a"))},
-                        {"OB", to_nd(in.at("out_b"))},
-                        {"LSEB", to_nd(in.at("lse_b"))}};
+    bindings.tensors = {{"OUT_A", to_nd(in.at("out_a"))},
+                        {"LSE_A", to_nd(in.at("lse_a"))},
+                        {"OUT_B", to_nd(in.at("out_b"))},
+                        {"LSE_B", to_nd(in.at("lse_b"))}};
     return bindings;
   };
   m.explain = [](const NamedTensors&, const RunOptions&) {

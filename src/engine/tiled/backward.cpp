@@ -1,0 +1,278 @@
+// Gradients from recomputed tiles (arXiv 2307.08691, Algorithm 2). A unit owns key tiles: gradients of
+// keys and values stay with it, those of queries are summed in float32 over its key tiles. Where there
+// are too few key heads for all threads, several units share a key head, and their sums over query rows
+// are added in a fixed order: same bits for the same number of threads, memory O(threads x L).
+#include "engine/tiled/backward.h"
+
+#include <limits>
+
+namespace heed::tiled {
+
+namespace {
+
+template <class T>
+double dot(const T* a, const T* b, int64_t n) {
+  double sums[8] = {};
+  int64_t i = 0;
+  for (; i + 8 <= n; i += 8) {
+    for (int64_t j = 0; j < 8; ++j) sums[j] += static_cast<double>(a[i + j]) * b[i + j];
+  }
+  for (; i < n; ++i) sums[0] += static_cast<double>(a[i]) * b[i];
+  return ((sums[0] + sums[1]) + (sums[2] + sums[3])) + ((sums[4] + sums[5]) + (sums[6] + sums[7]));
+}
+
+template <class T>
+bool all_finite(const T* x, int64_t n) {
+  T bad = 0;
+  for (int64_t i = 0; i < n; ++i) bad += x[i] - x[i];
+  return bad == 0;
+}
+
+}  // namespace
+
+template <class T>
+Backward<T>::Backward(const Problem& problem, const std::vector<SequenceGradient>& gradients,
+                      ScoreTerms* terms, const RunOptions& run)
+    : TileCall<T>(problem, run, true),
+      gradients_(gradients),
+      terms_(terms),
+      padded_dim_(round_up(head_dim_, std::max(products_.dim_multiple, wide_.dim_multiple))),
+      tile_rows_(round_up(path_.query_tile, products_.row_multiple)),
+      tile_keys_(path_.key_tile) {}
+
+template <class T>
+HeadGradients Backward<T>::run() {
+  prepare_rows();
+  plan_units();
+  const auto count = static_cast<int64_t>(units_.size());
+  const int threads = threads_for(run_, count);
+  if (terms_ != nullptr && terms_->has_gradient()) {
+    // Sums of the terms go with lanes, so units are dealt out to lanes in a fixed way.
+    terms_->begin_gradient(threads);
+    parallel_for(threads, threads, [&](int64_t lane, int) {
+      for (int64_t i = lane; i < count; i += threads) run_unit(static_cast<int>(lane), i);
+    });
+  } else {
+    parallel_for(count, threads, [&](int64_t i, int) { run_unit(0, i); });
+  }
+  for (size_t first = 0; first < units_.size();) {
+    const size_t last = first + static_cast<size_t>(units_[first].parts);
+    if (units_[first].parts > 1) {
+      std::vector<const RowGradients*> parts;
+      for (size_t i = first; i < last; ++i) parts.push_back(&partial_[i]);
+      finish_rows(units_[first].sequence, units_[first].kv_head, parts);
+    }
+    first = last;
+  }
+  return head_gradients();
+}
+
+template <class T>
+void Backward<T>::prepare_rows() {
+  int64_t total = 0;
+  for (const Sequence& s : problem_.sequences) {
+    row_base_.push_back(total);
+    total += s.q.size(0) * s.plan.queries();
+  }
+  const DType type = sizeof(T) == 8 ? DType::f64 : DType::f32;
+  for (Array* rows : {&pivot_, &shift_}) *rows = Array::zeros(type, {total});
+  if (second_) {
+    for (Array* rows : {&t_mean_, &dot_out_, &dot_mean_}) *rows = Array::zeros(type, {total});
+  }
+  finite_.assign(static_cast<size_t>(total), 1);
+
+  constexpr int64_t kRows = 64;
+  struct Job {
+    int64_t s, head, begin, end;
+  };
+  std::vector<Job> jobs;
+  for (int64_t s = 0; s < static_cast<int64_t>(problem_.sequences.size()); ++s) {
+    const int64_t rows = sequence(s).plan.queries();
+    for (int64_t head = 0; head < sequence(s).q.size(0); ++head) {
+      for (int64_t row = 0; row < rows; row += kRows) {
+        jobs.push_back({s, head, row, std::min(row + kRows, rows)});
+      }
+    }
+  }
+  const auto count = static_cast<int64_t>(jobs.size());
+  parallel_for(count, threads_for(run_, count), [&](int64_t i, int) {
+    const Job& job = jobs[static_cast<size_t>(i)];
+    const Sequence& s = sequence(job.s);
+    const int64_t q_bytes = wide_.query_bytes(kRows, head_dim_);
+    const int64_t v_bytes = wide_.query_bytes(kRows, value_dim_);
+    Scratch scratch(static_cast<size_t>(2 * q_bytes + 3 * v_bytes) + 5 * 64);
+    const auto widened = [&](const Tensor& t, int64_t bytes) -> const T* {
+      T* to = reinterpret_cast<T*>(scratch.take<std::byte>(bytes));
+      if (!t.defined()) return nullptr;
+      wide_.pack_queries(rows_of(t, job.head, job.begin, job.end), false, to);
+      return to;
+    };
+    const bool uses_out = problem_.policy.weight == kernels::WeightKind::softmax;
+    const T* q = widened(s.q, q_bytes);
+    const T* r = widened(s.r, q_bytes);
+    const T* g = widened(gradient(job.s).out, v_bytes);
+    const T* out = uses_out ? widened(s.out, v_bytes) : nullptr;
+    const T* mean = widened(s.v_mean, v_bytes);
+    const int64_t q_stride = round_up(head_dim_, wide_.dim_multiple);
+    const int64_t v_stride = round_up(value_dim_, wide_.dim_multiple);
+    for (int64_t row = job.begin; row < job.end; ++row) {
+      const int64_t at = row - job.begin;
+      prepare_row(job.s, job.head, row, g + at * v_stride,
+                  out == nullptr ? nullptr : out + at * v_stride,
+                  mean == nullptr ? nullptr : mean + at * v_stride);
+      finite_[static_cast<size_t>(row_index(job.s, job.head, row))] =
+          all_finite(q + at * q_stride, head_dim_) && all_finite(g + at * v_stride, value_dim_) &&
+          (r == nullptr || all_finite(r + at * q_stride, head_dim_));
+    }
+  });
+}
+
+template <class T>
+void Backward<T>::prepare_row(int64_t s, int64_t head, int64_t row, const T* g, const T* out,
+                              const T* mean) {
+  const int64_t at = row_index(s, head, row);
+  const Tensor& lse_gradient = gradient(s).lse;
+  const double from_lse = lse_gradient.defined() ? load_statistic(lse_gradient, head, row) : 0;
+  const auto set = [at](Array& rows, double x) { rows.as<T>()[at] = static_cast<T>(x); };
+  if (problem_.policy.weight != kernels::WeightKind::softmax) {
+    set(shift_, from_lse);
+    return;
+  }
+  const double lse = load_statistic(sequence(s).lse, head, row);
+  const double out_dot = dot(g, out, value_dim_);
+  // A row without keys has no gradient, whatever arrives.
+  const bool dead = lse == -std::numeric_limits<double>::infinity();
+  set(pivot_, lse * kLog2E);
+  set(shift_, dead ? 0 : from_lse - out_dot);
+  if (second_) {
+    set(t_mean_, load_statistic(sequence(s).t_mean, head, row));
+    set(dot_out_, out_dot - from_lse);
+    set(dot_mean_, dot(g, mean, value_dim_));
+  }
+}
+
+template <class T>
+void Backward<T>::plan_units() {
+  int64_t heads = 0;
+  for (const Sequence& s : problem_.sequences) heads += s.k.size(0);
+  const int64_t threads = run_.threads.value_or(default_threads());
+  // Two units a thread even out what key tiles cost; one thread needs no sharing.
+  const int64_t wanted = threads == 1 ? 1 : (2 * threads + heads - 1) / std::max<int64_t>(1, heads);
+  for (int64_t s = 0; s < static_cast<int64_t>(problem_.sequences.size()); ++s) {
+    const int64_t parts = std::max<int64_t>(1, std::min(wanted, key_tiles(s)));
+    for (int64_t h = 0; h < sequence(s).k.size(0); ++h) {
+      for (int64_t part = 0; part < parts; ++part) units_.push_back({s, h, part, parts});
+    }
+  }
+  partial_.resize(units_.size());
+  sums_.assign(units_.size() * static_cast<size_t>(group_) * 2, 0.0);
+}
+
+template <class T>
+typename Backward<T>::RowGradients Backward<T>::make_row_gradients(const Unit& unit) const {
+  const DType type = sizeof(T) == 8 ? DType::f64 : DType::f32;
+  const Dims shape{group_ * query_tiles(unit.sequence) * tile_rows_, padded_dim_};
+  RowGradients rows{Array::zeros(type, shape), {}};
+  if (second_) rows.r = Array::zeros(type, shape);
+  return rows;
+}
+
+template <class T>
+void Backward<T>::run_unit(int lane, int64_t index) {
+  const Unit& unit = units_[static_cast<size_t>(index)];
+  RowGradients rows = make_row_gradients(unit);
+  Scratch scratch(scratch_bytes());
+  const Memory m = cut(scratch);
+  double* sums = sums_.data() + index * group_ * 2;
+  const int64_t keys = sequence(unit.sequence).plan.keys();
+  for (int64_t tile = 0; tile < key_tiles(unit.sequence); ++tile) {
+    // To and fro, so that every part of a causal plan gets early and late keys.
+    const int64_t turn = tile % (2 * unit.parts);
+    const int64_t owner = turn < unit.parts ? turn : 2 * unit.parts - 1 - turn;
+    if (owner != unit.part) continue;
+    const int64_t key = tile * tile_keys_;
+    run_key_tile(lane, unit, {key, std::min(key + tile_keys_, keys)}, rows, sums, m);
+  }
+  if (unit.parts == 1) {
+    finish_rows(unit.sequence, unit.kv_head, {&rows});
+  } else {
+    partial_[static_cast<size_t>(index)] = std::move(rows);
+  }
+}
+
+template <class T>
+void Backward<T>::finish_rows(int64_t s, int64_t kv_head,
+                              const std::vector<const RowGradients*>& parts) const {
+  std::vector<const T*> q, r;
+  for (const RowGradients* part : parts) {
+    q.push_back(part->q.template as<T>());
+    if (second_) r.push_back(part->r.template as<T>());
+  }
+  // With a second stream the scale is in dS already, all but its sign.
+  const double factor = !second_ ? problem_.scale : problem_.scale < 0 ? -1 : 1;
+  finish_rows_of(gradient(s).q, s, kv_head, factor, q);
+  if (second_) finish_rows_of(gradient(s).r, s, kv_head, 1, r);
+}
+
+template <class T>
+void Backward<T>::finish_rows_of(const Tensor& to, int64_t s, int64_t kv_head, double factor,
+                                 const std::vector<const T*>& parts) const {
+  const int64_t tiles = query_tiles(s), queries = sequence(s).plan.queries();
+  const int64_t count = group_ * tiles;
+  parallel_for(count, threads_for(run_, count), [&](int64_t i, int) {
+    const int64_t begin = i % tiles * path_.query_tile;
+    const int64_t rows = std::min(path_.query_tile, queries - begin);
+    const int64_t offset = i * tile_rows_ * padded_dim_;
+    Scratch scratch(static_cast<size_t>(rows * padded_dim_) * sizeof(T) + 64);
+    const Block sum{scratch.take<T>(rows * padded_dim_), padded_dim_};
+    for (int64_t x = 0; x < rows * padded_dim_; ++x) {
+      T value = parts[0][offset + x];
+      for (size_t part = 1; part < parts.size(); ++part) value += parts[part][offset + x];
+      sum.data[x] = value * static_cast<T>(factor);
+    }
+    wide_.finish(sum, rows, head_dim_, nullptr, to.at({kv_head * group_ + i / tiles, begin}),
+                 to.dtype(), to.stride(1));
+  });
+}
+
+template <class T>
+HeadGradients Backward<T>::head_gradients() const {
+  const Policy& policy = problem_.policy;
+  const auto heads = static_cast<size_t>(problem_.sequences[0].q.size(0));
+  HeadGradients sums{std::vector<double>(heads), std::vector<double>(heads),
+                     std::vector<double>(heads)};
+  for (size_t u = 0; u < units_.size(); ++u) {
+    for (int64_t g = 0; g < group_; ++g) {
+      const auto head = static_cast<size_t>(units_[u].kv_head * group_ + g);
+      const double* sum = sums_.data() + (static_cast<int64_t>(u) * group_ + g) * 2;
+      sums.bias[head] += sum[0];
+      sums.alibi_slope[head] += sum[1];
+    }
+  }
+  if (policy.sink.empty()) return sums;
+  for (int64_t s = 0; s < static_cast<int64_t>(problem_.sequences.size()); ++s) {
+    for (size_t head = 0; head < heads; ++head) {
+      for (int64_t row = 0; row < sequence(s).plan.queries(); ++row) {
+        const int64_t at = row_index(s, static_cast<int64_t>(head), row);
+        const double weight = std::exp2(policy.sink[head] * kLog2E - pivot_.template as<T>()[at]);
+        sums.sink[head] += weight * shift_.template as<T>()[at];
+      }
+    }
+  }
+  return sums;
+}
+
+template class Backward<float>;
+template class Backward<double>;
+
+HeadGradients backward(const Problem& problem, const std::vector<SequenceGradient>& gradients,
+                       ScoreTerms* terms, const RunOptions& run) {
+  const bool no_heads = problem.sequences.empty() || problem.sequences[0].k.size(0) == 0;
+  if (no_heads) return {};
+  if (problem.sequences[0].q.dtype() == DType::f64) {
+    return Backward<double>(problem, gradients, terms, run).run();
+  }
+  return Backward<float>(problem, gradients, terms, run).run();
+}
+
+}  // namespace heed::tiled

@@ -1,0 +1,107 @@
+// The backward pass as a class, in two files: backward.cpp (work units and what surrounds them) and
+// backward_tile.cpp (one tile).
+#pragma once
+#include <vector>
+
+#include "base/parallel.h"
+#include "engine/tiled/tile_call.h"
+
+namespace heed::tiled {
+
+/// A share of the key tiles of one key head, with all query heads of its group.
+struct Unit {
+  int64_t sequence = 0, kv_head = 0;
+  int64_t part = 0, parts = 1;
+};
+
+template <class T>
+class Backward : private TileCall<T> {
+ public:
+  Backward(const Problem& problem, const std::vector<SequenceGradient>& gradients,
+           ScoreTerms* terms, const RunOptions& run);
+  HeadGradients run();
+
+ private:
+  using typename TileCall<T>::Block;
+  using KeyRange = kernels::KeyRange;
+  using Rows = kernels::Rows;
+  using TileCall<T>::group_;
+  using TileCall<T>::head_dim_;
+  using TileCall<T>::path_;
+  using TileCall<T>::problem_;
+  using TileCall<T>::products_;
+  using TileCall<T>::run_;
+  using TileCall<T>::second_;
+  using TileCall<T>::sequence;
+  using TileCall<T>::value_dim_;
+  using TileCall<T>::wide_;
+
+  /// What one unit needs, cut from one block of scratch.
+  struct Memory {
+    void *keys, *key_values, *values;            // K twice, V as the keys of dP
+    void *q, *r, *dout;                          // operands of products along head dims
+    void *q_columns, *r_columns, *dout_columns;  // operands of products along rows
+    Block s, a, t, slope;
+    void *rounded, *paired;  // bfloat16, with half operands
+    Block dk, dv;            // transposed: [head dim, keys]
+    KeyRange* ranges;
+  };
+
+  /// Accumulated gradients of the query rows of a group, one slot of tile_rows_ rows per query tile.
+  struct RowGradients {
+    Array q, r;
+  };
+
+  const SequenceGradient& gradient(int64_t s) const { return gradients_[static_cast<size_t>(s)]; }
+  int64_t query_tiles(int64_t s) const {
+    return (sequence(s).plan.queries() + path_.query_tile - 1) / path_.query_tile;
+  }
+  int64_t key_tiles(int64_t s) const {
+    return (sequence(s).plan.keys() + tile_keys_ - 1) / tile_keys_;
+  }
+  int64_t row_index(int64_t s, int64_t head, int64_t row) const {
+    return row_base_[static_cast<size_t>(s)] + head * sequence(s).plan.queries() + row;
+  }
+
+  // backward.cpp
+  void prepare_rows();
+  void prepare_row(int64_t s, int64_t head, int64_t row, const T* g, const T* out, const T* mean);
+  void plan_units();
+  RowGradients make_row_gradients(const Unit& unit) const;
+  void run_unit(int lane, int64_t index);
+  void finish_rows(int64_t s, int64_t kv_head, const std::vector<const RowGradients*>& parts) const;
+  void finish_rows_of(const Tensor& to, int64_t s, int64_t kv_head, double factor,
+                      const std::vector<const T*>& parts) const;
+  HeadGradients head_gradients() const;
+
+  // backward_tile.cpp
+  size_t scratch_bytes() const;
+  Memory cut(Scratch& scratch) const;
+  void run_key_tile(int lane, const Unit& unit, Interval keys, const RowGradients& rows,
+                    double* sums, const Memory& m) const;
+  void pack_keys(const Sequence& s, int64_t kv_head, Interval keys, const Memory& m) const;
+  void run_tile(int lane, const TileAt& at, const Seen& seen, Block dq, Block dr, double* sums,
+                const Memory& m) const;
+  void pack_rows(const TileAt& at, bool finite, const Memory& m) const;
+  void weigh(const TileAt& at, const Seen& seen, const Memory& m) const;
+  void sum_head(const TileAt& at, const Block& ds, double* sums) const;
+  void add_products(const TileAt& at, const Seen& seen, bool finite, Block dq, Block dr,
+                    const Memory& m) const;
+  void add_columns(const TileAt& at, const Seen& seen, Block weights, const void* columns,
+                   const Rows& from, int64_t width, bool finite, bool negate, Block to,
+                   const Memory& m) const;
+  void add_rows(const TileAt& at, const Seen& seen, Block weights, Block to, const Memory& m) const;
+
+  const std::vector<SequenceGradient>& gradients_;
+  ScoreTerms* terms_;
+  const int64_t padded_dim_, tile_rows_, tile_keys_;
+  std::vector<int64_t> row_base_;
+  // Per query row of all sequences and heads. pivot in units of log2.
+  Array pivot_, shift_, t_mean_, dot_out_, dot_mean_;
+  std::vector<char> finite_;  // q, r and the gradient of out are finite
+  std::vector<Unit> units_;
+  std::vector<RowGradients> partial_;  // of units that share their rows with others
+  std::vector<double> sums_;           // [units, group, (bias, slope)]
+};
+
+}  // namespace heed::tiled

@@ -1,0 +1,248 @@
+// One tile of the backward:
+//
+//   S = Q K^T, A = dO V^T (and T = R K^T);  W = weights(S), dS from W and A
+//   dV^T += dO^T W   dK^T += Q^T dS   dQ += dS K   (dK^T += R^T dT, dR += dT K)
+#include <limits>
+
+#include "engine/tiled/backward.h"
+
+namespace heed::tiled {
+
+template <class T>
+size_t Backward<T>::scratch_bytes() const {
+  const auto element = static_cast<int64_t>(sizeof(T));
+  const int64_t stride = this->block_stride(), streams = second_ ? 2 : 1;
+  int64_t bytes = 2 * products_.key_bytes(tile_keys_, std::max(head_dim_, value_dim_)) +
+                  products_.value_bytes(tile_keys_, head_dim_);
+  bytes += streams * (products_.query_bytes(tile_rows_, head_dim_) +
+                      products_.column_bytes(tile_rows_, head_dim_)) +
+           products_.query_bytes(tile_rows_, value_dim_) +
+           products_.column_bytes(tile_rows_, value_dim_);
+  bytes += 6 * tile_rows_ * stride * element;
+  bytes += (round_up(head_dim_, products_.column_multiple) +
+            round_up(value_dim_, products_.column_multiple)) *
+           stride * element;
+  bytes += tile_rows_ * static_cast<int64_t>(sizeof(KeyRange));
+  return static_cast<size_t>(bytes) + 24 * 64;
+}
+
+template <class T>
+typename Backward<T>::Memory Backward<T>::cut(Scratch& scratch) const {
+  const int64_t stride = this->block_stride();
+  const auto bytes = [&](int64_t count) { return scratch.take<std::byte>(count); };
+  const auto block = [&](int64_t rows) { return Block{scratch.take<T>(rows * stride), stride}; };
+  Memory m{};
+  m.keys = bytes(products_.key_bytes(tile_keys_, head_dim_));
+  m.key_values = bytes(products_.value_bytes(tile_keys_, head_dim_));
+  m.values = bytes(products_.key_bytes(tile_keys_, value_dim_));
+  m.q = bytes(products_.query_bytes(tile_rows_, head_dim_));
+  m.dout = bytes(products_.query_bytes(tile_rows_, value_dim_));
+  m.q_columns = bytes(products_.column_bytes(tile_rows_, head_dim_));
+  m.dout_columns = bytes(products_.column_bytes(tile_rows_, value_dim_));
+  m.s = block(tile_rows_);
+  m.a = block(tile_rows_);
+  if (second_) {
+    m.r = bytes(products_.query_bytes(tile_rows_, head_dim_));
+    m.r_columns = bytes(products_.column_bytes(tile_rows_, head_dim_));
+    m.t = block(tile_rows_);
+  }
+  if (problem_.policy.softcap > 0 || problem_.policy.most) m.slope = block(tile_rows_);
+  if (path_.half_operands) {
+    m.rounded = scratch.take<uint16_t>(tile_rows_ * stride);
+    m.paired = scratch.take<uint16_t>(tile_rows_ * stride);
+  }
+  m.dk = block(round_up(head_dim_, products_.column_multiple));
+  m.dv = block(round_up(value_dim_, products_.column_multiple));
+  m.ranges = scratch.take<KeyRange>(tile_rows_);
+  // Padding rows stay finite.
+  std::memset(m.q, 0, static_cast<size_t>(products_.query_bytes(tile_rows_, head_dim_)));
+  std::memset(m.dout, 0, static_cast<size_t>(products_.query_bytes(tile_rows_, value_dim_)));
+  if (second_) {
+    std::memset(m.r, 0, static_cast<size_t>(products_.query_bytes(tile_rows_, head_dim_)));
+  }
+  return m;
+}
+
+template <class T>
+void Backward<T>::pack_keys(const Sequence& s, int64_t kv_head, Interval keys,
+                            const Memory& m) const {
+  const Rows k = rows_of(s.k, kv_head, keys.begin, keys.end);
+  products_.pack_keys(k, m.keys);
+  products_.pack_keys(rows_of(s.v, kv_head, keys.begin, keys.end), m.values);
+  if (!products_.pack_values(k, m.key_values)) {
+    // A row that sees such a key has NaN in dS; all others must not meet it.
+    products_.pack_values(finite_rows(k).view(), m.key_values);
+  }
+}
+
+template <class T>
+void Backward<T>::run_key_tile(int lane, const Unit& unit, Interval keys, const RowGradients& rows,
+                               double* sums, const Memory& m) const {
+  const Sequence& s = sequence(unit.sequence);
+  const SequenceGradient& to = gradient(unit.sequence);
+  const int64_t tiles = query_tiles(unit.sequence), count = keys.end - keys.begin;
+  for (const Block& block : {m.dk, m.dv}) {
+    const int64_t width =
+        round_up(block.data == m.dk.data ? head_dim_ : value_dim_, products_.column_multiple);
+    std::fill_n(block.data, width * block.stride, T{0});
+  }
+  bool packed = false;
+  for (int64_t i = 0; i < group_ * tiles; ++i) {
+    const int64_t begin = i % tiles * path_.query_tile;
+    const TileAt at{unit.sequence, unit.kv_head * group_ + i / tiles,
+                    begin,         std::min(path_.query_tile, s.plan.queries() - begin),
+                    keys.begin,    count};
+    const Seen seen = this->look(at, m.ranges);
+    if (!seen.any) continue;
+    if (!packed) pack_keys(s, unit.kv_head, keys, m);
+    packed = true;
+    const auto row_block = [&](const Array& array) {
+      return Block{array.template as<T>() + i * tile_rows_ * padded_dim_, padded_dim_};
+    };
+    run_tile(lane, at, seen, row_block(rows.q), second_ ? row_block(rows.r) : Block{},
+             sums + i / tiles * 2, m);
+  }
+  const double factor = second_ ? 1 : std::abs(problem_.scale);
+  wide_.finish_columns(m.dk, count, head_dim_, static_cast<T>(factor),
+                       to.k.at({unit.kv_head, keys.begin}), to.k.dtype(), to.k.stride(1));
+  wide_.finish_columns(m.dv, count, value_dim_, T{1}, to.v.at({unit.kv_head, keys.begin}),
+                       to.v.dtype(), to.v.stride(1));
+}
+
+template <class T>
+void Backward<T>::pack_rows(const TileAt& at, bool finite, const Memory& m) const {
+  const Sequence& s = sequence(at.sequence);
+  const auto pack = [&](const Tensor& from, bool negate, void* rows, void* columns) {
+    const Rows x = rows_of(from, at.head, at.row, at.row + at.rows);
+    products_.pack_queries(x, negate, rows);
+    if (finite) {
+      products_.pack_columns(x, negate, columns);
+    } else {
+      products_.pack_columns(finite_rows(x).view(), negate, columns);
+    }
+  };
+  pack(s.q, problem_.scale < 0, m.q, m.q_columns);
+  if (second_) pack(s.r, false, m.r, m.r_columns);
+  pack(gradient(at.sequence).out, false, m.dout, m.dout_columns);
+}
+
+template <class T>
+void Backward<T>::run_tile(int lane, const TileAt& at, const Seen& seen, Block dq, Block dr,
+                           double* sums, const Memory& m) const {
+  bool finite = true;
+  if (seen.partial()) {
+    const char* flags = finite_.data() + row_index(at.sequence, at.head, at.row);
+    finite = std::all_of(flags, flags + at.rows, [](char f) { return f != 0; });
+  }
+  pack_rows(at, finite, m);
+  products_.scores(m.q, at.rows, m.keys, at.keys, head_dim_, seen.ranges, m.s);
+  products_.scores(m.dout, at.rows, m.values, at.keys, value_dim_, seen.ranges, m.a);
+  if (second_) products_.scores(m.r, at.rows, m.keys, at.keys, head_dim_, seen.ranges, m.t);
+  weigh(at, seen, m);
+  if (problem_.head_gradients) sum_head(at, m.a, sums);
+  if (terms_ != nullptr && terms_->has_gradient()) {
+    terms_->add_gradient(lane, at, kernels::Block<const T>{m.a.data, m.a.stride}, dq);
+  }
+  if (m.slope.data != nullptr || second_) {
+    const T scale = static_cast<T>(second_ ? std::abs(problem_.scale) : 1);
+    for (int64_t r = 0; r < at.rows; ++r) {
+      T* ds = m.a.row(r);
+      for (int64_t i = 0; i < at.keys; ++i) {
+        if (ds[i] == 0) continue;  // hidden: its slope may be anything
+        ds[i] *= scale * (m.slope.data == nullptr ? T{1} : m.slope.row(r)[i]);
+      }
+    }
+  }
+  add_products(at, seen, finite, dq, dr, m);
+}
+
+// S becomes the weights with dropout, A becomes dS, T becomes dT.
+template <class T>
+void Backward<T>::weigh(const TileAt& at, const Seen& seen, const Memory& m) const {
+  const Policy& policy = problem_.policy;
+  this->shape_scores(at, seen, m.s, m.slope);
+  const int64_t row = row_index(at.sequence, at.head, at.row);
+  const auto rows = [row](const Array& array) { return array.template as<T>() + row; };
+  const auto shape = this->weight_shape(at);
+  if (second_) {
+    wide_.parallax_gradients(m.s, m.t, m.a, at.rows, at.keys, seen.ranges, shape, rows(pivot_),
+                             rows(t_mean_), rows(dot_out_), rows(dot_mean_));
+    return;
+  }
+  if (policy.dropout > 0) drop_out(policy, sequence(at.sequence).batch, at, m.a);
+  wide_.gradients[static_cast<int>(policy.weight)](m.s, m.a, at.rows, at.keys, seen.ranges, shape,
+                                                   rows(pivot_), rows(shift_));
+  if (policy.dropout > 0) drop_out(policy, sequence(at.sequence).batch, at, m.s);
+}
+
+template <class T>
+void Backward<T>::sum_head(const TileAt& at, const Block& ds, double* sums) const {
+  const TilePlan& plan = sequence(at.sequence).plan;
+  for (int64_t r = 0; r < at.rows; ++r) {
+    const int64_t distance = plan.position(at.row + r) - at.key;
+    const T* row = ds.row(r);
+    double bias = 0, slope = 0;
+    for (int64_t i = 0; i < at.keys; ++i) {
+      bias += row[i];
+      slope -= static_cast<double>(row[i]) * static_cast<double>(std::abs(distance - i));
+    }
+    sums[0] += bias;
+    sums[1] += slope;
+  }
+}
+
+template <class T>
+void Backward<T>::add_products(const TileAt& at, const Seen& seen, bool finite, Block dq, Block dr,
+                               const Memory& m) const {
+  const Sequence& s = sequence(at.sequence);
+  const auto rows = [&](const Tensor& t) { return rows_of(t, at.head, at.row, at.row + at.rows); };
+  add_columns(at, seen, m.s, m.dout_columns, rows(gradient(at.sequence).out), value_dim_, finite,
+              false, m.dv, m);
+  add_columns(at, seen, m.a, m.q_columns, rows(s.q), head_dim_, finite, problem_.scale < 0, m.dk,
+              m);
+  add_rows(at, seen, m.a, dq, m);
+  if (second_) {
+    add_columns(at, seen, m.t, m.r_columns, rows(s.r), head_dim_, finite, false, m.dk, m);
+    add_rows(at, seen, m.t, dr, m);
+  }
+}
+
+template <class T>
+void Backward<T>::add_columns(const TileAt& at, const Seen& seen, Block weights,
+                              const void* columns, const Rows& from, int64_t width, bool finite,
+                              bool negate, Block to, const Memory& m) const {
+  const void* operand = weights.data;
+  if (path_.half_operands) {
+    products_.pair_weights({weights.data, weights.stride}, at.rows, at.keys, m.paired,
+                           weights.stride);
+    operand = m.paired;
+  }
+  products_.accumulate_columns(columns, at.rows, width, operand, weights.stride, at.keys,
+                               seen.ranges, to);
+  if (finite) return;
+  for (int64_t r = 0; r < at.rows; ++r) {
+    if (finite_[static_cast<size_t>(row_index(at.sequence, at.head, at.row + r))] != 0) continue;
+    for (int64_t i = 0; i < at.keys; ++i) {
+      const T w = weights.row(r)[i];
+      if (w != 0) add_row(from, r, negate ? -w : w, to.data + i, to.stride);
+    }
+  }
+}
+
+template <class T>
+void Backward<T>::add_rows(const TileAt& at, const Seen& seen, Block weights, Block to,
+                           const Memory& m) const {
+  const void* operand = weights.data;
+  if (path_.half_operands) {
+    products_.round_weights({weights.data, weights.stride}, at.rows, at.keys, m.rounded,
+                            weights.stride);
+    operand = m.rounded;
+  }
+  products_.accumulate(operand, weights.stride, at.rows, m.key_values, at.keys, head_dim_,
+                       seen.ranges, nullptr, to);
+}
+
+template class Backward<float>;
+template class Backward<double>;
+
+}  // namespace heed::tiled

@@ -1,0 +1,248 @@
+#include "mechanisms/flash/terms.h"
+
+#include <algorithm>
+#include <limits>
+#include <string>
+
+#include "heed/error.h"
+
+namespace heed {
+
+namespace {
+
+using kernels::Block;
+using tiled::TileAt;
+using tiled::Visit;
+
+constexpr const char* kOp = "flash_attention";
+
+// Strides over `shape` of a tensor with axes of one element where it is broadcast: 0 there. Axes are
+// matched from the last.
+Dims broadcast_strides(const char* name, const Tensor& t, const Dims& given, const Dims& shape) {
+  const int missing = shape.rank() - t.rank();
+  Dims strides = shape;
+  bool fits = missing >= 0;
+  for (int axis = 0; fits && axis < shape.rank(); ++axis) {
+    const int64_t size = axis < missing ? 1 : t.size(axis - missing);
+    fits = size == shape[axis] || size == 1;
+    strides[axis] = size == 1 ? 0 : given[axis - missing];
+  }
+  if (!fits) {
+    throw Error(std::string(kOp) + ": " + describe(name, t) + "; a shape that broadcasts to " +
+                to_string(shape) + " is needed");
+  }
+  return strides;
+}
+
+Tensor broadcast(const char* name, const Tensor& t, const Dims& shape) {
+  return Tensor(t.data(), t.dtype(), shape, broadcast_strides(name, t, t.strides(), shape));
+}
+
+int64_t blocks_of(int64_t count, int64_t block) { return (count + block - 1) / block; }
+
+template <class From, class T>
+void add_bias_row(const From* bias, int64_t stride, int64_t count, T* s) {
+  for (int64_t m = 0; m < count; ++m) {
+    if constexpr (std::is_same_v<From, bfloat16> || std::is_same_v<From, float16>) {
+      s[m] += static_cast<T>(to_float(bias[m * stride]));
+    } else {
+      s[m] += static_cast<T>(bias[m * stride]);
+    }
+  }
+}
+
+template <class From, class T>
+void add_bias(const Tensor& bias, const TileAt& at, Block<T> s) {
+  for (int64_t r = 0; r < at.rows; ++r) {
+    const auto* row =
+        reinterpret_cast<const From*>(bias.at({at.sequence, at.head, at.row + r, at.key}));
+    if (bias.stride(3) == 1) {
+      add_bias_row(row, 1, at.keys, s.row(r));
+    } else {
+      add_bias_row(row, bias.stride(3), at.keys, s.row(r));
+    }
+  }
+}
+
+}  // namespace
+
+FlashTerms::FlashTerms(const FlashOptions& options, const Dims& scores) {
+  const std::string op = std::string(kOp) + ": ";
+  if (options.mask.defined()) {
+    if (options.mask.dtype() != DType::boolean) {
+      throw Error(op + describe("mask", options.mask) +
+                  "; booleans are needed (true = attend); additive masks are `bias`");
+    }
+    mask_ = broadcast("mask", options.mask, scores);
+  }
+  if (options.bias.defined()) {
+    if (!is_floating(options.bias.dtype())) {
+      throw Error(op + describe("bias", options.bias) +
+                  "; a floating type is needed; boolean masks are `mask`");
+    }
+    bias_ = broadcast("bias", options.bias, scores);
+    bias_shape_ = options.bias.shape();
+    bias_strides_ =
+        broadcast_strides("bias", options.bias, contiguous_strides(bias_shape_), scores);
+    one_buffer_ = (bias_strides_[0] != 0 || scores[0] == 1) &&
+                  (bias_strides_[1] != 0 || scores[1] == 1) && bias_strides_[3] != 0;
+  }
+  if (!options.block_mask.defined()) return;
+  const Tensor& blocks = options.block_mask;
+  block_rows_ = options.block_size[0];
+  block_keys_ = options.block_size[1];
+  if (block_rows_ < 1 || block_keys_ < 1) {
+    throw Error(op + "block_size is (" + std::to_string(block_rows_) + ", " +
+                std::to_string(block_keys_) + "); positive numbers are needed");
+  }
+  const Dims wanted{scores[1], blocks_of(scores[2], block_rows_),
+                    blocks_of(scores[3], block_keys_)};
+  const bool fits = blocks.rank() == 3 && blocks.dtype() == DType::boolean &&
+                    (blocks.size(0) == 1 || blocks.size(0) == wanted[0]) &&
+                    blocks.size(1) == wanted[1] && blocks.size(2) == wanted[2];
+  if (!fits) {
+    throw Error(op + describe("block_mask", blocks) + "; booleans " + to_string(wanted) +
+                " (or 1 for the heads) are needed for blocks of " + std::to_string(block_rows_) +
+                " x " + std::to_string(block_keys_));
+  }
+  block_mask_ = broadcast("block_mask", blocks, wanted);
+}
+
+bool FlashTerms::needed() const {
+  return mask_.defined() || bias_.defined() || block_mask_.defined();
+}
+
+bool FlashTerms::block_alive(int64_t head, int64_t row_block, int64_t key_block) const {
+  return *reinterpret_cast<const bool*>(block_mask_.at({head, row_block, key_block}));
+}
+
+Visit FlashTerms::visit_blocks(const TileAt& at) const {
+  bool any = false, all = true;
+  for (int64_t i = at.row / block_rows_; i * block_rows_ < at.row + at.rows; ++i) {
+    for (int64_t j = at.key / block_keys_; j * block_keys_ < at.key + at.keys; ++j) {
+      const bool alive = block_alive(at.head, i, j);
+      any = any || alive;
+      all = all && alive;
+    }
+  }
+  return !any ? Visit::none : all ? Visit::whole : Visit::masked;
+}
+
+Visit FlashTerms::visit_mask(const TileAt& at) const {
+  bool any = false, all = true;
+  for (int64_t r = 0; r < at.rows && (all || !any); ++r) {
+    const auto* row =
+        reinterpret_cast<const uint8_t*>(mask_.at({at.sequence, at.head, at.row + r, at.key}));
+    for (int64_t m = 0; m < at.keys; ++m) {
+      const bool seen = row[m * mask_.stride(3)] != 0;
+      any = any || seen;
+      all = all && seen;
+    }
+  }
+  return !any ? Visit::none : all ? Visit::whole : Visit::masked;
+}
+
+Visit FlashTerms::visit(const TileAt& at) const {
+  Visit most = Visit::whole;
+  if (block_mask_.defined()) most = visit_blocks(at);
+  if (most == Visit::none || !mask_.defined()) return most;
+  const Visit mask = visit_mask(at);
+  return mask == Visit::whole ? most : mask;
+}
+
+template <class T>
+void FlashTerms::shape_tile(const TileAt& at, Block<T> s) const {
+  constexpr T kHidden = -std::numeric_limits<T>::infinity();
+  if (bias_.defined()) {
+    switch (bias_.dtype()) {
+      case DType::f64:
+        add_bias<double>(bias_, at, s);
+        break;
+      case DType::bf16:
+        add_bias<bfloat16>(bias_, at, s);
+        break;
+      case DType::f16:
+        add_bias<float16>(bias_, at, s);
+        break;
+      default:
+        add_bias<float>(bias_, at, s);
+    }
+  }
+  if (mask_.defined()) {
+    const int64_t stride = mask_.stride(3);
+    for (int64_t r = 0; r < at.rows; ++r) {
+      const auto* seen =
+          reinterpret_cast<const uint8_t*>(mask_.at({at.sequence, at.head, at.row + r, at.key}));
+      T* row = s.row(r);
+      for (int64_t m = 0; m < at.keys; ++m) row[m] = seen[m * stride] != 0 ? row[m] : kHidden;
+    }
+  }
+  if (!block_mask_.defined()) return;
+  for (int64_t r = 0; r < at.rows; ++r) {
+    for (int64_t m = 0; m < at.keys;) {
+      const int64_t block = (at.key + m) / block_keys_;
+      const int64_t end = std::min((block + 1) * block_keys_ - at.key, at.keys);
+      if (!block_alive(at.head, (at.row + r) / block_rows_, block)) {
+        std::fill(s.row(r) + m, s.row(r) + end, kHidden);
+      }
+      m = end;
+    }
+  }
+}
+
+void FlashTerms::shape(const TileAt& at, Block<float> s) const { shape_tile(at, s); }
+void FlashTerms::shape(const TileAt& at, Block<double> s) const { shape_tile(at, s); }
+
+void FlashTerms::begin_gradient(int lanes) {
+  const DType type = bias_.dtype() == DType::f64 ? DType::f64 : DType::f32;
+  const int buffers = one_buffer_ ? 1 : lanes;
+  for (int i = 0; i < buffers; ++i) sums_.push_back(Array::zeros(type, bias_shape_));
+}
+
+template <class T>
+void FlashTerms::add_tile(int lane, const TileAt& at, Block<const T> ds) const {
+  const Array& sums = sums_[one_buffer_ ? 0 : static_cast<size_t>(lane)];
+  const auto add = [&](auto* to) {
+    using To = std::remove_pointer_t<decltype(to)>;
+    const Dims& stride = bias_strides_;
+    to += at.sequence * stride[0] + at.head * stride[1] + at.row * stride[2] + at.key * stride[3];
+    for (int64_t r = 0; r < at.rows; ++r, to += stride[2]) {
+      const T* row = ds.row(r);
+      if (stride[3] == 1) {
+        for (int64_t m = 0; m < at.keys; ++m) to[m] += static_cast<To>(row[m]);
+      } else {
+        To sum = 0;
+        for (int64_t m = 0; m < at.keys; ++m) sum += static_cast<To>(row[m]);
+        *to += sum;
+      }
+    }
+  };
+  if (sums.dtype() == DType::f64) {
+    add(sums.as<double>());
+  } else {
+    add(sums.as<float>());
+  }
+}
+
+void FlashTerms::add_gradient(int lane, const TileAt& at, Block<const float> ds,
+                              Block<float> /*dq*/) const {
+  add_tile(lane, at, ds);
+}
+void FlashTerms::add_gradient(int lane, const TileAt& at, Block<const double> ds,
+                              Block<double> /*dq*/) const {
+  add_tile(lane, at, ds);
+}
+
+Array FlashTerms::bias_gradient() const {
+  Array total = Array::zeros(DType::f64, bias_shape_);
+  for (const Array& sums : sums_) {
+    for (int64_t i = 0; i < total.count(); ++i) {
+      total.as<double>()[i] += sums.dtype() == DType::f64
+                                   ? sums.as<double>()[i]
+                                   : static_cast<double>(sums.as<float>()[i]);
+    }
+  }
+  return convert(total, bias_.dtype());
+}
+
+}  // namespace heed
