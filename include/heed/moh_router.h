@@ -18,7 +18,7 @@
 //
 // x [B,L,C], gates [B,H,L] of x's type, load_balance_loss [] float32 (float64 for float64; 0 without
 // tokens or routed heads). float64, float32, bfloat16, float16, any strides; weights have x's type or
-// float32 (float64 beside float64). Logits are float32 (float64 for float64), softmaxes float64.
+// float32 (float64 beside float64). All arithmetic is float64.
 #pragma once
 #include <cstdint>
 

@@ -1,5 +1,6 @@
 // Tokens go through the router in tiles: logits by one matrix product, then each token on its own. The
-// backward keeps the logits of all tokens, because the loss needs the load of every head first.
+// backward keeps the logits of all tokens, because the loss needs the load of every head first. All of it
+// is float64: beside the projections of a layer it costs nothing, and the choice of heads hangs on it.
 #include "heed/moh_router.h"
 
 #include <algorithm>
@@ -17,7 +18,6 @@ namespace {
 
 constexpr const char* kOp = "moh_router";
 constexpr int64_t kTileTokens = 64;
-constexpr int64_t kSumTiles = 4;  // of weight gradients in float32 before a double takes them
 // Partial sums of the weights' gradients: at most so many, and no more elements than this together.
 // Fixed, so that results do not depend on the threads.
 constexpr int64_t kParts = 16;
@@ -87,10 +87,8 @@ struct Tile {
   int64_t batch = 0, begin = 0, count = 0;
 };
 
-template <class T>
 class Router {
-  using Block = kernels::Block<T>;
-  static constexpr DType kType = sizeof(T) == 8 ? DType::f64 : DType::f32;
+  using Block = kernels::Block<double>;
 
  public:
   Router(const moh::RouterShape& shape, const Tensor& x, std::vector<Tensor> weights,
@@ -98,11 +96,13 @@ class Router {
       : shape_(shape),
         x_(with_unit_stride(x, storage_)),
         run_(run),
-        kernels_(kernels::matrix_kernels<T>(chosen_isa(run))),
+        kernels_(kernels::matrix_kernels<double>(chosen_isa(run))),
+        narrow_(kernels::matrix_kernels<float>(chosen_isa(run))),
         tokens_(x.size(0) * x.size(1)),
         channels_(x.size(2)),
         channel_stride_(row_stride(kernels_, channels_)),
         logit_stride_(row_stride(kernels_, shape.logits())),
+        half_stride_(kernels::row_stride(narrow_, std::max<int64_t>(1, channels_))),
         given_(std::move(weights)) {
     // A batch whose sequences follow one another is one long sequence.
     const bool one = x_.size(0) == 1 || x_.stride(0) == x_.size(1) * x_.stride(1);
@@ -141,8 +141,8 @@ class Router {
 
   /// Gradients of x and of the weights, in the order in which they were given.
   std::vector<Array> backward(const Tensor& grad_gates, double grad_loss) const {
-    Array logits(kType, {std::max<int64_t>(1, tokens_), logit_stride_});
-    const Block all{logits.as<T>(), logit_stride_};
+    Array logits(DType::f64, {std::max<int64_t>(1, tokens_), logit_stride_});
+    const Block all{logits.as<double>(), logit_stride_};
     const std::vector<double> gradient = probability_gradient(all, grad_loss);
     std::vector<Array> results;
     results.emplace_back(x_.dtype(), x_.shape());
@@ -170,7 +170,7 @@ class Router {
   }
 
  private:
-  static int64_t row_stride(const kernels::MatrixKernels<T>& kernels, int64_t columns) {
+  static int64_t row_stride(const kernels::MatrixKernels<double>& kernels, int64_t columns) {
     return kernels::row_stride(kernels, std::max<int64_t>(1, columns));
   }
   double mean(double sum) const { return sum / static_cast<double>(tokens_); }
@@ -181,51 +181,67 @@ class Router {
 
   /// weights_ [logits, C] and turned_ [C, logits].
   void load_weights() {
-    weights_ = Array::zeros(kType, {std::max<int64_t>(1, shape_.logits()), channel_stride_});
-    turned_ = Array::zeros(kType, {std::max<int64_t>(1, channels_), logit_stride_});
+    weights_ = Array::zeros(DType::f64, {std::max<int64_t>(1, shape_.logits()), channel_stride_});
+    turned_ = Array::zeros(DType::f64, {std::max<int64_t>(1, channels_), logit_stride_});
     int64_t row = 0;
     for (const Tensor& weight : given_) {
       Array held;
       const Tensor rows = with_unit_stride(weight, held);
       kernels_.load_rows({rows.data(), rows.dtype(), rows.stride(0), rows.size(0), channels_},
-                         {weights_.as<T>() + row * channel_stride_, channel_stride_});
+                         {weights_.as<double>() + row * channel_stride_, channel_stride_});
       row += rows.size(0);
     }
-    kernels_.transpose({weights_.as<T>(), channel_stride_}, shape_.logits(), channels_,
-                       {turned_.as<T>(), logit_stride_});
+    kernels_.transpose({weights_.as<double>(), channel_stride_}, shape_.logits(), channels_,
+                       {turned_.as<double>(), logit_stride_});
   }
 
-  void load_tokens(const Tile& tile, Block to) const {
-    kernels_.load_rows(
-        {x_.at({tile.batch, tile.begin}), x_.dtype(), x_.stride(1), tile.count, channels_}, to);
+  /// `half` has as many elements as a tile of tokens.
+  void load_tokens(const Tile& tile, float* half, Block to) const {
+    const kernels::Rows from{x_.at({tile.batch, tile.begin}), x_.dtype(), x_.stride(1), tile.count,
+                             channels_};
+    if (!is_half(x_.dtype())) return kernels_.load_rows(from, to);
+    narrow_.load_rows(from, {half, half_stride_});
+    for (int64_t t = 0; t < tile.count; ++t) {
+      std::copy_n(half + t * half_stride_, channels_, to.row(t));
+    }
+  }
+
+  void store_tokens(Block from, const Tile& tile, float* half, const Tensor& to) const {
+    const int64_t offset = flat(tile, 0) * channels_ * static_cast<int64_t>(size_of(to.dtype()));
+    const kernels::RowsOut rows{to.as<std::byte>() + offset, to.dtype(), channels_, tile.count,
+                                channels_};
+    if (!is_half(to.dtype())) return kernels_.store_rows({from.data, from.stride}, rows);
+    for (int64_t t = 0; t < tile.count; ++t) {
+      for (int64_t c = 0; c < channels_; ++c) {
+        half[t * half_stride_ + c] = static_cast<float>(from.row(t)[c]);
+      }
+    }
+    narrow_.store_rows({half, half_stride_}, rows);
   }
 
   void multiply_logits(const Tile& tile, Block x, Block logits) const {
-    kernels_.multiply({x.data, x.stride, 1}, {turned_.as<T>(), logit_stride_}, channels_, logits,
-                      tile.count, shape_.logits(), false);
+    kernels_.multiply({x.data, x.stride, 1}, {turned_.as<double>(), logit_stride_}, channels_,
+                      logits, tile.count, shape_.logits(), false);
   }
 
-  size_t tile_bytes(int64_t stride) const {
-    return Scratch::rounded(static_cast<size_t>(kTileTokens * stride) * sizeof(T));
+  /// Of one matrix of a tile's tokens in float64, and of the one that load_tokens needs.
+  static size_t tile_bytes(int64_t stride) {
+    return Scratch::rounded(static_cast<size_t>(kTileTokens * stride) * sizeof(double));
   }
-
-  /// Logits of a token in float64.
-  void widen(const T* logits, std::vector<double>& to) const {
-    to.assign(logits, logits + shape_.logits());
+  size_t half_bytes() const {
+    return Scratch::rounded(static_cast<size_t>(kTileTokens * half_stride_) * sizeof(float));
   }
 
   void route_tile(const Tile& tile, const Tensor& gates, double* probabilities,
                   double* loads) const {
-    Scratch scratch(tile_bytes(channel_stride_) + tile_bytes(logit_stride_));
-    const Block x{scratch.take<T>(kTileTokens * channel_stride_), channel_stride_};
-    const Block logits{scratch.take<T>(kTileTokens * logit_stride_), logit_stride_};
-    load_tokens(tile, x);
+    Scratch scratch(tile_bytes(channel_stride_) + tile_bytes(logit_stride_) + half_bytes());
+    const Block x{scratch.take<double>(kTileTokens * channel_stride_), channel_stride_};
+    const Block logits{scratch.take<double>(kTileTokens * logit_stride_), logit_stride_};
+    load_tokens(tile, scratch.take<float>(kTileTokens * half_stride_), x);
     multiply_logits(tile, x, logits);
     moh::TokenRouting routing;
-    std::vector<double> wide;
     for (int64_t t = 0; t < tile.count; ++t) {
-      widen(logits.row(t), wide);
-      moh::route_token(shape_, wide.data(), routing);
+      moh::route_token(shape_, logits.row(t), routing);
       const int64_t at = flat(tile, t), b = at / x_.size(1), token = at % x_.size(1);
       for (int64_t h = 0; h < shape_.heads(); ++h) {
         const bool shared = h < shape_.shared;
@@ -249,16 +265,14 @@ class Router {
     std::vector<double> loads(heads * tiles_.size());
     parallel_for(tiles, threads_for(run_, tiles), [&](int64_t i, int) {
       const Tile& tile = tiles_[static_cast<size_t>(i)];
-      Scratch scratch(tile_bytes(channel_stride_));
-      const Block x{scratch.take<T>(kTileTokens * channel_stride_), channel_stride_};
-      load_tokens(tile, x);
+      Scratch scratch(tile_bytes(channel_stride_) + half_bytes());
+      const Block x{scratch.take<double>(kTileTokens * channel_stride_), channel_stride_};
+      load_tokens(tile, scratch.take<float>(kTileTokens * half_stride_), x);
       const Block own{logits.row(flat(tile, 0)), logits.stride};
       multiply_logits(tile, x, own);
       std::vector<char> chosen;
-      std::vector<double> wide;
       for (int64_t t = 0; t < tile.count; ++t) {
-        widen(own.row(t), wide);
-        moh::choose_heads(wide.data(), shape_.routed, shape_.top_k, chosen);
+        moh::choose_heads(own.row(t), shape_.routed, shape_.top_k, chosen);
         for (size_t e = 0; e < heads; ++e) loads[static_cast<size_t>(i) * heads + e] += chosen[e];
       }
     });
@@ -274,49 +288,35 @@ class Router {
   /// Tiles [first, last): gradients of their tokens, and their sums of the weights' gradients.
   void run_part(int64_t first, int64_t last, Block logits, const std::vector<double>& gradient,
                 const Tensor& grad_gates, const Tensor& grad_x, double* sums) const {
-    const int64_t size = shape_.logits() * channel_stride_;
-    Scratch scratch(2 * tile_bytes(channel_stride_) + tile_bytes(logit_stride_) +
-                    Scratch::rounded(static_cast<size_t>(size) * sizeof(T)));
-    const Block x{scratch.take<T>(kTileTokens * channel_stride_), channel_stride_};
-    const Block dx{scratch.take<T>(kTileTokens * channel_stride_), channel_stride_};
-    const Block dz{scratch.take<T>(kTileTokens * logit_stride_), logit_stride_};
-    const Block dw{scratch.take<T>(size), channel_stride_};
+    Scratch scratch(2 * tile_bytes(channel_stride_) + tile_bytes(logit_stride_) + half_bytes());
+    const Block x{scratch.take<double>(kTileTokens * channel_stride_), channel_stride_};
+    const Block dx{scratch.take<double>(kTileTokens * channel_stride_), channel_stride_};
+    const Block dz{scratch.take<double>(kTileTokens * logit_stride_), logit_stride_};
+    auto* half = scratch.take<float>(kTileTokens * half_stride_);
     for (int64_t i = first; i < last; ++i) {
       const Tile& tile = tiles_[static_cast<size_t>(i)];
-      load_tokens(tile, x);
+      load_tokens(tile, half, x);
       logit_gradients(tile, logits, gradient, grad_gates, dz);
-      kernels_.multiply({dz.data, dz.stride, 1}, {weights_.as<T>(), channel_stride_},
+      kernels_.multiply({dz.data, dz.stride, 1}, {weights_.as<double>(), channel_stride_},
                         shape_.logits(), dx, tile.count, channels_, false);
-      kernels_.store_rows({dx.data, dx.stride},
-                          {grad_x.as<std::byte>() + flat(tile, 0) * channels_ *
-                                                        static_cast<int64_t>(size_of(x_.dtype())),
-                           x_.dtype(), channels_, tile.count, channels_});
-      const bool begins = (i - first) % kSumTiles == 0;
-      kernels_.multiply({dz.data, 1, dz.stride}, {x.data, x.stride}, tile.count, dw,
-                        shape_.logits(), channels_, !begins);
-      if ((i - first) % kSumTiles != kSumTiles - 1 && i + 1 < last) continue;
-      for (int64_t r = 0; r < shape_.logits(); ++r) {
-        for (int64_t c = 0; c < channels_; ++c) {
-          sums[r * channel_stride_ + c] += static_cast<double>(dw.row(r)[c]);
-        }
-      }
+      store_tokens(dx, tile, half, grad_x);
+      kernels_.multiply({dz.data, 1, dz.stride}, {x.data, x.stride}, tile.count,
+                        {sums, channel_stride_}, shape_.logits(), channels_, true);
     }
   }
 
   void logit_gradients(const Tile& tile, Block logits, const std::vector<double>& gradient,
                        const Tensor& grad_gates, Block dz) const {
     moh::TokenRouting routing;
-    std::vector<double> wide, gates(static_cast<size_t>(shape_.heads()));
+    std::vector<double> gates(static_cast<size_t>(shape_.heads()));
     for (int64_t t = 0; t < tile.count; ++t) {
       const int64_t at = flat(tile, t), b = at / x_.size(1), token = at % x_.size(1);
-      widen(logits.row(at), wide);
-      moh::route_token(shape_, wide.data(), routing);
+      moh::route_token(shape_, logits.row(at), routing);
       for (int64_t h = 0; h < shape_.heads() && grad_gates.defined(); ++h) {
         gates[static_cast<size_t>(h)] =
-            static_cast<double>(*reinterpret_cast<const T*>(grad_gates.at({b, h, token})));
+            *reinterpret_cast<const double*>(grad_gates.at({b, h, token}));
       }
-      moh::token_gradient(shape_, routing, gates.data(), gradient.data(), wide.data());
-      std::copy(wide.begin(), wide.end(), dz.row(t));
+      moh::token_gradient(shape_, routing, gates.data(), gradient.data(), dz.row(t));
     }
   }
 
@@ -324,8 +324,9 @@ class Router {
   const moh::RouterShape shape_;
   const Tensor x_;
   const RunOptions run_;
-  const kernels::MatrixKernels<T>& kernels_;
-  const int64_t tokens_, channels_, channel_stride_, logit_stride_;
+  const kernels::MatrixKernels<double>& kernels_;
+  const kernels::MatrixKernels<float>& narrow_;  // between 16-bit rows and float32
+  const int64_t tokens_, channels_, channel_stride_, logit_stride_, half_stride_;
   const std::vector<Tensor> given_;  // the weights, in the order of the logits
   std::vector<Tile> tiles_;
   Array weights_, turned_;
@@ -356,8 +357,7 @@ MohRouting moh_router(const Tensor& x, const Tensor& wg, const Tensor& wg_shared
                       const RunOptions& run) {
   const moh::RouterShape shape = check_inputs(x, wg, wg_shared, wg_group, options);
   std::vector<Tensor> weights = defined_weights(wg, wg_shared, wg_group);
-  if (x.dtype() == DType::f64) return Router<double>(shape, x, std::move(weights), run).forward();
-  return Router<float>(shape, x, std::move(weights), run).forward();
+  return Router(shape, x, std::move(weights), run).forward();
 }
 
 MohRouterGradients moh_router_backward(const Tensor& grad_gates, const Tensor& grad_loss,
@@ -370,15 +370,12 @@ MohRouterGradients moh_router_backward(const Tensor& grad_gates, const Tensor& g
   if (grad_gates.defined()) {
     check_parameter(kOp, "grad_gates", grad_gates, {x.size(0), shape.heads(), x.size(1)},
                     x.dtype());
-    wide = convert(grad_gates, wide_type(x.dtype()));
+    wide = convert(grad_gates, DType::f64);
     gates = wide;
   }
   const double loss = loss_gradient(grad_loss, x.dtype());
   std::vector<Tensor> weights = defined_weights(wg, wg_shared, wg_group);
-  std::vector<Array> gradients =
-      x.dtype() == DType::f64
-          ? Router<double>(shape, x, std::move(weights), run).backward(gates, loss)
-          : Router<float>(shape, x, std::move(weights), run).backward(gates, loss);
+  std::vector<Array> gradients = Router(shape, x, std::move(weights), run).backward(gates, loss);
   MohRouterGradients result;
   size_t next = 0;
   result.x = std::move(gradients[next++]);
