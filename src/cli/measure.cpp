@@ -141,7 +141,7 @@ const Dims* input_shape(const ExampleCase& example, std::initializer_list<const 
 }
 
 ExampleCase shrunk(const ExampleCase& example) {
-  constexpr int64_t kQueries = 64, kKeys = 96;
+  constexpr int64_t kQueries = 64;
   ShapeArguments shapes;
   if (const Dims* x = input_shape(example, {"x"}); x != nullptr && x->rank() == 4) {
     shapes.q = Dims{(*x)[0], (*x)[1], std::min((*x)[2], kQueries), (*x)[3]};
@@ -151,9 +151,11 @@ ExampleCase shrunk(const ExampleCase& example) {
   if (q == nullptr || q->rank() != 4) return example;
   const Dims* k = input_shape(example, {"k", "k_cache"});
   const Dims* v = input_shape(example, {"v", "v_cache"});
+  // Some mechanisms have inputs that need as many keys as queries.
+  const int64_t keys = k != nullptr && (*k)[2] == (*q)[2] ? kQueries : kQueries + kQueries / 2;
   shapes.q = Dims{1, group_size(q, k), std::min((*q)[2], kQueries), (*q)[3]};
-  if (k != nullptr) shapes.k = Dims{1, 1, std::min((*k)[2], kKeys), (*k)[3]};
-  if (v != nullptr) shapes.v = Dims{1, 1, std::min((*v)[2], kKeys), (*v)[3]};
+  if (k != nullptr) shapes.k = Dims{1, 1, std::min((*k)[2], keys), (*k)[3]};
+  if (v != nullptr) shapes.v = Dims{1, 1, std::min((*v)[2], keys), (*v)[3]};
   return with_shapes(example, shapes);
 }
 

@@ -10,6 +10,7 @@
 #include <limits>
 #include <vector>
 
+#include "kernels/by_isa.h"
 #include "kernels/functions-inl.h"
 #include "kernels/parts.h"
 #include "kernels/row_loops-inl.h"
@@ -315,26 +316,16 @@ void fill_feature_kernels(Isa isa, FeatureKernels<float>& f, FeatureKernels<doub
   return tables;
 }
 
-// AMX multiplies bfloat16 only: everything here on such a machine is AVX-512.
-const Tables& tables_of(Isa isa) {
-  static const Tables portable = make_tables(Isa::portable);
-  if (isa == Isa::portable) return portable;
-  static const Tables avx2 = make_tables(Isa::avx2);
-  if (isa == Isa::avx2) return avx2;
-  static const Tables avx512 = make_tables(Isa::avx512);
-  return avx512;
-}
-
 }  // namespace
 
 template <>
 const FeatureKernels<float>& feature_kernels<float>(Isa isa) {
-  return tables_of(isa).f;
+  return by_isa(isa, make_tables).f;
 }
 
 template <>
 const FeatureKernels<double>& feature_kernels<double>(Isa isa) {
-  return tables_of(isa).d;
+  return by_isa(isa, make_tables).d;
 }
 
 }  // namespace heed::kernels

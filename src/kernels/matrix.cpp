@@ -9,6 +9,7 @@
 // After foreach_target.
 #include <type_traits>
 
+#include "kernels/by_isa.h"
 #include "kernels/parts.h"
 #include "kernels/product_loops.h"
 #include "kernels/row_loops-inl.h"
@@ -214,26 +215,16 @@ void fill_matrix_kernels(Isa isa, MatrixKernels<float>& f, MatrixKernels<double>
   return tables;
 }
 
-// AMX multiplies bfloat16 only: everything here on such a machine is AVX-512.
-const Tables& tables_of(Isa isa) {
-  static const Tables portable = make_tables(Isa::portable);
-  if (isa == Isa::portable) return portable;
-  static const Tables avx2 = make_tables(Isa::avx2);
-  if (isa == Isa::avx2) return avx2;
-  static const Tables avx512 = make_tables(Isa::avx512);
-  return avx512;
-}
-
 }  // namespace
 
 template <>
 const MatrixKernels<float>& matrix_kernels<float>(Isa isa) {
-  return tables_of(isa).f;
+  return by_isa(isa, make_tables).f;
 }
 
 template <>
 const MatrixKernels<double>& matrix_kernels<double>(Isa isa) {
-  return tables_of(isa).d;
+  return by_isa(isa, make_tables).d;
 }
 
 }  // namespace heed::kernels

@@ -1,7 +1,5 @@
 #include "mechanisms/operands.h"
 
-#include "heed/error.h"
-
 namespace heed {
 
 namespace {
@@ -55,17 +53,6 @@ void check_rows_like(const char* op, const char* name, const Tensor& t, const Di
   if (!(t.shape() == shape) || t.dtype() != dtype) {
     fail(op, describe(name, t), to_string(shape) + " " + name_of(dtype) + " is needed");
   }
-}
-
-void check_parameter(const char* op, const char* name, const Tensor& t, const Dims& shape,
-                     DType inputs, const std::string& text) {
-  if (!t.defined() || !(t.shape() == shape)) {
-    fail(op, describe(name, t), (text.empty() ? to_string(shape) : text) + " is needed");
-  }
-  if (t.dtype() == inputs || (is_half(inputs) && t.dtype() == DType::f32)) return;
-  fail(op, describe(name, t) + " beside inputs of type " + name_of(inputs),
-       is_half(inputs) ? std::string(name_of(inputs)) + " or float32 is needed"
-                       : std::string(name_of(inputs)) + " is needed");
 }
 
 void check_parameter_gradient(const char* op, const char* name, const Tensor& gradient,

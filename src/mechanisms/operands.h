@@ -6,6 +6,7 @@
 #include <vector>
 
 #include "heed/tensor.h"
+#include "mechanisms/parameter.h"
 
 namespace heed {
 
@@ -18,10 +19,6 @@ void check_head_rows(const char* op, const char* name, const Tensor& t);
 /// check_rows, and the shape and type asked for.
 void check_rows_like(const char* op, const char* name, const Tensor& t, const Dims& shape,
                      DType dtype);
-/// A parameter of any strides beside inputs of type `inputs`: that type, or float32 beside 16 bits.
-/// `text` describes the shape for the message ("[H]"); empty: `shape` itself.
-void check_parameter(const char* op, const char* name, const Tensor& t, const Dims& shape,
-                     DType inputs, const std::string& text = "");
 /// The gradient of a parameter: its shape and type, unit stride in the last dimension.
 void check_parameter_gradient(const char* op, const char* name, const Tensor& gradient,
                               const Tensor& parameter);
@@ -36,9 +33,6 @@ struct AttentionSizes {
 AttentionSizes check_attention(const char* op, const Tensor& q, const Tensor& k, const Tensor& v);
 /// That the heads of `t` divide those of q.
 void check_heads(const char* op, const char* name, const Tensor& t, const Tensor& q);
-
-/// The type of statistics, states and parameters in a call with inputs of `dtype`.
-inline DType statistics_type(DType dtype) { return dtype == DType::f64 ? DType::f64 : DType::f32; }
 
 /// Row-major values in the type of the computation.
 template <class T>

@@ -37,7 +37,7 @@ int64_t checked_width(const Tensor& x, FeatureKind kind, const FeatureMapOptions
     if (options.bias.defined()) fail(kOp, describe("bias", options.bias), "performer takes none");
     if (w.rank() != 3 || w.size(1) < 1)
       fail(kOp, describe("weight", w), shape + " is needed, M >= 1");
-    check_parameter(kOp, "weight", w, {x.size(1), w.size(1), x.size(3)}, x.dtype(), shape);
+    check_parameter(kOp, "weight", w, {x.size(1), w.size(1), x.size(3)}, x.dtype());
     return w.size(1);
   }
   int64_t width = x.size(3);
@@ -45,7 +45,7 @@ int64_t checked_width(const Tensor& x, FeatureKind kind, const FeatureMapOptions
     const std::string shape = "[" + heads + "," + dim + ",D']";
     if (w.rank() != 3 || w.size(2) < 1)
       fail(kOp, describe("weight", w), shape + " is needed, D' >= 1");
-    check_parameter(kOp, "weight", w, {x.size(1), x.size(3), w.size(2)}, x.dtype(), shape);
+    check_parameter(kOp, "weight", w, {x.size(1), x.size(3), w.size(2)}, x.dtype());
     width = w.size(2);
   }
   if (options.bias.defined()) {

@@ -1,0 +1,44 @@
+// Row operations of the cross-entropy between softmax weights and linear weights (sheet 08): P is the
+// softmax of scale * s, A = r / sum r, and a row's loss is -sum P log max(A, floor). Rows come in
+// pieces; T is float or double.
+#pragma once
+#include <cstdint>
+
+#include "heed/run.h"
+
+namespace heed::kernels {
+
+/// What the pieces of a row add up to.
+template <class T>
+struct EntropyRow {
+  T maximum;  // of scale * s; -inf before anything was seen
+  T sum;      // sum exp(scale * s - maximum)
+  T total;    // sum r
+};
+
+/// One row, or with arrays the column of a tile that holds rows transposed.
+template <class T>
+struct EntropyFactors {
+  const T* maximum;
+  const T* inverse_sum;  // 1 / sum exp(scale * s - maximum)
+  const T* total;        // sum r, inf where it is 0: A is then 0
+  const T* active;       // sum of the P whose A is not below the floor
+};
+
+template <class T>
+struct EntropyKernels {
+  /// Adds n more scores and products to a row's statistics.
+  void (*statistics)(const T* s, const T* r, int64_t n, T scale, EntropyRow<T>& row) = nullptr;
+  /// Returns sum P log max(A, floor) over n elements and adds their active P to `active`.
+  T (*loss)(const T* s, const T* r, int64_t n, T scale, T floor, const EntropyFactors<T>& row,
+            T& active) = nullptr;
+  /// r[i] becomes weight * dloss/dr[i] = weight * (active / total - P / r where A is not below the
+  /// floor). `by_column`: element i belongs to row i, and the factors are arrays.
+  void (*gradient)(const T* s, T* r, int64_t n, T scale, T floor, T weight,
+                   const EntropyFactors<T>& rows, bool by_column) = nullptr;
+};
+
+template <class T>
+const EntropyKernels<T>& entropy_kernels(Isa isa);
+
+}  // namespace heed::kernels
