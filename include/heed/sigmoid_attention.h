@@ -28,4 +28,14 @@ Array sigmoid_attention(const Tensor& q, const Tensor& k, const Tensor& v,
 void sigmoid_attention(const Tensor& q, const Tensor& k, const Tensor& v, const Tensor& out,
                        const SigmoidOptions& options = {}, const RunOptions& run = {});
 
+/// Gradients of q, k, v in their type, of the options' tensors in theirs, empty where there is none.
+struct SigmoidGradients {
+  Array q, k, v;
+  Array bias, alibi_slopes;  // [H]
+};
+SigmoidGradients sigmoid_attention_backward(const Tensor& grad_out, const Tensor& q,
+                                            const Tensor& k, const Tensor& v,
+                                            const SigmoidOptions& options = {},
+                                            const RunOptions& run = {});
+
 }  // namespace heed

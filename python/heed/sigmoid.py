@@ -40,6 +40,8 @@ def sigmoid_attention(
     Raises:
         ValueError, TypeError, RuntimeError: as :func:`heed.flash_attention`.
 
+    Differentiable in q, k, v, bias and alibi_slopes.
+
     Source: Theory, Analysis, and Best Practices for Sigmoid Self-Attention (arXiv 2409.04431).
     """
     left, right = window_sides("sigmoid_attention", window)

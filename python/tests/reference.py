@@ -9,7 +9,7 @@ DTYPES = [torch.float64, torch.float32, torch.bfloat16, torch.float16]
 
 def random(*shape, dtype=torch.float32, seed=0):
     generator = torch.Generator().manual_seed(seed)
-    return torch.randn(*shape, dtype=torch.float64, generator=generator).to(dtype)
+    return torch.randn(shape, dtype=torch.float64, generator=generator).to(dtype)
 
 
 def random_qkv(b, h, hkv, lq, lk, d, dv=None, dtype=torch.float32):

@@ -165,18 +165,18 @@ def test_opcheck_of_other_types(name, dtype):
 def test_opcheck_where_gradients_are_wanted(name):
     op, (first, *rest), options = CALLS[name]
     args = (first.clone().requires_grad_(), *rest)
-    # The fourth test of opcheck calls backward, which is an error.
-    tests = ("test_schema", "test_autograd_registration", "test_faketensor")
+    # The fourth test of opcheck calls backward, which is an error where there is none.
+    tests = ["test_schema", "test_autograd_registration", "test_faketensor"]
+    if name != "decode_attention":
+        tests.append("test_aot_dispatch_dynamic")
     opcheck(op, args, options, test_utils=tests)
 
 
-@pytest.mark.parametrize("name", CALLS)
-def test_backward_is_an_error_that_names_the_operator(name):
-    op, (first, *rest), options = CALLS[name]
-    result = op(first.clone().requires_grad_(), *rest, **options)
-    out = result[0] if isinstance(result, tuple) else result
+def test_backward_is_an_error_that_names_the_operator():
+    op, (first, *rest), options = CALLS["decode_attention"]
+    out, _ = op(first.clone().requires_grad_(), *rest, **options)
     assert out.requires_grad
-    with pytest.raises(RuntimeError, match=f"derivative for heed::{name} "):
+    with pytest.raises(RuntimeError, match="derivative for heed::decode_attention "):
         out.sum().backward()
 
 

@@ -96,8 +96,9 @@ Q = random(2, 4, 5, 8)
 @pytest.mark.parametrize(
     "call, words",
     [
-        (lambda f: f(Q, Q, Q, torch.ones(5, 5, dtype=torch.bool)), ["attn_mask"]),
-        (lambda f: f(Q, Q, Q, None, 0.1), ["dropout_p", "0.1"]),
+        (lambda f: f(Q, Q, Q, torch.ones(5, 4, dtype=torch.bool)), ["attn_mask", "[5, 4]"]),
+        (lambda f: f(Q, Q, Q, torch.ones(5, 5), is_causal=True), ["attn_mask", "is_causal"]),
+        (lambda f: f(Q, Q, Q, None, 1.0), ["dropout_p", "1.0"]),
         (lambda f: f(Q[0, 0, 0], Q, Q), ["query", "[8]"]),
         (lambda f: f(Q, Q[:, :2], Q[:, :2]), ["key [2, 2, 5, 8]", "enable_gqa"]),
         (lambda f: f(Q, Q[:, :3], Q[:, :3], enable_gqa=True), ["4", "3"]),

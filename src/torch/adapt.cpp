@@ -2,7 +2,9 @@
 
 #include <ATen/Parallel.h>
 #include <ATen/ops/empty.h>
+#include <ATen/ops/from_blob.h>
 
+#include <memory>
 #include <string>
 
 namespace heed::ops {
@@ -26,6 +28,25 @@ std::optional<DType> dtype_of(at::ScalarType type) {
       return DType::boolean;
     default:
       return std::nullopt;
+  }
+}
+
+at::ScalarType torch_type(DType dtype) {
+  switch (dtype) {
+    case DType::f64:
+      return at::kDouble;
+    case DType::bf16:
+      return at::kBFloat16;
+    case DType::f16:
+      return at::kHalf;
+    case DType::i64:
+      return at::kLong;
+    case DType::i32:
+      return at::kInt;
+    case DType::boolean:
+      return at::kBool;
+    default:
+      return at::kFloat;
   }
 }
 
@@ -105,6 +126,41 @@ Tensor view(const at::Tensor& tensor) {
   // PyTorch leaves the stride of an axis of one element to chance.
   if (shape.rank() > 0 && shape.back() <= 1) strides[shape.rank() - 1] = 1;
   return Tensor(tensor.const_data_ptr(), *dtype, shape, strides);
+}
+
+Tensor view(const std::optional<at::Tensor>& tensor) {
+  return tensor && tensor->defined() ? view(*tensor) : Tensor();
+}
+
+at::Tensor take(Array array, const at::Tensor& like) {
+  if (array.shape().rank() == 0 && array.view().data() == nullptr) {
+    return at::empty({0}, like.options());
+  }
+  const auto shape = array.shape().span();
+  const at::IntArrayRef sizes(shape.data(), shape.size());
+  const auto kept = std::make_shared<Array>(std::move(array));
+  return at::from_blob(
+      kept->view().data(), sizes, [kept](void*) {},
+      like.options().dtype(torch_type(kept->dtype())));
+}
+
+std::optional<at::Tensor> held_input(const char* op, const char* name,
+                                     const std::optional<at::Tensor>& given, int64_t rank,
+                                     c10::Device device, std::optional<at::ScalarType> at_least) {
+  if (!given || !given->defined()) return std::nullopt;
+  if (rank >= 0) check_tensor({op, name, *given}, rank, device);
+  return small_input(*given, at_least);
+}
+
+at::Tensor gradient_input(const at::Tensor& gradient) {
+  return gradient.dim() == 0 || gradient.size(-1) <= 1 || gradient.stride(-1) == 1
+             ? gradient
+             : gradient.contiguous();
+}
+
+std::optional<at::Tensor> gradient_input(const std::optional<at::Tensor>& gradient) {
+  if (!gradient || !gradient->defined()) return std::nullopt;
+  return gradient->contiguous();
 }
 
 at::Tensor small_input(const at::Tensor& tensor, std::optional<at::ScalarType> at_least) {

@@ -45,6 +45,22 @@ void check_optional(const char* op, const char* name, const std::optional<at::Te
 /// A view of the same memory with the same strides; no copy. For tensors that passed check_tensor.
 Tensor view(const at::Tensor& tensor);
 
+/// A view of an optional input; undefined where it is absent.
+Tensor view(const std::optional<at::Tensor>& tensor);
+
+/// PyTorch's tensor over an array's memory, which it keeps; [0] for an array that holds nothing.
+at::Tensor take(Array array, const at::Tensor& like);
+
+/// An optional input checked, contiguous and, where its type is floating, of at least `at_least`.
+std::optional<at::Tensor> held_input(const char* op, const char* name,
+                                     const std::optional<at::Tensor>& given, int64_t rank,
+                                     c10::Device device,
+                                     std::optional<at::ScalarType> at_least = {});
+
+/// A gradient as kernels read it: a unit stride in the last dimension.
+at::Tensor gradient_input(const at::Tensor& gradient);
+std::optional<at::Tensor> gradient_input(const std::optional<at::Tensor>& gradient);
+
 /// A small input in the form that kernels read: contiguous, floating types widened to `at_least`.
 at::Tensor small_input(const at::Tensor& tensor, std::optional<at::ScalarType> at_least = {});
 

@@ -1,26 +1,178 @@
-// What autograd and other devices get where an operator has nothing to offer them: a clear error.
+// Gradients of all operators by one rule, and what other devices get: a clear error.
+//
+// The gradient of operator X is the operator X_backward. Its arguments are found by name:
+//   grad_<result>  gradient of a result of X (None where nothing arrives; a result without such an
+//                  argument is not differentiable)
+//   <result>       what X returned
+//   <argument>     what X was called with
+// Its results are named grad_<argument>; the gradient of an argument that was not given is an empty
+// tensor.
 #include <ATen/core/Tensor.h>
 #include <ATen/core/dispatch/Dispatcher.h>
+#include <ATen/ops/empty.h>
+#include <ATen/ops/zeros_like.h>
 #include <torch/csrc/autograd/autograd_not_implemented_fallback.h>
+#include <torch/csrc/autograd/custom_function.h>
 #include <torch/library.h>
+
+#include <string>
+#include <vector>
 
 namespace {
 
-// Operators without a gradient. One that gains a backward leaves this list and registers a
-// torch::autograd::Function for Autograd in its own file; its `..._backward` operator then comes
-// onto this list, because without a kernel here second derivatives would be silently zero.
-constexpr const char* kForwardOnly[] = {"flash_attention", "decode_attention", "merge_attention",
-                                        "sigmoid_attention"};
+using c10::IValue;
+using c10::OperatorHandle;
+using torch::autograd::AutogradContext;
+using torch::autograd::variable_list;
+using torch::jit::Stack;
 
-constexpr const char* kOnlyCpu[] = {"flash_attention", "decode_attention", "merge_attention",
-                                    "sigmoid_attention"};
+constexpr const char* kForwardOnly[] = {"decode_attention"};
+constexpr const char* kDifferentiable[] = {"flash_attention", "flash_attention_varlen",
+                                           "merge_attention", "sigmoid_attention"};
 
-void refuse_device(const c10::OperatorHandle& op, torch::jit::Stack* stack) {
+OperatorHandle backward_of(const OperatorHandle& op) {
+  return c10::Dispatcher::singleton().findSchemaOrThrow((op.schema().name() + "_backward").c_str(),
+                                                        "");
+}
+
+bool is_tensor(const IValue& value) { return value.isTensor() && value.toTensor().defined(); }
+
+// Position of a name, or -1.
+int64_t find(const std::vector<c10::Argument>& arguments, const std::string& name) {
+  for (size_t i = 0; i < arguments.size(); ++i) {
+    if (arguments[i].name() == name) return static_cast<int64_t>(i);
+  }
+  return -1;
+}
+
+std::string without_grad(const std::string& name) { return name.substr(5); }
+
+struct Differentiable : torch::autograd::Function<Differentiable> {
+  // `tensors` are the tensors among `arguments`, in order.
+  static variable_list forward(AutogradContext* ctx, at::TensorList tensors,
+                               const OperatorHandle& op, const Stack& arguments) {
+    Stack stack = arguments;
+    {
+      const at::AutoDispatchBelowADInplaceOrView below;
+      op.callBoxed(stack);
+    }
+    variable_list results, saved(tensors.begin(), tensors.end());
+    for (const IValue& value : stack) results.push_back(value.toTensor());
+    saved.insert(saved.end(), results.begin(), results.end());
+    ctx->save_for_backward(saved);
+    ctx->set_materialize_grads(false);
+    ctx->saved_data["op"] = op.schema().name();
+    for (size_t i = 0; i < arguments.size(); ++i) {
+      // A tensor is kept among the saved ones; here only that it was given.
+      const bool given = is_tensor(arguments[i]);
+      ctx->saved_data[op.schema().arguments()[i].name()] = given ? IValue(true) : arguments[i];
+    }
+    variable_list constant;
+    const OperatorHandle backward_op = backward_of(op);
+    for (size_t i = 0; i < results.size(); ++i) {
+      const std::string gradient = "grad_" + op.schema().returns()[i].name();
+      if (find(backward_op.schema().arguments(), gradient) < 0) constant.push_back(results[i]);
+    }
+    ctx->mark_non_differentiable(constant);
+    return results;
+  }
+
+  static variable_list backward(AutogradContext* ctx, const variable_list& gradients) {
+    const OperatorHandle op = c10::Dispatcher::singleton().findSchemaOrThrow(
+        ctx->saved_data["op"].toStringRef().c_str(), "");
+    const OperatorHandle backward_op = backward_of(op);
+    const auto& arguments = op.schema().arguments();
+    const auto& results = op.schema().returns();
+    const variable_list saved = ctx->get_saved_variables();
+    const size_t tensors = saved.size() - results.size();
+
+    std::vector<IValue> values;
+    std::vector<int64_t> tensor_of(arguments.size(), -1);
+    int64_t next = 0;
+    for (size_t i = 0; i < arguments.size(); ++i) {
+      const IValue& kept = ctx->saved_data[arguments[i].name()];
+      const bool tensor = arguments[i].type()->kind() == c10::TypeKind::TensorType ||
+                          arguments[i].type()->isSubtypeOf(*c10::OptionalType::ofTensor());
+      if (tensor && kept.isBool()) tensor_of[i] = next++;
+      values.push_back(tensor_of[i] < 0 ? kept : IValue(saved[static_cast<size_t>(tensor_of[i])]));
+    }
+    Stack stack;
+    for (const c10::Argument& wanted : backward_op.schema().arguments()) {
+      const std::string& name = wanted.name();
+      const int64_t result = find(results, name), argument = find(arguments, name);
+      if (name.starts_with("grad_")) {
+        const auto i = static_cast<size_t>(find(results, without_grad(name)));
+        const bool optional = wanted.type()->kind() == c10::TypeKind::OptionalType;
+        at::Tensor gradient = gradients[i];
+        if (!gradient.defined() && !optional) gradient = at::zeros_like(saved[tensors + i]);
+        stack.push_back(gradient.defined() ? IValue(gradient) : IValue());
+      } else if (result >= 0) {
+        stack.emplace_back(saved[tensors + static_cast<size_t>(result)]);
+      } else {
+        stack.push_back(values[static_cast<size_t>(argument)]);
+      }
+    }
+    backward_op.callBoxed(stack);
+    // One for each tensor, then none for the operator and its arguments.
+    variable_list found(tensors + 2);
+    for (size_t i = 0; i < stack.size(); ++i) {
+      const int64_t argument =
+          find(arguments, without_grad(backward_op.schema().returns()[i].name()));
+      const int64_t tensor = argument < 0 ? -1 : tensor_of[static_cast<size_t>(argument)];
+      if (tensor >= 0) found[static_cast<size_t>(tensor)] = stack[i].toTensor();
+    }
+    return found;
+  }
+};
+
+void differentiate(const OperatorHandle& op, Stack* stack) {
+  const size_t count = op.schema().arguments().size();
+  const auto first = stack->end() - static_cast<std::ptrdiff_t>(count);
+  variable_list tensors;
+  bool wanted = false;
+  for (auto value = first; value != stack->end(); ++value) {
+    if (!is_tensor(*value)) continue;
+    tensors.push_back(value->toTensor());
+    wanted = wanted || tensors.back().requires_grad();
+  }
+  if (!wanted || !at::GradMode::is_enabled()) {
+    const at::AutoDispatchBelowADInplaceOrView below;
+    op.callBoxed(stack);
+    return;
+  }
+  const Stack arguments(first, stack->end());
+  stack->erase(first, stack->end());
+  for (at::Tensor& result : Differentiable::apply(at::TensorList(tensors), op, arguments)) {
+    stack->emplace_back(std::move(result));
+  }
+}
+
+// Gradients look like what they are gradients of.
+void fake_backward(const OperatorHandle& op, Stack* stack) {
+  const auto& arguments = op.schema().arguments();
+  const size_t first = stack->size() - arguments.size();
+  Stack results;
+  for (const c10::Argument& result : op.schema().returns()) {
+    const auto at = static_cast<size_t>(find(arguments, without_grad(result.name())));
+    const IValue& like = (*stack)[first + at];
+    if (is_tensor(like)) {
+      const at::Tensor& tensor = like.toTensor();
+      results.emplace_back(at::empty_symint(tensor.sym_sizes(), tensor.options()));
+    } else {
+      const at::Tensor& any = (*stack)[first].toTensor();
+      results.emplace_back(at::empty({0}, any.options()));
+    }
+  }
+  stack->resize(first);
+  for (IValue& value : results) stack->push_back(std::move(value));
+}
+
+void refuse_device(const OperatorHandle& op, Stack* stack) {
   const auto& arguments = op.schema().arguments();
   const size_t first = stack->size() - arguments.size();
   for (size_t i = 0; i < arguments.size(); ++i) {
-    const c10::IValue& value = (*stack)[first + i];
-    if (!value.isTensor() || !value.toTensor().defined()) continue;
+    const IValue& value = (*stack)[first + i];
+    if (!is_tensor(value)) continue;
     const at::Tensor& tensor = value.toTensor();
     const bool dense_cpu = tensor.device().is_cpu() && tensor.layout() == at::kStrided;
     TORCH_CHECK(dense_cpu, op.schema().name(), ": ", arguments[i].name(), " is a ", tensor.layout(),
@@ -29,14 +181,30 @@ void refuse_device(const c10::OperatorHandle& op, torch::jit::Stack* stack) {
   TORCH_CHECK(false, op.schema().name(), ": needed are plain dense tensors on cpu");
 }
 
+std::string backward_name(const char* op) { return std::string(op) + "_backward"; }
+
 }  // namespace
 
 TORCH_LIBRARY_IMPL(heed, Autograd, m) {
   for (const char* op : kForwardOnly) m.impl(op, torch::autograd::autogradNotImplementedFallback());
+  for (const char* op : kDifferentiable) {
+    m.impl(op, torch::CppFunction::makeFromBoxedFunction<&differentiate>());
+    // Second derivatives are refused: without a kernel here they would be silently zero.
+    m.impl(backward_name(op).c_str(), torch::autograd::autogradNotImplementedFallback());
+  }
+}
+
+TORCH_LIBRARY_IMPL(heed, Meta, m) {
+  for (const char* op : kDifferentiable) {
+    m.impl(backward_name(op).c_str(), torch::CppFunction::makeFromBoxedFunction<&fake_backward>());
+  }
 }
 
 TORCH_LIBRARY_IMPL(heed, CompositeExplicitAutograd, m) {
-  for (const char* op : kOnlyCpu) {
-    m.impl(op, torch::CppFunction::makeFromBoxedFunction<&refuse_device>());
+  const auto refuse = [] { return torch::CppFunction::makeFromBoxedFunction<&refuse_device>(); };
+  for (const char* op : kForwardOnly) m.impl(op, refuse());
+  for (const char* op : kDifferentiable) {
+    m.impl(op, refuse());
+    m.impl(backward_name(op).c_str(), refuse());
   }
 }

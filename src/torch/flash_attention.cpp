@@ -1,6 +1,7 @@
-// flash_attention, decode_attention and merge_attention for PyTorch, real and fake.
+// flash_attention and flash_attention_varlen for PyTorch, real and fake.
 #include "heed/flash_attention.h"
 
+#include <ATen/ops/empty.h>
 #include <torch/library.h>
 
 #include <tuple>
@@ -14,107 +15,192 @@ using Results = std::tuple<at::Tensor, at::Tensor>;
 using MaybeTensor = std::optional<at::Tensor>;
 
 constexpr const char* kFlash = "flash_attention";
-constexpr const char* kDecode = "decode_attention";
-constexpr const char* kMerge = "merge_attention";
+constexpr const char* kVarlen = "flash_attention_varlen";
 
-Results flash_cpu(const at::Tensor& q, const at::Tensor& k, const at::Tensor& v, bool causal,
-                  int64_t window_left, int64_t window_right, const MaybeTensor& lengths,
-                  std::optional<double> scale) {
+// The optional arguments of flash_attention, in the order of its schema.
+#define HEED_FLASH_ARGS                                                                        \
+  bool causal, int64_t window_left, int64_t window_right, const MaybeTensor &lengths,          \
+      std::optional<double> scale, double softcap, const MaybeTensor &alibi_slopes,            \
+      const MaybeTensor &mask, const MaybeTensor &bias, const MaybeTensor &sink,               \
+      const MaybeTensor &block_mask, int64_t block_rows, int64_t block_keys, double dropout_p, \
+      int64_t seed
+#define HEED_FLASH_NAMES                                                                      \
+  causal, window_left, window_right, lengths, scale, softcap, alibi_slopes, mask, bias, sink, \
+      block_mask, block_rows, block_keys, dropout_p, seed
+
+// Options and what their views point to.
+struct HeldFlash {
+  HeldFlash(const at::Tensor& q, HEED_FLASH_ARGS)
+      : masks(kFlash, causal, window_left, window_right, lengths, q.device()),
+        held{held_input(kFlash, "alibi_slopes", alibi_slopes, 1, q.device(),
+                        statistics_type(q.scalar_type())),
+             held_input(kFlash, "mask", mask, -1, q.device()),
+             held_input(kFlash, "bias", bias, -1, q.device()),
+             held_input(kFlash, "sink", sink, 1, q.device(), statistics_type(q.scalar_type())),
+             held_input(kFlash, "block_mask", block_mask, 3, q.device())} {
+    options.masks = masks.masks;
+    options.scale = scale;
+    options.softcap = softcap;
+    options.alibi_slopes = view(held[0]);
+    options.mask = view(held[1]);
+    options.bias = view(held[2]);
+    options.sink = view(held[3]);
+    options.block_mask = view(held[4]);
+    options.block_size = {block_rows, block_keys};
+    options.dropout_p = dropout_p;
+    options.seed = static_cast<uint64_t>(seed);
+  }
+  HeldMasks masks;
+  MaybeTensor held[5];
+  FlashOptions options;
+};
+
+Results flash_cpu(const at::Tensor& q, const at::Tensor& k, const at::Tensor& v, HEED_FLASH_ARGS) {
   check_qkv({kFlash, "q", q}, {kFlash, "k", k}, {kFlash, "v", v});
-  const HeldMasks held(kFlash, causal, window_left, window_right, lengths, q.device());
+  const HeldFlash held(q, HEED_FLASH_NAMES);
   auto [out, lse] = empty_results(q, v);
   guarded([&, &out = out, &lse = lse] {
-    flash_attention(view(q), view(k), view(v), view(out), view(lse),
-                    FlashOptions{.masks = held.masks, .scale = scale}, run_options());
+    flash_attention(view(q), view(k), view(v), view(out), view(lse), held.options, run_options());
   });
   return {out, lse};
+}
+
+using Gradients =
+    std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor>;
+
+// A gradient in the type of the parameter, which kernels may have read wider.
+at::Tensor take_as(Array gradient, const MaybeTensor& parameter, const at::Tensor& q) {
+  if (!parameter || !parameter->defined()) return take({}, q);
+  return take(std::move(gradient), *parameter).to(parameter->scalar_type());
+}
+
+Gradients flash_backward_cpu(const at::Tensor& grad_out, const MaybeTensor& grad_lse,
+                             const at::Tensor& q, const at::Tensor& k, const at::Tensor& v,
+                             const at::Tensor& out, const at::Tensor& lse, HEED_FLASH_ARGS) {
+  check_qkv({kFlash, "q", q}, {kFlash, "k", k}, {kFlash, "v", v});
+  const HeldFlash held(q, HEED_FLASH_NAMES);
+  const at::Tensor g = gradient_input(grad_out);
+  const MaybeTensor g_lse = gradient_input(grad_lse);
+  FlashGradients to;
+  guarded([&] {
+    to = flash_attention_backward(view(g), view(g_lse), view(q), view(k), view(v), view(out),
+                                  view(lse), held.options, run_options());
+  });
+  return {take(std::move(to.q), q),
+          take(std::move(to.k), k),
+          take(std::move(to.v), v),
+          take_as(std::move(to.alibi_slopes), alibi_slopes, q),
+          take_as(std::move(to.bias), bias, q),
+          take_as(std::move(to.sink), sink, q)};
 }
 
 // NOLINTBEGIN(performance-unnecessary-value-param): the dispatcher passes SymInt by value
 Results flash_meta(const at::Tensor& q, const at::Tensor& k, const at::Tensor& v, bool, c10::SymInt,
-                   c10::SymInt, const MaybeTensor& lengths, std::optional<double>) {
+                   c10::SymInt, const MaybeTensor& lengths, std::optional<double>, double,
+                   const MaybeTensor& alibi_slopes, const MaybeTensor&, const MaybeTensor&,
+                   const MaybeTensor& sink, const MaybeTensor& block_mask, int64_t, int64_t, double,
+                   int64_t) {
   const Arg args[] = {{kFlash, "q", q}, {kFlash, "k", k}, {kFlash, "v", v}};
   check_qkv(args[0], args[1], args[2]);
   check_qkv_shapes(args[0], args[1], args[2]);
   check_optional(kFlash, "lengths", lengths, 1, q.device());
+  check_optional(kFlash, "alibi_slopes", alibi_slopes, 1, q.device());
+  check_optional(kFlash, "sink", sink, 1, q.device());
+  check_optional(kFlash, "block_mask", block_mask, 3, q.device());
   return empty_results(q, v);
 }
 // NOLINTEND(performance-unnecessary-value-param)
 
-void check_decode(const at::Tensor& q, const at::Tensor& k, const at::Tensor& v,
-                  const at::Tensor& lengths) {
-  check_qkv({kDecode, "q", q}, {kDecode, "k_cache", k}, {kDecode, "v_cache", v});
-  check_tensor({kDecode, "lengths", lengths}, 1, q.device());
+#define HEED_VARLEN_ARGS                                                               \
+  bool causal, int64_t window_left, int64_t window_right, std::optional<double> scale, \
+      double softcap, const MaybeTensor &alibi_slopes
+#define HEED_VARLEN_NAMES causal, window_left, window_right, scale, softcap, alibi_slopes
+
+struct HeldVarlen {
+  HeldVarlen(const at::Tensor& q, const at::Tensor& cu_q, const at::Tensor& cu_k, HEED_VARLEN_ARGS)
+      : slopes(held_input(kVarlen, "alibi_slopes", alibi_slopes, 1, q.device(),
+                          statistics_type(q.scalar_type()))) {
+    check_tensor({kVarlen, "cu_seqlens_q", cu_q}, 1, q.device());
+    check_tensor({kVarlen, "cu_seqlens_k", cu_k}, 1, q.device());
+    queries = small_input(cu_q);
+    keys = small_input(cu_k);
+    options.causal = causal;
+    options.window = {window_side(kVarlen, "window[0]", window_left),
+                      window_side(kVarlen, "window[1]", window_right)};
+    options.scale = scale;
+    options.softcap = softcap;
+    options.alibi_slopes = view(slopes);
+  }
+  MaybeTensor slopes;
+  at::Tensor queries, keys;
+  VarlenOptions options;
+};
+
+void check_packed(const at::Tensor& q, const at::Tensor& k, const at::Tensor& v) {
+  check_given({kVarlen, "q", q});
+  for (const Arg& arg : {Arg{kVarlen, "q", q}, Arg{kVarlen, "k", k}, Arg{kVarlen, "v", v}}) {
+    check_floating(arg, 3, q.device(), q.scalar_type());
+  }
 }
 
-Results decode_cpu(const at::Tensor& q, const at::Tensor& k, const at::Tensor& v,
-                   const at::Tensor& lengths, std::optional<double> scale, int64_t window,
-                   int64_t splits) {
-  check_decode(q, k, v, lengths);
-  const DecodeOptions options{
-      .scale = scale, .window = window_side(kDecode, "window", window), .splits = splits};
-  const at::Tensor plain_lengths = small_input(lengths);
-  auto [out, lse] = empty_results(q, v);
-  guarded([&, &out = out, &lse = lse] {
-    decode_attention(view(q), view(k), view(v), view(plain_lengths), view(out), view(lse), options,
-                     run_options());
+Results varlen_cpu(const at::Tensor& q, const at::Tensor& k, const at::Tensor& v,
+                   const at::Tensor& cu_seqlens_q, const at::Tensor& cu_seqlens_k,
+                   HEED_VARLEN_ARGS) {
+  check_packed(q, k, v);
+  const HeldVarlen held(q, cu_seqlens_q, cu_seqlens_k, HEED_VARLEN_NAMES);
+  AttentionResult result;
+  guarded([&] {
+    result = flash_attention_varlen(view(q), view(k), view(v), view(held.queries), view(held.keys),
+                                    held.options, run_options());
   });
-  return {out, lse};
+  return {take(std::move(result.out), q), take(std::move(result.lse), q)};
+}
+
+std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor> varlen_backward_cpu(
+    const at::Tensor& grad_out, const MaybeTensor& grad_lse, const at::Tensor& q,
+    const at::Tensor& k, const at::Tensor& v, const at::Tensor& out, const at::Tensor& lse,
+    const at::Tensor& cu_seqlens_q, const at::Tensor& cu_seqlens_k, HEED_VARLEN_ARGS) {
+  check_packed(q, k, v);
+  const HeldVarlen held(q, cu_seqlens_q, cu_seqlens_k, HEED_VARLEN_NAMES);
+  const at::Tensor g = gradient_input(grad_out);
+  const MaybeTensor g_lse = gradient_input(grad_lse);
+  FlashGradients to;
+  guarded([&] {
+    to = flash_attention_varlen_backward(view(g), view(g_lse), view(q), view(k), view(v), view(out),
+                                         view(lse), view(held.queries), view(held.keys),
+                                         held.options, run_options());
+  });
+  return {take(std::move(to.q), q), take(std::move(to.k), k), take(std::move(to.v), v),
+          take_as(std::move(to.alibi_slopes), alibi_slopes, q)};
 }
 
 // NOLINTBEGIN(performance-unnecessary-value-param): the dispatcher passes SymInt by value
-Results decode_meta(const at::Tensor& q, const at::Tensor& k, const at::Tensor& v,
-                    const at::Tensor& lengths, std::optional<double>, c10::SymInt, int64_t) {
-  check_decode(q, k, v, lengths);
-  check_qkv_shapes({kDecode, "q", q}, {kDecode, "k_cache", k}, {kDecode, "v_cache", v});
-  return empty_results(q, v);
+Results varlen_meta(const at::Tensor& q, const at::Tensor& k, const at::Tensor& v,
+                    const at::Tensor& cu_seqlens_q, const at::Tensor& cu_seqlens_k, bool,
+                    c10::SymInt, c10::SymInt, std::optional<double>, double,
+                    const MaybeTensor& alibi_slopes) {
+  check_packed(q, k, v);
+  check_tensor({kVarlen, "cu_seqlens_q", cu_seqlens_q}, 1, q.device());
+  check_tensor({kVarlen, "cu_seqlens_k", cu_seqlens_k}, 1, q.device());
+  check_optional(kVarlen, "alibi_slopes", alibi_slopes, 1, q.device());
+  const c10::SymInt out[] = {q.sym_size(0), q.sym_size(1), v.sym_size(2)};
+  const c10::SymInt lse[] = {q.sym_size(1), q.sym_size(0)};
+  return {at::empty_symint(out, q.options()),
+          at::empty_symint(lse, q.options().dtype(statistics_type(q.scalar_type())))};
 }
 // NOLINTEND(performance-unnecessary-value-param)
-
-void check_merge(const at::Tensor& out_a, const at::Tensor& lse_a, const at::Tensor& out_b,
-                 const at::Tensor& lse_b) {
-  check_given({kMerge, "out_a", out_a});
-  const at::ScalarType type = out_a.scalar_type();
-  check_floating({kMerge, "out_a", out_a}, 4, out_a.device(), type);
-  check_tensor({kMerge, "lse_a", lse_a}, 3, out_a.device());
-  check_floating({kMerge, "out_b", out_b}, 4, out_a.device(), type);
-  check_tensor({kMerge, "lse_b", lse_b}, 3, out_a.device());
-}
-
-Results empty_merged(const at::Tensor& out_a) { return empty_results(out_a, out_a); }
-
-Results merge_cpu(const at::Tensor& out_a, const at::Tensor& lse_a, const at::Tensor& out_b,
-                  const at::Tensor& lse_b) {
-  check_merge(out_a, lse_a, out_b, lse_b);
-  const at::Tensor plain[] = {small_input(out_a), small_input(lse_a), small_input(out_b),
-                              small_input(lse_b)};
-  auto [out, lse] = empty_merged(out_a);
-  guarded([&, &out = out, &lse = lse] {
-    merge_attention(view(plain[0]), view(plain[1]), view(plain[2]), view(plain[3]), view(out),
-                    view(lse), run_options());
-  });
-  return {out, lse};
-}
-
-Results merge_meta(const at::Tensor& out_a, const at::Tensor& lse_a, const at::Tensor& out_b,
-                   const at::Tensor& lse_b) {
-  check_merge(out_a, lse_a, out_b, lse_b);
-  TORCH_CHECK_VALUE(out_b.sym_sizes() == out_a.sym_sizes(), kMerge, ": out_b has shape ",
-                    out_b.sym_sizes(), " but out_a has ", out_a.sym_sizes());
-  return empty_merged(out_a);
-}
 
 }  // namespace
 }  // namespace heed::ops
 
 TORCH_LIBRARY_IMPL(heed, CPU, m) {
   m.impl("flash_attention", &heed::ops::flash_cpu);
-  m.impl("decode_attention", &heed::ops::decode_cpu);
-  m.impl("merge_attention", &heed::ops::merge_cpu);
+  m.impl("flash_attention_backward", &heed::ops::flash_backward_cpu);
+  m.impl("flash_attention_varlen", &heed::ops::varlen_cpu);
+  m.impl("flash_attention_varlen_backward", &heed::ops::varlen_backward_cpu);
 }
 
 TORCH_LIBRARY_IMPL(heed, Meta, m) {
   m.impl("flash_attention", &heed::ops::flash_meta);
-  m.impl("decode_attention", &heed::ops::decode_meta);
-  m.impl("merge_attention", &heed::ops::merge_meta);
+  m.impl("flash_attention_varlen", &heed::ops::varlen_meta);
 }

@@ -9,18 +9,50 @@
 TORCH_LIBRARY(heed, m) {
   m.def("version", [] { return std::string(heed::kVersion); });
 
+  // An operator with a gradient has a twin `..._backward`; src/torch/autograd.cpp says how its
+  // arguments and results are found by their names.
+#define HEED_FLASH_OPTIONS                                                                  \
+  "bool causal=False, SymInt window_left=-1, SymInt window_right=-1, Tensor? lengths=None," \
+  " float? scale=None, float softcap=0.0, Tensor? alibi_slopes=None, Tensor? mask=None,"    \
+  " Tensor? bias=None, Tensor? sink=None, Tensor? block_mask=None, int block_rows=64,"      \
+  " int block_keys=64, float dropout_p=0.0, int seed=0"
+  m.def("flash_attention(Tensor q, Tensor k, Tensor v, *, " HEED_FLASH_OPTIONS
+        ") -> (Tensor out, Tensor lse)");
   m.def(
-      "flash_attention(Tensor q, Tensor k, Tensor v, *, bool causal=False,"
-      " SymInt window_left=-1, SymInt window_right=-1, Tensor? lengths=None, float? scale=None)"
-      " -> (Tensor out, Tensor lse)");
+      "flash_attention_backward(Tensor grad_out, Tensor? grad_lse, Tensor q, Tensor k, Tensor v,"
+      " Tensor out, Tensor lse, *, " HEED_FLASH_OPTIONS
+      ") -> (Tensor grad_q, Tensor grad_k, Tensor grad_v, Tensor grad_alibi_slopes,"
+      " Tensor grad_bias, Tensor grad_sink)");
+#define HEED_VARLEN_OPTIONS                                                              \
+  "bool causal=False, SymInt window_left=-1, SymInt window_right=-1, float? scale=None," \
+  " float softcap=0.0, Tensor? alibi_slopes=None"
+  m.def(
+      "flash_attention_varlen(Tensor q, Tensor k, Tensor v, Tensor cu_seqlens_q,"
+      " Tensor cu_seqlens_k, *, " HEED_VARLEN_OPTIONS ") -> (Tensor out, Tensor lse)");
+  m.def(
+      "flash_attention_varlen_backward(Tensor grad_out, Tensor? grad_lse, Tensor q, Tensor k,"
+      " Tensor v, Tensor out, Tensor lse, Tensor cu_seqlens_q, Tensor cu_seqlens_k, "
+      "*, " HEED_VARLEN_OPTIONS
+      ") -> (Tensor grad_q, Tensor grad_k, Tensor grad_v, Tensor grad_alibi_slopes)");
   m.def(
       "decode_attention(Tensor q, Tensor k_cache, Tensor v_cache, Tensor lengths, *,"
-      " float? scale=None, SymInt window=-1, int splits=0) -> (Tensor out, Tensor lse)");
+      " float? scale=None, SymInt window=-1, Tensor? sink=None, int splits=0)"
+      " -> (Tensor out, Tensor lse)");
   m.def(
       "merge_attention(Tensor out_a, Tensor lse_a, Tensor out_b, Tensor lse_b)"
       " -> (Tensor out, Tensor lse)");
   m.def(
-      "sigmoid_attention(Tensor q, Tensor k, Tensor v, *, float? bias_value=None,"
-      " Tensor? bias=None, bool causal=False, SymInt window_left=-1, SymInt window_right=-1,"
-      " Tensor? lengths=None, float? scale=None, Tensor? alibi_slopes=None) -> Tensor out");
+      "merge_attention_backward(Tensor grad_out, Tensor? grad_lse, Tensor out_a, Tensor lse_a,"
+      " Tensor out_b, Tensor lse_b, Tensor out, Tensor lse)"
+      " -> (Tensor grad_out_a, Tensor grad_lse_a, Tensor grad_out_b, Tensor grad_lse_b)");
+#define HEED_SIGMOID_OPTIONS                                                             \
+  "float? bias_value=None, Tensor? bias=None, bool causal=False, SymInt window_left=-1," \
+  " SymInt window_right=-1, Tensor? lengths=None, float? scale=None, Tensor? alibi_slopes=None"
+  m.def("sigmoid_attention(Tensor q, Tensor k, Tensor v, *, " HEED_SIGMOID_OPTIONS
+        ") -> Tensor out");
+  m.def(
+      "sigmoid_attention_backward(Tensor grad_out, Tensor q, Tensor k, Tensor v, "
+      "*, " HEED_SIGMOID_OPTIONS
+      ") -> (Tensor grad_q, Tensor grad_k, Tensor grad_v, Tensor grad_bias,"
+      " Tensor grad_alibi_slopes)");
 }

@@ -3,6 +3,8 @@
 
 #include <torch/library.h>
 
+#include <tuple>
+
 #include "torch/adapt.h"
 
 namespace heed::ops {
@@ -19,23 +21,60 @@ at::Tensor per_head(const char* name, const MaybeTensor& given, const at::Tensor
   return small_input(*given, statistics_type(q.scalar_type()));
 }
 
+#define HEED_SIGMOID_ARGS                                                                      \
+  std::optional<double> bias_value, const MaybeTensor &bias, bool causal, int64_t window_left, \
+      int64_t window_right, const MaybeTensor &lengths, std::optional<double> scale,           \
+      const MaybeTensor &alibi_slopes
+#define HEED_SIGMOID_NAMES \
+  bias_value, bias, causal, window_left, window_right, lengths, scale, alibi_slopes
+
+// Options and what their views point to.
+struct HeldSigmoid {
+  HeldSigmoid(const at::Tensor& q, HEED_SIGMOID_ARGS)
+      : masks(kSigmoid, causal, window_left, window_right, lengths, q.device()),
+        head_bias(per_head("bias", bias, q)),
+        slopes(per_head("alibi_slopes", alibi_slopes, q)) {
+    TORCH_CHECK_VALUE(!(bias_value && head_bias.defined()), kSigmoid,
+                      ": bias is given both as a number and as a tensor, needed is one of them");
+    options.masks = masks.masks;
+    options.scale = scale;
+    if (bias_value) options.bias = *bias_value;
+    if (head_bias.defined()) options.bias = view(head_bias);
+    if (slopes.defined()) options.alibi_slopes = view(slopes);
+  }
+  HeldMasks masks;
+  at::Tensor head_bias, slopes;
+  SigmoidOptions options;
+};
+
 at::Tensor sigmoid_cpu(const at::Tensor& q, const at::Tensor& k, const at::Tensor& v,
-                       std::optional<double> bias_value, const MaybeTensor& bias, bool causal,
-                       int64_t window_left, int64_t window_right, const MaybeTensor& lengths,
-                       std::optional<double> scale, const MaybeTensor& alibi_slopes) {
+                       HEED_SIGMOID_ARGS) {
   check_qkv({kSigmoid, "q", q}, {kSigmoid, "k", k}, {kSigmoid, "v", v});
-  const HeldMasks held(kSigmoid, causal, window_left, window_right, lengths, q.device());
-  const at::Tensor head_bias = per_head("bias", bias, q);
-  const at::Tensor slopes = per_head("alibi_slopes", alibi_slopes, q);
-  TORCH_CHECK_VALUE(!(bias_value && head_bias.defined()), kSigmoid,
-                    ": bias is given both as a number and as a tensor, needed is one of them");
-  SigmoidOptions options{.masks = held.masks, .scale = scale};
-  if (bias_value) options.bias = *bias_value;
-  if (head_bias.defined()) options.bias = view(head_bias);
-  if (slopes.defined()) options.alibi_slopes = view(slopes);
+  const HeldSigmoid held(q, HEED_SIGMOID_NAMES);
   const at::Tensor out = empty_results(q, v).first;
-  guarded([&] { sigmoid_attention(view(q), view(k), view(v), view(out), options, run_options()); });
+  guarded([&] {
+    sigmoid_attention(view(q), view(k), view(v), view(out), held.options, run_options());
+  });
   return out;
+}
+
+std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor> sigmoid_backward_cpu(
+    const at::Tensor& grad_out, const at::Tensor& q, const at::Tensor& k, const at::Tensor& v,
+    HEED_SIGMOID_ARGS) {
+  check_qkv({kSigmoid, "q", q}, {kSigmoid, "k", k}, {kSigmoid, "v", v});
+  const HeldSigmoid held(q, HEED_SIGMOID_NAMES);
+  const at::Tensor g = gradient_input(grad_out);
+  SigmoidGradients to;
+  guarded([&] {
+    to =
+        sigmoid_attention_backward(view(g), view(q), view(k), view(v), held.options, run_options());
+  });
+  const auto as = [&q](Array gradient, const MaybeTensor& parameter) {
+    if (!parameter || !parameter->defined()) return take({}, q);
+    return take(std::move(gradient), *parameter).to(parameter->scalar_type());
+  };
+  return {take(std::move(to.q), q), take(std::move(to.k), k), take(std::move(to.v), v),
+          as(std::move(to.bias), bias), as(std::move(to.alibi_slopes), alibi_slopes)};
 }
 
 // NOLINTBEGIN(performance-unnecessary-value-param): the dispatcher passes SymInt by value
@@ -56,6 +95,9 @@ at::Tensor sigmoid_meta(const at::Tensor& q, const at::Tensor& k, const at::Tens
 }  // namespace
 }  // namespace heed::ops
 
-TORCH_LIBRARY_IMPL(heed, CPU, m) { m.impl("sigmoid_attention", &heed::ops::sigmoid_cpu); }
+TORCH_LIBRARY_IMPL(heed, CPU, m) {
+  m.impl("sigmoid_attention", &heed::ops::sigmoid_cpu);
+  m.impl("sigmoid_attention_backward", &heed::ops::sigmoid_backward_cpu);
+}
 
 TORCH_LIBRARY_IMPL(heed, Meta, m) { m.impl("sigmoid_attention", &heed::ops::sigmoid_meta); }

@@ -104,8 +104,8 @@ FlashGradients flash_attention_backward(const Tensor& grad_out, const Tensor& gr
   problem.head_gradients = options.alibi_slopes.defined();
   FlashGradients to;
   to.q = Array(q.dtype(), q.shape());
-  to.k = Array(k.dtype(), k.shape());
-  to.v = Array(v.dtype(), v.shape());
+  to.k = Array::zeros(k.dtype(), k.shape());
+  to.v = Array::zeros(v.dtype(), v.shape());
   const tiled::HeadGradients heads =
       tiled::backward(problem, tiled::batch_gradients(grad_out, grad_lse, to.q, to.k, to.v),
                       problem.terms != nullptr ? &call->terms : nullptr, run);

@@ -28,7 +28,7 @@ cascade::Bindings bind_sigmoid(const NamedTensors& in, const Spec& options) {
     return cascade::NdArray{{heads}, std::vector<double>(static_cast<size_t>(heads), fallback)};
   };
   bindings.tensors["Bias"] = per_head("bias", bias);
-  bindings.tensors["Slope"] = per_head("alibi_slopes", 0);
+  bindings.tensors["Alibi_Slopes"] = per_head("alibi_slopes", 0);
   return bindings;
 }
 
@@ -62,6 +62,18 @@ Mechanism sigmoid_record() {
     NamedArrays arrays;
     arrays.emplace("out", sigmoid_attention(in.at("q"), in.at("k"), in.at("v"),
                                             sigmoid_options(in, options), run));
+    return arrays;
+  };
+  m.backward = [](const NamedTensors& in, const NamedTensors& gradients, const Spec& options,
+                  const RunOptions& run) {
+    SigmoidGradients to = sigmoid_attention_backward(gradients.at("out"), in.at("q"), in.at("k"),
+                                                     in.at("v"), sigmoid_options(in, options), run);
+    NamedArrays arrays;
+    arrays.emplace("q", std::move(to.q));
+    arrays.emplace("k", std::move(to.k));
+    arrays.emplace("v", std::move(to.v));
+    if (in.contains("bias")) arrays.emplace("bias", std::move(to.bias));
+    if (in.contains("alibi_slopes")) arrays.emplace("alibi_slopes", std::move(to.alibi_slopes));
     return arrays;
   };
   m.bind = bind_sigmoid;

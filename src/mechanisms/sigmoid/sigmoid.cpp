@@ -26,10 +26,8 @@ std::vector<double> resolve_bias(const SigmoidOptions& options, int64_t heads, i
   return std::vector<double>(static_cast<size_t>(heads), bias);
 }
 
-}  // namespace
-
-void sigmoid_attention(const Tensor& q, const Tensor& k, const Tensor& v, const Tensor& out,
-                       const SigmoidOptions& options, const RunOptions& run) {
+tiled::Problem make_problem(const Tensor& q, const Tensor& k, const Tensor& v, const Tensor& out,
+                            const SigmoidOptions& options) {
   tiled::check_operands(kOp, q, k, v, out, {});
   tiled::Problem problem;
   problem.op = kOp;
@@ -43,7 +41,18 @@ void sigmoid_attention(const Tensor& q, const Tensor& k, const Tensor& v, const 
     problem.policy.alibi_slope =
         tiled::per_head(kOp, "alibi_slopes", options.alibi_slopes, q.size(1));
   }
-  tiled::forward(problem, run);
+  return problem;
+}
+
+Array head_gradient(const std::vector<double>& sums, const Tensor& like) {
+  return convert(Tensor(sums.data(), DType::f64, like.shape()), like.dtype());
+}
+
+}  // namespace
+
+void sigmoid_attention(const Tensor& q, const Tensor& k, const Tensor& v, const Tensor& out,
+                       const SigmoidOptions& options, const RunOptions& run) {
+  tiled::forward(make_problem(q, k, v, out, options), run);
 }
 
 Array sigmoid_attention(const Tensor& q, const Tensor& k, const Tensor& v,
@@ -54,6 +63,26 @@ Array sigmoid_attention(const Tensor& q, const Tensor& k, const Tensor& v,
   }
   sigmoid_attention(q, k, v, out, options, run);
   return out;
+}
+
+SigmoidGradients sigmoid_attention_backward(const Tensor& grad_out, const Tensor& q,
+                                            const Tensor& k, const Tensor& v,
+                                            const SigmoidOptions& options, const RunOptions& run) {
+  // The gradient of the result looks like the result, and is checked as it.
+  tiled::Problem problem = make_problem(q, k, v, grad_out, options);
+  const auto* bias = std::get_if<Tensor>(&options.bias);
+  problem.head_gradients = bias != nullptr || options.alibi_slopes.defined();
+  SigmoidGradients to;
+  to.q = Array(q.dtype(), q.shape());
+  to.k = Array::zeros(k.dtype(), k.shape());
+  to.v = Array::zeros(v.dtype(), v.shape());
+  const tiled::HeadGradients heads = tiled::backward(
+      problem, tiled::batch_gradients(grad_out, {}, to.q, to.k, to.v), nullptr, run);
+  if (bias != nullptr) to.bias = head_gradient(heads.bias, *bias);
+  if (options.alibi_slopes.defined()) {
+    to.alibi_slopes = head_gradient(heads.alibi_slope, options.alibi_slopes);
+  }
+  return to;
 }
 
 }  // namespace heed

@@ -1,0 +1,103 @@
+"""Softmax attention for new tokens over a cache, and results merged from parts."""
+
+from typing import Literal, overload
+
+import torch
+from torch import Tensor
+
+_ops = torch.ops.heed
+
+
+@overload
+def decode_attention(
+    q: Tensor,
+    k_cache: Tensor,
+    v_cache: Tensor,
+    lengths: Tensor,
+    *,
+    scale: float | None = ...,
+    window: int = ...,
+    sink: Tensor | None = ...,
+    splits: int = ...,
+    return_lse: Literal[False] = ...,
+) -> Tensor: ...
+@overload
+def decode_attention(
+    q: Tensor,
+    k_cache: Tensor,
+    v_cache: Tensor,
+    lengths: Tensor,
+    *,
+    scale: float | None = ...,
+    window: int = ...,
+    sink: Tensor | None = ...,
+    splits: int = ...,
+    return_lse: Literal[True],
+) -> tuple[Tensor, Tensor]: ...
+def decode_attention(
+    q: Tensor,
+    k_cache: Tensor,
+    v_cache: Tensor,
+    lengths: Tensor,
+    *,
+    scale: float | None = None,
+    window: int = -1,
+    sink: Tensor | None = None,
+    splits: int = 0,
+    return_lse: bool = False,
+) -> Tensor | tuple[Tensor, Tensor]:
+    """Softmax attention of the newest few tokens of each sequence over its key-value cache.
+
+    Query ``i`` of sequence ``b`` sees the keys ``j <= lengths[b] - Lq + i``: the queries are the
+    last tokens that the cache holds, causal among themselves. The keys are split into parts that
+    are merged exactly, so that one sequence keeps all threads busy.
+
+    Args:
+        q: ``[B, H, Lq, D]``, ``Lq`` from 1 to 16; types and strides as in :func:`heed.flash_attention`.
+        k_cache: ``[B, Hkv, capacity, D]``.
+        v_cache: ``[B, Hkv, capacity, Dv]``.
+        lengths: ``[B]``, int32 or int64, from 0 to ``capacity``: keys that exist, the newest
+            ``Lq`` included. What lies behind them is never read into a result.
+        scale: factor of the scores; ``None`` is ``1 / sqrt(D)``.
+        window: keys to the left that a query sees besides its own; -1 sees all.
+        sink: ``[H]``, a logit per head that enters the sum of a query's weights and no value.
+        splits: parts that the keys are cut into; 0 chooses. The choice does not depend on the
+            number of threads.
+        return_lse: also return ``lse``.
+
+    Returns:
+        ``out [B, H, Lq, Dv]``, with ``return_lse`` ``(out, lse)`` as in :func:`heed.flash_attention`.
+
+    Raises:
+        ValueError, TypeError, RuntimeError: as :func:`heed.flash_attention`.
+
+    Forward only. Source: FlashAttention-2 (arXiv 2307.08691), split keys of its decoding kernel.
+    """
+    out, lse = _ops.decode_attention(
+        q, k_cache, v_cache, lengths, scale=scale, window=window, sink=sink, splits=splits
+    )
+    return (out, lse) if return_lse else out
+
+
+def merge_attention(
+    out_a: Tensor, lse_a: Tensor, out_b: Tensor, lse_b: Tensor
+) -> tuple[Tensor, Tensor]:
+    """Merges the results of attention over two disjoint sets of keys into that over both, exactly.
+
+    ``lse = log(exp lse_a + exp lse_b)``,
+    ``out = exp(lse_a - lse) out_a + exp(lse_b - lse) out_b``.
+
+    Args:
+        out_a, out_b: ``[B, H, L, Dv]`` of one floating type.
+        lse_a, lse_b: ``[B, H, L]``, float32 (float64 beside float64 results), as returned with
+            ``return_lse=True``. ``-inf`` marks a query that saw no key.
+
+    Returns:
+        ``(out, lse)`` of the same shapes and types; 0 and ``-inf`` where neither saw a key.
+
+    Raises:
+        ValueError, TypeError, RuntimeError: as :func:`heed.flash_attention`.
+
+    Differentiable. Source: online softmax, FlashAttention (arXiv 2205.14135).
+    """
+    return _ops.merge_attention(out_a, lse_a, out_b, lse_b)
