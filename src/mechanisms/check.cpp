@@ -90,7 +90,13 @@ NamedArrays make_output_gradients(const Reference& reference) {
     if (result != "out") gradients.types[result] = DType::f32;  // statistics are float32
   }
   constexpr uint64_t kOtherNumbers = 0x9E3779B97F4A7C15;
-  return make_inputs(Mechanism{}, gradients, reference.dtype, reference.seed ^ kOtherNumbers);
+  NamedArrays arrays =
+      make_inputs(Mechanism{}, gradients, reference.dtype, reference.seed ^ kOtherNumbers);
+  for (const std::string& result : reference.mechanism->without_gradient) {
+    Array& array = arrays.at(result);
+    array = Array::zeros(array.dtype(), array.shape());
+  }
+  return arrays;
 }
 
 struct Evaluated {

@@ -58,6 +58,7 @@ struct Mechanism {
   std::string card;                            // Markdown, one page
   std::vector<CascadeText> cascades;           // the definition first, then the fast form
   std::map<std::string, std::string> outputs;  // result name -> cascade output, "out" -> "O"
+  std::vector<std::string> without_gradient;   // results that the backward takes no gradient of
   std::vector<ExampleCase> cases;              // small: correctness, every option, odd sizes
   std::vector<ExampleCase> bench_cases;        // large: `heed bench`
 

@@ -1,0 +1,96 @@
+#include "engine/tiled/problem.h"
+#include "heed/parallax_attention.h"
+#include "mechanisms/operands.h"
+
+namespace heed {
+
+namespace {
+
+constexpr const char* kOp = "parallax_attention";
+
+void check_statistic(const char* name, const Tensor& t, const Dims& shape, DType dtype) {
+  const bool rows = shape.rank() == 4;
+  if (t.shape() == shape && t.dtype() == dtype && (!rows || t.size(3) <= 1 || t.stride(3) == 1)) {
+    return;
+  }
+  fail(kOp, describe(name, t),
+       to_string(shape) + " " + name_of(dtype) +
+           (rows ? " with a unit stride in the last dimension is needed" : " is needed"));
+}
+
+tiled::Problem make_problem(const Tensor& q, const Tensor& r, const Tensor& k, const Tensor& v,
+                            const Tensor& out, const ParallaxStatistics& statistics,
+                            const ParallaxOptions& options) {
+  tiled::check_operands(kOp, q, k, v, out, statistics.lse);
+  check_rows_like(kOp, "r", r, q.shape(), q.dtype());
+  const DType type = statistics_type(q.dtype());
+  if (statistics.v_mean.defined()) check_statistic("v_mean", statistics.v_mean, out.shape(), type);
+  if (statistics.t_mean.defined()) {
+    check_statistic("t_mean", statistics.t_mean, {q.size(0), q.size(1), q.size(2)}, type);
+  }
+  tiled::Problem problem;
+  problem.op = kOp;
+  problem.sequences = tiled::batch_sequences(
+      q, k, v, out, statistics.lse,
+      tiled::TilePlan::from_masks(kOp, options.masks, q.size(0), q.size(2), k.size(2)));
+  for (tiled::Sequence& s : problem.sequences) {
+    s.r = r.select(0, s.batch);
+    if (statistics.v_mean.defined()) s.v_mean = statistics.v_mean.select(0, s.batch);
+    if (statistics.t_mean.defined()) s.t_mean = statistics.t_mean.select(0, s.batch);
+  }
+  problem.scale = tiled::resolve_scale(kOp, options.scale, q.size(3));
+  return problem;
+}
+
+}  // namespace
+
+void parallax_attention(const Tensor& q, const Tensor& r, const Tensor& k, const Tensor& v,
+                        const Tensor& out, const ParallaxStatistics& statistics,
+                        const ParallaxOptions& options, const RunOptions& run) {
+  tiled::forward(make_problem(q, r, k, v, out, statistics, options), run);
+}
+
+ParallaxResult parallax_attention(const Tensor& q, const Tensor& r, const Tensor& k,
+                                  const Tensor& v, const ParallaxOptions& options,
+                                  const RunOptions& run) {
+  ParallaxResult result;
+  if (q.rank() == 4 && v.rank() == 4) {  // else the checks of the call explain it
+    const DType type = statistics_type(q.dtype());
+    const Dims rows{q.size(0), q.size(1), q.size(2)};
+    const Dims shape{rows[0], rows[1], rows[2], v.size(3)};
+    result.out = Array(q.dtype(), shape);
+    result.v_mean = Array(type, shape);
+    result.t_mean = Array(type, rows);
+    result.lse = Array(type, rows);
+  }
+  parallax_attention(q, r, k, v, result.out, result.statistics(), options, run);
+  return result;
+}
+
+ParallaxGradients parallax_attention_backward(const Tensor& grad_out, const Tensor& grad_lse,
+                                              const Tensor& q, const Tensor& r, const Tensor& k,
+                                              const Tensor& v, const Tensor& out,
+                                              const ParallaxStatistics& statistics,
+                                              const ParallaxOptions& options,
+                                              const RunOptions& run) {
+  const tiled::Problem problem = make_problem(q, r, k, v, out, statistics, options);
+  for (const auto& [name, t] :
+       {std::pair("v_mean", &statistics.v_mean), std::pair("t_mean", &statistics.t_mean)}) {
+    if (t->defined()) continue;
+    fail(kOp, std::string(name) + " is missing", "the backward needs what the forward returned");
+  }
+  tiled::check_backward(kOp, grad_out, grad_lse, out, statistics.lse);
+  ParallaxGradients to;
+  to.q = Array(q.dtype(), q.shape());
+  to.r = Array(r.dtype(), r.shape());
+  to.k = Array(k.dtype(), k.shape());
+  to.v = Array(v.dtype(), v.shape());
+  auto gradients = tiled::batch_gradients(grad_out, grad_lse, to.q, to.k, to.v);
+  for (size_t b = 0; b < gradients.size(); ++b) {
+    gradients[b].r = to.r.view().select(0, static_cast<int64_t>(b));
+  }
+  tiled::backward(problem, gradients, nullptr, run);
+  return to;
+}
+
+}  // namespace heed

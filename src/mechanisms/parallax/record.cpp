@@ -1,0 +1,103 @@
+#include "heed/parallax_attention.h"
+#include "mechanisms/attention_case.h"
+#include "mechanisms/embedded.h"
+
+namespace heed {
+
+namespace {
+
+ParallaxOptions parallax_options(const NamedTensors& in, const Spec& options) {
+  require_attention_keys(options);
+  return {masks_of(in, options), options.number("scale")};
+}
+
+ParallaxResult run_forward(const NamedTensors& in, const Spec& options, const RunOptions& run) {
+  return parallax_attention(in.at("q"), in.at("r"), in.at("k"), in.at("v"),
+                            parallax_options(in, options), run);
+}
+
+ExampleCase with_probe(ExampleCase example) {
+  example.inputs.emplace(example.inputs.begin() + 1, "r", example.inputs.front().second);
+  return example;
+}
+
+std::vector<ExampleCase> with_probes(std::vector<ExampleCase> cases) {
+  for (ExampleCase& example : cases) example = with_probe(std::move(example));
+  return cases;
+}
+
+std::vector<ExampleCase> parallax_cases() {
+  std::vector<ExampleCase> cases = common_attention_cases();
+  cases.push_back(attention_case("dead_rows_few", {1, 2, 2, 9, 4, 8, 8}, "causal=1"));
+  cases.push_back(attention_case("few_rows_group", {1, 8, 1, 2, 90, 64, 64}, "causal=1"));
+  cases.push_back(attention_case("few_rows_split", {1, 4, 2, 2, 2300, 16, 16}, "causal=1"));
+  cases.push_back(
+      attention_case("few_rows_split_window", {1, 2, 1, 3, 2900, 9, 9}, "causal=1,window=1500"));
+  cases.push_back(attention_case("negative_scale_few_rows", {1, 2, 1, 2, 60, 8, 8}, "scale=-0.4"));
+  cases.push_back(attention_case("zero_scale_few_rows", {1, 2, 1, 2, 60, 8, 8}, "scale=0"));
+  return with_probes(std::move(cases));
+}
+
+std::vector<ExampleCase> parallax_bench_cases() {
+  std::vector<ExampleCase> cases = attention_bench_cases();
+  for (int64_t keys : {512, 4096, 16384}) {
+    cases.push_back(
+        attention_case("decode_kv" + std::to_string(keys), {1, 32, 8, 1, keys, 128, 128}, ""));
+  }
+  return with_probes(std::move(cases));
+}
+
+Mechanism parallax_record() {
+  Mechanism m;
+  m.name = "parallax_attention";
+  m.title = "Softmax attention minus the covariance of values and keys times a learned probe";
+  m.sheets = {4};
+  m.arxiv = {"2605.29157"};
+  m.engine = "tiled";
+  m.pass_rank = "m";
+  m.card = embedded("parallax/card.md");
+  for (const char* name : {"parallax", "one_pass"}) {
+    m.cascades.push_back(
+        {name, std::string(embedded(std::string("parallax/") + name + ".cascade"))});
+  }
+  m.outputs = {{"out", "O"}, {"v_mean", "VM"}, {"t_mean", "TM"}, {"lse", "LSE"}};
+  m.without_gradient = {"v_mean", "t_mean"};
+  m.cases = parallax_cases();
+  m.bench_cases = parallax_bench_cases();
+  m.forward = [](const NamedTensors& in, const Spec& options, const RunOptions& run) {
+    ParallaxResult result = run_forward(in, options, run);
+    NamedArrays arrays;
+    arrays.emplace("out", std::move(result.out));
+    arrays.emplace("v_mean", std::move(result.v_mean));
+    arrays.emplace("t_mean", std::move(result.t_mean));
+    arrays.emplace("lse", std::move(result.lse));
+    return arrays;
+  };
+  m.backward = [](const NamedTensors& in, const NamedTensors& gradients, const Spec& options,
+                  const RunOptions& run) {
+    const ParallaxResult result = run_forward(in, options, run);
+    ParallaxGradients to = parallax_attention_backward(
+        gradients.at("out"), gradients.at("lse"), in.at("q"), in.at("r"), in.at("k"), in.at("v"),
+        result.out, result.statistics(), parallax_options(in, options), run);
+    NamedArrays arrays;
+    arrays.emplace("q", std::move(to.q));
+    arrays.emplace("r", std::move(to.r));
+    arrays.emplace("k", std::move(to.k));
+    arrays.emplace("v", std::move(to.v));
+    return arrays;
+  };
+  m.bind = [](const NamedTensors& in, const Spec& options) {
+    cascade::Bindings bindings = bind_attention(in, options);
+    bindings.tensors["R"] = to_nd(in.at("r"));
+    return bindings;
+  };
+  m.explain = explain_attention;
+  m.fill = fill_lengths;
+  return m;
+}
+
+}  // namespace
+
+std::vector<Mechanism> parallax_records() { return {parallax_record()}; }
+
+}  // namespace heed
