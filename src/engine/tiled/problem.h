@@ -35,6 +35,12 @@ class ScoreTerms {
   virtual ~ScoreTerms() = default;
 
   virtual Visit visit(const TileAt& /*at*/) const { return Visit::whole; }
+  /// False if `shape` only hides: it is then called for masked tiles alone, with scores that are not
+  /// scaled yet.
+  virtual bool adds() const { return true; }
+  /// Writes keys of a masked tile outside of which each of its rows sees nothing, which saves work, and
+  /// returns true; elements outside are undefined in `shape`. Asked where the plan hides nothing.
+  virtual bool ranges(const TileAt& /*at*/, kernels::KeyRange* /*ranges*/) const { return false; }
 
   /// Changes the scaled scores of a tile in place: adds terms, writes -inf where a key is hidden
   /// (whatever the score is there). Elements outside the plan's intervals are undefined and ignored.

@@ -79,7 +79,9 @@ class TileCall {
         value_dim_(problem.sequences[0].v.size(2)),
         group_(problem.sequences[0].q.size(0) / problem.sequences[0].k.size(0)),
         second_(problem.sequences[0].r.defined()),
-        shaped_(problem.terms != nullptr || problem.policy.softcap > 0 || problem.policy.most) {}
+        shaped_(adds(problem.terms) || problem.policy.softcap > 0 || problem.policy.most) {}
+
+  static bool adds(const ScoreTerms* terms) { return terms != nullptr && terms->adds(); }
 
   const kernels::TileKernels<T>& product_kernels() const {
     if constexpr (sizeof(T) == 4) {
@@ -98,7 +100,10 @@ class TileCall {
     const Visit visit = problem_.terms == nullptr ? Visit::whole : problem_.terms->visit(at);
     if (visit == Visit::none) return {};
     Seen seen{true, visit == Visit::masked, nullptr};
-    if (plan.covers(at.row, at.row + at.rows, keys)) return seen;
+    if (plan.covers(at.row, at.row + at.rows, keys)) {
+      if (seen.masked && problem_.terms->ranges(at, ranges)) seen.ranges = ranges;
+      return seen;
+    }
     for (int64_t r = 0; r < at.rows; ++r) {
       const Interval row = plan.row(at.row + r);
       ranges[r] = {static_cast<int32_t>(std::clamp(row.begin, keys.begin, keys.end) - keys.begin),
@@ -110,13 +115,14 @@ class TileCall {
 
   /// From products to what the weight kernels take with weight_shape.
   void shape_scores(const TileAt& at, const Seen& seen, Block s, Block slope) const {
-    if (!shaped_) return;
-    kernels::ScoreCaps<T> caps;
-    caps.softcap = static_cast<T>(problem_.policy.softcap);
-    if (problem_.policy.most) caps.most = static_cast<T>(*problem_.policy.most);
-    wide_.cap_scores(s, at.rows, at.keys, seen.ranges, static_cast<T>(std::abs(problem_.scale)),
-                     caps, slope);
-    if (problem_.terms != nullptr) problem_.terms->shape(at, s);
+    if (shaped_) {
+      kernels::ScoreCaps<T> caps;
+      caps.softcap = static_cast<T>(problem_.policy.softcap);
+      if (problem_.policy.most) caps.most = static_cast<T>(*problem_.policy.most);
+      wide_.cap_scores(s, at.rows, at.keys, seen.ranges, static_cast<T>(std::abs(problem_.scale)),
+                       caps, slope);
+    }
+    if (seen.masked || adds(problem_.terms)) problem_.terms->shape(at, s);
   }
 
   kernels::WeightShape<T> weight_shape(const TileAt& at) const {
@@ -145,7 +151,7 @@ class TileCall {
   const kernels::TileKernels<T>& products_;  // operands of the path
   const int64_t head_dim_, value_dim_, group_;
   const bool second_;  // there is a second stream
-  const bool shaped_;  // scores are changed before they become weights
+  const bool shaped_;  // scores are scaled, and more, before they become weights
 };
 
 }  // namespace heed::tiled
