@@ -8,6 +8,7 @@
 #include "heed/local_linear_attention.h"
 #include "heed/masks.h"
 #include "heed/moh_router.h"
+#include "heed/neighborhood_attention.h"
 #include "heed/parallax_attention.h"
 #include "heed/relu_linear_attention.h"
 #include "heed/run.h"

@@ -1,0 +1,204 @@
+#include "mechanisms/neighborhood/tiles.h"
+
+#include <algorithm>
+#include <cmath>
+#include <limits>
+
+namespace heed::na {
+
+using tiled::GridPoint;
+using tiled::Interval;
+using tiled::kGridAxes;
+using tiled::TileUse;
+
+AxisTiles::AxisTiles(const tiled::WindowLine& line, AxisBoxes queries, AxisBoxes keys)
+    : query_boxes_(queries.count(line.length())), key_boxes_(keys.count(line.length())) {
+  const int64_t length = line.length();
+  for (int64_t i = 0; i < length; ++i) windows_.push_back(line.keys_of(i));
+  use_.assign(static_cast<size_t>(query_boxes_ * key_boxes_), TileUse::dead);
+  for (int64_t q = 0; q < query_boxes_; ++q) {
+    const Interval rows = queries.points(q, length), seen = line.keys_of(rows);
+    visited_.push_back({keys.box_of(seen.begin), keys.box_of(seen.end - 1) + 1});
+    for (int64_t k = visited_.back().begin; k < visited_.back().end; ++k) {
+      const Interval points = keys.points(k, length);
+      TileUse& use = use_[static_cast<size_t>(q * key_boxes_ + k)];
+      use = line.use(rows, points);
+      if (points.end - points.begin < keys.side) use = std::min(use, TileUse::partial);
+    }
+  }
+}
+
+GroupTiles::GroupTiles(const tiled::GridGroup& group, const Boxes& queries, const Boxes& keys) {
+  int64_t query_boxes = 1, key_boxes = 1;
+  for (size_t a = 0; a < kGridAxes; ++a) {
+    axes[a] = AxisTiles(group.lines[a], queries[a], keys[a]);
+    query_boxes *= axes[a].query_boxes();
+    key_boxes *= axes[a].key_boxes();
+  }
+  const int64_t rows_each = points_per_box(queries), keys_each = points_per_box(keys);
+  std::vector<Interval> seen;
+  for (int64_t n = 0; n < query_boxes; ++n) {
+    int64_t first = 0, last = 0, rest = n, step = 1;
+    for (size_t a = kGridAxes; a-- > 0;) {
+      const Interval visited = axes[a].visited(rest % axes[a].query_boxes());
+      rest /= axes[a].query_boxes();
+      first += visited.begin * step;
+      last += (visited.end - 1) * step;
+      step *= axes[a].key_boxes();
+    }
+    seen.push_back({first * keys_each, (last + 1) * keys_each});
+  }
+  // Ends of a plan never decrease; boxes inside the intervals that no query sees are left out later.
+  for (size_t n = seen.size(); n-- > 1;) {
+    seen[n - 1].begin = std::min(seen[n - 1].begin, seen[n].begin);
+  }
+  for (size_t n = 1; n < seen.size(); ++n) seen[n].end = std::max(seen[n].end, seen[n - 1].end);
+  plan = tiled::TilePlan::of_intervals(std::move(seen), rows_each, query_boxes * rows_each,
+                                       key_boxes * keys_each);
+}
+
+namespace {
+
+// Costs of a pair of tiles in multiply-adds of the products, measured with 64 to 128 head dims.
+constexpr double kElement = 24;  // a score: exponential, maximum, sum
+constexpr double kHidden = 12;   // a score of a tile that is masked
+constexpr double kRow = 96;      // a row of a tile: accumulators and statistics in and out
+constexpr double kTile = 6000;   // a tile
+constexpr double kRowBlock = 6;  // rows that the products take at once
+constexpr int64_t kFewestRows = 32, kMostRows = 64, kMostKeys = 256;
+
+struct AxisCount {
+  double visited = 0, full = 0;
+};
+
+// Pairs of boxes along one axis.
+AxisCount count_axis(const std::vector<Interval>& windows, int64_t query_side, AxisBoxes keys) {
+  const auto length = static_cast<int64_t>(windows.size());
+  AxisCount count;
+  for (int64_t begin = 0; begin < length; begin += query_side) {
+    const Interval first = windows[static_cast<size_t>(begin)];
+    const Interval last = windows[static_cast<size_t>(std::min(begin + query_side, length) - 1)];
+    count.visited += static_cast<double>(keys.box_of(last.end - 1) - keys.box_of(first.begin) + 1);
+    const int64_t full_begin = (last.begin + keys.shift + keys.side - 1) / keys.side;
+    const int64_t full_end = (first.end + keys.shift) / keys.side;
+    count.full += static_cast<double>(std::max<int64_t>(0, full_end - full_begin));
+  }
+  return count;
+}
+
+std::vector<int64_t> sides_up_to(int64_t length, int64_t most) {
+  std::vector<int64_t> sides;
+  for (int64_t side : {1, 2, 3, 4, 6, 8, 12, 16, 24, 32, 48, 64, 128, 256}) {
+    if (side < length && side <= most) sides.push_back(side);
+  }
+  if (length <= most) sides.push_back(length);
+  return sides;
+}
+
+// All pair counts of one axis: by query side, key side, and shift of the keys.
+class AxisCounts {
+ public:
+  AxisCounts(const tiled::WindowLine& line, const tiled::NeighborhoodAxis& axis)
+      : query_sides_(sides_up_to(line.length(), kMostRows)),
+        key_sides_(sides_up_to(line.length(), kMostKeys)) {
+    std::vector<Interval> windows;
+    for (int64_t i = 0; i < line.length(); ++i) windows.push_back(line.keys_of(i));
+    // Windows away from the borders start at multiples of the stride from here on.
+    const int64_t start =
+        axis.causal ? axis.stride - axis.kernel : axis.stride / 2 - axis.kernel / 2;
+    for (int64_t query_side : query_sides_) {
+      for (int64_t key_side : key_sides_) {
+        const int64_t shift = ((-start) % key_side + key_side) % key_side;
+        const AxisCount plain = count_axis(windows, query_side, {key_side, 0});
+        const AxisCount shifted = count_axis(windows, query_side, {key_side, shift});
+        const bool better = shifted.visited < plain.visited ||
+                            (shifted.visited == plain.visited && shifted.full > plain.full);
+        counts_.push_back(better ? shifted : plain);
+        keys_.push_back({key_side, better ? shift : 0});
+      }
+    }
+  }
+  const std::vector<int64_t>& query_sides() const { return query_sides_; }
+  const std::vector<int64_t>& key_sides() const { return key_sides_; }
+  const AxisCount& count(size_t query, size_t key) const {
+    return counts_[query * key_sides_.size() + key];
+  }
+  AxisBoxes keys(size_t query, size_t key) const { return keys_[query * key_sides_.size() + key]; }
+
+ private:
+  std::vector<int64_t> query_sides_, key_sides_;
+  std::vector<AxisCount> counts_;
+  std::vector<AxisBoxes> keys_;
+};
+
+using Choice = std::array<size_t, kGridAxes>;
+
+// Shapes from the sides of every axis with a number of points in the range; all small ones if none is.
+std::vector<Choice> shapes(const std::array<std::vector<int64_t>, kGridAxes>& sides, int64_t fewest,
+                           int64_t most) {
+  std::vector<Choice> found;
+  int64_t largest = 0;
+  const auto each = [&](const auto& visit) {
+    for (size_t z = 0; z < sides[0].size(); ++z) {
+      for (size_t y = 0; y < sides[1].size(); ++y) {
+        for (size_t x = 0; x < sides[2].size(); ++x) {
+          const int64_t points = sides[0][z] * sides[1][y] * sides[2][x];
+          if (points <= most) visit(Choice{z, y, x}, points);
+        }
+      }
+    }
+  };
+  each([&](const Choice&, int64_t points) { largest = std::max(largest, points); });
+  each([&](const Choice& choice, int64_t points) {
+    if (points >= std::min(fewest, largest)) found.push_back(choice);
+  });
+  return found;
+}
+
+double cost_of(double rows, double keys, double visited, double full, const TileCosts& costs) {
+  const auto dims = static_cast<double>(costs.head_dim + costs.value_dim);
+  return visited * (rows * keys * (dims + kElement) + rows * kRow + kTile) +
+         (visited - full) * rows * keys * kHidden;
+}
+
+}  // namespace
+
+TileShapes choose_tiles(const tiled::GridGroup& group, const tiled::Neighborhood& grid,
+                        const TileCosts& costs) {
+  std::vector<AxisCounts> axes;
+  std::array<std::vector<int64_t>, kGridAxes> query_sides, key_sides;
+  for (size_t a = 0; a < kGridAxes; ++a) {
+    axes.emplace_back(group.lines[a], grid.axis(static_cast<int>(a)));
+    query_sides[a] = axes[a].query_sides();
+    key_sides[a] = axes[a].key_sides();
+  }
+  // Packed keys and values stay in the second-level cache.
+  const int64_t cached = 128 * 1024 / ((costs.head_dim + costs.value_dim) * costs.element);
+  const int64_t most_keys = std::clamp<int64_t>(cached, 64, kMostKeys);
+  const auto key_shapes = shapes(key_sides, 64, most_keys);
+  double least = std::numeric_limits<double>::infinity();
+  TileShapes best;
+  for (const Choice& q : shapes(query_sides, kFewestRows, kMostRows)) {
+    for (const Choice& k : key_shapes) {
+      double rows = 1, keys = 1, visited = 1, full = 1;
+      for (size_t a = 0; a < kGridAxes; ++a) {
+        const AxisCount& count = axes[a].count(q[a], k[a]);
+        rows *= static_cast<double>(query_sides[a][q[a]]);
+        keys *= static_cast<double>(key_sides[a][k[a]]);
+        visited *= count.visited;
+        full *= count.full;
+      }
+      rows = std::ceil(rows / kRowBlock) * kRowBlock;
+      const double cost = cost_of(rows, keys, visited, full, costs);
+      if (cost >= least) continue;
+      least = cost;
+      for (size_t a = 0; a < kGridAxes; ++a) {
+        best.queries[a] = {query_sides[a][q[a]], 0};
+        best.keys[a] = axes[a].keys(q[a], k[a]);
+      }
+    }
+  }
+  return best;
+}
+
+}  // namespace heed::na

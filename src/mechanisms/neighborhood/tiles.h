@@ -1,0 +1,58 @@
+// Which boxes of keys the boxes of queries meet, and the choice of their shapes.
+#pragma once
+#include <array>
+#include <vector>
+
+#include "mechanisms/neighborhood/boxes.h"
+
+namespace heed::na {
+
+/// One axis of a residue group, cut into boxes.
+class AxisTiles {
+ public:
+  AxisTiles() = default;
+  AxisTiles(const tiled::WindowLine& line, AxisBoxes queries, AxisBoxes keys);
+
+  int64_t length() const { return static_cast<int64_t>(windows_.size()); }
+  /// Points of the keys that a query sees.
+  tiled::Interval window(int64_t query) const { return windows_[static_cast<size_t>(query)]; }
+  int64_t query_boxes() const { return query_boxes_; }
+  int64_t key_boxes() const { return key_boxes_; }
+  /// `partial` also where a box of keys reaches over the end of the line.
+  tiled::TileUse use(int64_t query_box, int64_t key_box) const {
+    return use_[static_cast<size_t>(query_box * key_boxes_ + key_box)];
+  }
+  /// Boxes of keys that hold a key seen by the box of queries.
+  tiled::Interval visited(int64_t query_box) const {
+    return visited_[static_cast<size_t>(query_box)];
+  }
+
+ private:
+  int64_t query_boxes_ = 0, key_boxes_ = 0;
+  std::vector<tiled::Interval> windows_, visited_;
+  std::vector<tiled::TileUse> use_;
+};
+
+/// The boxes of one residue group.
+struct GroupTiles {
+  GroupTiles(const tiled::GridGroup& group, const Boxes& queries, const Boxes& keys);
+
+  std::array<AxisTiles, tiled::kGridAxes> axes;
+  tiled::TilePlan plan;  // of rows and keys in the order of boxes
+};
+
+struct TileShapes {
+  Boxes queries, keys;
+};
+
+/// What the choice of shapes depends on besides the grid.
+struct TileCosts {
+  int64_t head_dim = 1, value_dim = 1;
+  int64_t element = 4;  // bytes of one element while it is computed with
+};
+
+/// The cheapest of a few hundred shapes by the number of tile pairs that they visit.
+TileShapes choose_tiles(const tiled::GridGroup& group, const tiled::Neighborhood& grid,
+                        const TileCosts& costs);
+
+}  // namespace heed::na
