@@ -1,0 +1,386 @@
+#include "engine/chunked/chunk_call.h"
+
+#include <cmath>
+#include <limits>
+
+namespace heed::chunked {
+
+namespace {
+
+// Features that are made, multiplied and dropped together where there may be very many.
+constexpr int64_t kFeatureTile = 512;
+// Columns behind a block: whole panels, and rows that do not fall on the same cache sets.
+constexpr int64_t kPad = 64 + 16;
+
+template <class T>
+CallKind kind_of(const Problem<T>& problem) {
+  const Policy<T>& policy = problem.policy;
+  const bool mapped = policy.maps.q != nullptr || policy.maps.k != nullptr || policy.sums;
+  return {problem.q.dtype(), problem.k.size(2), mapped,
+          std::min(policy.features, problem.v.size(3))};
+}
+
+template <class T>
+const kernels::TileKernels<T>& product_kernels(const Path& path) {
+  if constexpr (sizeof(T) == 4) {
+    if (path.half_operands) return *kernels::half_tile_kernels(path.isa);
+  }
+  return kernels::tile_kernels<T>(path.isa);
+}
+
+}  // namespace
+
+template <class T>
+DecayTable<T>::DecayTable(double slope, int64_t chunk) : chunk_(chunk), pad_(chunk + kPad) {
+  const auto size = static_cast<size_t>(chunk + 1 + 2 * pad_);
+  rising_.resize(size);
+  falling_.resize(size);
+  falling_slope_.resize(size);
+  for (int64_t i = 0; i <= chunk; ++i) {
+    double power = std::exp(-slope * static_cast<double>(i));
+    // Subnormal factors would stall products.
+    if (power < static_cast<double>(std::numeric_limits<T>::min())) power = 0;
+    rising_[static_cast<size_t>(pad_ + i)] = static_cast<T>(power);
+    falling_[static_cast<size_t>(pad_ + chunk - i)] = static_cast<T>(power);
+    falling_slope_[static_cast<size_t>(pad_ + chunk - i)] =
+        static_cast<T>(static_cast<double>(i) * power);
+  }
+}
+
+template <class T>
+ChunkCall<T>::ChunkCall(const Problem<T>& problem, const RunOptions& run)
+    : problem_(problem),
+      run_(run),
+      path_(choose_path(kind_of(problem), run)),
+      wide_(kernels::tile_kernels<T>(path_.isa)),
+      products_(product_kernels<T>(path_)),
+      rows_(kernels::chunk_kernels<T>(path_.isa)),
+      half_(path_.half_operands),
+      batch_(problem.q.size(0)),
+      heads_(problem.q.size(1)),
+      group_(std::max<int64_t>(1, heads_ / std::max<int64_t>(1, problem.k.size(1)))),
+      queries_(problem.q.size(2)),
+      tokens_(problem.k.size(2)),
+      width_(problem.q.size(3)),
+      features_(problem.policy.features),
+      value_dim_(problem.v.size(3)),
+      padded_width_(round_up(width_, products_.dim_multiple)),
+      padded_features_(
+          round_up(features_, std::max(products_.dim_multiple, products_.key_multiple))),
+      padded_values_(round_up(value_dim_, products_.dim_multiple)),
+      chunk_(std::min(path_.chunk, round_up(std::max({queries_, tokens_, int64_t{1}}), 16))),
+      tile_(problem.policy.polynomial ? std::min(features_, kFeatureTile) : features_),
+      tile_rows_(round_up(chunk_, products_.row_multiple)),
+      score_stride_(round_up(chunk_, products_.key_multiple) + kPad),
+      ones_(static_cast<size_t>(std::max(chunk_, tile_) + kPad), T{1}) {
+  state_size_ = features_ * padded_values_;
+  if (problem.policy.key_sum) state_size_ += padded_features_;
+  if (problem.policy.value_sum) state_size_ += padded_values_;
+  for (double slope : problem.policy.slopes) decays_.emplace_back(slope, chunk_);
+}
+
+template <class T>
+Chunk ChunkCall<T>::causal_chunk(int64_t b, int64_t i) const {
+  const int64_t offset = tokens_ - queries_;
+  Chunk chunk{.begin = i * chunk_};
+  chunk.tokens = std::min(chunk_, tokens_ - chunk.begin);
+  chunk.keys = std::clamp<int64_t>(existing(b) - chunk.begin, 0, chunk.tokens);
+  chunk.query = std::max<int64_t>(chunk.begin - offset, 0);
+  chunk.queries = std::max<int64_t>(0, chunk.begin + chunk.tokens - offset - chunk.query);
+  chunk.shift = chunk.query + offset - chunk.begin;
+  return chunk;
+}
+
+template <class T>
+Chunk ChunkCall<T>::key_chunk(int64_t b, int64_t i) const {
+  Chunk chunk{.begin = i * chunk_};
+  chunk.tokens = std::min(chunk_, tokens_ - chunk.begin);
+  chunk.keys = std::clamp<int64_t>(existing(b) - chunk.begin, 0, chunk.tokens);
+  return chunk;
+}
+
+template <class T>
+Chunk ChunkCall<T>::query_chunk(int64_t i) const {
+  return {.query = i * chunk_, .queries = std::min(chunk_, queries_ - i * chunk_)};
+}
+
+template <class T>
+Decay<T> ChunkCall<T>::decay(int64_t head, int64_t tokens) const {
+  if (decays_.empty()) return {};
+  const double exponent =
+      -problem_.policy.slopes[static_cast<size_t>(head)] * static_cast<double>(tokens);
+  const double power = std::exp(exponent);
+  if (power < 0.5) return {static_cast<T>(power), false};
+  return {static_cast<T>(std::expm1(exponent)), true};
+}
+
+template <class T>
+Source<T> ChunkCall<T>::queries(int64_t b, int64_t h, const Chunk& chunk) const {
+  return {rows(problem_.q, b, h, chunk.query, chunk.queries),
+          {b, h, chunk.query},
+          problem_.policy.maps.q};
+}
+
+template <class T>
+Source<T> ChunkCall<T>::keys(int64_t b, int64_t h, const Chunk& chunk) const {
+  const int64_t own = key_head(h);
+  return {rows(problem_.k, b, own, chunk.begin, chunk.keys),
+          {b, own, chunk.begin},
+          problem_.policy.maps.k};
+}
+
+template <class T>
+Source<T> ChunkCall<T>::for_sums(Source<T> source, bool query) const {
+  if (problem_.policy.sums) source.map = query ? problem_.policy.sums->q : problem_.policy.sums->k;
+  return source;
+}
+
+template <class T>
+void ChunkCall<T>::features(const Source<T>& source, int64_t first, int64_t count, Block to) const {
+  if (source.map != nullptr) return source.map->map(source.at, source.rows, first, count, to);
+  Rows part = source.rows;
+  part.data =
+      static_cast<const std::byte*>(part.data) + first * static_cast<int64_t>(size_of(part.dtype));
+  part.width = count;
+  rows_.pack_rows(part, nullptr, to);
+}
+
+template <class T>
+StateView<T> ChunkCall<T>::view(T* state) const {
+  StateView<T> v{{state, padded_values_}, nullptr, nullptr};
+  T* next = state + features_ * padded_values_;
+  if (problem_.policy.key_sum) {
+    v.keys = next;
+    next += padded_features_;
+  }
+  if (problem_.policy.value_sum) v.values = next;
+  return v;
+}
+
+namespace {
+
+template <class T>
+void load_row(const Tensor& from, std::initializer_list<int64_t> index, int64_t width, T* to) {
+  if (!from.defined()) return;
+  const T* row = reinterpret_cast<const T*>(from.at(index));
+  const int64_t stride = from.stride(from.rank() - 1);
+  for (int64_t i = 0; i < width; ++i) to[i] = row[i * stride];
+}
+
+template <class T>
+void store_row(const T* from, int64_t width, const Tensor& to,
+               std::initializer_list<int64_t> index) {
+  if (!to.defined()) return;
+  T* row = reinterpret_cast<T*>(to.at(index));
+  const int64_t stride = to.stride(to.rank() - 1);
+  for (int64_t i = 0; i < width; ++i) row[i * stride] = from[i];
+}
+
+}  // namespace
+
+template <class T>
+void ChunkCall<T>::load_state(const State& from, int64_t lane, T* state) const {
+  const int64_t b = lane / heads_, h = lane % heads_;
+  const StateView<T> v = view(state);
+  std::fill_n(state, state_size_, T{0});
+  for (int64_t f = 0; f < features_; ++f) {
+    load_row<T>(from.sums, {b, h, f}, value_dim_, v.sums.row(f));
+  }
+  if (v.keys != nullptr) load_row<T>(from.keys, {b, h}, features_, v.keys);
+  if (v.values != nullptr) load_row<T>(from.values, {b, h}, value_dim_, v.values);
+}
+
+template <class T>
+void ChunkCall<T>::store_state(const T* state, const State& to, int64_t lane) const {
+  const int64_t b = lane / heads_, h = lane % heads_;
+  const StateView<T> v = view(const_cast<T*>(state));
+  for (int64_t f = 0; f < features_; ++f) {
+    store_row<T>(v.sums.row(f), value_dim_, to.sums, {b, h, f});
+  }
+  if (v.keys != nullptr) store_row<T>(v.keys, features_, to.keys, {b, h});
+  if (v.values != nullptr) store_row<T>(v.values, value_dim_, to.values, {b, h});
+}
+
+template <class T>
+typename ChunkCall<T>::UpdateMemory ChunkCall<T>::update_memory(Cutter& cut) const {
+  const int64_t padded_tile = round_up(tile_, products_.dim_multiple);
+  UpdateMemory m;
+  m.x = {cut.take<T>(chunk_ * padded_tile + kernels::kOuterSlack), padded_tile};
+  m.y = {cut.take<T>(chunk_ * padded_values_), padded_values_};
+  m.row = cut.take<T>(std::max(padded_features_, padded_values_));
+  if (half_) {
+    const int64_t tile_rows = round_up(tile_, products_.row_multiple);
+    m.y_packed = cut.take<std::byte>(products_.value_bytes(chunk_, value_dim_));
+    m.x_transposed = cut.take<uint16_t>(tile_rows * round_up(chunk_, products_.key_multiple));
+    m.sums = {cut.take<T>(tile_rows * padded_values_), padded_values_};
+  }
+  return m;
+}
+
+template <class T>
+void ChunkCall<T>::add_outer(const Added& added, const Decay<T>* decay, Block sums,
+                             const UpdateMemory& m) const {
+  const int64_t depth = added.y.count;
+  if (half_) {
+    if constexpr (sizeof(T) == 4) {
+      const int64_t stride = round_up(depth, products_.key_multiple);
+      products_.pack_values(added.y, m.y_packed);
+      rows_.pack_transposed(added.x.rows, added.factor, m.x_transposed, stride);
+      std::fill_n(m.sums.data, features_ * padded_values_, T{0});
+      products_.accumulate(m.x_transposed, stride, features_, m.y_packed, depth, value_dim_,
+                           nullptr, ones_.data(), m.sums);
+      if (decay == nullptr) {
+        std::copy_n(m.sums.data, features_ * padded_values_, sums.data);
+      } else {
+        rows_.advance(sums.data, m.sums.data, features_ * padded_values_, *decay);
+      }
+    }
+    return;
+  }
+  kernels::Block<const T> y{m.y.data, m.y.stride};
+  if (added.y.dtype == as_rows({}, 0, 0).dtype && value_dim_ == padded_values_) {
+    y = {static_cast<const T*>(added.y.data), added.y.stride};  // whole vectors as they lie
+  } else {
+    rows_.pack_rows(added.y, nullptr, m.y);
+  }
+  for (int64_t first = 0; first < features_; first += tile_) {
+    const int64_t count = std::min(tile_, features_ - first);
+    const Block x{m.x.data, round_up(count, products_.dim_multiple)};
+    if (added.x.map == nullptr) {
+      rows_.pack_rows(added.x.rows, added.factor, x);
+    } else {
+      features(added.x, first, count, x);
+      if (added.factor != nullptr) rows_.scale_rows(x, depth, x.stride, added.factor);
+    }
+    rows_.outer({x.data, x.stride}, y, depth, count, padded_values_, decay,
+                {sums.row(first), sums.stride});
+  }
+}
+
+template <class T>
+void ChunkCall<T>::update_state(const Added& added, const Decay<T>& decay, bool fresh,
+                                const StateView<T>& state, const UpdateMemory& m) const {
+  add_outer(added, fresh ? nullptr : &decay, state.sums, m);
+  const int64_t depth = added.y.count;
+  const auto sum_rows = [&](Block x, const T* factor, int64_t width, T* sum) {
+    std::fill_n(m.row, width, T{0});
+    rows_.run_add({x.data, x.stride}, factor, {0, depth}, {}, nullptr, {}, width, false, m.row);
+    if (fresh) {
+      std::copy_n(m.row, width, sum);
+    } else {
+      rows_.advance(sum, m.row, width, {});
+    }
+  };
+  if (state.values != nullptr) {
+    rows_.pack_rows(added.y, nullptr, m.y);
+    sum_rows(m.y, added.value_factor, padded_values_, state.values);
+  }
+  if (state.keys == nullptr) return;
+  for (int64_t first = 0; first < features_; first += tile_) {
+    const int64_t count = std::min(tile_, features_ - first);
+    const Block x{m.x.data, round_up(count, products_.dim_multiple)};
+    features(added.psi, first, count, x);
+    sum_rows(x, added.key_factor, x.stride, state.keys + first);
+  }
+}
+
+template <class T>
+typename ChunkCall<T>::Left ChunkCall<T>::left(const Rows& x, Block block, void* packed) const {
+  if (half_) {
+    products_.pack_queries(x, false, packed);
+    return {packed, round_up(x.width, products_.key_multiple)};
+  }
+  if (x.data != block.data) rows_.pack_rows(x, nullptr, block);
+  return {block.data, block.stride};
+}
+
+template <class T>
+typename ChunkCall<T>::StateOperandMemory ChunkCall<T>::state_operand_memory(Cutter& cut,
+                                                                             bool as_keys) const {
+  StateOperandMemory m;
+  if (half_) m.rounded = cut.take<uint16_t>(tile_ * padded_values_);
+  if (as_keys) {
+    m.packed = cut.take<std::byte>(products_.key_bytes(tile_, value_dim_));
+  } else if (half_) {
+    m.packed = cut.take<std::byte>(products_.value_bytes(tile_, value_dim_));
+  }
+  return m;
+}
+
+template <class T>
+const void* ChunkCall<T>::state_values(Block sums, int64_t count,
+                                       const StateOperandMemory& m) const {
+  if (!half_) return sums.data;
+  if constexpr (sizeof(T) == 4) {
+    rows_.round_rows({sums.data, sums.stride}, count, value_dim_, m.rounded, padded_values_);
+  }
+  products_.pack_values({m.rounded, DType::bf16, padded_values_, count, value_dim_}, m.packed);
+  return m.packed;
+}
+
+template <class T>
+const void* ChunkCall<T>::state_keys(Block sums, int64_t count, const StateOperandMemory& m) const {
+  if (!half_) {
+    panels(as_rows(sums, count, value_dim_), m.packed);
+    return m.packed;
+  }
+  if constexpr (sizeof(T) == 4) {
+    rows_.round_rows({sums.data, sums.stride}, count, value_dim_, m.rounded, padded_values_);
+  }
+  products_.pack_keys({m.rounded, DType::bf16, padded_values_, count, value_dim_}, m.packed);
+  return m.packed;
+}
+
+template <class T>
+void ChunkCall<T>::weigh_and_add(const WeightMemory& m, int64_t count, int64_t columns,
+                                 const KeyRange* ranges, const kernels::WeightFactors<T>& factors,
+                                 bool weighed, const Right& right, const T* carry, Block o) const {
+  const int64_t stride = m.scores.stride;
+  if (half_ && right.finite) {
+    rows_.weigh_half(m.scores, count, columns, ranges, factors, m.rounded, stride);
+    products_.accumulate(m.rounded, stride, count, right.packed, columns, right.rows.width, ranges,
+                         carry, o);
+    return;
+  }
+  if (!weighed) {
+    rows_.weigh(m.scores, count, columns, ranges, factors, m.scores.data, stride);
+  }
+  if (right.finite) {
+    products_.accumulate(m.scores.data, stride, count, right.packed, columns, right.rows.width,
+                         ranges, carry, o);
+    return;
+  }
+  // 0 * NaN would let a hidden row through: each row adds what it sees by itself.
+  for (int64_t r = 0; r < count; ++r) {
+    Rows seen = right.rows;
+    seen.data = static_cast<const std::byte*>(seen.data) +
+                ranges[r].begin * seen.stride * static_cast<int64_t>(size_of(seen.dtype));
+    seen.count = std::max(0, ranges[r].end - ranges[r].begin);
+    wide_.add_rows({m.scores.row(r) + ranges[r].begin, stride}, 1, seen, carry + r,
+                   {o.row(r), o.stride});
+  }
+}
+
+template <class T>
+void ChunkCall<T>::query_ranges(const Chunk& chunk, KeyRange* ranges) const {
+  for (int64_t r = 0; r < tile_rows_; ++r) {
+    const int64_t end = r < chunk.queries ? std::min(chunk.keys, chunk.shift + r + 1) : 0;
+    ranges[r] = {0, static_cast<int32_t>(end)};
+  }
+}
+
+template <class T>
+void ChunkCall<T>::key_ranges(const Chunk& chunk, KeyRange* ranges) const {
+  for (int64_t r = 0; r < tile_rows_; ++r) {
+    const int64_t begin = std::clamp<int64_t>(r - chunk.shift, 0, chunk.queries);
+    ranges[r] = {static_cast<int32_t>(begin),
+                 static_cast<int32_t>(r < chunk.keys ? chunk.queries : begin)};
+  }
+}
+
+template class DecayTable<float>;
+template class DecayTable<double>;
+template class ChunkCall<float>;
+template class ChunkCall<double>;
+
+}  // namespace heed::chunked

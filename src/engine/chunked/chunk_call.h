@@ -1,0 +1,239 @@
+// What the sweeps of a call share: sizes, chunks, decays, the layout of a state, its update.
+#pragma once
+#include <vector>
+
+#include "base/round_up.h"
+#include "engine/chunked/path.h"
+#include "engine/chunked/problem.h"
+#include "engine/chunked/schedule.h"
+#include "kernels/chunk.h"
+
+namespace heed::chunked {
+
+using kernels::Decay;
+using kernels::KeyRange;
+using kernels::Rows;
+using kernels::TokenRange;
+
+/// Some tokens of one sequence. Positions count keys; the keys that exist come first.
+struct Chunk {
+  int64_t begin = 0, tokens = 0;   // positions
+  int64_t keys = 0;                // that exist, from begin
+  int64_t query = 0, queries = 0;  // rows of q
+  int64_t shift = 0;               // position of the first query, from begin
+  TokenRange key_tokens() const { return {0, keys}; }
+  TokenRange query_tokens() const { return {shift, shift + queries}; }
+};
+
+/// Hands out parts of one block of memory; without a block it only counts.
+class Cutter {
+ public:
+  explicit Cutter(std::byte* base = nullptr) : base_(base) {}
+  template <class U>
+  U* take(int64_t count) {
+    std::byte* start = base_ == nullptr ? nullptr : base_ + used_;
+    used_ += Scratch::rounded(static_cast<size_t>(count) * sizeof(U));
+    return reinterpret_cast<U*>(start);
+  }
+  size_t used() const { return used_; }
+
+ private:
+  std::byte* base_;
+  size_t used_ = 0;
+};
+
+/// Powers of exp(-slope) for distances up to a chunk, in both directions, with zeros around them so that
+/// kernels may read whole vectors.
+template <class T>
+class DecayTable {
+ public:
+  DecayTable(double slope, int64_t chunk);
+  /// p[x] = decay^(distance + x)
+  const T* rising(int64_t distance) const { return rising_.data() + pad_ + distance; }
+  /// p[x] = decay^(distance - x)
+  const T* falling(int64_t distance) const { return falling_.data() + pad_ + chunk_ - distance; }
+  /// p[x] = (distance - x) decay^(distance - x)
+  const T* falling_slope(int64_t distance) const {
+    return falling_slope_.data() + pad_ + chunk_ - distance;
+  }
+
+ private:
+  int64_t chunk_, pad_;
+  std::vector<T> rising_, falling_, falling_slope_;
+};
+
+/// A state in memory: a matrix with padded rows and the two row vectors.
+template <class T>
+struct StateView {
+  kernels::Block<T> sums;  // [F, padded Dv]
+  T* keys = nullptr;       // [padded F]
+  T* values = nullptr;     // [padded Dv]
+};
+
+/// Rows of q, k, v or a gradient with what they become.
+template <class T>
+struct Source {
+  Rows rows;
+  RowsAt at;
+  const RowMap<T>* map = nullptr;
+};
+
+template <class T>
+class ChunkCall {
+ protected:
+  using Block = kernels::Block<T>;
+
+  ChunkCall(const Problem<T>& problem, const RunOptions& run);
+
+  /// What a chunk adds to a state: sums += sum_r factor_r x_r^T y_r, keys += key_factor_r psi_r,
+  /// values += value_factor_r y_r. Null factors are 1.
+  struct Added {
+    Source<T> x, psi;
+    Rows y;
+    const T *factor = nullptr, *key_factor = nullptr, *value_factor = nullptr;
+  };
+  struct UpdateMemory {
+    Block x, y, sums;
+    void* y_packed = nullptr;
+    uint16_t* x_transposed = nullptr;
+    T* row = nullptr;
+  };
+  UpdateMemory update_memory(Cutter& cut) const;
+  /// state = decay(state) + added; `fresh`: state = added.
+  void update_state(const Added& added, const Decay<T>& decay, bool fresh,
+                    const StateView<T>& state, const UpdateMemory& m) const;
+  void scan_state(const Decay<T>& decay, T* running, T* slot, int64_t begin, int64_t end) const {
+    rows_.scan(running + begin, slot + begin, end - begin, decay);
+  }
+  int64_t state_size() const { return state_size_; }
+  StateView<T> view(T* state) const;
+  /// A state from, or to, the tensors of a caller.
+  void load_state(const State& from, int64_t lane, T* state) const;
+  void store_state(const T* state, const State& to, int64_t lane) const;
+
+  int64_t lanes() const { return batch_ * heads_; }
+  int64_t key_head(int64_t head) const { return head / group_; }
+  /// Chunks of a causal call, and of the two loops of one that is not.
+  int64_t causal_chunks() const { return count(tokens_); }
+  int64_t key_chunks() const { return count(tokens_); }
+  int64_t query_chunks() const { return count(queries_); }
+  Chunk causal_chunk(int64_t b, int64_t i) const;
+  Chunk key_chunk(int64_t b, int64_t i) const;
+  Chunk query_chunk(int64_t i) const;
+  /// First query that sees a key position: those before it see nothing.
+  int64_t first_query() const {
+    return problem_.causal ? std::clamp<int64_t>(queries_ - tokens_, 0, queries_) : 0;
+  }
+  /// Positions from the first on that query row i sees.
+  int64_t seen_tokens(int64_t i) const {
+    return problem_.causal ? i + tokens_ - queries_ + 1 : tokens_;
+  }
+
+  Decay<T> decay(int64_t head, int64_t tokens) const;
+  const DecayTable<T>* decays(int64_t head) const {
+    return decays_.empty() ? nullptr : &decays_[static_cast<size_t>(head)];
+  }
+  /// Factors of what a row of a chunk, `distance` tokens after its first one, reads of the state.
+  const T* state_factors(int64_t head, int64_t distance) const {
+    return decays_.empty() ? ones_.data() : decays(head)->rising(distance);
+  }
+
+  const T* ones() const { return ones_.data(); }
+
+  Rows rows(const Tensor& t, int64_t b, int64_t h, int64_t begin, int64_t count) const {
+    return {t.at({b, h, begin}), t.dtype(), t.stride(2), count, t.size(3)};
+  }
+  Source<T> queries(int64_t b, int64_t h, const Chunk& chunk) const;
+  Source<T> keys(int64_t b, int64_t h, const Chunk& chunk) const;
+  Rows values(int64_t b, int64_t h, const Chunk& chunk) const {
+    return rows(problem_.v, b, key_head(h), chunk.begin, chunk.keys);
+  }
+  /// The same rows as they enter denominators.
+  Source<T> for_sums(Source<T> source, bool query) const;
+  bool separate_sums() const { return problem_.policy.sums.has_value(); }
+
+  /// Features [first, first + count) of rows in T.
+  void features(const Source<T>& source, int64_t first, int64_t count, Block to) const;
+  static Rows as_rows(Block block, int64_t count, int64_t width) {
+    return {block.data, sizeof(T) == 8 ? DType::f64 : DType::f32, block.stride, count, width};
+  }
+  /// What tile kernels pack: the rows themselves, or their features, which are in `block`.
+  Rows operand(const Source<T>& source, Block block) const {
+    return source.map == nullptr ? source.rows : as_rows(block, source.rows.count, features_);
+  }
+
+  /// The left operand of a product: rows in T, or packed bfloat16.
+  struct Left {
+    const void* data = nullptr;
+    int64_t stride = 0;
+  };
+  Left left(const Rows& x, Block block, void* packed) const;
+
+  /// Rows of a state (or of anything in T) as the right operand, and as keys of a score product.
+  struct StateOperandMemory {
+    uint16_t* rounded = nullptr;
+    void* packed = nullptr;
+  };
+  StateOperandMemory state_operand_memory(Cutter& cut, bool as_keys) const;
+  const void* state_values(Block sums, int64_t count, const StateOperandMemory& m) const;
+  const void* state_keys(Block sums, int64_t count, const StateOperandMemory& m) const;
+
+  /// o = carry o + W Y, where row r sees ranges[r]; W are the scores, weighed with `factors` unless
+  /// `weighed`. Rows of Y that are not finite reach only rows that see them.
+  struct Right {
+    Rows rows;
+    const void* packed = nullptr;
+    bool finite = true;
+  };
+  struct WeightMemory {
+    Block scores;
+    uint16_t* rounded = nullptr;
+  };
+  void weigh_and_add(const WeightMemory& m, int64_t count, int64_t columns, const KeyRange* ranges,
+                     const kernels::WeightFactors<T>& factors, bool weighed, const Right& right,
+                     const T* carry, Block o) const;
+  /// Rows as keys of a score product.
+  void panels(const Rows& x, void* packed) const {
+    if (half_) {
+      products_.pack_keys(x, packed);
+    } else {
+      rows_.pack_panels(x, static_cast<T*>(packed));
+    }
+  }
+  Right right(const Rows& y, void* packed) const {
+    return {y, packed, products_.pack_values(y, packed)};
+  }
+
+  /// Keys that each query of a chunk sees, and queries that see each key.
+  void query_ranges(const Chunk& chunk, KeyRange* ranges) const;
+  void key_ranges(const Chunk& chunk, KeyRange* ranges) const;
+
+  const Problem<T>& problem_;
+  const RunOptions run_;
+  const Path path_;
+  const kernels::TileKernels<T>& wide_;
+  const kernels::TileKernels<T>& products_;
+  const kernels::ChunkKernels<T>& rows_;
+  const bool half_;
+  const int64_t batch_, heads_, group_, queries_, tokens_;
+  const int64_t width_, features_, value_dim_;  // D, F, Dv
+  const int64_t padded_width_, padded_features_, padded_values_;
+  const int64_t chunk_;      // tokens of a chunk at most
+  const int64_t tile_;       // features handled together
+  const int64_t tile_rows_;  // rows of blocks: a chunk, padded for products
+  const int64_t score_stride_;
+
+ private:
+  int64_t count(int64_t tokens) const { return (tokens + chunk_ - 1) / chunk_; }
+  int64_t existing(int64_t b) const {
+    return problem_.lengths.empty() ? tokens_ : problem_.lengths[static_cast<size_t>(b)];
+  }
+  void add_outer(const Added& added, const Decay<T>* decay, Block sums,
+                 const UpdateMemory& m) const;
+
+  int64_t state_size_ = 0;
+  std::vector<DecayTable<T>> decays_;  // per head; empty: no decay
+  std::vector<T> ones_;
+};
+
+}  // namespace heed::chunked

@@ -1,0 +1,70 @@
+// What forward and the gradient of queries share: states of keys and values, and denominators.
+#pragma once
+#include "engine/chunked/chunk_call.h"
+
+namespace heed::chunked {
+
+template <class T>
+class Denominators : public ChunkCall<T> {
+ protected:
+  using Call = ChunkCall<T>;
+  using Call::Call;
+  using typename Call::Block;
+
+  struct Memory {
+    Block query_rows, key_rows;  // features of denominators
+    Block weights;               // polynomial
+    T* denominators = nullptr;   // per query
+    T* row = nullptr;
+  };
+  Memory denominator_memory(Cutter& cut) const {
+    const Policy<T>& policy = this->problem_.policy;
+    const int64_t rows = this->tile_rows_, width = this->padded_features_;
+    Memory m;
+    m.denominators = cut.take<T>(rows);
+    m.row = cut.take<T>(std::max(width, this->padded_values_));
+    if (policy.polynomial) {
+      m.weights = {cut.take<T>(rows * this->score_stride_), this->score_stride_};
+    } else if (policy.key_sum) {
+      m.query_rows = {cut.take<T>(rows * width), width};
+      m.key_rows = {cut.take<T>(rows * width), width};
+    }
+    return m;
+  }
+
+  void add_keys(int64_t b, int64_t h, const Chunk& chunk, bool fresh, const StateView<T>& state,
+                const typename Call::UpdateMemory& m) const {
+    typename Call::Added added;
+    added.x = this->keys(b, h, chunk);
+    added.psi = this->for_sums(added.x, false);
+    added.y = this->values(b, h, chunk);
+    if (const auto* table = this->decays(h)) added.factor = table->falling(chunk.tokens - 1);
+    this->update_state(added, this->decay(h, chunk.tokens), fresh, state, m);
+  }
+
+  /// denominators[r] = psi(q_r) . (state + the keys of the chunk that row r sees)
+  void running_denominators(int64_t b, int64_t h, const Chunk& chunk, const StateView<T>& state,
+                            const Memory& m) const {
+    const int64_t width = this->padded_features_;
+    this->features(this->for_sums(this->queries(b, h, chunk), true), 0, this->features_,
+                   m.query_rows);
+    this->features(this->for_sums(this->keys(b, h, chunk), false), 0, this->features_, m.key_rows);
+    std::copy_n(state.keys, width, m.row);
+    this->rows_.run_dots({m.key_rows.data, width}, chunk.key_tokens(), {m.query_rows.data, width},
+                         chunk.query_tokens(), width, m.row, m.denominators);
+  }
+
+  // The two parts of a polynomial's denominators.
+  void add_state_denominators(Block x, int64_t count, int64_t first, const StateView<T>& state,
+                              const Memory& m) const {
+    if (state.keys == nullptr) return;
+    this->rows_.row_dots({x.data, x.stride}, {state.keys + first, 0}, count, x.stride,
+                         m.denominators);
+  }
+  void add_weight_sums(Block weights, int64_t count, const KeyRange* ranges,
+                       const Memory& m) const {
+    this->rows_.range_sums({weights.data, weights.stride}, {}, count, ranges, m.denominators);
+  }
+};
+
+}  // namespace heed::chunked

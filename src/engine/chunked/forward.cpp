@@ -1,0 +1,217 @@
+#include <cstring>
+
+#include "engine/chunked/chunk_call.h"
+#include "engine/chunked/denominators.h"
+#include "engine/chunked/step.h"
+
+namespace heed::chunked {
+
+namespace {
+
+template <class T>
+class Forward : public Denominators<T>, public Sweep<T> {
+  using Call = ChunkCall<T>;
+  using typename Call::Block;
+
+ public:
+  Forward(const Problem<T>& problem, const Tensor& out, const State& last, const RunOptions& run)
+      : Denominators<T>(problem, run), out_(out), last_(last) {
+    Cutter cut;
+    this->memory(cut);
+    memory_bytes_ = cut.used();
+  }
+
+  void run() {
+    zero_unseeing_rows();
+    SweepShape shape;
+    shape.lanes = this->lanes();
+    shape.chunks = this->problem_.causal ? this->causal_chunks() : this->key_chunks();
+    shape.uses = this->problem_.causal ? shape.chunks : this->query_chunks();
+    shape.size = shape.scan_size = this->state_size();
+    shape.memory = memory_bytes_;
+    shape.running = this->problem_.causal;
+    shape.last_wanted =
+        last_.sums.defined() || last_.keys.defined() || last_.values.defined() || !shape.running;
+    shape.threads = threads_for(this->run_, shape.lanes * std::max(shape.chunks, shape.uses));
+    Schedule<T>(shape, *this).run();
+  }
+
+ private:
+  struct Memory {
+    typename Call::UpdateMemory update;
+    typename Denominators<T>::Memory sums;
+    typename Call::StateOperandMemory state;
+    typename Call::WeightMemory weights;
+    Block query_rows, key_rows, value_rows, out;
+    void *query, *key_panels, *values;
+    KeyRange* ranges;
+    T *num_scale, *sum_scale;
+  };
+
+  Memory memory(Cutter& cut) const {
+    const int64_t rows = this->tile_rows_;
+    // Scores multiply features, or with a polynomial the rows themselves.
+    const int64_t row_width = std::max(this->padded_width_, padded_tile());
+    Memory m;
+    m.update = this->update_memory(cut);
+    m.sums = this->denominator_memory(cut);
+    m.state = this->state_operand_memory(cut, false);
+    m.weights.scores = {cut.take<T>(rows * this->score_stride_), this->score_stride_};
+    m.weights.rounded = this->half_ ? cut.take<uint16_t>(rows * this->score_stride_) : nullptr;
+    m.query_rows = {cut.take<T>(rows * row_width), padded_tile()};
+    m.key_rows = {cut.take<T>(rows * row_width), padded_tile()};
+    m.value_rows = {cut.take<T>(rows * this->padded_values_), this->padded_values_};
+    m.out = {cut.take<T>(rows * this->padded_values_), this->padded_values_};
+    const int64_t score_width = std::max(this->width_, this->tile_);
+    m.query = cut.take<std::byte>(this->products_.query_bytes(rows, score_width));
+    m.key_panels = cut.take<std::byte>(this->products_.key_bytes(this->chunk_, score_width));
+    m.values = cut.take<std::byte>(this->products_.value_bytes(this->chunk_, this->value_dim_));
+    m.ranges = cut.take<KeyRange>(rows);
+    m.num_scale = cut.take<T>(rows);
+    m.sum_scale = cut.take<T>(rows);
+    return m;
+  }
+  int64_t padded_tile() const { return round_up(this->tile_, this->products_.dim_multiple); }
+  Memory memory_at(std::byte* base) const {
+    Cutter cut(base);
+    return memory(cut);
+  }
+
+  // Queries before all keys.
+  void zero_unseeing_rows() const {
+    const int64_t rows = this->first_query();
+    const auto bytes = static_cast<size_t>(this->value_dim_) * size_of(out_.dtype());
+    for (int64_t lane = 0; rows > 0 && lane < this->lanes(); ++lane) {
+      for (int64_t i = 0; i < rows; ++i) {
+        std::memset(out_.at({lane / this->heads_, lane % this->heads_, i}), 0, bytes);
+      }
+    }
+  }
+
+  void load(int64_t lane, T* state) const override {
+    this->load_state(this->problem_.initial, lane, state);
+  }
+  void store(int64_t lane, const T* state) const override { this->store_state(state, last_, lane); }
+  void scan(int64_t lane, int64_t chunk, T* running, T* slot, int64_t begin,
+            int64_t end) const override {
+    const int64_t b = lane / this->heads_, h = lane % this->heads_;
+    const Decay<T> decay =
+        this->problem_.causal ? this->decay(h, this->causal_chunk(b, chunk).tokens) : Decay<T>{};
+    this->scan_state(decay, running, slot, begin, end);
+  }
+
+  void update(int64_t lane, int64_t index, bool fresh, T* state, std::byte* memory) const override {
+    const int64_t b = lane / this->heads_, h = lane % this->heads_;
+    const Chunk chunk =
+        this->problem_.causal ? this->causal_chunk(b, index) : this->key_chunk(b, index);
+    this->add_keys(b, h, chunk, fresh, this->view(state), memory_at(memory).update);
+  }
+
+  void use(int64_t lane, int64_t index, T* state, std::byte* memory) const override {
+    const int64_t b = lane / this->heads_, h = lane % this->heads_;
+    const Chunk chunk =
+        this->problem_.causal ? this->causal_chunk(b, index) : this->query_chunk(index);
+    if (chunk.queries == 0) return;
+    const Memory m = memory_at(memory);
+    const StateView<T> view = this->view(state);
+    std::fill_n(m.out.data, this->tile_rows_ * m.out.stride, T{0});
+    this->query_ranges(chunk, m.ranges);
+    if (this->problem_.policy.polynomial) {
+      read_polynomial(b, h, chunk, view, m);
+    } else {
+      read_linear(b, h, chunk, view, m);
+    }
+    finish(b, h, chunk, view, m);
+  }
+
+  void read_linear(int64_t b, int64_t h, const Chunk& chunk, const StateView<T>& state,
+                   const Memory& m) const {
+    const Source<T> q = this->queries(b, h, chunk), k = this->keys(b, h, chunk);
+    if (q.map != nullptr) this->features(q, 0, this->features_, m.query_rows);
+    if (k.map != nullptr) this->features(k, 0, this->features_, m.key_rows);
+    const auto left = this->left(this->operand(q, m.query_rows), m.query_rows, m.query);
+    this->products_.accumulate(left.data, left.stride, chunk.queries,
+                               this->state_values(state.sums, this->features_, m.state),
+                               this->features_, this->value_dim_, nullptr, this->ones(), m.out);
+    if (this->problem_.policy.key_sum) this->running_denominators(b, h, chunk, state, m.sums);
+    if (chunk.keys == 0) return;
+    this->panels(this->operand(k, m.key_rows), m.key_panels);
+    this->products_.scores(left.data, chunk.queries, m.key_panels, chunk.keys, this->features_,
+                           m.ranges, m.weights.scores);
+    kernels::WeightFactors<T> factors;
+    if (const auto* table = this->decays(h)) factors.decay = table->falling(chunk.shift);
+    this->weigh_and_add(m.weights, chunk.queries, chunk.keys, m.ranges, factors, false,
+                        this->right(this->values(b, h, chunk), m.values),
+                        this->state_factors(h, chunk.shift + 1), m.out);
+  }
+
+  void read_polynomial(int64_t b, int64_t h, const Chunk& chunk, const StateView<T>& state,
+                       const Memory& m) const {
+    const auto& polynomial = *this->problem_.policy.polynomial;
+    const Source<T> q = this->queries(b, h, chunk), k = this->keys(b, h, chunk);
+    std::fill_n(m.sums.denominators, this->tile_rows_, T{0});
+    for (int64_t first = 0; first < this->features_; first += this->tile_) {
+      const int64_t count = std::min(this->tile_, this->features_ - first);
+      const Block x{m.query_rows.data, round_up(count, this->products_.dim_multiple)};
+      this->features(q, first, count, x);
+      this->products_.accumulate(x.data, x.stride, chunk.queries, state.sums.row(first), count,
+                                 this->value_dim_, nullptr, this->ones(), m.out);
+      this->add_state_denominators(x, chunk.queries, first, state, m.sums);
+    }
+    if (chunk.keys == 0) return;
+    const Block raw{m.query_rows.data, this->padded_width_};
+    this->rows_.pack_rows(q.rows, nullptr, raw);
+    this->panels(k.rows, m.key_panels);
+    this->products_.scores(raw.data, chunk.queries, m.key_panels, chunk.keys, this->width_,
+                           m.ranges, m.weights.scores);
+    this->rows_.polynomial(m.weights.scores, m.sums.weights, chunk.queries, chunk.keys, m.ranges,
+                           static_cast<T>(polynomial.scale), polynomial.order);
+    this->add_weight_sums(m.sums.weights, chunk.queries, m.ranges, m.sums);
+    this->weigh_and_add({m.sums.weights, nullptr}, chunk.queries, chunk.keys, m.ranges, {}, true,
+                        this->right(this->values(b, h, chunk), m.values), this->ones(), m.out);
+  }
+
+  void finish(int64_t b, int64_t h, const Chunk& chunk, const StateView<T>& state,
+              const Memory& m) const {
+    const Policy<T>& policy = this->problem_.policy;
+    if (policy.read_out) {
+      for (int64_t r = 0; r < chunk.queries; ++r) {
+        const ReadOut row = policy.read_out(b, this->seen_tokens(chunk.query + r),
+                                            static_cast<double>(m.sums.denominators[r]));
+        m.num_scale[r] = static_cast<T>(row.num_scale);
+        m.sum_scale[r] = static_cast<T>(-row.sum_scale);
+      }
+      this->rows_.scale_rows(m.out, chunk.queries, this->padded_values_, m.num_scale);
+    }
+    if (policy.value_sum) {
+      this->rows_.pack_rows(this->values(b, h, chunk), nullptr, m.value_rows);
+      std::copy_n(state.values, this->padded_values_, m.sums.row);
+      this->rows_.run_add({m.value_rows.data, m.value_rows.stride}, nullptr, chunk.key_tokens(),
+                          m.out, m.sum_scale, chunk.query_tokens(), this->padded_values_, false,
+                          m.sums.row);
+    }
+    this->wide_.finish(m.out, chunk.queries, this->value_dim_, nullptr,
+                       out_.at({b, h, chunk.query}), out_.dtype(), out_.stride(2));
+  }
+
+  const Tensor& out_;
+  const State& last_;
+  size_t memory_bytes_ = 0;
+};
+
+}  // namespace
+
+template <class T>
+void forward(const Problem<T>& problem, const Tensor& out, const State& last,
+             const RunOptions& run) {
+  if (can_step(problem, last)) {
+    step(problem, out, last, run);
+  } else {
+    Forward<T>(problem, out, last, run).run();
+  }
+}
+
+template void forward(const Problem<float>&, const Tensor&, const State&, const RunOptions&);
+template void forward(const Problem<double>&, const Tensor&, const State&, const RunOptions&);
+
+}  // namespace heed::chunked

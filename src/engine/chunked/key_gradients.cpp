@@ -1,0 +1,377 @@
+// The gradients of states run against the tokens: with a, e, g of the rows (gradients.h)
+//   D_{t-1} = decay (D_t + a_t phi(q_t)^T G_t),  w_{t-1} = w_t + e_t psi(q_t),  mu_{t-1} = mu_t + g_t G_t
+// D_t being what token t's own key and value meet, with the queries from t on:
+//   d v_j = phi(k_j) D_j + mu_j,   d phi(k_j) = D_j v_j,   d psi(k_j) = w_j
+// The heads of a group meet the same keys: their gradients are summed in T before they are rounded.
+#include <cstring>
+
+#include "engine/chunked/chunk_call.h"
+#include "engine/chunked/gradients.h"
+
+namespace heed::chunked {
+
+namespace {
+
+template <class T>
+class KeyGradients : public ChunkCall<T>, public Sweep<T> {
+  using Call = ChunkCall<T>;
+  using typename Call::Block;
+
+ public:
+  KeyGradients(const Problem<T>& problem, const Tensor& out, const State& last,
+               const Gradients& gradients, const RowStatistics<T>& statistics,
+               const RunOptions& run)
+      : Call(problem, run),
+        out_(out),
+        last_(last),
+        gradients_(gradients),
+        statistics_(statistics),
+        padded_panel_(round_up(this->tile_, this->products_.key_multiple)) {
+    Cutter cut;
+    memory(cut);
+    memory_bytes_ = cut.used();
+  }
+
+  void run() {
+    const bool causal = this->problem_.causal;
+    const State& initial = gradients_.initial;
+    SweepShape shape;
+    shape.lanes = this->lanes();
+    shape.lanes_per_group = this->group_;
+    shape.chunks = causal ? this->causal_chunks() : this->query_chunks();
+    shape.uses = causal ? shape.chunks : this->key_chunks();
+    shape.size = shape.scan_size = this->state_size();
+    shape.memory = memory_bytes_;
+    shape.running = causal;
+    shape.reverse = causal;
+    shape.last_wanted =
+        !causal || initial.sums.defined() || initial.keys.defined() || initial.values.defined();
+    shape.threads = threads_for(this->run_, shape.lanes * std::max(shape.chunks, shape.uses));
+    Schedule<T>(shape, *this).run();
+  }
+
+ private:
+  struct Memory {
+    typename Call::UpdateMemory update;
+    typename Call::StateOperandMemory as_values, as_keys;
+    typename Call::WeightMemory weights;
+    Block scores, polynomial;
+    Block key_rows, value_rows, query_rows, gradient_rows, raw_rows;
+    Block features, more_features;  // gradients of a head by feature of the keys
+    Block values;                   // of a head's values
+    Block key_sum, value_sum;       // over the heads of the group
+    void *key, *value, *query_panels, *gradient_panels, *queries, *gradients;
+    KeyRange* ranges;
+    T *factors, *row;
+  };
+
+  Memory memory(Cutter& cut) const {
+    const int64_t rows = this->tile_rows_;
+    const auto block = [&](int64_t width) { return Block{cut.take<T>(rows * width), width}; };
+    const auto& products = this->products_;
+    const int64_t operand = std::max(this->width_, this->tile_);
+    const int64_t wide_row = std::max(this->padded_width_, padded_panel_);
+    Memory m;
+    m.update = this->update_memory(cut);
+    m.as_values = this->state_operand_memory(cut, false);
+    m.as_keys = this->state_operand_memory(cut, true);
+    m.weights.scores = block(this->score_stride_);
+    m.weights.rounded = this->half_ ? cut.take<uint16_t>(rows * this->score_stride_) : nullptr;
+    m.scores = block(this->score_stride_);
+    m.polynomial = block(this->problem_.policy.polynomial ? this->score_stride_ : 0);
+    m.key_rows = block(wide_row);
+    m.query_rows = block(wide_row);
+    m.key_rows.stride = m.query_rows.stride = padded_panel_;
+    m.raw_rows = block(this->problem_.policy.polynomial ? this->padded_width_ : 0);
+    m.value_rows = block(this->padded_values_);
+    m.gradient_rows = block(this->padded_values_);
+    m.features = block(padded_panel_);
+    m.more_features = block(padded_panel_);
+    m.values = block(this->padded_values_);
+    m.key_sum = block(wide_row);
+    m.value_sum = block(this->padded_values_);
+    m.key = cut.take<std::byte>(products.query_bytes(rows, operand));
+    m.value = cut.take<std::byte>(products.query_bytes(rows, this->value_dim_));
+    m.query_panels = cut.take<std::byte>(products.key_bytes(this->chunk_, operand));
+    m.gradient_panels = cut.take<std::byte>(products.key_bytes(this->chunk_, this->value_dim_));
+    m.queries = cut.take<std::byte>(products.value_bytes(this->chunk_, operand));
+    m.gradients = cut.take<std::byte>(products.value_bytes(this->chunk_, this->value_dim_));
+    m.ranges = cut.take<KeyRange>(rows);
+    m.factors = cut.take<T>(rows);
+    m.row = cut.take<T>(std::max(this->padded_features_, this->padded_values_));
+    return m;
+  }
+  Memory memory_at(std::byte* base) const {
+    Cutter cut(base);
+    return memory(cut);
+  }
+
+  // Numbers of a chunk's query rows; null where rows end as they are.
+  const T* row_numbers(const std::vector<T>& numbers, int64_t b, int64_t h,
+                       const Chunk& chunk) const {
+    if (numbers.empty()) return nullptr;
+    return numbers.data() + (b * this->heads_ + h) * this->queries_ + chunk.query;
+  }
+  Rows gradient_of(int64_t b, int64_t h, const Chunk& chunk) const {
+    return this->rows(out_, b, h, chunk.query, chunk.queries);
+  }
+
+  void load(int64_t lane, T* state) const override { this->load_state(last_, lane, state); }
+  void store(int64_t lane, const T* state) const override {
+    this->store_state(state, gradients_.initial, lane);
+  }
+  void scan(int64_t lane, int64_t index, T* running, T* slot, int64_t begin,
+            int64_t end) const override {
+    const int64_t b = lane / this->heads_, h = lane % this->heads_;
+    const Decay<T> decay =
+        this->problem_.causal ? this->decay(h, this->causal_chunk(b, index).tokens) : Decay<T>{};
+    this->scan_state(decay, running, slot, begin, end);
+  }
+
+  void update(int64_t lane, int64_t index, bool fresh, T* state, std::byte* memory) const override {
+    const int64_t b = lane / this->heads_, h = lane % this->heads_;
+    const Chunk chunk =
+        this->problem_.causal ? this->causal_chunk(b, index) : this->query_chunk(index);
+    const Memory m = memory_at(memory);
+    const T* num_scale = row_numbers(statistics_.num_scale, b, h, chunk);
+    typename Call::Added added;
+    added.x = this->queries(b, h, chunk);
+    added.psi = this->for_sums(added.x, true);
+    added.y = gradient_of(b, h, chunk);
+    added.key_factor = row_numbers(statistics_.denominator, b, h, chunk);
+    added.value_factor = row_numbers(statistics_.sum_scale, b, h, chunk);
+    added.factor = num_scale;
+    if (const auto* table = this->decays(h)) {
+      const T* decays = table->rising(chunk.shift + 1);
+      for (int64_t r = 0; r < chunk.queries; ++r) {
+        m.factors[r] = num_scale == nullptr ? decays[r] : decays[r] * num_scale[r];
+      }
+      added.factor = m.factors;
+    }
+    this->update_state(added, this->decay(h, chunk.tokens), fresh, this->view(state), m.update);
+  }
+
+  void use(int64_t group, int64_t index, T* states, std::byte* memory) const override {
+    const int64_t key_heads = this->heads_ / this->group_;
+    const int64_t b = group / key_heads, key_head = group % key_heads;
+    const Chunk chunk =
+        this->problem_.causal ? this->causal_chunk(b, index) : this->key_chunk(b, index);
+    zero_missing(b, key_head, chunk);
+    if (chunk.keys == 0) return;
+    const Memory m = memory_at(memory);
+    this->key_ranges(chunk, m.ranges);
+    const int64_t first = key_head * this->group_;
+    const Source<T> k = this->keys(b, first, chunk);
+    const bool direct = this->group_ == 1 && k.map == nullptr;
+    if (!direct) {
+      std::fill_n(m.key_sum.data, this->tile_rows_ * this->padded_width_, T{0});
+      std::fill_n(m.value_sum.data, this->tile_rows_ * m.value_sum.stride, T{0});
+    }
+    const Block key_sum{m.key_sum.data, this->padded_width_};
+    const Operands operands = pack_keys(k, b, first, chunk, m);
+    for (int64_t i = 0; i < this->group_; ++i) {
+      const StateView<T> state = this->view(states + i * this->state_size());
+      std::fill_n(m.values.data, this->tile_rows_ * m.values.stride, T{0});
+      if (this->problem_.policy.polynomial) {
+        use_polynomial(b, first + i, chunk, operands, state, key_sum, m);
+      } else {
+        value_part(b, first + i, chunk, operands, state, m);
+        key_part(b, first + i, chunk, operands, state, m);
+      }
+      if (direct) break;
+      add_rows(m.values, chunk.keys, this->padded_values_, m.value_sum);
+      if (this->problem_.policy.polynomial) continue;
+      if (k.map == nullptr) {
+        add_rows(m.features, chunk.keys, this->padded_width_, key_sum);
+      } else {
+        pull(k, m, key_sum);
+      }
+    }
+    finish(direct ? m.features : key_sum, gradients_.k, b, key_head, chunk);
+    finish(direct ? m.values : m.value_sum, gradients_.v, b, key_head, chunk);
+  }
+
+  void add_rows(Block from, int64_t rows, int64_t width, Block to) const {
+    for (int64_t r = 0; r < rows; ++r) this->rows_.add_scaled(T{1}, from.row(r), width, to.row(r));
+  }
+  void pull(const Source<T>& k, const Memory& m, Block to) const {
+    k.map->pull(k.at, k.rows, 0, this->features_, {m.features.data, m.features.stride}, to);
+    if (!this->separate_sums()) return;
+    const Source<T> psi = this->for_sums(k, false);
+    psi.map->pull(psi.at, psi.rows, 0, this->features_,
+                  {m.more_features.data, m.more_features.stride}, to);
+  }
+  void finish(Block rows, const Tensor& to, int64_t b, int64_t key_head, const Chunk& chunk) const {
+    this->wide_.finish(rows, chunk.keys, to.size(3), nullptr, to.at({b, key_head, chunk.begin}),
+                       to.dtype(), to.stride(2));
+  }
+  // Keys at and after the end of a sequence.
+  void zero_missing(int64_t b, int64_t key_head, const Chunk& chunk) const {
+    for (const Tensor* to : {&gradients_.k, &gradients_.v}) {
+      const auto bytes = static_cast<size_t>(to->size(3)) * size_of(to->dtype());
+      for (int64_t j = chunk.keys; j < chunk.tokens; ++j) {
+        std::memset(to->at({b, key_head, chunk.begin + j}), 0, bytes);
+      }
+    }
+  }
+
+  // Keys and values as left operands: the same for all heads of a group.
+  struct Operands {
+    Source<T> k;
+    typename Call::Left key, value;
+  };
+  Operands pack_keys(const Source<T>& k, int64_t b, int64_t h, const Chunk& chunk,
+                     const Memory& m) const {
+    Operands operands{k, {}, {}};
+    if (this->problem_.policy.polynomial) {
+      operands.key = this->left(k.rows, m.raw_rows, m.key);
+    } else {
+      if (k.map != nullptr) this->features(k, 0, this->features_, m.key_rows);
+      operands.key = this->left(this->operand(k, m.key_rows), m.key_rows, m.key);
+    }
+    operands.value = this->left(this->values(b, h, chunk), m.value_rows, m.value);
+    return operands;
+  }
+
+  kernels::WeightFactors<T> weight_factors(int64_t b, int64_t h, const Chunk& chunk) const {
+    kernels::WeightFactors<T> factors;
+    if (const auto* table = this->decays(h)) factors.decay = table->rising(chunk.shift);
+    factors.column = row_numbers(statistics_.num_scale, b, h, chunk);
+    return factors;
+  }
+  // What key j of a chunk adds to the state behind the chunk.
+  const T* carry(int64_t h, const Chunk& chunk) const {
+    const auto* table = this->decays(h);
+    return table == nullptr ? this->ones() : table->falling(chunk.tokens - 1);
+  }
+  // Adds W Y of the chunk's own queries, or only decays where it has none.
+  void add_own(int64_t b, int64_t h, const Chunk& chunk, const typename Call::Right& right,
+               const Memory& m, Block o) const {
+    this->weigh_and_add(m.weights, chunk.keys, chunk.queries, m.ranges, weight_factors(b, h, chunk),
+                        false, right, carry(h, chunk), o);
+  }
+
+  void value_part(int64_t b, int64_t h, const Chunk& chunk, const Operands& operands,
+                  const StateView<T>& state, const Memory& m) const {
+    const Rows gradient = gradient_of(b, h, chunk);
+    this->products_.accumulate(operands.key.data, operands.key.stride, chunk.keys,
+                               this->state_values(state.sums, this->features_, m.as_values),
+                               this->features_, this->value_dim_, nullptr, this->ones(), m.values);
+    if (chunk.queries > 0) {
+      const Source<T> q = this->queries(b, h, chunk);
+      if (q.map != nullptr) this->features(q, 0, this->features_, m.query_rows);
+      this->panels(this->operand(q, m.query_rows), m.query_panels);
+      this->products_.scores(operands.key.data, chunk.keys, m.query_panels, chunk.queries,
+                             this->features_, m.ranges, m.weights.scores);
+      add_own(b, h, chunk, this->right(gradient, m.gradients), m, m.values);
+    } else if (this->decays(h) != nullptr) {
+      this->rows_.scale_rows(m.values, chunk.keys, this->padded_values_, carry(h, chunk));
+    }
+    add_value_sums(b, h, chunk, state, m);
+  }
+
+  void add_value_sums(int64_t b, int64_t h, const Chunk& chunk, const StateView<T>& state,
+                      const Memory& m) const {
+    if (!this->problem_.policy.value_sum) return;
+    this->rows_.pack_rows(gradient_of(b, h, chunk), nullptr, m.gradient_rows);
+    std::copy_n(state.values, this->padded_values_, m.row);
+    this->rows_.run_add({m.gradient_rows.data, m.gradient_rows.stride},
+                        row_numbers(statistics_.sum_scale, b, h, chunk), chunk.query_tokens(),
+                        m.values, nullptr, chunk.key_tokens(), this->padded_values_, true, m.row);
+  }
+
+  void key_part(int64_t b, int64_t h, const Chunk& chunk, const Operands& operands,
+                const StateView<T>& state, const Memory& m) const {
+    const Source<T> q = this->queries(b, h, chunk);
+    this->products_.scores(operands.value.data, chunk.keys,
+                           this->state_keys(state.sums, this->features_, m.as_keys),
+                           this->features_, this->value_dim_, nullptr, m.features);
+    if (chunk.queries > 0) {
+      this->panels(gradient_of(b, h, chunk), m.gradient_panels);
+      this->products_.scores(operands.value.data, chunk.keys, m.gradient_panels, chunk.queries,
+                             this->value_dim_, m.ranges, m.weights.scores);
+      add_own(b, h, chunk, this->right(this->operand(q, m.query_rows), m.queries), m, m.features);
+    } else if (this->decays(h) != nullptr) {
+      this->rows_.scale_rows(m.features, chunk.keys, this->padded_features_, carry(h, chunk));
+    }
+    if (!this->problem_.policy.key_sum) return;
+    Block to = m.features;
+    if (this->separate_sums()) {
+      to = m.more_features;
+      std::fill_n(to.data, this->tile_rows_ * to.stride, T{0});
+    }
+    this->features(this->for_sums(q, true), 0, this->features_, m.query_rows);
+    std::copy_n(state.keys, this->padded_features_, m.row);
+    this->rows_.run_add({m.query_rows.data, m.query_rows.stride},
+                        row_numbers(statistics_.denominator, b, h, chunk), chunk.query_tokens(), to,
+                        nullptr, chunk.key_tokens(), this->padded_features_, true, m.row);
+  }
+
+  void use_polynomial(int64_t b, int64_t h, const Chunk& chunk, const Operands& operands,
+                      const StateView<T>& state, Block key_sum, const Memory& m) const {
+    for (int64_t first = 0; first < this->features_; first += this->tile_) {
+      state_tile(chunk.keys, first, operands, state, key_sum, m);
+    }
+    if (chunk.queries == 0) return;
+    const auto& polynomial = *this->problem_.policy.polynomial;
+    const Source<T> q = this->queries(b, h, chunk);
+    const Rows gradient = gradient_of(b, h, chunk);
+    this->panels(q.rows, m.query_panels);
+    this->products_.scores(operands.key.data, chunk.keys, m.query_panels, chunk.queries,
+                           this->width_, m.ranges, m.scores);
+    this->rows_.polynomial(m.scores, m.polynomial, chunk.keys, chunk.queries, m.ranges,
+                           static_cast<T>(polynomial.scale), polynomial.order);
+    this->weigh_and_add({m.polynomial, nullptr}, chunk.keys, chunk.queries, m.ranges,
+                        weight_factors(b, h, chunk), false, this->right(gradient, m.gradients),
+                        this->ones(), m.values);
+    this->panels(gradient, m.gradient_panels);
+    this->products_.scores(operands.value.data, chunk.keys, m.gradient_panels, chunk.queries,
+                           this->value_dim_, m.ranges, m.weights.scores);
+    this->rows_.chain(m.scores, {m.weights.scores.data, m.weights.scores.stride}, chunk.keys,
+                      chunk.queries, m.ranges, row_numbers(statistics_.num_scale, b, h, chunk),
+                      row_numbers(statistics_.denominator, b, h, chunk), true);
+    this->weigh_and_add({m.scores, nullptr}, chunk.keys, chunk.queries, m.ranges, {}, true,
+                        this->right(q.rows, m.queries), this->ones(), key_sum);
+  }
+
+  void state_tile(int64_t count, int64_t first, const Operands& operands, const StateView<T>& state,
+                  Block key_sum, const Memory& m) const {
+    const int64_t features = std::min(this->tile_, this->features_ - first);
+    const int64_t padded = round_up(features, this->products_.key_multiple);
+    const Block x{m.key_rows.data, padded}, y{m.features.data, padded};
+    const Block sums{state.sums.row(first), state.sums.stride};
+    const Source<T>& k = operands.k;
+    this->features(k, first, features, x);
+    this->products_.accumulate(x.data, padded, count,
+                               this->state_values(sums, features, m.as_values), features,
+                               this->value_dim_, nullptr, this->ones(), m.values);
+    this->products_.scores(operands.value.data, count, this->state_keys(sums, features, m.as_keys),
+                           features, this->value_dim_, nullptr, y);
+    std::copy_n(state.keys + first, padded, m.row);
+    this->rows_.run_add({}, nullptr, {}, y, nullptr, {0, count}, padded, false, m.row);
+    k.map->pull(k.at, k.rows, first, features, {y.data, padded}, key_sum);
+  }
+
+  const Tensor& out_;
+  const State& last_;
+  const Gradients& gradients_;
+  const RowStatistics<T>& statistics_;
+  const int64_t padded_panel_;
+  size_t memory_bytes_ = 0;
+};
+
+}  // namespace
+
+template <class T>
+void key_gradients(const Problem<T>& problem, const Tensor& out, const State& last,
+                   const Gradients& gradients, const RowStatistics<T>& statistics,
+                   const RunOptions& run) {
+  KeyGradients<T>(problem, out, last, gradients, statistics, run).run();
+}
+
+template void key_gradients(const Problem<float>&, const Tensor&, const State&, const Gradients&,
+                            const RowStatistics<float>&, const RunOptions&);
+template void key_gradients(const Problem<double>&, const Tensor&, const State&, const Gradients&,
+                            const RowStatistics<double>&, const RunOptions&);
+
+}  // namespace heed::chunked

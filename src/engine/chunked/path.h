@@ -1,0 +1,34 @@
+// Which kernels and chunk size a call gets.
+#pragma once
+#include <string>
+#include <vector>
+
+#include "heed/run.h"
+#include "heed/tensor.h"
+
+namespace heed::chunked {
+
+/// What the choice depends on.
+struct CallKind {
+  DType dtype = DType::f32;
+  int64_t tokens = 0;        // keys of a sequence
+  bool mapped = false;       // rows become features on the way: products are in T
+  int64_t state_width = 64;  // the smaller of F and Dv
+};
+
+struct Path {
+  Isa isa = Isa::portable;
+  bool half_operands = false;  // bfloat16 products
+  int64_t chunk = 0;           // tokens
+};
+Path choose_path(const CallKind& call, const RunOptions& run);
+
+/// The list that choose_path takes the first possible entry of, with reasons.
+struct PathChoice {
+  std::string path;
+  bool can_run = false;
+  std::string reason;  // empty when it can
+};
+std::vector<PathChoice> explain(const CallKind& call, const RunOptions& run);
+
+}  // namespace heed::chunked

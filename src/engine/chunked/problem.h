@@ -1,0 +1,126 @@
+// What a mechanism hands to the chunked engine. Per batch entry and query head a state runs along the
+// tokens:
+//
+//   S_t  = decay S_{t-1} + phi(k_t)^T v_t        [F, Dv]
+//   z_t  = z_{t-1} + psi(k_t)                    [F]      if key_sum
+//   vs_t = vs_{t-1} + v_t                        [Dv]     if value_sum
+//   num_t = phi(q_t) S_t,  den_t = psi(q_t) . z_t
+//   out_t = num_scale(den_t) num_t - sum_scale(den_t) vs_t
+//
+// causal: a query reads the state after its own token; else the state after all of them. Everything is
+// float32 beside 16-bit tensors, float64 in float64 calls (T). phi and psi are what a RowMap makes of a
+// row; without one they are the row itself.
+#pragma once
+#include <functional>
+#include <optional>
+#include <string>
+#include <vector>
+
+#include "heed/run.h"
+#include "heed/tensor.h"
+#include "kernels/tile.h"
+
+namespace heed::chunked {
+
+/// Where rows of q or k stand: `head` of their own tensor, `token` is row 0's index in it.
+struct RowsAt {
+  int64_t batch = 0, head = 0, token = 0;
+};
+
+/// Rows of q or k as features of the state. Const: chunks are visited in parallel.
+template <class T>
+class RowMap {
+ public:
+  virtual ~RowMap() = default;
+  /// to[r] = features [first, first + count) of row r, and zeros behind them up to to.stride.
+  virtual void map(const RowsAt& at, const kernels::Rows& x, int64_t first, int64_t count,
+                   kernels::Block<T> to) const = 0;
+  /// into[r] += gradient[r] (of those features), times their derivative with respect to row r.
+  virtual void pull(const RowsAt& at, const kernels::Rows& x, int64_t first, int64_t count,
+                    kernels::Block<const T> gradient, kernels::Block<T> into) const = 0;
+};
+
+/// Maps of q and k; null: the rows as they are.
+template <class T>
+struct RowMaps {
+  const RowMap<T>* q = nullptr;
+  const RowMap<T>* k = nullptr;
+};
+
+/// How a row ends, as a function of its denominator, with the derivatives.
+struct ReadOut {
+  double num_scale = 1, sum_scale = 0;
+  double num_slope = 0, sum_slope = 0;
+};
+
+template <class T>
+struct Policy {
+  RowMaps<T> maps;                 // phi
+  std::optional<RowMaps<T>> sums;  // psi; none: phi
+  int64_t features = 0;            // F
+  std::vector<double> slopes;      // per query head: decay exp(-slope) a token; empty: none
+  bool key_sum = false;
+  bool value_sum = false;
+  /// Only with key_sum. `tokens`: how many positions, from the first of this call, the row sees.
+  std::function<ReadOut(int64_t batch, int64_t tokens, double denominator)> read_out;
+  /// phi(q) . phi(k) is this Taylor polynomial of exp of scale * q . k, and psi is phi.
+  struct Polynomial {
+    int order = 0;
+    double scale = 1;
+  };
+  std::optional<Polynomial> polynomial;
+};
+
+/// The tensors of a state, or of its gradient. [B,H,F,Dv], [B,H,F], [B,H,Dv] of the statistics type, any
+/// strides. Undefined: zero where it is read, not wanted where it is written.
+struct State {
+  Tensor sums = {}, keys = {}, values = {};
+};
+
+/// A checked call: q [B,H,Lq,D], k [B,Hkv,Lk,D], v [B,Hkv,Lk,Dv]; query head h reads head h/(H/Hkv).
+template <class T>
+struct Problem {
+  const char* op = "";
+  Tensor q, k, v;
+  bool causal = true;            // aligned to the end of the keys; queries before all keys give 0
+  std::vector<int64_t> lengths;  // keys that exist, per batch entry; empty: all
+  State initial;
+  Policy<T> policy;
+};
+
+/// Writes out [B,H,Lq,Dv] and the state after all tokens.
+template <class T>
+void forward(const Problem<T>& problem, const Tensor& out, const State& last,
+             const RunOptions& run);
+
+struct Gradients {
+  Tensor q, k, v;  // of the inputs' type
+  State initial;
+  std::vector<double>* slopes = nullptr;  // summed over the batch
+};
+
+/// Writes the gradients that are wanted, given those of out and of the last state.
+template <class T>
+void backward(const Problem<T>& problem, const Tensor& out, const State& last,
+              const Gradients& gradients, const RunOptions& run);
+
+/// Throws Error unless q, k, v fit together.
+void check_inputs(const char* op, const Tensor& q, const Tensor& k, const Tensor& v);
+/// Throws Error unless `given`, if it is defined, has this shape and type.
+void check_result(const char* op, const char* name, const Tensor& given, const Dims& shape,
+                  DType type);
+/// And a unit stride in its last dimension.
+void check_out(const char* op, const char* name, const Tensor& given, const Dims& shape,
+               DType type);
+/// A tensor [H] of finite numbers that are not negative.
+std::vector<double> check_slopes(const char* op, const Tensor& slopes, int64_t heads);
+/// A tensor [B] of int32 or int64 in 0..tokens; empty if undefined.
+std::vector<int64_t> check_lengths(const char* op, const Tensor& lengths, int64_t batch,
+                                   int64_t tokens);
+/// Throws Error where a state is given to a causal call with more queries than keys: what the first
+/// queries see of it is unknown.
+void check_alignment(const char* op, bool causal, bool has_state, int64_t queries, int64_t keys);
+/// Type of states and denominators beside tensors of `dtype`.
+inline DType state_type(DType dtype) { return dtype == DType::f64 ? DType::f64 : DType::f32; }
+
+}  // namespace heed::chunked

@@ -1,0 +1,438 @@
+// With G the gradient of out, per row: num gradient a G, denominator gradient e, where
+//   G . num = phi(q) . (gradient of phi(q) for a = 1), as num is linear in phi(q),
+//   e = num_slope (G . num) - sum_slope (G . vs)
+// and  d phi(q_i) = a_i (sum_j decay (G_i . v_j) phi(k_j) + decay G_i S^T),  d psi(q_i) = e_i z_i.
+// Slopes: the derivative of a state by -slope is W = sum_j (t - j) decay^(t-j) k_j^T v_j, which runs
+// beside S.
+#include <cmath>
+#include <cstring>
+
+#include "engine/chunked/denominators.h"
+#include "engine/chunked/gradients.h"
+
+namespace heed::chunked {
+
+namespace {
+
+template <class T>
+class QueryGradients : public Denominators<T>, public Sweep<T> {
+  using Call = ChunkCall<T>;
+  using typename Call::Block;
+
+ public:
+  QueryGradients(const Problem<T>& problem, const Tensor& out, const State& last,
+                 const Gradients& gradients, RowStatistics<T>& statistics, const RunOptions& run)
+      : Denominators<T>(problem, run),
+        out_(out),
+        last_(last),
+        gradients_(gradients),
+        statistics_(statistics),
+        slopes_(gradients.slopes != nullptr && !problem.policy.slopes.empty()),
+        padded_panel_(round_up(this->tile_, this->products_.key_multiple)) {
+    Cutter cut;
+    memory(cut);
+    memory_bytes_ = cut.used();
+  }
+
+  void run() {
+    zero_unseeing_rows();
+    const bool causal = this->problem_.causal;
+    SweepShape shape;
+    shape.lanes = this->lanes();
+    shape.chunks = causal ? this->causal_chunks() : this->key_chunks();
+    shape.uses = causal ? shape.chunks : this->query_chunks();
+    shape.scan_size = this->state_size();
+    shape.size = shape.scan_size + (slopes_ ? slope_size() : 0);
+    shape.memory = memory_bytes_;
+    shape.running = causal;
+    shape.last_wanted = !causal || (slopes_ && last_.sums.defined());
+    shape.threads = threads_for(this->run_, shape.lanes * std::max(shape.chunks, shape.uses));
+    if (this->problem_.policy.read_out) {
+      const auto rows = static_cast<size_t>(shape.lanes * this->queries_ + 64);
+      for (auto* values :
+           {&statistics_.num_scale, &statistics_.denominator, &statistics_.sum_scale}) {
+        values->assign(rows, T{0});
+      }
+    }
+    if (slopes_) {
+      per_chunk_ = shape.chunks + 1;
+      slope_parts_.assign(static_cast<size_t>(shape.lanes * per_chunk_), 0);
+    }
+    Schedule<T>(shape, *this).run();
+    if (gradients_.slopes != nullptr) add_slopes();
+  }
+
+ private:
+  struct Memory {
+    typename Call::UpdateMemory update;
+    typename Denominators<T>::Memory sums;
+    typename Call::StateOperandMemory state;
+    typename Call::WeightMemory weights;
+    Block scores;  // of queries and keys, where weights holds those of G and values
+    Block query_rows, key_rows, value_rows, gradient_rows;
+    Block features, more_features;  // gradients by feature
+    Block rows, more_rows;          // gradients by element of a row
+    void *query, *gradient, *key_panels, *value_panels, *keys;
+    KeyRange* ranges;
+    T *dots, *sum_dots;
+  };
+
+  Memory memory(Cutter& cut) const {
+    const int64_t rows = this->tile_rows_, wide = this->padded_values_;
+    const auto block = [&](int64_t width) { return Block{cut.take<T>(rows * width), width}; };
+    const auto& products = this->products_;
+    const int64_t operand = std::max(this->width_, this->tile_);
+    Memory m;
+    m.update = this->update_memory(cut);
+    m.sums = this->denominator_memory(cut);
+    m.state = this->state_operand_memory(cut, true);
+    m.weights.scores = block(this->score_stride_);
+    m.weights.rounded = this->half_ ? cut.take<uint16_t>(rows * this->score_stride_) : nullptr;
+    m.scores = block(this->score_stride_);
+    m.query_rows = block(std::max(this->padded_width_, padded_panel_));
+    m.key_rows = block(std::max(this->padded_width_, padded_panel_));
+    m.query_rows.stride = m.key_rows.stride = padded_panel_;
+    m.value_rows = block(wide);
+    m.gradient_rows = block(wide);
+    m.features = block(padded_panel_);
+    m.more_features = block(padded_panel_);
+    m.rows = block(this->padded_width_);
+    m.more_rows = block(this->padded_width_);
+    m.query = cut.take<std::byte>(products.query_bytes(rows, operand));
+    m.gradient = cut.take<std::byte>(products.query_bytes(rows, this->value_dim_));
+    m.key_panels = cut.take<std::byte>(products.key_bytes(this->chunk_, operand));
+    m.value_panels = cut.take<std::byte>(products.key_bytes(this->chunk_, this->value_dim_));
+    m.keys = cut.take<std::byte>(products.value_bytes(this->chunk_, operand));
+    m.ranges = cut.take<KeyRange>(rows);
+    m.dots = cut.take<T>(rows);
+    m.sum_dots = cut.take<T>(rows);
+    return m;
+  }
+  Memory memory_at(std::byte* base) const {
+    Cutter cut(base);
+    return memory(cut);
+  }
+
+  // Columns that score products write at least.
+  int64_t written_features() const {
+    return round_up(this->features_, this->products_.dim_multiple);
+  }
+  int64_t slope_size() const { return this->features_ * this->padded_values_; }
+  StateView<T> slope_view(T* state) const {
+    return {{state + this->state_size(), this->padded_values_}, nullptr, nullptr};
+  }
+  Chunk chunk_for_update(int64_t b, int64_t i) const {
+    return this->problem_.causal ? this->causal_chunk(b, i) : this->key_chunk(b, i);
+  }
+
+  void zero_unseeing_rows() const {
+    const auto bytes = static_cast<size_t>(this->width_) * size_of(gradients_.q.dtype());
+    for (int64_t lane = 0; lane < this->lanes(); ++lane) {
+      for (int64_t i = 0; i < this->first_query(); ++i) {
+        std::memset(gradients_.q.at({lane / this->heads_, lane % this->heads_, i}), 0, bytes);
+      }
+    }
+  }
+
+  void load(int64_t lane, T* state) const override {
+    this->load_state(this->problem_.initial, lane, state);
+    if (slopes_) std::fill_n(slope_view(state).sums.data, slope_size(), T{0});
+  }
+
+  // W = decay(W + tokens S) + sum_j (tokens - 1 - j) decay^(tokens-1-j) k_j^T v_j, in two steps.
+  T slope_factor(int64_t h, int64_t tokens) const {
+    const auto n = static_cast<double>(tokens);
+    return static_cast<T>(n * std::exp(-this->problem_.policy.slopes[static_cast<size_t>(h)] * n));
+  }
+
+  void update(int64_t lane, int64_t index, bool fresh, T* state, std::byte* memory) const override {
+    const int64_t b = lane / this->heads_, h = lane % this->heads_;
+    const Chunk chunk = chunk_for_update(b, index);
+    const Memory m = memory_at(memory);
+    const StateView<T> view = this->view(state);
+    if (slopes_) {
+      const StateView<T> slope = slope_view(state);
+      typename Call::Added added;
+      added.x = this->keys(b, h, chunk);
+      added.y = this->values(b, h, chunk);
+      added.factor = this->decays(h)->falling_slope(chunk.tokens - 1);
+      this->update_state(added, this->decay(h, chunk.tokens), fresh, slope, m.update);
+      if (!fresh) {
+        this->rows_.add_scaled(slope_factor(h, chunk.tokens), view.sums.data, slope_size(),
+                               slope.sums.data);
+      }
+    }
+    this->add_keys(b, h, chunk, fresh, view, m.update);
+  }
+
+  void scan(int64_t lane, int64_t index, T* running, T* slot, int64_t begin,
+            int64_t end) const override {
+    const int64_t b = lane / this->heads_, h = lane % this->heads_;
+    if (!this->problem_.causal) return this->scan_state({}, running, slot, begin, end);
+    const int64_t tokens = this->causal_chunk(b, index).tokens;
+    const Decay<T> decay = this->decay(h, tokens);
+    const int64_t slope_end = std::min(end, slope_size());
+    if (slopes_ && begin < slope_end) {
+      const int64_t offset = this->state_size();
+      this->scan_state(decay, running, slot, offset + begin, offset + slope_end);
+      this->rows_.add_scaled(slope_factor(h, tokens), running + begin, slope_end - begin,
+                             running + offset + begin);
+    }
+    this->scan_state(decay, running, slot, begin, end);
+  }
+
+  void store(int64_t lane, const T* state) const override {
+    if (!slopes_ || !last_.sums.defined()) return;
+    const int64_t b = lane / this->heads_, h = lane % this->heads_;
+    const Block slope = slope_view(const_cast<T*>(state)).sums;
+    double sum = 0;
+    for (int64_t f = 0; f < this->features_; ++f) {
+      for (int64_t c = 0; c < this->value_dim_; ++c) {
+        sum += static_cast<double>(*reinterpret_cast<const T*>(last_.sums.at({b, h, f, c}))) *
+               static_cast<double>(slope.row(f)[c]);
+      }
+    }
+    slope_parts_[static_cast<size_t>((lane + 1) * per_chunk_ - 1)] = sum;
+  }
+
+  void add_slopes() const {
+    std::fill(gradients_.slopes->begin(), gradients_.slopes->end(), 0.0);
+    if (!slopes_) return;
+    for (int64_t lane = 0; lane < this->lanes(); ++lane) {
+      double sum = 0;
+      for (int64_t c = 0; c < per_chunk_; ++c) {
+        sum += slope_parts_[static_cast<size_t>(lane * per_chunk_ + c)];
+      }
+      (*gradients_.slopes)[static_cast<size_t>(lane % this->heads_)] -= sum;
+    }
+  }
+
+  void use(int64_t lane, int64_t index, T* state, std::byte* memory) const override {
+    const int64_t b = lane / this->heads_, h = lane % this->heads_;
+    const Chunk chunk =
+        this->problem_.causal ? this->causal_chunk(b, index) : this->query_chunk(index);
+    if (chunk.queries == 0) return;
+    const Memory m = memory_at(memory);
+    this->query_ranges(chunk, m.ranges);
+    Block result = m.rows;
+    if (this->problem_.policy.polynomial) {
+      use_polynomial(b, h, chunk, this->view(state), m);
+    } else {
+      result = use_linear(lane, index, chunk, state, m);
+    }
+    this->wide_.finish(result, chunk.queries, this->width_, nullptr,
+                       gradients_.q.at({b, h, chunk.query}), gradients_.q.dtype(),
+                       gradients_.q.stride(2));
+  }
+
+  Rows gradient_of(int64_t b, int64_t h, const Chunk& chunk) const {
+    return this->rows(out_, b, h, chunk.query, chunk.queries);
+  }
+
+  // G v^T inside the chunk.
+  void value_scores(int64_t b, int64_t h, const Chunk& chunk, const void* gradient, Block to,
+                    const Memory& m) const {
+    this->panels(this->values(b, h, chunk), m.value_panels);
+    this->products_.scores(gradient, chunk.queries, m.value_panels, chunk.keys, this->value_dim_,
+                           m.ranges, to);
+  }
+
+  Block use_linear(int64_t lane, int64_t index, const Chunk& chunk, T* state,
+                   const Memory& m) const {
+    const int64_t b = lane / this->heads_, h = lane % this->heads_;
+    const StateView<T> view = this->view(state);
+    const Policy<T>& policy = this->problem_.policy;
+    const Source<T> q = this->queries(b, h, chunk), k = this->keys(b, h, chunk);
+    if (policy.read_out || slopes_) this->features(q, 0, this->features_, m.query_rows);
+    const auto gradient = this->left(gradient_of(b, h, chunk), m.gradient_rows, m.gradient);
+    this->products_.scores(gradient.data, chunk.queries,
+                           this->state_keys(view.sums, this->features_, m.state), this->features_,
+                           this->value_dim_, nullptr, m.features);
+    if (chunk.keys > 0) value_scores(b, h, chunk, gradient.data, m.weights.scores, m);
+    if (slopes_) {
+      slope_parts_[static_cast<size_t>(lane * per_chunk_ + index)] =
+          slope_part(b, h, chunk, gradient.data, state, m);
+    }
+    if (chunk.keys > 0) {
+      if (k.map != nullptr) this->features(k, 0, this->features_, m.key_rows);
+      kernels::WeightFactors<T> factors;
+      if (const auto* table = this->decays(h)) factors.decay = table->falling(chunk.shift);
+      this->weigh_and_add(m.weights, chunk.queries, chunk.keys, m.ranges, factors, false,
+                          this->right(this->operand(k, m.key_rows), m.keys),
+                          this->state_factors(h, chunk.shift + 1), m.features);
+    }
+    if (policy.read_out) read_out(lane, chunk, view, m);
+    if (q.map == nullptr) return m.features;
+    std::fill_n(m.rows.data, this->tile_rows_ * m.rows.stride, T{0});
+    q.map->pull(q.at, q.rows, 0, this->features_, {m.features.data, m.features.stride}, m.rows);
+    if (this->separate_sums()) {
+      const Source<T> psi = this->for_sums(q, true);
+      psi.map->pull(psi.at, psi.rows, 0, this->features_,
+                    {m.more_features.data, m.more_features.stride}, m.rows);
+    }
+    return m.rows;
+  }
+
+  // Minus the part of the slope's gradient that a chunk's rows give.
+  double slope_part(int64_t b, int64_t h, const Chunk& chunk, const void* gradient, T* state,
+                    const Memory& m) const {
+    const DecayTable<T>& table = *this->decays(h);
+    const auto state_part = [&](Block gradients, bool distance) {
+      std::fill_n(m.dots, chunk.queries, T{0});
+      this->rows_.row_dots({m.query_rows.data, m.query_rows.stride},
+                           {gradients.data, gradients.stride}, chunk.queries, written_features(),
+                           m.dots);
+      double sum = 0;
+      for (int64_t r = 0; r < chunk.queries; ++r) {
+        const int64_t steps = chunk.shift + r + 1;
+        const double factor =
+            static_cast<double>(table.rising(steps)[0]) * static_cast<double>(distance ? steps : 1);
+        if (factor != 0) sum += factor * static_cast<double>(m.dots[r]);
+      }
+      return sum;
+    };
+    double sum = state_part(m.features, true);
+    this->products_.scores(gradient, chunk.queries,
+                           this->state_keys(slope_view(state).sums, this->features_, m.state),
+                           this->features_, this->value_dim_, nullptr, m.more_features);
+    sum += state_part(m.more_features, false);
+    const Source<T> q = this->queries(b, h, chunk), k = this->keys(b, h, chunk);
+    const auto left = this->left(this->operand(q, m.query_rows), m.query_rows, m.query);
+    if (k.map != nullptr) this->features(k, 0, this->features_, m.key_rows);
+    this->panels(this->operand(k, m.key_rows), m.key_panels);
+    this->products_.scores(left.data, chunk.queries, m.key_panels, chunk.keys, this->features_,
+                           m.ranges, m.scores);
+    const Block& values = m.weights.scores;
+    return sum + this->rows_.distance_sum({m.scores.data, m.scores.stride},
+                                          {values.data, values.stride}, chunk.queries, m.ranges,
+                                          chunk.shift, table.falling(chunk.shift));
+  }
+
+  // Scales of a row from its denominator, G . num in dots and G . vs in sum_dots. Kept for the keys.
+  void row_scales(int64_t lane, const Chunk& chunk, const Memory& m, T* num_scale,
+                  T* denominator) const {
+    const auto first = static_cast<size_t>(lane * this->queries_ + chunk.query);
+    for (int64_t r = 0; r < chunk.queries; ++r) {
+      const ReadOut row =
+          this->problem_.policy.read_out(lane / this->heads_, this->seen_tokens(chunk.query + r),
+                                         static_cast<double>(m.sums.denominators[r]));
+      const double gradient = row.num_slope * static_cast<double>(m.dots[r]) -
+                              row.sum_slope * static_cast<double>(m.sum_dots[r]);
+      const size_t i = first + static_cast<size_t>(r);
+      num_scale[r] = statistics_.num_scale[i] = static_cast<T>(row.num_scale);
+      denominator[r] = statistics_.denominator[i] = static_cast<T>(gradient);
+      statistics_.sum_scale[i] = static_cast<T>(-row.sum_scale);
+    }
+  }
+
+  void read_out(int64_t lane, const Chunk& chunk, const StateView<T>& state,
+                const Memory& m) const {
+    const int64_t b = lane / this->heads_, h = lane % this->heads_;
+    const int64_t width = this->padded_features_;
+    this->running_denominators(b, h, chunk, state, m.sums);
+    std::fill_n(m.dots, chunk.queries, T{0});
+    std::fill_n(m.sum_dots, chunk.queries, T{0});
+    this->rows_.row_dots({m.query_rows.data, m.query_rows.stride},
+                         {m.features.data, m.features.stride}, chunk.queries, written_features(),
+                         m.dots);
+    if (this->problem_.policy.value_sum) {
+      this->rows_.pack_rows(this->values(b, h, chunk), nullptr, m.value_rows);
+      this->rows_.pack_rows(gradient_of(b, h, chunk), nullptr, m.gradient_rows);
+      std::copy_n(state.values, this->padded_values_, m.sums.row);
+      this->rows_.run_dots({m.value_rows.data, m.value_rows.stride}, chunk.key_tokens(),
+                           {m.gradient_rows.data, m.gradient_rows.stride}, chunk.query_tokens(),
+                           this->padded_values_, m.sums.row, m.sum_dots);
+    }
+    row_scales(lane, chunk, m, m.dots, m.sum_dots);
+    this->rows_.scale_rows(m.features, chunk.queries, width, m.dots);
+    Block sums = m.features;
+    if (this->separate_sums()) {
+      sums = m.more_features;
+      std::fill_n(sums.data, this->tile_rows_ * sums.stride, T{0});
+    }
+    std::copy_n(state.keys, width, m.sums.row);
+    this->rows_.run_add({m.sums.key_rows.data, width}, nullptr, chunk.key_tokens(), sums,
+                        m.sum_dots, chunk.query_tokens(), width, false, m.sums.row);
+  }
+
+  // rows = a (what num gives) + e (what the denominator gives), each pulled from features first.
+  void use_polynomial(int64_t b, int64_t h, const Chunk& chunk, const StateView<T>& state,
+                      const Memory& m) const {
+    const auto& polynomial = *this->problem_.policy.polynomial;
+    const Source<T> q = this->queries(b, h, chunk), k = this->keys(b, h, chunk);
+    const auto gradient = this->left(gradient_of(b, h, chunk), m.gradient_rows, m.gradient);
+    for (T* row : {m.sums.denominators, m.dots, m.sum_dots}) std::fill_n(row, chunk.queries, T{0});
+    for (const Block& block : {m.rows, m.more_rows}) {
+      std::fill_n(block.data, this->tile_rows_ * block.stride, T{0});
+    }
+    for (int64_t first = 0; first < this->features_; first += this->tile_) {
+      state_tile(q, chunk.queries, first, gradient.data, state, m);
+    }
+    const Block raw{m.query_rows.data, this->padded_width_};
+    if (chunk.keys > 0) {
+      this->rows_.pack_rows(q.rows, nullptr, raw);
+      this->panels(k.rows, m.key_panels);
+      this->products_.scores(raw.data, chunk.queries, m.key_panels, chunk.keys, this->width_,
+                             m.ranges, m.scores);
+      this->rows_.polynomial(m.scores, m.sums.weights, chunk.queries, chunk.keys, m.ranges,
+                             static_cast<T>(polynomial.scale), polynomial.order);
+      this->add_weight_sums(m.sums.weights, chunk.queries, m.ranges, m.sums);
+      value_scores(b, h, chunk, gradient.data, m.weights.scores, m);
+      this->rows_.range_sums({m.sums.weights.data, m.sums.weights.stride},
+                             {m.weights.scores.data, m.weights.scores.stride}, chunk.queries,
+                             m.ranges, m.dots);
+    }
+    row_scales(b * this->heads_ + h, chunk, m, m.dots, m.sum_dots);
+    this->rows_.scale_rows(m.rows, chunk.queries, this->padded_width_, m.dots);
+    for (int64_t r = 0; r < chunk.queries; ++r) {
+      this->rows_.add_scaled(m.sum_dots[r], m.more_rows.row(r), this->padded_width_, m.rows.row(r));
+    }
+    if (chunk.keys == 0) return;
+    this->rows_.chain(m.scores, {m.weights.scores.data, m.weights.scores.stride}, chunk.queries,
+                      chunk.keys, m.ranges, m.dots, m.sum_dots, false);
+    this->weigh_and_add({m.scores, nullptr}, chunk.queries, chunk.keys, m.ranges, {}, true,
+                        this->right(k.rows, m.keys), this->ones(), m.rows);
+  }
+
+  void state_tile(const Source<T>& q, int64_t count, int64_t first, const void* gradient,
+                  const StateView<T>& state, const Memory& m) const {
+    const int64_t features = std::min(this->tile_, this->features_ - first);
+    const int64_t padded = round_up(features, this->products_.key_multiple);
+    const Block x{m.query_rows.data, padded}, y{m.features.data, padded};
+    this->features(q, first, features, x);
+    this->add_state_denominators(x, count, first, state, m.sums);
+    this->products_.scores(
+        gradient, count,
+        this->state_keys({state.sums.row(first), state.sums.stride}, features, m.state), features,
+        this->value_dim_, nullptr, y);
+    this->rows_.row_dots({x.data, padded}, {y.data, padded}, count, padded, m.dots);
+    q.map->pull(q.at, q.rows, first, features, {y.data, padded}, m.rows);
+    q.map->pull(q.at, q.rows, first, features, {state.keys + first, 0}, m.more_rows);
+  }
+
+  const Tensor& out_;
+  const State& last_;
+  const Gradients& gradients_;
+  RowStatistics<T>& statistics_;
+  const bool slopes_;
+  const int64_t padded_panel_;
+  size_t memory_bytes_ = 0;
+  int64_t per_chunk_ = 0;
+  mutable std::vector<double> slope_parts_;  // per lane: chunks, and the last state
+};
+
+}  // namespace
+
+template <class T>
+void query_gradients(const Problem<T>& problem, const Tensor& out, const State& last,
+                     const Gradients& gradients, RowStatistics<T>& statistics,
+                     const RunOptions& run) {
+  QueryGradients<T>(problem, out, last, gradients, statistics, run).run();
+}
+
+template void query_gradients(const Problem<float>&, const Tensor&, const State&, const Gradients&,
+                              RowStatistics<float>&, const RunOptions&);
+template void query_gradients(const Problem<double>&, const Tensor&, const State&, const Gradients&,
+                              RowStatistics<double>&, const RunOptions&);
+
+}  // namespace heed::chunked

@@ -1,0 +1,106 @@
+// The vector code of one chunk of a sequence that carries a running state, beside the products of tile.h.
+// A state is a matrix S [features, value dim] with a few row vectors; a chunk is some tens of tokens.
+//
+//   pack_rows        a block of T from rows of any type, with a factor per row
+//   weigh            W[r,m] = S[r,m] decay[m-r] column[m], exactly 0 outside the ranges
+//   outer            S = decay(S) + X^T Y                        the update of a state by a chunk
+//   step             S = decay(S) + k^T v, o = q S               one token; reads and writes S once
+//   run_dots, run_add                                            sums that run along the rows
+//
+// T is float (float32, bfloat16 and float16 calls) or double (float64 calls).
+#pragma once
+#include <cstdint>
+
+#include "kernels/tile.h"
+
+namespace heed::kernels {
+
+/// What time does to a state: S becomes S * factor, plus S again if `keep`. A decay near 1 is kept as
+/// factor = decay - 1, exact to T: rounded decays near 1 would compound over the chunks.
+template <class T>
+struct Decay {
+  T factor = 1;
+  bool keep = false;
+};
+
+/// Factors of a weight beside its score; null: 1.
+template <class T>
+struct WeightFactors {
+  const T* decay = nullptr;  // row r, column m: decay[m - r]; readable wherever whole vectors reach
+  const T* column = nullptr;
+};
+
+/// Tokens [first, last) of a chunk that have a row; row r of a block is token first + r.
+struct TokenRange {
+  int64_t first = 0, last = 0;
+};
+
+template <class T>
+struct ChunkKernels {
+  /// Rows times factor (null: 1), padded with zeros to `stride` columns (a multiple of dim_multiple).
+  void (*pack_rows)(const Rows& x, const T* factor, Block<T> to) = nullptr;
+  /// Rows as the keys of a score product of the tile table of T (its pack_keys).
+  void (*pack_panels)(const Rows& x, T* to) = nullptr;
+  /// Weights to `weights`: T, or bfloat16 in pairs of up to 32 columns (weigh_half).
+  void (*weigh)(Block<T> s, int64_t rows, int64_t columns, const KeyRange* ranges,
+                const WeightFactors<T>& factors, void* weights, int64_t stride) = nullptr;
+  void (*weigh_half)(Block<T> s, int64_t rows, int64_t columns, const KeyRange* ranges,
+                     const WeightFactors<T>& factors, void* weights, int64_t stride) = nullptr;
+
+  /// S [rows, columns] = decay(S) + X^T Y (decay null: X^T Y) with X [depth, rows], Y [depth, columns].
+  /// columns is a multiple of dim_multiple; X is read up to kOuterSlack elements past its last row.
+  void (*outer)(Block<const T> x, Block<const T> y, int64_t depth, int64_t rows, int64_t columns,
+                const Decay<T>* decay, Block<T> s) = nullptr;
+  /// s = decay(s) + added, elementwise.
+  void (*advance)(T* s, const T* added, int64_t count, const Decay<T>& decay) = nullptr;
+  /// One step of a scan: slot receives what ran before it, running = decay(running) + slot.
+  void (*scan)(T* running, T* slot, int64_t count, const Decay<T>& decay) = nullptr;
+  /// to[c] = decay(from[c]) + k v^T and o[c] = q . to[., c] over `features` rows and the given columns
+  /// (any number). `to` may be `from`; without data it is not written.
+  void (*step)(const T* q, const T* k, const T* v, int64_t features, int64_t columns,
+               const Decay<T>& decay, Block<const T> from, Block<T> to, T* o) = nullptr;
+
+  /// sum += x_factor x_t at every token of x, then dots[r] = y_r . sum at every token of y, for tokens
+  /// 0, 1, ... (x before y at the same token). Null factors are 1; widths are multiples of dim_multiple.
+  void (*run_dots)(Block<const T> x, TokenRange x_tokens, Block<const T> y, TokenRange y_tokens,
+                   int64_t width, T* sum, T* dots) = nullptr;
+  /// The same with y_r += y_factor[r] sum; backwards from the last token to 0 if `reverse`.
+  void (*run_add)(Block<const T> x, const T* x_factor, TokenRange x_tokens, Block<T> y,
+                  const T* y_factor, TokenRange y_tokens, int64_t width, bool reverse,
+                  T* sum) = nullptr;
+  /// dots[r] += a_r . b_r, and a row of b for all when its stride is 0.
+  void (*row_dots)(Block<const T> a, Block<const T> b, int64_t rows, int64_t width,
+                   T* dots) = nullptr;
+  /// x_r *= factor[r].
+  void (*scale_rows)(Block<T> x, int64_t rows, int64_t width, const T* factor) = nullptr;
+  /// y += factor x
+  void (*add_scaled)(T factor, const T* x, int64_t width, T* y) = nullptr;
+
+  /// Scores x = scale * s become the Taylor polynomial of exp, of degree `order`, in `p` and its
+  /// derivative with respect to s in `s` itself; exactly 0 outside the ranges.
+  void (*polynomial)(Block<T> s, Block<T> p, int64_t rows, int64_t columns, const KeyRange* ranges,
+                     T scale, int order) = nullptr;
+  /// In the ranges s = s (factor g + added), where factor and added belong to rows, or to columns.
+  void (*chain)(Block<T> s, Block<const T> g, int64_t rows, int64_t columns, const KeyRange* ranges,
+                const T* factor, const T* added, bool by_column) = nullptr;
+  /// sums[r] += sum over the range of a b (b without data: of a).
+  void (*range_sums)(Block<const T> a, Block<const T> b, int64_t rows, const KeyRange* ranges,
+                     T* sums) = nullptr;
+  /// Sum over the ranges of (distance + r - m) decay[m - r] a[r,m] b[r,m].
+  double (*distance_sum)(Block<const T> a, Block<const T> b, int64_t rows, const KeyRange* ranges,
+                         int64_t distance, const T* decay) = nullptr;
+
+  /// bfloat16 operands from T and from each other (float tables on AVX-512 only):
+  /// rows of a block, rounded; columns [width, stride) are zero.
+  void (*round_rows)(Block<const T> from, int64_t rows, int64_t width, uint16_t* to,
+                     int64_t stride) = nullptr;
+  /// X^T as rows [width][stride] of bfloat16, zero behind x.count; x is bfloat16, with a factor per row.
+  void (*pack_transposed)(const Rows& x, const T* factor, uint16_t* to, int64_t stride) = nullptr;
+};
+
+inline constexpr int64_t kOuterSlack = 16;
+
+template <class T>
+const ChunkKernels<T>& chunk_kernels(Isa isa);
+
+}  // namespace heed::kernels

@@ -1,0 +1,217 @@
+// Rows of a chunk: copies with factors, sums that run along the rows, operands in bfloat16.
+#include "kernels/simd.h"
+#undef HWY_TARGET_INCLUDE
+#define HWY_TARGET_INCLUDE "kernels/chunk_rows.cpp"
+#include <hwy/foreach_target.h>
+// After foreach_target.
+#include "kernels/chunk_parts.h"
+#include "kernels/half_store-inl.h"
+#include "kernels/transpose-inl.h"
+#include "kernels/vector-inl.h"
+
+HWY_BEFORE_NAMESPACE();
+namespace heed::kernels::HWY_NAMESPACE {
+namespace hn = hwy::HWY_NAMESPACE;
+
+template <class T, class From>
+HWY_INLINE hn::Vec<Full<T>> load_up_to(const From* p, int64_t count) {
+  const Full<T> d;
+  return count >= lanes<T>() ? Load<T, From>::full(d, p)
+                             : Load<T, From>::first(d, p, static_cast<size_t>(HWY_MAX(count, 0)));
+}
+
+template <class T>
+void pack_rows(const Rows& x, const T* factor, Block<T> to) {
+  const Full<T> d;
+  with_element_type<T>(x.dtype, [&](auto from) HWY_ATTR {
+    using From = decltype(from);
+    for (int64_t r = 0; r < x.count; ++r) {
+      const auto* row = static_cast<const From*>(x.data) + r * x.stride;
+      const auto f = hn::Set(d, factor == nullptr ? T{1} : factor[r]);
+      int64_t i = 0;
+      for (; i < x.width; i += lanes<T>()) {
+        hn::StoreU(hn::Mul(f, load_up_to<T, From>(row + i, x.width - i)), d, to.row(r) + i);
+      }
+      for (; i < to.stride; i += lanes<T>()) hn::StoreU(hn::Zero(d), d, to.row(r) + i);
+    }
+  });
+}
+
+// In the layout of pack_keys: panels of kPanelVectors vectors of rows of x, element (e, row) at
+// panel[e * panel width + row].
+template <class T>
+void pack_panels(const Rows& x, T* to) {
+  const Full<T> d;
+  constexpr int64_t kLanes = lanes<T>();
+  const int64_t panel = kPanelVectors * kLanes, padded = round_up(x.count, kLanes);
+  with_element_type<T>(x.dtype, [&](auto from) HWY_ATTR {
+    using From = decltype(from);
+    const auto* data = static_cast<const From*>(x.data);
+    for (int64_t r = 0; r < padded; r += kLanes) {
+      const int64_t start = r / panel * panel, width = HWY_MIN(panel, padded - start);
+      T* out = to + start * x.width + (r - start);
+      for (int64_t e = 0; e < x.width; e += kLanes) {
+        hn::Vec<Full<T>> rows[kLanes];
+        for (int64_t i = 0; i < kLanes; ++i) {
+          rows[i] = r + i < x.count
+                        ? load_up_to<T, From>(data + (r + i) * x.stride + e, x.width - e)
+                        : hn::Zero(d);
+        }
+        transpose_square<T>(rows, [&](int64_t c, hn::Vec<Full<T>> column) HWY_ATTR {
+          if (e + c < x.width) hn::StoreU(column, d, out + (e + c) * width);
+        });
+      }
+    }
+  });
+}
+
+// sum of x_i y_i over whole vectors
+template <class T>
+HWY_INLINE T dot(const T* x, const T* y, int64_t width) {
+  const Full<T> d;
+  auto even = hn::Zero(d), odd = hn::Zero(d);
+  int64_t i = 0;
+  for (; i + 2 * lanes<T>() <= width; i += 2 * lanes<T>()) {
+    even = hn::MulAdd(hn::LoadU(d, x + i), hn::LoadU(d, y + i), even);
+    odd = hn::MulAdd(hn::LoadU(d, x + i + lanes<T>()), hn::LoadU(d, y + i + lanes<T>()), odd);
+  }
+  if (i < width) even = hn::MulAdd(hn::LoadU(d, x + i), hn::LoadU(d, y + i), even);
+  return hn::GetLane(hn::SumOfLanes(d, hn::Add(even, odd)));
+}
+
+// y += factor x over whole vectors
+template <class T>
+HWY_INLINE void add_scaled(T factor, const T* x, int64_t width, T* y) {
+  const Full<T> d;
+  const auto f = hn::Set(d, factor);
+  for (int64_t i = 0; i < width; i += lanes<T>()) {
+    hn::StoreU(hn::MulAdd(f, hn::LoadU(d, x + i), hn::LoadU(d, y + i)), d, y + i);
+  }
+}
+
+HWY_INLINE bool holds(TokenRange tokens, int64_t t) { return t >= tokens.first && t < tokens.last; }
+
+template <class T>
+void run_dots(Block<const T> x, TokenRange x_tokens, Block<const T> y, TokenRange y_tokens,
+              int64_t width, T* sum, T* dots) {
+  const int64_t last = HWY_MAX(x_tokens.last, y_tokens.last);
+  for (int64_t t = 0; t < last; ++t) {
+    if (holds(x_tokens, t)) add_scaled(T{1}, x.row(t - x_tokens.first), width, sum);
+    if (holds(y_tokens, t)) {
+      const int64_t r = t - y_tokens.first;
+      dots[r] = dot(y.row(r), sum, width);
+    }
+  }
+}
+
+template <class T>
+void run_add(Block<const T> x, const T* x_factor, TokenRange x_tokens, Block<T> y,
+             const T* y_factor, TokenRange y_tokens, int64_t width, bool reverse, T* sum) {
+  const int64_t last = HWY_MAX(x_tokens.last, y_tokens.last);
+  for (int64_t i = 0; i < last; ++i) {
+    const int64_t t = reverse ? last - 1 - i : i;
+    if (holds(x_tokens, t)) {
+      const int64_t r = t - x_tokens.first;
+      add_scaled(x_factor == nullptr ? T{1} : x_factor[r], x.row(r), width, sum);
+    }
+    if (holds(y_tokens, t)) {
+      const int64_t r = t - y_tokens.first;
+      add_scaled(y_factor == nullptr ? T{1} : y_factor[r], sum, width, y.row(r));
+    }
+  }
+}
+
+template <class T>
+void row_dots(Block<const T> a, Block<const T> b, int64_t rows, int64_t width, T* dots) {
+  for (int64_t r = 0; r < rows; ++r) dots[r] += dot(a.row(r), b.row(r), width);
+}
+
+template <class T>
+void scale_rows(Block<T> x, int64_t rows, int64_t width, const T* factor) {
+  const Full<T> d;
+  for (int64_t r = 0; r < rows; ++r) {
+    const auto f = hn::Set(d, factor[r]);
+    for (int64_t i = 0; i < width; i += lanes<T>()) {
+      hn::StoreU(hn::Mul(f, hn::LoadU(d, x.row(r) + i)), d, x.row(r) + i);
+    }
+  }
+}
+
+void round_rows(Block<const float> from, int64_t rows, int64_t width, uint16_t* to,
+                int64_t stride) {
+  const Full<float> d;
+  const hn::Rebind<uint16_t, Full<float>> d16;
+  for (int64_t r = 0; r < rows; ++r) {
+    uint16_t* out = to + r * stride;
+    int64_t i = 0;
+    for (; i < width; i += lanes<float>()) {
+      const int64_t count = width - i;
+      auto x = hn::LoadU(d, from.row(r) + i);
+      if (count < lanes<float>()) {
+        x = hn::IfThenElseZero(hn::FirstN(d, static_cast<size_t>(count)), x);
+      }
+      store_half(x, out + i);
+    }
+    for (; i < stride; i += lanes<float>()) hn::StoreU(hn::Zero(d16), d16, out + i);
+  }
+}
+
+// Elements [f, f + lanes) of a row of bfloat16 as bits in 32-bit lanes, multiplied and rounded again.
+HWY_INLINE hn::Vec<Full<uint32_t>> scaled_bits(const uint16_t* row, int64_t count, float factor) {
+  const Full<float> d;
+  const Full<uint32_t> du;
+  if (row == nullptr) return hn::Zero(du);
+  const auto x = load_up_to<float>(reinterpret_cast<const bfloat16*>(row), count);
+  if (factor == 1) return hn::ShiftRight<16>(hn::BitCast(du, x));
+  return bfloat16_bits(d, hn::Mul(hn::Set(d, factor), x));
+}
+
+void pack_transposed(const Rows& x, const float* factor, uint16_t* to, int64_t stride) {
+  const Full<float> d;
+  const auto* data = static_cast<const uint16_t*>(x.data);
+  const auto pair = [&](int64_t r, int64_t f) HWY_ATTR {
+    const auto row = [&](int64_t i) HWY_ATTR {
+      return scaled_bits(i < x.count ? data + i * x.stride + f : nullptr, x.width - f,
+                         factor == nullptr || i >= x.count ? 1.0f : factor[i]);
+    };
+    return hn::BitCast(d, hn::Or(row(r), hn::ShiftLeft<16>(row(r + 1))));
+  };
+  for (int64_t r = 0; r < stride; r += 8) {
+    for (int64_t f = 0; f < x.width; f += lanes<float>()) {
+      const hn::Vec<Full<float>> pairs[4] = {pair(r, f), pair(r + 2, f), pair(r + 4, f),
+                                             pair(r + 6, f)};
+      transpose_group<float>(pairs, [&](int64_t c, const float* group) HWY_ATTR {
+        if (f + c < x.width) hwy::CopyBytes<16>(group, to + (f + c) * stride + r);
+      });
+    }
+  }
+}
+
+template <class T>
+void add_parts(ChunkKernels<T>& table) {
+  table.pack_rows = pack_rows<T>;
+  table.pack_panels = pack_panels<T>;
+  table.run_dots = run_dots<T>;
+  table.run_add = run_add<T>;
+  table.row_dots = row_dots<T>;
+  table.scale_rows = scale_rows<T>;
+  table.add_scaled = [](T factor, const T* x, int64_t width, T* y) {
+    add_scaled(factor, x, width, y);
+  };
+}
+
+void add_chunk_row_parts(ChunkKernels<float>& f, ChunkKernels<double>& d) {
+  add_parts(f);
+  add_parts(d);
+  f.round_rows = round_rows;
+  f.pack_transposed = pack_transposed;
+}
+
+}  // namespace heed::kernels::HWY_NAMESPACE
+HWY_AFTER_NAMESPACE();
+
+#if HWY_ONCE
+namespace heed::kernels {
+HEED_SELECT_CHUNK_PART(add_chunk_row_parts)
+}  // namespace heed::kernels
+#endif

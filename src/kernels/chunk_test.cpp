@@ -1,0 +1,424 @@
+// Every kernel of a chunk against plain loops in double, on every instruction set this machine has.
+#include "kernels/chunk.h"
+
+#include <gtest/gtest.h>
+
+#include <algorithm>
+#include <cmath>
+#include <limits>
+#include <random>
+#include <vector>
+
+#include "base/round_up.h"
+#include "kernels/parts.h"
+
+namespace heed::kernels {
+namespace {
+
+template <class T>
+struct Matrix {
+  Matrix(int64_t row_count, int64_t column_count, int64_t row_stride, uint32_t seed)
+      : memory(static_cast<size_t>(row_count * row_stride + 64)), stride(row_stride) {
+    std::mt19937 generator(seed);
+    std::normal_distribution<double> normal;
+    for (int64_t r = 0; r < row_count; ++r) {
+      for (int64_t c = 0; c < column_count; ++c) at(r, c) = static_cast<T>(normal(generator));
+    }
+  }
+  T& at(int64_t r, int64_t c) { return memory[static_cast<size_t>(r * stride + c)]; }
+  Block<T> block() { return {memory.data(), stride}; }
+  Block<const T> read() const { return {memory.data(), stride}; }
+  std::vector<T> memory;
+  int64_t stride;
+};
+
+template <class T>
+double unit() {
+  return sizeof(T) == 8 ? 1e-14 : 4e-6;
+}
+
+template <class T, class Body>
+void for_tables(Body&& body) {
+  for (Isa isa : available_isas()) {
+    SCOPED_TRACE(name_of(isa));
+    body(chunk_kernels<T>(isa), isa);
+  }
+}
+
+template <class T>
+class Chunks : public testing::Test {};
+using Types = testing::Types<float, double>;
+TYPED_TEST_SUITE(Chunks, Types);
+
+TYPED_TEST(Chunks, OuterProductsWithEveryDecay) {
+  using T = TypeParam;
+  for_tables<T>([](const ChunkKernels<T>& k, Isa) {
+    for (const auto& [depth, rows, columns] :
+         {std::tuple<int64_t, int64_t, int64_t>{0, 3, 16}, {1, 1, 16}, {7, 13, 48}, {65, 40, 80}}) {
+      Matrix<T> x(depth, rows, rows + 3, 1), y(depth, columns, columns, 2),
+          s(rows, columns, columns, 3);
+      const Decay<T> decays[] = {{1, false}, {T(0.25), false}, {T(-0.125), true}};
+      for (const Decay<T>* decay : {&decays[0], &decays[1], &decays[2], (const Decay<T>*)nullptr}) {
+        Matrix<T> found = s;
+        k.outer(x.read(), y.read(), depth, rows, columns, decay, found.block());
+        const double factor = decay == nullptr ? 0 : double(decay->factor) + (decay->keep ? 1 : 0);
+        for (int64_t r = 0; r < rows; ++r) {
+          for (int64_t c = 0; c < columns; ++c) {
+            double want = factor * double(s.at(r, c));
+            for (int64_t i = 0; i < depth; ++i) want += double(x.at(i, r)) * double(y.at(i, c));
+            ASSERT_NEAR(found.at(r, c), want, unit<T>() * std::sqrt(double(depth + 1)));
+          }
+        }
+      }
+    }
+  });
+}
+
+TYPED_TEST(Chunks, AdvanceIsAScanStepAndOuterInParts) {
+  using T = TypeParam;
+  for_tables<T>([](const ChunkKernels<T>& k, Isa) {
+    Matrix<T> x(9, 5, 8, 1), y(9, 32, 32, 2), s(5, 32, 32, 3), sum(5, 32, 32, 4);
+    for (const Decay<T>& decay :
+         {Decay<T>{1, false}, Decay<T>{T(0.3), false}, Decay<T>{T(-0.1), true}}) {
+      Matrix<T> together = s, apart = s, scanned = s, slot = sum;
+      k.outer(x.read(), y.read(), 9, 5, 32, &decay, together.block());
+      k.outer(x.read(), y.read(), 9, 5, 32, nullptr, sum.block());
+      k.advance(apart.memory.data(), sum.memory.data(), 5 * 32, decay);
+      slot = sum;
+      k.scan(scanned.memory.data(), slot.memory.data(), 5 * 32, decay);
+      for (int64_t r = 0; r < 5; ++r) {
+        for (int64_t c = 0; c < 32; ++c) {
+          ASSERT_EQ(apart.at(r, c), together.at(r, c));  // every schedule has the same bits
+          ASSERT_EQ(scanned.at(r, c), together.at(r, c));
+          ASSERT_EQ(slot.at(r, c), s.at(r, c));
+        }
+      }
+    }
+  });
+}
+
+TYPED_TEST(Chunks, StepsOfAnyWidth) {
+  using T = TypeParam;
+  for_tables<T>([](const ChunkKernels<T>& k, Isa) {
+    for (int64_t columns : {1, 5, 16, 17, 64, 128, 131, 200}) {
+      const int64_t features = 9, stride = columns + 2;
+      Matrix<T> q(1, features, 16, 1), key(1, features, 16, 2), v(1, columns, columns, 3);
+      Matrix<T> s(features, columns, stride, 4), to(features, stride, stride, 5),
+          o(1, columns, columns, 6);
+      const T guard = to.at(0, columns);
+      const Decay<T> decay{T(-0.25), true};
+      k.step(q.memory.data(), key.memory.data(), v.memory.data(), features, columns, decay,
+             s.read(), to.block(), o.memory.data());
+      EXPECT_EQ(to.at(0, columns), guard);
+      Matrix<T> in_place = s, other(1, columns, columns, 7);
+      k.step(q.memory.data(), key.memory.data(), v.memory.data(), features, columns, decay,
+             in_place.read(), in_place.block(), other.memory.data());
+      Matrix<T> not_stored(1, columns, columns, 8);
+      k.step(q.memory.data(), key.memory.data(), v.memory.data(), features, columns, decay,
+             s.read(), {}, not_stored.memory.data());
+      for (int64_t c = 0; c < columns; ++c) {
+        double out = 0;
+        for (int64_t f = 0; f < features; ++f) {
+          const double want = 0.75 * double(s.at(f, c)) + double(key.at(0, f)) * double(v.at(0, c));
+          ASSERT_NEAR(to.at(f, c), want, unit<T>());
+          ASSERT_EQ(in_place.at(f, c), to.at(f, c));
+          out += double(q.at(0, f)) * want;
+        }
+        ASSERT_NEAR(o.at(0, c), out, 10 * unit<T>());
+        ASSERT_EQ(other.at(0, c), o.at(0, c));
+        ASSERT_EQ(not_stored.at(0, c), o.at(0, c));
+      }
+    }
+  });
+}
+
+TYPED_TEST(Chunks, PanelsAreThoseOfTheTileTable) {
+  using T = TypeParam;
+  constexpr DType kOwn = sizeof(T) == 8 ? DType::f64 : DType::f32;
+  for_tables<T>([](const ChunkKernels<T>& k, Isa isa) {
+    const auto& tile = tile_kernels<T>(isa);
+    for (const auto& [count, width] :
+         {std::pair<int64_t, int64_t>{1, 1}, {5, 3}, {16, 16}, {64, 33}, {131, 80}}) {
+      Matrix<T> x(count, width, width + 5, 1);
+      const Rows rows{x.memory.data(), kOwn, x.stride, count, width};
+      const auto size = static_cast<size_t>(tile.key_bytes(count, width)) / sizeof(T);
+      std::vector<T> found(size, T(7)), want(size, T(7));
+      k.pack_panels(rows, found.data());
+      tile.pack_keys(rows, want.data());
+      EXPECT_EQ(found, want) << count << " " << width;
+    }
+  });
+}
+
+TYPED_TEST(Chunks, PackedRowsOfEveryTypeWithFactors) {
+  using T = TypeParam;
+  for_tables<T>([](const ChunkKernels<T>& k, Isa) {
+    for (DType type : sizeof(T) == 8 ? std::vector<DType>{DType::f64}
+                                     : std::vector<DType>{DType::f32, DType::bf16, DType::f16}) {
+      Matrix<double> exact(7, 21, 25, 1);
+      Array stored(type, {7, 25}), back(DType::f64, {7, 25});
+      copy(Tensor(exact.memory.data(), DType::f64, {7, 25}), stored);
+      copy(stored, back);
+      Matrix<T> factor(1, 7, 16, 2), to(7, 32, 32, 3);
+      for (const T* factors : {(const T*)nullptr, (const T*)factor.memory.data()}) {
+        k.pack_rows({stored.view().data(), type, 25, 7, 21}, factors, to.block());
+        for (int64_t r = 0; r < 7; ++r) {
+          for (int64_t c = 0; c < 32; ++c) {
+            const double x = c < 21 ? back.as<double>()[r * 25 + c] : 0;
+            ASSERT_NEAR(to.at(r, c), factors == nullptr ? x : x * double(factor.at(0, r)),
+                        unit<T>());
+          }
+        }
+      }
+    }
+  });
+}
+
+std::vector<KeyRange> causal_ranges(int64_t rows, int64_t columns) {
+  std::vector<KeyRange> ranges;
+  for (int64_t r = 0; r < rows; ++r) {
+    ranges.push_back({static_cast<int32_t>(r / 3), static_cast<int32_t>(std::min(columns, 2 * r))});
+    if (r % 5 == 4) ranges.back() = {0, 0};
+  }
+  return ranges;
+}
+
+bool sees(const KeyRange& range, int64_t m) { return m >= range.begin && m < range.end; }
+
+// Scores with NaN wherever a row sees nothing.
+template <class T>
+Matrix<T> masked_scores(const std::vector<KeyRange>& ranges, int64_t columns, uint32_t seed) {
+  const auto rows = static_cast<int64_t>(ranges.size());
+  Matrix<T> s(rows, columns, columns + 48, seed);
+  for (int64_t r = 0; r < rows; ++r) {
+    for (int64_t m = 0; m < s.stride; ++m) {
+      if (!sees(ranges[static_cast<size_t>(r)], m))
+        s.at(r, m) = std::numeric_limits<T>::quiet_NaN();
+    }
+  }
+  return s;
+}
+
+TYPED_TEST(Chunks, WeightsAreExactlyZeroOutsideTheRanges) {
+  using T = TypeParam;
+  for_tables<T>([](const ChunkKernels<T>& k, Isa) {
+    constexpr int64_t kRows = 23, kColumns = 37;
+    const auto ranges = causal_ranges(kRows, kColumns);
+    Matrix<T> table(1, 256, 256, 3), column(1, 64, 64, 4);
+    const T* decay = table.memory.data() + 100;
+    for (const WeightFactors<T>& factors :
+         {WeightFactors<T>{}, {decay, nullptr}, {decay, column.memory.data()}}) {
+      Matrix<T> s = masked_scores<T>(ranges, kColumns, 1), w = s;
+      k.weigh(w.block(), kRows, kColumns, ranges.data(), factors, w.memory.data(), w.stride);
+      for (int64_t r = 0; r < kRows; ++r) {
+        for (int64_t m = 0; m < kColumns; ++m) {
+          if (!sees(ranges[static_cast<size_t>(r)], m)) {
+            ASSERT_EQ(w.at(r, m), 0);
+            continue;
+          }
+          double want = s.at(r, m);
+          if (factors.decay != nullptr) want *= double(decay[m - r]);
+          if (factors.column != nullptr) want *= double(factors.column[m]);
+          ASSERT_NEAR(w.at(r, m), want, unit<T>());
+        }
+      }
+    }
+  });
+}
+
+TYPED_TEST(Chunks, PolynomialsTheirDerivativesAndSums) {
+  using T = TypeParam;
+  for_tables<T>([](const ChunkKernels<T>& k, Isa) {
+    constexpr int64_t kRows = 17, kColumns = 21;
+    const auto ranges = causal_ranges(kRows, kColumns);
+    const double scale = -0.7;
+    for (int order = 0; order <= 4; ++order) {
+      Matrix<T> s = masked_scores<T>(ranges, kColumns, 1), d = s, p = s,
+                g = masked_scores<T>(ranges, kColumns, 2);
+      k.polynomial(d.block(), p.block(), kRows, kColumns, ranges.data(), T(scale), order);
+      std::vector<T> sums(kRows, 0), dots(kRows, 0);
+      k.range_sums(p.read(), {}, kRows, ranges.data(), sums.data());
+      k.range_sums(p.read(), g.read(), kRows, ranges.data(), dots.data());
+      Matrix<T> factor(1, 64, 64, 5), added(1, 64, 64, 6), rows = d, columns = d;
+      k.chain(rows.block(), g.read(), kRows, kColumns, ranges.data(), factor.memory.data(),
+              added.memory.data(), false);
+      k.chain(columns.block(), g.read(), kRows, kColumns, ranges.data(), factor.memory.data(),
+              added.memory.data(), true);
+      for (int64_t r = 0; r < kRows; ++r) {
+        double sum = 0, dot = 0;
+        for (int64_t m = 0; m < kColumns; ++m) {
+          if (!sees(ranges[static_cast<size_t>(r)], m)) {
+            ASSERT_EQ(p.at(r, m), 0);
+            ASSERT_EQ(d.at(r, m), 0);
+            ASSERT_EQ(rows.at(r, m), 0);
+            continue;
+          }
+          double term = 1, value = 0, below = 0;
+          for (int n = 0; n <= order; ++n) {
+            value += term;
+            if (n < order) below += term;
+            term *= scale * double(s.at(r, m)) / (n + 1);
+          }
+          const double slope = below * scale;
+          ASSERT_NEAR(p.at(r, m), value, 10 * unit<T>());
+          ASSERT_NEAR(d.at(r, m), slope, 10 * unit<T>());
+          const double x = g.at(r, m);
+          ASSERT_NEAR(rows.at(r, m), slope * (double(factor.at(0, r)) * x + double(added.at(0, r))),
+                      60 * unit<T>());
+          ASSERT_NEAR(columns.at(r, m),
+                      slope * (double(factor.at(0, m)) * x + double(added.at(0, m))),
+                      60 * unit<T>());
+          sum += value;
+          dot += value * x;
+        }
+        ASSERT_NEAR(sums[static_cast<size_t>(r)], sum, 100 * unit<T>());
+        ASSERT_NEAR(dots[static_cast<size_t>(r)], dot, 100 * unit<T>());
+      }
+    }
+  });
+}
+
+TYPED_TEST(Chunks, DistanceSums) {
+  using T = TypeParam;
+  for_tables<T>([](const ChunkKernels<T>& k, Isa) {
+    constexpr int64_t kRows = 19, kColumns = 25;
+    const auto ranges = causal_ranges(kRows, kColumns);
+    Matrix<T> a = masked_scores<T>(ranges, kColumns, 1), b = masked_scores<T>(ranges, kColumns, 2),
+              table(1, 256, 256, 3);
+    const T* decay = table.memory.data() + 100;
+    double want = 0;
+    for (int64_t r = 0; r < kRows; ++r) {
+      for (int64_t m = 0; m < kColumns; ++m) {
+        if (!sees(ranges[static_cast<size_t>(r)], m)) continue;
+        want += double(4 + r - m) * double(decay[m - r]) * double(a.at(r, m)) * double(b.at(r, m));
+      }
+    }
+    EXPECT_NEAR(k.distance_sum(a.read(), b.read(), kRows, ranges.data(), 4, decay), want,
+                1e4 * unit<T>());
+  });
+}
+
+TYPED_TEST(Chunks, SumsThatRunAlongTheRows) {
+  using T = TypeParam;
+  for_tables<T>([](const ChunkKernels<T>& k, Isa) {
+    constexpr int64_t kWidth = 48;
+    for (const auto& [x_tokens, y_tokens] : {std::pair<TokenRange, TokenRange>{{0, 9}, {0, 9}},
+                                             {{0, 9}, {4, 9}},
+                                             {{3, 12}, {0, 8}},
+                                             {{0, 0}, {0, 5}}}) {
+      Matrix<T> x(12, kWidth, kWidth, 1), y(12, kWidth, kWidth, 2), start(1, kWidth, kWidth, 3);
+      Matrix<T> xf(1, 16, 16, 4), yf(1, 16, 16, 5);
+      Matrix<T> sum = start;
+      std::vector<T> dots(16, 0);
+      k.run_dots(x.read(), x_tokens, y.read(), y_tokens, kWidth, sum.memory.data(), dots.data());
+      for (bool reverse : {false, true}) {
+        Matrix<T> added = y, run = start;
+        k.run_add(x.read(), xf.memory.data(), x_tokens, added.block(), yf.memory.data(), y_tokens,
+                  kWidth, reverse, run.memory.data());
+        for (int64_t t = y_tokens.first; t < y_tokens.last; ++t) {
+          const int64_t r = t - y_tokens.first;
+          double dot = 0;
+          for (int64_t c = 0; c < kWidth; ++c) {
+            double plain = start.at(0, c), weighted = start.at(0, c);
+            for (int64_t u = x_tokens.first; u < x_tokens.last; ++u) {
+              const double value = x.at(u - x_tokens.first, c);
+              if (u <= t) plain += value;
+              if (reverse ? u >= t : u <= t)
+                weighted += double(xf.at(0, u - x_tokens.first)) * value;
+            }
+            dot += plain * double(y.at(r, c));
+            ASSERT_NEAR(added.at(r, c), double(y.at(r, c)) + double(yf.at(0, r)) * weighted,
+                        10 * unit<T>());
+          }
+          ASSERT_NEAR(dots[static_cast<size_t>(r)], dot, 100 * unit<T>());
+        }
+      }
+    }
+  });
+}
+
+TYPED_TEST(Chunks, RowsOneByOne) {
+  using T = TypeParam;
+  for_tables<T>([](const ChunkKernels<T>& k, Isa) {
+    Matrix<T> a(5, 48, 48, 1), b(5, 48, 48, 2), factor(1, 16, 16, 3), scaled = a, sum = a;
+    std::vector<T> dots(5, 1), same(5, 0);
+    k.row_dots(a.read(), b.read(), 5, 48, dots.data());
+    k.row_dots(a.read(), {b.memory.data(), 0}, 5, 48, same.data());
+    k.scale_rows(scaled.block(), 5, 48, factor.memory.data());
+    k.add_scaled(T(-0.5), b.memory.data(), 5 * 48, sum.memory.data());
+    for (int64_t r = 0; r < 5; ++r) {
+      double own = 1, first = 0;
+      for (int64_t c = 0; c < 48; ++c) {
+        own += double(a.at(r, c)) * double(b.at(r, c));
+        first += double(a.at(r, c)) * double(b.at(0, c));
+        ASSERT_NEAR(scaled.at(r, c), double(a.at(r, c)) * double(factor.at(0, r)), unit<T>());
+        ASSERT_NEAR(sum.at(r, c), double(a.at(r, c)) - 0.5 * double(b.at(r, c)), unit<T>());
+      }
+      ASSERT_NEAR(dots[static_cast<size_t>(r)], own, 20 * unit<T>());
+      ASSERT_NEAR(same[static_cast<size_t>(r)], first, 20 * unit<T>());
+    }
+  });
+}
+
+// Tables that are used with products of bfloat16, whose rounding is an instruction there.
+template <class Body>
+void for_half_tables(Body&& body) {
+  for (Isa isa : {Isa::portable, Isa::avx512}) {
+    const auto& known = available_isas();
+    if (std::find(known.begin(), known.end(), isa) == known.end()) continue;
+    if (isa == Isa::avx512 && half_tile_kernels(isa) == nullptr) continue;
+    SCOPED_TRACE(name_of(isa));
+    body(chunk_kernels<float>(isa));
+  }
+}
+
+float rounded(float x) { return to_float(to_bfloat16(x)); }
+
+TEST(HalfChunks, RoundedWeightsAndRows) {
+  for_half_tables([](const ChunkKernels<float>& k) {
+    constexpr int64_t kRows = 23, kColumns = 37, kStride = 64;
+    const auto ranges = causal_ranges(kRows, kColumns);
+    Matrix<float> s = masked_scores<float>(ranges, kColumns, 1), x(kRows, kColumns, kStride, 2);
+    std::vector<uint16_t> w(kRows * kStride, 1), r16(kRows * kStride, 1);
+    k.weigh_half(s.block(), kRows, kColumns, ranges.data(), {}, w.data(), kStride);
+    k.round_rows(x.read(), kRows, kColumns, r16.data(), kStride);
+    for (int64_t r = 0; r < kRows; ++r) {
+      for (int64_t m = 0; m < kStride; ++m) {
+        const auto i = static_cast<size_t>(r * kStride + m);
+        const bool seen = sees(ranges[static_cast<size_t>(r)], m);
+        ASSERT_EQ(to_float(bfloat16{w[i]}), seen ? rounded(s.at(r, m)) : 0.0f);
+        ASSERT_EQ(to_float(bfloat16{r16[i]}), m < kColumns ? rounded(x.at(r, m)) : 0.0f);
+      }
+    }
+  });
+}
+
+TEST(HalfChunks, TransposedRowsWithFactors) {
+  for_half_tables([](const ChunkKernels<float>& k) {
+    for (const auto& [count, width] :
+         {std::pair<int64_t, int64_t>{0, 5}, {1, 1}, {33, 19}, {64, 48}}) {
+      const int64_t stride = round_up(count, kHalfDepth);
+      Matrix<float> x(count, width, width + 3, 1), factor(1, 64, 64, 2);
+      std::vector<uint16_t> bits(static_cast<size_t>(count * x.stride + 64));
+      for (int64_t i = 0; i < count * x.stride; ++i) {
+        bits[static_cast<size_t>(i)] = to_bfloat16(x.memory[static_cast<size_t>(i)]).bits;
+      }
+      std::vector<uint16_t> to(static_cast<size_t>(width * stride), 1);
+      for (const float* factors : {(const float*)nullptr, (const float*)factor.memory.data()}) {
+        k.pack_transposed({bits.data(), DType::bf16, x.stride, count, width}, factors, to.data(),
+                          stride);
+        for (int64_t f = 0; f < width; ++f) {
+          for (int64_t r = 0; r < stride; ++r) {
+            const float value = r < count ? rounded(x.at(r, f)) : 0;
+            const float want =
+                factors == nullptr || r >= count ? value : rounded(value * factor.at(0, r));
+            ASSERT_EQ(to_float(bfloat16{to[static_cast<size_t>(f * stride + r)]}), want);
+          }
+        }
+      }
+    }
+  });
+}
+
+}  // namespace
+}  // namespace heed::kernels

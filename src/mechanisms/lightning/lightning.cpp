@@ -1,0 +1,126 @@
+#include "engine/chunked/problem.h"
+#include "heed/error.h"
+#include "heed/lightning_attention.h"
+
+namespace heed {
+
+namespace {
+
+constexpr const char* kOp = "lightning_attention";
+
+Dims state_shape(const Tensor& q, const Tensor& v) {
+  return {q.size(0), q.size(1), q.size(3), v.size(3)};
+}
+
+void check(const Tensor& q, const Tensor& k, const Tensor& v, const LightningOptions& options) {
+  chunked::check_inputs(kOp, q, k, v);
+  chunked::check_result(kOp, "initial_state", options.initial_state, state_shape(q, v),
+                        chunked::state_type(q.dtype()));
+  chunked::check_alignment(kOp, true, options.initial_state.defined(), q.size(2), k.size(2));
+}
+
+template <class T>
+chunked::Problem<T> make_problem(const Tensor& q, const Tensor& k, const Tensor& v,
+                                 const LightningOptions& options) {
+  chunked::Problem<T> problem;
+  problem.op = kOp;
+  problem.q = q;
+  problem.k = k;
+  problem.v = v;
+  problem.initial.sums = options.initial_state;
+  problem.policy.features = q.size(3);
+  if (options.slopes.defined()) {
+    problem.policy.slopes = chunked::check_slopes(kOp, options.slopes, q.size(1));
+  }
+  return problem;
+}
+
+template <class T>
+void run_forward(const Tensor& q, const Tensor& k, const Tensor& v, const Tensor& out,
+                 const Tensor& state, const LightningOptions& options, const RunOptions& run) {
+  chunked::forward(make_problem<T>(q, k, v, options), out, {.sums = state}, run);
+}
+
+template <class T>
+void run_backward(const Tensor& q, const Tensor& k, const Tensor& v, const Tensor& out_gradient,
+                  const Tensor& state_gradient, const LightningGradientViews& into,
+                  const LightningOptions& options, const RunOptions& run) {
+  std::vector<double> slopes(static_cast<size_t>(q.size(1)), 0);
+  chunked::Gradients gradients{into.q, into.k, into.v, {.sums = into.initial_state}, nullptr};
+  if (into.slopes.defined()) gradients.slopes = &slopes;
+  chunked::backward(make_problem<T>(q, k, v, options), out_gradient, {.sums = state_gradient},
+                    gradients, run);
+  if (!into.slopes.defined()) return;
+  copy(Tensor(slopes.data(), DType::f64, {q.size(1)}), into.slopes);
+}
+
+}  // namespace
+
+void lightning_attention(const Tensor& q, const Tensor& k, const Tensor& v, const Tensor& out,
+                         const Tensor& state, const LightningOptions& options,
+                         const RunOptions& run) {
+  check(q, k, v, options);
+  if (!out.defined()) throw Error(std::string(kOp) + ": out is missing");
+  chunked::check_out(kOp, "out", out, {q.size(0), q.size(1), q.size(2), v.size(3)}, q.dtype());
+  chunked::check_result(kOp, "state", state, state_shape(q, v), chunked::state_type(q.dtype()));
+  if (q.dtype() == DType::f64) {
+    run_forward<double>(q, k, v, out, state, options, run);
+  } else {
+    run_forward<float>(q, k, v, out, state, options, run);
+  }
+}
+
+LightningResult lightning_attention(const Tensor& q, const Tensor& k, const Tensor& v,
+                                    const LightningOptions& options, const RunOptions& run) {
+  check(q, k, v, options);
+  LightningResult result{Array(q.dtype(), {q.size(0), q.size(1), q.size(2), v.size(3)}),
+                         Array(chunked::state_type(q.dtype()), state_shape(q, v))};
+  lightning_attention(q, k, v, result.out, result.state, options, run);
+  return result;
+}
+
+void lightning_attention_backward(const Tensor& q, const Tensor& k, const Tensor& v,
+                                  const Tensor& out_gradient, const Tensor& state_gradient,
+                                  const LightningGradientViews& gradients,
+                                  const LightningOptions& options, const RunOptions& run) {
+  constexpr const char* kBackward = "lightning_attention_backward";
+  check(q, k, v, options);
+  const DType state = chunked::state_type(q.dtype());
+  if (!out_gradient.defined()) throw Error(std::string(kBackward) + ": out_gradient is missing");
+  chunked::check_out(kBackward, "out_gradient", out_gradient,
+                     {q.size(0), q.size(1), q.size(2), v.size(3)}, q.dtype());
+  chunked::check_result(kBackward, "state_gradient", state_gradient, state_shape(q, v), state);
+  chunked::check_out(kBackward, "gradient of q", gradients.q, q.shape(), q.dtype());
+  chunked::check_out(kBackward, "gradient of k", gradients.k, k.shape(), k.dtype());
+  chunked::check_out(kBackward, "gradient of v", gradients.v, v.shape(), v.dtype());
+  chunked::check_result(kBackward, "gradient of slopes", gradients.slopes, {q.size(1)}, state);
+  chunked::check_result(kBackward, "gradient of initial_state", gradients.initial_state,
+                        state_shape(q, v), state);
+  if (q.dtype() == DType::f64) {
+    run_backward<double>(q, k, v, out_gradient, state_gradient, gradients, options, run);
+  } else {
+    run_backward<float>(q, k, v, out_gradient, state_gradient, gradients, options, run);
+  }
+}
+
+LightningGradients lightning_attention_backward(const Tensor& q, const Tensor& k, const Tensor& v,
+                                                const Tensor& out_gradient,
+                                                const Tensor& state_gradient,
+                                                const LightningOptions& options,
+                                                const RunOptions& run) {
+  check(q, k, v, options);
+  const DType state = chunked::state_type(q.dtype());
+  LightningGradients result{Array(q.dtype(), q.shape()),
+                            Array(k.dtype(), k.shape()),
+                            Array(v.dtype(), v.shape()),
+                            {},
+                            {}};
+  if (options.slopes.defined()) result.slopes = Array(state, {q.size(1)});
+  if (options.initial_state.defined()) result.initial_state = Array(state, state_shape(q, v));
+  lightning_attention_backward(q, k, v, out_gradient, state_gradient,
+                               {result.q, result.k, result.v, result.slopes, result.initial_state},
+                               options, run);
+  return result;
+}
+
+}  // namespace heed
