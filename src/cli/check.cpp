@@ -24,18 +24,8 @@ struct Arguments {
   bool json = false, all = false;
 };
 
-std::vector<const ExampleCase*> chosen_cases(const Mechanism& mechanism, const std::string& name) {
-  std::vector<const ExampleCase*> cases;
-  std::vector<std::string> names;
-  for (const ExampleCase& example : mechanism.cases) {
-    names.push_back(example.name);
-    if (name.empty() || name == example.name) cases.push_back(&example);
-  }
-  if (cases.empty()) {
-    throw Error(mechanism.name + ": unknown case '" + name + "'" + did_you_mean(name, names) +
-                "; known: " + joined(names));
-  }
-  return cases;
+std::vector<ExampleCase> chosen_cases(const Mechanism& mechanism, const std::string& name) {
+  return name.empty() ? mechanism.cases : std::vector{find_case(mechanism, name)};
 }
 
 std::vector<DType> chosen_dtypes(const std::vector<std::string>& names) {
@@ -72,21 +62,21 @@ std::vector<CheckRow> all_rows(const Arguments& arguments) {
   const auto dtypes = chosen_dtypes(arguments.dtypes);
   const auto layouts = chosen_layouts(arguments.layouts);
   const auto isas = isas_to_use(arguments.isa);
-  std::vector<std::pair<const Mechanism*, const ExampleCase*>> points;
+  std::vector<std::pair<const Mechanism*, ExampleCase>> points;
   for (const Mechanism* mechanism : chosen_mechanisms(arguments.name)) {
-    for (const ExampleCase* example : chosen_cases(*mechanism, arguments.example)) {
-      points.emplace_back(mechanism, example);
+    for (ExampleCase& example : chosen_cases(*mechanism, arguments.example)) {
+      points.emplace_back(mechanism, std::move(example));
     }
   }
   Progress progress("checking");
   int64_t done = 0;
   std::vector<CheckRow> rows;
   for (const auto& [mechanism, example] : points) {
-    append(rows, check_cascades(*mechanism, *example, arguments.seed));
+    append(rows, check_cascades(*mechanism, example, arguments.seed));
     for (DType dtype : dtypes) {
       progress.show(done++, static_cast<int64_t>(points.size() * dtypes.size()),
-                    mechanism->name + " " + example->name + " " + name_of(dtype));
-      const Reference reference = make_reference(*mechanism, *example, dtype, arguments.seed);
+                    mechanism->name + " " + example.name + " " + name_of(dtype));
+      const Reference reference = make_reference(*mechanism, example, dtype, arguments.seed);
       for (Isa isa : isas) {
         if (!has_path(reference, isa)) continue;
         for (Layout layout : layouts) append(rows, check_kernel(reference, isa, layout));
@@ -184,7 +174,8 @@ void add_check(CLI::App& app, Outcome& outcome) {
       "check", "Compare the kernels with their cascades in float64 on this machine");
   auto arguments = std::make_shared<Arguments>();
   command->add_option("NAME", arguments->name, "Mechanism; without it all of them");
-  command->add_option("--case", arguments->example, "Only this example case");
+  command->add_option("--case", arguments->example,
+                      "Only this example case, or random:SEED for a random call");
   command->add_option("--dtype", arguments->dtypes, "Only these types: f64, f32, bf16, f16")
       ->delimiter(',');
   command->add_option("--isa", arguments->isa, "Only this path: portable, avx2, avx512, amx");

@@ -126,6 +126,40 @@ std::vector<ExampleCase> common_attention_cases(const std::string& options) {
   };
 }
 
+int64_t CaseRandom::between(int64_t least, int64_t most) {
+  const auto span = static_cast<uint64_t>(most - least + 1);
+  return least + static_cast<int64_t>(philox_word(seed_, drawn_++) % span);
+}
+
+bool CaseRandom::chance(double probability) {
+  return philox_word(seed_, drawn_++) < probability * 0x1p32;
+}
+
+double CaseRandom::number(double least, double most) {
+  // Few digits, so that the text of the options is the number.
+  return least + (most - least) * static_cast<double>(between(0, 1024)) / 1024;
+}
+
+ExampleCase random_attention_case(CaseRandom& random, const std::string& extra) {
+  AttentionShape s;
+  s.batch = random.between(1, 3);
+  s.kv_heads = random.between(1, 3);
+  s.heads = s.kv_heads * random.between(1, 3);
+  s.queries = random.chance(0.3) ? random.between(1, 6) : random.between(1, 90);
+  s.keys = random.chance(0.15) ? random.between(150, 420) : random.between(1, 100);
+  s.dim = random.chance(0.2) ? random.between(40, 136) : random.between(1, 40);
+  s.value_dim = random.chance(0.5) ? s.dim : random.between(1, 70);
+  std::string options = extra;
+  const auto add = [&](const std::string& option) {
+    options += (options.empty() ? "" : ",") + option;
+  };
+  if (random.chance(0.4)) add("causal=1");
+  if (random.chance(0.3)) add("left=" + std::to_string(random.between(0, 60)));
+  if (random.chance(0.2)) add("right=" + std::to_string(random.between(0, 60)));
+  if (random.chance(0.3)) add("scale=" + std::to_string(random.number(-0.6, 0.6)));
+  return random.chance(0.25) ? padded_case("", s, options) : attention_case("", s, options);
+}
+
 std::vector<ExampleCase> attention_bench_cases() {
   std::vector<ExampleCase> cases;
   for (int64_t dim : {32, 64, 80, 128}) {

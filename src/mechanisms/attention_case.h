@@ -35,6 +35,21 @@ ExampleCase attention_case(std::string name, const AttentionShape& shape, std::s
 /// The same with right padding.
 ExampleCase padded_case(std::string name, const AttentionShape& shape, std::string options);
 
+/// Random numbers for random cases, a function of the seed alone.
+class CaseRandom {
+ public:
+  explicit CaseRandom(uint64_t seed) : seed_(seed) {}
+  int64_t between(int64_t least, int64_t most);  // both ends included
+  bool chance(double probability);
+  double number(double least, double most);
+
+ private:
+  uint64_t seed_, drawn_ = 0;
+};
+/// A call of the tiled engine with random shapes (few rows now and then, several key tiles), masks and
+/// scale. `extra` options are appended.
+ExampleCase random_attention_case(CaseRandom& random, const std::string& extra = "");
+
 /// Shapes that every mechanism of the tiled engine is tried on: one key, odd sizes, grouped heads,
 /// more queries than keys, several tiles; each with `options` added.
 std::vector<ExampleCase> common_attention_cases(const std::string& options = "");

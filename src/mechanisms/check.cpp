@@ -15,7 +15,7 @@ namespace {
 using cascade::NdArray;
 using cascade::Values;
 
-constexpr int kPerturbations = 2;
+constexpr int kPerturbations = 3;
 
 double unit_roundoff(DType type) {
   switch (type) {
@@ -33,8 +33,12 @@ double unit_roundoff(DType type) {
 }
 
 double perturbation_step(DType dtype) {
-  return is_half(dtype) ? unit_roundoff(dtype) : 8 * unit_roundoff(dtype);
+  if (is_half(dtype)) return unit_roundoff(dtype);
+  return (dtype == DType::f64 ? 64 : 16) * unit_roundoff(dtype);
 }
+
+// Half the distance between the smallest numbers of a type.
+double least_error(DType type) { return type == DType::f16 ? 0x1p-24 : 0; }
 
 double largest(const NdArray& array) {
   double most = 0;
@@ -251,8 +255,9 @@ Arranged arrange(const NamedArrays& inputs, Layout layout) {
 }
 
 Bound allowed_error(DType dtype, DType result, double sensitivity, const NdArray& want) {
-  return {.relative = unit_roundoff(result),
-          .absolute = 2 * sensitivity + perturbation_step(dtype) * largest(want)};
+  return {
+      .relative = unit_roundoff(result),
+      .absolute = 2 * sensitivity + perturbation_step(dtype) * largest(want) + least_error(result)};
 }
 
 Reference make_reference(const Mechanism& mechanism, const ExampleCase& example, DType dtype,

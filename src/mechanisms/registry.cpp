@@ -1,5 +1,7 @@
 #include "mechanisms/registry.h"
 
+#include <charconv>
+
 #include "heed/error.h"
 #include "mechanisms/nearest.h"
 
@@ -17,6 +19,30 @@ const CascadeText& definition_of(const Mechanism& mechanism, const ExampleCase& 
     if (text.name == example.definition) return text;
   }
   return *cascades_for(mechanism, Spec::parse_options(example.options)).front();
+}
+
+ExampleCase random_case(const Mechanism& mechanism, uint64_t seed) {
+  ExampleCase example = mechanism.random_case ? mechanism.random_case(seed)
+                                              : mechanism.cases.at(seed % mechanism.cases.size());
+  example.name = "random:" + std::to_string(seed);
+  return example;
+}
+
+ExampleCase find_case(const Mechanism& mechanism, const std::string& name) {
+  constexpr std::string_view kRandom = "random:";
+  if (name.starts_with(kRandom)) {
+    uint64_t seed = 0;
+    const char *begin = name.data() + kRandom.size(), *end = name.data() + name.size();
+    const auto [stop, error] = std::from_chars(begin, end, seed);
+    if (error == std::errc() && stop == end) return random_case(mechanism, seed);
+  }
+  std::vector<std::string> names;
+  for (const ExampleCase& example : mechanism.cases) {
+    if (name == example.name) return example;
+    names.push_back(example.name);
+  }
+  throw Error(mechanism.name + ": unknown case '" + name + "'" + did_you_mean(name, names) +
+              "; known: " + joined(names) + " and random:SEED");
 }
 
 const Mechanism& find_mechanism(std::string_view name) {

@@ -79,10 +79,17 @@ struct Mechanism {
   std::function<void(const ExampleCase& example, const std::string& input, uint64_t seed,
                      const Tensor& to_fill)>
       fill;
+  /// A small call of random shapes and options; empty: one of `cases`.
+  std::function<ExampleCase(uint64_t seed)> random_case;
 };
 
 /// The cascade that defines a case: the one it names, else the first.
 const CascadeText& definition_of(const Mechanism& mechanism, const ExampleCase& example);
+
+/// random_case(seed) under the name "random:<seed>", which find_case understands.
+ExampleCase random_case(const Mechanism& mechanism, uint64_t seed);
+/// One of the mechanism's cases, or a random one, by name; throws Error listing the names.
+ExampleCase find_case(const Mechanism& mechanism, const std::string& name);
 
 std::span<const Mechanism> mechanisms();
 /// By full name or without "_attention"; throws Error listing the names otherwise.

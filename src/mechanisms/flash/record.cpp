@@ -191,6 +191,80 @@ std::vector<ExampleCase> option_cases() {
   };
 }
 
+// Any mix of options over any shape.
+ExampleCase random_flash_case(uint64_t seed) {
+  CaseRandom random(seed);
+  ExampleCase example = random_attention_case(random);
+  const auto size = [&](size_t input, int axis) { return example.inputs[input].second[axis]; };
+  const int64_t batch = size(0, 0), heads = size(0, 1), queries = size(0, 2), keys = size(1, 2);
+  const auto add = [&](const char* name, const Dims& shape, DType type) {
+    example.inputs.emplace_back(name, shape);
+    example.types[name] = type;
+  };
+  const auto option = [&](const std::string& text) {
+    example.options += (example.options.empty() ? "" : ",") + text;
+  };
+  const auto some = [&](int64_t extent) { return random.chance(0.5) ? extent : 1; };
+  example.definition = "with_options";
+  if (random.chance(0.25)) option("softcap=" + std::to_string(random.number(0.5, 3)));
+  if (random.chance(0.25)) add("alibi_slopes", {heads}, DType::f32);
+  if (random.chance(0.25)) add("sink", {heads}, DType::f32);
+  if (random.chance(0.3)) {
+    // One number for all keys has a gradient of 0, of which only rounding would be left to compare.
+    add("bias", {some(batch), some(heads), some(queries), keys}, DType::f32);
+  }
+  if (random.chance(0.3)) {
+    add("mask", {some(batch), some(heads), some(queries), some(keys)}, DType::boolean);
+  }
+  if (random.chance(0.2)) {
+    const int64_t rows = random.between(1, 70), columns = random.between(1, 130);
+    option("block_rows=" + std::to_string(rows) + ",block_keys=" + std::to_string(columns));
+    add("block_mask", {some(heads), (queries + rows - 1) / rows, (keys + columns - 1) / columns},
+        DType::boolean);
+  }
+  if (random.chance(0.2)) {
+    option("dropout=" + std::to_string(random.number(0, 0.9)) +
+           ",seed=" + std::to_string(random.between(0, 1000)));
+  }
+  return example;
+}
+
+ExampleCase decode_case(const std::string& name, const AttentionShape& s,
+                        const std::string& options) {
+  ExampleCase example{name,
+                      {{"q", {s.batch, s.heads, s.queries, s.dim}},
+                       {"k_cache", {s.batch, s.kv_heads, s.keys, s.dim}},
+                       {"v_cache", {s.batch, s.kv_heads, s.keys, s.value_dim}},
+                       {"lengths", {s.batch}}},
+                      options};
+  example.types["lengths"] = DType::i32;
+  return example;
+}
+
+ExampleCase random_decode_case(uint64_t seed) {
+  CaseRandom random(seed);
+  AttentionShape s;
+  s.batch = random.between(1, 3);
+  s.kv_heads = random.between(1, 3);
+  s.heads = s.kv_heads * random.between(1, 5);
+  s.queries = random.chance(0.5) ? 1 : random.between(1, 16);
+  s.keys = random.chance(0.1) ? random.between(1000, 2300) : random.between(1, 300);
+  s.dim = random.between(1, 100);
+  s.value_dim = random.chance(0.5) ? s.dim : random.between(1, 100);
+  std::string options;
+  if (random.chance(0.3)) options = "window=" + std::to_string(random.between(0, 200));
+  if (random.chance(0.2)) {
+    options += (options.empty() ? "splits=" : ",splits=") + std::to_string(random.between(1, 5));
+  }
+  ExampleCase example = decode_case("", s, options);
+  if (random.chance(0.2)) {
+    example.inputs.emplace_back("sink", Dims{s.heads});
+    example.types["sink"] = DType::f32;
+    example.definition = "with_options";
+  }
+  return example;
+}
+
 Mechanism flash_record() {
   Mechanism m;
   m.name = "flash_attention";
@@ -220,6 +294,7 @@ Mechanism flash_record() {
   m.bind = bind_flash;
   m.explain = explain_attention;
   m.fill = fill_flash;
+  m.random_case = random_flash_case;
   m.model_attention = [](const Spec& options) -> ModelAttention {
     FlashOptions chosen = flash_options({}, options);
     chosen.masks.causal = true;
@@ -253,18 +328,6 @@ void fill_decode(const ExampleCase& example, const std::string& input, uint64_t 
     if (name == "k_cache") name = "k";
   }
   fill_lengths(renamed, input, seed, to_fill);
-}
-
-ExampleCase decode_case(const std::string& name, const AttentionShape& s,
-                        const std::string& options) {
-  ExampleCase example{name,
-                      {{"q", {s.batch, s.heads, s.queries, s.dim}},
-                       {"k_cache", {s.batch, s.kv_heads, s.keys, s.dim}},
-                       {"v_cache", {s.batch, s.kv_heads, s.keys, s.value_dim}},
-                       {"lengths", {s.batch}}},
-                      options};
-  example.types["lengths"] = DType::i32;
-  return example;
 }
 
 DecodeOptions decode_options(const NamedTensors& in, const Spec& options) {
@@ -309,6 +372,7 @@ Mechanism decode_record() {
   };
   m.bind = bind_decode;
   m.fill = fill_decode;
+  m.random_case = random_decode_case;
   m.explain = [](const NamedTensors& in, const RunOptions& run) {
     return explain_attention({{"q", in.at("q")}, {"v", in.at("v_cache")}}, run);
   };

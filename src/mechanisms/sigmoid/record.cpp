@@ -38,6 +38,20 @@ ExampleCase with_head_input(ExampleCase example, const char* input, int64_t head
   return example;
 }
 
+ExampleCase random_sigmoid_case(uint64_t seed) {
+  CaseRandom random(seed);
+  ExampleCase example = random_attention_case(random);
+  const int64_t heads = example.inputs[0].second[1];
+  if (random.chance(0.4)) {
+    example = with_head_input(std::move(example), "bias", heads);
+  } else if (random.chance(0.5)) {
+    example.options +=
+        (example.options.empty() ? "bias=" : ",bias=") + std::to_string(random.number(-6, 2));
+  }
+  if (random.chance(0.3)) example = with_head_input(std::move(example), "alibi_slopes", heads);
+  return example;
+}
+
 Mechanism sigmoid_record() {
   Mechanism m;
   m.name = "sigmoid_attention";
@@ -79,6 +93,7 @@ Mechanism sigmoid_record() {
   m.bind = bind_sigmoid;
   m.explain = explain_attention;
   m.fill = fill_lengths;
+  m.random_case = random_sigmoid_case;
   m.model_attention = [](const Spec& options) -> ModelAttention {
     SigmoidOptions chosen = sigmoid_options({}, options);
     chosen.masks.causal = true;
