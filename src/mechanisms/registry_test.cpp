@@ -73,7 +73,7 @@ TEST(Registry, UnknownNameNamesTheNearestAndAll) {
   ASSERT_FALSE(mechanisms().empty());
   const std::string& known = mechanisms().front().name;
   std::string typo = known;
-  std::swap(typo[1], typo[2]);
+  std::swap(typo[0], typo[1]);
   const std::string message = message_for(typo);
   EXPECT_NE(message.find("'" + typo + "'"), std::string::npos) << message;
   EXPECT_NE(message.find("did you mean '" + known + "'"), std::string::npos) << message;
