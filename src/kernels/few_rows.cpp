@@ -8,32 +8,16 @@
 #include <type_traits>
 
 #include "kernels/parts.h"
+#include "kernels/prefetch.h"
 #include "kernels/vector-inl.h"
 
 HWY_BEFORE_NAMESPACE();
 namespace heed::kernels::HWY_NAMESPACE {
 namespace hn = hwy::HWY_NAMESPACE;
 
-// Rows that are asked for ahead of their use: enough to cover the latency of memory at full bandwidth.
-constexpr int64_t kAheadBytes = 4096;
-
-// Asks for row m + (rows worth kAheadBytes) of `rows`; past the last row nothing is asked for.
+// Elements of a cache line.
 template <class From>
-struct Prefetcher {
-  explicit Prefetcher(const Rows& r)
-      : data(static_cast<const From*>(r.data)),
-        stride(r.stride),
-        count(r.count),
-        bytes(r.width * static_cast<int64_t>(sizeof(From))),
-        ahead(kAheadBytes / bytes + 1) {}
-  HWY_INLINE void operator()(int64_t m) const {
-    if (m + ahead >= count) return;
-    const auto* line = reinterpret_cast<const std::byte*>(data + (m + ahead) * stride);
-    for (int64_t i = 0; i < bytes; i += 64) __builtin_prefetch(line + i);
-  }
-  const From* data;
-  int64_t stride, count, bytes, ahead;
-};
+constexpr int64_t kLine = 64 / static_cast<int64_t>(sizeof(From));
 
 // Sums of the lanes of four vectors, one after the other.
 template <class T, class V>
@@ -60,7 +44,7 @@ HWY_INLINE void store_lane_sums(const V* v, T* to) {
 // Scores of R query rows against four keys. Keys past the end repeat the last one.
 template <class T, class From, int R>
 HWY_INLINE void dot_block(const T* q, int64_t q_stride, const From* const (&keys)[4], int64_t width,
-                          T* s, int64_t s_stride, int64_t count) {
+                          int64_t ahead, T* s, int64_t s_stride, int64_t count) {
   const Full<T> d;
   hn::Vec<Full<T>> acc[R][4];
 #pragma GCC unroll 4
@@ -76,6 +60,7 @@ HWY_INLINE void dot_block(const T* q, int64_t q_stride, const From* const (&keys
 #pragma GCC unroll 4
     for (int j = 0; j < 4; ++j) {
       const auto k = load(keys[j] + e);
+      if (e % kLine<From> == 0) prefetch_far(keys[j] + e, ahead);
 #pragma GCC unroll 4
       for (int r = 0; r < R; ++r) acc[r][j] = hn::MulAdd(query[r], k, acc[r][j]);
     }
@@ -95,17 +80,17 @@ HWY_INLINE void dot_block(const T* q, int64_t q_stride, const From* const (&keys
   }
 }
 
+// Scores of R query rows against a block of keys.
 template <class T, class From, int R>
-HWY_NOINLINE void dot_rows_block(const T* q, int64_t q_stride, const Rows& k, T* s,
-                                 int64_t s_stride) {
+HWY_NOINLINE void dot_key_block(const T* q, int64_t q_stride, const Rows& k, int64_t ahead,
+                                int64_t first, T* s, int64_t s_stride) {
   const auto* data = static_cast<const From*>(k.data);
-  const Prefetcher<From> prefetch(k);
-  for (int64_t m = 0; m < k.count; m += 4) {
-    for (int64_t j = 0; j < 4; ++j) prefetch(m + j);
+  const int64_t end = HWY_MIN(first + kKeyBlock, k.count);
+  for (int64_t m = first; m < end; m += 4) {
     const From* keys[4];
-    for (int64_t j = 0; j < 4; ++j) keys[j] = data + HWY_MIN(m + j, k.count - 1) * k.stride;
-    dot_block<T, From, R>(q, q_stride, keys, k.width, s + m, s_stride,
-                          HWY_MIN(int64_t{4}, k.count - m));
+    for (int64_t j = 0; j < 4; ++j) keys[j] = data + HWY_MIN(m + j, end - 1) * k.stride;
+    dot_block<T, From, R>(q, q_stride, keys, k.width, ahead, s + m, s_stride,
+                          HWY_MIN(int64_t{4}, end - m));
   }
 }
 
@@ -126,79 +111,148 @@ HWY_INLINE void for_row_groups(int64_t rows, Body&& body) {
 template <class T>
 void dot_rows(Block<const T> queries, int64_t rows, const Rows& k, Block<T> s) {
   constexpr int kGroup = kPanelVectors == 4 ? 4 : 2;  // four accumulators a row
+  const int64_t ahead = bytes_ahead(k);
   with_element_type<T>(k.dtype, [&](auto from) {
-    for_row_groups<kGroup>(rows, [&](int64_t r, auto count) {
-      dot_rows_block<T, decltype(from), count>(queries.row(r), queries.stride, k, s.row(r),
-                                               s.stride);
-    });
+    for (int64_t m = 0; m < k.count; m += kKeyBlock) {
+      for_row_groups<kGroup>(rows, [&](int64_t r, auto count) {
+        dot_key_block<T, decltype(from), count>(queries.row(r), queries.stride, k,
+                                                r == 0 ? ahead : 0, m, s.row(r), s.stride);
+      });
+    }
   });
 }
 
-// One block of R rows and NV vectors of columns; `last` < lanes loads only that many elements of the
-// single vector.
-template <class T, class From, int R, int NV>
-HWY_NOINLINE void add_block(const T* p, int64_t p_stride, const Rows& v, int64_t first_column,
-                            size_t last, const T* carry, T* o, int64_t o_stride) {
-  const Prefetcher<From> prefetch(v);
-  const Full<T> d;
-  hn::Vec<Full<T>> acc[R][NV];
-#pragma GCC unroll 4
-  for (int r = 0; r < R; ++r) {
-    const auto c = hn::Set(d, carry == nullptr ? T{1} : carry[r]);
-#pragma GCC unroll 4
-    for (int j = 0; j < NV; ++j) {
-      acc[r][j] = hn::Mul(c, hn::LoadU(d, o + r * o_stride + j * lanes<T>()));
-    }
-  }
-  const auto* data = static_cast<const From*>(v.data) + first_column;
-  for (int64_t m = 0; m < v.count; ++m) {
-    hn::Vec<Full<T>> column[NV];
-    const From* row = data + m * v.stride;
-    if (first_column == 0) prefetch(m);
-    if (NV == 1 && last > 0) {
-      column[0] = Load<T, From>::first(d, row, last);
+// Two vectors of neighbouring columns. Of bfloat16 the even columns and the odd ones: widening them
+// where they lie takes half the instructions.
+template <class T, class From>
+struct ColumnPair {
+  using V = hn::Vec<Full<T>>;
+  static constexpr bool kApart = std::is_same_v<From, bfloat16>;
+  static HWY_INLINE void load(const From* p, V& a, V& b) {
+    const Full<T> d;
+    if constexpr (kApart) {
+      const hn::RebindToUnsigned<Full<T>> du;
+      const auto both = hn::LoadU(du, reinterpret_cast<const uint32_t*>(p));
+      a = hn::BitCast(d, hn::ShiftLeft<16>(both));
+      b = hn::BitCast(d, hn::And(both, hn::Set(du, 0xffff0000u)));
     } else {
-#pragma GCC unroll 4
-      for (int j = 0; j < NV; ++j) column[j] = Load<T, From>::full(d, row + j * lanes<T>());
-    }
-#pragma GCC unroll 4
-    for (int r = 0; r < R; ++r) {
-      const auto x = hn::Set(d, p[r * p_stride + m]);
-#pragma GCC unroll 4
-      for (int j = 0; j < NV; ++j) acc[r][j] = hn::MulAdd(x, column[j], acc[r][j]);
+      a = Load<T, From>::full(d, p);
+      b = Load<T, From>::full(d, p + lanes<T>());
     }
   }
-#pragma GCC unroll 4
-  for (int r = 0; r < R; ++r) {
-#pragma GCC unroll 4
-    for (int j = 0; j < NV; ++j) hn::StoreU(acc[r][j], d, o + r * o_stride + j * lanes<T>());
+};
+
+// O[r] += P[r] V for K keys and two vectors of columns, for all rows.
+template <int K, class T, class From>
+HWY_INLINE void add_pair(const T* p, int64_t p_stride, int64_t rows, const From* v,
+                         int64_t v_stride, T* o, int64_t o_stride) {
+  const Full<T> d;
+  hn::Vec<Full<T>> a[K], b[K];
+#pragma GCC unroll 8
+  for (int i = 0; i < K; ++i) ColumnPair<T, From>::load(v + i * v_stride, a[i], b[i]);
+  for (int64_t r = 0; r < rows; ++r) {
+    T* to = o + r * o_stride;
+    auto x = hn::LoadU(d, to), y = hn::LoadU(d, to + lanes<T>());
+#pragma GCC unroll 8
+    for (int i = 0; i < K; ++i) {
+      const auto weight = hn::Set(d, p[r * p_stride + i]);
+      x = hn::MulAdd(weight, a[i], x);
+      y = hn::MulAdd(weight, b[i], y);
+    }
+    hn::StoreU(x, d, to);
+    hn::StoreU(y, d, to + lanes<T>());
   }
 }
 
-template <class T, class From, int R>
-void add_row_group(const T* p, int64_t p_stride, const Rows& v, const T* carry, T* o,
-                   int64_t o_stride) {
-  constexpr int kMost = kPanelVectors;
-  int64_t column = 0;
-  for (; column + kMost * lanes<T>() <= v.width; column += kMost * lanes<T>()) {
-    add_block<T, From, R, kMost>(p, p_stride, v, column, 0, carry, o + column, o_stride);
+// The columns behind the last pair, at most two vectors.
+template <class T, class From>
+HWY_INLINE void add_rest(const T* p, int64_t p_stride, int64_t rows, const From* v, int64_t width,
+                         T* o, int64_t o_stride) {
+  const Full<T> d;
+  for (int64_t f = 0; f < width; f += lanes<T>()) {
+    const auto x = f + lanes<T>() <= width
+                       ? Load<T, From>::full(d, v + f)
+                       : Load<T, From>::first(d, v + f, static_cast<size_t>(width - f));
+    for (int64_t r = 0; r < rows; ++r) {
+      T* to = o + r * o_stride + f;
+      hn::StoreU(hn::MulAdd(hn::Set(d, p[r * p_stride]), x, hn::LoadU(d, to)), d, to);
+    }
   }
-  for (; column < v.width; column += lanes<T>()) {
-    const int64_t rest = v.width - column;
-    add_block<T, From, R, 1>(p, p_stride, v, column,
-                             rest < lanes<T>() ? static_cast<size_t>(rest) : 0, carry, o + column,
-                             o_stride);
+}
+
+template <int K, class T, class From>
+HWY_NOINLINE void add_keys(const T* p, int64_t p_stride, int64_t rows, const From* v,
+                           int64_t v_stride, int64_t width, T* o, int64_t o_stride) {
+  constexpr int64_t kPair = 2 * lanes<T>();
+  int64_t f = 0;
+  for (; f + kPair <= width; f += kPair) {
+    add_pair<K, T, From>(p, p_stride, rows, v + f, v_stride, o + f, o_stride);
+  }
+  for (int i = 0; f < width && i < K; ++i) {
+    add_rest<T, From>(p + i, p_stride, rows, v + i * v_stride + f, width - f, o + f, o_stride);
+  }
+}
+
+// Rows of O times their carry; pairs of vectors are taken apart as ColumnPair does, or put together.
+template <class T, class From>
+void prepare_sums(int64_t rows, int64_t width, const T* carry, Block<T> o) {
+  const Full<T> d;
+  constexpr int64_t kPair = 2 * lanes<T>();
+  for (int64_t r = 0; r < rows; ++r) {
+    const auto factor = hn::Set(d, carry == nullptr ? T{1} : carry[r]);
+    T* to = o.row(r);
+    int64_t f = 0;
+    for (; f + kPair <= width; f += kPair) {
+      hn::Vec<Full<T>> a = hn::LoadU(d, to + f), b = hn::LoadU(d, to + f + lanes<T>());
+      if constexpr (ColumnPair<T, From>::kApart) hn::LoadInterleaved2(d, to + f, a, b);
+      hn::StoreU(hn::Mul(factor, a), d, to + f);
+      hn::StoreU(hn::Mul(factor, b), d, to + f + lanes<T>());
+    }
+    for (; f < width; f += lanes<T>()) {
+      hn::StoreU(hn::Mul(factor, hn::LoadU(d, to + f)), d, to + f);
+    }
+  }
+}
+
+template <class T, class From>
+void join_sums(int64_t rows, int64_t width, Block<T> o) {
+  if constexpr (ColumnPair<T, From>::kApart) {
+    const Full<T> d;
+    constexpr int64_t kPair = 2 * lanes<T>();
+    for (int64_t r = 0; r < rows; ++r) {
+      for (int64_t f = 0; f + kPair <= width; f += kPair) {
+        T* to = o.row(r) + f;
+        const auto a = hn::LoadU(d, to), b = hn::LoadU(d, to + lanes<T>());
+        hn::StoreInterleaved2(a, b, d, to);
+      }
+    }
   }
 }
 
 template <class T>
 void add_rows(Block<const T> weights, int64_t rows, const Rows& v, const T* carry, Block<T> o) {
+  constexpr int kKeys = kPanelVectors == 4 ? 8 : 4;  // pairs of vectors that fit the registers
+  const int64_t ahead = bytes_ahead(v);
   with_element_type<T>(v.dtype, [&](auto from) {
-    for_row_groups<4>(rows, [&](int64_t r, auto count) {
-      add_row_group<T, decltype(from), count>(weights.row(r), weights.stride, v,
-                                              carry == nullptr ? nullptr : carry + r, o.row(r),
-                                              o.stride);
-    });
+    using From = decltype(from);
+    const auto* data = static_cast<const From*>(v.data);
+    prepare_sums<T, From>(rows, v.width, carry, o);
+    int64_t m = 0;
+    for (; m + kKeys <= v.count; m += kKeys) {
+      // In the order of memory, unlike the columns below: that keeps the stream going.
+      for (int64_t i = m; i < m + kKeys; ++i) {
+        for (int64_t f = 0; f < v.width; f += kLine<From>) {
+          prefetch_far(data + i * v.stride + f, ahead);
+        }
+      }
+      add_keys<kKeys, T, From>(weights.data + m, weights.stride, rows, data + m * v.stride,
+                               v.stride, v.width, o.data, o.stride);
+    }
+    for (; m < v.count; ++m) {
+      add_keys<1, T, From>(weights.data + m, weights.stride, rows, data + m * v.stride, v.stride,
+                           v.width, o.data, o.stride);
+    }
+    join_sums<T, From>(rows, v.width, o);
   });
 }
 

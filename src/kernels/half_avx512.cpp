@@ -3,7 +3,14 @@
 // compiled for AVX-512 as a whole and reached only after the processor has been asked.
 #include <immintrin.h>
 
+#include <cstring>
+
+// GCC 12 takes the unused operand of its own intrinsics for a variable (GCC bug 105593).
+#pragma GCC diagnostic ignored "-Wuninitialized"
+#pragma GCC diagnostic ignored "-Wmaybe-uninitialized"
+
 #include "kernels/parts.h"
+#include "kernels/prefetch.h"
 #include "kernels/product_loops.h"
 
 namespace heed::kernels {
@@ -182,7 +189,130 @@ void accumulate_columns(const void* packed, int64_t rows, int64_t width, const v
                     });
 }
 
+// Queries of a few rows as bfloat16; false if that would change one of them.
+constexpr int64_t kMostRows = 16, kMostWidth = 512;
+struct alignas(64) HalfQueries {
+  uint16_t bits[kMostRows][kMostWidth];
+};
+
+bool round_queries(Block<const float> queries, int64_t rows, int64_t width, HalfQueries& to) {
+  for (int64_t r = 0; r < rows; ++r) {
+    const float* row = queries.row(r);
+    for (int64_t e = 0; e < width; e += 16) {
+      const auto some = static_cast<__mmask16>(width - e >= 16 ? 0xffff : (1 << (width - e)) - 1);
+      const __m512i x = _mm512_castps_si512(_mm512_maskz_loadu_ps(some, row + e));
+      if (_mm512_test_epi32_mask(x, _mm512_set1_epi32(0xffff)) != 0) return false;
+      _mm256_store_si256(reinterpret_cast<__m256i*>(to.bits[r] + e),
+                         _mm512_cvtepi32_epi16(_mm512_srli_epi32(x, 16)));
+    }
+  }
+  return true;
+}
+
+// Lane i is the sum of the lanes of v[i].
+inline __m512 lane_sums(const __m512 (&v)[16]) {
+  __m512 pairs[8], fours[4], halves[2];
+#pragma GCC unroll 8
+  for (int i = 0; i < 8; ++i) {
+    const __m512 a = v[2 * i], b = v[2 * i + 1];
+    pairs[i] = _mm512_add_ps(_mm512_unpacklo_ps(a, b), _mm512_unpackhi_ps(a, b));
+  }
+#pragma GCC unroll 4
+  for (int i = 0; i < 4; ++i) {
+    const __m512d a = _mm512_castps_pd(pairs[2 * i]), b = _mm512_castps_pd(pairs[2 * i + 1]);
+    fours[i] = _mm512_add_ps(_mm512_castpd_ps(_mm512_unpacklo_pd(a, b)),
+                             _mm512_castpd_ps(_mm512_unpackhi_pd(a, b)));
+  }
+#pragma GCC unroll 2
+  for (int i = 0; i < 2; ++i) {
+    const __m512 a = fours[2 * i], b = fours[2 * i + 1];
+    halves[i] = _mm512_add_ps(_mm512_shuffle_f32x4(a, b, 0x44), _mm512_shuffle_f32x4(a, b, 0xee));
+  }
+  return _mm512_add_ps(_mm512_shuffle_f32x4(halves[0], halves[1], 0x88),
+                       _mm512_shuffle_f32x4(halves[0], halves[1], 0xdd));
+}
+
+// Scores of R query rows against K keys, of which `count` exist: R * K = 16 sums.
+template <int R, int K>
+inline void dot_block(const uint16_t (*q)[kMostWidth], const uint16_t* const (&keys)[K],
+                      int64_t width, int64_t ahead, float* s, int64_t s_stride, int64_t rows,
+                      int64_t count) {
+  // Four keys at a time: more at once would break up the stream from memory.
+  constexpr int kFour = 4;
+  __m512 acc[16];
+#pragma GCC unroll 16
+  for (auto& x : acc) x = _mm512_setzero_ps();
+#pragma GCC unroll 4
+  for (int first = 0; first < K; first += kFour) {
+    const auto step = [&](int64_t e, __mmask32 some) __attribute__((always_inline)) {
+      __m512i query[R];
+#pragma GCC unroll 4
+      for (int r = 0; r < R; ++r) query[r] = _mm512_maskz_loadu_epi16(some, q[r] + e);
+#pragma GCC unroll 4
+      for (int j = first; j < first + kFour; ++j) {
+        const __m512i key = _mm512_maskz_loadu_epi16(some, keys[j] + e);
+        prefetch_far(keys[j] + e, ahead);
+#pragma GCC unroll 4
+        for (int r = 0; r < R; ++r) {
+          acc[r * K + j] = _mm512_dpbf16_ps(acc[r * K + j], as_pairs(query[r]), as_pairs(key));
+        }
+      }
+    };
+    int64_t e = 0;
+    for (; e + 32 <= width; e += 32) step(e, ~__mmask32{0});
+    if (e < width) step(e, (__mmask32{1} << (width - e)) - 1);
+  }
+  alignas(64) float sums[16];
+  _mm512_store_ps(sums, lane_sums(acc));
+  for (int64_t r = 0; r < rows; ++r) {
+    float* to = s + r * s_stride;
+    if (count >= K) {
+      std::memcpy(to, sums + r * K, K * sizeof(float));
+    } else {
+      for (int64_t j = 0; j < K; ++j) {
+        if (j < count) to[j] = sums[r * K + j];
+      }
+    }
+  }
+}
+
+// Scores of up to R query rows against keys [first, end).
+template <int R>
+__attribute__((noinline)) void dot_keys(const uint16_t (*q)[kMostWidth], int64_t rows,
+                                        const Rows& k, int64_t ahead, int64_t first, int64_t end,
+                                        float* s, int64_t s_stride) {
+  constexpr int K = 16 / R;
+  const auto* data = static_cast<const uint16_t*>(k.data);
+  for (int64_t m = first; m < end; m += K) {
+    const uint16_t* keys[K];
+#pragma GCC unroll 16
+    for (int64_t j = 0, last = end - 1 - m; j < K; ++j) {
+      keys[j] = data + (m + std::min(j, last)) * k.stride;
+    }
+    dot_block<R, K>(q, keys, k.width, ahead, s + m, s_stride, rows, std::min<int64_t>(K, end - m));
+  }
+}
+
 }  // namespace
+
+bool half_dot_rows(Block<const float> queries, int64_t rows, const Rows& k, Block<float> s) {
+  if (k.dtype != DType::bf16 || rows > kMostRows || k.width > kMostWidth) return false;
+  HalfQueries q;
+  for (int64_t r = rows; r < round_up(rows, 4); ++r) {
+    std::memset(q.bits[r], 0, static_cast<size_t>(k.width) * sizeof(uint16_t));
+  }
+  if (!round_queries(queries, rows, k.width, q)) return false;
+  const int64_t ahead = bytes_ahead(k);
+  for (int64_t m = 0; m < k.count; m += kKeyBlock) {
+    const int64_t end = std::min(m + kKeyBlock, k.count);
+    for (int64_t r = 0; r < rows; r += 4) {
+      const int64_t some = std::min<int64_t>(4, rows - r);
+      const auto dot = some == 1 ? dot_keys<1> : some == 2 ? dot_keys<2> : dot_keys<4>;
+      dot(q.bits + r, some, k, r == 0 ? ahead : 0, m, end, s.row(r), s.stride);
+    }
+  }
+  return true;
+}
 
 void add_avx512_half_products(TileKernels<float>& f) {
   f.row_multiple = kRowMultiple;

@@ -115,26 +115,22 @@ void pack_half_columns(const Rows& x, bool negate, void* packed) {
   }
 }
 
-// bfloat16 bits of a row's columns [m, m + lanes) in the low halves, zeros from `count` on.
-HWY_INLINE hn::Vec<Full<uint32_t>> rounded_columns(const float* row, int64_t m, int64_t count) {
+// Columns [m, m + lanes) of a row as operands, zeros from `count` on.
+HWY_INLINE hn::Vec<hn::Rebind<uint16_t, Full<float>>> rounded_columns(const float* row, int64_t m,
+                                                                      int64_t count) {
   const Full<float> d;
-  if (row == nullptr || m >= count) return hn::Zero(Full<uint32_t>());
-  const int64_t rest = count - m;
-  return bfloat16_bits(d, rest >= lanes<float>()
-                              ? hn::LoadU(d, row + m)
-                              : Load<float, float>::first(d, row + m, static_cast<size_t>(rest)));
+  if (HWY_LIKELY(m + lanes<float>() <= count)) return half_operands(hn::LoadU(d, row + m));
+  if (m >= count) return half_operands(hn::Zero(d));
+  return half_operands(Load<float, float>::first(d, row + m, static_cast<size_t>(count - m)));
 }
 
 void round_weights(Block<const float> from, int64_t rows, int64_t key_count, void* to,
                    int64_t to_stride) {
-  const Full<uint32_t> d;
-  const hn::Rebind<uint16_t, decltype(d)> half;
-  const hn::Rebind<int32_t, decltype(d)> signed_words;
+  const hn::Rebind<uint16_t, Full<float>> half;
   for (int64_t r = 0; r < rows; ++r) {
     auto* out = static_cast<uint16_t*>(to) + r * to_stride;
     for (int64_t m = 0; m < round_up(key_count, kHalfDepth); m += lanes<float>()) {
-      const auto bits = rounded_columns(from.row(r), m, key_count);
-      hn::StoreU(hn::DemoteTo(half, hn::BitCast(signed_words, bits)), half, out + m);
+      hn::StoreU(rounded_columns(from.row(r), m, key_count), half, out + m);
     }
   }
 }
@@ -144,11 +140,12 @@ void pair_weights(Block<const float> from, int64_t rows, int64_t key_count, void
   const Full<uint32_t> d;
   for (int64_t r = 0; r < rows; r += 2) {
     auto* out = static_cast<uint32_t*>(to) + r / 2 * to_stride;
-    const float* odd = r + 1 < rows ? from.row(r + 1) : nullptr;
+    const float* odd = from.row(HWY_MIN(r + 1, rows - 1));
+    const int64_t odd_count = r + 1 < rows ? key_count : 0;
     for (int64_t m = 0; m < round_up(key_count, kHalfDepth); m += lanes<float>()) {
-      const auto low = rounded_columns(from.row(r), m, key_count);
-      const auto high = hn::ShiftLeft<16>(rounded_columns(odd, m, key_count));
-      hn::StoreU(hn::Or(low, high), d, out + m);
+      const auto low = hn::PromoteTo(d, rounded_columns(from.row(r), m, key_count));
+      const auto high = hn::PromoteTo(d, rounded_columns(odd, m, odd_count));
+      hn::StoreU(hn::Or(low, hn::ShiftLeft<16>(high)), d, out + m);
     }
   }
 }

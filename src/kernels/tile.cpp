@@ -25,18 +25,33 @@ Tables make_tables(Isa isa) {
   return tables;
 }
 
+bool has_full_rate_bf16() {
+  const auto& features = cpu_info().features;
+  return std::find(features.begin(), features.end(), "full_rate_bf16") != features.end();
+}
+
+const Tables& plain_avx512() {
+  static const Tables tables = make_tables(Isa::avx512);
+  return tables;
+}
+
+void dot_rows(Block<const float> queries, int64_t rows, const Rows& k, Block<float> s) {
+  if (!half_dot_rows(queries, rows, k, s)) plain_avx512().f.dot_rows(queries, rows, k, s);
+}
+
+Tables make_avx512_tables() {
+  Tables tables = plain_avx512();
+  if (has_full_rate_bf16()) tables.f.dot_rows = dot_rows;
+  return tables;
+}
+
 TileKernels<float> make_half_table(Isa isa, void (*add_products)(TileKernels<float>&)) {
-  TileKernels<float> table = make_tables(Isa::avx512).f;
+  TileKernels<float> table = plain_avx512().f;
   table.name = name_of(isa);
   add_half_pack_parts(isa, table);
   add_half_weight_parts(isa, table);
   add_products(table);
   return table;
-}
-
-bool has_full_rate_bf16() {
-  const auto& features = cpu_info().features;
-  return std::find(features.begin(), features.end(), "full_rate_bf16") != features.end();
 }
 
 // AMX adds products of bfloat16 only: everything else on such a machine is AVX-512.
@@ -45,7 +60,7 @@ const Tables& tables_of(Isa isa) {
   if (isa == Isa::portable) return portable;
   static const Tables avx2 = make_tables(Isa::avx2);
   if (isa == Isa::avx2) return avx2;
-  static const Tables avx512 = make_tables(Isa::avx512);
+  static const Tables avx512 = make_avx512_tables();
   return avx512;
 }
 

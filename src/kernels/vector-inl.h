@@ -122,6 +122,20 @@ HWY_INLINE void store_bfloat16(DF d, V x, uint16_t* p) {
   hn::StoreU(hn::DemoteTo(du16, hn::BitCast(di, bfloat16_bits(d, x))), du16, p);
 }
 
+// As operands of bfloat16 products. On AVX-512 only for tables of processors with AVX512-BF16, which are
+// those that have such products.
+HWY_INLINE hn::Vec<hn::Rebind<uint16_t, Full<float>>> half_operands(hn::Vec<Full<float>> x) {
+#if HWY_TARGET == HWY_AVX3
+  __m256i rounded;
+  __asm__("vcvtneps2bf16 %1, %0" : "=v"(rounded) : "v"(x.raw));
+  return hn::Vec<hn::Rebind<uint16_t, Full<float>>>{rounded};
+#else
+  const Full<float> d;
+  const hn::Rebind<int32_t, Full<float>> di;
+  return hn::DemoteTo(hn::Rebind<uint16_t, Full<float>>(), hn::BitCast(di, bfloat16_bits(d, x)));
+#endif
+}
+
 // Four rows (two of double) become one 16-byte group per column: group(c) = rows at column c.
 template <class T, class V, class Store>
 HWY_INLINE void transpose_group(const V* rows, Store&& store) {

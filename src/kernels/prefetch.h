@@ -1,0 +1,33 @@
+// Asking for rows of keys and values ahead of their use, one cache line for each that is used, so that
+// requests come as evenly as their lines.
+#pragma once
+#include <cstdint>
+
+#include "base/round_up.h"
+#include "heed/tensor.h"
+#include "kernels/tile.h"
+
+namespace heed::kernels {
+
+/// Keys that all query rows pass over before the next ones: few enough for the first-level cache.
+inline constexpr int64_t kKeyBlock = 16;
+
+/// The way in bytes to the row that is asked for: far enough to cover the latency of memory at full
+/// bandwidth.
+inline int64_t bytes_ahead(const Rows& rows) {
+  constexpr int64_t kAheadBytes = 8192;
+  const auto element = static_cast<int64_t>(size_of(rows.dtype));
+  const int64_t row = rows.width * element;
+  return row == 0 ? 0 : round_up(kAheadBytes, row) / row * rows.stride * element;
+}
+
+/// Into the second-level cache: the first level has too few requests under way for full bandwidth. May
+/// lie behind the last row, as the next call goes on there; asking for memory that does not exist does
+/// nothing.
+inline void prefetch_far(const void* p, int64_t ahead) {
+  __builtin_prefetch(
+      reinterpret_cast<const void*>(reinterpret_cast<uintptr_t>(p) + static_cast<uintptr_t>(ahead)),
+      0, 2);
+}
+
+}  // namespace heed::kernels
