@@ -1,5 +1,6 @@
 // Everything a user of the core library includes.
 #pragma once
+#include "heed/affine_scaled_attention.h"
 #include "heed/attention_distillation_loss.h"
 #include "heed/depthwise_conv.h"
 #include "heed/error.h"

@@ -1,0 +1,255 @@
+#include "kernels/row_maps.h"
+
+#include "kernels/simd.h"
+#undef HWY_TARGET_INCLUDE
+#define HWY_TARGET_INCLUDE "kernels/row_maps.cpp"
+#include <hwy/foreach_target.h>
+// After foreach_target.
+#include <algorithm>
+#include <type_traits>
+
+#include "kernels/by_isa.h"
+#include "kernels/elements-inl.h"
+#include "kernels/parts.h"
+#include "kernels/row_loops-inl.h"
+
+HWY_BEFORE_NAMESPACE();
+namespace heed::kernels::HWY_NAMESPACE {
+namespace {
+namespace hn = hwy::HWY_NAMESPACE;
+
+// to[0, lanes) += sign * x
+template <class T>
+HWY_INLINE void add_vector(T* to, hn::Vec<Full<T>> x, hn::Vec<Full<T>> sign) {
+  const Full<T> d;
+  hn::StoreU(hn::MulAdd(x, sign, hn::LoadU(d, to)), d, to);
+}
+HWY_INLINE void add_vector(double* to, hn::Vec<Full<float>> x, hn::Vec<Full<double>> sign) {
+  const hn::Half<Full<float>> half;
+  const Full<double> d;
+  const auto low = hn::PromoteTo(d, hn::LowerHalf(half, x));
+  const auto high = hn::PromoteTo(d, hn::UpperHalf(half, x));
+  add_vector<double>(to, low, sign);
+  add_vector<double>(to + lanes<double>(), high, sign);
+}
+
+// lanes<T> sums as T.
+template <class T>
+HWY_INLINE hn::Vec<Full<T>> sums_as(const T* sums) {
+  return hn::LoadU(Full<T>(), sums);
+}
+template <class T>
+  requires(sizeof(T) == 4)
+HWY_INLINE hn::Vec<Full<T>> sums_as(const double* sums) {
+  const hn::Half<Full<float>> half;
+  const Full<double> d;
+  const auto low = hn::DemoteTo(half, hn::LoadU(d, sums));
+  const auto high = hn::DemoteTo(half, hn::LoadU(d, sums + lanes<double>()));
+  return hn::Combine(Full<float>(), high, low);
+}
+
+// sums += sign * the rows [begin, end) of x
+template <class T, class From, class Sum>
+void add_window(const From* x, int64_t stride, int64_t width, int64_t begin, int64_t end, Sum sign,
+                Sum* sums) {
+  const auto signs = hn::Set(Full<Sum>(), sign);
+  for (int64_t m = begin; m < end; ++m) {
+    const From* row = x + m * stride;
+    for (int64_t i = 0; i < width; i += lanes<T>()) {
+      add_vector(sums + i, load_elements<T>(row + i, width - i), signs);
+    }
+  }
+}
+
+template <class Sum>
+bool all_finite(const Sum* sums, int64_t width) {
+  const Full<Sum> d;
+  auto bad = hn::Zero(d);
+  for_each_vector<Sum>(width, [&](int64_t i, auto all) HWY_ATTR {
+    const auto x = load_some<Sum>(all, sums + i);
+    bad = hn::Or(bad, hn::Sub(x, x));  // 0 if finite, else NaN
+  });
+  return hn::AllTrue(d, hn::Eq(bad, bad));
+}
+
+template <class T, class From, class Sum>
+void slide(const From* x, int64_t stride, int64_t width, RowWindow& at, const RowWindow& to,
+           Sum* sums) {
+  const auto restart = [&] {
+    std::fill_n(sums, width, Sum{0});
+    at.begin = at.end = to.begin;
+  };
+  if (to.begin >= at.end) restart();
+  add_window<T, From, Sum>(x, stride, width, at.end, to.end, 1, sums);
+  if (to.begin > at.begin) {
+    add_window<T, From, Sum>(x, stride, width, at.begin, to.begin, -1, sums);
+    if (!all_finite(sums, width)) {
+      restart();
+      add_window<T, From, Sum>(x, stride, width, to.begin, to.end, 1, sums);
+    }
+  }
+  at = {to.begin, HWY_MAX(to.begin, to.end)};
+}
+
+template <class T>
+void window_sums(const Rows& x, RowWindow& at, const RowWindow* windows, int64_t rows,
+                 const T* factors, void* memory, Block<T> out) {
+  with_element_type<T>(x.dtype, [&](auto from) HWY_ATTR {
+    using From = decltype(from);
+    using Sum = std::conditional_t<sizeof(From) == 2, float, double>;
+    const Full<T> d;
+    auto* sums = static_cast<Sum*>(memory);
+    for (int64_t r = 0; r < rows; ++r) {
+      slide<T, From, Sum>(static_cast<const From*>(x.data), x.stride, x.width, at, windows[r],
+                          sums);
+      const auto factor = hn::Set(d, factors[r]);
+      for (int64_t i = 0; i < x.width; i += lanes<T>()) {
+        hn::StoreU(hn::Mul(factor, sums_as<T>(sums + i)), d, out.row(r) + i);
+      }
+    }
+  });
+}
+
+template <class T>
+void mix(const RowsOut& x, const T* a, Block<const T> y, const T* b) {
+  const Full<T> d;
+  with_element_type<T>(x.dtype, [&](auto from) HWY_ATTR {
+    using From = decltype(from);
+    for (int64_t r = 0; r < x.count; ++r) {
+      From* row = static_cast<From*>(x.data) + r * x.stride;
+      const auto of_x = hn::Set(d, a[r]), of_y = hn::Set(d, b[r]);
+      for (int64_t i = 0; i < x.width; i += lanes<T>()) {
+        const auto sum = hn::MulAdd(of_x, load_elements<T>(row + i, x.width - i),
+                                    hn::Mul(of_y, hn::LoadU(d, y.row(r) + i)));
+        store_elements<T>(sum, row + i, x.width - i);
+      }
+    }
+  });
+}
+
+// Rows wider than this go through the buffers below in pieces.
+constexpr int64_t kPiece = 256;
+
+// Columns [begin, begin + n) of row r as T: in place where they are, else in the buffer.
+template <class T>
+HWY_INLINE const T* piece(const Rows& x, int64_t r, int64_t begin, int64_t n, T* buffer) {
+  const int64_t offset = r * x.stride + begin;
+  const T* found = buffer;
+  with_element_type<T>(x.dtype, [&](auto from) HWY_ATTR {
+    using From = decltype(from);
+    const From* row = static_cast<const From*>(x.data) + offset;
+    if constexpr (std::is_same_v<From, T>) {
+      found = row;
+    } else {
+      load_row(row, n, buffer);
+    }
+  });
+  return found;
+}
+
+template <class T>
+void combine(const Rows& x, const T* a, const Rows* y, const T* b, const T* c, const RowsOut& out) {
+  const Full<T> d;
+  HWY_ALIGN T x_buffer[kPiece], y_buffer[kPiece], sum[kPiece];
+  for (int64_t r = 0; r < x.count; ++r) {
+    const auto of_x = hn::Set(d, a[r]), of_y = hn::Set(d, y == nullptr ? T{0} : b[r]);
+    const auto constant = hn::Set(d, c == nullptr ? T{0} : c[r]);
+    for (int64_t begin = 0; begin < x.width; begin += kPiece) {
+      const int64_t n = HWY_MIN(kPiece, x.width - begin);
+      const T* xs = piece(x, r, begin, n, x_buffer);
+      const T* ys = y == nullptr ? nullptr : piece(*y, r, begin, n, y_buffer);
+      for (int64_t i = 0; i < n; i += lanes<T>()) {
+        auto v = constant;
+        if (ys != nullptr) v = hn::MulAdd(of_y, load_elements<T>(ys + i, n - i), v);
+        hn::StoreU(hn::MulAdd(of_x, load_elements<T>(xs + i, n - i), v), d, sum + i);
+      }
+      with_element_type<T>(out.dtype, [&](auto to) HWY_ATTR {
+        using To = decltype(to);
+        store_row(sum, n, static_cast<To*>(out.data) + r * out.stride + begin);
+      });
+    }
+  }
+}
+
+template <class T>
+void dots(const Rows& x, const Rows& y, T* results) {
+  const Full<T> d;
+  HWY_ALIGN T x_buffer[kPiece], y_buffer[kPiece];
+  for (int64_t r = 0; r < x.count; ++r) {
+    auto sum = hn::Zero(d);
+    for (int64_t begin = 0; begin < x.width; begin += kPiece) {
+      const int64_t n = HWY_MIN(kPiece, x.width - begin);
+      const T* xs = piece(x, r, begin, n, x_buffer);
+      const T* ys = piece(y, r, begin, n, y_buffer);
+      for (int64_t i = 0; i < n; i += lanes<T>()) {
+        sum = hn::MulAdd(load_elements<T>(xs + i, n - i), load_elements<T>(ys + i, n - i), sum);
+      }
+    }
+    results[r] = hn::GetLane(hn::SumOfLanes(d, sum));
+  }
+}
+
+template <class T>
+void sums(const Rows& x, T* results) {
+  const Full<T> d;
+  HWY_ALIGN T buffer[kPiece];
+  for (int64_t r = 0; r < x.count; ++r) {
+    auto sum = hn::Zero(d);
+    for (int64_t begin = 0; begin < x.width; begin += kPiece) {
+      const int64_t n = HWY_MIN(kPiece, x.width - begin);
+      const T* xs = piece(x, r, begin, n, buffer);
+      for (int64_t i = 0; i < n; i += lanes<T>()) {
+        sum = hn::Add(load_elements<T>(xs + i, n - i), sum);
+      }
+    }
+    results[r] = hn::GetLane(hn::SumOfLanes(d, sum));
+  }
+}
+
+template <class T>
+RowMapKernels<T> table() {
+  return {window_sums<T>, mix<T>, combine<T>, dots<T>, sums<T>};
+}
+
+}  // namespace
+
+void make_row_maps(RowMapKernels<float>& f, RowMapKernels<double>& d) {
+  f = table<float>();
+  d = table<double>();
+}
+
+}  // namespace heed::kernels::HWY_NAMESPACE
+HWY_AFTER_NAMESPACE();
+
+#if HWY_ONCE
+namespace heed::kernels {
+
+namespace {
+
+struct Tables {
+  RowMapKernels<float> f;
+  RowMapKernels<double> d;
+};
+
+void fill(Isa isa, Tables& tables) HEED_SELECT(make_row_maps, tables.f, tables.d)
+
+    Tables make(Isa isa) {
+  Tables tables;
+  fill(isa, tables);
+  return tables;
+}
+
+}  // namespace
+
+template <>
+const RowMapKernels<float>& row_map_kernels<float>(Isa isa) {
+  return by_isa<Tables>(isa, &make).f;
+}
+
+template <>
+const RowMapKernels<double>& row_map_kernels<double>(Isa isa) {
+  return by_isa<Tables>(isa, &make).d;
+}
+
+}  // namespace heed::kernels
+#endif  // HWY_ONCE

@@ -1,0 +1,38 @@
+// What happens to rows of results before and behind the score tiles: sums over windows of rows, linear
+// combinations, dot products. Rows of any floating type; T is float (float32, bfloat16, float16) or
+// double (float64).
+#pragma once
+#include "heed/run.h"
+#include "kernels/matrix.h"
+#include "kernels/tile.h"
+
+namespace heed::kernels {
+
+/// Rows [begin, end).
+struct RowWindow {
+  int64_t begin = 0, end = 0;
+};
+
+template <class T>
+struct RowMapKernels {
+  /// out[r] = factors[r] * sum of the rows [windows[r].begin, windows[r].end) of x. Neither end of the
+  /// windows decreases. `sums` holds the sum over the window `at` before the call (a window that begins
+  /// and ends at one place has the sum 0) and over the last one after it: 8 bytes for each column,
+  /// padded to whole vectors; float64, float32 for 16-bit x. What is not finite leaves with its row.
+  void (*window_sums)(const Rows& x, RowWindow& at, const RowWindow* windows, int64_t rows,
+                      const T* factors, void* sums, Block<T> out) = nullptr;
+  /// x[r] = a[r] x[r] + b[r] y[r] in place; columns of y are padded to whole vectors.
+  void (*mix)(const RowsOut& x, const T* a, Block<const T> y, const T* b) = nullptr;
+  /// out[r] = a[r] x[r] + b[r] y[r] + c[r]; without y or c (null) their terms are left out.
+  void (*combine)(const Rows& x, const T* a, const Rows* y, const T* b, const T* c,
+                  const RowsOut& out) = nullptr;
+  /// dots[r] = x[r] . y[r]
+  void (*dots)(const Rows& x, const Rows& y, T* dots) = nullptr;
+  /// sums[r] = sum of the elements of x[r]
+  void (*sums)(const Rows& x, T* sums) = nullptr;
+};
+
+template <class T>
+const RowMapKernels<T>& row_map_kernels(Isa isa);
+
+}  // namespace heed::kernels

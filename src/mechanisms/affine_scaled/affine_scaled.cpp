@@ -1,0 +1,95 @@
+#include "engine/tiled/problem.h"
+#include "heed/affine_scaled_attention.h"
+#include "mechanisms/affine_scaled/mean_mix.h"
+#include "mechanisms/parameter.h"
+
+namespace heed {
+
+namespace {
+
+constexpr const char* kOp = "affine_scaled_attention";
+
+struct Call {
+  affine_scaled::Inputs inputs;
+  tiled::Problem problem;
+};
+
+// `softmax` and `lse` are where the engine writes, or wrote.
+Call make_call(const Tensor& q, const Tensor& k, const Tensor& v, const Tensor& alpha,
+               const Tensor& alpha_mean, const Tensor& softmax, const Tensor& lse,
+               const AffineScaledOptions& options, const RunOptions& run) {
+  tiled::check_operands(kOp, q, k, v, softmax, lse);
+  check_parameter(kOp, "alpha", alpha, {q.size(0), q.size(1), q.size(2)}, q.dtype());
+  check_parameter(kOp, "alpha_mean", alpha_mean, {q.size(1)}, q.dtype());
+  Call call{{q, k, v, alpha, alpha_mean, {}, run}, {}};
+  call.inputs.plans =
+      tiled::TilePlan::from_masks(kOp, options.masks, q.size(0), q.size(2), k.size(2));
+  call.problem.op = kOp;
+  call.problem.sequences = tiled::batch_sequences(q, k, v, softmax, lse, call.inputs.plans);
+  call.problem.scale = tiled::resolve_scale(kOp, options.scale, q.size(3));
+  return call;
+}
+
+template <class T>
+AffineScaledGradients gradients(const Tensor& grad_out, const Call& call, const Tensor& softmax_out,
+                                const RunOptions& run) {
+  const affine_scaled::Inputs& in = call.inputs;
+  AffineScaledGradients to;
+  to.q = Array(in.q.dtype(), in.q.shape());
+  to.k = Array(in.k.dtype(), in.k.shape());
+  to.v = Array(in.v.dtype(), in.v.shape());
+  affine_scaled::MeanMix<T> mix(in);
+  const DType wide = sizeof(T) == 8 ? DType::f64 : DType::f32;
+  Array scaled(in.q.dtype(), grad_out.shape());
+  mix.scale_gradients(grad_out, softmax_out, scaled);
+  // The two parts of v's gradient may cancel: they meet before they are rounded.
+  Array wide_v;
+  if (is_half(in.v.dtype())) wide_v = Array(wide, in.v.shape());
+  const Tensor through_softmax = is_half(in.v.dtype()) ? wide_v.view() : to.v.view();
+  tiled::backward(call.problem, tiled::batch_gradients(scaled, {}, to.q, to.k, through_softmax),
+                  nullptr, run);
+  mix.add_mean_gradients(through_softmax, to.v);
+  to.alpha = mix.alpha_gradient();
+  to.alpha_mean = mix.alpha_mean_gradient();
+  return to;
+}
+
+}  // namespace
+
+void affine_scaled_attention(const Tensor& q, const Tensor& k, const Tensor& v, const Tensor& alpha,
+                             const Tensor& alpha_mean, const Tensor& out, const Tensor& softmax_out,
+                             const Tensor& lse, const AffineScaledOptions& options,
+                             const RunOptions& run) {
+  if (softmax_out.defined()) tiled::check_operands(kOp, q, k, v, out, lse);
+  const Tensor softmax = softmax_out.defined() ? softmax_out : out;
+  const Call call = make_call(q, k, v, alpha, alpha_mean, softmax, lse, options, run);
+  tiled::forward(call.problem, run);
+  if (q.dtype() == DType::f64) {
+    affine_scaled::MeanMix<double>(call.inputs).mix(softmax, out);
+  } else {
+    affine_scaled::MeanMix<float>(call.inputs).mix(softmax, out);
+  }
+}
+
+Array affine_scaled_attention(const Tensor& q, const Tensor& k, const Tensor& v,
+                              const Tensor& alpha, const Tensor& alpha_mean,
+                              const AffineScaledOptions& options, const RunOptions& run) {
+  Array out;
+  if (q.rank() == 4 && v.rank() == 4) {
+    out = Array(q.dtype(), {q.size(0), q.size(1), q.size(2), v.size(3)});
+  }
+  affine_scaled_attention(q, k, v, alpha, alpha_mean, out, {}, {}, options, run);
+  return out;
+}
+
+AffineScaledGradients affine_scaled_attention_backward(
+    const Tensor& grad_out, const Tensor& q, const Tensor& k, const Tensor& v, const Tensor& alpha,
+    const Tensor& alpha_mean, const Tensor& softmax_out, const Tensor& lse,
+    const AffineScaledOptions& options, const RunOptions& run) {
+  const Call call = make_call(q, k, v, alpha, alpha_mean, softmax_out, lse, options, run);
+  tiled::check_backward(kOp, grad_out, {}, softmax_out, lse);
+  return q.dtype() == DType::f64 ? gradients<double>(grad_out, call, softmax_out, run)
+                                 : gradients<float>(grad_out, call, softmax_out, run);
+}
+
+}  // namespace heed

@@ -1,0 +1,91 @@
+#include "engine/tiled/problem.h"
+#include "heed/affine_scaled_attention.h"
+#include "mechanisms/attention_case.h"
+#include "mechanisms/embedded.h"
+
+namespace heed {
+
+namespace {
+
+AffineScaledOptions affine_options(const NamedTensors& in, const Spec& options) {
+  require_attention_keys(options);
+  return {masks_of(in, options), options.number("scale")};
+}
+
+cascade::Bindings bind(const NamedTensors& in, const Spec& options) {
+  cascade::Bindings bindings = bind_attention(in, options);
+  bindings.tensors["Alpha"] = to_nd(in.at("alpha"));
+  bindings.tensors["Alpha_Mean"] = to_nd(in.at("alpha_mean"));
+  return bindings;
+}
+
+ExampleCase with_alpha(ExampleCase example, bool float32 = false) {
+  const Dims q = example.inputs[0].second;
+  example.inputs.emplace_back("alpha", Dims{q[0], q[1], q[2]});
+  example.inputs.emplace_back("alpha_mean", Dims{q[1]});
+  if (float32) example.types["alpha"] = example.types["alpha_mean"] = DType::f32;
+  return example;
+}
+
+NamedArrays backward(const NamedTensors& in, const NamedTensors& out_gradients, const Spec& spec,
+                     const RunOptions& run) {
+  const AffineScaledOptions options = affine_options(in, spec);
+  const Tensor &q = in.at("q"), &k = in.at("k"), &v = in.at("v");
+  const Dims shape{q.size(0), q.size(1), q.size(2), v.size(3)};
+  Array out(q.dtype(), shape), softmax_out(q.dtype(), shape);
+  Array lse(tiled::statistics_type(q.dtype()), {q.size(0), q.size(1), q.size(2)});
+  affine_scaled_attention(q, k, v, in.at("alpha"), in.at("alpha_mean"), out, softmax_out, lse,
+                          options, run);
+  AffineScaledGradients gradients =
+      affine_scaled_attention_backward(out_gradients.at("out"), q, k, v, in.at("alpha"),
+                                       in.at("alpha_mean"), softmax_out, lse, options, run);
+  NamedArrays arrays;
+  arrays.emplace("q", std::move(gradients.q));
+  arrays.emplace("k", std::move(gradients.k));
+  arrays.emplace("v", std::move(gradients.v));
+  arrays.emplace("alpha", std::move(gradients.alpha));
+  arrays.emplace("alpha_mean", std::move(gradients.alpha_mean));
+  return arrays;
+}
+
+Mechanism affine_record() {
+  Mechanism m;
+  m.name = "affine_scaled_attention";
+  m.title = "Affine-scaled attention: softmax weights scaled and shifted for each query";
+  m.sheets = {3};
+  m.arxiv = {"2602.23057"};
+  m.engine = "tiled";
+  m.pass_rank = "m";
+  m.card = embedded("affine_scaled/card.md");
+  m.cascades = {{"affine_scaled", std::string(embedded("affine_scaled/affine_scaled.cascade"))},
+                {"one_pass", std::string(embedded("affine_scaled/one_pass.cascade"))}};
+  m.outputs = {{"out", "O"}};
+  for (ExampleCase& example : common_attention_cases()) {
+    // There the weights are the mean's, and the gradient of alpha is nothing but rounding.
+    if (example.name != "zero_scale") m.cases.push_back(with_alpha(example));
+  }
+  m.cases.push_back(
+      with_alpha(attention_case("float32_alpha", {1, 4, 2, 33, 40, 16, 16}, "causal=1"), true));
+  m.cases.push_back(with_alpha(attention_case("many_rows", {1, 2, 1, 300, 310, 8, 20}, "left=70")));
+  for (ExampleCase& example : attention_bench_cases()) {
+    m.bench_cases.push_back(with_alpha(example, true));
+  }
+  m.forward = [](const NamedTensors& in, const Spec& options, const RunOptions& run) {
+    NamedArrays arrays;
+    arrays.emplace("out",
+                   affine_scaled_attention(in.at("q"), in.at("k"), in.at("v"), in.at("alpha"),
+                                           in.at("alpha_mean"), affine_options(in, options), run));
+    return arrays;
+  };
+  m.backward = backward;
+  m.bind = bind;
+  m.explain = explain_attention;
+  m.fill = fill_lengths;
+  return m;
+}
+
+}  // namespace
+
+std::vector<Mechanism> affine_scaled_records() { return {affine_record()}; }
+
+}  // namespace heed
