@@ -139,6 +139,7 @@ TEST(Counts, AdditionsFuseWithProductsAndOperationsStandOutsideTheLoopsTheyDoNot
   EXPECT_EQ(one("out X[p,m] = A[p,m] * C[p-m+M]").reads.text(), "k + m*p");
   EXPECT_EQ(one("out X[p,m] = A[p,m] * A[p,m]").reads.text(), "m*p");
   EXPECT_EQ(one("out X[p] = A[p,0]").reads.text(), "p");
+  EXPECT_EQ(one("out X[p,m] = abs(A[p,m])").maxima.text(), "m*p");
 }
 
 TEST(Counts, AdditionsWithoutAProductAreToldApart) {

@@ -190,6 +190,7 @@ class Counter {
       case Op::max:
       case Op::min:
       case Op::relu:
+      case Op::abs:
         return row.maxima;
       case Op::exp:
       case Op::tanh:
