@@ -62,6 +62,7 @@ void add_hardware(CLI::App& app, Outcome& outcome) {
   hardware->require_subcommand(0, 1);
   add_hardware_passes(*hardware);
   add_hardware_fusemax(*hardware);
+  add_hardware_place(*hardware);
   add_hardware_tiles(*hardware);
   add_hardware_files(*hardware);
   hardware->callback([hardware, &outcome] {

@@ -11,6 +11,7 @@ namespace heed::cli {
 
 void add_hardware_passes(CLI::App& hardware);
 void add_hardware_fusemax(CLI::App& hardware);
+void add_hardware_place(CLI::App& hardware);
 void add_hardware_tiles(CLI::App& hardware);
 void add_hardware_files(CLI::App& hardware);
 

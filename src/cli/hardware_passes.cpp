@@ -1,6 +1,7 @@
 // heed hardware passes: how often a cascade must go over a rank.
 #include <fmt/format.h>
 
+#include <algorithm>
 #include <filesystem>
 #include <memory>
 
@@ -75,35 +76,79 @@ void one_mechanism(const Mechanism& mechanism, const Arguments& arguments) {
     print_json({{"name", mechanism.name}, {"rank", rank}, {"cascades", cascades}});
 }
 
+struct Counted {
+  std::string cascade, when;
+  std::optional<int> passes;  // none where the cascade lacks the rank
+};
+
+std::string shown(const std::optional<int>& passes) {
+  return passes ? std::to_string(*passes) : "-";
+}
+
+bool has_rank(const Program& program, const std::string& rank) {
+  const auto& ranks = program.ast().ranks;
+  return std::any_of(ranks.begin(), ranks.end(), [&](const auto& r) { return r.name == rank; });
+}
+
+std::vector<Counted> counted(const Mechanism& mechanism) {
+  std::vector<Counted> list;
+  for (const CascadeText& text : mechanism.cascades) {
+    const Program program = cascade::parse(text.text, text.name);
+    Counted& row = list.emplace_back(Counted{text.name, text.when, std::nullopt});
+    if (has_rank(program, mechanism.pass_rank)) {
+      row.passes = cascade::count_passes(program, mechanism.pass_rank).passes;
+    }
+  }
+  return list;
+}
+
+// The cascades of the same calls: the definition, then the forms it is computed in.
+std::vector<std::vector<Counted>> by_call(const std::vector<Counted>& cascades) {
+  std::vector<std::vector<Counted>> groups;
+  for (const Counted& cascade : cascades) {
+    const auto same = std::find_if(groups.begin(), groups.end(), [&](const auto& group) {
+      return group[0].when == cascade.when;
+    });
+    (same == groups.end() ? groups.emplace_back() : *same).push_back(cascade);
+  }
+  return groups;
+}
+
 // Every mechanism, its definition beside the forms it is computed in.
 void all_mechanisms(const Arguments& arguments) {
   if (!arguments.rank.empty()) {
     throw Error("--rank: a cascade file or a mechanism is needed with it");
   }
   Json list = Json::array();
+  constexpr auto kRight = Table::Align::right;
   Table table({{"mechanism"},
                {"rank"},
+               {"calls"},
                {"definition"},
-               {"passes", Table::Align::right},
+               {"passes", kRight},
                {"computed as"},
-               {"passes", Table::Align::right}});
+               {"passes", kRight}});
   for (const Mechanism& mechanism : mechanisms()) {
-    Json cascades = Json::array();
-    for (size_t i = 0; i < mechanism.cascades.size(); ++i) {
-      const CascadeText& text = mechanism.cascades[i];
-      const int passes =
-          cascade::count_passes(cascade::parse(text.text, text.name), mechanism.pass_rank).passes;
-      cascades.push_back({{"cascade", text.name}, {"passes", passes}});
+    const std::vector<Counted> cascades = counted(mechanism);
+    Json json = Json::array();
+    for (const Counted& c : cascades) {
+      json.push_back({{"cascade", c.cascade},
+                      {"when", c.when},
+                      {"passes", c.passes ? Json(*c.passes) : Json(nullptr)}});
     }
-    const auto passes = [&](size_t i) { return std::to_string(cascades[i]["passes"].get<int>()); };
-    const size_t count = mechanism.cascades.size();
-    for (size_t i = 1; i < std::max<size_t>(count, 2); ++i) {
-      table.add({i == 1 ? mechanism.name : "", i == 1 ? mechanism.pass_rank : "",
-                 i == 1 ? mechanism.cascades[0].name : "", i == 1 ? passes(0) : "",
-                 i < count ? mechanism.cascades[i].name : "the same", passes(i < count ? i : 0)});
+    list.push_back({{"name", mechanism.name}, {"rank", mechanism.pass_rank}, {"cascades", json}});
+    bool first = true;
+    for (const std::vector<Counted>& group : by_call(cascades)) {
+      for (size_t i = std::min<size_t>(1, group.size() - 1); i < group.size(); ++i) {
+        const bool opens = i <= 1;
+        const bool fast = i > 0;
+        table.add({first ? mechanism.name : "", first ? mechanism.pass_rank : "",
+                   opens ? (group[0].when.empty() ? "all" : group[0].when) : "",
+                   opens ? group[0].cascade : "", opens ? shown(group[0].passes) : "",
+                   fast ? group[i].cascade : "", fast ? shown(group[i].passes) : ""});
+        first = false;
+      }
     }
-    list.push_back(
-        {{"name", mechanism.name}, {"rank", mechanism.pass_rank}, {"cascades", cascades}});
   }
   if (arguments.json) return print_json(list);
   table.print();

@@ -1,0 +1,224 @@
+// heed hardware place: what each mechanism would gain from an accelerator.
+#include <fmt/format.h>
+
+#include <memory>
+#include <set>
+
+#include "cli/hardware.h"
+#include "cli/terminal.h"
+#include "hardware/placement.h"
+#include "heed/error.h"
+
+namespace heed::cli {
+namespace {
+
+using namespace hardware;  // NOLINT: this command shows that room
+
+struct Arguments {
+  std::string what, rank, sizes, arch;
+  bool json = false;
+};
+
+struct Line {
+  std::string mechanism, example, cascade;
+  std::string options = {};
+  int passes = 0;
+  PlacementCost baseline = {}, machine = {};
+  double gain = 0;  // over the definition, unfused, on the baseline
+};
+
+Sizes parse_sizes(const std::string& text) {
+  Sizes sizes;
+  for (size_t begin = 0; begin < text.size();) {
+    const size_t comma = std::min(text.find(',', begin), text.size());
+    const std::string part = text.substr(begin, comma - begin);
+    const size_t equals = part.find('=');
+    if (equals == std::string::npos || equals == 0) {
+      throw Error("--sizes: found '" + part + "', rank=size is needed: p=4096,m=4096");
+    }
+    const auto value = parse_numbers("--sizes " + part.substr(0, equals), part.substr(equals + 1));
+    constexpr int64_t kMost = int64_t{1} << 31;
+    if (value.size() != 1 || value[0] < 1 || value[0] > kMost) {
+      throw Error("--sizes: found '" + part + "', a size from 1 to 2^31 is needed");
+    }
+    sizes[part.substr(0, equals)] = value[0];
+    begin = comma + 1;
+  }
+  return sizes;
+}
+
+// The largest case of each set of options.
+std::vector<const ExampleCase*> cases_of(const Mechanism& mechanism) {
+  std::vector<const ExampleCase*> cases;
+  for (const ExampleCase& example : mechanism.bench_cases) {
+    const auto same = std::find_if(cases.begin(), cases.end(), [&](const ExampleCase* other) {
+      return other->options == example.options;
+    });
+    const auto elements = [](const ExampleCase& e) {
+      int64_t count = 0;
+      for (const auto& [name, shape] : e.inputs) count += element_count(shape);
+      return count;
+    };
+    if (same == cases.end()) {
+      cases.push_back(&example);
+    } else if (elements(example) >= elements(**same)) {
+      *same = &example;
+    }
+  }
+  return cases;
+}
+
+std::vector<const CascadeText*> cascades_of(const Mechanism& mechanism,
+                                            const ExampleCase& example) {
+  if (!example.definition.empty()) return {&definition_of(mechanism, example)};
+  return cascades_for(mechanism, Spec::parse_options(example.options));
+}
+
+// A cascade that says nothing about the machine (a rank of other name, a missing operation) is left
+// out with a word on standard error.
+void add_mechanism(const Mechanism& mechanism, const Machine& machine, const Sizes& sizes,
+                   std::vector<Line>& lines) {
+  const Machine& baseline = builtin_machine("baseline");
+  std::set<std::string> left_out;
+  for (const ExampleCase* example : cases_of(mechanism)) {
+    double definition = 0;
+    const cascade::Bindings bindings = bind_case(mechanism, *example);
+    for (const CascadeText* text : cascades_of(mechanism, *example)) {
+      Line line{mechanism.name, example->name, text->name};
+      line.options = example->options;
+      try {
+        const PlacedCall call = place(machine, *text, mechanism.pass_rank, bindings, sizes);
+        line.passes = call.passes;
+        line.machine = placement_cost(machine, call);
+        line.baseline =
+            placement_cost(baseline, place(baseline, *text, mechanism.pass_rank, bindings, sizes));
+      } catch (const Error& error) {
+        left_out.insert(mechanism.name + " " + text->name + ": " + error.what());
+        continue;
+      }
+      if (definition == 0) definition = line.baseline.unfused_s;
+      line.gain = definition / line.machine.overlapped_s;
+      lines.push_back(line);
+    }
+  }
+  for (const std::string& text : left_out) fmt::print(stderr, "heed: left out: {}\n", text);
+}
+
+std::vector<Line> lines_of(const Arguments& a, const Machine& machine) {
+  std::vector<Line> lines;
+  const Sizes sizes = parse_sizes(a.sizes);
+  if (a.what.ends_with(".cascade") || a.what.find('/') != std::string::npos) {
+    const auto program = cascade::parse(read_text("place", a.what), a.what);
+    const std::string rank = a.rank.empty() ? "m" : a.rank;
+    const Machine& baseline = builtin_machine("baseline");
+    Line line{"-", "-", program.name()};
+    const PlacedCall call = place(machine, program, rank, sizes);
+    line.passes = call.passes;
+    line.machine = placement_cost(machine, call);
+    line.baseline = placement_cost(baseline, place(baseline, program, rank, sizes));
+    line.gain = line.baseline.unfused_s / line.machine.overlapped_s;
+    return {line};
+  }
+  if (!a.rank.empty()) throw Error("--rank: a cascade file is needed with it");
+  if (!a.what.empty()) {
+    add_mechanism(find_mechanism(a.what), machine, sizes, lines);
+    if (lines.empty()) throw Error("place: no cascade of " + a.what + " runs on this machine");
+    return lines;
+  }
+  if (!sizes.empty()) throw Error("--sizes: a mechanism or a cascade file is needed with it");
+  Progress progress("placing");
+  int64_t done = 0;
+  for (const Mechanism& mechanism : mechanisms()) {
+    progress.show(done++, static_cast<int64_t>(mechanisms().size()), mechanism.name);
+    add_mechanism(mechanism, machine, sizes, lines);
+  }
+  return lines;
+}
+
+const char* bound_of(const PlacementCost& cost) {
+  if (cost.overlapped_s <= cost.matrix_s) return "2D array";
+  return cost.overlapped_s <= cost.vector_s ? "1D array" : "DRAM";
+}
+
+Json line_json(const Line& line) {
+  return {{"mechanism", line.mechanism},
+          {"case", line.example},
+          {"options", line.options},
+          {"cascade", line.cascade},
+          {"passes", line.passes},
+          {"baseline_unfused_s", line.baseline.unfused_s},
+          {"baseline_on_chip_s", line.baseline.overlapped_s},
+          {"in_turn_s", line.machine.in_turn_s},
+          {"overlapped_s", line.machine.overlapped_s},
+          {"gain", line.gain},
+          {"bound_by", bound_of(line.machine)},
+          {"util_2d", line.machine.util_2d},
+          {"util_1d", line.machine.util_1d},
+          {"traffic_bytes", line.machine.traffic_bytes},
+          {"unfused_traffic_bytes", line.machine.unfused_bytes},
+          {"energy_j", line.machine.energy_pj * 1e-12}};
+}
+
+void print_lines(const std::vector<Line>& lines) {
+  constexpr auto kRight = Table::Align::right;
+  Table table({{"mechanism"},
+               {"case"},
+               {"cascade"},
+               {"passes", kRight},
+               {"unfused us", kRight},
+               {"on chip", kRight},
+               {"+arch", kRight},
+               {"+binding", kRight},
+               {"gain", kRight},
+               {"2D", kRight},
+               {"1D", kRight},
+               {"DRAM MB", kRight},
+               {"bound by"}});
+  const auto us = [](double seconds) { return short_number(seconds * 1e6, 4); };
+  std::string last;
+  for (const Line& line : lines) {
+    const std::string here = line.mechanism + line.example;
+    table.add({here == last ? "" : line.mechanism, here == last ? "" : line.example, line.cascade,
+               std::to_string(line.passes), us(line.baseline.unfused_s),
+               us(line.baseline.overlapped_s), us(line.machine.in_turn_s),
+               us(line.machine.overlapped_s), fmt::format("{:.2f}x", line.gain),
+               fmt::format("{:.2f}", line.machine.util_2d),
+               fmt::format("{:.2f}", line.machine.util_1d),
+               short_number(line.machine.traffic_bytes * 1e-6, 4), bound_of(line.machine)});
+    last = here;
+  }
+  table.print();
+  fmt::print(
+      "\nunfused, on chip: on a matrix array that only multiplies, tensors through DRAM or not.\n"
+      "+arch, +binding: on the machine chosen, its arrays in turn or both busy. gain: +binding "
+      "over\n"
+      "the definition (the first cascade of a mechanism), unfused.\n");
+}
+
+void place_command(const Arguments& arguments) {
+  const Machine machine = arguments.arch.empty()
+                              ? builtin_machine("fusemax")
+                              : parse_machine(read_text("--arch", arguments.arch), arguments.arch);
+  const std::vector<Line> lines = lines_of(arguments, machine);
+  if (!arguments.json) return print_lines(lines);
+  Json list = Json::array();
+  for (const Line& line : lines) list.push_back(line_json(line));
+  print_json(list);
+}
+
+}  // namespace
+
+void add_hardware_place(CLI::App& hardware) {
+  CLI::App* command = hardware.add_subcommand(
+      "place", "Mechanisms on an accelerator: what each would gain, from its cascade alone");
+  auto a = std::make_shared<Arguments>();
+  command->add_option("NAME", a->what, "Mechanism or cascade file; without it all mechanisms");
+  command->add_option("--sizes", a->sizes,
+                      "Rank sizes instead of the case's: p=1,m=65536 (a file needs all of them)");
+  command->add_option("--rank", a->rank, "Of a file: the rank whose passes count; m without it");
+  command->add_option("--arch", a->arch, "Machine from a JSON file instead of fusemax");
+  command->add_flag("--json", a->json, "JSON");
+  command->callback([a] { place_command(*a); });
+}
+
+}  // namespace heed::cli
