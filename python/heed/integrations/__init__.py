@@ -1,0 +1,1 @@
+"""heed inside other libraries. Each module imports its library only when it is used."""
