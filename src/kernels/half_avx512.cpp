@@ -190,7 +190,7 @@ void accumulate_columns(const void* packed, int64_t rows, int64_t width, const v
 }
 
 // Queries of a few rows as bfloat16; false if that would change one of them.
-constexpr int64_t kMostRows = 16, kMostWidth = 512;
+constexpr int64_t kMostRows = 32, kMostWidth = 256;
 struct alignas(64) HalfQueries {
   uint16_t bits[kMostRows][kMostWidth];
 };

@@ -114,9 +114,12 @@ struct TileKernels {
   /// the result with respect to s * scale.
   void (*cap_scores)(Block<T> s, int64_t rows, int64_t key_count, const KeyRange* ranges, T scale,
                      const ScoreCaps<T>& caps, Block<T> slope) = nullptr;
-  /// Parallax: t = weights * t and sum = carry * sum + its row sum; exactly 0 outside the ranges.
-  void (*second_weights)(Block<const T> weights, Block<T> t, int64_t rows, int64_t key_count,
-                         const KeyRange* ranges, const T* carry, T* sum) = nullptr;
+  /// Parallax: second = weights * t, both as `weights` writes them with one stride, and
+  /// sum = carry * sum + the row sum of second; exactly 0 outside the ranges. `second` may be `t` or
+  /// `weights` itself where it has their type.
+  void (*second_weights)(const void* weights, int64_t weight_stride, Block<T> t, int64_t rows,
+                         int64_t key_count, const KeyRange* ranges, const T* carry, T* sum,
+                         void* second) = nullptr;
   /// A block of T as the operand of `accumulate`: bfloat16 with half_operands, else null (used as it is).
   void (*round_weights)(Block<const T> from, int64_t rows, int64_t key_count, void* to,
                         int64_t to_stride) = nullptr;

@@ -285,19 +285,27 @@ void check_second_weights(const TileKernels<T>& k) {
         t.block().row(r)[m] = static_cast<T>(kNaN);
       }
     }
-    const Buffer<T> given = t;
+    const size_t element = k.half_operands ? 2 : sizeof(T);
+    std::vector<std::byte> weights(w.memory.size() * element), second(weights.size());
+    if (k.half_operands) {
+      k.round_weights({w.memory.data(), w.stride}, rows, keys, weights.data(), w.stride);
+    } else {
+      std::memcpy(weights.data(), w.memory.data(), weights.size());
+    }
     std::vector<T> carry = random_row<T>(rows, 5), sum = random_row<T>(rows, 6), before = sum;
-    k.second_weights({w.memory.data(), w.stride}, t.block(), rows, keys, data_of(ranges),
-                     carry.data(), sum.data());
-    const double unit = sizeof(T) == 8 ? 1e-15 : 2e-7;
+    k.second_weights(weights.data(), w.stride, t.block(), rows, keys, data_of(ranges), carry.data(),
+                     sum.data(), second.data());
+    const double unit = sizeof(T) == 8 ? 1e-15 : 2e-7, rounding = k.half_operands ? 0x1p-8 : unit;
     for (int64_t r = 0; r < rows; ++r) {
       const auto row = static_cast<size_t>(r);
       double total = double{carry[row]} * before[row], magnitude = 1 + std::abs(total);
       for (int64_t m = 0; m < keys; ++m) {
-        const auto at = static_cast<size_t>(r * t.stride + m);
         double want = 0;
-        if (sees(ranges, r, m) && !is_masked(r, m)) want = double{w.memory[at]} * given.memory[at];
-        ASSERT_NEAR(t.memory[at], want, unit * std::abs(want)) << k.name << " row " << r;
+        if (sees(ranges, r, m) && !is_masked(r, m)) {
+          want = weight_at(k, weights, w.stride, r, m) * t.block().row(r)[m];
+        }
+        ASSERT_NEAR(weight_at(k, second, w.stride, r, m), want, rounding * std::abs(want))
+            << k.name << " row " << r;
         total += want;
         magnitude += std::abs(want);
       }

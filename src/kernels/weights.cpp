@@ -23,23 +23,25 @@ template <class T>
 struct WideWeights {
   using Element = T;
   static constexpr Exactness kSoftmax = Exactness::full, kSigmoid = Exactness::full;
+  static HWY_INLINE hn::Vec<Full<T>> load(const T* from) { return hn::LoadU(Full<T>(), from); }
   static HWY_INLINE void store(hn::Vec<Full<T>> p, T* to) { hn::StoreU(p, Full<T>(), to); }
 };
 
 struct HalfWeights {
   using Element = uint16_t;
   static constexpr Exactness kSoftmax = Exactness::half, kSigmoid = Exactness::coarse;
+  static HWY_INLINE hn::Vec<Full<float>> load(const uint16_t* from) {
+    return Load<float, bfloat16>::full(Full<float>(), reinterpret_cast<const bfloat16*>(from));
+  }
   static HWY_INLINE void store(hn::Vec<Full<float>> p, uint16_t* to) {
-#if HWY_TARGET == HWY_AVX3
-    // Only reached on processors with AVX512-BF16: they are the ones with products for half operands.
-    __m256i rounded;
-    __asm__("vcvtneps2bf16 %1, %0" : "=v"(rounded) : "v"(p.raw));
-    _mm256_storeu_si256(reinterpret_cast<__m256i*>(to), rounded);
-#else
-    store_bfloat16(Full<float>(), p, to);
-#endif
+    hn::StoreU(half_operands(p), hn::Rebind<uint16_t, Full<float>>(), to);
   }
 };
+
+// Keys that rows of weights are padded to: half operands come in pairs of up to 32 keys.
+template <class T, class Weights>
+inline constexpr int64_t kWeightMultiple =
+    std::is_same_v<Weights, HalfWeights> ? kHalfDepth : lanes<T>();
 
 template <class T>
 HWY_INLINE T lane_maximum(hn::Vec<Full<T>> v) {
@@ -174,8 +176,8 @@ HWY_INLINE void polynomial_row(const ShapedRow<T, kAlibi>& row, KeyRange range, 
 template <class T, class Weights, WeightKind kKind, bool kAlibi>
 void weight_rows(Block<T> s, int64_t rows, int64_t key_count, const KeyRange* ranges,
                  const WeightShape<T>& shape, const RowState<T>& state,
-                 typename Weights::Element* weights, int64_t stride, int64_t key_multiple) {
-  const int64_t columns = round_up(key_count, key_multiple);
+                 typename Weights::Element* weights, int64_t stride) {
+  const int64_t columns = round_up(key_count, kWeightMultiple<T, Weights>);
   // Maxima of several rows first: the weights of a row wait for its maximum, other maxima do not.
   constexpr int64_t kMaxima = 8;
   T most[kMaxima];
@@ -209,27 +211,27 @@ template <class T, class Weights, WeightKind kKind>
 void weight_tile(Block<T> s, int64_t rows, int64_t key_count, const KeyRange* ranges,
                  const WeightShape<T>& given, const RowState<T>& state, void* weights,
                  int64_t stride) {
-  // Half operands come in pairs of up to 32 keys.
-  constexpr int64_t kMultiple = std::is_same_v<Weights, HalfWeights> ? kHalfDepth : lanes<T>();
   auto* out = static_cast<typename Weights::Element*>(weights);
   const WeightShape<T> shape = without_zero_scale(s, rows, key_count, ranges, given);
   if (shape.slope != 0) {
-    weight_rows<T, Weights, kKind, true>(s, rows, key_count, ranges, shape, state, out, stride,
-                                         kMultiple);
+    weight_rows<T, Weights, kKind, true>(s, rows, key_count, ranges, shape, state, out, stride);
   } else {
-    weight_rows<T, Weights, kKind, false>(s, rows, key_count, ranges, shape, state, out, stride,
-                                          kMultiple);
+    weight_rows<T, Weights, kKind, false>(s, rows, key_count, ranges, shape, state, out, stride);
   }
 }
 
-template <class T>
-void second_weights(Block<const T> weights, Block<T> t, int64_t rows, int64_t key_count,
-                    const KeyRange* ranges, const T* carry, T* sum) {
+template <class T, class Weights>
+void second_weights(const void* weights, int64_t stride, Block<T> t, int64_t rows,
+                    int64_t key_count, const KeyRange* ranges, const T* carry, T* sum,
+                    void* second) {
+  using Element = typename Weights::Element;
   const Full<T> d;
+  const int64_t columns = round_up(key_count, kWeightMultiple<T, Weights>);
   for (int64_t r = 0; r < rows; ++r) {
     const KeyRange range = range_of(ranges, r, key_count);
-    const T* w = weights.row(r);
-    T* out = t.row(r);
+    const Element* w = static_cast<const Element*>(weights) + r * stride;
+    Element* out = static_cast<Element*>(second) + r * stride;
+    const T* factor = t.row(r);
     const auto zero = hn::Zero(d);
     hn::Vec<Full<T>> total[kRowGroup] = {zero, zero, zero, zero};
     if (!range.empty()) {
@@ -238,15 +240,15 @@ void second_weights(Block<const T> weights, Block<T> t, int64_t rows, int64_t ke
 #pragma GCC unroll 4
         for (int j = 0; j < kCount; ++j) {
           const int64_t at = m + j * lanes<T>();
-          const auto p = hn::LoadU(d, w + at), x = hn::Mul(p, hn::LoadU(d, out + at));
+          const auto p = Weights::load(w + at), x = hn::Mul(p, hn::LoadU(d, factor + at));
           // A masked key has weight 0, whatever it makes of t.
           const auto product = seen_or_zero(seen, hn::IfThenZeroElse(hn::Eq(p, zero), x));
           total[j] = hn::Add(total[j], product);
-          hn::StoreU(product, d, out + at);
+          Weights::store(product, out + at);
         }
       });
     }
-    clear_outside<T>(out, range, round_up(key_count, lanes<T>()));
+    clear_outside<T>(out, range, columns);
     sum[r] = carry[r] * sum[r] + sum_of<T>(total);
   }
 }
@@ -256,13 +258,12 @@ void add_weights(TileKernels<T>& k) {
   k.weights[0] = weight_tile<T, Weights, WeightKind::softmax>;
   k.weights[1] = weight_tile<T, Weights, WeightKind::sigmoid>;
   k.weights[2] = weight_tile<T, Weights, WeightKind::polynomial>;
+  k.second_weights = second_weights<T, Weights>;
 }
 
 void add_weight_parts(TileKernels<float>& f, TileKernels<double>& d) {
   add_weights<float, WideWeights<float>>(f);
   add_weights<double, WideWeights<double>>(d);
-  f.second_weights = second_weights<float>;
-  d.second_weights = second_weights<double>;
 }
 
 void add_half_weight_parts(TileKernels<float>& f) { add_weights<float, HalfWeights>(f); }

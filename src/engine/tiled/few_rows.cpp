@@ -55,9 +55,9 @@ void Forward<T>::run_few_rows(const Item& item, const std::vector<QueryTile>& ti
         scores.data, scores.stride);
     if (problem_.policy.dropout > 0) drop_out(problem_.policy, s.batch, at, scores);
     if (second_) {
-      wide_.second_weights({scores.data, scores.stride},
-                           {m.scores.row(rows + tile.slot), m.scores.stride}, at.rows, at.keys,
-                           seen.ranges, m.carry + tile.slot, m.sum + rows + tile.slot);
+      const Block second{m.scores.row(rows + tile.slot), m.scores.stride};
+      wide_.second_weights(scores.data, scores.stride, second, at.rows, at.keys, seen.ranges,
+                           m.carry + tile.slot, m.sum + rows + tile.slot, second.data);
     }
   }
   if (second_) std::copy_n(m.carry, rows, m.carry + rows);

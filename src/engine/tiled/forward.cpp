@@ -296,44 +296,40 @@ std::vector<SeenElement> Forward<T>::seen_elements(const std::vector<int64_t>& k
   return elements;
 }
 
-// From shaped scores to sums. `direct`: nobody needs the weights in T.
+// From shaped scores to sums. `direct`: nobody needs the weights in T. They are then written as operands
+// of the product at once, those of the second stream over the scores.
 template <class T>
 void Forward<T>::weigh_and_add(const TileAt& at, const Seen& seen, const QueryTile& tile,
                                const void* second_queries, bool direct, const Memory& m) const {
   const auto kind = static_cast<int>(problem_.policy.weight);
   const RowState<T> state = state_of(tile, m);
-  const auto shape = this->weight_shape(at);
-  const Block out{m.out.row(tile.slot), m.out.stride};
-  const auto accumulate = [&](Block weights, const Block& to) {
-    if (path_.half_operands) {
-      products_.round_weights({weights.data, weights.stride}, at.rows, at.keys, m.weights,
-                              m.scores.stride);
-    }
-    products_.accumulate(path_.half_operands ? m.weights : weights.data, m.scores.stride, at.rows,
-                         m.values, at.keys, value_dim_, seen.ranges, state.carry, to);
-  };
-  if (path_.half_operands && direct && !second_ && problem_.policy.dropout == 0) {
-    products_.weights[kind](m.scores, at.rows, at.keys, seen.ranges, shape, state, m.weights,
-                            m.scores.stride);
-    products_.accumulate(m.weights, m.scores.stride, at.rows, m.values, at.keys, value_dim_,
-                         seen.ranges, state.carry, out);
-    return;
-  }
-  wide_.weights[kind](m.scores, at.rows, at.keys, seen.ranges, shape, state, m.scores.data,
-                      m.scores.stride);
+  const bool half = path_.half_operands && direct && problem_.policy.dropout == 0;
+  const auto& kernels = half ? products_ : wide_;
+  const int64_t stride = m.scores.stride;
+  void* weights = half ? m.weights : m.scores.data;
+  void* second_weights = half ? m.scores.data : m.second_scores.data;
+  kernels.weights[kind](m.scores, at.rows, at.keys, seen.ranges, this->weight_shape(at), state,
+                        weights, stride);
   if (problem_.policy.dropout > 0) {
     drop_out(problem_.policy, sequence(at.sequence).batch, at, m.scores);
   }
   if (second_) {
     products_.scores(second_queries, at.rows, m.keys, at.keys, head_dim_, seen.ranges,
                      m.second_scores);
-    wide_.second_weights({m.scores.data, m.scores.stride}, m.second_scores, at.rows, at.keys,
-                         seen.ranges, state.carry, m.sum + m.second + tile.slot);
+    kernels.second_weights(weights, stride, m.second_scores, at.rows, at.keys, seen.ranges,
+                           state.carry, m.sum + m.second + tile.slot, second_weights);
   }
-  accumulate(m.scores, out);
-  if (second_) {
-    accumulate(m.second_scores, {m.out.row(m.second + tile.slot), m.out.stride});
-  }
+  const auto accumulate = [&](const void* from, int64_t slot) {
+    if (path_.half_operands && !half) {
+      products_.round_weights({static_cast<const T*>(from), stride}, at.rows, at.keys, m.weights,
+                              stride);
+      from = m.weights;
+    }
+    products_.accumulate(from, stride, at.rows, m.values, at.keys, value_dim_, seen.ranges,
+                         state.carry, {m.out.row(slot), m.out.stride});
+  };
+  accumulate(weights, tile.slot);
+  if (second_) accumulate(second_weights, m.second + tile.slot);
 }
 
 template <class T>
