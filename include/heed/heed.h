@@ -7,6 +7,7 @@
 #include "heed/feature_map.h"
 #include "heed/flash_attention.h"
 #include "heed/lightning_attention.h"
+#include "heed/linear_attention.h"
 #include "heed/local_linear_attention.h"
 #include "heed/masks.h"
 #include "heed/moh_router.h"

@@ -22,4 +22,18 @@ std::vector<PathAnswer> explain_chunked(const NamedTensors& in, bool mapped,
   return answers;
 }
 
+AttentionShape random_chunked_shape(CaseRandom& random) {
+  AttentionShape s;
+  s.batch = random.between(1, 2);
+  s.kv_heads = random.between(1, 3);
+  s.heads = s.kv_heads * random.between(1, 3);
+  s.keys = random.chance(0.15)  ? 1
+           : random.chance(0.2) ? random.between(150, 420)
+                                : random.between(2, 130);
+  s.queries = random.chance(0.5) ? s.keys : random.between(1, s.keys);
+  s.dim = random.chance(0.15) ? random.between(33, 150) : random.between(1, 33);
+  s.value_dim = random.chance(0.15) ? random.between(33, 150) : random.between(1, 33);
+  return s;
+}
+
 }  // namespace heed

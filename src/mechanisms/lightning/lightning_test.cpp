@@ -3,63 +3,25 @@
 #include <gtest/gtest.h>
 
 #include <cmath>
-#include <cstring>
 #include <limits>
-#include <random>
 
 #include "heed/heed.h"
+#include "mechanisms/chunked_test.h"
 
 namespace heed {
 namespace {
 
 constexpr float kNaN = std::numeric_limits<float>::quiet_NaN();
 
-Array random(DType type, const Dims& shape, uint32_t seed) {
-  std::mt19937 generator(seed);
-  std::normal_distribution<double> normal;
-  Array wide(DType::f64, shape);
-  for (int64_t i = 0; i < wide.count(); ++i) wide.as<double>()[i] = normal(generator);
-  return convert(wide, type);
-}
-
-Array numbers(std::initializer_list<double> values) {
-  Array result(DType::f64, {static_cast<int64_t>(values.size())});
-  std::copy(values.begin(), values.end(), result.as<double>());
-  return result;
-}
-
-bool same_bits(const Tensor& a, const Tensor& b) {
-  return a.shape() == b.shape() && a.dtype() == b.dtype() &&
-         std::memcmp(a.data(), b.data(), static_cast<size_t>(a.count()) * size_of(a.dtype())) == 0;
-}
-
-// Root mean square of a - b over that of b; NaN if any is.
-double relative_error(const Tensor& a, const Tensor& b) {
-  const Array x = convert(a, DType::f64), y = convert(b, DType::f64);
-  double error = 0, size = 0;
-  for (int64_t i = 0; i < x.count(); ++i) {
-    const double d = x.as<double>()[i] - y.as<double>()[i];
-    error += d * d;
-    size += y.as<double>()[i] * y.as<double>()[i];
-  }
-  return error == 0 ? 0 : std::sqrt(error / size);
-}
-
-double inner(const Tensor& a, const Tensor& b) {
-  const Array x = convert(a, DType::f64), y = convert(b, DType::f64);
-  double sum = 0;
-  for (int64_t i = 0; i < x.count(); ++i) sum += x.as<double>()[i] * y.as<double>()[i];
-  return sum;
-}
-
 struct Inputs {
   Inputs(DType type, int64_t heads, int64_t kv_heads, int64_t tokens, int64_t dim, int64_t values)
-      : q(random(type, {1, heads, tokens, dim}, 1)),
-        k(random(type, {1, kv_heads, tokens, dim}, 2)),
-        v(random(type, {1, kv_heads, tokens, values}, 3)),
-        gradient(random(type, {1, heads, tokens, values}, 4)),
-        state(random(type == DType::f64 ? DType::f64 : DType::f32, {1, heads, dim, values}, 5)),
-        state_gradient(random(state.dtype(), {1, heads, dim, values}, 6)) {}
+      : q(random_array(type, {1, heads, tokens, dim}, 1)),
+        k(random_array(type, {1, kv_heads, tokens, dim}, 2)),
+        v(random_array(type, {1, kv_heads, tokens, values}, 3)),
+        gradient(random_array(type, {1, heads, tokens, values}, 4)),
+        state(
+            random_array(type == DType::f64 ? DType::f64 : DType::f32, {1, heads, dim, values}, 5)),
+        state_gradient(random_array(state.dtype(), {1, heads, dim, values}, 6)) {}
   Array q, k, v, gradient, state, state_gradient;
 };
 
@@ -242,8 +204,8 @@ TEST(Lightning, GradientsThatAreNotFiniteReachEarlierTokensOnly) {
 
 TEST(Lightning, TensorsWithoutElements) {
   const auto run = [](const Dims& q, const Dims& k) {
-    return lightning_attention(random(DType::f32, q, 1), random(DType::f32, k, 2),
-                               random(DType::f32, k, 3));
+    return lightning_attention(random_array(DType::f32, q, 1), random_array(DType::f32, k, 2),
+                               random_array(DType::f32, k, 3));
   };
   EXPECT_EQ(run({0, 2, 5, 8}, {0, 2, 5, 8}).out.count(), 0);
   EXPECT_EQ(run({2, 0, 5, 8}, {2, 0, 5, 8}).out.count(), 0);
@@ -252,39 +214,23 @@ TEST(Lightning, TensorsWithoutElements) {
   for (int64_t i = 0; i < nothing.out.count(); ++i) EXPECT_EQ(nothing.out.as<float>()[i], 0);
   for (int64_t i = 0; i < nothing.state.count(); ++i) EXPECT_EQ(nothing.state.as<float>()[i], 0);
   // No token leaves the state as it is.
-  const Array state = random(DType::f32, {1, 2, 8, 8}, 4),
-              none = random(DType::f32, {1, 2, 0, 8}, 1);
+  const Array state = random_array(DType::f32, {1, 2, 8, 8}, 4),
+              none = random_array(DType::f32, {1, 2, 0, 8}, 1);
   EXPECT_TRUE(same_bits(lightning_attention(none, none, none, {{}, state}).state, state));
   const LightningGradients g =
       lightning_attention_backward(none, none, none, none, state, LightningOptions{{}, state});
   EXPECT_TRUE(same_bits(g.initial_state, state));
 }
 
-template <class Call>
-std::string message_of(Call&& call) {
-  try {
-    call();
-  } catch (const Error& e) {
-    return e.what();
-  }
-  return "no error";
-}
-
-void expect_says(const std::string& message, std::initializer_list<const char*> parts) {
-  for (const char* part : parts) {
-    EXPECT_NE(message.find(part), std::string::npos) << message << " lacks " << part;
-  }
-}
-
 TEST(Lightning, ErrorsNameTheArgumentWhatItWasAndWhatIsNeeded) {
   const Inputs in(DType::f32, 4, 2, 9, 8, 6);
   const auto call = [&](const Tensor& q, const Tensor& k, const Tensor& v,
                         const LightningOptions& options = {}) {
-    return message_of([&] { lightning_attention(q, k, v, options); });
+    return error_of([&] { lightning_attention(q, k, v, options); });
   };
-  const Array narrow = random(DType::f32, {1, 2, 9, 7}, 2), half = convert(in.k, DType::bf16);
-  const Array three = random(DType::f32, {1, 3, 9, 8}, 2),
-              long_q = random(DType::f32, {1, 4, 10, 8}, 2);
+  const Array narrow = random_array(DType::f32, {1, 2, 9, 7}, 2), half = convert(in.k, DType::bf16);
+  const Array three = random_array(DType::f32, {1, 3, 9, 8}, 2),
+              long_q = random_array(DType::f32, {1, 4, 10, 8}, 2);
   expect_says(call(Tensor(), in.k, in.v), {"lightning_attention", "q is missing"});
   expect_says(call(in.q, narrow, in.v), {"k", "7", "q", "8", "head dim"});
   expect_says(call(in.q, three, three), {"q has 4 heads", "3", "multiple"});
@@ -300,7 +246,7 @@ TEST(Lightning, ErrorsNameTheArgumentWhatItWasAndWhatIsNeeded) {
   expect_says(call(long_q, in.k, in.v, {{}, in.state}), {"10 queries", "9 keys"});
   const Tensor strided(in.k.view().data(), DType::f32, {1, 2, 9, 4}, {144, 72, 8, 2});
   expect_says(call(in.q.view().slice(3, 0, 4), strided, in.v), {"k has stride 2", "unit stride"});
-  expect_says(message_of([&] {
+  expect_says(error_of([&] {
                 lightning_attention_backward(in.q, in.k, in.v, in.q, {}, LightningOptions());
               }),
               {"lightning_attention_backward", "out_gradient", "[1,4,9,6]"});
@@ -323,13 +269,13 @@ TEST(Slopes, OfPublishedModels) {
   expect(lightning_slopes(4, 1, 4, LightningSlopes::paper), {1.5, 3, 4.5, 6});
   expect(lightning_slopes(4, 4, 4, LightningSlopes::paper), {0, 0, 0, 0});
   expect(lightning_slopes(4, 1, 4, LightningSlopes::fla), {0, 1.5, 3, 4.5});
-  expect_says(message_of([] { lightning_slopes(0); }), {"num_heads is 0", "1 to"});
-  expect_says(message_of([] { lightning_slopes(4, 0, 1); }), {"num_layers is 1", "at least 2"});
-  expect_says(message_of([] { lightning_slopes(4, 3, 3); }), {"layer is 3", "0 to 2"});
-  expect_says(message_of([] { lightning_slopes(4, 0, 3, LightningSlopes::paper); }),
+  expect_says(error_of([] { lightning_slopes(0); }), {"num_heads is 0", "1 to"});
+  expect_says(error_of([] { lightning_slopes(4, 0, 1); }), {"num_layers is 1", "at least 2"});
+  expect_says(error_of([] { lightning_slopes(4, 3, 3); }), {"layer is 3", "0 to 2"});
+  expect_says(error_of([] { lightning_slopes(4, 0, 3, LightningSlopes::paper); }),
               {"layer is 0", "1 to 3"});
-  expect_says(message_of([] { lightning_slopes(4, 1); }), {"layer", "num_layers", "both"});
-  expect_says(message_of([] { parse_lightning_slopes("alibi"); }), {"'alibi'", "'fla'"});
+  expect_says(error_of([] { lightning_slopes(4, 1); }), {"layer", "num_layers", "both"});
+  expect_says(error_of([] { parse_lightning_slopes("alibi"); }), {"'alibi'", "'fla'"});
 }
 
 }  // namespace

@@ -66,6 +66,13 @@ std::vector<ExampleCase> lightning_cases() {
           lightning_case("wide_heads", {1, 1, 1, 40, 40, 300, 5}, true, true)};
 }
 
+ExampleCase random_lightning_case(uint64_t seed) {
+  CaseRandom random(seed);
+  const AttentionShape shape = random_chunked_shape(random);
+  const bool slopes = random.chance(0.7);
+  return lightning_case("", shape, slopes, random.chance(0.5));
+}
+
 Mechanism lightning_record() {
   Mechanism m;
   m.name = "lightning_attention";
@@ -116,6 +123,7 @@ Mechanism lightning_record() {
     return explain_chunked(in, false, run);
   };
   m.fill = fill_slopes;
+  m.random_case = random_lightning_case;
   m.model_attention = [](const Spec& options) -> ModelAttention {
     options.require_known({"decay"});
     const bool decay = options.flag("decay", true);

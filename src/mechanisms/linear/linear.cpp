@@ -1,0 +1,153 @@
+#include <cmath>
+#include <string>
+
+#include "engine/chunked/problem.h"
+#include "heed/error.h"
+#include "heed/linear_attention.h"
+
+namespace heed {
+
+namespace {
+
+constexpr const char* kOp = "linear_attention";
+constexpr const char* kBackward = "linear_attention_backward";
+
+Dims out_shape(const Tensor& q, const Tensor& v) {
+  return {q.size(0), q.size(1), q.size(2), v.size(3)};
+}
+Dims s_shape(const Tensor& q, const Tensor& v) {
+  return {q.size(0), q.size(1), q.size(3), v.size(3)};
+}
+Dims z_shape(const Tensor& q) { return {q.size(0), q.size(1), q.size(3)}; }
+
+void check_state(const char* op, const char* s_name, const char* z_name, const LinearState& state,
+                 const Tensor& q, const Tensor& v, bool normalize) {
+  const DType type = chunked::state_type(q.dtype());
+  chunked::check_result(op, s_name, state.s, s_shape(q, v), type);
+  chunked::check_result(op, z_name, state.z, z_shape(q), type);
+  if (!normalize && state.z.defined()) {
+    throw Error(std::string(op) + ": " + describe(z_name, state.z) +
+                " without normalize; only s belongs to that state");
+  }
+}
+
+void check(const Tensor& q, const Tensor& k, const Tensor& v, const LinearOptions& options) {
+  chunked::check_inputs(kOp, q, k, v);
+  const LinearState& state = options.initial_state;
+  check_state(kOp, "initial_state s", "initial_state z", state, q, v, options.normalize);
+  if (options.normalize && state.s.defined() != state.z.defined()) {
+    throw Error(std::string(kOp) + ": initial_state has " + (state.s.defined() ? "s" : "z") +
+                " alone; normalize needs both s and z");
+  }
+  chunked::check_alignment(kOp, options.causal, state.s.defined(), q.size(2), k.size(2));
+  if (!std::isfinite(options.eps) || options.eps < 0) {
+    throw Error(std::string(kOp) + ": eps is " + std::to_string(options.eps) +
+                "; a finite number that is not negative is needed");
+  }
+}
+
+template <class T>
+chunked::Problem<T> make_problem(const Tensor& q, const Tensor& k, const Tensor& v,
+                                 const LinearOptions& options) {
+  chunked::Problem<T> problem;
+  problem.op = kOp;
+  problem.q = q;
+  problem.k = k;
+  problem.v = v;
+  problem.causal = options.causal;
+  problem.lengths = chunked::check_lengths(kOp, options.lengths, q.size(0), k.size(2));
+  problem.initial = {.sums = options.initial_state.s, .keys = options.initial_state.z};
+  problem.policy.features = q.size(3);
+  if (!options.normalize) return problem;
+  problem.policy.key_sum = true;
+  problem.policy.read_out = [eps = options.eps](int64_t, int64_t, double denominator) {
+    const double divisor = denominator + eps;
+    chunked::ReadOut row;
+    row.num_scale = divisor == 0 ? 0 : 1 / divisor;
+    row.num_slope = -row.num_scale * row.num_scale;
+    return row;
+  };
+  return problem;
+}
+
+template <class T>
+void run_forward(const Tensor& q, const Tensor& k, const Tensor& v, const Tensor& out,
+                 const LinearState& state, const LinearOptions& options, const RunOptions& run) {
+  chunked::forward(make_problem<T>(q, k, v, options), out, {.sums = state.s, .keys = state.z}, run);
+}
+
+template <class T>
+void run_backward(const Tensor& q, const Tensor& k, const Tensor& v, const Tensor& out_gradient,
+                  const LinearState& state_gradient, const LinearGradientViews& into,
+                  const LinearOptions& options, const RunOptions& run) {
+  chunked::backward(make_problem<T>(q, k, v, options), out_gradient,
+                    {.sums = state_gradient.s, .keys = state_gradient.z},
+                    {into.q, into.k, into.v, {.sums = into.s, .keys = into.z}, nullptr}, run);
+}
+
+}  // namespace
+
+void linear_attention(const Tensor& q, const Tensor& k, const Tensor& v, const Tensor& out,
+                      const LinearState& state, const LinearOptions& options,
+                      const RunOptions& run) {
+  check(q, k, v, options);
+  if (!out.defined()) throw Error(std::string(kOp) + ": out is missing");
+  chunked::check_out(kOp, "out", out, out_shape(q, v), q.dtype());
+  check_state(kOp, "state s", "state z", state, q, v, options.normalize);
+  if (q.dtype() == DType::f64) {
+    run_forward<double>(q, k, v, out, state, options, run);
+  } else {
+    run_forward<float>(q, k, v, out, state, options, run);
+  }
+}
+
+LinearResult linear_attention(const Tensor& q, const Tensor& k, const Tensor& v,
+                              const LinearOptions& options, const RunOptions& run) {
+  check(q, k, v, options);
+  const DType type = chunked::state_type(q.dtype());
+  LinearResult result{Array(q.dtype(), out_shape(q, v)), Array(type, s_shape(q, v)), {}};
+  if (options.normalize) result.z = Array(type, z_shape(q));
+  linear_attention(q, k, v, result.out, {result.s, result.z}, options, run);
+  return result;
+}
+
+void linear_attention_backward(const Tensor& q, const Tensor& k, const Tensor& v,
+                               const Tensor& out_gradient, const LinearState& state_gradient,
+                               const LinearGradientViews& gradients, const LinearOptions& options,
+                               const RunOptions& run) {
+  check(q, k, v, options);
+  if (!out_gradient.defined()) throw Error(std::string(kBackward) + ": out_gradient is missing");
+  chunked::check_out(kBackward, "out_gradient", out_gradient, out_shape(q, v), q.dtype());
+  check_state(kBackward, "state_gradient s", "state_gradient z", state_gradient, q, v,
+              options.normalize);
+  chunked::check_out(kBackward, "gradient of q", gradients.q, q.shape(), q.dtype());
+  chunked::check_out(kBackward, "gradient of k", gradients.k, k.shape(), k.dtype());
+  chunked::check_out(kBackward, "gradient of v", gradients.v, v.shape(), v.dtype());
+  check_state(kBackward, "gradient of initial_state s", "gradient of initial_state z",
+              {gradients.s, gradients.z}, q, v, options.normalize);
+  if (q.dtype() == DType::f64) {
+    run_backward<double>(q, k, v, out_gradient, state_gradient, gradients, options, run);
+  } else {
+    run_backward<float>(q, k, v, out_gradient, state_gradient, gradients, options, run);
+  }
+}
+
+LinearGradients linear_attention_backward(const Tensor& q, const Tensor& k, const Tensor& v,
+                                          const Tensor& out_gradient,
+                                          const LinearState& state_gradient,
+                                          const LinearOptions& options, const RunOptions& run) {
+  check(q, k, v, options);
+  const DType type = chunked::state_type(q.dtype());
+  LinearGradients result{Array(q.dtype(), q.shape()),
+                         Array(k.dtype(), k.shape()),
+                         Array(v.dtype(), v.shape()),
+                         {},
+                         {}};
+  if (options.initial_state.s.defined()) result.s = Array(type, s_shape(q, v));
+  if (options.initial_state.z.defined()) result.z = Array(type, z_shape(q));
+  linear_attention_backward(q, k, v, out_gradient, state_gradient,
+                            {result.q, result.k, result.v, result.s, result.z}, options, run);
+  return result;
+}
+
+}  // namespace heed
