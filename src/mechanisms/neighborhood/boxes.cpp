@@ -92,9 +92,9 @@ void fill_rows(const Tensor& rows, int64_t begin, int64_t end, double value) {
 
 }  // namespace
 
-Array BoxOrder::gather(const Tensor& tokens, double outside, const RunOptions& run) const {
+void BoxOrder::gather(const Tensor& tokens, double outside, const Tensor& rows,
+                      const RunOptions& run) const {
   const int64_t heads = tokens.size(kHeads), width = tokens.size(kWidth);
-  Array rows(tokens.dtype(), {tokens.size(kBatch), heads, this->rows(), width});
   const int64_t points = points_per_box(boxes_), boxes = this->rows() / points;
   const size_t bytes = static_cast<size_t>(width) * size_of(tokens.dtype());
   const int64_t step =
@@ -107,20 +107,18 @@ Array BoxOrder::gather(const Tensor& tokens, double outside, const RunOptions& r
     for_each_run(box,
                  [&](const GridPoint&, int64_t, int64_t run_length) { existing += run_length; });
     for (int64_t h = 0; h < heads && existing < points; ++h) {
-      fill_rows(rows.view().select(0, b).select(0, h), box.first_row, box.first_row + points,
-                outside);
+      fill_rows(rows.select(0, b).select(0, h), box.first_row, box.first_row + points, outside);
     }
     for_each_run(box, [&](const GridPoint& t, int64_t row, int64_t run_length) {
       for (int64_t h = 0; h < heads; ++h) {
         const std::byte* from = tokens.at({b, t[0], t[1], t[2], h});
-        std::byte* to = rows.view().at({b, h, row});
+        std::byte* to = rows.at({b, h, row});
         for (int64_t x = 0; x < run_length; ++x, from += step, to += bytes) {
           std::memcpy(to, from, bytes);
         }
       }
     });
   });
-  return rows;
 }
 
 void BoxOrder::scatter(const Tensor& rows, const Tensor& tokens, const RunOptions& run) const {

@@ -32,9 +32,10 @@ class BoxOrder {
     return {first_row_[g], first_row_[g + 1]};
   }
 
-  /// [B,Z,Y,X,H,W] as contiguous [B,H,rows,W]; box points outside the grid become `outside`, which must
+  /// [B,Z,Y,X,H,W] to contiguous [B,H,rows,W]; box points outside the grid become `outside`, which must
   /// be 0 unless the type is float32 or float64.
-  Array gather(const Tensor& tokens, double outside, const RunOptions& run) const;
+  void gather(const Tensor& tokens, double outside, const Tensor& rows,
+              const RunOptions& run) const;
   /// The way back, without conversion.
   void scatter(const Tensor& rows, const Tensor& tokens, const RunOptions& run) const;
 

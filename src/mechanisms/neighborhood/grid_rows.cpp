@@ -1,5 +1,7 @@
 #include "mechanisms/neighborhood/grid_rows.h"
 
+#include <algorithm>
+#include <cassert>
 #include <map>
 
 namespace heed::na {
@@ -8,6 +10,23 @@ using tiled::GridPoint;
 using tiled::Interval;
 using tiled::kGridAxes;
 using tiled::TilePlan;
+
+namespace {
+
+// Copies of a part for each thread: they come back from the caches when tiles are packed.
+constexpr int64_t kPartBytes = int64_t{4} << 20;
+
+int64_t rounded(int64_t bytes) { return (bytes + 63) / 64 * 64; }
+
+}  // namespace
+
+Tensor RowMemory::take(DType dtype, const Dims& shape) {
+  const int64_t bytes = rounded(element_count(shape) * static_cast<int64_t>(size_of(dtype)));
+  assert(used_ + bytes <= bytes_.count());
+  std::byte* begin = bytes_.view().at({used_});
+  used_ += bytes;
+  return {begin, dtype, shape};
+}
 
 GridRows::GridRows(const GridCall& call, const RunOptions& run)
     : call_(call), run_(run), boxed_(call.rank > 1) {
@@ -40,8 +59,11 @@ void GridRows::plan_lines() {
 }
 
 void GridRows::plan_boxes() {
-  const TileCosts costs{call_.query.size(kWidth), call_.value.size(kWidth),
-                        call_.query.dtype() == DType::f64 ? 8 : 4};
+  const DType dtype = call_.query.dtype();
+  TileCosts costs{call_.query.size(kWidth), call_.value.size(kWidth), dtype == DType::f64 ? 8 : 4};
+  if (dtype == DType::bf16 && kernels::half_tile_kernels(chosen_isa(run_)) != nullptr) {
+    costs.product = 0.5;
+  }
   shapes_ = choose_tiles(call_.grid.group(0), call_.grid, costs);
   queries_.emplace(call_.grid, shapes_.queries);
   keys_.emplace(call_.grid, shapes_.keys);
@@ -56,7 +78,7 @@ void GridRows::plan_boxes() {
     tiles.push_back(found);
     plans_.push_back(found->plan);
   }
-  terms_ = std::make_unique<BoxTerms>(shapes_, std::move(tiles), bias());
+  terms_ = std::make_unique<BoxTerms>(shapes_, std::move(tiles), bias_ ? &*bias_ : nullptr);
 }
 
 void GridRows::set_tiles(tiled::Problem& problem) const {
@@ -66,31 +88,61 @@ void GridRows::set_tiles(tiled::Problem& problem) const {
   problem.key_tile = points_per_box(shapes_.keys);
 }
 
-RowsOf GridRows::read(const Tensor& tokens, Side side, double outside) const {
-  RowsOf result;
-  if (boxed_) {
-    result.memory = order(side).gather(tokens, outside, run_);
-    result.rows = result.memory;
-  } else {
-    result.rows = {tokens.data(),
-                   tokens.dtype(),
-                   {tokens.size(kBatch), tokens.size(kHeads), tokens.size(3), tokens.size(kWidth)},
-                   {tokens.stride(kBatch), tokens.stride(kHeads), tokens.stride(3), 1}};
+std::vector<CallPart> GridRows::parts() const {
+  const int64_t batch = call_.batch(), heads = call_.key.size(kHeads);
+  if (!boxed_) return {{{0, batch}, {0, heads}}};
+  const int64_t rows = call_.group() * this->rows(Side::queries) + this->rows(Side::keys);
+  const int64_t head_bytes = rows * (call_.query.size(kWidth) + call_.value.size(kWidth)) *
+                             static_cast<int64_t>(size_of(call_.query.dtype()));
+  const int64_t budget = kPartBytes * run_.threads.value_or(default_threads());
+  const int64_t head_step = std::clamp<int64_t>(budget / head_bytes, 1, heads);
+  const int64_t batch_step =
+      head_step < heads ? 1 : std::clamp<int64_t>(budget / (heads * head_bytes), 1, batch);
+  std::vector<CallPart> parts;
+  for (int64_t b = 0; b < batch; b += batch_step) {
+    for (int64_t h = 0; h < heads; h += head_step) {
+      parts.push_back({{b, std::min(b + batch_step, batch)}, {h, std::min(h + head_step, heads)}});
+    }
   }
-  return result;
+  return parts;
 }
 
-RowsOf GridRows::to_write(const Tensor& tokens, Side side) const {
-  if (!boxed_) return read(tokens, side);
-  RowsOf result;
-  result.memory = Array(
-      tokens.dtype(), {tokens.size(kBatch), tokens.size(kHeads), rows(side), tokens.size(kWidth)});
-  result.rows = result.memory;
-  return result;
+int64_t GridRows::part_bytes(const CallPart& part) const {
+  if (!boxed_) return 0;
+  const int64_t keys = (part.batch.end - part.batch.begin) *
+                       (part.kv_heads.end - part.kv_heads.begin) * rows(Side::keys);
+  const int64_t queries = keys / rows(Side::keys) * call_.group() * rows(Side::queries);
+  const auto element = static_cast<int64_t>(size_of(call_.query.dtype()));
+  const int64_t dim = call_.query.size(kWidth), value_dim = call_.value.size(kWidth);
+  constexpr int64_t kStatistic = 8;
+  return rounded(queries * dim * element) + rounded(queries * value_dim * element) +
+         rounded(queries * kStatistic) + rounded(keys * dim * element) +
+         rounded(keys * value_dim * element);
 }
 
-void GridRows::store(const RowsOf& from, const Tensor& tokens, Side side) const {
-  if (boxed_) order(side).scatter(from.rows, tokens, run_);
+Tensor GridRows::rows_in(const Tensor& tokens, Side side, RowMemory& memory) const {
+  return memory.take(tokens.dtype(),
+                     {tokens.size(kBatch), tokens.size(kHeads), rows(side), tokens.size(kWidth)});
+}
+
+Tensor GridRows::read(const Tensor& tokens, Side side, RowMemory& memory, double outside) const {
+  if (!boxed_) {
+    return {tokens.data(),
+            tokens.dtype(),
+            {tokens.size(kBatch), tokens.size(kHeads), tokens.size(3), tokens.size(kWidth)},
+            {tokens.stride(kBatch), tokens.stride(kHeads), tokens.stride(3), 1}};
+  }
+  const Tensor rows = rows_in(tokens, side, memory);
+  order(side).gather(tokens, outside, rows, run_);
+  return rows;
+}
+
+Tensor GridRows::to_write(const Tensor& tokens, Side side, RowMemory& memory) const {
+  return boxed_ ? rows_in(tokens, side, memory) : read(tokens, side, memory);
+}
+
+void GridRows::store(const Tensor& rows, const Tensor& tokens, Side side) const {
+  if (boxed_) order(side).scatter(rows, tokens, run_);
 }
 
 Tensor GridRows::group(const Tensor& rows, int64_t g, Side side) const {

@@ -10,10 +10,16 @@
 
 namespace heed::na {
 
-/// Rows [B,H,rows,width], and the memory they need where they are no view of the caller's.
-struct RowsOf {
-  Array memory;
-  Tensor rows;
+/// Memory for the rows of one part of a call, used again for the next part.
+class RowMemory {
+ public:
+  explicit RowMemory(int64_t bytes) : bytes_(DType::boolean, {bytes}) {}
+  Tensor take(DType dtype, const Dims& shape);
+  void reset() { used_ = 0; }
+
+ private:
+  Array bytes_;
+  int64_t used_ = 0;
 };
 
 class GridRows {
@@ -25,11 +31,17 @@ class GridRows {
   int64_t groups() const { return call_.grid.groups(); }
   int64_t rows(Side side) const { return boxed_ ? order(side).rows() : call_.query.size(3); }
 
-  /// The tokens of a grid tensor; `outside` stands where a box reaches over the grid.
-  RowsOf read(const Tensor& tokens, Side side, double outside = 0) const;
+  /// Parts of the call whose copies stay in the caches; one part where nothing is copied.
+  std::vector<CallPart> parts() const;
+  /// Room for query, key, value, out and lse of a part.
+  int64_t part_bytes(const CallPart& part) const;
+
+  /// The tokens of a grid tensor as rows [B,H,rows,width], in `memory` unless they are a view;
+  /// `outside` stands where a box reaches over the grid.
+  Tensor read(const Tensor& tokens, Side side, RowMemory& memory, double outside = 0) const;
   /// Rows to be written and then stored as these tokens.
-  RowsOf to_write(const Tensor& tokens, Side side) const;
-  void store(const RowsOf& from, const Tensor& tokens, Side side) const;
+  Tensor to_write(const Tensor& tokens, Side side, RowMemory& memory) const;
+  void store(const Tensor& rows, const Tensor& tokens, Side side) const;
 
   /// Rows of residue group g: of [H,rows,width] or [H,rows].
   Tensor group(const Tensor& rows, int64_t g, Side side) const;
@@ -39,9 +51,15 @@ class GridRows {
   /// entry in turn.
   void set_tiles(tiled::Problem& problem) const;
   tiled::ScoreTerms* terms() const { return terms_.get(); }
-  RelativeBias* bias() { return bias_ ? &*bias_ : nullptr; }
+  /// The head of the whole call that a part starts with.
+  void set_first_head(int64_t head) {
+    if (bias_) bias_->set_first_head(head);
+  }
+  /// Of the backward calls so far; empty without rpb.
+  Array bias_gradient() const { return bias_ ? bias_->gradient() : Array(); }
 
  private:
+  Tensor rows_in(const Tensor& tokens, Side side, RowMemory& memory) const;
   const BoxOrder& order(Side side) const { return side == Side::queries ? *queries_ : *keys_; }
   void plan_lines();
   void plan_boxes();

@@ -24,8 +24,7 @@ RelativeBias::RelativeBias(const Tensor& table, DType type, const tiled::Neighbo
 }
 
 void RelativeBias::begin_gradient(int lanes) {
-  sums_.clear();
-  for (int lane = 0; lane < lanes; ++lane) {
+  while (sums_.size() < static_cast<size_t>(lanes)) {
     sums_.push_back(Array::zeros(DType::f64, {table_.size(0), size_}));
   }
 }
@@ -102,25 +101,31 @@ void hide(T* row, int64_t count) {
   for (int64_t m = 0; m < count; ++m) row[m] = -std::numeric_limits<T>::infinity();
 }
 
-// Hides everything of a box of keys but the part.
+// Hides everything of a box of keys but the part, between its first and last key.
 template <class T>
-void hide_outside(T* row, const SeenPart& part, const Boxes& boxes) {
+void hide_between(T* row, const SeenPart& part, const Boxes& boxes) {
   const auto [z, y, x] = part.sides;
-  const int64_t line = boxes[2].side, plane = boxes[1].side * line, all = boxes[0].side * plane;
-  if (z.empty() || y.empty() || x.empty()) return hide(row, all);
-  hide(row, z.begin * plane);
+  const int64_t line = boxes[2].side, plane = boxes[1].side * line;
+  const int64_t behind_line = line - (x.end - x.begin),
+                behind_plane = plane - (y.end - y.begin) * line;
   for (int64_t i = z.begin; i < z.end; ++i) {
-    T* at = row + i * plane;
-    hide(at, y.begin * line);
-    if (x.end - x.begin < line) {
-      for (int64_t j = y.begin; j < y.end; ++j) {
-        hide(at + j * line, x.begin);
-        hide(at + j * line + x.end, line - x.end);
-      }
+    T* at = row + i * plane + y.begin * line + x.end;
+    if (behind_line > 0) {
+      for (int64_t j = y.begin; j + 1 < y.end; ++j, at += line) hide(at, behind_line);
+    } else {
+      at += (y.end - y.begin - 1) * line;
     }
-    hide(at + y.end * line, plane - y.end * line);
+    if (i + 1 < z.end) hide(at, behind_plane + behind_line);
   }
-  hide(row + z.end * plane, all - z.end * plane);
+}
+
+// The part's keys from the first to the last.
+kernels::KeyRange range_of(const SeenPart& part, const Boxes& boxes) {
+  const auto [z, y, x] = part.sides;
+  if (z.empty() || y.empty() || x.empty()) return {};
+  const int64_t line = boxes[2].side, plane = boxes[1].side * line;
+  return {static_cast<int32_t>(z.begin * plane + y.begin * line + x.begin),
+          static_cast<int32_t>((z.end - 1) * plane + (y.end - 1) * line + x.end)};
 }
 
 // each(index of the first key's bias, offset of that key in the box, keys) for the lines of the part.
@@ -140,10 +145,10 @@ void for_each_bias(const RelativeBias& bias, const SeenPart& part, const GridPoi
 }  // namespace
 
 Visit BoxTerms::visit(const TileAt& at) const {
-  const int64_t box = at.row / rows_each_;
-  if ((at.row + at.rows - 1) / rows_each_ != box) return Visit::masked;
+  if (!one_box(at)) return Visit::masked;
   const GroupTiles& group = group_of(at);
-  const GridPoint query = unravel(box, [&](size_t a) { return group.axes[a].query_boxes(); });
+  const GridPoint query =
+      unravel(at.row / rows_each_, [&](size_t a) { return group.axes[a].query_boxes(); });
   const GridPoint key =
       unravel(at.key / keys_each_, [&](size_t a) { return group.axes[a].key_boxes(); });
   TileUse use = TileUse::full;
@@ -190,15 +195,8 @@ void BoxTerms::for_each_row(const TileAt& at, const Each& each) const {
 }
 
 bool BoxTerms::ranges(const TileAt& at, kernels::KeyRange* ranges) const {
-  const int64_t line = shapes_.keys[2].side, plane = shapes_.keys[1].side * line;
   for_each_row(at, [&](int64_t r, const SeenPart& part, const GridPoint&) {
-    const auto [z, y, x] = part.sides;
-    if (z.empty() || y.empty() || x.empty()) {
-      ranges[r] = {};
-      return;
-    }
-    ranges[r] = {static_cast<int32_t>(z.begin * plane + y.begin * line + x.begin),
-                 static_cast<int32_t>((z.end - 1) * plane + (y.end - 1) * line + x.end)};
+    ranges[r] = range_of(part, shapes_.keys);
   });
   return true;
 }
@@ -207,12 +205,18 @@ template <class T>
 void BoxTerms::shape_tile(const TileAt& at, Block<T> s) const {
   const T* bias = bias_ == nullptr ? nullptr : bias_->values<T>(at.head);
   for_each_row(at, [&](int64_t r, const SeenPart& part, const GridPoint& from_query) {
-    hide_outside(s.row(r), part, shapes_.keys);
+    T* row = s.row(r);
+    const kernels::KeyRange range = range_of(part, shapes_.keys);
+    if (!one_box(at)) {
+      hide(row, range.begin);
+      hide(row + range.end, keys_each_ - range.end);
+    }
+    if (range.empty()) return;
+    hide_between(row, part, shapes_.keys);
     if (bias == nullptr) return;
     for_each_bias(*bias_, part, from_query, shapes_.keys,
                   [&](int64_t first, int64_t offset, int64_t keys) {
-                    T* row = s.row(r) + offset;
-                    for (int64_t m = 0; m < keys; ++m) row[m] += bias[first + m];
+                    for (int64_t m = 0; m < keys; ++m) row[offset + m] += bias[first + m];
                   });
   });
 }
@@ -221,6 +225,7 @@ template <class T>
 void BoxTerms::add_tile(int lane, const TileAt& at, Block<const T> ds) const {
   double* sums = bias_->sums(lane, at.head);
   for_each_row(at, [&](int64_t r, const SeenPart& part, const GridPoint& from_query) {
+    if (range_of(part, shapes_.keys).empty()) return;
     for_each_bias(*bias_, part, from_query, shapes_.keys,
                   [&](int64_t first, int64_t offset, int64_t keys) {
                     const T* row = ds.row(r) + offset;

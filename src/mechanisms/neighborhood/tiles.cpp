@@ -59,22 +59,27 @@ GroupTiles::GroupTiles(const tiled::GridGroup& group, const Boxes& queries, cons
 
 namespace {
 
-// Costs of a pair of tiles in multiply-adds of the products, measured with 64 to 128 head dims.
-constexpr double kElement = 24;  // a score: exponential, maximum, sum
-constexpr double kHidden = 12;   // a score of a tile that is masked
-constexpr double kRow = 96;      // a row of a tile: accumulators and statistics in and out
-constexpr double kTile = 6000;   // a tile
-constexpr double kRowBlock = 6;  // rows that the products take at once
+// Costs in multiply-adds of the products, measured with AVX-512 in float32 and bfloat16.
+constexpr double kElement = 10;     // a score: exponential, maximum, sum
+constexpr double kRow = 500;        // a row of a tile: accumulators and statistics in and out
+constexpr double kTile = 10000;     // a tile
+constexpr double kHidden = 6;       // a score of a tile that is masked
+constexpr double kHiddenRow = 500;  // a row of a tile that is masked
+constexpr double kRowBlock = 6;     // rows that the products take at once
+constexpr double kKeyStep = 16;     // keys that they take at once
 constexpr int64_t kFewestRows = 32, kMostRows = 64, kMostKeys = 256;
 
 struct AxisCount {
-  double visited = 0, full = 0;
+  double visited = 0, full = 0;  // pairs of boxes
+  double seen = 0;               // keys that a query sees, summed over boxes of queries
+  double query_boxes = 0;
 };
 
 // Pairs of boxes along one axis.
 AxisCount count_axis(const std::vector<Interval>& windows, int64_t query_side, AxisBoxes keys) {
   const auto length = static_cast<int64_t>(windows.size());
   AxisCount count;
+  count.query_boxes = std::ceil(static_cast<double>(length) / static_cast<double>(query_side));
   for (int64_t begin = 0; begin < length; begin += query_side) {
     const Interval first = windows[static_cast<size_t>(begin)];
     const Interval last = windows[static_cast<size_t>(std::min(begin + query_side, length) - 1)];
@@ -82,6 +87,7 @@ AxisCount count_axis(const std::vector<Interval>& windows, int64_t query_side, A
     const int64_t full_begin = (last.begin + keys.shift + keys.side - 1) / keys.side;
     const int64_t full_end = (first.end + keys.shift) / keys.side;
     count.full += static_cast<double>(std::max<int64_t>(0, full_end - full_begin));
+    count.seen += static_cast<double>(first.end - first.begin + last.end - last.begin) / 2;
   }
   return count;
 }
@@ -155,10 +161,45 @@ std::vector<Choice> shapes(const std::array<std::vector<int64_t>, kGridAxes>& si
   return found;
 }
 
-double cost_of(double rows, double keys, double visited, double full, const TileCosts& costs) {
-  const auto dims = static_cast<double>(costs.head_dim + costs.value_dim);
-  return visited * (rows * keys * (dims + kElement) + rows * kRow + kTile) +
-         (visited - full) * rows * keys * kHidden;
+using Counts = std::array<AxisCount, kGridAxes>;
+
+/// Points of a box in one plane or line across the axis.
+double across(const GridPoint& sides, size_t axis) {
+  double points = 1;
+  for (size_t a = axis + 1; a < kGridAxes; ++a) points *= static_cast<double>(sides[a]);
+  return points;
+}
+
+// Keys along the slowest axis of the boxes of keys, where a row's work ends with its window: in steps
+// of the products, and rows that they take at once are computed together.
+double computed_along(const GridPoint& rows, const GridPoint& keys, size_t axis,
+                      const AxisCount& count) {
+  const double step = std::max(1.0, kKeyStep / across(keys, axis));
+  const double together = std::max(1.0, kRowBlock / across(rows, axis));
+  const double computed =
+      count.seen + count.query_boxes * (together - 1) + count.visited * (step - 1) / 2;
+  return std::min(computed, count.visited * static_cast<double>(keys[axis]));
+}
+
+// Work of all pairs of boxes. A box that is visited is computed whole along all axes but the slowest.
+double cost_of(const GridPoint& rows, const GridPoint& keys, const Counts& counts,
+               const TileCosts& costs) {
+  double all_rows = 1, all_keys = 1, visited = 1, full = 1, computed = 1;
+  bool slowest = true;
+  for (size_t a = 0; a < kGridAxes; ++a) {
+    const auto side = static_cast<double>(keys[a]);
+    computed *= slowest && keys[a] > 1 ? computed_along(rows, keys, a, counts[a])
+                                       : counts[a].visited * side;
+    slowest = slowest && keys[a] == 1;
+    all_rows *= static_cast<double>(rows[a]);
+    all_keys *= side;
+    visited *= counts[a].visited;
+    full *= counts[a].full;
+  }
+  all_rows = std::ceil(all_rows / kRowBlock) * kRowBlock;
+  const double dims = costs.product * static_cast<double>(costs.head_dim + costs.value_dim);
+  return computed * all_rows * (dims + kElement) + visited * (all_rows * kRow + kTile) +
+         (visited - full) * all_rows * (all_keys * kHidden + kHiddenRow);
 }
 
 }  // namespace
@@ -180,16 +221,14 @@ TileShapes choose_tiles(const tiled::GridGroup& group, const tiled::Neighborhood
   TileShapes best;
   for (const Choice& q : shapes(query_sides, kFewestRows, kMostRows)) {
     for (const Choice& k : key_shapes) {
-      double rows = 1, keys = 1, visited = 1, full = 1;
+      GridPoint rows, keys;
+      Counts counts;
       for (size_t a = 0; a < kGridAxes; ++a) {
-        const AxisCount& count = axes[a].count(q[a], k[a]);
-        rows *= static_cast<double>(query_sides[a][q[a]]);
-        keys *= static_cast<double>(key_sides[a][k[a]]);
-        visited *= count.visited;
-        full *= count.full;
+        rows[a] = query_sides[a][q[a]];
+        keys[a] = key_sides[a][k[a]];
+        counts[a] = axes[a].count(q[a], k[a]);
       }
-      rows = std::ceil(rows / kRowBlock) * kRowBlock;
-      const double cost = cost_of(rows, keys, visited, full, costs);
+      const double cost = cost_of(rows, keys, counts, costs);
       if (cost >= least) continue;
       least = cost;
       for (size_t a = 0; a < kGridAxes; ++a) {

@@ -49,6 +49,7 @@ struct TileShapes {
 struct TileCosts {
   int64_t head_dim = 1, value_dim = 1;
   int64_t element = 4;  // bytes of one element while it is computed with
+  double product = 1;   // cost of a multiply-add against float32's
 };
 
 /// The cheapest of a few hundred shapes by the number of tile pairs that they visit.
