@@ -102,7 +102,8 @@ struct TileKernels {
   void (*scores)(const void* queries, int64_t rows, const void* keys, int64_t key_count,
                  int64_t width, const KeyRange* ranges, Block<T> s) = nullptr;
   /// Weights go to `weights` (T, may be `s` itself; or bfloat16 with half_operands), exactly 0 outside
-  /// a row's range and in the padding columns.
+  /// a row's range, in the padding columns and where a score is -inf (a mask, at any scale). A NaN score
+  /// has weight NaN.
   void (*weights[kWeightKinds])(Block<T> s, int64_t rows, int64_t key_count, const KeyRange* ranges,
                                 const WeightShape<T>& shape, const RowState<T>& state,
                                 void* weights, int64_t weight_stride) = {};
