@@ -9,6 +9,7 @@
 #include "heed/lightning_attention.h"
 #include "heed/linear_attention.h"
 #include "heed/local_linear_attention.h"
+#include "heed/kernelized_rpe_attention.h"
 #include "heed/masks.h"
 #include "heed/moh_router.h"
 #include "heed/neighborhood_attention.h"

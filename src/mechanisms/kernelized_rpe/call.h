@@ -1,0 +1,76 @@
+// What both ways of kernelized attention with relative positions share: a checked call, where tokens and
+// offsets lie, and the weights of offsets.
+#pragma once
+#include <algorithm>
+#include <cstdint>
+#include <vector>
+
+#include "heed/kernelized_rpe_attention.h"
+#include "mechanisms/operands.h"
+
+namespace heed::rpe {
+
+/// Tokens lie on a line of positions on which every offset between two tokens has one number, also on a
+/// grid: there a row takes 2 Gx - 1 positions, of which Gx are used. An offset o from -span to span then
+/// has the entry first_entry + span + o of a head's rpb, and causal means o <= 0.
+struct Call {
+  Tensor q, k, v, rpb, projection;
+  AttentionSizes sizes;
+  KernelizedRpeOptions options;
+  int64_t tokens = 0, columns = 0;  // columns of the grid; without one all tokens
+  int64_t pitch = 0;                // positions from one row of the grid to the next
+  int64_t span = 0;                 // the largest offset
+  int64_t entries = 0;              // of one head's rpb
+  int64_t first_entry = 0;
+  int64_t random = 0;    // M
+  int64_t features = 0;  // F
+
+  int64_t position(int64_t token) const { return token / columns * pitch + token % columns; }
+  int64_t offsets() const { return 2 * span + 1; }
+  bool masked(int64_t offset) const { return options.causal && offset > 0; }
+};
+
+/// exp(rpb) of the offsets of all heads over its largest, and 0 where masked.
+template <class T>
+struct OffsetWeights {
+  int64_t span = 0;
+  std::vector<T> values;        // [H, offsets]: entry span + o
+  std::vector<T> reversed;      // entry span - o
+  std::vector<char> some_zero;  // [H]: an offset that is not masked has weight 0
+
+  const T* of(int64_t h) const { return values.data() + h * (2 * span + 1); }
+  const T* reversed_of(int64_t h) const { return reversed.data() + h * (2 * span + 1); }
+};
+template <class T>
+OffsetWeights<T> offset_weights(const Call& call);
+
+/// The largest logarithm of a ratio of two weights of one head; infinite or NaN entries: see `finite`.
+struct Spread {
+  double largest = 0;
+  bool finite = true;  // all entries are finite or -inf
+};
+Spread offset_spread(const Call& call);
+
+/// Calls body(first, count, entry) for the parts of tokens [begin, end) whose offsets from `token` are
+/// neighbours; `entry` is that of `first` in OffsetWeights.
+template <class Body>
+void for_runs(const Call& call, int64_t token, int64_t begin, int64_t end, Body&& body) {
+  const int64_t zero = call.span - call.position(token);
+  while (begin < end) {
+    const int64_t count = std::min(call.columns - begin % call.columns, end - begin);
+    body(begin, count, zero + call.position(begin));
+    begin += count;
+  }
+}
+
+void forward_direct(const Call& call, bool in_double, const Tensor& out, const RunOptions& run);
+void backward_direct(const Call& call, bool in_double, const Tensor& grad_out,
+                     const KernelizedRpeGradientViews& gradients, const RunOptions& run);
+void forward_fft(const Call& call, const Tensor& out, const RunOptions& run);
+void backward_fft(const Call& call, const Tensor& grad_out,
+                  const KernelizedRpeGradientViews& gradients, const RunOptions& run);
+
+/// Rounds the sums [H, offsets] into the gradient of rpb, 0 where there is no offset.
+void store_rpb_gradient(const Call& call, const std::vector<double>& sums, const Tensor& to);
+
+}  // namespace heed::rpe

@@ -1,0 +1,446 @@
+// All pairs of tokens, tile by tile: scores of features times the weights of offsets, like a linear
+// attention that cannot be reordered. A column of ones beside the values makes the denominators.
+#include <algorithm>
+#include <atomic>
+#include <cmath>
+#include <limits>
+#include <memory>
+#include <vector>
+
+#include "base/parallel.h"
+#include "mechanisms/kernelized_rpe/features.h"
+
+namespace heed::rpe {
+
+namespace {
+
+constexpr int64_t kTile = 64;    // tokens whose results are computed together
+constexpr int64_t kPiece = 256;  // tokens on the other side that they meet at once
+
+template <class T>
+Block<const T> readable(Block<T> x) {
+  return {x.data, x.stride};
+}
+
+/// Rows of all tokens of some heads, and the same transposed in pieces of kPiece tokens.
+template <class T>
+struct TokenRows {
+  int64_t tokens = 0, width = 0, stride = 0, piece_stride = 0;
+  std::vector<T> rows, pieces;
+
+  TokenRows(const kernels::MatrixKernels<T>& kernels, int64_t heads, int64_t tokens_of_head,
+            int64_t width_of_row, bool with_pieces)
+      : tokens(tokens_of_head),
+        width(width_of_row),
+        stride(kernels::row_stride(kernels, width_of_row)),
+        piece_stride(kernels::row_stride(kernels, kPiece)),
+        rows(static_cast<size_t>(heads * tokens * stride)),
+        pieces(with_pieces
+                   ? static_cast<size_t>(heads * ceil_div(tokens, kPiece) * width * piece_stride)
+                   : 0) {}
+
+  Block<T> at(int64_t head, int64_t token) {
+    return {rows.data() + (head * tokens + token) * stride, stride};
+  }
+  /// [width, tokens from `token` to the end of its piece]
+  Block<T> transposed(int64_t head, int64_t token) {
+    const int64_t piece = head * ceil_div(tokens, kPiece) + token / kPiece;
+    return {pieces.data() + piece * width * piece_stride + token % kPiece, piece_stride};
+  }
+  /// Brings rows [token, token + count) of one piece into it.
+  void transpose(const kernels::MatrixKernels<T>& kernels, int64_t head, int64_t token,
+                 int64_t count) {
+    kernels.transpose(readable(at(head, token)), count, width, transposed(head, token));
+  }
+};
+
+template <class T>
+class Direct {
+ public:
+  Direct(const Call& call, const RunOptions& run)
+      : call_(call),
+        run_(run),
+        kernels_(kernels::matrix_kernels<T>(chosen_isa(run))),
+        features_(call, kernels_, chosen_isa(run)),
+        weights_(offset_weights<T>(call)),
+        l_(call.tokens),
+        e_(call.sizes.value_dim),
+        group_(call.sizes.group()),
+        tiles_(ceil_div(l_, kTile)),
+        key_heads_(call.sizes.batch * call.sizes.kv_heads) {}
+
+  void forward(const Tensor& out) {
+    for_flights(false, [&](Flight& flight) {
+      parallel(flight.count * group_ * tiles_, [&](int64_t item, Work& work) {
+        const int64_t head = item / tiles_, begin = item % tiles_ * kTile;
+        const int64_t rows = std::min(kTile, l_ - begin);
+        const auto [b, h] = place(flight, head);
+        features_.queries(b, h, begin, rows, work.features, work.phi);
+        sums(flight, head, h, begin, rows, work, work.phi);
+        for (int64_t r = 0; r < rows; ++r) divide(h, begin + r, work.sums.row(r));
+        kernels_.store_rows(readable(work.sums),
+                            {out.at({b, h, begin}), out.dtype(), out.stride(2), rows, e_});
+      });
+    });
+  }
+
+  void backward(const Tensor& grad_out, const KernelizedRpeGradientViews& gradients) {
+    std::vector<double> drpb(static_cast<size_t>(call_.sizes.heads * call_.offsets()));
+    for_flights(true, [&](Flight& flight) {
+      query_sweep(flight, grad_out, gradients.q, drpb);
+      key_sweep(flight, gradients);
+    });
+    store_rpb_gradient(call_, drpb, gradients.rpb);
+  }
+
+  /// A row's sum of weights, none above 1, came close to the least numbers of T.
+  bool underflow() const { return underflow_; }
+
+ private:
+  static constexpr T kSmallest = sizeof(T) == 4 ? static_cast<T>(1e-30) : T{0};
+
+  /// Some key heads with the query heads that read them, all in memory together. A query head of the
+  /// flight is numbered member of key head * group + member.
+  struct Flight {
+    int64_t first, count;
+    TokenRows<T> keys, values;        // features of keys by query head; values and 1 by key head
+    std::vector<T> largest;           // exponents of keys, by query head and tile
+    std::vector<char> finite;         // values, by key head and tile
+    TokenRows<T> queries, gradients;  // backward: features; gradients of the sums
+    Flight(const Direct& owner, int64_t first_head, int64_t heads, bool backward)
+        : first(first_head),
+          count(heads),
+          keys(owner.kernels_, heads * owner.group_, owner.l_, owner.call_.features, true),
+          values(owner.kernels_, heads, owner.l_, owner.e_ + 1, backward),
+          largest(static_cast<size_t>(heads * owner.group_ * owner.tiles_)),
+          finite(static_cast<size_t>(heads * owner.tiles_)),
+          queries(owner.kernels_, backward ? heads * owner.group_ : 0, owner.l_,
+                  owner.call_.features, backward),
+          gradients(owner.kernels_, backward ? heads * owner.group_ : 0, owner.l_, owner.e_ + 1,
+                    backward) {}
+  };
+
+  /// Scratch of one thread.
+  struct Work {
+    typename Features<T>::Work features;
+    std::vector<T> phi_values, sum_values, score_values, weight_values, gradient_values;
+    Block<T> phi, sums, scores, weights, dphi;
+    explicit Work(const Direct& owner) : features(owner.features_, kTile) {
+      const auto block = [&](std::vector<T>& values, int64_t width) {
+        const int64_t stride = kernels::row_stride(owner.kernels_, width);
+        values.resize(static_cast<size_t>(kTile * stride));
+        return Block<T>{values.data(), stride};
+      };
+      phi = block(phi_values, owner.call_.features);
+      sums = block(sum_values, owner.e_ + 1);
+      scores = block(score_values, kPiece);
+      weights = block(weight_values, kPiece);
+      dphi = block(gradient_values, owner.call_.features);
+    }
+  };
+
+  struct Place {
+    int64_t b, h;
+  };
+  Place place(const Flight& flight, int64_t head) const {
+    const int64_t key_head = flight.first + head / group_;
+    const int64_t kv = key_head % call_.sizes.kv_heads;
+    return {key_head / call_.sizes.kv_heads, kv * group_ + head % group_};
+  }
+
+  template <class Body>
+  void parallel(int64_t items, Body&& body) {
+    const int threads = threads_for(run_, items);
+    works_.resize(std::max(works_.size(), static_cast<size_t>(threads)));
+    parallel_for(items, threads, [&](int64_t item, int worker) {
+      auto& work = works_[static_cast<size_t>(worker)];
+      if (!work) work = std::make_unique<Work>(*this);
+      body(item, *work);
+    });
+  }
+
+  // As many heads at a time as fit into kBytes, but enough for all threads.
+  template <class Body>
+  void for_flights(bool backward, Body&& body) {
+    constexpr int64_t kBytes = 16 << 20;
+    const int64_t floats = (backward ? 4 : 2) * (call_.features * group_ + e_ + 1) * l_;
+    const int64_t threads = threads_for(run_, 1 << 20);
+    const int64_t wanted = std::max(kBytes / (floats * static_cast<int64_t>(sizeof(T)) + 1),
+                                    ceil_div(4 * threads, tiles_ * group_));
+    const int64_t step = std::clamp<int64_t>(wanted, 1, key_heads_);
+    for (int64_t first = 0; first < key_heads_; first += step) {
+      Flight flight(*this, first, std::min(step, key_heads_ - first), backward);
+      load_keys(flight, backward);
+      body(flight);
+    }
+  }
+
+  void load_keys(Flight& flight, bool backward) {
+    parallel(flight.count * tiles_, [&](int64_t item, Work& work) {
+      const int64_t key_head = item / tiles_, tile = item % tiles_, begin = tile * kTile;
+      const int64_t rows = std::min(kTile, l_ - begin);
+      for (int64_t member = 0; member < group_; ++member) {
+        const int64_t head = key_head * group_ + member;
+        const auto [b, h] = place(flight, head);
+        flight.largest[static_cast<size_t>(head * tiles_ + tile)] =
+            features_.key_exponents(b, h, begin, rows, work.features, flight.keys.at(head, begin));
+      }
+      load_values(flight, key_head, tile, rows);
+      if (backward) flight.values.transpose(kernels_, key_head, begin, rows);
+    });
+    parallel(flight.count * group_ * tiles_, [&](int64_t item, Work&) {
+      const int64_t head = item / tiles_, begin = item % tiles_ * kTile;
+      const int64_t rows = std::min(kTile, l_ - begin);
+      const T* first = flight.largest.data() + head * tiles_;
+      features_.finish_keys(rows, *std::max_element(first, first + tiles_),
+                            flight.keys.at(head, begin));
+      flight.keys.transpose(kernels_, head, begin, rows);
+    });
+  }
+
+  void load_values(Flight& flight, int64_t key_head, int64_t tile, int64_t rows) {
+    const int64_t begin = tile * kTile, pair = flight.first + key_head;
+    const int64_t b = pair / call_.sizes.kv_heads, kv = pair % call_.sizes.kv_heads;
+    const Block<T> to = flight.values.at(key_head, begin);
+    const Tensor& v = call_.v;
+    kernels_.load_rows({v.at({b, kv, begin}), v.dtype(), v.stride(2), rows, e_}, to);
+    T sum = 0;
+    for (int64_t r = 0; r < rows; ++r) {
+      for (int64_t f = 0; f < e_; ++f) sum += 0 * to.row(r)[f];
+      std::fill(to.row(r) + e_, to.row(r) + to.stride, T{0});
+      to.row(r)[e_] = 1;
+    }
+    flight.finite[static_cast<size_t>(key_head * tiles_ + tile)] = sum == 0;
+  }
+
+  int64_t last_key(int64_t query) const { return call_.options.causal ? query + 1 : l_; }
+  int64_t first_query(int64_t key) const { return call_.options.causal ? key : 0; }
+
+  // scores[r][m] = phi[r] . feature of key first + m, for keys of one piece
+  void piece_scores(Block<T> phi, TokenRows<T>& of, int64_t head, int64_t first, int64_t count,
+                    int64_t rows, Block<T> scores) {
+    kernels_.multiply({phi.data, phi.stride, 1}, readable(of.transposed(head, first)), of.width,
+                      scores, rows, count, false);
+  }
+
+  // Multiplies row `token` of a tile with the weights of its offsets from tokens [begin, end); the rest
+  // of [first, first + count) becomes 0, whatever stood there.
+  void weigh(const T* weights, int64_t token, int64_t begin, int64_t end, int64_t first,
+             int64_t count, T* row) {
+    begin = std::clamp(begin, first, first + count);
+    end = std::clamp(end, begin, first + count);
+    std::fill_n(row, begin - first, T{0});
+    for_runs(call_, token, begin, end, [&](int64_t at, int64_t n, int64_t entry) {
+      kernels_.scale(row + (at - first), weights + entry, n);
+    });
+    std::fill(row + (end - first), row + count, T{0});
+  }
+
+  // work.sums[r] = sum over visible keys of A [v, 1] for queries [begin, begin + rows).
+  void sums(Flight& flight, int64_t head, int64_t h, int64_t begin, int64_t rows, Work& work,
+            Block<T> phi) {
+    for (int64_t r = 0; r < rows; ++r) std::fill_n(work.sums.row(r), work.sums.stride, T{0});
+    const int64_t end = last_key(begin + rows - 1), key_head = head / group_;
+    for (int64_t first = 0; first < end; first += kPiece) {
+      const int64_t count = std::min(kPiece, end - first);
+      piece_scores(phi, flight.keys, head, first, count, rows, work.scores);
+      for (int64_t r = 0; r < rows; ++r) {
+        weigh(weights_.of(h), begin + r, 0, last_key(begin + r), first, count, work.scores.row(r));
+      }
+      add_values(flight, key_head, begin, first, count, rows, work);
+    }
+  }
+
+  void add_values(Flight& flight, int64_t key_head, int64_t begin, int64_t first, int64_t count,
+                  int64_t rows, Work& work) {
+    const Block<const T> values = readable(flight.values.at(key_head, first));
+    const int64_t tile = begin / kTile;
+    const bool partly_visible = call_.options.causal && first + count > begin;
+    if (!partly_visible || flight.finite[static_cast<size_t>(key_head * tiles_ + tile)] != 0) {
+      kernels_.multiply({work.scores.data, work.scores.stride, 1}, values, count, work.sums, rows,
+                        e_ + 1, true);
+      return;
+    }
+    // 0 times a NaN in a later value would be NaN: every row reads its own values only.
+    for (int64_t r = 0; r < rows; ++r) {
+      const int64_t visible = std::min(last_key(begin + r) - first, count);
+      kernels_.multiply({work.scores.row(r), work.scores.stride, 1}, values, visible,
+                        {work.sums.row(r), work.sums.stride}, 1, e_ + 1, true);
+    }
+  }
+
+  // sums become results; returns 1 / denominator, 0 where nothing is visible.
+  T divide(int64_t h, int64_t token, T* row) {
+    const T sum = std::abs(row[e_]);
+    if (sum < kSmallest && sees_something(h, token)) underflow_ = true;
+    const T inverse = sum < std::numeric_limits<T>::min() ? T{0} : 1 / row[e_];
+    for (int64_t f = 0; f < e_; ++f) row[f] *= inverse;
+    return inverse;
+  }
+
+  bool sees_something(int64_t h, int64_t token) const {
+    bool found = false;
+    for_runs(call_, token, 0, last_key(token), [&](int64_t, int64_t count, int64_t entry) {
+      const T* c = weights_.of(h) + entry;
+      found = found || std::any_of(c, c + count, [](T weight) { return weight != 0; });
+    });
+    return found;
+  }
+
+  // Gradients of the sums [N, D] from those of N / D, in place of the results in `sums`.
+  void sum_gradients(const Tensor& grad_out, const Place& at, int64_t begin, int64_t rows,
+                     Work& work, Block<T> to) {
+    kernels_.load_rows(
+        {grad_out.at({at.b, at.h, begin}), grad_out.dtype(), grad_out.stride(2), rows, e_}, to);
+    for (int64_t r = 0; r < rows; ++r) {
+      const T inverse = divide(at.h, begin + r, work.sums.row(r));
+      T* g = to.row(r);
+      const T along = kernels_.dot(g, work.sums.row(r), e_);
+      for (int64_t f = 0; f < e_; ++f) g[f] *= inverse;
+      std::fill(g + e_, g + to.stride, T{0});
+      g[e_] = -along * inverse;
+    }
+  }
+
+  // dq, and per query head the gradients of its offsets.
+  void query_sweep(Flight& flight, const Tensor& grad_out, const Tensor& dq,
+                   std::vector<double>& drpb) {
+    const int64_t heads = flight.count * group_, n = call_.offsets();
+    const int64_t threads = threads_for(run_, 1 << 20);
+    const int64_t shares = std::clamp<int64_t>(ceil_div(4 * threads, heads), 1, tiles_);
+    std::vector<T> parts(static_cast<size_t>(heads * shares * n));
+    parallel(heads * shares, [&](int64_t item, Work& work) {
+      const int64_t head = item / shares, share = item % shares;
+      const int64_t end = tiles_ * (share + 1) / shares;
+      for (int64_t tile = tiles_ * share / shares; tile < end; ++tile) {
+        query_tile(flight, head, tile * kTile, grad_out, dq, parts.data() + item * n, work);
+      }
+    });
+    for (int64_t item = 0; item < heads * shares; ++item) {
+      double* to = drpb.data() + place(flight, item / shares).h * n;
+      const T* from = parts.data() + item * n;
+      for (int64_t i = 0; i < n; ++i) to[i] += static_cast<double>(from[i]);
+    }
+  }
+
+  void query_tile(Flight& flight, int64_t head, int64_t begin, const Tensor& grad_out,
+                  const Tensor& dq, T* drpb, Work& work) {
+    const Place at = place(flight, head);
+    const int64_t rows = std::min(kTile, l_ - begin), key_head = head / group_;
+    const Block<T> phi = flight.queries.at(head, begin), g = flight.gradients.at(head, begin);
+    features_.queries(at.b, at.h, begin, rows, work.features, phi);
+    sums(flight, head, at.h, begin, rows, work, phi);
+    sum_gradients(grad_out, at, begin, rows, work, g);
+    flight.queries.transpose(kernels_, head, begin, rows);
+    flight.gradients.transpose(kernels_, head, begin, rows);
+    for (int64_t r = 0; r < rows; ++r) std::fill_n(work.dphi.row(r), work.dphi.stride, T{0});
+    const int64_t end = last_key(begin + rows - 1);
+    for (int64_t first = 0; first < end; first += kPiece) {
+      const int64_t count = std::min(kPiece, end - first);
+      piece_scores(phi, flight.keys, head, first, count, rows, work.scores);
+      piece_scores(g, flight.values, key_head, first, count, rows, work.weights);  // of A
+      for (int64_t r = 0; r < rows; ++r) {
+        const int64_t token = begin + r;
+        weigh(weights_.of(at.h), token, 0, last_key(token), first, count, work.scores.row(r));
+        const int64_t visible = std::clamp<int64_t>(last_key(token), first, first + count);
+        for_runs(call_, token, first, visible, [&](int64_t key, int64_t n, int64_t entry) {
+          kernels_.add_products(drpb + entry, work.scores.row(r) + (key - first),
+                                work.weights.row(r) + (key - first), n);
+        });
+        weigh(weights_.of(at.h), token, 0, last_key(token), first, count, work.weights.row(r));
+      }
+      kernels_.multiply({work.weights.data, work.weights.stride, 1},
+                        readable(flight.keys.at(head, first)), count, work.dphi, rows,
+                        call_.features, true);
+    }
+    features_.gradient(false, at.b, at.h, begin, rows, readable(phi), readable(work.dphi),
+                       work.features);
+    kernels_.store_rows(readable(work.features.dx), {dq.at({at.b, at.h, begin}), dq.dtype(),
+                                                     dq.stride(2), rows, call_.sizes.dim});
+  }
+
+  // dk and dv: the same tiles transposed, keys as rows and queries as columns.
+  void key_sweep(Flight& flight, const KernelizedRpeGradientViews& gradients) {
+    parallel(flight.count * tiles_, [&](int64_t item, Work& work) {
+      const int64_t key_head = item / tiles_, begin = item % tiles_ * kTile;
+      const int64_t rows = std::min(kTile, l_ - begin), dim = call_.sizes.dim;
+      std::vector<T> dk(static_cast<size_t>(kTile * work.features.dx.stride));
+      const Block<T> sum{dk.data(), work.features.dx.stride};
+      for (int64_t r = 0; r < rows; ++r) std::fill_n(work.sums.row(r), work.sums.stride, T{0});
+      for (int64_t member = 0; member < group_; ++member) {
+        const int64_t head = key_head * group_ + member;
+        const Place at = place(flight, head);
+        key_tile(flight, head, at.h, begin, rows, work);
+        features_.gradient(true, at.b, at.h, begin, rows, readable(flight.keys.at(head, begin)),
+                           readable(work.dphi), work.features);
+        for (int64_t r = 0; r < rows; ++r) kernels_.add(sum.row(r), work.features.dx.row(r), dim);
+      }
+      const auto [b, h] = place(flight, key_head * group_);
+      const int64_t kv = h / group_;
+      const Tensor &to_k = gradients.k, &to_v = gradients.v;
+      kernels_.store_rows(readable(sum),
+                          {to_k.at({b, kv, begin}), to_k.dtype(), to_k.stride(2), rows, dim});
+      kernels_.store_rows(readable(work.sums),
+                          {to_v.at({b, kv, begin}), to_v.dtype(), to_v.stride(2), rows, e_});
+    });
+  }
+
+  // Adds one query head's part to the gradients of values in work.sums; those of features to work.dphi.
+  void key_tile(Flight& flight, int64_t head, int64_t h, int64_t begin, int64_t rows, Work& work) {
+    for (int64_t r = 0; r < rows; ++r) std::fill_n(work.dphi.row(r), work.dphi.stride, T{0});
+    const Block<T> phi = flight.keys.at(head, begin),
+                   values = flight.values.at(head / group_, begin);
+    const int64_t start = first_query(begin) / kPiece * kPiece;
+    for (int64_t first = start; first < l_; first += kPiece) {
+      const int64_t count = std::min(kPiece, l_ - first);
+      piece_scores(phi, flight.queries, head, first, count, rows, work.scores);
+      piece_scores(values, flight.gradients, head, first, count, rows, work.weights);
+      for (int64_t r = 0; r < rows; ++r) {
+        for (Block<T>* block : {&work.scores, &work.weights}) {
+          weigh(weights_.reversed_of(h), begin + r, first_query(begin + r), l_, first, count,
+                block->row(r));
+        }
+      }
+      kernels_.multiply({work.weights.data, work.weights.stride, 1},
+                        readable(flight.queries.at(head, first)), count, work.dphi, rows,
+                        call_.features, true);
+      kernels_.multiply({work.scores.data, work.scores.stride, 1},
+                        readable(flight.gradients.at(head, first)), count, work.sums, rows, e_ + 1,
+                        true);
+    }
+  }
+
+  const Call& call_;
+  const RunOptions& run_;
+  const kernels::MatrixKernels<T>& kernels_;
+  Features<T> features_;
+  OffsetWeights<T> weights_;
+  int64_t l_, e_, group_, tiles_, key_heads_;
+  std::vector<std::unique_ptr<Work>> works_;
+  std::atomic<bool> underflow_ = false;
+};
+
+}  // namespace
+
+// float32 has no room for features of a query and its keys that are far apart: what comes close to its
+// end is computed again in float64.
+void forward_direct(const Call& call, bool in_double, const Tensor& out, const RunOptions& run) {
+  if (!in_double) {
+    Direct<float> direct(call, run);
+    direct.forward(out);
+    if (!direct.underflow()) return;
+  }
+  Direct<double>(call, run).forward(out);
+}
+
+void backward_direct(const Call& call, bool in_double, const Tensor& grad_out,
+                     const KernelizedRpeGradientViews& gradients, const RunOptions& run) {
+  if (!in_double) {
+    Direct<float> direct(call, run);
+    direct.backward(grad_out, gradients);
+    if (!direct.underflow()) return;
+  }
+  Direct<double>(call, run).backward(grad_out, gradients);
+}
+
+}  // namespace heed::rpe
