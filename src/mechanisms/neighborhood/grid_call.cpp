@@ -4,7 +4,7 @@
 #include <string>
 
 #include "engine/tiled/problem.h"
-#include "heed/error.h"
+#include "mechanisms/operands.h"
 
 namespace heed::na {
 
@@ -13,10 +13,6 @@ namespace {
 using tiled::kGridAxes;
 
 constexpr int64_t kMaxHeadDim = 256;
-
-[[noreturn]] void fail(const char* op, const std::string& found, const std::string& needed) {
-  throw Error(std::string(op) + ": " + found + "; " + needed);
-}
 
 std::string layout(int rank) {
   constexpr const char* kGrids[] = {"X", "Y,X", "Z,Y,X"};
