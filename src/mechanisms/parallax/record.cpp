@@ -1,3 +1,5 @@
+#include <algorithm>
+
 #include "heed/parallax_attention.h"
 #include "mechanisms/attention_case.h"
 #include "mechanisms/embedded.h"
@@ -17,7 +19,9 @@ ParallaxResult run_forward(const NamedTensors& in, const Spec& options, const Ru
 }
 
 ExampleCase with_probe(ExampleCase example) {
-  example.inputs.emplace(example.inputs.begin() + 1, "r", example.inputs.front().second);
+  auto& inputs = example.inputs;
+  inputs.emplace_back("r", Dims(inputs.front().second));
+  std::rotate(inputs.begin() + 1, inputs.end() - 1, inputs.end());
   return example;
 }
 
@@ -36,6 +40,24 @@ std::vector<ExampleCase> parallax_cases() {
   cases.push_back(attention_case("negative_scale_few_rows", {1, 2, 1, 2, 60, 8, 8}, "scale=-0.4"));
   cases.push_back(attention_case("zero_scale_few_rows", {1, 2, 1, 2, 60, 8, 8}, "scale=0"));
   return with_probes(std::move(cases));
+}
+
+// Where no query sees two keys all gradients of r cancel exactly, which leaves no error to compare with.
+ExampleCase random_parallax_case(uint64_t seed) {
+  CaseRandom random(seed);
+  ExampleCase example = random_attention_case(random);
+  const Spec options = Spec::parse_options(example.options);
+  const int64_t left = options.integer("left").value_or(1);
+  const int64_t right = options.flag("causal") ? 0 : options.integer("right").value_or(1);
+  if (left + right == 0) example.options = "causal=1";
+  std::erase_if(example.inputs, [](const auto& input) {
+    return input.first == "lengths" &&
+           input.second[0] == 2;  // of which one is 0, the other anything
+  });
+  for (auto& [name, shape] : example.inputs) {
+    if (name == "k" || name == "v") shape[2] = std::max<int64_t>(shape[2], 2);
+  }
+  return with_probe(std::move(example));
 }
 
 std::vector<ExampleCase> parallax_bench_cases() {
@@ -63,6 +85,7 @@ Mechanism parallax_record() {
   m.outputs = {{"out", "O"}, {"v_mean", "VM"}, {"t_mean", "TM"}, {"lse", "LSE"}};
   m.without_gradient = {"v_mean", "t_mean"};
   m.cases = parallax_cases();
+  m.random_case = random_parallax_case;
   m.bench_cases = parallax_bench_cases();
   m.forward = [](const NamedTensors& in, const Spec& options, const RunOptions& run) {
     ParallaxResult result = run_forward(in, options, run);
