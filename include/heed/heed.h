@@ -14,6 +14,7 @@
 #include "heed/moh_router.h"
 #include "heed/neighborhood_attention.h"
 #include "heed/parallax_attention.h"
+#include "heed/recurrent_softmax_attention.h"
 #include "heed/relative_attention.h"
 #include "heed/relu_linear_attention.h"
 #include "heed/run.h"

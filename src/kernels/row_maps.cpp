@@ -171,9 +171,22 @@ void combine(const Rows& x, const T* a, const Rows* y, const T* b, const T* c, c
   }
 }
 
+// Calls body(x, y) with vectors of double that together are the given ones.
+template <class Body>
+HWY_INLINE void in_double(hn::Vec<Full<double>> x, hn::Vec<Full<double>> y, Body&& body) {
+  body(x, y);
+}
+template <class Body>
+HWY_INLINE void in_double(hn::Vec<Full<float>> x, hn::Vec<Full<float>> y, Body&& body) {
+  const hn::Half<Full<float>> half;
+  const Full<double> d;
+  body(hn::PromoteTo(d, hn::LowerHalf(half, x)), hn::PromoteTo(d, hn::LowerHalf(half, y)));
+  body(hn::PromoteTo(d, hn::UpperHalf(half, x)), hn::PromoteTo(d, hn::UpperHalf(half, y)));
+}
+
 template <class T>
-void dots(const Rows& x, const Rows& y, T* results) {
-  const Full<T> d;
+void dots(const Rows& x, const Rows& y, double* results) {
+  const Full<double> d;
   HWY_ALIGN T x_buffer[kPiece], y_buffer[kPiece];
   for (int64_t r = 0; r < x.count; ++r) {
     auto sum = hn::Zero(d);
@@ -182,7 +195,8 @@ void dots(const Rows& x, const Rows& y, T* results) {
       const T* xs = piece(x, r, begin, n, x_buffer);
       const T* ys = piece(y, r, begin, n, y_buffer);
       for (int64_t i = 0; i < n; i += lanes<T>()) {
-        sum = hn::MulAdd(load_elements<T>(xs + i, n - i), load_elements<T>(ys + i, n - i), sum);
+        in_double(load_elements<T>(xs + i, n - i), load_elements<T>(ys + i, n - i),
+                  [&](auto a, auto b) HWY_ATTR { sum = hn::MulAdd(a, b, sum); });
       }
     }
     results[r] = hn::GetLane(hn::SumOfLanes(d, sum));
@@ -190,8 +204,8 @@ void dots(const Rows& x, const Rows& y, T* results) {
 }
 
 template <class T>
-void sums(const Rows& x, T* results) {
-  const Full<T> d;
+void sums(const Rows& x, double* results) {
+  const Full<double> d;
   HWY_ALIGN T buffer[kPiece];
   for (int64_t r = 0; r < x.count; ++r) {
     auto sum = hn::Zero(d);
@@ -199,7 +213,8 @@ void sums(const Rows& x, T* results) {
       const int64_t n = HWY_MIN(kPiece, x.width - begin);
       const T* xs = piece(x, r, begin, n, buffer);
       for (int64_t i = 0; i < n; i += lanes<T>()) {
-        sum = hn::Add(load_elements<T>(xs + i, n - i), sum);
+        const auto v = load_elements<T>(xs + i, n - i);
+        in_double(v, v, [&](auto a, auto) HWY_ATTR { sum = hn::Add(a, sum); });
       }
     }
     results[r] = hn::GetLane(hn::SumOfLanes(d, sum));

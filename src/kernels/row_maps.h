@@ -26,10 +26,10 @@ struct RowMapKernels {
   /// out[r] = a[r] x[r] + b[r] y[r] + c[r]; without y or c (null) their terms are left out.
   void (*combine)(const Rows& x, const T* a, const Rows* y, const T* b, const T* c,
                   const RowsOut& out) = nullptr;
-  /// dots[r] = x[r] . y[r]
-  void (*dots)(const Rows& x, const Rows& y, T* dots) = nullptr;
-  /// sums[r] = sum of the elements of x[r]
-  void (*sums)(const Rows& x, T* sums) = nullptr;
+  /// dots[r] = x[r] . y[r] in float64: squares of any float32 are finite, and sums hardly cancel.
+  void (*dots)(const Rows& x, const Rows& y, double* dots) = nullptr;
+  /// sums[r] = sum of the elements of x[r] in float64
+  void (*sums)(const Rows& x, double* sums) = nullptr;
 };
 
 template <class T>

@@ -133,7 +133,8 @@ void MeanMix<T>::gradients_of_block(const Rows& rows, const Tensor& grad_out,
   T* by_means = means_gradient_.as<T>() +
                 ((rows.batch * kv_heads_ + rows.kv_head) * queries_ + rows.begin) * padded_;
   std::fill_n(by_means, rows.count * padded_, T{0});
-  T with_softmax[kBlockRows], with_mean[kBlockRows], own[kBlockRows], rest[kBlockRows];
+  double with_softmax[kBlockRows], with_mean[kBlockRows];
+  T own[kBlockRows], rest[kBlockRows];
   T ones[kBlockRows];
   std::fill_n(ones, kBlockRows, T{1});
   for (int64_t g = 0; g < group_; ++g) {
@@ -145,8 +146,8 @@ void MeanMix<T>::gradients_of_block(const Rows& rows, const Tensor& grad_out,
     T* to = grad_alpha_.as<T>() + (rows.batch * heads_ + h) * alpha_stride_ + rows.begin;
     for (int64_t r = 0; r < rows.count; ++r) {
       const bool sees = means.factors[r] != 0;
-      to[r] = sees ? with_softmax[r] - with_mean[r] : T{0};
-      if (sees) mean_sums[g] += static_cast<double>(with_mean[r]);
+      to[r] = sees ? static_cast<T>(with_softmax[r] - with_mean[r]) : T{0};
+      if (sees) mean_sums[g] += with_mean[r];
       own[r] = sees ? alpha[r] : T{0};
       rest[r] =
           sees ? (static_cast<T>(alpha_mean_[static_cast<size_t>(h)]) - alpha[r]) * means.factors[r]

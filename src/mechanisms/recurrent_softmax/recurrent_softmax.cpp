@@ -1,0 +1,311 @@
+// The tiled engine computes softmax attention, or the sums of polynomial weights; a pass over the rows of
+// its result makes the normalizers of it. Backward the same: gradients of the engine's result and of its
+// statistic first, then the engine.
+#include <algorithm>
+#include <cmath>
+#include <string>
+#include <vector>
+
+#include "base/parallel.h"
+#include "base/round_up.h"
+#include "engine/tiled/problem.h"
+#include "heed/error.h"
+#include "heed/recurrent_softmax_attention.h"
+#include "kernels/row_maps.h"
+#include "mechanisms/parameter.h"
+#include "mechanisms/recurrent_softmax/row_result.h"
+
+namespace heed {
+
+namespace {
+
+constexpr const char* kOp = "recurrent_softmax_attention";
+constexpr int64_t kMostOrder = 100;
+constexpr int64_t kItemRows = 64;
+
+void check_options(const RecurrentSoftmaxOptions& options, const Tensor& q) {
+  const auto fail = [](const std::string& found, const std::string& needed) {
+    throw Error(std::string(kOp) + ": " + found + "; " + needed);
+  };
+  if (options.order && (*options.order < 0 || *options.order > kMostOrder)) {
+    fail("order is " + std::to_string(*options.order),
+         "0 to " + std::to_string(kMostOrder) + " is needed, or none for the exponential");
+  }
+  if (options.score_clamp && !(*options.score_clamp > -INFINITY)) {
+    fail("score_clamp is " + std::to_string(*options.score_clamp), "a number above -inf is needed");
+  }
+  if (!std::isfinite(options.eps) || options.eps < 0) {
+    fail("eps is " + std::to_string(options.eps), "a finite number >= 0 is needed");
+  }
+  if (options.gate.defined()) {
+    check_parameter(kOp, "gate", options.gate, {q.size(0), q.size(1), q.size(2)}, q.dtype());
+  }
+}
+
+struct Call {
+  tiled::Problem problem;
+  tiled::TilePlan plan;
+};
+
+Call make_call(const Tensor& q, const Tensor& k, const Tensor& v, const Tensor& core,
+               const Tensor& statistic, const RecurrentSoftmaxOptions& options) {
+  Masks masks;
+  masks.causal = options.causal;
+  const std::vector<tiled::TilePlan> plans = tiled::TilePlan::from_masks(
+      kOp, masks, std::max<int64_t>(1, q.size(0)), q.size(2), k.size(2));
+  Call call{{}, plans[0]};
+  call.problem.op = kOp;
+  call.problem.sequences = tiled::batch_sequences(q, k, v, core, statistic, plans);
+  call.problem.scale = tiled::resolve_scale(kOp, options.scale, q.size(3));
+  if (options.order) {
+    call.problem.policy.weight = kernels::WeightKind::polynomial;
+    call.problem.policy.order = static_cast<int>(*options.order);
+  }
+  if (options.score_clamp && *options.score_clamp < INFINITY) {
+    call.problem.policy.most = *options.score_clamp;
+  }
+  return call;
+}
+
+/// Rows of the engine's result and what the call asks of them. T is float or double.
+template <class T>
+class RowPass {
+  static constexpr DType kType = sizeof(T) == 8 ? DType::f64 : DType::f32;
+
+ public:
+  RowPass(const Tensor& core, const Tensor& statistic, const tiled::TilePlan& plan,
+          const RecurrentSoftmaxOptions& options, const RunOptions& run)
+      : core_(core),
+        statistic_(statistic),
+        plan_(plan),
+        kind_{options.normalizer, options.order.has_value(), options.eps,
+              static_cast<double>(core.size(3))},
+        run_(run),
+        maps_(kernels::row_map_kernels<T>(chosen_isa(run))) {
+    if (options.gate.defined()) gate_ = convert(options.gate, kType);
+  }
+
+  void forward(const Tensor& out) const {
+    for_blocks([&](const Block& block) {
+      Rows rows;
+      measure(block, rows);
+      T scale[kItemRows], shift[kItemRows];
+      for (int64_t r = 0; r < block.count; ++r) {
+        const recurrent::RowResult result = recurrent::row_result(kind_, rows.row[r]);
+        const double gate = gate_of(block, r, rows.row[r]);
+        scale[r] = static_cast<T>(gate * result.scale);
+        shift[r] = static_cast<T>(gate * result.shift);
+      }
+      maps_.combine(rows_of(core_, block), scale, nullptr, nullptr, shift, out_rows(out, block));
+    });
+  }
+
+  /// grad_core and grad_statistic have the shapes of core and statistic; returns the gradient of the gate.
+  Array backward(const Tensor& grad_out, const Tensor& grad_core,
+                 const Tensor& grad_statistic) const {
+    Array grad_gate;
+    if (gated()) grad_gate = Array(kType, gate_.shape());
+    for_blocks([&](const Block& block) {
+      Rows rows;
+      measure(block, rows);
+      double dots[kItemRows], sums[kItemRows];
+      maps_.dots(rows_of(grad_out, block), rows_of(core_, block), dots);
+      maps_.sums(rows_of(grad_out, block), sums);
+      T of_gradient[kItemRows], of_row[kItemRows], constant[kItemRows];
+      for (int64_t r = 0; r < block.count; ++r) {
+        const recurrent::RowResult result = recurrent::row_result(kind_, rows.row[r]);
+        const double gate = gate_of(block, r, rows.row[r]);
+        if (gated()) {
+          const double gradient = result.scale * dots[r] + result.shift * sums[r];
+          *reinterpret_cast<T*>(at(grad_gate, block, r)) =
+              static_cast<T>(rows.row[r].keys > 0 ? gradient : 0);
+        }
+        const recurrent::RowGradient g =
+            recurrent::row_gradient(kind_, rows.row[r], gate * dots[r], gate * sums[r]);
+        of_gradient[r] = static_cast<T>(gate * g.of_gradient);
+        of_row[r] = static_cast<T>(g.of_row);
+        constant[r] = static_cast<T>(g.constant);
+        *reinterpret_cast<T*>(at(grad_statistic, block, r)) = static_cast<T>(g.statistic);
+      }
+      const kernels::Rows core = rows_of(core_, block);
+      maps_.combine(rows_of(grad_out, block), of_gradient, &core, of_row, constant,
+                    out_rows(grad_core, block));
+    });
+    return grad_gate;
+  }
+
+ private:
+  struct Block {
+    int64_t batch = 0, head = 0, begin = 0, count = 0;
+  };
+  struct Rows {
+    recurrent::Row row[kItemRows];
+  };
+
+  template <class Body>
+  void for_blocks(const Body& body) const {
+    const int64_t heads = core_.size(1), rows = core_.size(2);
+    const int64_t per_head = (rows + kItemRows - 1) / kItemRows;
+    const int64_t items = core_.size(0) * heads * per_head;
+    parallel_for(items, threads_for(run_, items), [&](int64_t item, int) {
+      const int64_t begin = item % per_head * kItemRows, head = item / per_head;
+      body({head / heads, head % heads, begin, std::min(kItemRows, rows - begin)});
+    });
+  }
+
+  kernels::Rows rows_of(const Tensor& t, const Block& block) const {
+    return {t.at({block.batch, block.head, block.begin}), t.dtype(), t.stride(2), block.count,
+            t.size(3)};
+  }
+  kernels::RowsOut out_rows(const Tensor& t, const Block& block) const {
+    return {t.at({block.batch, block.head, block.begin}), t.dtype(), t.stride(2), block.count,
+            t.size(3)};
+  }
+  static std::byte* at(const Tensor& t, const Block& block, int64_t r) {
+    return t.at({block.batch, block.head, block.begin + r});
+  }
+  bool gated() const { return gate_.view().defined(); }
+  /// 0 for a row that sees nothing, whatever its gate is.
+  double gate_of(const Block& block, int64_t r, const recurrent::Row& row) const {
+    if (row.keys == 0) return 0;
+    if (!gated()) return 1;
+    return static_cast<double>(*reinterpret_cast<const T*>(at(gate_, block, r)));
+  }
+
+  void measure(const Block& block, Rows& rows) const {
+    double squares[kItemRows] = {}, means[kItemRows] = {};
+    const kernels::Rows core = rows_of(core_, block);
+    if (kind_.needs_mean()) {
+      const int64_t stride = round_up(core.width, 16);
+      Scratch scratch(static_cast<size_t>(kItemRows * stride) * sizeof(T) + 64);
+      T* centred = scratch.take<T>(kItemRows * stride);
+      T ones[kItemRows], shift[kItemRows];
+      maps_.sums(core, means);
+      for (int64_t r = 0; r < block.count; ++r) {
+        means[r] /= kind_.width;
+        ones[r] = 1;
+        shift[r] = static_cast<T>(-means[r]);
+        means[r] = -static_cast<double>(shift[r]);
+      }
+      maps_.combine(core, ones, nullptr, nullptr, shift,
+                    {centred, kType, stride, block.count, core.width});
+      const kernels::Rows from{centred, kType, stride, block.count, core.width};
+      maps_.dots(from, from, squares);
+    } else if (kind_.needs_square()) {
+      maps_.dots(core, core, squares);
+    }
+    for (int64_t r = 0; r < block.count; ++r) {
+      const tiled::Interval seen = plan_.row(block.begin + r);
+      rows.row[r] = {static_cast<double>(*reinterpret_cast<const T*>(at(statistic_, block, r))),
+                     static_cast<double>(std::max<int64_t>(0, seen.end - seen.begin)), squares[r],
+                     means[r]};
+    }
+  }
+
+  const Tensor core_, statistic_;
+  const tiled::TilePlan& plan_;
+  const recurrent::RowKind kind_;
+  const RunOptions& run_;
+  const kernels::RowMapKernels<T>& maps_;
+  Array gate_;
+};
+
+void check_saved(const Tensor& q, const Tensor& v, const Tensor& core, const Tensor& statistic) {
+  const DType type = tiled::statistics_type(q.dtype());
+  const Dims rows{q.size(0), q.size(1), q.size(2)};
+  const Dims full{rows[0], rows[1], rows[2], v.size(3)};
+  const auto check = [&](const char* name, const Tensor& t, const Dims& shape) {
+    const bool unit = t.rank() == 0 || t.shape().back() <= 1 || t.strides().back() == 1;
+    if (t.defined() && t.shape() == shape && t.dtype() == type && unit) return;
+    throw Error(std::string(kOp) + ": " + describe(name, t) + "; " + to_string(shape) + " " +
+                name_of(type) + " with a unit stride in its last dimension is needed");
+  };
+  check("core", core, full);
+  check("statistic", statistic, rows);
+}
+
+template <class T>
+RecurrentSoftmaxGradients gradients(const Tensor& grad_out, const Call& call, const Tensor& q,
+                                    const Tensor& k, const Tensor& v, const Tensor& core,
+                                    const Tensor& statistic, const RecurrentSoftmaxOptions& options,
+                                    const RunOptions& run) {
+  // The engine multiplies bfloat16 rows with bfloat16 rows; float16 might overflow where float32 does not.
+  Array grad_core(q.dtype() == DType::bf16 ? q.dtype() : core.dtype(), core.shape());
+  Array grad_statistic(statistic.dtype(), statistic.shape());
+  RecurrentSoftmaxGradients to;
+  const RowPass<T> pass(core, statistic, call.plan, options, run);
+  const Array gate = pass.backward(grad_out, grad_core, grad_statistic);
+  if (options.gate.defined()) to.gate = convert(gate, options.gate.dtype());
+  to.q = Array(q.dtype(), q.shape());
+  to.k = Array(k.dtype(), k.shape());
+  to.v = Array(v.dtype(), v.shape());
+  tiled::backward(call.problem, tiled::batch_gradients(grad_core, grad_statistic, to.q, to.k, to.v),
+                  nullptr, run);
+  return to;
+}
+
+}  // namespace
+
+void recurrent_softmax_attention(const Tensor& q, const Tensor& k, const Tensor& v,
+                                 const Tensor& out, const Tensor& core, const Tensor& statistic,
+                                 const RecurrentSoftmaxOptions& options, const RunOptions& run) {
+  tiled::check_operands(kOp, q, k, v, out, {});
+  check_options(options, q);
+  const DType type = tiled::statistics_type(q.dtype());
+  const bool plain =
+      options.normalizer == Normalizer::softmax && !options.order && !options.gate.defined();
+  const bool saved = core.defined() || statistic.defined();
+  if (saved) check_saved(q, v, core, statistic);
+  Array own_core, own_statistic;
+  Tensor engine_out = core, engine_statistic = statistic;
+  if (!saved && (plain || out.dtype() == type)) {
+    engine_out = out;
+  } else if (!saved) {
+    engine_out = own_core = Array(type, out.shape());
+  }
+  if (!saved && !plain) {
+    own_statistic = Array(type, {q.size(0), q.size(1), q.size(2)});
+    engine_statistic = own_statistic;
+  }
+  const Call call = make_call(q, k, v, engine_out, engine_statistic, options);
+  tiled::forward(call.problem, run);
+  if (!saved && plain) return;
+  if (type == DType::f64) {
+    RowPass<double>(engine_out, engine_statistic, call.plan, options, run).forward(out);
+  } else {
+    RowPass<float>(engine_out, engine_statistic, call.plan, options, run).forward(out);
+  }
+}
+
+Array recurrent_softmax_attention(const Tensor& q, const Tensor& k, const Tensor& v,
+                                  const RecurrentSoftmaxOptions& options, const RunOptions& run) {
+  Array out;
+  if (q.rank() == 4 && v.rank() == 4) {
+    out = Array(q.dtype(), {q.size(0), q.size(1), q.size(2), v.size(3)});
+  }
+  recurrent_softmax_attention(q, k, v, out, {}, {}, options, run);
+  return out;
+}
+
+RecurrentSoftmaxGradients recurrent_softmax_attention_backward(
+    const Tensor& grad_out, const Tensor& q, const Tensor& k, const Tensor& v, const Tensor& core,
+    const Tensor& statistic, const RecurrentSoftmaxOptions& options, const RunOptions& run) {
+  if (q.rank() == 4 && v.rank() == 4) {
+    const Dims shape{q.size(0), q.size(1), q.size(2), v.size(3)};
+    const bool unit = grad_out.rank() == 4 && (shape[3] <= 1 || grad_out.stride(3) == 1);
+    if (!unit || !(grad_out.shape() == shape) || grad_out.dtype() != q.dtype()) {
+      throw Error(std::string(kOp) + ": " + describe("grad_out", grad_out) + "; " +
+                  to_string(shape) + " " + name_of(q.dtype()) +
+                  " with a unit stride in its last dimension is needed");
+    }
+  }
+  tiled::check_operands(kOp, q, k, v, grad_out, {});
+  check_options(options, q);
+  check_saved(q, v, core, statistic);
+  const Call call = make_call(q, k, v, core, statistic, options);
+  return q.dtype() == DType::f64
+             ? gradients<double>(grad_out, call, q, k, v, core, statistic, options, run)
+             : gradients<float>(grad_out, call, q, k, v, core, statistic, options, run);
+}
+
+}  // namespace heed
