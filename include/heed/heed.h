@@ -19,5 +19,6 @@
 #include "heed/relu_linear_attention.h"
 #include "heed/run.h"
 #include "heed/sigmoid_attention.h"
+#include "heed/taylor_state_attention.h"
 #include "heed/tensor.h"
 #include "heed/version.h"

@@ -7,8 +7,6 @@ namespace heed::chunked {
 
 namespace {
 
-// Features that are made, multiplied and dropped together where there may be very many.
-constexpr int64_t kFeatureTile = 512;
 // Columns behind a block: whole panels, and rows that do not fall on the same cache sets.
 constexpr int64_t kPad = 64 + 16;
 
@@ -218,69 +216,69 @@ typename ChunkCall<T>::UpdateMemory ChunkCall<T>::update_memory(Cutter& cut) con
 }
 
 template <class T>
-void ChunkCall<T>::add_outer(const Added& added, const Decay<T>* decay, Block sums,
-                             const UpdateMemory& m) const {
-  const int64_t depth = added.y.count;
-  if (half_) {
-    if constexpr (sizeof(T) == 4) {
-      const int64_t stride = round_up(depth, products_.key_multiple);
-      products_.pack_values(added.y, m.y_packed);
-      rows_.pack_transposed(added.x.rows, added.factor, m.x_transposed, stride);
-      std::fill_n(m.sums.data, features_ * padded_values_, T{0});
-      products_.accumulate(m.x_transposed, stride, features_, m.y_packed, depth, value_dim_,
-                           nullptr, ones_.data(), m.sums);
-      if (decay == nullptr) {
-        std::copy_n(m.sums.data, features_ * padded_values_, sums.data);
-      } else {
-        rows_.advance(sums.data, m.sums.data, features_ * padded_values_, *decay);
-      }
-    }
-    return;
-  }
-  kernels::Block<const T> y{m.y.data, m.y.stride};
-  if (added.y.dtype == as_rows({}, 0, 0).dtype && value_dim_ == padded_values_) {
-    y = {static_cast<const T*>(added.y.data), added.y.stride};  // whole vectors as they lie
-  } else {
-    rows_.pack_rows(added.y, nullptr, m.y);
-  }
-  for (int64_t first = 0; first < features_; first += tile_) {
-    const int64_t count = std::min(tile_, features_ - first);
-    const Block x{m.x.data, round_up(count, products_.dim_multiple)};
-    if (added.x.map == nullptr) {
-      rows_.pack_rows(added.x.rows, added.factor, x);
+void ChunkCall<T>::add_half_outer(const Added& added, const Decay<T>* decay, Block sums,
+                                  const UpdateMemory& m) const {
+  if constexpr (sizeof(T) == 4) {
+    const int64_t depth = added.y.count, stride = round_up(depth, products_.key_multiple);
+    products_.pack_values(added.y, m.y_packed);
+    rows_.pack_transposed(added.x.rows, added.factor, m.x_transposed, stride);
+    std::fill_n(m.sums.data, features_ * padded_values_, T{0});
+    products_.accumulate(m.x_transposed, stride, features_, m.y_packed, depth, value_dim_, nullptr,
+                         ones(), m.sums);
+    if (decay == nullptr) {
+      std::copy_n(m.sums.data, features_ * padded_values_, sums.data);
     } else {
-      features(added.x, first, count, x);
-      if (added.factor != nullptr) rows_.scale_rows(x, depth, x.stride, added.factor);
+      rows_.advance(sums.data, m.sums.data, features_ * padded_values_, *decay);
     }
-    rows_.outer({x.data, x.stride}, y, depth, count, padded_values_, decay,
-                {sums.row(first), sums.stride});
+  }
+}
+
+template <class T>
+void ChunkCall<T>::add_to_sum(kernels::Block<const T> x, const T* factor, int64_t count,
+                              int64_t width, bool fresh, const UpdateMemory& m, T* sum) const {
+  std::fill_n(m.row, width, T{0});
+  rows_.run_add(x, factor, {0, count}, {}, nullptr, {}, width, false, m.row);
+  if (fresh) {
+    std::copy_n(m.row, width, sum);
+  } else {
+    rows_.advance(sum, m.row, width, {});
   }
 }
 
 template <class T>
 void ChunkCall<T>::update_state(const Added& added, const Decay<T>& decay, bool fresh,
                                 const StateView<T>& state, const UpdateMemory& m) const {
-  add_outer(added, fresh ? nullptr : &decay, state.sums, m);
   const int64_t depth = added.y.count;
-  const auto sum_rows = [&](Block x, const T* factor, int64_t width, T* sum) {
-    std::fill_n(m.row, width, T{0});
-    rows_.run_add({x.data, x.stride}, factor, {0, depth}, {}, nullptr, {}, width, false, m.row);
-    if (fresh) {
-      std::copy_n(m.row, width, sum);
-    } else {
-      rows_.advance(sum, m.row, width, {});
-    }
-  };
-  if (state.values != nullptr) {
+  const Decay<T>* chosen = fresh ? nullptr : &decay;
+  kernels::Block<const T> y{m.y.data, m.y.stride};
+  if (!half_ && added.y.dtype == as_rows({}, 0, 0).dtype && value_dim_ == padded_values_) {
+    y = {static_cast<const T*>(added.y.data), added.y.stride};  // whole vectors as they lie
+  } else if (!half_ || state.values != nullptr) {
     rows_.pack_rows(added.y, nullptr, m.y);
-    sum_rows(m.y, added.value_factor, padded_values_, state.values);
   }
-  if (state.keys == nullptr) return;
+  if (state.values != nullptr) {
+    add_to_sum(y, added.value_factor, depth, padded_values_, fresh, m, state.values);
+  }
+  if (half_) add_half_outer(added, chosen, state.sums, m);
   for (int64_t first = 0; first < features_; first += tile_) {
     const int64_t count = std::min(tile_, features_ - first);
     const Block x{m.x.data, round_up(count, products_.dim_multiple)};
-    features(added.psi, first, count, x);
-    sum_rows(x, added.key_factor, x.stride, state.keys + first);
+    if (state.keys != nullptr) {
+      features(added.psi, first, count, x);
+      add_to_sum({x.data, x.stride}, added.key_factor, depth, x.stride, fresh, m,
+                 state.keys + first);
+    }
+    if (half_) continue;
+    // Features of denominators are in place already where they are the same.
+    const bool in_place = state.keys != nullptr && !separate_sums();
+    if (!in_place && added.x.map == nullptr) {
+      rows_.pack_rows(added.x.rows, added.factor, x);
+    } else {
+      if (!in_place) features(added.x, first, count, x);
+      if (added.factor != nullptr) rows_.scale_rows(x, depth, x.stride, added.factor);
+    }
+    rows_.outer({x.data, x.stride}, y, depth, count, padded_values_, chosen,
+                {state.sums.row(first), state.sums.stride});
   }
 }
 

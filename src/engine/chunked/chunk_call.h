@@ -228,8 +228,11 @@ class ChunkCall {
   int64_t existing(int64_t b) const {
     return problem_.lengths.empty() ? tokens_ : problem_.lengths[static_cast<size_t>(b)];
   }
-  void add_outer(const Added& added, const Decay<T>* decay, Block sums,
-                 const UpdateMemory& m) const;
+  void add_half_outer(const Added& added, const Decay<T>* decay, Block sums,
+                      const UpdateMemory& m) const;
+  // sum (+)= the rows times their factors
+  void add_to_sum(kernels::Block<const T> x, const T* factor, int64_t count, int64_t width,
+                  bool fresh, const UpdateMemory& m, T* sum) const;
 
   int64_t state_size_ = 0;
   std::vector<DecayTable<T>> decays_;  // per head; empty: no decay

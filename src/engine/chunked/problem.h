@@ -47,6 +47,9 @@ struct RowMaps {
   const RowMap<T>* k = nullptr;
 };
 
+/// With a polynomial, where features may be very many, maps are asked for this many together.
+inline constexpr int64_t kFeatureTile = 512;
+
 /// How a row ends, as a function of its denominator, with the derivatives.
 struct ReadOut {
   double num_scale = 1, sum_scale = 0;
@@ -63,7 +66,8 @@ struct Policy {
   bool value_sum = false;
   /// Only with key_sum. `tokens`: how many positions, from the first of this call, the row sees.
   std::function<ReadOut(int64_t batch, int64_t tokens, double denominator)> read_out;
-  /// phi(q) . phi(k) is this Taylor polynomial of exp of scale * q . k, and psi is phi.
+  /// phi(q) . phi(k) is this Taylor polynomial of exp of scale * q . k, psi is phi, and there are key_sum
+  /// and read_out.
   struct Polynomial {
     int order = 0;
     double scale = 1;

@@ -1,0 +1,214 @@
+#include <cmath>
+#include <string>
+#include <vector>
+
+#include "engine/chunked/problem.h"
+#include "heed/error.h"
+#include "heed/taylor_state_attention.h"
+#include "kernels/monomials.h"
+
+namespace heed {
+
+namespace {
+
+constexpr const char* kOp = "taylor_state_attention";
+constexpr const char* kBackward = "taylor_state_attention_backward";
+constexpr int64_t kMaxHeadDim = 256;
+constexpr double kSmallestDenominator = 1e-12;
+
+Dims out_shape(const Tensor& q, const Tensor& v) {
+  return {q.size(0), q.size(1), q.size(2), v.size(3)};
+}
+Dims s_shape(const Tensor& q, const Tensor& v, const TaylorOptions& options) {
+  return {q.size(0), q.size(1), taylor_state_size(q.size(3), options.order), v.size(3)};
+}
+Dims z_shape(const Tensor& q, const TaylorOptions& options) {
+  return {q.size(0), q.size(1), taylor_state_size(q.size(3), options.order)};
+}
+
+void check_state(const char* op, const char* s_name, const char* z_name, const TaylorState& state,
+                 const Tensor& q, const Tensor& v, const TaylorOptions& options) {
+  const DType type = chunked::state_type(q.dtype());
+  chunked::check_result(op, s_name, state.s, s_shape(q, v, options), type);
+  chunked::check_result(op, z_name, state.z, z_shape(q, options), type);
+}
+
+void check(const Tensor& q, const Tensor& k, const Tensor& v, const TaylorOptions& options) {
+  const std::string op = std::string(kOp) + ": ";
+  chunked::check_inputs(kOp, q, k, v);
+  if (q.size(3) > kMaxHeadDim) {
+    throw Error(op + describe("q", q) + " has head dim " + std::to_string(q.size(3)) +
+                "; 1 to 256 is supported");
+  }
+  if (options.order < 0 || options.order > 3) {
+    throw Error(op + "order is " + std::to_string(options.order) + "; 0 to 3 is needed");
+  }
+  if (options.scale && !std::isfinite(*options.scale)) {
+    throw Error(op + "scale is " + std::to_string(*options.scale) + "; a finite number is needed");
+  }
+  const TaylorState& state = options.initial_state;
+  check_state(kOp, "initial_state s", "initial_state z", state, q, v, options);
+  if (state.s.defined() != state.z.defined()) {
+    throw Error(op + "initial_state has " + (state.s.defined() ? "s" : "z") +
+                " alone; both s and z are needed");
+  }
+  chunked::check_alignment(kOp, true, state.s.defined(), q.size(2), k.size(2));
+}
+
+/// Monomials of a row as its features, with coefficients on the side of the queries.
+template <class T>
+class MonomialMap : public chunked::RowMap<T> {
+ public:
+  MonomialMap(const kernels::MonomialList& list, std::vector<double> coefficients, Isa isa)
+      : list_(list),
+        coefficients_(coefficients.begin(), coefficients.end()),
+        kernels_(kernels::monomial_kernels<T>(isa)) {
+    if (!coefficients_.empty()) coefficients_.resize(coefficients_.size() + 16);  // whole vectors
+  }
+  void map(const chunked::RowsAt&, const kernels::Rows& x, int64_t first, int64_t count,
+           kernels::Block<T> to) const override {
+    kernels_.map(list_, x, coefficients(), first, count, to);
+  }
+  void pull(const chunked::RowsAt&, const kernels::Rows& x, int64_t first, int64_t count,
+            kernels::Block<const T> gradient, kernels::Block<T> into) const override {
+    kernels_.pull(list_, x, coefficients(), first, count, gradient, into);
+  }
+
+ private:
+  const T* coefficients() const { return coefficients_.empty() ? nullptr : coefficients_.data(); }
+  const kernels::MonomialList& list_;
+  std::vector<T> coefficients_;
+  const kernels::MonomialKernels<T>& kernels_;
+};
+
+chunked::ReadOut divide(int64_t, int64_t, double denominator) {
+  chunked::ReadOut row;
+  if (std::abs(denominator) < kSmallestDenominator) {
+    row.num_scale = 1 / std::copysign(kSmallestDenominator, denominator);
+    return row;
+  }
+  row.num_scale = 1 / denominator;
+  row.num_slope = -row.num_scale * row.num_scale;
+  return row;
+}
+
+/// A checked call with what its policy points to.
+template <class T>
+struct Call {
+  Call(const Tensor& q, const Tensor& k, const Tensor& v, const TaylorOptions& options,
+       const RunOptions& run)
+      : scale(options.scale.value_or(1 / std::sqrt(static_cast<double>(q.size(3))))),
+        list(q.size(3), static_cast<int>(options.order), chunked::kFeatureTile),
+        query_map(list, list.coefficients(scale), chosen_isa(run)),
+        key_map(list, {}, chosen_isa(run)) {
+    problem.op = kOp;
+    problem.q = q;
+    problem.k = k;
+    problem.v = v;
+    problem.initial = {.sums = options.initial_state.s, .keys = options.initial_state.z};
+    problem.policy.maps = {&query_map, &key_map};
+    problem.policy.features = list.size();
+    problem.policy.key_sum = true;
+    problem.policy.read_out = divide;
+    problem.policy.polynomial = {static_cast<int>(options.order), scale};
+  }
+  Call(const Call&) = delete;
+  Call& operator=(const Call&) = delete;
+
+  double scale;
+  kernels::MonomialList list;
+  MonomialMap<T> query_map, key_map;
+  chunked::Problem<T> problem;
+};
+
+template <class T>
+void run_forward(const Tensor& q, const Tensor& k, const Tensor& v, const Tensor& out,
+                 const TaylorState& state, const TaylorOptions& options, const RunOptions& run) {
+  const Call<T> call(q, k, v, options, run);
+  chunked::forward(call.problem, out, {.sums = state.s, .keys = state.z}, run);
+}
+
+template <class T>
+void run_backward(const Tensor& q, const Tensor& k, const Tensor& v, const Tensor& out_gradient,
+                  const TaylorState& state_gradient, const TaylorGradientViews& into,
+                  const TaylorOptions& options, const RunOptions& run) {
+  const Call<T> call(q, k, v, options, run);
+  chunked::backward(call.problem, out_gradient,
+                    {.sums = state_gradient.s, .keys = state_gradient.z},
+                    {into.q, into.k, into.v, {.sums = into.s, .keys = into.z}, nullptr}, run);
+}
+
+}  // namespace
+
+int64_t taylor_state_size(int64_t head_dim, int64_t order) {
+  int64_t size = 1;
+  for (int64_t i = 1; i <= order; ++i) size = size * (head_dim + i) / i;
+  return size;
+}
+
+void taylor_state_attention(const Tensor& q, const Tensor& k, const Tensor& v, const Tensor& out,
+                            const TaylorState& state, const TaylorOptions& options,
+                            const RunOptions& run) {
+  check(q, k, v, options);
+  if (!out.defined()) throw Error(std::string(kOp) + ": out is missing");
+  chunked::check_out(kOp, "out", out, out_shape(q, v), q.dtype());
+  check_state(kOp, "state s", "state z", state, q, v, options);
+  if (q.dtype() == DType::f64) {
+    run_forward<double>(q, k, v, out, state, options, run);
+  } else {
+    run_forward<float>(q, k, v, out, state, options, run);
+  }
+}
+
+TaylorResult taylor_state_attention(const Tensor& q, const Tensor& k, const Tensor& v,
+                                    const TaylorOptions& options, const RunOptions& run) {
+  check(q, k, v, options);
+  const DType type = chunked::state_type(q.dtype());
+  TaylorResult result{Array(q.dtype(), out_shape(q, v)), Array(type, s_shape(q, v, options)),
+                      Array(type, z_shape(q, options))};
+  taylor_state_attention(q, k, v, result.out, {result.s, result.z}, options, run);
+  return result;
+}
+
+void taylor_state_attention_backward(const Tensor& q, const Tensor& k, const Tensor& v,
+                                     const Tensor& out_gradient, const TaylorState& state_gradient,
+                                     const TaylorGradientViews& gradients,
+                                     const TaylorOptions& options, const RunOptions& run) {
+  check(q, k, v, options);
+  if (!out_gradient.defined()) throw Error(std::string(kBackward) + ": out_gradient is missing");
+  chunked::check_out(kBackward, "out_gradient", out_gradient, out_shape(q, v), q.dtype());
+  check_state(kBackward, "state_gradient s", "state_gradient z", state_gradient, q, v, options);
+  chunked::check_out(kBackward, "gradient of q", gradients.q, q.shape(), q.dtype());
+  chunked::check_out(kBackward, "gradient of k", gradients.k, k.shape(), k.dtype());
+  chunked::check_out(kBackward, "gradient of v", gradients.v, v.shape(), v.dtype());
+  check_state(kBackward, "gradient of initial_state s", "gradient of initial_state z",
+              {gradients.s, gradients.z}, q, v, options);
+  if (q.dtype() == DType::f64) {
+    run_backward<double>(q, k, v, out_gradient, state_gradient, gradients, options, run);
+  } else {
+    run_backward<float>(q, k, v, out_gradient, state_gradient, gradients, options, run);
+  }
+}
+
+TaylorGradients taylor_state_attention_backward(const Tensor& q, const Tensor& k, const Tensor& v,
+                                                const Tensor& out_gradient,
+                                                const TaylorState& state_gradient,
+                                                const TaylorOptions& options,
+                                                const RunOptions& run) {
+  check(q, k, v, options);
+  const DType type = chunked::state_type(q.dtype());
+  TaylorGradients result{Array(q.dtype(), q.shape()),
+                         Array(k.dtype(), k.shape()),
+                         Array(v.dtype(), v.shape()),
+                         {},
+                         {}};
+  if (options.initial_state.s.defined()) {
+    result.s = Array(type, s_shape(q, v, options));
+    result.z = Array(type, z_shape(q, options));
+  }
+  taylor_state_attention_backward(q, k, v, out_gradient, state_gradient,
+                                  {result.q, result.k, result.v, result.s, result.z}, options, run);
+  return result;
+}
+
+}  // namespace heed
