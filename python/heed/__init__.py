@@ -8,18 +8,30 @@ function says so it is differentiable once; second derivatives raise a ``Runtime
 """
 
 from heed import _library
+from heed.affine_scaled import affine_scaled_attention
 from heed.decode import decode_attention, merge_attention
+from heed.depthwise import depthwise_causal_conv
 from heed.flash import flash_attention, flash_attention_varlen
+from heed.local_linear import local_linear_attention
+from heed.moh import moh_router
+from heed.parallax import parallax_attention
+from heed.relative import relative_attention
 from heed.sdpa import scaled_dot_product_attention
 from heed.sigmoid import sigmoid_attention
 
 __version__: str = _library.version()
 
 __all__ = [
+    "affine_scaled_attention",
     "decode_attention",
+    "depthwise_causal_conv",
     "flash_attention",
     "flash_attention_varlen",
+    "local_linear_attention",
     "merge_attention",
+    "moh_router",
+    "parallax_attention",
+    "relative_attention",
     "scaled_dot_product_attention",
     "sigmoid_attention",
 ]

@@ -15,6 +15,7 @@
 #include <torch/csrc/autograd/custom_function.h>
 #include <torch/library.h>
 
+#include <algorithm>
 #include <string>
 #include <vector>
 
@@ -27,8 +28,10 @@ using torch::autograd::variable_list;
 using torch::jit::Stack;
 
 constexpr const char* kForwardOnly[] = {"decode_attention"};
-constexpr const char* kDifferentiable[] = {"flash_attention", "flash_attention_varlen",
-                                           "merge_attention", "sigmoid_attention"};
+constexpr const char* kDifferentiable[] = {
+    "affine_scaled_attention", "depthwise_causal_conv", "flash_attention", "flash_attention_varlen",
+    "local_linear_attention",  "merge_attention",       "moh_router",      "parallax_attention",
+    "relative_attention",      "sigmoid_attention"};
 
 OperatorHandle backward_of(const OperatorHandle& op) {
   return c10::Dispatcher::singleton().findSchemaOrThrow((op.schema().name() + "_backward").c_str(),
@@ -159,7 +162,9 @@ void fake_backward(const OperatorHandle& op, Stack* stack) {
       const at::Tensor& tensor = like.toTensor();
       results.emplace_back(at::empty_symint(tensor.sym_sizes(), tensor.options()));
     } else {
-      const at::Tensor& any = (*stack)[first].toTensor();
+      const auto given = std::find_if(stack->begin() + static_cast<std::ptrdiff_t>(first),
+                                      stack->end(), is_tensor);
+      const at::Tensor& any = given->toTensor();
       results.emplace_back(at::empty({0}, any.options()));
     }
   }

@@ -45,6 +45,52 @@ TORCH_LIBRARY(heed, m) {
       "merge_attention_backward(Tensor grad_out, Tensor? grad_lse, Tensor out_a, Tensor lse_a,"
       " Tensor out_b, Tensor lse_b, Tensor out, Tensor lse)"
       " -> (Tensor grad_out_a, Tensor grad_lse_a, Tensor grad_out_b, Tensor grad_lse_b)");
+#define HEED_PARALLAX_OPTIONS                                                               \
+  "bool causal=False, SymInt window_left=-1, SymInt window_right=-1, Tensor? lengths=None," \
+  " float? scale=None"
+  m.def("parallax_attention(Tensor q, Tensor r, Tensor k, Tensor v, *, " HEED_PARALLAX_OPTIONS
+        ") -> (Tensor out, Tensor v_mean, Tensor t_mean, Tensor lse)");
+  m.def(
+      "parallax_attention_backward(Tensor grad_out, Tensor? grad_lse, Tensor q, Tensor r, Tensor k,"
+      " Tensor v, Tensor out, Tensor v_mean, Tensor t_mean, Tensor lse, *, " HEED_PARALLAX_OPTIONS
+      ") -> (Tensor grad_q, Tensor grad_r, Tensor grad_k, Tensor grad_v)");
+  m.def(
+      "relative_attention(Tensor q, Tensor k, Tensor v, Tensor rel_key, Tensor rel_bias,"
+      " Tensor content_bias, *, bool causal=True, float? scale=None) -> (Tensor out, Tensor lse)");
+  m.def(
+      "relative_attention_backward(Tensor grad_out, Tensor? grad_lse, Tensor q, Tensor k, Tensor v,"
+      " Tensor rel_key, Tensor rel_bias, Tensor content_bias, Tensor out, Tensor lse, *,"
+      " bool causal=True, float? scale=None) -> (Tensor grad_q, Tensor grad_k, Tensor grad_v,"
+      " Tensor grad_rel_key, Tensor grad_rel_bias, Tensor grad_content_bias)");
+#define HEED_AFFINE_OPTIONS                                                                 \
+  "bool causal=False, SymInt window_left=-1, SymInt window_right=-1, Tensor? lengths=None," \
+  " float? scale=None"
+  m.def(
+      "affine_scaled_attention(Tensor q, Tensor k, Tensor v, Tensor alpha, Tensor alpha_mean,"
+      " *, " HEED_AFFINE_OPTIONS ") -> (Tensor out, Tensor softmax_out, Tensor lse)");
+  m.def(
+      "affine_scaled_attention_backward(Tensor grad_out, Tensor q, Tensor k, Tensor v,"
+      " Tensor alpha, Tensor alpha_mean, Tensor softmax_out, Tensor lse, *, " HEED_AFFINE_OPTIONS
+      ") -> (Tensor grad_q, Tensor grad_k, Tensor grad_v, Tensor grad_alpha,"
+      " Tensor grad_alpha_mean)");
+  m.def("depthwise_causal_conv(Tensor x, Tensor weight, Tensor? bias=None) -> Tensor out");
+  m.def(
+      "depthwise_causal_conv_backward(Tensor grad_out, Tensor x, Tensor weight, Tensor? bias=None)"
+      " -> (Tensor grad_x, Tensor grad_weight, Tensor grad_bias)");
+#define HEED_LOCAL_OPTIONS "float ridge=0.1, bool causal=False, float? scale=None"
+  m.def("local_linear_attention(Tensor q, Tensor k, Tensor v, *, " HEED_LOCAL_OPTIONS
+        ") -> Tensor out");
+  m.def(
+      "local_linear_attention_backward(Tensor grad_out, Tensor q, Tensor k, Tensor v,"
+      " *, " HEED_LOCAL_OPTIONS ") -> (Tensor grad_q, Tensor grad_k, Tensor grad_v)");
+#define HEED_ROUTER_ARGUMENTS                                                              \
+  "Tensor x, Tensor wg, Tensor? wg_shared=None, Tensor? wg_group=None, *, int top_k, str " \
+  "form='code'"
+  m.def("moh_router(" HEED_ROUTER_ARGUMENTS ") -> (Tensor gates, Tensor load_balance_loss)");
+  m.def(
+      "moh_router_backward(Tensor? grad_gates, Tensor? "
+      "grad_load_balance_loss, " HEED_ROUTER_ARGUMENTS
+      ") -> (Tensor grad_x, Tensor grad_wg, Tensor grad_wg_shared, Tensor grad_wg_group)");
 #define HEED_SIGMOID_OPTIONS                                                             \
   "float? bias_value=None, Tensor? bias=None, bool causal=False, SymInt window_left=-1," \
   " SymInt window_right=-1, Tensor? lengths=None, float? scale=None, Tensor? alibi_slopes=None"

@@ -1,0 +1,77 @@
+// affine_scaled_attention for PyTorch, real and fake.
+#include "heed/affine_scaled_attention.h"
+
+#include <torch/library.h>
+
+#include <tuple>
+
+#include "torch/adapt.h"
+
+namespace heed::ops {
+namespace {
+
+using MaybeTensor = std::optional<at::Tensor>;
+using Results = std::tuple<at::Tensor, at::Tensor, at::Tensor>;
+
+constexpr const char* kAffine = "affine_scaled_attention";
+
+#define HEED_AFFINE_INPUTS                                                                \
+  const at::Tensor &q, const at::Tensor &k, const at::Tensor &v, const at::Tensor &alpha, \
+      const at::Tensor &alpha_mean
+
+void check_inputs(HEED_AFFINE_INPUTS) {
+  check_qkv({kAffine, "q", q}, {kAffine, "k", k}, {kAffine, "v", v});
+  check_tensor({kAffine, "alpha", alpha}, 3, q.device());
+  check_tensor({kAffine, "alpha_mean", alpha_mean}, 1, q.device());
+}
+
+Results affine_cpu(HEED_AFFINE_INPUTS, bool causal, int64_t window_left, int64_t window_right,
+                   const MaybeTensor& lengths, std::optional<double> scale) {
+  check_inputs(q, k, v, alpha, alpha_mean);
+  const HeldMasks held(kAffine, causal, window_left, window_right, lengths, q.device());
+  auto [out, lse] = empty_results(q, v);
+  const at::Tensor softmax_out = empty_results(q, v).first;
+  guarded([&, &out = out, &lse = lse] {
+    affine_scaled_attention(view(q), view(k), view(v), view(alpha), view(alpha_mean), view(out),
+                            view(softmax_out), view(lse), {held.masks, scale}, run_options());
+  });
+  return {out, softmax_out, lse};
+}
+
+std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor> affine_backward_cpu(
+    const at::Tensor& grad_out, HEED_AFFINE_INPUTS, const at::Tensor& softmax_out,
+    const at::Tensor& lse, bool causal, int64_t window_left, int64_t window_right,
+    const MaybeTensor& lengths, std::optional<double> scale) {
+  check_inputs(q, k, v, alpha, alpha_mean);
+  const HeldMasks held(kAffine, causal, window_left, window_right, lengths, q.device());
+  const at::Tensor g = gradient_input(grad_out);
+  AffineScaledGradients to;
+  guarded([&] {
+    to = affine_scaled_attention_backward(view(g), view(q), view(k), view(v), view(alpha),
+                                          view(alpha_mean), view(softmax_out), view(lse),
+                                          {held.masks, scale}, run_options());
+  });
+  return {take(std::move(to.q), q), take(std::move(to.k), k), take(std::move(to.v), v),
+          take(std::move(to.alpha), q), take(std::move(to.alpha_mean), q)};
+}
+
+// NOLINTBEGIN(performance-unnecessary-value-param): the dispatcher passes SymInt by value
+Results affine_meta(HEED_AFFINE_INPUTS, bool, c10::SymInt, c10::SymInt, const MaybeTensor& lengths,
+                    std::optional<double>) {
+  check_inputs(q, k, v, alpha, alpha_mean);
+  check_qkv_shapes({kAffine, "q", q}, {kAffine, "k", k}, {kAffine, "v", v});
+  check_optional(kAffine, "lengths", lengths, 1, q.device());
+  const auto [out, lse] = empty_results(q, v);
+  return {out, empty_results(q, v).first, lse};
+}
+// NOLINTEND(performance-unnecessary-value-param)
+
+}  // namespace
+}  // namespace heed::ops
+
+TORCH_LIBRARY_IMPL(heed, CPU, m) {
+  m.impl("affine_scaled_attention", &heed::ops::affine_cpu);
+  m.impl("affine_scaled_attention_backward", &heed::ops::affine_backward_cpu);
+}
+
+TORCH_LIBRARY_IMPL(heed, Meta, m) { m.impl("affine_scaled_attention", &heed::ops::affine_meta); }
