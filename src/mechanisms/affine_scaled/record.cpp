@@ -27,6 +27,25 @@ ExampleCase with_alpha(ExampleCase example, bool float32 = false) {
   return example;
 }
 
+ExampleCase random_affine_case(uint64_t seed) {
+  CaseRandom random(seed);
+  // Where every row sees one key at most, gradients of scores are nothing but rounding. (Of three lengths
+  // one is all keys, of two none.)
+  const auto lone_keys = [](const ExampleCase& example) {
+    return example.inputs[1].second[2] == 1 ||
+           example.options.find("left=0") != std::string::npos ||
+           (example.types.count("lengths") > 0 && example.inputs[0].second[0] == 2);
+  };
+  ExampleCase example = random_attention_case(random);
+  while (lone_keys(example)) example = random_attention_case(random);
+  // A scale near 0 makes the weights the mean's, and the gradient of alpha nothing but rounding.
+  if (const size_t scale = example.options.find("scale="); scale != std::string::npos) {
+    example.options =
+        example.options.substr(0, scale) + "scale=" + std::to_string(random.number(0.15, 0.6));
+  }
+  return with_alpha(std::move(example), random.chance(0.5));
+}
+
 NamedArrays backward(const NamedTensors& in, const NamedTensors& out_gradients, const Spec& spec,
                      const RunOptions& run) {
   const AffineScaledOptions options = affine_options(in, spec);
@@ -81,6 +100,7 @@ Mechanism affine_record() {
   m.bind = bind;
   m.explain = explain_attention;
   m.fill = fill_lengths;
+  m.random_case = random_affine_case;
   return m;
 }
 

@@ -1,4 +1,5 @@
 #include "heed/depthwise_conv.h"
+#include "mechanisms/attention_case.h"
 #include "mechanisms/embedded.h"
 #include "mechanisms/isa_paths.h"
 
@@ -36,6 +37,18 @@ ExampleCase per_head_case(const char* name, const Dims& x, int64_t taps, Bias bi
 ExampleCase float32_parameters(ExampleCase example) {
   example.types = {{"weight", DType::f32}, {"bias", DType::f32}};
   return example;
+}
+
+ExampleCase random_conv_case(uint64_t seed) {
+  CaseRandom random(seed);
+  const Dims x{random.between(1, 3), random.between(1, 4),
+               random.chance(0.1) ? random.between(120, 700) : random.between(1, 60),
+               random.between(1, 70)};
+  const int64_t taps = random.between(1, 7);
+  const Bias bias = random.chance(0.5) ? Bias::given : Bias::none;
+  ExampleCase example =
+      random.chance(0.5) ? shared_case("", x, taps, bias) : per_head_case("", x, taps, bias);
+  return random.chance(0.3) ? float32_parameters(std::move(example)) : example;
 }
 
 Mechanism conv_record() {
@@ -82,6 +95,7 @@ Mechanism conv_record() {
     return arrays;
   };
   m.bind = bind;
+  m.random_case = random_conv_case;
   m.explain = [](const NamedTensors&, const RunOptions& run) { return explain_isas(run); };
   return m;
 }

@@ -19,6 +19,22 @@ cascade::Bindings bind(const NamedTensors& in, const Spec& options) {
   return bindings;
 }
 
+ExampleCase random_local_linear_case(uint64_t seed) {
+  CaseRandom random(seed);
+  AttentionShape s;
+  s.batch = random.between(1, 2);
+  s.kv_heads = random.between(1, 2);
+  s.heads = s.kv_heads * random.between(1, 3);
+  s.queries = random.between(1, 30);
+  s.keys = random.chance(0.1) ? random.between(60, 140) : random.between(1, 40);
+  s.dim = random.chance(0.1) ? random.between(10, 20) : random.between(1, 9);
+  s.value_dim = random.between(1, 20);
+  std::string options = "ridge=" + std::to_string(random.number(0.05, 3));
+  if (random.chance(0.5)) options += ",causal=1";
+  if (random.chance(0.3)) options += ",scale=" + std::to_string(random.number(-0.6, 0.6));
+  return attention_case("", s, options);
+}
+
 Mechanism local_linear_record() {
   Mechanism m;
   m.name = "local_linear_attention";
@@ -66,6 +82,7 @@ Mechanism local_linear_record() {
     return arrays;
   };
   m.bind = bind;
+  m.random_case = random_local_linear_case;
   m.explain = [](const NamedTensors&, const RunOptions& run) { return explain_isas(run); };
   m.model_attention = [](const Spec& options) -> ModelAttention {
     LocalLinearOptions chosen = local_linear_options(options);

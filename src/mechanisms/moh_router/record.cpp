@@ -1,5 +1,6 @@
 #include "heed/error.h"
 #include "heed/moh_router.h"
+#include "mechanisms/attention_case.h"
 #include "mechanisms/embedded.h"
 #include "mechanisms/isa_paths.h"
 
@@ -78,6 +79,20 @@ std::vector<ExampleCase> router_cases() {
   return cases;
 }
 
+ExampleCase random_router_case(uint64_t seed) {
+  CaseRandom random(seed);
+  RouterCase c;
+  c.x = {random.between(1, 3), random.chance(0.1) ? random.between(60, 200) : random.between(1, 40),
+         random.between(1, 50)};
+  const bool code = random.chance(0.5);
+  c.routed = random.chance(0.15) ? 0 : random.between(2, 12);
+  c.shared = c.routed == 0 || random.chance(0.6) ? random.between(1, 6) : 0;
+  c.grouped = c.routed > 0 && (c.shared > 0 || random.chance(0.5));
+  // See router_cases about one head in the code form.
+  c.top_k = c.routed == 0 ? 0 : random.between(code ? 2 : 1, c.routed);
+  return router_case("", c, code ? "code" : "paper");
+}
+
 Mechanism router_record() {
   Mechanism m;
   m.name = "moh_router";
@@ -114,6 +129,7 @@ Mechanism router_record() {
     return arrays;
   };
   m.bind = bind;
+  m.random_case = random_router_case;
   m.explain = [](const NamedTensors&, const RunOptions& run) { return explain_isas(run); };
   return m;
 }

@@ -90,6 +90,29 @@ std::vector<ExampleCase> recurrent_cases() {
   return cases;
 }
 
+ExampleCase random_recurrent_case(uint64_t seed) {
+  CaseRandom random(seed);
+  AttentionShape s;
+  s.batch = random.between(1, 2);
+  s.kv_heads = random.between(1, 2);
+  s.heads = s.kv_heads * random.between(1, 3);
+  s.queries = random.chance(0.3) ? random.between(1, 6) : random.between(1, 80);
+  s.keys = random.chance(0.15) ? random.between(150, 400) : random.between(2, 90);
+  s.dim = random.between(1, 48);
+  s.value_dim = random.between(2, 48);
+  const auto& names = normalizer_names();
+  const auto normalizer = random.between(0, static_cast<int64_t>(names.size()) - 1);
+  std::string options = "normalizer=" + names[static_cast<size_t>(normalizer)];
+  options += random.chance(0.5) ? ",causal=1" : ",causal=0";
+  // An odd order may have a denominator near 0, where every digit counts.
+  if (random.chance(0.4)) options += ",order=" + std::to_string(2 * random.between(0, 3));
+  if (random.chance(0.3)) options += ",score_clamp=" + std::to_string(random.number(-0.5, 2));
+  if (random.chance(0.3)) options += ",scale=" + std::to_string(random.number(-0.4, 0.4));
+  if (random.chance(0.3)) options += ",eps=" + std::to_string(random.number(0, 0.1));
+  ExampleCase example = attention_case("", s, options);
+  return random.chance(0.5) ? with_gate(std::move(example), random.chance(0.5)) : example;
+}
+
 NamedArrays backward(const NamedTensors& in, const NamedTensors& out_gradients, const Spec& spec,
                      const RunOptions& run) {
   const RecurrentSoftmaxOptions options = recurrent_options(in, spec);
@@ -138,6 +161,7 @@ Mechanism recurrent_record() {
   m.backward = backward;
   m.bind = bind;
   m.explain = explain_attention;
+  m.random_case = random_recurrent_case;
   m.model_attention = [](const Spec& options) -> ModelAttention {
     RecurrentSoftmaxOptions chosen = recurrent_options({}, options);
     chosen.causal = true;
