@@ -56,6 +56,26 @@ std::vector<int64_t> parse_numbers(std::string_view option, std::string_view tex
   return numbers;
 }
 
+hardware::Sizes parse_sizes(const std::string& text) {
+  hardware::Sizes sizes;
+  for (size_t begin = 0; begin < text.size();) {
+    const size_t comma = std::min(text.find(',', begin), text.size());
+    const std::string part = text.substr(begin, comma - begin);
+    const size_t equals = part.find('=');
+    if (equals == std::string::npos || equals == 0) {
+      throw Error("--sizes: found '" + part + "', rank=size is needed: p=4096,m=4096");
+    }
+    const auto value = parse_numbers("--sizes " + part.substr(0, equals), part.substr(equals + 1));
+    constexpr int64_t kMost = int64_t{1} << 31;
+    if (value.size() != 1 || value[0] < 1 || value[0] > kMost) {
+      throw Error("--sizes: found '" + part + "', a size from 1 to 2^31 is needed");
+    }
+    sizes[part.substr(0, equals)] = value[0];
+    begin = comma + 1;
+  }
+  return sizes;
+}
+
 void add_hardware(CLI::App& app, Outcome& outcome) {
   CLI::App* hardware = app.add_subcommand(
       "hardware", "Passes, accelerators, tile plans: what attention costs on a machine");
@@ -64,6 +84,9 @@ void add_hardware(CLI::App& app, Outcome& outcome) {
   add_hardware_fusemax(*hardware);
   add_hardware_place(*hardware);
   add_hardware_tiles(*hardware);
+  add_hardware_simulate(*hardware);
+  add_hardware_touches(*hardware);
+  add_hardware_cpu(*hardware);
   add_hardware_files(*hardware);
   hardware->callback([hardware, &outcome] {
     if (!hardware->get_subcommands().empty()) return;

@@ -6,6 +6,7 @@
 #include <vector>
 
 #include "cli/commands.h"
+#include "hardware/einsum.h"
 
 namespace heed::cli {
 
@@ -13,6 +14,9 @@ void add_hardware_passes(CLI::App& hardware);
 void add_hardware_fusemax(CLI::App& hardware);
 void add_hardware_place(CLI::App& hardware);
 void add_hardware_tiles(CLI::App& hardware);
+void add_hardware_simulate(CLI::App& hardware);
+void add_hardware_touches(CLI::App& hardware);
+void add_hardware_cpu(CLI::App& hardware);
 void add_hardware_files(CLI::App& hardware);
 
 /// The text of a file; throws Error naming the option, the file and why.
@@ -21,5 +25,8 @@ std::string read_text(std::string_view option, const std::string& path);
 void write_text(std::string_view option, const std::string& path, const std::string& text);
 /// "30,48,80"; throws Error naming `option`.
 std::vector<int64_t> parse_numbers(std::string_view option, std::string_view text);
+
+/// "p=4096,m=4096"; throws Error naming --sizes.
+hardware::Sizes parse_sizes(const std::string& text);
 
 }  // namespace heed::cli

@@ -27,26 +27,6 @@ struct Line {
   double gain = 0;  // over the definition, unfused, on the baseline
 };
 
-Sizes parse_sizes(const std::string& text) {
-  Sizes sizes;
-  for (size_t begin = 0; begin < text.size();) {
-    const size_t comma = std::min(text.find(',', begin), text.size());
-    const std::string part = text.substr(begin, comma - begin);
-    const size_t equals = part.find('=');
-    if (equals == std::string::npos || equals == 0) {
-      throw Error("--sizes: found '" + part + "', rank=size is needed: p=4096,m=4096");
-    }
-    const auto value = parse_numbers("--sizes " + part.substr(0, equals), part.substr(equals + 1));
-    constexpr int64_t kMost = int64_t{1} << 31;
-    if (value.size() != 1 || value[0] < 1 || value[0] > kMost) {
-      throw Error("--sizes: found '" + part + "', a size from 1 to 2^31 is needed");
-    }
-    sizes[part.substr(0, equals)] = value[0];
-    begin = comma + 1;
-  }
-  return sizes;
-}
-
 // The largest case of each set of options.
 std::vector<const ExampleCase*> cases_of(const Mechanism& mechanism) {
   std::vector<const ExampleCase*> cases;
