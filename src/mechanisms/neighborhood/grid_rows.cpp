@@ -1,7 +1,6 @@
 #include "mechanisms/neighborhood/grid_rows.h"
 
 #include <algorithm>
-#include <cassert>
 #include <map>
 
 namespace heed::na {
@@ -16,17 +15,7 @@ namespace {
 // Copies of a part for each thread: they come back from the caches when tiles are packed.
 constexpr int64_t kPartBytes = int64_t{4} << 20;
 
-int64_t rounded(int64_t bytes) { return (bytes + 63) / 64 * 64; }
-
 }  // namespace
-
-Tensor RowMemory::take(DType dtype, const Dims& shape) {
-  const int64_t bytes = rounded(element_count(shape) * static_cast<int64_t>(size_of(dtype)));
-  assert(used_ + bytes <= bytes_.count());
-  std::byte* begin = bytes_.view().at({used_});
-  used_ += bytes;
-  return {begin, dtype, shape};
-}
 
 GridRows::GridRows(const GridCall& call, const RunOptions& run)
     : call_(call), run_(run), boxed_(call.rank > 1) {
@@ -112,12 +101,13 @@ int64_t GridRows::part_bytes(const CallPart& part) const {
   const int64_t keys = (part.batch.end - part.batch.begin) *
                        (part.kv_heads.end - part.kv_heads.begin) * rows(Side::keys);
   const int64_t queries = keys / rows(Side::keys) * call_.group() * rows(Side::queries);
-  const auto element = static_cast<int64_t>(size_of(call_.query.dtype()));
+  const DType dtype = call_.query.dtype();
+  const auto bytes = [](DType type, int64_t rows, int64_t width) {
+    return RowMemory::bytes_of(type, rows * width);
+  };
   const int64_t dim = call_.query.size(kWidth), value_dim = call_.value.size(kWidth);
-  constexpr int64_t kStatistic = 8;
-  return rounded(queries * dim * element) + rounded(queries * value_dim * element) +
-         rounded(queries * kStatistic) + rounded(keys * dim * element) +
-         rounded(keys * value_dim * element);
+  return bytes(dtype, queries, dim) + bytes(dtype, queries, value_dim) +
+         bytes(DType::f64, queries, 1) + bytes(dtype, keys, dim) + bytes(dtype, keys, value_dim);
 }
 
 Tensor GridRows::rows_in(const Tensor& tokens, Side side, RowMemory& memory) const {

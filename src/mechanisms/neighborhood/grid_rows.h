@@ -7,20 +7,9 @@
 
 #include "mechanisms/neighborhood/grid_call.h"
 #include "mechanisms/neighborhood/grid_terms.h"
+#include "mechanisms/row_memory.h"
 
 namespace heed::na {
-
-/// Memory for the rows of one part of a call, used again for the next part.
-class RowMemory {
- public:
-  explicit RowMemory(int64_t bytes) : bytes_(DType::boolean, {bytes}) {}
-  Tensor take(DType dtype, const Dims& shape);
-  void reset() { used_ = 0; }
-
- private:
-  Array bytes_;
-  int64_t used_ = 0;
-};
 
 class GridRows {
  public:

@@ -5,6 +5,7 @@
 
 #include "base/parallel.h"
 #include "mechanisms/neighborhood/grid_rows.h"
+#include "mechanisms/row_values.h"
 
 namespace heed::na {
 
@@ -55,26 +56,6 @@ tiled::Problem additional_problem(const GridCall& call, const CallRows& rows) {
   return problem;
 }
 
-template <class T>
-void store_row(const T* from, int64_t count, const Tensor& to,
-               std::initializer_list<int64_t> index) {
-  std::byte* row = to.at(index);
-  const auto each = [&](auto* typed, const auto& rounded) {
-    for (int64_t i = 0; i < count; ++i) typed[i] = rounded(from[i]);
-  };
-  const auto as_it_is = [](T x) { return x; };
-  switch (to.dtype()) {
-    case DType::bf16:
-      return each(reinterpret_cast<bfloat16*>(row),
-                  [](T x) { return to_bfloat16(static_cast<float>(x)); });
-    case DType::f16:
-      return each(reinterpret_cast<float16*>(row),
-                  [](T x) { return to_float16(static_cast<float>(x)); });
-    default:
-      return each(reinterpret_cast<T*>(row), as_it_is);
-  }
-}
-
 /// to = weight_a a + weight_b b row by row, with weights(b, h, row) -> {weight_a, weight_b}. a and b
 /// are contiguous [B,H,rows,width] of T and a is lost.
 template <class T, class Weights>
@@ -87,7 +68,7 @@ void add_rows(const Tensor& a, const Tensor& b, const Tensor& to, const RunOptio
       T* x = reinterpret_cast<T*>(a.at({pair / heads, pair % heads, r}));
       const T* y = reinterpret_cast<const T*>(b.at({pair / heads, pair % heads, r}));
       for (int64_t i = 0; i < width; ++i) x[i] = weight_a * x[i] + weight_b * y[i];
-      store_row(x, width, to, {pair / heads, pair % heads, r});
+      store_row(x, T{1}, to, {pair / heads, pair % heads, r});
     }
   });
 }

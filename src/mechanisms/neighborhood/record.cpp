@@ -4,6 +4,7 @@
 #include "engine/tiled/path.h"
 #include "heed/error.h"
 #include "heed/neighborhood_attention.h"
+#include "mechanisms/attention_case.h"
 #include "mechanisms/embedded.h"
 #include "mechanisms/registry.h"
 
@@ -136,7 +137,7 @@ struct GridShape {
   std::vector<int64_t> rpb = {};  // kernel sizes of a table; empty: none
 };
 
-ExampleCase grid_case(const char* name, const GridShape& s, const char* options) {
+ExampleCase grid_case(const char* name, const GridShape& s, const std::string& options) {
   const auto shape = [&](int64_t heads, int64_t width) {
     std::vector<int64_t> dims = {s.batch};
     dims.insert(dims.end(), s.grid.begin(), s.grid.end());
@@ -234,6 +235,39 @@ std::vector<ExampleCase> space_cases() {
   };
 }
 
+std::string joined(const std::vector<int64_t>& values) {
+  std::string text;
+  for (int64_t value : values) text += (text.empty() ? "" : "x") + std::to_string(value);
+  return text;
+}
+
+ExampleCase random_grid_case(int rank, uint64_t seed) {
+  CaseRandom random(seed);
+  GridShape s;
+  const int64_t longest = rank == 1 ? 150 : rank == 2 ? 18 : 8;
+  std::vector<int64_t> kernel, stride, dilation, causal;
+  const bool with_table = random.chance(0.3);
+  for (int a = 0; a < rank; ++a) {
+    const int64_t length = random.between(1, random.chance(0.1) ? 4 * longest : longest);
+    s.grid.push_back(length);
+    dilation.push_back(random.chance(0.6) ? 1 : random.between(1, std::min<int64_t>(length, 5)));
+    kernel.push_back(random.between(1, length / dilation.back()));
+    stride.push_back(with_table || random.chance(0.4) ? 1 : random.between(1, kernel.back()));
+    causal.push_back(!with_table && random.chance(0.25) ? 1 : 0);
+  }
+  s.batch = random.between(1, 2);
+  s.kv_heads = random.between(1, 2);
+  s.heads = s.kv_heads * random.between(1, 2);
+  s.dim = random.between(1, 24);
+  s.value_dim = random.between(1, 24);
+  if (random.chance(0.25)) s.additional = random.between(0, 40);
+  if (with_table) s.rpb = kernel;
+  std::string options = "kernel_size=" + joined(kernel) + ",stride=" + joined(stride) +
+                        ",dilation=" + joined(dilation) + ",is_causal=" + joined(causal);
+  if (random.chance(0.2)) options += ",scale=" + std::to_string(random.number(-0.6, 0.6));
+  return grid_case("", s, options);
+}
+
 std::vector<ExampleCase> bench_cases(int rank) {
   if (rank == 1) {
     return {grid_case("n16384_k256", {{16384}, 1, 4, 4, 64, 64}, "kernel_size=256"),
@@ -319,6 +353,7 @@ Mechanism record(int rank, Forward forward, Backward backward, std::vector<Examp
                           result.lse, options, run));
   };
   m.bind = [rank](const NamedTensors& in, const Spec& spec) { return bind(rank, in, spec); };
+  m.random_case = [rank](uint64_t seed) { return random_grid_case(rank, seed); };
   m.explain = [rank](const NamedTensors& in, const RunOptions& run) {
     return explain(rank, in, run);
   };

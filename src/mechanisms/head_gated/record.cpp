@@ -1,0 +1,116 @@
+#include "base/philox.h"
+#include "heed/head_gated_attention.h"
+#include "mechanisms/attention_case.h"
+#include "mechanisms/embedded.h"
+
+namespace heed {
+
+namespace {
+
+HeadGatedOptions options_of(const NamedTensors& in, const Spec& spec) {
+  require_attention_keys(spec);
+  return {masks_of(in, spec), spec.number("scale")};
+}
+
+ExampleCase with_gates(ExampleCase example, DType type = DType::f64) {
+  const Dims& q = example.inputs[0].second;
+  example.inputs.emplace_back("gates", Dims{q[0], q[1], q[2]});
+  if (type == DType::f32) example.types["gates"] = type;
+  return example;
+}
+
+ExampleCase gated_case(const char* name, const AttentionShape& shape, const char* options) {
+  return with_gates(attention_case(name, shape, options));
+}
+
+/// Sets gates to zero: about half of them, or as the case's name says.
+void fill(const ExampleCase& example, const std::string& input, uint64_t seed,
+          const Tensor& to_fill) {
+  fill_lengths(example, input, seed, to_fill);
+  if (input != "gates" || example.name.find("all_active") != std::string::npos) return;
+  const bool whole_heads = example.name.find("half_of_the_heads") != std::string::npos;
+  const bool none = example.name.find("none_active") != std::string::npos;
+  Array zero = Array::zeros(DType::f64, {1});
+  for (int64_t n = 0; n < to_fill.count(); ++n) {
+    const int64_t p = n % to_fill.size(2), head = n / to_fill.size(2);
+    const bool off =
+        whole_heads ? head % 2 == 1 : (philox_word(seed, static_cast<uint64_t>(n)) & 1) != 0;
+    if (!off && !none) continue;
+    copy(zero, to_fill.select(0, head / to_fill.size(1))
+                   .select(0, head % to_fill.size(1))
+                   .slice(0, p, p + 1));
+  }
+}
+
+std::vector<ExampleCase> cases() {
+  std::vector<ExampleCase> all;
+  for (const ExampleCase& example : common_attention_cases()) all.push_back(with_gates(example));
+  all.push_back(gated_case("all_active", {2, 4, 2, 60, 70, 16, 16}, "causal=1"));
+  all.push_back(gated_case("none_active", {1, 2, 1, 20, 30, 8, 8}, ""));
+  all.push_back(gated_case("half_of_the_heads", {1, 6, 2, 40, 50, 12, 12}, ""));
+  all.push_back(with_gates(attention_case("gates_in_float32", {1, 4, 4, 33, 33, 8, 8}, "causal=1"),
+                           DType::f32));
+  return all;
+}
+
+ExampleCase random_gated_case(uint64_t seed) {
+  CaseRandom random(seed);
+  return with_gates(random_attention_case(random), random.chance(0.3) ? DType::f32 : DType::f64);
+}
+
+Mechanism record() {
+  Mechanism m;
+  m.name = "head_gated_attention";
+  m.title = "Softmax attention with a gate per head and token; zero gates cost nothing";
+  m.sheets = {17};
+  m.arxiv = {"2410.11842"};
+  m.engine = "tiled";
+  m.pass_rank = "m";
+  m.card = embedded("head_gated/card.md");
+  m.cascades = {{"head_gated", std::string(embedded("head_gated/head_gated.cascade"))}};
+  m.outputs = {{"out", "O"}};
+  m.cases = cases();
+  const AttentionShape large{1, 8, 8, 4096, 4096, 64, 64};
+  m.bench_cases = {gated_case("n4096_all_active", large, ""),
+                   gated_case("n4096_half_of_the_heads", large, ""),
+                   gated_case("n4096_half_of_the_rows", large, ""),
+                   gated_case("n4096_causal_all_active", large, "causal=1"),
+                   gated_case("n4096_causal_half_of_the_rows", large, "causal=1")};
+  m.forward = [](const NamedTensors& in, const Spec& spec, const RunOptions& run) {
+    const Tensor &q = in.at("q"), &k = in.at("k"), &v = in.at("v");
+    Array out(q.dtype(), {q.size(0), q.size(1), q.size(2), v.size(3)});
+    head_gated_attention(q, k, v, in.at("gates"), out, {}, {}, options_of(in, spec), run);
+    NamedArrays arrays;
+    arrays.emplace("out", std::move(out));
+    return arrays;
+  };
+  m.backward = [](const NamedTensors& in, const NamedTensors& out_gradients, const Spec& spec,
+                  const RunOptions& run) {
+    const Tensor &q = in.at("q"), &k = in.at("k"), &v = in.at("v"), &gates = in.at("gates");
+    const HeadGatedOptions options = options_of(in, spec);
+    const HeadGatedResult result = head_gated_attention(q, k, v, gates, options, run);
+    HeadGatedGradients gradients = head_gated_attention_backward(
+        out_gradients.at("out"), q, k, v, gates, result.attention, result.lse, options, run);
+    NamedArrays arrays;
+    arrays.emplace("q", std::move(gradients.q));
+    arrays.emplace("k", std::move(gradients.k));
+    arrays.emplace("v", std::move(gradients.v));
+    arrays.emplace("gates", std::move(gradients.gates));
+    return arrays;
+  };
+  m.bind = [](const NamedTensors& in, const Spec& spec) {
+    cascade::Bindings bindings = bind_attention(in, spec);
+    bindings.tensors["Gates"] = to_nd(in.at("gates"));
+    return bindings;
+  };
+  m.explain = explain_attention;
+  m.fill = fill;
+  m.random_case = random_gated_case;
+  return m;
+}
+
+}  // namespace
+
+std::vector<Mechanism> head_gated_records() { return {record()}; }
+
+}  // namespace heed
