@@ -161,15 +161,17 @@ TEST(Attention, MergeOfTwoHalvesIsTheWhole) {
   const Values va = evaluate(softmax, a), vb = evaluate(softmax, b),
                expected = evaluate(softmax, all);
   Bindings pair;
-  pair.tensors = {
-      {"OA", va.at("O")}, {"LSEA", va.at("LSE")}, {"OB", vb.at("O")}, {"LSEB", vb.at("LSE")}};
+  pair.tensors = {{"OUT_A", va.at("O")},
+                  {"LSE_A", va.at("LSE")},
+                  {"OUT_B", vb.at("O")},
+                  {"LSE_B", vb.at("LSE")}};
   const Program merge = parse_file("src/mechanisms/flash/merge.cascade");
   Values found = evaluate(merge, pair);
   EXPECT_TRUE(near(found.at("O"), expected.at("O"), 1e-12));  // the second half of entry 0 is empty
   EXPECT_TRUE(near(found.at("LSE"), expected.at("LSE"), 1e-12));
 
-  for (const char* name : {"OA", "OB"}) pair.tensors[name].values.assign(2 * 4 * 7 * 3, 0.0);
-  for (const char* name : {"LSEA", "LSEB"}) pair.tensors[name].values.assign(2 * 4 * 7, -kInf);
+  for (const char* name : {"OUT_A", "OUT_B"}) pair.tensors[name].values.assign(2 * 4 * 7 * 3, 0.0);
+  for (const char* name : {"LSE_A", "LSE_B"}) pair.tensors[name].values.assign(2 * 4 * 7, -kInf);
   found = evaluate(merge, pair);
   for (double x : found.at("O").values) EXPECT_EQ(x, 0);
   for (double x : found.at("LSE").values) EXPECT_EQ(x, -kInf);
@@ -182,7 +184,7 @@ TEST(Attention, SigmoidEqualsPlainLoops) {
       Bindings bindings = bind_attention(c);
       const NdArray bias = normal({c.H}, 4), slope = normal({c.H}, 5);
       bindings.tensors["Bias"] = bias;
-      if (alibi) bindings.tensors["Slope"] = slope;
+      if (alibi) bindings.tensors["Alibi_Slopes"] = slope;
       const auto& v = bindings.tensors.at("V").values;
       NdArray expected{{c.B, c.H, c.Lq, c.Dv}, {}};
       for_each_row(

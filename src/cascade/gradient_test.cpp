@@ -101,20 +101,20 @@ TEST(Gradient, AllAttentionCascadesAgree) {
 TEST(Gradient, Sigmoid) {
   Bindings bindings = bind_attention({.B = 1, .Lq = 3, .Lk = 4, .D = 2, .Dv = 2, .causal = true});
   bindings.tensors["Bias"] = normal({4}, 8);
-  bindings.tensors["Slope"] = normal({4}, 9);
+  bindings.tensors["Alibi_Slopes"] = normal({4}, 9);
   expect_gradients(parse_file("src/mechanisms/sigmoid/sigmoid.cascade"), bindings);
 }
 
 TEST(Gradient, Merge) {
   Bindings bindings;
-  bindings.tensors = {{"OA", normal({1, 2, 3, 2}, 1)},
-                      {"LSEA", normal({1, 2, 3}, 2)},
-                      {"OB", normal({1, 2, 3, 2}, 3)},
-                      {"LSEB", normal({1, 2, 3}, 4)}};
+  bindings.tensors = {{"OUT_A", normal({1, 2, 3, 2}, 1)},
+                      {"LSE_A", normal({1, 2, 3}, 2)},
+                      {"OUT_B", normal({1, 2, 3, 2}, 3)},
+                      {"LSE_B", normal({1, 2, 3}, 4)}};
   const Program merge = parse_file("src/mechanisms/flash/merge.cascade");
   expect_gradients(merge, bindings);
-  bindings.tensors["LSEA"].values.assign(6, -kInf);
-  bindings.tensors["LSEB"].values.assign(6, -kInf);
+  bindings.tensors["LSE_A"].values.assign(6, -kInf);
+  bindings.tensors["LSE_B"].values.assign(6, -kInf);
   const Values found = gradient(merge, bindings, seeds(evaluate(merge, bindings)));
   for (const auto& [name, g] : found) {
     for (double x : g.values) EXPECT_EQ(x, 0) << name;
