@@ -62,11 +62,18 @@ void one_program(const Program& program, const Arguments& arguments) {
   }
 }
 
+bool has_rank(const Program& program, const std::string& rank) {
+  const auto& ranks = program.ast().ranks;
+  return std::any_of(ranks.begin(), ranks.end(), [&](const auto& r) { return r.name == rank; });
+}
+
 void one_mechanism(const Mechanism& mechanism, const Arguments& arguments) {
   const std::string rank = arguments.rank.empty() ? mechanism.pass_rank : arguments.rank;
   Json cascades = Json::array();
   for (const CascadeText& text : mechanism.cascades) {
-    const PassReport report = cascade::count_passes(cascade::parse(text.text, text.name), rank);
+    const Program program = cascade::parse(text.text, text.name);
+    if (arguments.rank.empty() && !has_rank(program, rank)) continue;
+    const PassReport report = cascade::count_passes(program, rank);
     if (!arguments.json) print_report(text.name, rank, report);
     Json json = report_json(report);
     json["cascade"] = text.name;
@@ -83,11 +90,6 @@ struct Counted {
 
 std::string shown(const std::optional<int>& passes) {
   return passes ? std::to_string(*passes) : "-";
-}
-
-bool has_rank(const Program& program, const std::string& rank) {
-  const auto& ranks = program.ast().ranks;
-  return std::any_of(ranks.begin(), ranks.end(), [&](const auto& r) { return r.name == rank; });
 }
 
 std::vector<Counted> counted(const Mechanism& mechanism) {

@@ -84,8 +84,7 @@ void print_counts(const Program& program, const std::string& sizes_text) {
   table.print(2);
 }
 
-void print_passes(const Program& program, const std::string& rank) {
-  const cascade::PassReport report = cascade::count_passes(program, rank);
+void print_passes(const cascade::PassReport& report, const std::string& rank) {
   Table table({{"line", Table::Align::right}, {"tensor"}, {"pass", Table::Align::right}});
   for (const auto& row : report.rows) {
     table.add(
@@ -106,7 +105,7 @@ void print_text(const Mechanism& m, const Arguments& arguments) {
     fmt::print("\n{}\n{}", bold("Cascade " + text.name + when), text.text);
     if (!text.text.ends_with('\n')) fmt::print("\n");
     fmt::print("\n");
-    print_passes(program, m.pass_rank);
+    if (const auto report = passes_of(m, text)) print_passes(*report, m.pass_rank);
     fmt::print("\n{}\n", bold("Counts"));
     print_counts(program, arguments.sizes);
   }
@@ -116,7 +115,7 @@ void print_text(const Mechanism& m, const Arguments& arguments) {
 
 Json cascade_json(const CascadeText& text, const Mechanism& m, const std::string& sizes_text) {
   const Program program = cascade::parse(text.text, text.name);
-  const cascade::PassReport report = cascade::count_passes(program, m.pass_rank);
+  const auto report = passes_of(m, text).value_or(cascade::PassReport{});
   Json passes = Json::array(), counts = Json::array();
   for (const auto& row : report.rows) {
     passes.push_back({{"tensor", row.tensor}, {"pass", row.pass}, {"line", row.line}});
@@ -131,12 +130,8 @@ Json cascade_json(const CascadeText& text, const Mechanism& m, const std::string
     }
     counts.push_back(std::move(entry));
   }
-  return {{"name", text.name},
-          {"when", text.when},
-          {"text", text.text},
-          {"passes", report.passes},
-          {"statements", passes},
-          {"counts", counts}};
+  return {{"name", text.name},       {"when", text.when},    {"text", text.text},
+          {"passes", report.passes}, {"statements", passes}, {"counts", counts}};
 }
 
 void print_show_json(const Mechanism& m, const Arguments& arguments) {

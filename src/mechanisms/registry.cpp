@@ -1,7 +1,9 @@
 #include "mechanisms/registry.h"
 
+#include <algorithm>
 #include <charconv>
 
+#include "cascade/ast.h"
 #include "heed/error.h"
 #include "mechanisms/nearest.h"
 
@@ -19,6 +21,16 @@ const CascadeText& definition_of(const Mechanism& mechanism, const ExampleCase& 
     if (text.name == example.definition) return text;
   }
   return *cascades_for(mechanism, Spec::parse_options(example.options)).front();
+}
+
+std::optional<cascade::PassReport> passes_of(const Mechanism& mechanism, const CascadeText& text) {
+  const cascade::Program program = cascade::parse(text.text, text.name);
+  const auto& ranks = program.ast().ranks;
+  const bool has_rank = std::any_of(ranks.begin(), ranks.end(), [&](const auto& rank) {
+    return rank.name == mechanism.pass_rank;
+  });
+  if (!has_rank) return std::nullopt;
+  return cascade::count_passes(program, mechanism.pass_rank);
 }
 
 ExampleCase random_case(const Mechanism& mechanism, uint64_t seed) {

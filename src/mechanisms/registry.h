@@ -3,6 +3,7 @@
 #pragma once
 #include <functional>
 #include <map>
+#include <optional>
 #include <span>
 #include <string>
 #include <string_view>
@@ -81,10 +82,15 @@ struct Mechanism {
       fill;
   /// A small call of random shapes and options; empty: one of `cases`.
   std::function<ExampleCase(uint64_t seed)> random_case;
+  /// A call like a bench case, small enough for float64; empty: the same with fewer tokens.
+  std::function<ExampleCase(const ExampleCase& example)> shrink;
 };
 
 /// The cascade that defines a case: the one it names, else the first.
 const CascadeText& definition_of(const Mechanism& mechanism, const ExampleCase& example);
+
+/// Passes over the record's pass rank; none where the cascade is written without that rank.
+std::optional<cascade::PassReport> passes_of(const Mechanism& mechanism, const CascadeText& text);
 
 /// random_case(seed) under the name "random:<seed>", which find_case understands.
 ExampleCase random_case(const Mechanism& mechanism, uint64_t seed);
