@@ -42,14 +42,14 @@ Reference make_reference(const Mechanism& mechanism, const ExampleCase& example,
 
 /// The bound of all checks, for a result of type `result` of a call whose inputs have type `dtype`:
 ///
-///   |got - want| <= u(result) |want| + 2 R + s max|want| + e      u: unit roundoff of a type
+///   |got - want| <= u(result) |want| + 3 R + s max|want| + e      u: unit roundoff of a type
 ///
 /// The first term is the rounding of the result itself. R is the largest change of the result, over
 /// all its elements, when the definition's floating inputs are multiplied by 1 + s or 1 - s at
 /// random: what rounding the weights once more (s = u for 16-bit types) or summing in another order
 /// (s = 16 u for float32; 64 u for float64, where the definition is rounded like the kernel) may do
 /// to it. The third term lets values that cancelled keep the error of what they were made of. e is
-/// the step of float16 near 0.
+/// the step of float16 near 0; gradients add s times the largest gradient that comes in.
 Bound allowed_error(DType dtype, DType result, double sensitivity, const cascade::NdArray& want);
 
 /// One line of the table: a result of a kernel, or a further cascade against the definition.

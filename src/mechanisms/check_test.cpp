@@ -182,7 +182,7 @@ TEST(Check, BoundFollowsTheStatedFormula) {
   const cascade::NdArray want{{2}, {-4, 1}};
   const Bound bound = allowed_error(DType::bf16, DType::f32, 0.5, want);
   EXPECT_EQ(bound.relative, 0x1p-24);
-  EXPECT_EQ(bound.absolute, 1 + 4 * 0x1p-8);
+  EXPECT_EQ(bound.absolute, 1.5 + 4 * 0x1p-8);
   EXPECT_EQ(allowed_error(DType::f32, DType::f32, 0, want).absolute, 4 * 0x1p-20);
 }
 
