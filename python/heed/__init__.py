@@ -12,12 +12,16 @@ from heed.affine_scaled import affine_scaled_attention
 from heed.decode import decode_attention, merge_attention
 from heed.depthwise import depthwise_causal_conv
 from heed.flash import flash_attention, flash_attention_varlen
+from heed.head_gated import head_gated_attention
 from heed.local_linear import local_linear_attention
 from heed.moh import moh_router
+from heed.neighborhood import na1d, na2d, na3d
 from heed.parallax import parallax_attention
+from heed.recurrent_softmax import recurrent_softmax_attention
 from heed.relative import relative_attention
 from heed.sdpa import scaled_dot_product_attention
 from heed.sigmoid import sigmoid_attention
+from heed.stochastic import random_permutation, stochastic_attention
 
 __version__: str = _library.version()
 
@@ -27,11 +31,18 @@ __all__ = [
     "depthwise_causal_conv",
     "flash_attention",
     "flash_attention_varlen",
+    "head_gated_attention",
     "local_linear_attention",
     "merge_attention",
     "moh_router",
+    "na1d",
+    "na2d",
+    "na3d",
     "parallax_attention",
+    "random_permutation",
+    "recurrent_softmax_attention",
     "relative_attention",
     "scaled_dot_product_attention",
     "sigmoid_attention",
+    "stochastic_attention",
 ]

@@ -28,10 +28,22 @@ using torch::autograd::variable_list;
 using torch::jit::Stack;
 
 constexpr const char* kForwardOnly[] = {"decode_attention"};
-constexpr const char* kDifferentiable[] = {
-    "affine_scaled_attention", "depthwise_causal_conv", "flash_attention", "flash_attention_varlen",
-    "local_linear_attention",  "merge_attention",       "moh_router",      "parallax_attention",
-    "relative_attention",      "sigmoid_attention"};
+constexpr const char* kDifferentiable[] = {"affine_scaled_attention",
+                                           "depthwise_causal_conv",
+                                           "flash_attention",
+                                           "flash_attention_varlen",
+                                           "head_gated_attention",
+                                           "local_linear_attention",
+                                           "merge_attention",
+                                           "moh_router",
+                                           "na1d",
+                                           "na2d",
+                                           "na3d",
+                                           "parallax_attention",
+                                           "recurrent_softmax_attention",
+                                           "relative_attention",
+                                           "sigmoid_attention",
+                                           "stochastic_attention"};
 
 OperatorHandle backward_of(const OperatorHandle& op) {
   return c10::Dispatcher::singleton().findSchemaOrThrow((op.schema().name() + "_backward").c_str(),

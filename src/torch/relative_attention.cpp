@@ -67,16 +67,16 @@ Results relative_meta(HEED_RELATIVE_INPUTS, bool causal, std::optional<double>) 
     TORCH_CHECK_VALUE(t.sym_sizes() == shape, kRelative, ": ", name, " has shape ", t.sym_sizes(),
                       ", needed is ", shape);
   };
-  const c10::SymInt shape[] = {rows, q.sym_size(1), q.sym_size(3)};
-  same("rel_key", rel_key, shape);
-  same("rel_bias", rel_bias, c10::SymIntArrayRef(shape, 2));
-  same("content_bias", content_bias, c10::SymIntArrayRef(shape + 1, 2));
   const c10::SymInt distances = rows / 2, queries = q.sym_size(2), keys = k.sym_size(2);
   const bool enough = queries == 0 || keys == 0 ||
                       (distances >= keys - 1 && distances >= (causal ? c10::SymInt(1) : queries));
   TORCH_CHECK_VALUE(rows % 2 == 0 && enough, kRelative, ": rel_key has ", rows,
                     " rows, needed are 2P with P >= Lk - 1 = ", keys - 1,
                     causal ? "" : " and, without the causal mask, P >= Lq");
+  const c10::SymInt shape[] = {rows, q.sym_size(1), q.sym_size(3)};
+  same("rel_key", rel_key, shape);
+  same("rel_bias", rel_bias, c10::SymIntArrayRef(shape, 2));
+  same("content_bias", content_bias, c10::SymIntArrayRef(shape + 1, 2));
   return empty_results(q, v);
 }
 

@@ -91,6 +91,40 @@ TORCH_LIBRARY(heed, m) {
       "moh_router_backward(Tensor? grad_gates, Tensor? "
       "grad_load_balance_loss, " HEED_ROUTER_ARGUMENTS
       ") -> (Tensor grad_x, Tensor grad_wg, Tensor grad_wg_shared, Tensor grad_wg_group)");
+#define HEED_MASK_OPTIONS                                                                   \
+  "bool causal=False, SymInt window_left=-1, SymInt window_right=-1, Tensor? lengths=None," \
+  " float? scale=None"
+  m.def("head_gated_attention(Tensor q, Tensor k, Tensor v, Tensor gates, *, " HEED_MASK_OPTIONS
+        ") -> (Tensor out, Tensor attention, Tensor lse)");
+  m.def(
+      "head_gated_attention_backward(Tensor grad_out, Tensor q, Tensor k, Tensor v, Tensor gates,"
+      " Tensor attention, Tensor lse, *, " HEED_MASK_OPTIONS
+      ") -> (Tensor grad_q, Tensor grad_k, Tensor grad_v, Tensor grad_gates)");
+#define HEED_GRID_OPTIONS                                                                \
+  "int[] kernel_size, int[] stride, int[] dilation, int[] is_causal, float? scale=None," \
+  " Tensor? additional_keys=None, Tensor? additional_values=None, Tensor? rpb=None"
+  for (const std::string name : {"na1d", "na2d", "na3d"}) {
+    const std::string forward = name +
+                                "(Tensor query, Tensor key, Tensor value, *, " HEED_GRID_OPTIONS
+                                ") -> (Tensor out, Tensor lse)";
+    const std::string backward =
+        name +
+        "_backward(Tensor grad_out, Tensor? grad_lse, Tensor query, Tensor key, Tensor value,"
+        " Tensor out, Tensor lse, *, " HEED_GRID_OPTIONS
+        ") -> (Tensor grad_query, Tensor grad_key, Tensor grad_value,"
+        " Tensor grad_additional_keys, Tensor grad_additional_values, Tensor grad_rpb)";
+    m.def(forward.c_str());
+    m.def(backward.c_str());
+  }
+#define HEED_STOCHASTIC_OPTIONS "SymInt window, bool causal=True, float? scale=None"
+  m.def(
+      "stochastic_attention(Tensor q, Tensor k, Tensor v, Tensor permutation,"
+      " *, " HEED_STOCHASTIC_OPTIONS ") -> (Tensor out, Tensor lse)");
+  m.def(
+      "stochastic_attention_backward(Tensor grad_out, Tensor? grad_lse, Tensor q, Tensor k,"
+      " Tensor v, Tensor permutation, Tensor out, Tensor lse, *, " HEED_STOCHASTIC_OPTIONS
+      ") -> (Tensor grad_q, Tensor grad_k, Tensor grad_v)");
+  m.def("random_permutation(int seed, SymInt[] shape) -> Tensor");
 #define HEED_SIGMOID_OPTIONS                                                             \
   "float? bias_value=None, Tensor? bias=None, bool causal=False, SymInt window_left=-1," \
   " SymInt window_right=-1, Tensor? lengths=None, float? scale=None, Tensor? alibi_slopes=None"
@@ -101,4 +135,13 @@ TORCH_LIBRARY(heed, m) {
       "*, " HEED_SIGMOID_OPTIONS
       ") -> (Tensor grad_q, Tensor grad_k, Tensor grad_v, Tensor grad_bias,"
       " Tensor grad_alibi_slopes)");
+#define HEED_RECURRENT_OPTIONS                                                      \
+  "str normalizer='softmax', int? order=None, bool causal=True, float? scale=None," \
+  " Tensor? gate=None, float? score_clamp=None, float eps=1e-06"
+  m.def("recurrent_softmax_attention(Tensor q, Tensor k, Tensor v, *, " HEED_RECURRENT_OPTIONS
+        ") -> (Tensor out, Tensor core, Tensor statistic)");
+  m.def(
+      "recurrent_softmax_attention_backward(Tensor grad_out, Tensor q, Tensor k, Tensor v,"
+      " Tensor core, Tensor statistic, *, " HEED_RECURRENT_OPTIONS
+      ") -> (Tensor grad_q, Tensor grad_k, Tensor grad_v, Tensor grad_gate)");
 }

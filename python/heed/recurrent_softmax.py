@@ -1,0 +1,77 @@
+"""Softmax attention read as a recurrent network."""
+
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+Normalizer = Literal["softmax", "l2", "rms", "layer", "divide_by_count", "clamped", "none"]
+
+
+def recurrent_softmax_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    *,
+    normalizer: Normalizer = "softmax",
+    order: int | None = None,
+    causal: bool = True,
+    scale: float | None = None,
+    gate: Tensor | None = None,
+    score_clamp: float | None = None,
+    eps: float = 1e-6,
+) -> Tensor:
+    """Softmax attention with another denominator, or with a Taylor polynomial for the exponential.
+
+    With the scores ``x_m = min(scale q . k_m, score_clamp)`` of the keys that a query sees, ``S`` of
+    them, the weights ``w = exp(x)`` or, with ``order=p``, ``w = sum of x**n / n! for n <= p``, and
+    ``num = sum w_m v_m``, ``den = sum w_m``, the result is
+
+    ===================  ==========================================================================
+    ``softmax``          ``num / den`` (with an order: a ``den`` below 1e-12 in size counts as that)
+    ``l2``               ``num / max(|num|, 1e-12)``, norms and means over the head dim
+    ``rms``              ``num / sqrt(mean(num**2) + eps)``
+    ``layer``            ``(num - mean(num)) / sqrt(var(num) + eps)``
+    ``divide_by_count``  ``num / S``
+    ``clamped``          ``num / max(den, 1)``
+    ``none``             ``num``
+    ===================  ==========================================================================
+
+    times ``gate``. Under the norms no exponential overflows, whatever the scores are.
+
+    Args:
+        q: ``[B, H, Lq, D]``; shapes, types and strides as in :func:`heed.flash_attention`.
+        k: ``[B, Hkv, Lk, D]``.
+        v: ``[B, Hkv, Lk, Dv]``.
+        normalizer: one of the names above.
+        order: degree of the polynomial, 0 to 100; ``None`` is the exponential. An odd order may
+            have denominators of either sign. Below scores of about -5 its terms cancel in float32.
+        causal: query ``i`` sees the keys ``j <= i + Lk - Lq``.
+        scale: factor of the scores; ``None`` is ``1 / sqrt(D)``.
+        gate: ``[B, H, Lq]``, q's type or float32 (float64 beside float64).
+        score_clamp: scores above it become it; the paper uses 5 where nothing is divided.
+        eps: inside the root of ``rms`` and ``layer``.
+
+    Returns:
+        ``out [B, H, Lq, Dv]`` of q's type; 0 for a query that sees no key.
+
+    Raises:
+        ValueError, TypeError, RuntimeError: as :func:`heed.flash_attention`.
+
+    Differentiable in q, k, v and gate.
+
+    Source: On the Expressiveness of Softmax Attention: A Recurrent Neural Network Perspective
+    (arXiv 2507.23632).
+    """
+    return torch.ops.heed.recurrent_softmax_attention(
+        q,
+        k,
+        v,
+        normalizer=normalizer,
+        order=order,
+        causal=causal,
+        scale=scale,
+        gate=gate,
+        score_clamp=score_clamp,
+        eps=eps,
+    )[0]

@@ -1,0 +1,111 @@
+// recurrent_softmax_attention for PyTorch, real and fake.
+#include "heed/recurrent_softmax_attention.h"
+
+#include <ATen/ops/empty.h>
+#include <torch/library.h>
+
+#include <string>
+#include <string_view>
+#include <tuple>
+
+#include "torch/adapt.h"
+
+namespace heed::ops {
+namespace {
+
+using MaybeTensor = std::optional<at::Tensor>;
+using Results = std::tuple<at::Tensor, at::Tensor, at::Tensor>;
+
+constexpr const char* kRecurrent = "recurrent_softmax_attention";
+
+#define HEED_RECURRENT_ARGS                                                                    \
+  c10::string_view normalizer, std::optional<int64_t> order, bool causal,                      \
+      std::optional<double> scale, const MaybeTensor &gate, std::optional<double> score_clamp, \
+      double eps
+#define HEED_RECURRENT_NAMES normalizer, order, causal, scale, gate, score_clamp, eps
+
+Normalizer parse_normalizer(c10::string_view name) {
+  constexpr std::pair<std::string_view, Normalizer> kNames[] = {
+      {"softmax", Normalizer::softmax},
+      {"l2", Normalizer::l2},
+      {"rms", Normalizer::rms},
+      {"layer", Normalizer::layer},
+      {"divide_by_count", Normalizer::divide_by_count},
+      {"clamped", Normalizer::clamped},
+      {"none", Normalizer::none}};
+  for (const auto& [known, normalizer] : kNames) {
+    if (std::string_view(name.data(), name.size()) == known) return normalizer;
+  }
+  TORCH_CHECK_VALUE(false, kRecurrent, ": normalizer is '", name,
+                    "', needed is softmax, l2, rms, layer, divide_by_count, clamped or none");
+}
+
+RecurrentSoftmaxOptions options_of(const at::Tensor& q, HEED_RECURRENT_ARGS) {
+  check_optional(kRecurrent, "gate", gate, 3, q.device());
+  return {.normalizer = parse_normalizer(normalizer),
+          .order = order,
+          .causal = causal,
+          .scale = scale,
+          .gate = view(gate),
+          .score_clamp = score_clamp,
+          .eps = eps};
+}
+
+Results empty_recurrent(const at::Tensor& q, const at::Tensor& v) {
+  const auto [out, statistic] = empty_results(q, v);
+  const at::Tensor core = at::empty_symint(out.sym_sizes(), statistic.options());
+  return {out, core, statistic};
+}
+
+Results recurrent_cpu(const at::Tensor& q, const at::Tensor& k, const at::Tensor& v,
+                      HEED_RECURRENT_ARGS) {
+  check_qkv({kRecurrent, "q", q}, {kRecurrent, "k", k}, {kRecurrent, "v", v});
+  const RecurrentSoftmaxOptions options = options_of(q, HEED_RECURRENT_NAMES);
+  const Results results = empty_recurrent(q, v);
+  guarded([&] {
+    const auto& [out, core, statistic] = results;
+    recurrent_softmax_attention(view(q), view(k), view(v), view(out), view(core), view(statistic),
+                                options, run_options());
+  });
+  return results;
+}
+
+std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor> recurrent_backward_cpu(
+    const at::Tensor& grad_out, const at::Tensor& q, const at::Tensor& k, const at::Tensor& v,
+    const at::Tensor& core, const at::Tensor& statistic, HEED_RECURRENT_ARGS) {
+  check_qkv({kRecurrent, "q", q}, {kRecurrent, "k", k}, {kRecurrent, "v", v});
+  const RecurrentSoftmaxOptions options = options_of(q, HEED_RECURRENT_NAMES);
+  const at::Tensor g = gradient_input(grad_out);
+  RecurrentSoftmaxGradients to;
+  guarded([&] {
+    to = recurrent_softmax_attention_backward(view(g), view(q), view(k), view(v), view(core),
+                                              view(statistic), options, run_options());
+  });
+  return {take(std::move(to.q), q), take(std::move(to.k), k), take(std::move(to.v), v),
+          take(std::move(to.gate), q)};
+}
+
+// NOLINTBEGIN(performance-unnecessary-value-param): the dispatcher passes views by value
+Results recurrent_meta(const at::Tensor& q, const at::Tensor& k, const at::Tensor& v,
+                       c10::string_view normalizer, std::optional<int64_t>, bool,
+                       std::optional<double>, const MaybeTensor& gate, std::optional<double>,
+                       double) {
+  check_qkv({kRecurrent, "q", q}, {kRecurrent, "k", k}, {kRecurrent, "v", v});
+  check_qkv_shapes({kRecurrent, "q", q}, {kRecurrent, "k", k}, {kRecurrent, "v", v});
+  check_optional(kRecurrent, "gate", gate, 3, q.device());
+  parse_normalizer(normalizer);
+  return empty_recurrent(q, v);
+}
+// NOLINTEND(performance-unnecessary-value-param)
+
+}  // namespace
+}  // namespace heed::ops
+
+TORCH_LIBRARY_IMPL(heed, CPU, m) {
+  m.impl("recurrent_softmax_attention", &heed::ops::recurrent_cpu);
+  m.impl("recurrent_softmax_attention_backward", &heed::ops::recurrent_backward_cpu);
+}
+
+TORCH_LIBRARY_IMPL(heed, Meta, m) {
+  m.impl("recurrent_softmax_attention", &heed::ops::recurrent_meta);
+}
