@@ -72,7 +72,8 @@ std::string chosen_path(const Mechanism& mechanism, const NamedTensors& in, cons
 // The kernel against its cascade, with the same head dims and options but few enough tokens for
 // float64.
 void quick_check(Row& row, Isa isa) {
-  const ExampleCase small = shrunk(row.example);
+  const ExampleCase small =
+      row.mechanism->shrink ? row.mechanism->shrink(row.example) : shrunk(row.example);
   const Reference reference = make_reference(*row.mechanism, small, row.dtype, 1);
   for (const CheckRow& checked : check_kernel(reference, isa, Layout::contiguous)) {
     row.error_over_bound = std::max(row.error_over_bound, checked.difference.ratio);

@@ -1,4 +1,5 @@
 #include <algorithm>
+#include <array>
 #include <cstring>
 #include <limits>
 #include <string>
@@ -17,6 +18,7 @@ namespace {
 constexpr const char* kOp = "head_gated_attention";
 // Copies of a part for each thread: they come back from the caches where a head is small enough.
 constexpr int64_t kPartBytes = int64_t{4} << 20;
+constexpr size_t kMaxHeadDim = 256;
 
 struct Call {
   Call(const char* name, const Tensor& q_in, const Tensor& k_in, const Tensor& v_in,
@@ -264,7 +266,7 @@ class BackwardCall {
     copy_row(saved_.attention, at, rows.out, {row});
     rows.lse.as<T>()[row] = *reinterpret_cast<const T*>(saved_.lse.at(at));
     const auto width = static_cast<size_t>(call_.v.size(3));
-    std::vector<T> attention(width), gradient(width);
+    std::array<T, kMaxHeadDim> attention, gradient;  // `width` are used
     load_row(saved_.attention, at, attention.data());
     load_row(grad_out_, at, gradient.data());
     T of_gate = 0;

@@ -289,6 +289,30 @@ std::vector<ExampleCase> bench_cases(int rank) {
           grid_case("image_k13_d4", image, "kernel_size=13,dilation=4")};
 }
 
+/// Shorter axes and smaller windows.
+ExampleCase shrunk(int rank, const ExampleCase& example) {
+  const Spec spec = Spec::parse_options(example.options);
+  const NeighborhoodOptions options = options_of({}, spec);
+  GridShape s;
+  std::vector<int64_t> kernel, stride;
+  const Dims &query = example.inputs[0].second, &key = example.inputs[1].second;
+  for (int a = 0; a < rank; ++a) {
+    const auto of_axis = [&](const std::vector<int64_t>& values) {
+      return values.size() == 1 ? values[0] : values[static_cast<size_t>(a)];
+    };
+    kernel.push_back(std::min<int64_t>(of_axis(options.kernel_size), 6));
+    stride.push_back(std::min(of_axis(options.stride), kernel.back()));
+    s.grid.push_back(std::min(query[a + 1], (kernel.back() + 5) * of_axis(options.dilation)));
+  }
+  s.heads = query[rank + 1] / key[rank + 1];
+  s.kv_heads = 1;
+  s.dim = query[rank + 2];
+  s.value_dim = example.inputs[2].second[rank + 2];
+  return grid_case(example.name.c_str(), s,
+                   "kernel_size=" + joined(kernel) + ",stride=" + joined(stride) +
+                       ",dilation=" + joined(options.dilation));
+}
+
 using Forward = AttentionResult (*)(const Tensor&, const Tensor&, const Tensor&,
                                     const NeighborhoodOptions&, const RunOptions&);
 using Backward = NeighborhoodGradients (*)(const Tensor&, const Tensor&, const Tensor&,
@@ -354,6 +378,7 @@ Mechanism record(int rank, Forward forward, Backward backward, std::vector<Examp
   };
   m.bind = [rank](const NamedTensors& in, const Spec& spec) { return bind(rank, in, spec); };
   m.random_case = [rank](uint64_t seed) { return random_grid_case(rank, seed); };
+  m.shrink = [rank](const ExampleCase& example) { return shrunk(rank, example); };
   m.explain = [rank](const NamedTensors& in, const RunOptions& run) {
     return explain(rank, in, run);
   };

@@ -9,22 +9,26 @@ namespace heed::na {
 using tiled::GridPoint;
 using tiled::Interval;
 using tiled::kGridAxes;
-using tiled::TileUse;
+
+namespace {
+
+// Boxes that lie inside an interval of points, with all their points.
+Interval whole_boxes(Interval points, AxisBoxes boxes) {
+  return {(points.begin + boxes.shift + boxes.side - 1) / boxes.side,
+          (points.end + boxes.shift) / boxes.side};
+}
+
+}  // namespace
 
 AxisTiles::AxisTiles(const tiled::WindowLine& line, AxisBoxes queries, AxisBoxes keys)
     : query_boxes_(queries.count(line.length())), key_boxes_(keys.count(line.length())) {
   const int64_t length = line.length();
   for (int64_t i = 0; i < length; ++i) windows_.push_back(line.keys_of(i));
-  use_.assign(static_cast<size_t>(query_boxes_ * key_boxes_), TileUse::dead);
   for (int64_t q = 0; q < query_boxes_; ++q) {
-    const Interval rows = queries.points(q, length), seen = line.keys_of(rows);
+    const Interval rows = queries.points(q, length);
+    const Interval seen = line.keys_of(rows), shared = line.shared_keys_of(rows);
     visited_.push_back({keys.box_of(seen.begin), keys.box_of(seen.end - 1) + 1});
-    for (int64_t k = visited_.back().begin; k < visited_.back().end; ++k) {
-      const Interval points = keys.points(k, length);
-      TileUse& use = use_[static_cast<size_t>(q * key_boxes_ + k)];
-      use = line.use(rows, points);
-      if (points.end - points.begin < keys.side) use = std::min(use, TileUse::partial);
-    }
+    full_.push_back(whole_boxes(shared, keys));
   }
 }
 
@@ -75,21 +79,26 @@ struct AxisCount {
   double query_boxes = 0;
 };
 
-// Pairs of boxes along one axis.
+// Pairs of boxes along one axis; of very many boxes, a sample stands for all.
 AxisCount count_axis(const std::vector<Interval>& windows, int64_t query_side, AxisBoxes keys) {
+  constexpr int64_t kMostSamples = 256;
   const auto length = static_cast<int64_t>(windows.size());
+  const int64_t boxes = (length + query_side - 1) / query_side;
+  const int64_t step = (boxes + kMostSamples - 1) / kMostSamples;
   AxisCount count;
-  count.query_boxes = std::ceil(static_cast<double>(length) / static_cast<double>(query_side));
-  for (int64_t begin = 0; begin < length; begin += query_side) {
+  double samples = 0;
+  for (int64_t box = 0; box < boxes; box += step, ++samples) {
+    const int64_t begin = box * query_side, end = std::min(begin + query_side, length);
     const Interval first = windows[static_cast<size_t>(begin)];
-    const Interval last = windows[static_cast<size_t>(std::min(begin + query_side, length) - 1)];
+    const Interval last = windows[static_cast<size_t>(end - 1)];
+    const Interval full = whole_boxes({last.begin, first.end}, keys);
     count.visited += static_cast<double>(keys.box_of(last.end - 1) - keys.box_of(first.begin) + 1);
-    const int64_t full_begin = (last.begin + keys.shift + keys.side - 1) / keys.side;
-    const int64_t full_end = (first.end + keys.shift) / keys.side;
-    count.full += static_cast<double>(std::max<int64_t>(0, full_end - full_begin));
+    count.full += static_cast<double>(std::max<int64_t>(0, full.end - full.begin));
     count.seen += static_cast<double>(first.end - first.begin + last.end - last.begin) / 2;
   }
-  return count;
+  const double scale = static_cast<double>(boxes) / samples;
+  return {count.visited * scale, count.full * scale, count.seen * scale,
+          static_cast<double>(boxes)};
 }
 
 std::vector<int64_t> sides_up_to(int64_t length, int64_t most) {

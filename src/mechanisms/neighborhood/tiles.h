@@ -18,9 +18,14 @@ class AxisTiles {
   tiled::Interval window(int64_t query) const { return windows_[static_cast<size_t>(query)]; }
   int64_t query_boxes() const { return query_boxes_; }
   int64_t key_boxes() const { return key_boxes_; }
-  /// `partial` also where a box of keys reaches over the end of the line.
+  /// `partial` also where a box of keys reaches over an end of the line.
   tiled::TileUse use(int64_t query_box, int64_t key_box) const {
-    return use_[static_cast<size_t>(query_box * key_boxes_ + key_box)];
+    const auto holds = [key_box](tiled::Interval boxes) {
+      return key_box >= boxes.begin && key_box < boxes.end;
+    };
+    if (!holds(visited(query_box))) return tiled::TileUse::dead;
+    return holds(full_[static_cast<size_t>(query_box)]) ? tiled::TileUse::full
+                                                        : tiled::TileUse::partial;
   }
   /// Boxes of keys that hold a key seen by the box of queries.
   tiled::Interval visited(int64_t query_box) const {
@@ -29,8 +34,7 @@ class AxisTiles {
 
  private:
   int64_t query_boxes_ = 0, key_boxes_ = 0;
-  std::vector<tiled::Interval> windows_, visited_;
-  std::vector<tiled::TileUse> use_;
+  std::vector<tiled::Interval> windows_, visited_, full_;
 };
 
 /// The boxes of one residue group.

@@ -196,6 +196,10 @@ Mechanism record() {
   m.explain = explain_attention;
   m.fill = fill;
   m.random_case = random_stochastic_case;
+  m.shrink = [](const ExampleCase& example) {
+    const Dims &q = example.inputs[0].second, &v = example.inputs[2].second;
+    return stochastic_case(example.name, {1, 1, 1, 300, 300, q[3], v[3]}, 1, example.options);
+  };
   m.model_attention = model_attention;
   return m;
 }
