@@ -11,6 +11,7 @@
 #include "heed/local_linear_attention.h"
 #include "heed/kernelized_rpe_attention.h"
 #include "heed/head_gated_attention.h"
+#include "heed/magnitude_aware_linear_attention.h"
 #include "heed/masks.h"
 #include "heed/moh_router.h"
 #include "heed/neighborhood_attention.h"

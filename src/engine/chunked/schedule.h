@@ -175,9 +175,10 @@ class Schedule {
     }
   }
 
-  // Chunks that are scanned together: what fits into a cache that cores share, but enough for all.
+  // Chunks that are scanned together: few enough for their states to stay in caches, enough for all
+  // threads.
   int64_t block_chunks() const {
-    constexpr int64_t kBytes = int64_t{16} << 20;
+    constexpr int64_t kBytes = int64_t{2} << 20;
     const int64_t fit = kBytes / static_cast<int64_t>(state_bytes(shape_.lanes));
     const int64_t wanted = (4 * shape_.threads + shape_.lanes - 1) / shape_.lanes;
     return std::min(shape_.chunks, std::max(fit, wanted));

@@ -1,0 +1,305 @@
+#include <cmath>
+#include <memory>
+#include <string>
+#include <vector>
+
+#include "heed/error.h"
+#include "heed/magnitude_aware_linear_attention.h"
+#include "mechanisms/magnitude_aware/features.h"
+
+namespace heed {
+
+namespace {
+
+using Options = MagnitudeAwareOptions;
+using State = MagnitudeAwareState;
+
+constexpr const char* kOp = "magnitude_aware_linear_attention";
+constexpr const char* kBackward = "magnitude_aware_linear_attention_backward";
+constexpr int64_t kMaxHeadDim = 256;
+
+[[noreturn]] void fail(const std::string& found, const std::string& needed) {
+  throw Error(std::string(kOp) + ": " + found + "; " + needed);
+}
+
+Dims out_shape(const Tensor& q, const Tensor& v) {
+  return {q.size(0), q.size(1), q.size(2), v.size(3)};
+}
+Dims s_shape(const Tensor& q, const Tensor& v) {
+  return {q.size(0), q.size(1), q.size(3), v.size(3)};
+}
+Dims k_sum_shape(const Tensor& q) { return {q.size(0), q.size(1), q.size(3)}; }
+Dims v_sum_shape(const Tensor& q, const Tensor& v) { return {q.size(0), q.size(1), v.size(3)}; }
+
+bool any_of(const State& state) {
+  return state.s.defined() || state.k_sum.defined() || state.v_sum.defined() ||
+         state.count.defined();
+}
+
+void check_sums(const char* op, const std::string& of, const State& state, const Tensor& q,
+                const Tensor& v) {
+  const DType type = chunked::state_type(q.dtype());
+  chunked::check_result(op, (of + " s").c_str(), state.s, s_shape(q, v), type);
+  chunked::check_result(op, (of + " k_sum").c_str(), state.k_sum, k_sum_shape(q), type);
+  chunked::check_result(op, (of + " v_sum").c_str(), state.v_sum, v_sum_shape(q, v), type);
+}
+
+/// Tokens before this call, per batch entry.
+std::vector<int64_t> counts(const Tensor& count, int64_t batch) {
+  if (!count.defined()) return std::vector<int64_t>(static_cast<size_t>(batch), 0);
+  if (count.rank() != 1 || count.size(0) != batch || count.dtype() == DType::boolean) {
+    fail(describe("initial_state count", count),
+         "[B] = [" + std::to_string(batch) + "] of numbers is needed");
+  }
+  std::vector<int64_t> values;
+  for (int64_t b = 0; b < batch; ++b) {
+    const Tensor one = count.slice(0, b, b + 1);
+    double number = 0;
+    if (is_floating(count.dtype())) {
+      number = *convert(one, DType::f64).as<double>();
+    } else {
+      number = count.dtype() == DType::i32 ? static_cast<double>(*one.as<int32_t>())
+                                           : static_cast<double>(*one.as<int64_t>());
+    }
+    if (!(number >= 0 && number <= 0x1p53) || number != std::floor(number)) {
+      fail("initial_state count[" + std::to_string(b) + "] is " + std::to_string(number),
+           "a whole number that is not negative is needed");
+    }
+    values.push_back(static_cast<int64_t>(number));
+  }
+  return values;
+}
+
+void check_rope(const Tensor& q, const Tensor& k, const Options& options) {
+  const Grid& grid = *options.rope;
+  if (grid.height < 1 || grid.width < 1 || grid.height > (int64_t{1} << 31) / grid.width) {
+    fail("rope is (" + std::to_string(grid.height) + ", " + std::to_string(grid.width) + ")",
+         "the height and width of a grid of at most 2^31 tokens are needed");
+  }
+  if (q.size(3) % 4 != 0) {
+    fail("rope with head dim " + std::to_string(q.size(3)),
+         "a multiple of 4 is needed: pairs of channels for rows and for columns");
+  }
+  const int64_t tokens = grid.height * grid.width;
+  if (!options.causal && (q.size(2) != tokens || k.size(2) != tokens)) {
+    fail("rope is (" + std::to_string(grid.height) + ", " + std::to_string(grid.width) +
+             ") but q has " + std::to_string(q.size(2)) + " tokens and k " +
+             std::to_string(k.size(2)),
+         "without causal both need height * width tokens");
+  }
+}
+
+void check_numbers(const Options& options) {
+  if (options.scale && options.form == MagnitudeAwareForm::paper) {
+    fail("scale is given with form paper", "the paper's form has none; leave it out");
+  }
+  if (options.scale && !std::isfinite(*options.scale)) {
+    fail("scale is " + std::to_string(*options.scale), "a finite number is needed");
+  }
+  if (!std::isfinite(options.eps) || options.eps < 0) {
+    fail("eps is " + std::to_string(options.eps), "a finite number that is not negative is needed");
+  }
+}
+
+void check(const Tensor& q, const Tensor& k, const Tensor& v, const Options& options) {
+  chunked::check_inputs(kOp, q, k, v);
+  if (q.size(3) > kMaxHeadDim) {
+    fail(describe("q", q) + " has head dim " + std::to_string(q.size(3)), "1 to 256 is supported");
+  }
+  check_numbers(options);
+  if (options.rope) check_rope(q, k, options);
+  const State& state = options.initial_state;
+  check_sums(kOp, "initial_state", state, q, v);
+  const bool given = any_of(state);
+  if (given && !options.causal)
+    fail("an initial state without causal", "only causal calls have one");
+  if (given && !(state.s.defined() && state.k_sum.defined() && state.v_sum.defined() &&
+                 state.count.defined())) {
+    fail("initial_state is not complete", "s, k_sum, v_sum and count are needed");
+  }
+  chunked::check_alignment(kOp, options.causal, given, q.size(2), k.size(2));
+}
+
+// How a row ends, over n keys: see the formulas of the header.
+chunked::ReadOut code_row(double scale, double eps, double n, double denominator) {
+  const double share = scale / n, z = share * denominator;
+  chunked::ReadOut row;
+  row.num_scale = (1 + 1 / (z + eps)) * share;
+  row.num_slope = -share * share / ((z + eps) * (z + eps));
+  row.sum_scale = z / n;
+  row.sum_slope = share / n;
+  return row;
+}
+chunked::ReadOut paper_row(double eps, double n, double denominator) {
+  chunked::ReadOut row;
+  row.num_scale = 1 + 1 / (denominator + eps);
+  row.num_slope = -1 / ((denominator + eps) * (denominator + eps));
+  row.sum_scale = denominator / n;
+  row.sum_slope = 1 / n;
+  return row;
+}
+
+/// A checked call with what its policy points to.
+template <class T>
+struct Call {
+  Call(const Tensor& q, const Tensor& k, const Tensor& v, const Options& options,
+       const RunOptions& run)
+      : before(counts(options.initial_state.count, q.size(0))) {
+    const Isa isa = chosen_isa(run);
+    std::vector<int64_t> queries = before;
+    if (options.causal) {
+      for (int64_t& first : queries) first += k.size(2) - q.size(2);
+    }
+    if (options.rope) {
+      angles = std::make_unique<GridAngles<T>>(*options.rope, q.size(3), before, k.size(2));
+      plain = std::make_unique<EluMap<T>>(isa, nullptr, before);
+    }
+    query_map = std::make_unique<EluMap<T>>(isa, angles.get(), queries);
+    key_map = std::make_unique<EluMap<T>>(isa, angles.get(), before);
+
+    problem.op = kOp;
+    problem.q = q;
+    problem.k = k;
+    problem.v = v;
+    problem.causal = options.causal;
+    const State& state = options.initial_state;
+    problem.initial = {state.s, state.k_sum, state.v_sum};
+    chunked::Policy<T>& policy = problem.policy;
+    policy.maps = {query_map.get(), key_map.get()};
+    if (plain) policy.sums = chunked::RowMaps<T>{plain.get(), plain.get()};
+    policy.features = q.size(3);
+    policy.key_sum = policy.value_sum = true;
+    const double scale = options.scale.value_or(1 / std::sqrt(static_cast<double>(q.size(3))));
+    policy.read_out = [this, scale, eps = options.eps, form = options.form](
+                          int64_t b, int64_t tokens, double denominator) {
+      const int64_t seen = before[static_cast<size_t>(b)] + tokens;
+      if (seen == 0) return chunked::ReadOut{0, 0, 0, 0};
+      const auto n = static_cast<double>(seen);
+      return form == MagnitudeAwareForm::code ? code_row(scale, eps, n, denominator)
+                                              : paper_row(eps, n, denominator);
+    };
+  }
+  Call(const Call&) = delete;
+  Call& operator=(const Call&) = delete;
+
+  std::vector<int64_t> before;
+  std::unique_ptr<GridAngles<T>> angles;
+  std::unique_ptr<EluMap<T>> query_map, key_map, plain;
+  chunked::Problem<T> problem;
+};
+
+template <class T>
+void run_forward(const Tensor& q, const Tensor& k, const Tensor& v, const Tensor& out,
+                 const State& state, const Options& options, const RunOptions& run) {
+  const Call<T> call(q, k, v, options, run);
+  chunked::forward(call.problem, out, {state.s, state.k_sum, state.v_sum}, run);
+  if (!state.count.defined()) return;
+  for (int64_t b = 0; b < q.size(0); ++b) {
+    *reinterpret_cast<T*>(state.count.at({b})) =
+        static_cast<T>(call.before[static_cast<size_t>(b)] + k.size(2));
+  }
+}
+
+template <class T>
+void run_backward(const Tensor& q, const Tensor& k, const Tensor& v, const Tensor& out_gradient,
+                  const State& state_gradient, const MagnitudeAwareGradientViews& into,
+                  const Options& options, const RunOptions& run) {
+  const Call<T> call(q, k, v, options, run);
+  chunked::backward(call.problem, out_gradient,
+                    {state_gradient.s, state_gradient.k_sum, state_gradient.v_sum},
+                    {into.q, into.k, into.v, {into.s, into.k_sum, into.v_sum}, nullptr}, run);
+}
+
+void check_last(const State& state, const Tensor& q, const Tensor& v, const Options& options) {
+  if (any_of(state) && !options.causal)
+    fail("a state is wanted without causal", "only causal calls have one");
+  check_sums(kOp, "state", state, q, v);
+  chunked::check_result(kOp, "state count", state.count, {q.size(0)},
+                        chunked::state_type(q.dtype()));
+}
+
+}  // namespace
+
+MagnitudeAwareForm parse_magnitude_aware_form(std::string_view name) {
+  if (name == "code") return MagnitudeAwareForm::code;
+  if (name == "paper") return MagnitudeAwareForm::paper;
+  fail("form is '" + std::string(name) + "'", "'code' or 'paper' is needed");
+}
+
+void magnitude_aware_linear_attention(const Tensor& q, const Tensor& k, const Tensor& v,
+                                      const Tensor& out, const State& state, const Options& options,
+                                      const RunOptions& run) {
+  check(q, k, v, options);
+  if (!out.defined()) throw Error(std::string(kOp) + ": out is missing");
+  chunked::check_out(kOp, "out", out, out_shape(q, v), q.dtype());
+  check_last(state, q, v, options);
+  if (q.dtype() == DType::f64) {
+    run_forward<double>(q, k, v, out, state, options, run);
+  } else {
+    run_forward<float>(q, k, v, out, state, options, run);
+  }
+}
+
+MagnitudeAwareResult magnitude_aware_linear_attention(const Tensor& q, const Tensor& k,
+                                                      const Tensor& v, const Options& options,
+                                                      const RunOptions& run) {
+  check(q, k, v, options);
+  const DType type = chunked::state_type(q.dtype());
+  MagnitudeAwareResult result;
+  result.out = Array(q.dtype(), out_shape(q, v));
+  if (options.causal) {
+    result.s = Array(type, s_shape(q, v));
+    result.k_sum = Array(type, k_sum_shape(q));
+    result.v_sum = Array(type, v_sum_shape(q, v));
+    result.count = Array(type, {q.size(0)});
+  }
+  magnitude_aware_linear_attention(
+      q, k, v, result.out, {result.s, result.k_sum, result.v_sum, result.count}, options, run);
+  return result;
+}
+
+void magnitude_aware_linear_attention_backward(const Tensor& q, const Tensor& k, const Tensor& v,
+                                               const Tensor& out_gradient,
+                                               const State& state_gradient,
+                                               const MagnitudeAwareGradientViews& gradients,
+                                               const Options& options, const RunOptions& run) {
+  check(q, k, v, options);
+  if (!out_gradient.defined()) throw Error(std::string(kBackward) + ": out_gradient is missing");
+  chunked::check_out(kBackward, "out_gradient", out_gradient, out_shape(q, v), q.dtype());
+  const State sums{state_gradient.s, state_gradient.k_sum, state_gradient.v_sum, {}};
+  if (any_of(sums) && !options.causal)
+    fail("a gradient of a state without causal", "only causal calls have one");
+  check_sums(kBackward, "state_gradient", sums, q, v);
+  chunked::check_out(kBackward, "gradient of q", gradients.q, q.shape(), q.dtype());
+  chunked::check_out(kBackward, "gradient of k", gradients.k, k.shape(), k.dtype());
+  chunked::check_out(kBackward, "gradient of v", gradients.v, v.shape(), v.dtype());
+  check_sums(kBackward, "gradient of initial_state",
+             {gradients.s, gradients.k_sum, gradients.v_sum, {}}, q, v);
+  if (q.dtype() == DType::f64) {
+    run_backward<double>(q, k, v, out_gradient, sums, gradients, options, run);
+  } else {
+    run_backward<float>(q, k, v, out_gradient, sums, gradients, options, run);
+  }
+}
+
+MagnitudeAwareGradients magnitude_aware_linear_attention_backward(
+    const Tensor& q, const Tensor& k, const Tensor& v, const Tensor& out_gradient,
+    const State& state_gradient, const Options& options, const RunOptions& run) {
+  check(q, k, v, options);
+  const DType type = chunked::state_type(q.dtype());
+  MagnitudeAwareGradients result;
+  result.q = Array(q.dtype(), q.shape());
+  result.k = Array(k.dtype(), k.shape());
+  result.v = Array(v.dtype(), v.shape());
+  if (options.initial_state.s.defined()) {
+    result.s = Array(type, s_shape(q, v));
+    result.k_sum = Array(type, k_sum_shape(q));
+    result.v_sum = Array(type, v_sum_shape(q, v));
+  }
+  magnitude_aware_linear_attention_backward(
+      q, k, v, out_gradient, state_gradient,
+      {result.q, result.k, result.v, result.s, result.k_sum, result.v_sum}, options, run);
+  return result;
+}
+
+}  // namespace heed
