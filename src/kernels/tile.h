@@ -115,12 +115,13 @@ struct TileKernels {
   /// the result with respect to s * scale.
   void (*cap_scores)(Block<T> s, int64_t rows, int64_t key_count, const KeyRange* ranges, T scale,
                      const ScoreCaps<T>& caps, Block<T> slope) = nullptr;
-  /// Parallax: second = weights * t, both as `weights` writes them with one stride, and
+  /// Parallax: second = weights * (t - shift), both as `weights` writes them with one stride, and
   /// sum = carry * sum + the row sum of second; exactly 0 outside the ranges. `second` may be `t` or
-  /// `weights` itself where it has their type.
+  /// `weights` itself where it has their type. A row's shift is -inf until a tile has a weight, whose
+  /// mean of t it then becomes: the result of a row does not depend on it, what cancels in it does.
   void (*second_weights)(const void* weights, int64_t weight_stride, Block<T> t, int64_t rows,
-                         int64_t key_count, const KeyRange* ranges, const T* carry, T* sum,
-                         void* second) = nullptr;
+                         int64_t key_count, const KeyRange* ranges, const T* carry, T* shift,
+                         T* sum, void* second) = nullptr;
   /// A block of T as the operand of `accumulate`: bfloat16 with half_operands, else null (used as it is).
   void (*round_weights)(Block<const T> from, int64_t rows, int64_t key_count, void* to,
                         int64_t to_stride) = nullptr;

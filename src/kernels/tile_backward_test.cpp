@@ -293,21 +293,42 @@ void check_second_weights(const TileKernels<T>& k) {
       std::memcpy(weights.data(), w.memory.data(), weights.size());
     }
     std::vector<T> carry = random_row<T>(rows, 5), sum = random_row<T>(rows, 6), before = sum;
+    std::vector<T> shift = random_row<T>(rows, 7);
+    for (int64_t r = 0; r < rows; r += 2) shift[static_cast<size_t>(r)] = -kInf;
+    const std::vector<T> given = shift;
     k.second_weights(weights.data(), w.stride, t.block(), rows, keys, data_of(ranges), carry.data(),
-                     sum.data(), second.data());
+                     shift.data(), sum.data(), second.data());
     const double unit = sizeof(T) == 8 ? 1e-15 : 2e-7, rounding = k.half_operands ? 0x1p-8 : unit;
     for (int64_t r = 0; r < rows; ++r) {
       const auto row = static_cast<size_t>(r);
       double total = double{carry[row]} * before[row], magnitude = 1 + std::abs(total);
+      double mean = 0, weight = 0, spread = 0;
       for (int64_t m = 0; m < keys; ++m) {
-        double want = 0;
+        const double p = weight_at(k, weights, w.stride, r, m), x = t.block().row(r)[m];
+        if (!sees(ranges, r, m) || p == 0) continue;
+        mean += p * x;
+        weight += p;
+        spread += std::abs(p * x) + std::abs(p);
+      }
+      if (!std::isinf(given[row]) || weight == 0) {
+        ASSERT_EQ(shift[row], given[row]) << k.name << " row " << r;
+      } else {
+        mean /= weight;
+        ASSERT_NEAR(shift[row], mean, 8 * unit * (1 + std::abs(mean)) * spread / std::abs(weight));
+      }
+      const double offset = std::isinf(shift[row]) ? 0 : double{shift[row]};
+      for (int64_t m = 0; m < keys; ++m) {
+        double want = 0, size = 0;
         if (sees(ranges, r, m) && !is_masked(r, m)) {
-          want = weight_at(k, weights, w.stride, r, m) * t.block().row(r)[m];
+          const double p = weight_at(k, weights, w.stride, r, m), x = t.block().row(r)[m];
+          if (p != 0) want = p * (x - offset);
+          if (p != 0) size = std::abs(p) * (std::abs(x) + std::abs(offset));
         }
-        ASSERT_NEAR(weight_at(k, second, w.stride, r, m), want, rounding * std::abs(want))
+        ASSERT_NEAR(weight_at(k, second, w.stride, r, m), want,
+                    rounding * std::abs(want) + unit * size)
             << k.name << " row " << r;
         total += want;
-        magnitude += std::abs(want);
+        magnitude += size;
       }
       ASSERT_NEAR(sum[row], total, 4 * unit * magnitude) << k.name << " row " << r;
     }

@@ -220,9 +220,30 @@ void weight_tile(Block<T> s, int64_t rows, int64_t key_count, const KeyRange* ra
   }
 }
 
+// The mean of t under the weights of a row, 0 if it is not finite; `unset` where there is no weight.
+template <class T, class Weights>
+T mean_of(const typename Weights::Element* weights, const T* t, KeyRange range, T unset) {
+  const auto zero = hn::Zero(Full<T>());
+  hn::Vec<Full<T>> sum[kRowGroup] = {zero, zero, zero, zero}, total[kRowGroup];
+  for (auto& x : total) x = zero;
+  if (range.empty()) return unset;
+  for_visible<T>(range, [&](int64_t m, auto count, auto seen) HWY_ATTR {
+#pragma GCC unroll 4
+    for (int j = 0; j < decltype(count)::value; ++j) {
+      const int64_t at = m + j * lanes<T>();
+      const auto p = seen_or_zero(seen, Weights::load(weights + at));
+      const auto x = hn::Mul(p, hn::LoadU(Full<T>(), t + at));
+      sum[j] = hn::Add(sum[j], hn::IfThenZeroElse(hn::Eq(p, zero), x));
+      total[j] = hn::Add(total[j], p);
+    }
+  });
+  const T weight = sum_of<T>(total), mean = sum_of<T>(sum) / weight;
+  return weight == 0 ? unset : std::isfinite(mean) ? mean : T{0};
+}
+
 template <class T, class Weights>
 void second_weights(const void* weights, int64_t stride, Block<T> t, int64_t rows,
-                    int64_t key_count, const KeyRange* ranges, const T* carry, T* sum,
+                    int64_t key_count, const KeyRange* ranges, const T* carry, T* shift, T* sum,
                     void* second) {
   using Element = typename Weights::Element;
   const Full<T> d;
@@ -232,6 +253,10 @@ void second_weights(const void* weights, int64_t stride, Block<T> t, int64_t row
     const Element* w = static_cast<const Element*>(weights) + r * stride;
     Element* out = static_cast<Element*>(second) + r * stride;
     const T* factor = t.row(r);
+    if (shift[r] == kMinusInfinity<T>) {
+      shift[r] = mean_of<T, Weights>(w, factor, range, kMinusInfinity<T>);
+    }
+    const auto offset = hn::Set(d, shift[r] == kMinusInfinity<T> ? T{0} : shift[r]);
     const auto zero = hn::Zero(d);
     hn::Vec<Full<T>> total[kRowGroup] = {zero, zero, zero, zero};
     if (!range.empty()) {
@@ -240,7 +265,8 @@ void second_weights(const void* weights, int64_t stride, Block<T> t, int64_t row
 #pragma GCC unroll 4
         for (int j = 0; j < kCount; ++j) {
           const int64_t at = m + j * lanes<T>();
-          const auto p = Weights::load(w + at), x = hn::Mul(p, hn::LoadU(d, factor + at));
+          const auto p = Weights::load(w + at);
+          const auto x = hn::Mul(p, hn::Sub(hn::LoadU(d, factor + at), offset));
           // A masked key has weight 0, whatever it makes of t.
           const auto product = seen_or_zero(seen, hn::IfThenZeroElse(hn::Eq(p, zero), x));
           total[j] = hn::Add(total[j], product);

@@ -57,7 +57,8 @@ void Forward<T>::run_few_rows(const Item& item, const std::vector<QueryTile>& ti
     if (second_) {
       const Block second{m.scores.row(rows + tile.slot), m.scores.stride};
       wide_.second_weights(scores.data, scores.stride, second, at.rows, at.keys, seen.ranges,
-                           m.carry + tile.slot, m.sum + rows + tile.slot, second.data);
+                           m.carry + tile.slot, m.pivot + rows + tile.slot,
+                           m.sum + rows + tile.slot, second.data);
     }
   }
   if (second_) std::copy_n(m.carry, rows, m.carry + rows);
@@ -90,10 +91,13 @@ void Forward<T>::add_seen(Block weights, int64_t row, const Rows& v,
 template <class T>
 void Forward<T>::keep_part(int64_t part, const QueryTile& tile, const Memory& m) const {
   for (int64_t r = tile.slot; r < tile.slot + tile.rows(); ++r) {
-    double* sums = part_sums_.template as<double>() + (part * most_rows_ + r) * 3;
+    double* sums = part_sums_.template as<double>() + (part * most_rows_ + r) * kPartSums;
     sums[0] = m.pivot[r];
     sums[1] = m.sum[r];
-    if (second_) sums[2] = m.sum[m.second + r];
+    if (second_) {
+      sums[2] = m.pivot[m.second + r];
+      sums[3] = m.sum[m.second + r];
+    }
     for (int64_t stream = 0; stream < streams_; ++stream) {
       std::memcpy(part_out_.template as<T>() +
                       ((part * streams_ + stream) * most_rows_ + r) * padded_values_,
@@ -139,11 +143,16 @@ void Forward<T>::merge_group(size_t first, size_t last) const {
 
 template <class T>
 void Forward<T>::merge_row(size_t first, size_t last, int64_t slot, const Memory& m) const {
+  constexpr double kUnset = -std::numeric_limits<double>::infinity();
   const bool softmax = problem_.policy.divide_by_sum();
   const auto sums = [&](size_t i) {
-    return part_sums_.template as<double>() + (items_[i].part * most_rows_ + slot) * 3;
+    return part_sums_.template as<double>() + (items_[i].part * most_rows_ + slot) * kPartSums;
   };
-  double pivot = -std::numeric_limits<double>::infinity(), sum = 0, second = 0;
+  const auto out_of = [&](size_t i, int64_t stream) {
+    return part_out_.template as<T>() +
+           ((items_[i].part * streams_ + stream) * most_rows_ + slot) * padded_values_;
+  };
+  double pivot = kUnset, sum = 0, shift = kUnset, second = 0;
   for (size_t i = first; i < last; ++i) pivot = std::max(pivot, sums(i)[0]);
   for (int64_t stream = 0; stream < streams_; ++stream) {
     std::fill_n(m.out.row(stream * m.second + slot), padded_values_, T{0});
@@ -153,17 +162,24 @@ void Forward<T>::merge_row(size_t first, size_t last, int64_t slot, const Memory
     if (empty) continue;
     const double factor = !softmax || sums(i)[0] == pivot ? 1 : std::exp2(sums(i)[0] - pivot);
     sum += factor * sums(i)[1];
-    if (second_) second += factor * sums(i)[2];
-    for (int64_t stream = 0; stream < streams_; ++stream) {
-      const T* part = part_out_.template as<T>() +
-                      ((items_[i].part * streams_ + stream) * most_rows_ + slot) * padded_values_;
-      T* out = m.out.row(stream * m.second + slot);
-      for (int64_t f = 0; f < value_dim_; ++f) out[f] += static_cast<T>(factor) * part[f];
+    T* out = m.out.row(slot);
+    for (int64_t f = 0; f < value_dim_; ++f) out[f] += static_cast<T>(factor) * out_of(i, 0)[f];
+    if (!second_) continue;
+    // All parts get the shift of the first.
+    if (shift == kUnset) shift = sums(i)[2];
+    const double moved = sums(i)[2] == kUnset ? 0 : factor * (sums(i)[2] - shift);
+    second += factor * sums(i)[3] + moved * sums(i)[1];
+    out = m.out.row(m.second + slot);
+    for (int64_t f = 0; f < value_dim_; ++f) {
+      out[f] += static_cast<T>(factor) * out_of(i, 1)[f] + static_cast<T>(moved) * out_of(i, 0)[f];
     }
   }
   m.pivot[slot] = static_cast<T>(pivot);
   m.sum[slot] = static_cast<T>(sum);
-  if (second_) m.sum[m.second + slot] = static_cast<T>(second);
+  if (second_) {
+    m.pivot[m.second + slot] = static_cast<T>(shift);
+    m.sum[m.second + slot] = static_cast<T>(second);
+  }
 }
 
 template class Forward<float>;

@@ -60,7 +60,7 @@ void Forward<T>::plan_items() {
   if (path_.few_rows) {
     most_rows_ = 0;
     for (const Item& item : items_) most_rows_ = std::max(most_rows_, group_ * item.row_end);
-    part_sums_ = Array(DType::f64, {parts_, most_rows_, 3});
+    part_sums_ = Array(DType::f64, {parts_, most_rows_, kPartSums});
     part_out_ = Array(sizeof(T) == 8 ? DType::f64 : DType::f32,
                       {parts_, streams_ * most_rows_, padded_values_});
     return;
@@ -182,7 +182,10 @@ typename Forward<T>::Memory Forward<T>::cut(Scratch& scratch, const Item& item,
   std::fill_n(m.sum, l.out_rows, T{0});
   std::fill_n(m.carry, l.out_rows, T{1});
   std::fill_n(m.out.data, l.out_rows * padded_values_, T{0});
-  if (!problem_.policy.sink.empty() && item.first_part) place_sinks(tiles, m);
+  if (!problem_.policy.sink.empty()) {
+    if (second_) std::fill_n(m.pivot + m.second, l.rows, T{0});  // a sink's t is 0 and stays so
+    if (item.first_part) place_sinks(tiles, m);
+  }
   return m;
 }
 
@@ -317,7 +320,8 @@ void Forward<T>::weigh_and_add(const TileAt& at, const Seen& seen, const QueryTi
     products_.scores(second_queries, at.rows, m.keys, at.keys, head_dim_, seen.ranges,
                      m.second_scores);
     kernels.second_weights(weights, stride, m.second_scores, at.rows, at.keys, seen.ranges,
-                           state.carry, m.sum + m.second + tile.slot, second_weights);
+                           state.carry, m.pivot + m.second + tile.slot,
+                           m.sum + m.second + tile.slot, second_weights);
   }
   const auto accumulate = [&](const void* from, int64_t slot) {
     if (path_.half_operands && !half) {
@@ -352,16 +356,17 @@ void Forward<T>::finish(int64_t s, const QueryTile& tile, const Memory& m) const
   }
 }
 
-// out = v_mean (1 + t_mean) - O2 / sum, with the division left to finish.
+// out = v_mean (1 + t_mean - shift) - O2 / sum with the shift that O2 has, the division left to finish.
 template <class T>
 void Forward<T>::combine_streams(int64_t s, const QueryTile& tile, int64_t r,
                                  const Memory& m) const {
-  const T sum = m.sum[tile.slot + r];
-  const T t_mean = sum == 0 ? T{0} : m.sum[m.second + tile.slot + r] / sum;
-  T* out = m.out.row(tile.slot + r);
-  const T* second = m.out.row(m.second + tile.slot + r);
-  for (int64_t f = 0; f < value_dim_; ++f) out[f] = out[f] * (1 + t_mean) - second[f];
-  store_statistic(sequence(s).t_mean, tile.head, tile.begin + r, t_mean);
+  const int64_t row = tile.slot + r, second = m.second + row;
+  const T sum = m.sum[row], shift = m.pivot[second];
+  const T above = sum == 0 ? T{0} : m.sum[second] / sum;
+  T* out = m.out.row(row);
+  for (int64_t f = 0; f < value_dim_; ++f) out[f] = out[f] * (1 + above) - m.out.row(second)[f];
+  const bool seen = shift != -std::numeric_limits<T>::infinity();
+  store_statistic(sequence(s).t_mean, tile.head, tile.begin + r, seen ? above + shift : above);
 }
 
 template <class T>

@@ -114,7 +114,8 @@ class Forward : private TileCall<T> {
   const int64_t streams_, padded_dim_, padded_values_, tile_rows_, tile_keys_;
   std::vector<Item> items_;
   int64_t parts_ = 0, most_rows_ = 0;
-  // [parts, rows, (pivot, sum, sum of the second stream)], [parts, streams x rows, value dim]
+  // [parts, rows, (pivot, sum, shift and sum of the second stream)], [parts, streams x rows, value dim]
+  static constexpr int64_t kPartSums = 4;
   Array part_sums_, part_out_;
 };
 
