@@ -23,23 +23,21 @@ ExampleCase gated_case(const char* name, const AttentionShape& shape, const char
   return with_gates(attention_case(name, shape, options));
 }
 
-/// Sets gates to zero: about half of them, or as the case's name says.
+/// Gates about as large as those of a router, half of them zero or as the case's name says.
 void fill(const ExampleCase& example, const std::string& input, uint64_t seed,
           const Tensor& to_fill) {
   fill_lengths(example, input, seed, to_fill);
-  if (input != "gates" || example.name.find("all_active") != std::string::npos) return;
-  const bool whole_heads = example.name.find("half_of_the_heads") != std::string::npos;
-  const bool none = example.name.find("none_active") != std::string::npos;
-  Array zero = Array::zeros(DType::f64, {1});
-  for (int64_t n = 0; n < to_fill.count(); ++n) {
-    const int64_t p = n % to_fill.size(2), head = n / to_fill.size(2);
-    const bool off =
-        whole_heads ? head % 2 == 1 : (philox_word(seed, static_cast<uint64_t>(n)) & 1) != 0;
-    if (!off && !none) continue;
-    copy(zero, to_fill.select(0, head / to_fill.size(1))
-                   .select(0, head % to_fill.size(1))
-                   .slice(0, p, p + 1));
+  if (input != "gates") return;
+  const auto named = [&](const char* part) { return example.name.find(part) != std::string::npos; };
+  const bool all = named("all_active"), none = named("none_active");
+  const bool whole_heads = named("half_of_the_heads");
+  Array gates = convert(to_fill, DType::f64);
+  for (int64_t n = 0; n < gates.count(); ++n) {
+    const bool half = whole_heads ? n / to_fill.size(2) % 2 == 1
+                                  : (philox_word(seed, static_cast<uint64_t>(n)) & 1) != 0;
+    gates.as<double>()[n] *= none || (half && !all) ? 0 : 0.25;
   }
+  copy(gates, to_fill);
 }
 
 std::vector<ExampleCase> cases() {
