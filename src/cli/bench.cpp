@@ -7,7 +7,9 @@
 #include <set>
 
 #include "cli/arguments.h"
+#include "cli/bench_roofline.h"
 #include "cli/commands.h"
+#include "cli/hardware.h"
 #include "cli/measure.h"
 #include "cli/peers.h"
 #include "cli/terminal.h"
@@ -19,7 +21,7 @@ namespace heed::cli {
 namespace {
 
 struct Arguments {
-  std::string name, versus, k, isa;
+  std::string name, versus, k, isa, plot;
   std::optional<std::string> options;
   std::vector<std::string> q, dtypes = {"float32"};
   std::optional<int> threads;
@@ -32,8 +34,9 @@ struct Row {
   ExampleCase example;
   DType dtype;
   std::string path;
-  Samples heed, peer, ratio;  // milliseconds; ratio = peer / heed of neighbouring runs
-  double operations = 0;
+  Samples heed, peer, ratio;         // milliseconds; ratio = peer / heed of neighbouring runs
+  double operations = 0, bytes = 0;  // bytes: inputs and results, each once
+  hardware::Roof roof;
   std::string peer_title;
   double error_over_bound = 0;
   std::string wrong;  // what the quick check found
@@ -84,12 +87,14 @@ void quick_check(Row& row, Isa isa) {
   }
 }
 
-void time_row(Row& row, const Arguments& arguments, const RunOptions& run) {
+void time_row(Row& row, const Arguments& arguments, const RunOptions& run, Rooflines& rooflines) {
   const NamedArrays inputs = make_inputs(*row.mechanism, row.example, row.dtype, 1);
   const NamedTensors in = views(inputs);
   const Spec options = Spec::parse_options(row.example.options);
   row.path = chosen_path(*row.mechanism, in, run);
   row.operations = visible_operations(*row.mechanism, in, options);
+  row.bytes = bytes_of(in) + bytes_of(row.mechanism->forward(in, options, run));
+  row.roof = rooflines.roof(row.dtype, row.operations, row.bytes);
   const auto heed_call = [&] { row.mechanism->forward(in, options, run); };
   std::optional<Peer> peer;
   if (!arguments.versus.empty()) peer = find_peer(*row.mechanism, in, options, run);
@@ -107,6 +112,9 @@ void time_row(Row& row, const Arguments& arguments, const RunOptions& run) {
 std::string spread(const Samples& samples) {
   return short_number(quantile(samples, 0.2)) + "-" + short_number(quantile(samples, 0.8));
 }
+
+/// Of the least time that this machine's limits allow: 1 would be the roof itself.
+double roof_share(const Row& row) { return row.roof.bound_s() * 1e3 / quantile(row.heed, 0.5); }
 
 double gigaflops(const Row& row) { return row.operations / (quantile(row.heed, 0.5) * 1e6); }
 
@@ -137,6 +145,9 @@ void print_table(const std::vector<Row>& rows, bool versus) {
                                         {"median ms", kRight},
                                         {"p20-p80", kRight},
                                         {"GFLOP/s", kRight},
+                                        {"bound ms", kRight},
+                                        {"reached", kRight},
+                                        {"bound by"},
                                         {"max err/bound", kRight}};
   if (versus) {
     for (const char* name : {"torch ms", "p20-p80", "speed-up", "p20-p80"}) {
@@ -155,6 +166,9 @@ void print_table(const std::vector<Row>& rows, bool versus) {
     cells.push_back(short_number(quantile(row.heed, 0.5)));
     cells.push_back(spread(row.heed));
     cells.push_back(short_number(gigaflops(row)));
+    cells.push_back(short_number(row.roof.bound_s() * 1e3));
+    cells.push_back(fmt::format("{:.0f} %", 100 * roof_share(row)));
+    cells.push_back(limit_of(row.roof));
     cells.push_back(fmt::format("{:.2f}", row.error_over_bound));
     if (versus && row.peer.empty()) cells.resize(cells.size() + 4, "-");
     if (versus && !row.peer.empty()) {
@@ -180,11 +194,20 @@ Json row_json(const Row& row) {
   for (const auto& [name, shape] : row.example.inputs) {
     shapes[name] = std::vector<int64_t>(shape.span().begin(), shape.span().end());
   }
-  Json json = {
-      {"op", row.mechanism->name},  {"options", row.example.options},
-      {"type", name_of(row.dtype)}, {"path", row.path},
-      {"shapes", shapes},           {"ms", samples_json(row.heed)},
-      {"gflops", gigaflops(row)},   {"max_error_over_bound", finite_or_null(row.error_over_bound)}};
+  Json json = {{"op", row.mechanism->name},
+               {"options", row.example.options},
+               {"type", name_of(row.dtype)},
+               {"path", row.path},
+               {"shapes", shapes},
+               {"ms", samples_json(row.heed)},
+               {"gflops", gigaflops(row)},
+               {"max_error_over_bound", finite_or_null(row.error_over_bound)},
+               {"roofline",
+                {{"bound_ms", row.roof.bound_s() * 1e3},
+                 {"reached", roof_share(row)},
+                 {"bound_by", limit_of(row.roof)},
+                 {"bytes", row.bytes},
+                 {"operations", row.operations}}}};
   if (!row.peer.empty()) {
     json["torch"] = {{"title", row.peer_title},
                      {"ms", samples_json(row.peer)},
@@ -209,6 +232,27 @@ void print_bench_json(const std::vector<Row>& rows, const Arguments& arguments,
   print_json(json);
 }
 
+/// "flash 512x64 causal=1"
+std::string row_title(const Row& row) {
+  constexpr std::string_view kSuffix = "_attention";
+  std::string title = row.mechanism->name;
+  if (title.ends_with(kSuffix)) title.resize(title.size() - kSuffix.size());
+  const std::string tokens = extent(row.example, {"q", "out_a", "x"}, 2);
+  if (tokens != "-") title += " " + tokens + "x" + extent(row.example, {"q", "out_a", "x"}, 3);
+  if (row.dtype != DType::f32) title += std::string(" ") + name_of(row.dtype);
+  if (!row.example.options.empty()) title += " " + row.example.options;
+  return title;
+}
+
+std::string roofline(const std::vector<Row>& rows, Rooflines& rooflines) {
+  std::vector<hardware::RooflinePoint> points;
+  for (const Row& row : rows) {
+    if (!row.wrong.empty()) continue;
+    points.push_back({row_title(row), row.operations / row.bytes, gigaflops(row) * 1e9});
+  }
+  return hardware::roofline_figure(rooflines.units(), rooflines.levels(), points);
+}
+
 // Every call that will be measured; mistakes in the arguments show before the first one runs.
 std::vector<Row> planned_rows(const Arguments& arguments) {
   std::vector<Row> rows;
@@ -231,6 +275,7 @@ int bench(const Arguments& arguments) {
   RunOptions run;
   if (!arguments.isa.empty()) run.isa = isas_to_use(arguments.isa).front();
   std::vector<Row> rows = planned_rows(arguments);
+  Rooflines rooflines(run);
   Progress progress("measuring");
   int wrong = 0;
   for (size_t i = 0; i < rows.size(); ++i) {
@@ -239,7 +284,7 @@ int bench(const Arguments& arguments) {
                   row.mechanism->name + " " + row.example.options);
     quick_check(row, chosen_isa(run));
     if (row.wrong.empty()) {
-      time_row(row, arguments, run);
+      time_row(row, arguments, run, rooflines);
       continue;
     }
     ++wrong;
@@ -248,6 +293,7 @@ int bench(const Arguments& arguments) {
                row.mechanism->name, row.example.options, name_of(row.dtype), row.wrong);
   }
   progress.clear();
+  if (!arguments.plot.empty()) write_text("--plot", arguments.plot, roofline(rows, rooflines));
   if (arguments.json) {
     print_bench_json(rows, arguments, run);
   } else {
@@ -279,6 +325,8 @@ void add_bench(CLI::App& app, Outcome& outcome) {
   command->add_option("--seconds", arguments->seconds, "Time to measure each kernel")
       ->check(CLI::Range(0.001, 3600.0))
       ->capture_default_str();
+  command->add_option("--plot", arguments->plot,
+                      "Also write the roofline, with every row as a point, to this SVG file");
   command->add_flag("--json", arguments->json, "JSON");
   command->callback([arguments, &outcome] { outcome.exit_code = bench(*arguments); });
 }

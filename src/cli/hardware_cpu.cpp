@@ -7,6 +7,7 @@
 #include "cli/arguments.h"
 #include "cli/hardware.h"
 #include "cli/terminal.h"
+#include "hardware/figures.h"
 #include "hardware/processor.h"
 
 namespace heed::cli {
@@ -18,7 +19,7 @@ using hardware::UnitRate;
 
 struct Arguments {
   std::optional<int> threads;
-  std::string isa;
+  std::string isa, plot;
   bool json = false;
 };
 
@@ -74,6 +75,9 @@ void cpu(const Arguments& a) {
   RunOptions run;
   if (!a.isa.empty()) run.isa = isas_to_use(a.isa).front();
   const ProcessorRates rates = hardware::measure_processor(run);
+  if (!a.plot.empty()) {
+    write_text("--plot", a.plot, hardware::roofline_figure(rates.units, rates.levels, {}));
+  }
   if (a.json) return print_json(rates_json(rates));
   print_rates(rates);
 }
@@ -86,6 +90,7 @@ void add_hardware_cpu(CLI::App& hardware) {
   auto a = std::make_shared<Arguments>();
   command->add_option("--threads", a->threads, "Threads that measure together");
   command->add_option("--isa", a->isa, "Strongest instruction set: portable, avx2, avx512, amx");
+  command->add_option("--plot", a->plot, "Also write the roofline to this SVG file");
   command->add_flag("--json", a->json, "JSON");
   command->callback([a] { cpu(*a); });
 }

@@ -6,6 +6,7 @@
 #include "cli/hardware.h"
 #include "cli/terminal.h"
 #include "hardware/accelerator.h"
+#include "hardware/figures.h"
 #include "heed/error.h"
 
 namespace heed::cli {
@@ -14,7 +15,7 @@ namespace {
 using namespace hardware;  // NOLINT: this command shows that room
 
 struct Arguments {
-  std::string config, model, arch, workload, mapping;
+  std::string config, model, arch, workload, mapping, plot;
   std::optional<int64_t> length;
   bool sweep = false, json = false;
 };
@@ -135,27 +136,28 @@ void print_rows(const std::vector<Row>& rows) {
 }
 
 void print_means(const std::vector<Row>& rows) {
+  int pairs = 0;
   for (const char* slow : {"flat", "unfused"}) {
     const Means means = compare(rows, slow, "binding");
     if (means.rows == 0) continue;
-    fmt::print("{}against {}: attention {} faster, {} of its energy",
-               means.rows > 0 && std::string(slow) == "flat" ? "\nFuseMax (binding) " : "        ",
-               slow, bold(fmt::format("{:.2f}x", means.speedup)),
+    fmt::print("{}FuseMax (binding) over {:<8} attention {} faster at {} of the energy",
+               pairs == 0 ? "\n" : "", std::string(slow) + ":",
+               bold(fmt::format("{:.2f}x", means.speedup)),
                bold(fmt::format("{:.2f}", means.energy)));
-    if (means.e2e_speedup > 0 && std::isfinite(means.e2e_speedup)) {
-      fmt::print("; end to end {} faster, {} of its energy",
-                 bold(fmt::format("{:.2f}x", means.e2e_speedup)),
+    if (rows.front().linear.latency_s > 0) {
+      fmt::print(", end to end {} at {}", bold(fmt::format("{:.2f}x", means.e2e_speedup)),
                  bold(fmt::format("{:.2f}", means.e2e_energy)));
     }
     fmt::print("\n");
+    pairs = means.rows;
   }
-  if (compare(rows, "flat", "binding").rows > 0) {
-    fmt::print(
-        "Arithmetic means over the {} pairs of model and length shown: latency of the other "
-        "over FuseMax's,\nenergy of FuseMax over the other's; end to end adds the six linear "
-        "products of the layer.\n",
-        compare(rows, "flat", "binding").rows);
-  }
+  if (pairs == 0) return;
+  fmt::print(
+      "Arithmetic means over the {} pairs of model and length shown: latency of the other over\n"
+      "FuseMax's, energy of FuseMax over the other's; end to end adds the layer's six linear "
+      "products.\n"
+      "Some energies and areas are inferred: `heed hardware files fusemax` says which.\n",
+      pairs);
 }
 
 void sweep(const Arguments& a) {
@@ -172,6 +174,7 @@ void sweep(const Arguments& a) {
                {"area mm2", kRight},
                {"s x mm2", kRight}});
   Json list = Json::array();
+  std::vector<AreaPoint> points;
   std::vector<std::string> models = builtin_workloads();
   if (!a.model.empty()) models = {builtin_workload(a.model).name};
   for (const std::string& model : models) {
@@ -180,6 +183,7 @@ void sweep(const Arguments& a) {
       const Machine machine = swept_machine(elements, layer.head_dim);
       const Cost cost = attention_cost(machine, builtin_mapping("binding"), layer);
       const double area = area_um2(machine);
+      points.push_back({model, area, cost.latency_s});
       list.push_back({{"model", model},
                       {"pe_dim", elements},
                       {"latency_s", cost.latency_s},
@@ -188,6 +192,7 @@ void sweep(const Arguments& a) {
                  short_number(area * 1e-6, 5), short_number(cost.latency_s * area * 1e-6, 4)});
     }
   }
+  if (!a.plot.empty()) write_text("--plot", a.plot, area_figure(points));
   if (a.json) return print_json(list);
   table.print();
 }
@@ -195,6 +200,7 @@ void sweep(const Arguments& a) {
 void fusemax(const Arguments& arguments) {
   if (arguments.sweep) return sweep(arguments);
   const std::vector<Row> rows = rows_of(plan_of(arguments));
+  if (!arguments.plot.empty()) write_text("--plot", arguments.plot, cost_figure(rows));
   if (arguments.json) {
     Json list = Json::array();
     for (const Row& row : rows) list.push_back(row_json(row));
@@ -219,6 +225,7 @@ void add_hardware_fusemax(CLI::App& hardware) {
   command->add_option("--mapping", a->mapping,
                       "Mapping and binding from a JSON file (heed hardware files binding)");
   command->add_flag("--area-sweep", a->sweep, "Arrays from 16x16 to 512x512: latency and area");
+  command->add_option("--plot", a->plot, "Also write the figures to this SVG file");
   command->add_flag("--json", a->json, "JSON");
   command->callback([a] { fusemax(*a); });
 }

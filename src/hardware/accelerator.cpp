@@ -179,10 +179,14 @@ class Evaluation {
                            ? std::floor((bytes - word * of_keys) / (word * per_query * columns))
                            : INFINITY;
     const int64_t tiles = ceil_div(layer_.queries, machine_.matrix.columns);
-    for (int64_t parts = 1; parts <= tiles; ++parts) {
-      if (tiles % parts == 0 && static_cast<double>(tiles / parts) <= fit) return tiles / parts;
+    int64_t most = 1;
+    for (int64_t divisor = 1; divisor <= tiles / divisor; ++divisor) {
+      if (tiles % divisor != 0) continue;
+      for (int64_t candidate : {divisor, tiles / divisor}) {
+        if (static_cast<double>(candidate) <= fit) most = std::max(most, candidate);
+      }
     }
-    return 1;
+    return most;
   }
 
   void between_phases() {

@@ -41,6 +41,7 @@ Json parse_json(std::string_view text, const std::string& file) {
     std::string what =
         error.what();  // "[json.exception.parse_error.101] parse error at line 1 ..."
     if (const size_t end = what.find("] "); end != std::string::npos) what = what.substr(end + 2);
+    what = what.substr(0, what.find("; last read: "));  // bytes of the file, whatever they are
     throw Error(file + ": found no valid JSON: " + what);
   }
 }

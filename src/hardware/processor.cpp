@@ -16,8 +16,9 @@ namespace {
 
 using Clock = std::chrono::steady_clock;
 
-constexpr double kRunSeconds = 0.02;  // one run: long against a thread's start
-constexpr int kRuns = 8;
+constexpr double kChunkSeconds = 0.0005;  // short against a time slice: few chunks are interrupted
+constexpr double kRunSeconds = 0.06;      // of one measurement
+constexpr size_t kFewestChunks = 20;
 constexpr int64_t kUnknownL1 = 32 << 10, kUnknownL2 = 1 << 20, kUnknownL3 = 16 << 20;
 constexpr int64_t kMostDramBytes = int64_t{256} << 20;
 
@@ -25,28 +26,40 @@ double seconds_since(Clock::time_point start) {
   return std::chrono::duration<double>(Clock::now() - start).count();
 }
 
-/// Work done in one run by all threads, over its time. `work(repeats, thread)` returns how much.
+/// Work a second of all threads together: each works through short chunks at the same time, and the
+/// 80th percentile of its chunks counts, which neither an interruption nor a lonely start moves.
+/// `work(repeats, thread, step)` does one chunk and returns how much it was.
 template <class Work>
-double best_rate(int threads, const Work& work) {
-  std::vector<double> done(static_cast<size_t>(threads), 0);
-  const auto once = [&](int64_t repeats) {
-    const auto start = Clock::now();
-    parallel_for(threads, threads, [&](int64_t item, int) {
-      done[static_cast<size_t>(item)] = work(repeats, static_cast<int>(item));
-    });
-    return seconds_since(start);
-  };
-  int64_t repeats = 1;
+double steady_rate(int threads, const Work& work) {
+  int64_t repeats = 1, step = 0;
   constexpr int64_t kMostRepeats = int64_t{1} << 40;
-  while (once(repeats) < kRunSeconds && repeats < kMostRepeats) repeats *= 2;
-  double best = 0;
-  for (int i = 0; i < kRuns; ++i) {
-    const double seconds = once(repeats);
-    double total = 0;
-    for (double amount : done) total += amount;
-    if (seconds > 0) best = std::max(best, total / seconds);
-  }
-  return best;
+  const auto fastest = [&] {
+    double least = 1;
+    for (int i = 0; i < 5; ++i) {
+      const auto start = Clock::now();
+      work(repeats, 0, step++);
+      least = std::min(least, seconds_since(start));
+    }
+    return least;
+  };
+  while (repeats < kMostRepeats && fastest() < kChunkSeconds) repeats *= 2;
+  std::vector<double> rates(static_cast<size_t>(threads), 0);
+  parallel_for(threads, threads, [&](int64_t thread, int) {
+    std::vector<double> chunks;
+    const auto begin = Clock::now();
+    for (int64_t at = 0; chunks.size() < kFewestChunks || seconds_since(begin) < kRunSeconds;
+         ++at) {
+      const auto start = Clock::now();
+      const double amount = work(repeats, static_cast<int>(thread), at);
+      chunks.push_back(amount / std::max(seconds_since(start), 1e-9));
+    }
+    const auto place = chunks.begin() + static_cast<int64_t>(chunks.size() * 4 / 5);
+    std::nth_element(chunks.begin(), place, chunks.end());
+    rates[static_cast<size_t>(thread)] = *place;
+  });
+  double total = 0;
+  for (double rate : rates) total += rate;
+  return total;
 }
 
 std::atomic<double> kept;  // what loops computed, so that none is left out
@@ -55,7 +68,7 @@ double half_rate(Isa isa, int threads) {
   double probe = 0;
   if (kernels::run_half_multiply_adds(isa, 1, probe) == 0) return 0;
   constexpr int64_t kRounds = 1000;
-  return best_rate(threads, [&](int64_t repeats, int) {
+  return steady_rate(threads, [&](int64_t repeats, int, int64_t) {
     double sink = 0;
     const int64_t count = kernels::run_half_multiply_adds(isa, repeats * kRounds, sink);
     kept = sink;
@@ -76,7 +89,7 @@ UnitRate measure_unit(DType dtype, Isa isa, int threads) {
   const DType used = dtype == DType::f64 ? DType::f64 : DType::f32;
   const Isa vector = isa == Isa::amx ? Isa::avx512 : isa;
   constexpr int64_t kRounds = 1000;
-  const double rate = best_rate(threads, [&](int64_t repeats, int) {
+  const double rate = steady_rate(threads, [&](int64_t repeats, int, int64_t) {
     double sink = 0;
     const int64_t count = kernels::run_multiply_adds(vector, used, repeats * kRounds, sink);
     kept = sink;
@@ -108,13 +121,19 @@ std::vector<MemoryLevel> measure_memory(Isa isa, int threads) {
   });
   std::vector<MemoryLevel> levels;
   for (const Plan& plan : plans) {
+    // Segments of at most a megabyte, one after the other through the thread's array.
+    constexpr int64_t kMostSegment = (1 << 20) / static_cast<int64_t>(sizeof(float));
     const int64_t count = plan.each / static_cast<int64_t>(sizeof(float));
-    const double rate = best_rate(threads, [&](int64_t repeats, int thread) {
+    const int64_t segment = std::min(count, kMostSegment), segments = count / segment;
+    const double rate = steady_rate(threads, [&](int64_t repeats, int thread, int64_t step) {
       const float* data = arrays[static_cast<size_t>(thread)].as<float>();
       double sum = 0;
-      for (int64_t r = 0; r < repeats; ++r) sum += kernels::read_floats(vector, data, count);
+      for (int64_t r = 0; r < repeats; ++r) {
+        sum +=
+            kernels::read_floats(vector, data + (step * repeats + r) % segments * segment, segment);
+      }
       kept = sum;
-      return static_cast<double>(repeats) * static_cast<double>(count) * sizeof(float);
+      return static_cast<double>(repeats) * static_cast<double>(segment) * sizeof(float);
     });
     const bool dram = plan.holds == 0;
     levels.push_back(

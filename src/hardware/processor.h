@@ -30,7 +30,7 @@ struct ProcessorRates {
   double seconds = 0;               // that the measurement took
 };
 
-/// The best of several short runs each; a few seconds in all.
+/// A few seconds in all.
 ProcessorRates measure_processor(const RunOptions& run);
 
 /// Multiply-adds a second of one type on one instruction set, all threads busy: bfloat16 and float16

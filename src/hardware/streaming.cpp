@@ -49,8 +49,8 @@ class Stream {
         index_(lowered_.ranks.size(), 0) {
     find_family(lowered_.find_rank(rank));
     find_fibres();
-    allocate();
     check_size();
+    allocate();
   }
 
   StreamedRun run() {
