@@ -64,6 +64,16 @@ class Backward : private Estimator {
     double *a_mean, *u_mean, *e_mean, *sum, *carry;
   };
 
+  struct KeyMemory {
+    Keys keys;
+    Block dk, dv;      // [keys, D], [keys, Dv]
+    Block q, x, u, g;  // [rows, D], g [rows, Dv]
+    Block w, a, t, y;  // scores
+    double *pivot, *sum, *carry;
+    kernels::KeyRange* ranges;
+    int64_t* ends;
+  };
+
   int64_t index(const Tile& tile, int64_t r) const {
     return (tile.batch * kv_heads_ + tile.kv_head) * rows() + tile.begin + r;
   }
@@ -73,7 +83,10 @@ class Backward : private Estimator {
   void solve_rows(const Tile& tile, const RowMemory& m) const;
   void score_gradients(const Tile& tile, Keys& keys, const RowMemory& m) const;
   void keep(const Tile& tile, const RowMemory& m);
+  KeyMemory take_key_memory(Scratch& scratch) const;
   void run_keys(int64_t batch, int64_t kv_head, int64_t begin) const;
+  void load_row_tile(const Tile& tile, const KeyMemory& m) const;
+  void key_coefficients(const Tile& tile, int64_t r, const KeyMemory& m) const;
 
   const Tensor grad_out_;
   const Gradients to_;
@@ -193,74 +206,89 @@ void Backward::keep(const Tile& tile, const RowMemory& m) {
   store_rows(m.sums, tile, to_.q);
 }
 
+Backward::KeyMemory Backward::take_key_memory(Scratch& scratch) const {
+  const auto matrix = [&](int64_t rows, int64_t stride) {
+    return Block{scratch.take<double>(rows * stride), stride};
+  };
+  KeyMemory m{};
+  m.keys = take_keys(scratch);
+  m.dk = matrix(kTileKeys, dim_stride_);
+  m.dv = matrix(kTileKeys, value_stride_);
+  for (Block* rows : {&m.q, &m.x, &m.u}) *rows = matrix(kTileRows, dim_stride_);
+  m.g = matrix(kTileRows, value_stride_);
+  for (Block* scores : {&m.w, &m.a, &m.t, &m.y}) *scores = take_scores(scratch, kTileRows);
+  for (double** each : {&m.pivot, &m.sum, &m.carry}) *each = scratch.take<double>(kTileRows);
+  m.ranges = scratch.take<kernels::KeyRange>(kTileRows);
+  m.ends = scratch.take<int64_t>(kTileRows);
+  return m;
+}
+
 void Backward::run_keys(int64_t batch, int64_t kv_head, int64_t begin) const {
   const int64_t elements = keys_elements() + kTileKeys * (dim_stride_ + value_stride_) +
                            kTileRows * (3 * dim_stride_ + value_stride_ + 4 * kScoreStride + 5) +
                            20 * 8;
   Scratch scratch(static_cast<size_t>(elements) * sizeof(double));
-  Keys keys = take_keys(scratch);
-  const auto matrix = [&](int64_t rows, int64_t stride) {
-    return Block{scratch.take<double>(rows * stride), stride};
-  };
-  const Block dk = matrix(kTileKeys, dim_stride_), dv = matrix(kTileKeys, value_stride_);
-  const Block q = matrix(kTileRows, dim_stride_), x = matrix(kTileRows, dim_stride_);
-  const Block u = matrix(kTileRows, dim_stride_), g = matrix(kTileRows, value_stride_);
-  const Block w = take_scores(scratch, kTileRows), a = take_scores(scratch, kTileRows);
-  const Block t = take_scores(scratch, kTileRows), y = take_scores(scratch, kTileRows);
-  double *pivot = scratch.take<double>(kTileRows), *sum = scratch.take<double>(kTileRows);
-  double* carry = scratch.take<double>(kTileRows);
-  auto* ranges = scratch.take<kernels::KeyRange>(kTileRows);
-  auto* ends = scratch.take<int64_t>(kTileRows);
-  std::fill_n(dk.data, kTileKeys * dim_stride_, 0.0);
-  std::fill_n(dv.data, kTileKeys * value_stride_, 0.0);
-  load_keys({batch, kv_head, 0, 0}, begin, keys);
-  load_values({batch, kv_head, 0, 0}, keys);
-
+  KeyMemory m = take_key_memory(scratch);
+  std::fill_n(m.dk.data, kTileKeys * dim_stride_, 0.0);
+  std::fill_n(m.dv.data, kTileKeys * value_stride_, 0.0);
+  load_keys({batch, kv_head, 0, 0}, begin, m.keys);
+  load_values({batch, kv_head, 0, 0}, m.keys);
+  const int64_t count = m.keys.count;
   for (int64_t first = 0; first < rows(); first += kTileRows) {
     const Tile tile{batch, kv_head, first, std::min(kTileRows, rows() - first)};
-    for (int64_t r = 0; r < tile.count; ++r) ends[r] = end_of(first + r);
-    if (!look(tile, keys, ends, ranges)) continue;
-    load_rows(call_.q, tile, q);
-    load_rows(grad_out_, tile, g);
-    const int64_t at = index(tile, 0);
-    std::copy_n(x_.as<double>() + at * dim_stride_, tile.count * dim_stride_, x.data);
-    std::copy_n(u_.as<double>() + at * dim_stride_, tile.count * dim_stride_, u.data);
-    for (int64_t r = 0; r < tile.count; ++r) {
-      pivot[r] = statistics_[static_cast<size_t>(at + r)].pivot;
-      sum[r] = 0;
-    }
-    weigh(q, tile.count, keys, ranges, {pivot, sum, carry}, w);
-    multiply(g, keys.turned_v, value_dim_, a, tile.count, keys.count);
-    multiply(x, keys.turned_k, dim_, t, tile.count, keys.count);
-    multiply(u, keys.turned_k, dim_, y, tile.count, keys.count);
-    for (int64_t r = 0; r < tile.count; ++r) {
-      const Statistics& s = statistics_[static_cast<size_t>(at + r)];
-      const int64_t end = ranges[r].end;
-      double *to_q = w.row(r), *to_u = t.row(r), *to_x = a.row(r);
-      for (int64_t j = 0; j < end; ++j) {
-        const double p = w.row(r)[j] * s.share, c = t.row(r)[j] - s.x_mean;
-        const double aj = a.row(r)[j], yj = y.row(r)[j] - s.u_mean;
-        const double e = aj - (aj - s.a_mean) * c + yj * (1 - c);
-        to_q[j] = s.finite ? call_.scale * p * (e - s.e_mean) : kNaN;
-        to_u[j] = s.finite ? p * (1 - c) : kNaN;
-        to_x[j] = s.finite ? -p * (aj - s.a_mean + yj) : kNaN;
-      }
-      for (double* row : {to_q, to_u, to_x}) std::fill(row + end, row + keys.count, 0.0);
-      if (s.finite) continue;
-      for (Block rows_of : {q, x, u}) std::fill_n(rows_of.row(r), dim_, 0.0);
-      std::fill_n(g.row(r), value_dim_, 0.0);
-    }
-    add_turned(w, q, tile.count, dk, keys.count, dim_);
-    add_turned(t, u, tile.count, dk, keys.count, dim_);
-    add_turned(a, x, tile.count, dk, keys.count, dim_);
-    add_turned(t, g, tile.count, dv, keys.count, value_dim_);
+    for (int64_t r = 0; r < tile.count; ++r) m.ends[r] = end_of(first + r);
+    if (!look(tile, m.keys, m.ends, m.ranges)) continue;
+    load_row_tile(tile, m);
+    for (int64_t r = 0; r < tile.count; ++r) key_coefficients(tile, r, m);
+    add_turned(m.w, m.q, tile.count, m.dk, count, dim_);
+    add_turned(m.t, m.u, tile.count, m.dk, count, dim_);
+    add_turned(m.a, m.x, tile.count, m.dk, count, dim_);
+    add_turned(m.t, m.g, tile.count, m.dv, count, value_dim_);
   }
   const auto store = [&](Block from, const Tensor& to) {
     matrix_.store_rows({from.data, from.stride}, {to.at({batch, kv_head, begin}), to.dtype(),
-                                                  to.stride(2), keys.count, to.size(3)});
+                                                  to.stride(2), count, to.size(3)});
   };
-  store(dk, to_.k);
-  store(dv, to_.v);
+  store(m.dk, to_.k);
+  store(m.dv, to_.v);
+}
+
+// A tile of rows as the first pass left it, and its scores against the keys.
+void Backward::load_row_tile(const Tile& tile, const KeyMemory& m) const {
+  load_rows(call_.q, tile, m.q);
+  load_rows(grad_out_, tile, m.g);
+  const int64_t at = index(tile, 0);
+  std::copy_n(x_.as<double>() + at * dim_stride_, tile.count * dim_stride_, m.x.data);
+  std::copy_n(u_.as<double>() + at * dim_stride_, tile.count * dim_stride_, m.u.data);
+  for (int64_t r = 0; r < tile.count; ++r) {
+    m.pivot[r] = statistics_[static_cast<size_t>(at + r)].pivot;
+    m.sum[r] = 0;
+  }
+  weigh(m.q, tile.count, m.keys, m.ranges, {m.pivot, m.sum, m.carry}, m.w);
+  multiply(m.g, m.keys.turned_v, value_dim_, m.a, tile.count, m.keys.count);
+  multiply(m.x, m.keys.turned_k, dim_, m.t, tile.count, m.keys.count);
+  multiply(m.u, m.keys.turned_k, dim_, m.y, tile.count, m.keys.count);
+}
+
+// Of one row: w, t and a become what q, u (and g) and x are multiplied with. What is not finite makes NaN
+// of the keys that the row sees and of no other.
+void Backward::key_coefficients(const Tile& tile, int64_t r, const KeyMemory& m) const {
+  const Statistics& s = statistics_[static_cast<size_t>(index(tile, r))];
+  const int64_t end = m.ranges[r].end;
+  double *to_q = m.w.row(r), *to_u = m.t.row(r), *to_x = m.a.row(r);
+  const double* y = m.y.row(r);
+  for (int64_t j = 0; j < end; ++j) {
+    const double p = to_q[j] * s.share, c = to_u[j] - s.x_mean;
+    const double a = to_x[j], yj = y[j] - s.u_mean;
+    const double e = a - (a - s.a_mean) * c + yj * (1 - c);
+    to_q[j] = s.finite ? call_.scale * p * (e - s.e_mean) : kNaN;
+    to_u[j] = s.finite ? p * (1 - c) : kNaN;
+    to_x[j] = s.finite ? -p * (a - s.a_mean + yj) : kNaN;
+  }
+  for (double* row : {to_q, to_u, to_x}) std::fill(row + end, row + m.keys.count, 0.0);
+  if (s.finite) return;
+  for (const Block& rows : {m.q, m.x, m.u}) std::fill_n(rows.row(r), dim_, 0.0);
+  std::fill_n(m.g.row(r), value_dim_, 0.0);
 }
 
 }  // namespace
