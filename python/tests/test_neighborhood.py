@@ -274,6 +274,14 @@ def test_mistakes(change, error, words):
         assert word in str(caught.value)
 
 
+def test_empty_batch():
+    q, k, v = (t[:0].requires_grad_() for t in (Q, K, V))
+    found = heed.na2d(q, k, v, 3)
+    assert found.shape == (0, *Q.shape[1:-1], V.shape[-1])
+    found.sum().backward()
+    assert k.grad.shape == k.shape
+
+
 def test_fake_tensors_are_checked():
     q, k, v = (t.to("meta") for t in (Q, K, V))
     with pytest.raises(ValueError, match="length of grid axis 1"):

@@ -53,6 +53,21 @@ def test_random_permutations(shape):
     assert not torch.equal(heed.random_permutation(-7, (100,)), heed.random_permutation(7, (100,)))
 
 
+def test_random_permutation_as_an_operator():
+    opcheck(torch.ops.heed.random_permutation.default, (7, [3, 5]))
+
+
+def test_compile():
+    q, k, v = random_qkv(1, 2, 2, 33, 33, 8)
+
+    def layer(q, k, v):
+        order = heed.random_permutation(4, (2, 33))
+        return heed.stochastic_attention(q * 2, k, v, order, window=7)
+
+    compiled = torch.compile(layer, fullgraph=True)
+    assert torch.equal(compiled(q, k, v), layer(q, k, v))
+
+
 def test_random_permutation_mistakes():
     with pytest.raises(ValueError, match="random_permutation"):
         heed.random_permutation(1, [])
@@ -92,9 +107,11 @@ def test_opcheck(dtype, grad):
 
 @pytest.mark.parametrize("b, length", [(0, 3), (2, 0)])
 def test_empty(b, length):
-    q, k, v = random_qkv(b, 2, 2, length, length, 8)
+    q, k, v = (t.requires_grad_() for t in random_qkv(b, 2, 2, length, length, 8))
     found = heed.stochastic_attention(q, k, v, heed.random_permutation(1, length), window=3)
     assert torch.equal(found, torch.zeros(b, 2, length, 8))
+    found.sum().backward()
+    assert torch.equal(k.grad, torch.zeros_like(k))
 
 
 Q, K, V = random_qkv(2, 4, 2, 6, 6, 8)

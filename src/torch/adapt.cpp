@@ -123,7 +123,8 @@ Tensor view(const at::Tensor& tensor) {
   if (!dtype) throw Error(std::string("no view of type ") + type_name(tensor.scalar_type()));
   const Dims shape({tensor.sizes().data(), tensor.sizes().size()});
   Dims strides({tensor.strides().data(), tensor.strides().size()});
-  // PyTorch leaves the stride of an axis of one element to chance.
+  // PyTorch leaves the strides of an axis of one element, and of an empty tensor, to chance.
+  if (tensor.numel() == 0) return Tensor(tensor.const_data_ptr(), *dtype, shape);
   if (shape.rank() > 0 && shape.back() <= 1) strides[shape.rank() - 1] = 1;
   return Tensor(tensor.const_data_ptr(), *dtype, shape, strides);
 }

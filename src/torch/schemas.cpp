@@ -124,7 +124,8 @@ TORCH_LIBRARY(heed, m) {
       "stochastic_attention_backward(Tensor grad_out, Tensor? grad_lse, Tensor q, Tensor k,"
       " Tensor v, Tensor permutation, Tensor out, Tensor lse, *, " HEED_STOCHASTIC_OPTIONS
       ") -> (Tensor grad_q, Tensor grad_k, Tensor grad_v)");
-  m.def("random_permutation(int seed, SymInt[] shape) -> Tensor");
+  // Fake tensors call every operator without tensor arguments with a device.
+  m.def("random_permutation(int seed, SymInt[] shape, *, Device? device=None) -> Tensor");
 #define HEED_SIGMOID_OPTIONS                                                             \
   "float? bias_value=None, Tensor? bias=None, bool causal=False, SymInt window_left=-1," \
   " SymInt window_right=-1, Tensor? lengths=None, float? scale=None, Tensor? alibi_slopes=None"

@@ -6,16 +6,13 @@
 #include <cstring>
 #include <vector>
 
+#include "base/round_up.h"
 #include "engine/tiled/path.h"
 #include "engine/tiled/problem.h"
 
 namespace heed::tiled {
 
 inline constexpr double kLog2E = 1.4426950408889634;
-
-inline int64_t round_up(int64_t n, int64_t multiple) {
-  return (n + multiple - 1) / multiple * multiple;
-}
 
 /// Rows of one head: t [heads, rows, width].
 inline kernels::Rows rows_of(const Tensor& t, int64_t head, int64_t begin, int64_t end) {

@@ -11,7 +11,6 @@ namespace heed {
 using kernels::KeyRange;
 using kernels::Rows;
 using kernels::Skew;
-using tiled::round_up;
 using tiled::TileAt;
 
 namespace {
