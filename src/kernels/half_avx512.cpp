@@ -110,7 +110,7 @@ template <int NV>
 void sum_columns(const uint16_t* p, int64_t p_stride, int64_t rows, const uint32_t* v,
                  int64_t v_stride, int64_t key_count, const KeyRange* ranges, const float* carry,
                  Block<float> o, int64_t column) {
-  constexpr int64_t kRun = 128;  // keys whose pairs of values stay in the first-level cache
+  constexpr int64_t kRun = 256;  // keys whose pairs of values stay in the first-level cache
   for_sum_blocks(rows, key_count, ranges, half_block_rows(NV), kRun, 2,
                  [&](int64_t r, int64_t from, int64_t to, bool first) {
                    const auto* weights = reinterpret_cast<const uint32_t*>(p + r * p_stride + from);

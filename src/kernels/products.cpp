@@ -120,7 +120,7 @@ void accumulate(const void* weights, int64_t p_stride, int64_t rows, const void*
                 Block<T> o) {
   // Keys whose values stay in the first-level cache while all rows pass over them.
   constexpr int64_t kRun =
-      16 * 1024 / (kPanelVectors * lanes<T>() * static_cast<int64_t>(sizeof(T)));
+      32 * 1024 / (kPanelVectors * lanes<T>() * static_cast<int64_t>(sizeof(T)));
   const int64_t v_stride = round_up(width, lanes<T>());
   const auto* p = static_cast<const T*>(weights);
   const auto* v = static_cast<const T*>(values);
