@@ -34,19 +34,30 @@ function(heed_room name)
   target_link_libraries(heed_${name} PUBLIC heed_flags ${ARG_LINK})
 endfunction()
 
-# heed_test(NAME SOURCES... [LINK LIBS...] [LABELS...]): one GoogleTest program, run by ctest.
+# heed_test(NAME SOURCES... [LINK LIBS...] [LABELS...] [SHARDS N]): one GoogleTest program, run by ctest,
+# a long one in shards that may run at once.
 function(heed_test name)
   if(NOT HEED_TESTS)
     return()
   endif()
-  cmake_parse_arguments(ARG "" "" "SOURCES;LINK;LABELS" ${ARGN})
+  cmake_parse_arguments(ARG "" "SHARDS" "SOURCES;LINK;LABELS" ${ARGN})
   find_package(GTest REQUIRED)
   add_executable(${name} ${ARG_SOURCES})
   target_link_libraries(${name} PRIVATE heed_flags ${ARG_LINK} GTest::gtest GTest::gtest_main)
-  add_test(NAME ${name} COMMAND ${name} WORKING_DIRECTORY ${PROJECT_SOURCE_DIR})
-  if(ARG_LABELS)
-    set_tests_properties(${name} PROPERTIES LABELS "${ARG_LABELS}")
+  if(NOT ARG_SHARDS)
+    set(ARG_SHARDS 1)
   endif()
+  math(EXPR last "${ARG_SHARDS} - 1")
+  foreach(shard RANGE ${last})
+    set(test ${name})
+    if(shard GREATER 0)
+      set(test ${name}_${shard})
+    endif()
+    add_test(NAME ${test} COMMAND ${name} WORKING_DIRECTORY ${PROJECT_SOURCE_DIR})
+    set_tests_properties(
+      ${test} PROPERTIES LABELS "${ARG_LABELS}" ENVIRONMENT
+                         "GTEST_TOTAL_SHARDS=${ARG_SHARDS};GTEST_SHARD_INDEX=${shard}")
+  endforeach()
 endfunction()
 
 # heed_fuzz(NAME SOURCES... [LINK LIBS...] [SEEDS FOLDERS...]): one libFuzzer target. ctest runs it

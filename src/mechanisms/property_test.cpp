@@ -9,7 +9,7 @@ namespace heed {
 namespace {
 
 #ifndef HEED_PROPERTY_CASES
-#define HEED_PROPERTY_CASES 2000  // over all mechanisms together, at least
+#define HEED_PROPERTY_CASES 3000  // over all mechanisms together, at least
 #endif
 
 class Properties : public testing::TestWithParam<const Mechanism*> {};
