@@ -1,8 +1,9 @@
 """Writes docs/mechanisms: one page per mechanism, from its card, cascades and record.
 
-    .venv/bin/python tools/make_docs.py [--check]
+    .venv/bin/python tools/make_docs.py [--check | --accuracy]
 
---check writes nothing and fails if a page differs from what would be written.
+--check writes nothing and fails if a page differs from what would be written. --accuracy writes
+docs/accuracy.md instead: what `heed check` finds on this machine, in some minutes.
 """
 
 import argparse
@@ -13,6 +14,9 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
 PAGES = ROOT / "docs" / "mechanisms"
+
+
+ACCURACY = ROOT / "docs" / "accuracy.md"
 
 
 def heed(*arguments):
@@ -56,10 +60,64 @@ def index(mechanisms):
     return "\n".join(lines) + "\n"
 
 
+ACCURACY_TEXT = """# How close to float64
+
+Every kernel is compared with its cascade, which the interpreter runs in float64: all example cases
+of the registry, three memory layouts, each instruction set of the machine, forward and every
+gradient. The inputs are the same numbers for both, already rounded to the type of the call. Inputs
+are standard normal, so results are of the order of 1 and the absolute errors below can be read as
+relative to that; gradients of sums can be larger.
+
+An element may differ from float64 by
+
+    u(result) |want| + 3 R + s max|want| + e
+
+`u` is the unit roundoff of the result's type: the result has to be rounded. `R` is how much the
+definition itself changes when its inputs are multiplied by `1 + s` or `1 - s` at random, with
+`s = u` for 16-bit types (weights are rounded once more on the way to a matrix unit), `16 u` for
+float32 and `64 u` for float64 (sums in another order). `s max|want|` allows for values that
+cancelled; `e` is the smallest step of float16. Gradients add `s` times the largest gradient that
+comes in. The table shows errors where they come closest to their bound. A ratio of 1 in the last
+column would be an error as large as the bound; one above 1 fails the tests.
+
+"""
+
+
+def accuracy():
+    """The table of docs/accuracy.md."""
+    found = heed("cpu")
+    lines = [
+        f"Measured on {found['model']}, paths {', '.join(found['instruction_sets'])}; `heed check` repeats it on yours.",
+        "",
+        "| mechanism | type | comparisons | error of results | of gradients | error / bound |",
+        "|---|---|--:|--:|--:|--:|",
+    ]
+    for mechanism in heed("list"):
+        rows = heed("check", mechanism["name"])
+        for dtype in ("float64", "float32", "bfloat16", "float16"):
+            of_type = [r for r in rows if r["type"] == dtype]
+            assert all(r["ok"] for r in of_type), mechanism["name"]
+            results = [r["error"] for r in of_type if not r["result"].startswith("grad ")]
+            gradients = [r["error"] for r in of_type if r["result"].startswith("grad ")]
+            if not results:
+                continue
+            gradient = f"{max(gradients):.1e}" if gradients else "-"
+            ratio = max(r["ratio"] for r in of_type)
+            lines.append(
+                f"| {mechanism['name']} | {dtype} | {len(of_type):,} | {max(results):.1e} | {gradient} | {ratio:.2f} |"
+            )
+    return ACCURACY_TEXT + "\n".join(lines) + "\n"
+
+
 def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--check", action="store_true", help="compare instead of writing")
-    check = parser.parse_args().check
+    parser.add_argument("--accuracy", action="store_true", help="write docs/accuracy.md")
+    arguments = parser.parse_args()
+    if arguments.accuracy:
+        ACCURACY.write_text(accuracy())
+        return
+    check = arguments.check
     mechanisms = heed("list")
     pages = {file_name(m["name"]): page(m) for m in mechanisms} | {"README.md": index(mechanisms)}
     old = {p.name for p in PAGES.glob("*.md")} - set(pages)
