@@ -64,6 +64,31 @@ int64_t group_size(const Dims* q, const Dims* k) {
   return q != nullptr && k != nullptr && (*k)[1] > 0 ? std::max<int64_t>(1, (*q)[1] / (*k)[1]) : 1;
 }
 
+/// 2 x the multiply-adds of a cascade; terms over the ranks of a mask only for the pairs that it keeps.
+double operations_of(const cascade::Program& program, const cascade::Bindings& bindings) {
+  const cascade::Ast& ast = program.ast();
+  const Sizes sizes = rank_sizes(program, bindings);
+  std::map<std::string, double> shares;
+  double operations = 0;
+  for (const auto& declared : ast.predicates) {
+    const auto predicate = bindings.predicates.find(declared.name);
+    if (predicate == bindings.predicates.end()) continue;
+    shares[declared.name] = kept_share(declared, sizes, predicate->second);
+  }
+  for (const cascade::StatementCount& row : cascade::count(program)) {
+    for (const auto& [ranks, factor] : row.multiply_adds.terms) {
+      double term = 2 * factor;
+      for (const std::string& rank : ranks) term *= static_cast<double>(sizes.at(rank));
+      for (const auto& declared : ast.predicates) {
+        const auto share = shares.find(declared.name);
+        if (share != shares.end() && runs_over(ast, ranks, declared.ranks)) term *= share->second;
+      }
+      operations += term;
+    }
+  }
+  return operations;
+}
+
 }  // namespace
 
 std::vector<Samples> time_calls(const std::vector<std::function<void()>>& calls, double seconds) {
@@ -105,30 +130,12 @@ std::string compiler_name() {
 }
 
 double visible_operations(const Mechanism& mechanism, const NamedTensors& in, const Spec& options) {
-  const CascadeText& text = *cascades_for(mechanism, options).front();
-  const cascade::Program program = cascade::parse(text.text, text.name);
-  const cascade::Ast& ast = program.ast();
   const cascade::Bindings bindings = mechanism.bind(in, options);
-  const Sizes sizes = rank_sizes(program, bindings);
-  std::map<std::string, double> shares;
-  double operations = 0;
-  for (const auto& declared : ast.predicates) {
-    const auto predicate = bindings.predicates.find(declared.name);
-    if (predicate == bindings.predicates.end()) continue;
-    shares[declared.name] = kept_share(declared, sizes, predicate->second);
+  double least = std::numeric_limits<double>::infinity();
+  for (const CascadeText* text : cascades_for(mechanism, options)) {
+    least = std::min(least, operations_of(cascade::parse(text->text, text->name), bindings));
   }
-  for (const cascade::StatementCount& row : cascade::count(program)) {
-    for (const auto& [ranks, factor] : row.multiply_adds.terms) {
-      double term = 2 * factor;
-      for (const std::string& rank : ranks) term *= static_cast<double>(sizes.at(rank));
-      for (const auto& declared : ast.predicates) {
-        const auto share = shares.find(declared.name);
-        if (share != shares.end() && runs_over(ast, ranks, declared.ranks)) term *= share->second;
-      }
-      operations += term;
-    }
-  }
-  return operations;
+  return least;
 }
 
 const Dims* input_shape(const ExampleCase& example, std::initializer_list<const char*> names) {
