@@ -284,7 +284,8 @@ def assert_near(found, expected, size=None, *, inputs=None, roundings=32):
     largest = expected.abs().max().item()
     size = largest if size is None else max(largest, float(size))
     inner = torch.finfo(wide_type(found.dtype)).eps
-    bound = torch.finfo(found.dtype).eps * largest + roundings * inner * size
+    kind = torch.finfo(found.dtype)
+    bound = kind.eps * (largest + kind.smallest_normal) + roundings * inner * size
     worst = difference.abs().max().item()
     assert worst <= bound, f"error {worst:.3g}, bound {bound:.3g}"  # False for NaN
 

@@ -217,6 +217,8 @@ void refuse_device(const OperatorHandle& op, Stack* stack) {
   const size_t first = stack->size() - arguments.size();
   for (size_t i = 0; i < arguments.size(); ++i) {
     const IValue& value = (*stack)[first + i];
+    TORCH_CHECK_TYPE(!value.isTensor() || value.toTensor().defined() || is_optional(arguments[i]),
+                     op.schema().name(), ": ", arguments[i].name(), " is None, needed is a tensor");
     if (!is_tensor(value)) continue;
     const at::Tensor& tensor = value.toTensor();
     const bool dense_cpu = tensor.device().is_cpu() && tensor.layout() == at::kStrided;
