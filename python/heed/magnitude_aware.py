@@ -81,7 +81,8 @@ def magnitude_aware_linear_attention(
     Returns:
         ``out [B, H, Lq, Dv]`` of q's type, 0 where nothing is seen; with ``return_state``, ``(out,
         state)`` with ``state = (S [B, H, D, Dv], k_sum [B, H, D], v_sum [B, H, Dv], count [B])``
-        float32 (float64 for float64), the count being that of the tokens so far.
+        float32 (float64 for float64), the count being that of the tokens so far, at most 2**24 in
+        float32.
 
     Raises:
         ValueError, TypeError, RuntimeError: as :func:`heed.flash_attention`; a ``scale`` in the

@@ -270,14 +270,14 @@ def assert_near(found, expected, size=None, *, inputs=None, roundings=32):
     """One rounding of the result, and some of the float32 (float64) sums behind it.
 
     ``size`` is the largest sum of the terms' sizes, which the terms may cancel out of; without one
-    it is the largest result. Calls whose ``inputs`` are bfloat16 may round the factors of products
-    to it: they are held to half of its spacing, 2**-8, as a relative root mean square.
+    it is the largest result. ``inputs`` of bfloat16 say that the call may round the factors of
+    products to it: half of its spacing, 2**-8, is then the bound of the relative root mean square.
     """
     assert found.shape == expected.shape
     if found.numel() == 0:
         return
     difference = found.double() - expected.double()
-    if torch.bfloat16 in (found.dtype, inputs):
+    if inputs == torch.bfloat16:
         ratio = (difference.norm() / expected.norm()).item() if difference.any() else 0.0
         assert ratio <= 2**-8, f"relative error {ratio:.3g}"  # False for NaN
         return

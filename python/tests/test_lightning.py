@@ -55,7 +55,7 @@ def test_types_of_slopes(dtype, slope_type):
     q, k, v = random_qkv(1, 2, 2, 30, 30, 8, dtype=dtype)
     out = heed.lightning_attention(q, k, v, slopes)
     expected = formula.lightning(*double((q, k, v)), slopes.double().detach())[0]
-    assert_near(out, expected)
+    assert_near(out, expected, inputs=dtype)
     out.float().sum().backward()
     assert slopes.grad.dtype == slope_type
 
@@ -129,7 +129,7 @@ def test_131072_tokens():
     for dtype in (torch.float32, torch.bfloat16):
         q, k, v = (t.to(dtype) for t in half)
         out, state = heed.lightning_attention(q, k, v, slopes, return_state=True)
-        assert_near(out, expected, size)
+        assert_near(out, expected, size, inputs=dtype)
         assert_near(state, last, size, inputs=dtype)
 
 

@@ -170,10 +170,10 @@ def taylor_check(q, k, v, **options):
     out, state = heed.taylor_state_attention(q, k, v, return_state=True, **options)
     exact = formula.taylor(*double((q, k, v)), **{n: double(o) for n, o in options.items()})
     size = exact[0].abs().max() + v.double().abs().max() if out.numel() else None
-    assert_near(out, exact[0], size, inputs=q.dtype, roundings=256)
+    assert_near(out, exact[0], size, roundings=256)
     for found, expected in zip(state, exact[1], strict=True):
         assert found.dtype == formula.wide_type(q.dtype)
-        assert_near(found, expected, inputs=q.dtype, roundings=256)
+        assert_near(found, expected, roundings=256)
     assert torch.equal(heed.taylor_state_attention(q, k, v, **options), out)
 
 
