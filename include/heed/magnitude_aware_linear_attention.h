@@ -28,7 +28,7 @@ MagnitudeAwareForm parse_magnitude_aware_form(std::string_view name);  // throws
 
 /// Of a causal call, after its last token: s [B,H,D,Dv], k_sum [B,H,D], v_sum [B,H,Dv] float32 (float64),
 /// count [B], the tokens so far: of the same type, int32 or int64 where it is given, of the same type
-/// where it is returned.
+/// where it is returned; float32 counts to 2^24, a longer sequence has no state.
 struct MagnitudeAwareState {
   Tensor s = {}, k_sum = {}, v_sum = {}, count = {};
 };

@@ -28,7 +28,9 @@ struct Fft<Real>::Plans {
 
 template <class Real>
 Fft<Real>::Fft(int64_t length)
-    : length_(good_fft_length(length)), plans_(std::make_unique<const Plans>(length_)) {}
+    // A transform of one number takes kissfft's path of odd radices, into scratch it does not have.
+    : length_(good_fft_length(std::max<int64_t>(length, 2))),
+      plans_(std::make_unique<const Plans>(length_)) {}
 template <class Real>
 Fft<Real>::~Fft() = default;
 

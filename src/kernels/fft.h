@@ -14,7 +14,7 @@ int64_t good_fft_length(int64_t at_least);
 template <class Real>
 class Fft {
  public:
-  /// The length becomes the next good one.
+  /// The length becomes the next good one, at least 2.
   explicit Fft(int64_t length);
   ~Fft();
   Fft(const Fft&) = delete;

@@ -3,6 +3,7 @@
 #include <ATen/Parallel.h>
 #include <ATen/ops/empty.h>
 #include <ATen/ops/from_blob.h>
+#include <ATen/ops/zeros.h>
 
 #include <memory>
 #include <string>
@@ -164,6 +165,18 @@ std::optional<at::Tensor> gradient_input(const std::optional<at::Tensor>& gradie
   return gradient->contiguous();
 }
 
+at::Tensor out_gradient(const std::optional<at::Tensor>& gradient, const at::Tensor& q,
+                        const at::Tensor& v) {
+  if (gradient && gradient->defined()) return gradient_input(*gradient);
+  return at::zeros({q.size(0), q.size(1), q.size(2), v.size(3)}, q.options());
+}
+
+at::Tensor take_gradient(Array gradient, const std::optional<at::Tensor>& input,
+                         const at::Tensor& like) {
+  if (!input || !input->defined()) return take({}, like);
+  return take(std::move(gradient), *input).to(input->scalar_type());
+}
+
 at::Tensor small_input(const at::Tensor& tensor, std::optional<at::ScalarType> at_least) {
   const at::ScalarType type = tensor.scalar_type();
   if (at_least && is_float_type(type) && at::elementSize(type) < at::elementSize(*at_least)) {
@@ -195,6 +208,20 @@ std::pair<at::Tensor, at::Tensor> empty_results(const at::Tensor& q, const at::T
   return {at::empty_symint(shape, q.options()),
           at::empty_symint(c10::SymIntArrayRef(shape, 3),
                            q.options().dtype(statistics_type(q.scalar_type())))};
+}
+
+at::Tensor empty_statistic(const at::Tensor& q, c10::SymIntArrayRef shape, bool wanted) {
+  const at::TensorOptions options = q.options().dtype(statistics_type(q.scalar_type()));
+  return wanted ? at::empty_symint(shape, options) : at::empty({0}, options);
+}
+
+Tensor view_wanted(const std::optional<at::Tensor>& tensor, bool wanted) {
+  return wanted ? view(tensor) : Tensor();
+}
+
+std::array<c10::SymInt, 4> state_shape(const at::Tensor& q, const c10::SymInt& features,
+                                       const at::Tensor& v) {
+  return {q.sym_size(0), q.sym_size(1), features, v.sym_size(3)};
 }
 
 RunOptions run_options() {

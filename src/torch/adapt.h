@@ -3,6 +3,7 @@
 #include <ATen/core/Tensor.h>
 #include <c10/util/Exception.h>
 
+#include <array>
 #include <optional>
 #include <utility>
 
@@ -61,6 +62,14 @@ std::optional<at::Tensor> held_input(const char* op, const char* name,
 at::Tensor gradient_input(const at::Tensor& gradient);
 std::optional<at::Tensor> gradient_input(const std::optional<at::Tensor>& gradient);
 
+/// The gradient of out [B,H,Lq,Dv] as kernels read it; zeros where none arrives.
+at::Tensor out_gradient(const std::optional<at::Tensor>& gradient, const at::Tensor& q,
+                        const at::Tensor& v);
+
+/// take, in the type of the optional input whose gradient it is; [0] where that was not given.
+at::Tensor take_gradient(Array gradient, const std::optional<at::Tensor>& input,
+                         const at::Tensor& like);
+
 /// A small input in the form that kernels read: contiguous, floating types widened to `at_least`.
 at::Tensor small_input(const at::Tensor& tensor, std::optional<at::ScalarType> at_least = {});
 
@@ -77,6 +86,15 @@ std::optional<int64_t> window_side(const char* op, const char* side, int64_t val
 
 /// Results of softmax attention: out [B,H,Lq,Dv], lse [B,H,Lq]; also for symbolic shapes.
 std::pair<at::Tensor, at::Tensor> empty_results(const at::Tensor& q, const at::Tensor& v);
+
+/// A result of the statistics type beside inputs like q, [0] where it is not wanted; also for symbolic
+/// shapes. view_wanted is undefined there.
+at::Tensor empty_statistic(const at::Tensor& q, c10::SymIntArrayRef shape, bool wanted = true);
+Tensor view_wanted(const std::optional<at::Tensor>& tensor, bool wanted);
+
+/// The shape [B,H,F,Dv] of what a running state sums up.
+std::array<c10::SymInt, 4> state_shape(const at::Tensor& q, const c10::SymInt& features,
+                                       const at::Tensor& v);
 
 /// PyTorch's thread count is the one that counts here.
 RunOptions run_options();

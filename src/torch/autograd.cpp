@@ -29,11 +29,17 @@ using torch::jit::Stack;
 
 constexpr const char* kForwardOnly[] = {"decode_attention"};
 constexpr const char* kDifferentiable[] = {"affine_scaled_attention",
+                                           "attention_distillation_loss",
                                            "depthwise_causal_conv",
+                                           "feature_map",
                                            "flash_attention",
                                            "flash_attention_varlen",
                                            "head_gated_attention",
+                                           "kernelized_rpe_attention",
+                                           "lightning_attention",
+                                           "linear_attention",
                                            "local_linear_attention",
+                                           "magnitude_aware_linear_attention",
                                            "merge_attention",
                                            "moh_router",
                                            "na1d",
@@ -42,8 +48,10 @@ constexpr const char* kDifferentiable[] = {"affine_scaled_attention",
                                            "parallax_attention",
                                            "recurrent_softmax_attention",
                                            "relative_attention",
+                                           "relu_linear_attention",
                                            "sigmoid_attention",
-                                           "stochastic_attention"};
+                                           "stochastic_attention",
+                                           "taylor_state_attention"};
 
 OperatorHandle backward_of(const OperatorHandle& op) {
   return c10::Dispatcher::singleton().findSchemaOrThrow((op.schema().name() + "_backward").c_str(),
@@ -62,6 +70,18 @@ int64_t find(const std::vector<c10::Argument>& arguments, const std::string& nam
 
 std::string without_grad(const std::string& name) { return name.substr(5); }
 
+bool is_optional(const c10::Argument& argument) {
+  return argument.type()->kind() == c10::TypeKind::OptionalType;
+}
+
+// Whether the backward reads a result, if only to make a gradient of its shape where none arrives.
+bool backward_uses(const OperatorHandle& backward_op, const std::string& result) {
+  const auto& arguments = backward_op.schema().arguments();
+  const int64_t gradient = find(arguments, "grad_" + result);
+  return find(arguments, result) >= 0 ||
+         (gradient >= 0 && !is_optional(arguments[static_cast<size_t>(gradient)]));
+}
+
 struct Differentiable : torch::autograd::Function<Differentiable> {
   // `tensors` are the tensors among `arguments`, in order.
   static variable_list forward(AutogradContext* ctx, at::TensorList tensors,
@@ -73,7 +93,11 @@ struct Differentiable : torch::autograd::Function<Differentiable> {
     }
     variable_list results, saved(tensors.begin(), tensors.end());
     for (const IValue& value : stack) results.push_back(value.toTensor());
-    saved.insert(saved.end(), results.begin(), results.end());
+    const OperatorHandle backward_op = backward_of(op);
+    for (size_t i = 0; i < results.size(); ++i) {
+      const bool used = backward_uses(backward_op, op.schema().returns()[i].name());
+      saved.push_back(used ? results[i] : at::Tensor());
+    }
     ctx->save_for_backward(saved);
     ctx->set_materialize_grads(false);
     ctx->saved_data["op"] = op.schema().name();
@@ -83,7 +107,6 @@ struct Differentiable : torch::autograd::Function<Differentiable> {
       ctx->saved_data[op.schema().arguments()[i].name()] = given ? IValue(true) : arguments[i];
     }
     variable_list constant;
-    const OperatorHandle backward_op = backward_of(op);
     for (size_t i = 0; i < results.size(); ++i) {
       const std::string gradient = "grad_" + op.schema().returns()[i].name();
       if (find(backward_op.schema().arguments(), gradient) < 0) constant.push_back(results[i]);
@@ -117,9 +140,9 @@ struct Differentiable : torch::autograd::Function<Differentiable> {
       const int64_t result = find(results, name), argument = find(arguments, name);
       if (name.starts_with("grad_")) {
         const auto i = static_cast<size_t>(find(results, without_grad(name)));
-        const bool optional = wanted.type()->kind() == c10::TypeKind::OptionalType;
         at::Tensor gradient = gradients[i];
-        if (!gradient.defined() && !optional) gradient = at::zeros_like(saved[tensors + i]);
+        if (!gradient.defined() && !is_optional(wanted))
+          gradient = at::zeros_like(saved[tensors + i]);
         stack.push_back(gradient.defined() ? IValue(gradient) : IValue());
       } else if (result >= 0) {
         stack.emplace_back(saved[tensors + static_cast<size_t>(result)]);
@@ -174,9 +197,14 @@ void fake_backward(const OperatorHandle& op, Stack* stack) {
       const at::Tensor& tensor = like.toTensor();
       results.emplace_back(at::empty_symint(tensor.sym_sizes(), tensor.options()));
     } else {
-      const auto given = std::find_if(stack->begin() + static_cast<std::ptrdiff_t>(first),
-                                      stack->end(), is_tensor);
-      const at::Tensor& any = given->toTensor();
+      // Not a gradient: it may be of another type than the inputs.
+      const auto input =
+          std::find_if(arguments.begin(), arguments.end(), [](const c10::Argument& argument) {
+            return argument.type()->kind() == c10::TypeKind::TensorType &&
+                   !argument.name().starts_with("grad_");
+          });
+      const at::Tensor& any =
+          (*stack)[first + static_cast<size_t>(input - arguments.begin())].toTensor();
       results.emplace_back(at::empty({0}, any.options()));
     }
   }
@@ -189,6 +217,8 @@ void refuse_device(const OperatorHandle& op, Stack* stack) {
   const size_t first = stack->size() - arguments.size();
   for (size_t i = 0; i < arguments.size(); ++i) {
     const IValue& value = (*stack)[first + i];
+    TORCH_CHECK_TYPE(!value.isTensor() || value.toTensor().defined() || is_optional(arguments[i]),
+                     op.schema().name(), ": ", arguments[i].name(), " is None, needed is a tensor");
     if (!is_tensor(value)) continue;
     const at::Tensor& tensor = value.toTensor();
     const bool dense_cpu = tensor.device().is_cpu() && tensor.layout() == at::kStrided;

@@ -145,4 +145,75 @@ TORCH_LIBRARY(heed, m) {
       "recurrent_softmax_attention_backward(Tensor grad_out, Tensor q, Tensor k, Tensor v,"
       " Tensor core, Tensor statistic, *, " HEED_RECURRENT_OPTIONS
       ") -> (Tensor grad_q, Tensor grad_k, Tensor grad_v, Tensor grad_gate)");
+#define HEED_LIGHTNING_ARGUMENTS                                                            \
+  "Tensor q, Tensor k, Tensor v, Tensor? slopes=None, *, Tensor? initial_state=None, bool " \
+  "return_state=False"
+  // A running state is empty where return_state does not ask for it.
+  m.def("lightning_attention(" HEED_LIGHTNING_ARGUMENTS ") -> (Tensor out, Tensor state)");
+  m.def(
+      "lightning_attention_backward(Tensor? grad_out, Tensor? grad_state, " HEED_LIGHTNING_ARGUMENTS
+      ") -> (Tensor grad_q, Tensor grad_k, Tensor grad_v, Tensor grad_slopes,"
+      " Tensor grad_initial_state)");
+  m.def(
+      "lightning_slopes(int num_heads, int? layer=None, int? num_layers=None, str form='code')"
+      " -> Tensor");
+#define HEED_LINEAR_OPTIONS                                                                 \
+  "bool causal=False, bool normalize=True, float eps=1e-12, Tensor? lengths=None, Tensor? " \
+  "initial_s=None, Tensor? initial_z=None, bool return_state=False"
+  m.def("linear_attention(Tensor q, Tensor k, Tensor v, *, " HEED_LINEAR_OPTIONS
+        ") -> (Tensor out, Tensor s, Tensor z)");
+  m.def(
+      "linear_attention_backward(Tensor? grad_out, Tensor? grad_s, Tensor? grad_z, Tensor q,"
+      " Tensor k, Tensor v, *, " HEED_LINEAR_OPTIONS
+      ") -> (Tensor grad_q, Tensor grad_k, Tensor grad_v, Tensor grad_initial_s,"
+      " Tensor grad_initial_z)");
+#define HEED_TAYLOR_OPTIONS                                                               \
+  "int order=2, float? scale=None, Tensor? initial_s=None, Tensor? initial_z=None, bool " \
+  "return_state=False"
+  m.def("taylor_state_attention(Tensor q, Tensor k, Tensor v, *, " HEED_TAYLOR_OPTIONS
+        ") -> (Tensor out, Tensor s, Tensor z)");
+  m.def(
+      "taylor_state_attention_backward(Tensor? grad_out, Tensor? grad_s, Tensor? grad_z, Tensor q,"
+      " Tensor k, Tensor v, *, " HEED_TAYLOR_OPTIONS
+      ") -> (Tensor grad_q, Tensor grad_k, Tensor grad_v, Tensor grad_initial_s,"
+      " Tensor grad_initial_z)");
+#define HEED_MAGNITUDE_AWARE_OPTIONS                                                             \
+  "bool causal=False, str form='code', SymInt[]? rope=None, float? scale=None, float eps=1e-06," \
+  " Tensor? initial_s=None, Tensor? initial_k_sum=None, Tensor? initial_v_sum=None,"             \
+  " Tensor? initial_count=None, bool return_state=False"
+  m.def(
+      "magnitude_aware_linear_attention(Tensor q, Tensor k, Tensor v, "
+      "*, " HEED_MAGNITUDE_AWARE_OPTIONS
+      ") -> (Tensor out, Tensor s, Tensor k_sum, Tensor v_sum, Tensor count)");
+  m.def(
+      "magnitude_aware_linear_attention_backward(Tensor? grad_out, Tensor? grad_s,"
+      " Tensor? grad_k_sum, Tensor? grad_v_sum, Tensor q, Tensor k, Tensor v, "
+      "*, " HEED_MAGNITUDE_AWARE_OPTIONS
+      ") -> (Tensor grad_q, Tensor grad_k, Tensor grad_v, Tensor grad_initial_s,"
+      " Tensor grad_initial_k_sum, Tensor grad_initial_v_sum)");
+#define HEED_FEATURE_ARGUMENTS "Tensor x, str kind, Tensor? weight=None, Tensor? bias=None"
+  m.def("feature_map(" HEED_FEATURE_ARGUMENTS ") -> Tensor out");
+  m.def("feature_map_backward(Tensor grad_out, " HEED_FEATURE_ARGUMENTS
+        ") -> (Tensor grad_x, Tensor grad_weight, Tensor grad_bias)");
+  m.def("hedgehog_identity(int heads, int dim, int width) -> Tensor");
+  m.def(
+      "performer_projection(int heads, int features, int dim, int seed, bool orthogonal=True)"
+      " -> Tensor");
+#define HEED_DISTILLATION_ARGUMENTS                                                             \
+  "Tensor q, Tensor k, Tensor feature_q, Tensor feature_k, *, bool causal=False, float? scale=" \
+  "None"
+  m.def("attention_distillation_loss(" HEED_DISTILLATION_ARGUMENTS ") -> Tensor loss");
+  m.def("attention_distillation_loss_backward(Tensor grad_loss, " HEED_DISTILLATION_ARGUMENTS
+        ") -> (Tensor grad_feature_q, Tensor grad_feature_k)");
+#define HEED_RELU_LINEAR_ARGUMENTS \
+  "Tensor q, Tensor k, Tensor v, Tensor temperature, *, float clamp=100.0"
+  m.def("relu_linear_attention(" HEED_RELU_LINEAR_ARGUMENTS ") -> Tensor out");
+  m.def("relu_linear_attention_backward(Tensor grad_out, " HEED_RELU_LINEAR_ARGUMENTS
+        ") -> (Tensor grad_q, Tensor grad_k, Tensor grad_v, Tensor grad_temperature)");
+#define HEED_RPE_ARGUMENTS                                                                      \
+  "Tensor q, Tensor k, Tensor v, Tensor rpb, Tensor? projection, *, str features='nprf', bool " \
+  "causal=False, SymInt[]? grid=None, str path='auto'"
+  m.def("kernelized_rpe_attention(" HEED_RPE_ARGUMENTS ") -> Tensor out");
+  m.def("kernelized_rpe_attention_backward(Tensor grad_out, " HEED_RPE_ARGUMENTS
+        ") -> (Tensor grad_q, Tensor grad_k, Tensor grad_v, Tensor grad_rpb)");
 }

@@ -69,12 +69,9 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor> sigmoid_b
     to =
         sigmoid_attention_backward(view(g), view(q), view(k), view(v), held.options, run_options());
   });
-  const auto as = [&q](Array gradient, const MaybeTensor& parameter) {
-    if (!parameter || !parameter->defined()) return take({}, q);
-    return take(std::move(gradient), *parameter).to(parameter->scalar_type());
-  };
   return {take(std::move(to.q), q), take(std::move(to.k), k), take(std::move(to.v), v),
-          as(std::move(to.bias), bias), as(std::move(to.alibi_slopes), alibi_slopes)};
+          take_gradient(std::move(to.bias), bias, q),
+          take_gradient(std::move(to.alibi_slopes), alibi_slopes, q)};
 }
 
 // NOLINTBEGIN(performance-unnecessary-value-param): the dispatcher passes SymInt by value

@@ -1,6 +1,7 @@
 #include <cmath>
 #include <memory>
 #include <string>
+#include <type_traits>
 #include <vector>
 
 #include "heed/error.h"
@@ -120,6 +121,16 @@ void check(const Tensor& q, const Tensor& k, const Tensor& v, const Options& opt
   chunked::check_alignment(kOp, options.causal, given, q.size(2), k.size(2));
 }
 
+// Counts become numbers of the state's type, which float32 holds exactly up to 2^24.
+void check_last_counts(const std::vector<int64_t>& before, int64_t keys, bool in_float) {
+  constexpr int64_t kMost = int64_t{1} << 24;
+  for (const int64_t count : before) {
+    if (!in_float || count + keys <= kMost) continue;
+    fail("the state's count would be " + std::to_string(count + keys),
+         "at most " + std::to_string(kMost) + " tokens fit into a float32 state");
+  }
+}
+
 // How a row ends, over n keys: see the formulas of the header.
 chunked::ReadOut code_row(double scale, double eps, double n, double denominator) {
   const double share = scale / n, z = share * denominator;
@@ -192,6 +203,7 @@ template <class T>
 void run_forward(const Tensor& q, const Tensor& k, const Tensor& v, const Tensor& out,
                  const State& state, const Options& options, const RunOptions& run) {
   const Call<T> call(q, k, v, options, run);
+  if (state.count.defined()) check_last_counts(call.before, k.size(2), std::is_same_v<T, float>);
   chunked::forward(call.problem, out, {state.s, state.k_sum, state.v_sum}, run);
   if (!state.count.defined()) return;
   for (int64_t b = 0; b < q.size(0); ++b) {
