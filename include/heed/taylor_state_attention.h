@@ -34,7 +34,7 @@ struct TaylorOptions {
   TaylorState initial_state = {};    // both or neither; undefined: zero. Needs Lq <= Lk
 };
 
-/// n: the number of monomials of D elements up to a degree.
+/// n: the number of monomials of D elements up to a degree. Throws Error for an order outside 0..3.
 int64_t taylor_state_size(int64_t head_dim, int64_t order);
 
 struct TaylorResult {

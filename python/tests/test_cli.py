@@ -332,6 +332,66 @@ def test_run_with_other_attention():
     assert stories(*ask, "--attention", "sigmoid:bias=-8")["tokens"] != full
 
 
+CAUSAL = [
+    "affine_scaled", "flash", "lightning", "linear", "local_linear", "magnitude_aware_linear",
+    "na1d", "recurrent_softmax", "sigmoid", "stochastic", "taylor_state",
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("name", CAUSAL)
+def test_run_with_every_causal_mechanism(name):
+    answer = stories("-p", "Once upon a time", "--max-tokens", "6", "--attention", name)
+    assert len(answer["tokens"]) == 6
+    assert (answer["cache_bytes"] == 0) != (answer["state_bytes"] == 0)
+
+
+def test_run_with_attention_that_is_softmax_in_other_words():
+    ask = ["-p", "Once upon a time, there was a", "--max-tokens", "40"]
+    full = stories(*ask)["tokens"]
+    for same in (
+        "5xflash",
+        "2xflash/3xrecurrent_softmax",
+        "affine_scaled:alpha=1,alpha_mean=1",
+        "stochastic:window=5000",
+        "na1d:kernel_size=5000",
+        "local_linear:ridge=1e9",
+        "flash/na1d:kernel_size=600/stochastic:window=2000/flash:window=500/recurrent_softmax",
+    ):
+        assert stories(*ask, "--attention", same)["tokens"] == full, same
+
+
+def test_run_with_attention_per_layer():
+    ask = ["-p", "Once upon a time, there was a", "--max-tokens", "30"]
+    texts = {
+        spec: stories(*ask, "--attention", spec)["text"]
+        for spec in ("flash", "4xflash/lightning", "lightning/4xflash", "5xlightning")
+    }
+    assert len(set(texts.values())) == len(texts)
+
+
+def test_run_keeps_states_of_a_fixed_size():
+    """5 layers of 8 heads of 8 x 8 float32; a tenth of a cache's growth is too much."""
+    for words in (10, 2000):
+        answer = stories("-p", "Once upon " * words, "--attention", "lightning", "--context",
+                         "1000000000", "--max-tokens", "3")  # fmt: skip
+        assert answer["state_bytes"] == 5 * 8 * 8 * 8 * 4 and answer["cache_bytes"] == 0
+    mixed = stories("-p", "Once", "--attention", "4xlightning/flash", "--max-tokens", "3")
+    cached = stories("-p", "Once", "--max-tokens", "3")
+    assert mixed["cache_bytes"] == cached["cache_bytes"] / 5 > 0
+    ask = ["run", "--model", STORIES, "--no-chat", "-p", "Once", "--max-tokens", "3"]
+    assert "; cache 0." in heed(*ask).stderr
+    assert "; states 0.0 MB" in heed(*ask, "--attention", "lightning").stderr
+
+
+def test_stochastic_attention_follows_its_seed():
+    ask = ["-p", "Once upon a time, there was a little girl " * 4, "--max-tokens", "30"]
+    first, again, other = (
+        stories(*ask, "--attention", f"stochastic:window=8,seed={seed}")["tokens"]
+        for seed in (1, 1, 2)
+    )
+    assert first == again != other
+
+
 @pytest.mark.parametrize(
     "arguments, expected",
     [
@@ -339,6 +399,15 @@ def test_run_with_other_attention():
         (["-p", "x", "--attention", "flash:window=many"], "window"),
         (["-p", "x", "--attention", ""], "NAME"),
         (["-p", "x", "--attention", "merge"], "flash_attention"),
+        (["-p", "x", "--attention", "falsh"], "did you mean 'flash'"),
+        (["-p", "x", "--attention", "flash/lightning"], "found a pattern of 2 layers"),
+        (["-p", "x", "--attention", "4xflash/3xlightning"], "more than 5 layers"),
+        (["-p", "x", "--attention", "0xflash/5xlightning"], "count of 0"),
+        (["-p", "x", "--attention", "flash/"], "NAME"),
+        (["-p", "x", "--attention", "flash:causal=0"], "causal"),
+        (["-p", "x", "--attention", "lightning:slopes=1"], "decay, form"),
+        (["-p", "x", "--attention", "linear:map=performer"], "projection"),
+        (["-p", "x", "--attention", "taylor_state:order=4"], "0 to 3"),
         (["-p", "x", "--dtype", "f31"], "did you mean 'f32'"),
         (["-p", "x", "--temperature", "-1"], "temperature"),
         (["-p", "x", "--top-p", "2"], "top_p"),
@@ -428,7 +497,7 @@ def test_conversation_on_a_terminal():
         shown += part
     os.close(parent)
     assert program.wait(timeout=60) == 0, shown
-    assert b"Paris" in shown and shown.count(b"in attention]") == 2
+    assert b"Paris" in shown and shown.count(b"of the time in attention; cache") == 2
 
 
 def test_eval(tmp_path):
@@ -442,8 +511,39 @@ def test_eval(tmp_path):
     assert windowed["perplexity"] > found["perplexity"]
     strided = heed_json(*arguments, "--context", "64", "--stride", "63")
     assert strided["perplexity"] != found["perplexity"]
+    assert found["tokens_per_s"] > 0 and found["cache_bytes"] > 0 == found["state_bytes"]
     assert "perplexity" in heed(*arguments).stdout
     assert heed_json(*arguments[:-1], "-", stdin=file.read_text())["tokens"] == found["tokens"]
+
+
+def test_eval_of_mixes_and_states(tmp_path):
+    file = tmp_path / "story.txt"
+    file.write_text("Once upon a time, there was a little girl named Lily. She loved to play. " * 40)
+    arguments = ["eval", "--model", STORIES, "--dtype", "f32", "--text", file, "--attention"]
+    perplexities = {
+        spec: heed_json(*arguments, spec)["perplexity"]
+        for spec in (
+            "flash",
+            "stochastic:window=16",
+            "2xflash/3xstochastic:window=16",
+            "flash:window=8/4xstochastic:window=16",
+        )
+    }
+    assert len({round(p, 6) for p in perplexities.values()}) == len(perplexities)
+    assert min(perplexities, key=perplexities.get) == "flash"
+    # A window over all slots is softmax attention, also where windows are longer than a chunk.
+    everything, full = (
+        heed_json(*arguments, spec, "--context", "700")["perplexity"]
+        for spec in ("stochastic:window=2000", "flash")
+    )
+    assert everything == pytest.approx(full, rel=1e-4)
+    # One definition, by a state and over a cache, in windows that begin anew.
+    state, cache = (
+        heed_json(*arguments, spec, "--context", "100")
+        for spec in ("taylor_state:order=2", "recurrent_softmax:order=2")
+    )
+    assert state["perplexity"] == pytest.approx(cache["perplexity"], rel=1e-3)
+    assert state["cache_bytes"] == 0 < state["state_bytes"]
 
 
 def test_eval_refuses(tmp_path):

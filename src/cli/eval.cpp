@@ -37,6 +37,8 @@ int eval(const Arguments& arguments) {
   };
   const Perplexity result = perplexity(*loaded.model, tokens, options);
   progress.clear();
+  const double rate =
+      result.total_seconds > 0 ? static_cast<double>(result.passed) / result.total_seconds : 0;
   const bool complete = !guard.interrupted();
   const double share =
       result.total_seconds > 0 ? result.attention_seconds / result.total_seconds : 0;
@@ -47,14 +49,18 @@ int eval(const Arguments& arguments) {
                 {"scored_tokens", result.scored},
                 {"context", loaded.model->context()},
                 {"seconds", result.total_seconds},
+                {"tokens_per_s", rate},
                 {"attention_share", share},
+                {"cache_bytes", loaded.model->cache_bytes()},
+                {"state_bytes", loaded.model->state_bytes()},
                 {"complete", complete}});
   } else {
     fmt::print("perplexity {:.4f}  ({} tokens scored, context {}, {:.4f} nats per token)\n",
                result.perplexity, result.scored, loaded.model->context(), result.mean_nll);
     std::fflush(stdout);
-    fmt::print(stderr, "[{:.1f} s, {:.0f} % of the time in attention{}]\n", result.total_seconds,
-               100 * share, complete ? "" : "; interrupted, the rest of the text is not in it");
+    fmt::print(stderr, "[{:.1f} s, {:.1f} tokens/s, {:.0f} % of the time in attention{}]\n",
+               result.total_seconds, rate, 100 * share,
+               complete ? "" : "; interrupted, the rest of the text is not in it");
   }
   return complete ? kOk : kInterrupted;
 }

@@ -10,8 +10,8 @@
 #include "cli/arguments.h"
 #include "cli/model_file.h"
 #include "heed/error.h"
+#include "llm/attention_pattern.h"
 #include "mechanisms/nearest.h"
-#include "mechanisms/registry.h"
 
 namespace heed::cli {
 namespace {
@@ -23,16 +23,13 @@ extern "C" void on_interrupt(int) {
   std::signal(SIGINT, SIG_DFL);
 }
 
-ModelAttention attention_of(const std::string& text) {
-  const Spec spec = Spec::parse(text);
-  const Mechanism& mechanism = find_mechanism(spec.name());
-  if (mechanism.model_attention) return mechanism.model_attention(spec);
-  std::vector<std::string> able;
-  for (const Mechanism& other : mechanisms()) {
-    if (other.model_attention) able.push_back(other.name);
+std::vector<ModelAttention> attention_of(const std::string& pattern, const GgufFile& file) {
+  const ModelConfig config = read_model_config(file);
+  try {
+    return parse_attention(pattern, config);
+  } catch (const Error& error) {
+    throw Error(std::string("--attention: ") + error.what());
   }
-  throw Error("--attention: " + mechanism.name +
-              " cannot stand in for the attention of a model; these can: " + joined(able));
 }
 
 ModelDtype dtype_of(const std::string& text) {
@@ -49,8 +46,10 @@ ModelDtype dtype_of(const std::string& text) {
 void add_model_options(CLI::App& command, ModelArguments& arguments, const char* context_help) {
   command.add_option("--model", arguments.model, "GGUF file, or smollm2")->capture_default_str();
   command
-      .add_option("--attention", arguments.attention,
-                  "Mechanism in the place of the model's attention: NAME or NAME:key=value,...")
+      .add_option(
+          "--attention", arguments.attention,
+          "In the place of the model's attention: NAME or NAME:key=value,...; A/B: by turns "
+          "over the layers; 15xA/15xB: fifteen layers A, then fifteen B")
       ->capture_default_str();
   command.add_option("--dtype", arguments.dtype,
                      "f32 (exact), bf16 or int4; without it what suits the file");
@@ -61,7 +60,6 @@ void add_model_options(CLI::App& command, ModelArguments& arguments, const char*
 LanguageModel load_model(const ModelArguments& arguments) {
   use_threads(arguments.threads);
   ModelOptions options;
-  options.attention = {attention_of(arguments.attention)};
   if (arguments.dtype) options.dtype = dtype_of(*arguments.dtype);
   options.run.threads = arguments.threads;
   if (arguments.context && *arguments.context < 1) {
@@ -70,6 +68,7 @@ LanguageModel load_model(const ModelArguments& arguments) {
   options.context = arguments.context;
   LanguageModel loaded;
   loaded.file = std::make_unique<GgufFile>(GgufFile::open(find_model(arguments.model)));
+  options.attention = attention_of(arguments.attention, *loaded.file);
   loaded.tokenizer = std::make_unique<Tokenizer>(*loaded.file);
   loaded.model = std::make_unique<Model>(*loaded.file, std::move(options));
   return loaded;

@@ -29,26 +29,36 @@ std::optional<std::string> given_prompt(const Arguments& arguments) {
   return std::nullopt;
 }
 
-Json result_json(const GenerateResult& result, const std::string& text) {
+Json result_json(const GenerateResult& result, const std::string& text, const Model& model) {
   return {{"prompt_tokens", result.prompt_tokens},
           {"tokens", result.tokens},
           {"text", text},
           {"prefill_tokens_per_s", result.prefill_tokens_per_s()},
           {"decode_tokens_per_s", result.decode_tokens_per_s()},
           {"attention_share", result.attention_share()},
+          {"cache_bytes", model.cache_bytes()},
+          {"state_bytes", model.state_bytes()},
           {"stop", name_of(result.stop)}};
 }
 
-void print_statistics(const GenerateResult& result) {
+std::string memory_text(const Model& model) {
+  const auto part = [](const char* name, size_t bytes) {
+    return bytes == 0 ? "" : fmt::format("; {} {:.1f} MB", name, static_cast<double>(bytes) / 1e6);
+  };
+  return part("cache", model.cache_bytes()) + part("states", model.state_bytes());
+}
+
+void print_statistics(const GenerateResult& result, const Model& model) {
   std::string line =
       fmt::format("prompt {} tokens, {:.1f} tokens/s", result.prompt_tokens - result.reused_tokens,
                   result.prefill_tokens_per_s());
   if (result.reused_tokens > 0)
-    line += fmt::format(" ({} more in the cache)", result.reused_tokens);
+    line += fmt::format(" ({} more known already)", result.reused_tokens);
   line += fmt::format("; answer {} tokens", result.tokens.size());
   if (result.decoded_tokens > 0)
     line += fmt::format(", {:.1f} tokens/s", result.decode_tokens_per_s());
   line += fmt::format("; {:.0f} % of the time in attention", 100 * result.attention_share());
+  line += memory_text(model);
   if (result.stop == StopReason::context) line += "; stopped: the context is full";
   if (result.stop == StopReason::max_tokens) line += "; stopped at --max-tokens";
   if (result.stop == StopReason::cancelled) line += "; interrupted";
@@ -119,11 +129,11 @@ int answer_once(LanguageModel& loaded, const Arguments& arguments, const std::st
     answer = speaker.answer(chat.render(messages), chat.stop_tokens(), true);
   }
   if (arguments.json) {
-    print_json(result_json(answer.result, answer.text));
+    print_json(result_json(answer.result, answer.text, *loaded.model));
   } else {
     fmt::print("\n");
     std::fflush(stdout);
-    print_statistics(answer.result);
+    print_statistics(answer.result, *loaded.model);
   }
   return answer.result.stop == StopReason::cancelled ? kInterrupted : kOk;
 }
@@ -152,7 +162,7 @@ int converse(LanguageModel& loaded, const Arguments& arguments) {
       const auto answer = speaker.answer(chat.render(messages), chat.stop_tokens(), true);
       fmt::print("\n");
       std::fflush(stdout);
-      print_statistics(answer.result);
+      print_statistics(answer.result, *loaded.model);
       messages.push_back({"assistant", answer.text});
     } catch (const Error& error) {
       messages.pop_back();

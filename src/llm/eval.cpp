@@ -39,7 +39,7 @@ Perplexity perplexity(Model& model, std::span<const int32_t> tokens,
   bool go_on = true;
   for (int64_t begin = 0; go_on && result.scored < total; begin += stride) {
     const int64_t end = std::min(count, begin + context);
-    model.truncate(0);
+    (void)model.truncate(0);  // leaves none
     // Token `scored + 1` is the next to score; the row before it gives its logits.
     const int64_t first = result.scored - begin;
     const auto window =
@@ -50,6 +50,7 @@ Perplexity perplexity(Model& model, std::span<const int32_t> tokens,
              static_cast<double>(logits[static_cast<size_t>(next)]);
       ++result.scored;
     });
+    result.passed += end - begin - 1;
     if (options.on_progress) go_on = options.on_progress(result.scored, total);
   }
   result.mean_nll = sum / static_cast<double>(result.scored);

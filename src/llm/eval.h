@@ -20,13 +20,14 @@ struct Perplexity {
   int64_t scored = 0;     // tokens: all but the first, which nothing precedes
   double mean_nll = 0;    // natural logarithm, per scored token
   double perplexity = 0;  // exp(mean_nll)
+  int64_t passed = 0;     // tokens through the model: more than those scored where windows overlap
   double attention_seconds = 0;
   double total_seconds = 0;
 };
 
 /// Windows of `context` tokens move over the text by `stride`. Every token is scored once, in the first
 /// window that holds it, so all but those of the first window see at least context - stride tokens
-/// before them. Empties the model's cache. Throws Error for fewer than two tokens and for options out of
+/// before them. What the model knew before is forgotten. Throws Error for fewer than two tokens and for options out of
 /// range.
 Perplexity perplexity(Model& model, std::span<const int32_t> tokens,
                       const PerplexityOptions& options = {});

@@ -42,17 +42,16 @@ bool Generator::read_prompt(std::span<const int32_t> prompt, const GenerateOptio
   if (static_cast<int64_t>(cached_.size()) != model_.length()) cached_.clear();
   const size_t most =
       std::min(prompt.size() - 1, cached_.size());  // the last token gives the logits
-  const size_t common = static_cast<size_t>(
-      std::mismatch(prompt.begin(), prompt.begin() + static_cast<int64_t>(most), cached_.begin())
-          .first -
-      prompt.begin());
-  model_.truncate(static_cast<int64_t>(common));
+  const auto differs =
+      std::mismatch(prompt.begin(), prompt.begin() + static_cast<int64_t>(most), cached_.begin());
+  const size_t common = static_cast<size_t>(model_.truncate(differs.first - prompt.begin()));
   cached_.resize(common);
   result.reused_tokens = static_cast<int64_t>(common);
   const int64_t total = static_cast<int64_t>(prompt.size());
   model_.reserve(std::min(model_.context(), total + std::min<int64_t>(options.max_tokens, 512)));
   const size_t rest = prompt.size() - common;
-  const size_t chunks = (rest + Model::kChunk - 1) / Model::kChunk;
+  const size_t chunk_tokens = static_cast<size_t>(model_.chunk());
+  const size_t chunks = (rest + chunk_tokens - 1) / chunk_tokens;
   for (size_t c = 0; c < chunks; ++c) {
     const size_t begin = common + rest * c / chunks, end = common + rest * (c + 1) / chunks;
     const auto chunk = prompt.subspan(begin, end - begin);
@@ -60,6 +59,7 @@ bool Generator::read_prompt(std::span<const int32_t> prompt, const GenerateOptio
     cached_.insert(cached_.end(), chunk.begin(), chunk.end());
     if (options.on_prompt && !options.on_prompt(static_cast<int64_t>(end), total)) return false;
   }
+  model_.mark();  // the next prompt may part from this one within the answer
   return true;
 }
 

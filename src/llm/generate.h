@@ -33,7 +33,7 @@ struct GenerateResult {
   std::vector<int32_t> tokens;
   StopReason stop = StopReason::max_tokens;
   int64_t prompt_tokens = 0;
-  int64_t reused_tokens = 0;   // of the prompt, still in the cache from the call before
+  int64_t reused_tokens = 0;   // of the prompt, still known from the call before
   int64_t decoded_tokens = 0;  // passes of one token through the model
   double prefill_seconds = 0;  // prompt tokens that were not reused, up to the first logits
   double decode_seconds = 0;   // the decoded tokens and the choice of every token
@@ -46,7 +46,8 @@ struct GenerateResult {
 };
 
 /// Generates with one model, which nobody else may use meanwhile. What consecutive prompts have in common
-/// at their start, as the turns of a chat have, stays in the cache.
+/// at their start, as the turns of a chat have, is read once; where layers have a state, it is read again
+/// from the end of the last prompt when the prompts part behind that, and from the beginning when before.
 class Generator {
  public:
   explicit Generator(Model& model) : model_(model) {}
@@ -60,7 +61,7 @@ class Generator {
   void write_answer(const GenerateOptions& options, Sampler& sampler, GenerateResult& result);
 
   Model& model_;
-  std::vector<int32_t> cached_;  // the tokens in the model's cache
+  std::vector<int32_t> cached_;  // the tokens that the model knows
 };
 
 }  // namespace heed

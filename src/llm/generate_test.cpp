@@ -110,7 +110,7 @@ TEST(Generate, CommonStartOfPromptsIsReused) {
   EXPECT_EQ(again.reused_tokens, static_cast<int64_t>(prompt.size()) - 1);
   EXPECT_EQ(again.tokens, first.tokens);
   // Somebody else used the model in between.
-  model.truncate(0);
+  EXPECT_EQ(model.truncate(0), 0);
   EXPECT_EQ(generator.generate(prompt, at_most(10)).tokens, first.tokens);
 }
 

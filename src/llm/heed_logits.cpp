@@ -17,7 +17,7 @@ int main(int argc, char** argv) {
   }
   try {
     const heed::GgufFile file = heed::GgufFile::open(argv[1]);
-    const auto attention = heed::find_mechanism("flash_attention").model_attention({});
+    const auto attention = heed::find_mechanism("flash_attention").model_attention({}, {});
     heed::Model model(file, {.dtype = heed::parse_model_dtype(argv[2]), .attention = {attention}});
     std::vector<int32_t> tokens;
     for (int i = 4; i < argc; ++i) tokens.push_back(std::atoi(argv[i]));

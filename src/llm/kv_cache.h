@@ -11,13 +11,15 @@ namespace heed {
 /// by half when it is used up, to at most the context, so memory follows the tokens there are.
 class KvCache {
  public:
-  /// dtype: float32 or bfloat16. context: tokens that may ever be held.
+  /// layers: those that need it, also none. dtype: float32 or bfloat16. context: tokens that may ever
+  /// be held.
   KvCache(int64_t layers, int64_t kv_heads, int64_t head_dim, DType dtype, int64_t context);
 
   DType dtype() const { return dtype_; }
   int64_t context() const { return context_; }
   int64_t length() const { return length_; }
   int64_t capacity() const { return capacity_; }
+  size_t bytes() const { return pages_.size(); }
 
   /// Room for `tokens` in all. Throws Error when that is more than the context. Moves the memory.
   void reserve(int64_t tokens);

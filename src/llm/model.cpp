@@ -40,6 +40,17 @@ std::vector<ModelAttention> per_layer(std::vector<ModelAttention> attention, int
   return attention;
 }
 
+int64_t layers_with_cache(const std::vector<ModelAttention>& attention) {
+  return std::count_if(attention.begin(), attention.end(),
+                       [](const ModelAttention& a) { return a.over_cache != nullptr; });
+}
+
+int64_t chunk_for(const std::vector<ModelAttention>& attention, int64_t context) {
+  const bool whole = std::any_of(attention.begin(), attention.end(),
+                                 [](const ModelAttention& a) { return a.whole_prompt; });
+  return whole ? std::max(context, Model::kChunk) : Model::kChunk;
+}
+
 DType cache_dtype(ModelDtype dtype) { return dtype == ModelDtype::f32 ? DType::f32 : DType::bf16; }
 
 // Columns [begin, begin + count) of a matrix.
@@ -64,10 +75,17 @@ Model::Model(const GgufFile& file, ModelOptions options)
     : config_(read_model_config(file)),
       dtype_(options.dtype.value_or(default_model_dtype(file))),
       weights_(load_weights(file, config_, dtype_, options.run)),
-      cache_(config_.layers, config_.kv_heads, config_.head_dim, cache_dtype(dtype_),
-             options.context.value_or(config_.context)),
       attention_(per_layer(std::move(options.attention), config_.layers)),
-      run_(options.run) {}
+      cache_(layers_with_cache(attention_), config_.kv_heads, config_.head_dim, cache_dtype(dtype_),
+             options.context.value_or(config_.context)),
+      states_(attention_),
+      chunk_(chunk_for(attention_, context())),
+      run_(options.run) {
+  int64_t cached = 0;
+  for (const ModelAttention& attention : attention_) {
+    cache_layer_.push_back(attention.over_cache ? cached++ : -1);
+  }
+}
 
 void Model::check_tokens(std::span<const int32_t> tokens) const {
   for (int32_t token : tokens) {
@@ -143,9 +161,10 @@ void Model::prepare_heads(const LayerWeights& w, const Tensor& qkv) {
 }
 
 // Stores the keys and values behind those of the cache and attends to all of them.
-void Model::attend(int64_t layer, const Tensor& qkv, const Tensor& out) {
+void Model::attend_over_cache(int64_t layer, const Tensor& qkv, const Tensor& out) {
   const int64_t d = config_.head_dim, rows = qkv.size(0), past = length();
-  const Tensor k = cache_.keys(layer, past + rows), v = cache_.values(layer, past + rows);
+  const int64_t place = cache_layer_[static_cast<size_t>(layer)];
+  const Tensor k = cache_.keys(place, past + rows), v = cache_.values(place, past + rows);
   for (int64_t h = 0; h < config_.kv_heads; ++h) {
     const auto store = [&](int64_t head, const Tensor& cache) {
       convert_rows(columns_of(qkv, head * d, d),
@@ -164,9 +183,25 @@ void Model::attend(int64_t layer, const Tensor& qkv, const Tensor& out) {
   }
   {
     Stopwatch watch(attention_seconds_);
-    attention_[static_cast<size_t>(layer)](as_heads(q, d), k, v, as_heads(result, d), run_);
+    attention_[static_cast<size_t>(layer)].over_cache(as_heads(q, d), k, v, as_heads(result, d),
+                                                      run_);
   }
   if (!has_cache_type(qkv.dtype())) convert_rows(result, out, run_);
+}
+
+void Model::attend(int64_t layer, const Tensor& qkv, const Tensor& out) {
+  const ModelAttention& attention = attention_[static_cast<size_t>(layer)];
+  if (attention.over_cache) {
+    attend_over_cache(layer, qkv, out);
+    return;
+  }
+  Stopwatch watch(attention_seconds_);
+  const int64_t d = config_.head_dim, queries = config_.heads * d, keys = config_.kv_heads * d;
+  const auto part = [&](int64_t begin, int64_t columns) {
+    return as_heads(columns_of(qkv, begin, columns), d);
+  };
+  attention.over_state(part(0, queries), part(queries, keys), part(queries + keys, keys),
+                       as_heads(out, d), states_.of(layer), run_);
 }
 
 void Model::attention_block(int64_t layer, int64_t rows, DType type) {
@@ -198,9 +233,8 @@ void Model::feed_forward_block(const LayerWeights& w, int64_t rows, DType type) 
   add_rows(sum, stream, run_);
 }
 
-void Model::append_chunk(std::span<const int32_t> tokens) {
+void Model::run_layers(std::span<const int32_t> tokens) {
   const int64_t rows = static_cast<int64_t>(tokens.size());
-  last_row_ = -1;
   make_room(rows);
   make_rotation_table(length(), rows);
   const Tensor stream = buffer(stream_, DType::f32, rows, config_.width);
@@ -212,8 +246,19 @@ void Model::append_chunk(std::span<const int32_t> tokens) {
     attention_block(layer, rows, type);
     feed_forward_block(weights_.layers[static_cast<size_t>(layer)], rows, type);
   }
-  cache_.advance(rows);
-  last_row_ = rows - 1;
+}
+
+void Model::append_chunk(std::span<const int32_t> tokens) {
+  last_row_ = -1;
+  try {
+    run_layers(tokens);
+  } catch (...) {
+    // States of the first layers know these tokens already, the others do not.
+    cache_.truncate(states_.go_back(length() + 1, length()));
+    throw;
+  }
+  cache_.advance(static_cast<int64_t>(tokens.size()));
+  last_row_ = static_cast<int64_t>(tokens.size()) - 1;
 }
 
 // Rows of the stream after the last norm, float32.
@@ -235,7 +280,7 @@ void Model::append(std::span<const int32_t> tokens, int64_t first,
   const int64_t count = static_cast<int64_t>(tokens.size());
   cache_.reserve(length() + count);
   // Chunks of nearly equal size: no last chunk of a few rows.
-  const int64_t chunks = (count + kChunk - 1) / kChunk;
+  const int64_t chunks = (count + chunk() - 1) / chunk();
   for (int64_t c = 0; c < chunks; ++c) {
     const int64_t begin = count * c / chunks, end = count * (c + 1) / chunks;
     {
@@ -268,9 +313,12 @@ std::span<const float> Model::logits() {
   return {logits_.as<float>(), static_cast<size_t>(config_.vocab)};
 }
 
-void Model::truncate(int64_t length) {
-  if (length < this->length()) last_row_ = -1;
+int64_t Model::truncate(int64_t length) {
+  const int64_t before = this->length();
   cache_.truncate(length);
+  cache_.truncate(states_.go_back(before, length));
+  if (this->length() < before) last_row_ = -1;
+  return this->length();
 }
 
 }  // namespace heed

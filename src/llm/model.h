@@ -9,6 +9,7 @@
 #include "heed/run.h"
 #include "heed/tensor.h"
 #include "llm/kv_cache.h"
+#include "llm/layer_states.h"
 #include "llm/model_config.h"
 #include "llm/weights.h"
 #include "mechanisms/registry.h"
@@ -25,7 +26,8 @@ struct ModelOptions {
 };
 
 /// Architectures llama, qwen2 and qwen3 (arXiv 2302.13971, 2407.10671, 2505.09388): RMSNorm, rotary
-/// positions, grouped queries, gated feed-forward. State: a cache of the tokens appended so far.
+/// positions, grouped queries, gated feed-forward. What it knows of the tokens appended so far: keys and
+/// values of layers whose attention wants them, and the states of the others, whose size is fixed.
 class Model {
  public:
   /// The file must outlive the model. Throws Error for an architecture, metadata, tensors or options
@@ -35,11 +37,16 @@ class Model {
   const ModelConfig& config() const { return config_; }
   ModelDtype dtype() const { return dtype_; }
   int64_t context() const { return cache_.context(); }
-  /// Tokens in the cache.
+  /// Tokens appended and not forgotten.
   int64_t length() const { return cache_.length(); }
+  /// Memory of keys and values: grows with the tokens. 0 where every layer has a state.
+  size_t cache_bytes() const { return cache_.bytes(); }
+  /// Memory of states, without what mark() keeps.
+  size_t state_bytes() const { return states_.bytes(); }
 
   /// Runs the model over the next tokens. Throws Error, before any work, for an id outside the
-  /// vocabulary and for more tokens than the context has room for.
+  /// vocabulary and for more tokens than the context has room for. An error from a layer's attention
+  /// leaves the tokens before the chunk it happened in, or with states those that truncate leaves.
   void append(std::span<const int32_t> tokens);
   /// Logits [vocab] of what follows the last token appended; valid until the next call. Throws Error
   /// when nothing was appended since the model was made or truncated.
@@ -51,15 +58,21 @@ class Model {
 
   /// Room for tokens in all; saves the cache from growing step by step.
   void reserve(int64_t tokens) { cache_.reserve(tokens); }
-  /// Forgets the tokens after the first `length`.
-  void truncate(int64_t length);
+  /// Forgets the tokens after the first `length` and returns how many are left. Layers with a state
+  /// cannot go back to any length: there, unless nothing is to be forgotten, it is the length that was
+  /// marked last or 0, and the caller appends the tokens between again.
+  [[nodiscard]] int64_t truncate(int64_t length);
+  /// Copies the states of this length, for truncate to come back to.
+  void mark() { states_.mark(length()); }
 
   /// Seconds spent in attention, and in all of append and logits, since the model was made.
   double attention_seconds() const { return attention_seconds_; }
   double total_seconds() const { return total_seconds_; }
 
-  /// Rows that pass through the layers at once: bounds the memory of activations.
   static constexpr int64_t kChunk = 512;
+  /// Rows that pass through the layers at once, which bounds the memory of activations: kChunk, or the
+  /// whole context where a layer's attention wants whole prompts.
+  int64_t chunk() const { return chunk_; }
 
  private:
   void check_tokens(std::span<const int32_t> tokens) const;
@@ -70,6 +83,8 @@ class Model {
   void feed_forward_block(const LayerWeights& w, int64_t rows, DType type);
   void prepare_heads(const LayerWeights& w, const Tensor& qkv);
   void attend(int64_t layer, const Tensor& qkv, const Tensor& out);
+  void attend_over_cache(int64_t layer, const Tensor& qkv, const Tensor& out);
+  void run_layers(std::span<const int32_t> tokens);
   Tensor normalized_rows(int64_t first, int64_t rows);
   Tensor buffer(Array& memory, DType type, int64_t rows, int64_t columns) const;
   bool has_cache_type(DType type) const { return type == cache_.dtype(); }
@@ -77,8 +92,11 @@ class Model {
   ModelConfig config_;
   ModelDtype dtype_;
   ModelWeights weights_;
-  KvCache cache_;
   std::vector<ModelAttention> attention_;
+  KvCache cache_;
+  std::vector<int64_t> cache_layer_;  // of each layer, its place in the cache; -1: it has a state
+  LayerStates states_;
+  int64_t chunk_;
   RunOptions run_;
   double attention_seconds_ = 0, total_seconds_ = 0;
 

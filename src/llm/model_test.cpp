@@ -62,12 +62,12 @@ TEST(Model, LongPromptsPassInSeveralChunks) {
   options.context = count;
   const std::vector<int32_t> tokens = story_tokens(file, static_cast<size_t>(count));
   std::vector<int64_t> rows_seen;
-  options.attention = {[&](const Tensor& q, const Tensor& k, const Tensor& v, const Tensor& out,
-                           const RunOptions& run) {
+  options.attention[0].over_cache = [&](const Tensor& q, const Tensor& k, const Tensor& v,
+                                        const Tensor& out, const RunOptions& run) {
     EXPECT_LE(q.size(2), Model::kChunk);
     rows_seen.push_back(q.size(2));
     plain_attention(q, k, v, out, run);
-  }};
+  };
   Model model(file, options);
   std::vector<int64_t> order;
   model.append(tokens, count - 70, [&](int64_t i, std::span<const float> logits) {
@@ -86,7 +86,7 @@ TEST(Model, TruncateForgets) {
   Model model(file, plain_options());
   model.append(std::span(tokens).first(30));
   model.append(std::vector<int32_t>{5, 6, 7, 8});
-  model.truncate(30);
+  EXPECT_EQ(model.truncate(30), 30);
   EXPECT_THROW(model.logits(), Error);
   model.append(std::span(tokens).subspan(30));
   Model fresh(file, plain_options());
@@ -102,14 +102,15 @@ TEST(Model, EveryLayerHasAnAttentionOfItsOwn) {
   ModelOptions options = plain_options();
   options.attention.clear();
   for (size_t layer = 0; layer < calls.size(); ++layer) {
-    options.attention.push_back([&calls, layer](const Tensor& q, const Tensor& k, const Tensor& v,
-                                                const Tensor& out, const RunOptions& run) {
-      ++calls[layer];
-      EXPECT_EQ(q.dtype(), DType::bf16);
-      EXPECT_EQ(k.size(1), 4);
-      EXPECT_EQ(k.size(2), 3);
-      plain_attention(q, k, v, out, run);
-    });
+    options.attention.emplace_back().over_cache =
+        [&calls, layer](const Tensor& q, const Tensor& k, const Tensor& v, const Tensor& out,
+                        const RunOptions& run) {
+          ++calls[layer];
+          EXPECT_EQ(q.dtype(), DType::bf16);
+          EXPECT_EQ(k.size(1), 4);
+          EXPECT_EQ(k.size(2), 3);
+          plain_attention(q, k, v, out, run);
+        };
   }
   options.dtype = ModelDtype::bf16;
   Model model(file, options);
@@ -174,7 +175,7 @@ TEST(Model, RefusesBadOptions) {
   options = plain_options();
   options.attention.clear();
   EXPECT_THROW(Model(file, options), Error);
-  options.attention.resize(2, plain_attention);
+  options.attention.resize(2, ModelAttention{.over_cache = plain_attention});
   EXPECT_THROW(Model(file, options), Error);
   options = plain_options();
   options.context = 0;

@@ -74,7 +74,9 @@ inline std::optional<std::filesystem::path> smollm2_path() {
 }
 
 inline ModelOptions plain_options(std::optional<ModelDtype> dtype = {}) {
-  return {.dtype = dtype, .attention = {plain_attention}, .run = {.threads = 1}};
+  return {.dtype = dtype,
+          .attention = {ModelAttention{.over_cache = plain_attention}},
+          .run = {.threads = 1}};
 }
 
 /// Logits [vocab] after each of the tokens.

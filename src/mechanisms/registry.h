@@ -37,10 +37,30 @@ struct CascadeText {
   std::string when = {};
 };
 
-/// Attention of the last Lq tokens over all Lk tokens so far, causal to the end of the keys:
-/// q, out [1,H,Lq,D]; k, v [1,Hkv,Lk,D]. What `--attention` puts into a language model.
-using ModelAttention = std::function<void(const Tensor& q, const Tensor& k, const Tensor& v,
-                                          const Tensor& out, const RunOptions& run)>;
+/// A layer of a language model, for attention that differs from layer to layer.
+struct ModelLayer {
+  int64_t layer = 0, layers = 1;  // layer < layers
+  int64_t heads = 1, kv_heads = 1, head_dim = 1;
+  int64_t context = 1;  // tokens that the model was trained for
+};
+
+/// Causal attention of one layer of a language model: what `--attention` puts into it. q, out
+/// [1,H,rows,D] belong to the tokens that are new. Exactly one of the two calls is there.
+struct ModelAttention {
+  /// k, v [1,Hkv,Lk,D] of all tokens so far, the new ones last: the model keeps a cache.
+  std::function<void(const Tensor& q, const Tensor& k, const Tensor& v, const Tensor& out,
+                     const RunOptions& run)>
+      over_cache = {};
+  /// k, v [1,Hkv,rows,D] of the new tokens only; what came before is in the state, which the call
+  /// brings up to date: the model keeps nothing else.
+  std::function<void(const Tensor& q, const Tensor& k, const Tensor& v, const Tensor& out,
+                     std::span<const Tensor> state, const RunOptions& run)>
+      over_state = {};
+  /// Shapes of the float32 arrays of the state, which are zero before the first token.
+  std::vector<Dims> state_shapes = {};
+  /// A first call with all tokens of a prompt is another function than calls with parts of them.
+  bool whole_prompt = false;
+};
 
 /// One line of `heed explain`: can this path run the call, and if not, why.
 struct PathAnswer {
@@ -72,7 +92,7 @@ struct Mechanism {
   /// Everything the cascades need for this case: tensors in float64, sizes, scalars, predicates.
   std::function<cascade::Bindings(const NamedTensors& in, const Spec& options)> bind;
   /// Empty where the mechanism cannot stand in for causal attention of a model.
-  std::function<ModelAttention(const Spec& options)> model_attention;
+  std::function<ModelAttention(const Spec& options, const ModelLayer& at)> model_attention;
   /// Paths in order of preference; the first that can run is chosen.
   std::function<std::vector<PathAnswer>(const NamedTensors& in, const RunOptions& run)> explain;
   /// Inputs that are not standard normal, filled from a seed (lengths, permutations, ...). Called

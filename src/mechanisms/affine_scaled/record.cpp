@@ -1,3 +1,6 @@
+#include <array>
+#include <memory>
+
 #include "engine/tiled/problem.h"
 #include "heed/affine_scaled_attention.h"
 #include "mechanisms/attention_case.h"
@@ -67,6 +70,26 @@ NamedArrays backward(const NamedTensors& in, const NamedTensors& out_gradients, 
   return arrays;
 }
 
+// The model has no weights for alpha: the same number everywhere, at first that of a layer whose
+// projection is still zero.
+ModelAttention affine_in_model(const Spec& options, const ModelLayer& at) {
+  require_attention_keys(options, {"alpha", "alpha_mean"});
+  AffineScaledOptions chosen{masks_of({}, options), options.number("scale")};
+  chosen.masks.causal = true;
+  const auto constants = std::make_shared<std::array<float, 2>>();
+  (*constants)[0] = static_cast<float>(options.number("alpha").value_or(0.5));
+  (*constants)[1] = static_cast<float>(options.number("alpha_mean").value_or(0.5));
+  const int64_t heads = at.heads;
+  ModelAttention attention;
+  attention.over_cache = [=](const Tensor& q, const Tensor& k, const Tensor& v, const Tensor& out,
+                             const RunOptions& run) {
+    const Tensor alpha(&(*constants)[0], DType::f32, {1, heads, q.size(2)}, {0, 0, 0});
+    const Tensor mean(&(*constants)[1], DType::f32, {heads}, {0});
+    affine_scaled_attention(q, k, v, alpha, mean, out, {}, {}, chosen, run);
+  };
+  return attention;
+}
+
 Mechanism affine_record() {
   Mechanism m;
   m.name = "affine_scaled_attention";
@@ -101,6 +124,7 @@ Mechanism affine_record() {
   m.explain = explain_attention;
   m.fill = fill_lengths;
   m.random_case = random_affine_case;
+  m.model_attention = affine_in_model;
   return m;
 }
 

@@ -295,11 +295,13 @@ Mechanism flash_record() {
   m.explain = explain_attention;
   m.fill = fill_flash;
   m.random_case = random_flash_case;
-  m.model_attention = [](const Spec& options) -> ModelAttention {
+  m.model_attention = [](const Spec& options, const ModelLayer&) {
     FlashOptions chosen = flash_options({}, options);
     chosen.masks.causal = true;
-    return [chosen](const Tensor& q, const Tensor& k, const Tensor& v, const Tensor& out,
-                    const RunOptions& run) { flash_attention(q, k, v, out, {}, chosen, run); };
+    return ModelAttention{.over_cache = [chosen](const Tensor& q, const Tensor& k, const Tensor& v,
+                                                 const Tensor& out, const RunOptions& run) {
+      flash_attention(q, k, v, out, {}, chosen, run);
+    }};
   };
   return m;
 }

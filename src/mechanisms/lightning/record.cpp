@@ -1,3 +1,5 @@
+#include <memory>
+
 #include "heed/lightning_attention.h"
 #include "mechanisms/chunked_case.h"
 #include "mechanisms/embedded.h"
@@ -73,6 +75,27 @@ ExampleCase random_lightning_case(uint64_t seed) {
   return lightning_case("", shape, slopes, random.chance(0.5));
 }
 
+// Slopes of the layer's own, and none for decay=0.
+ModelAttention lightning_in_model(const Spec& options, const ModelLayer& at) {
+  options.require_known({"decay", "form"});
+  const LightningSlopes form = parse_lightning_slopes(options.text("form").value_or("code"));
+  auto slopes = std::make_shared<Array>();
+  if (options.flag("decay", true)) {
+    const int64_t first = form == LightningSlopes::paper ? 1 : 0;
+    *slopes = form == LightningSlopes::code && at.layers == 1  // its factor needs two layers
+                  ? lightning_slopes(at.heads)
+                  : lightning_slopes(at.heads, at.layer + first, at.layers, form);
+  }
+  ModelAttention attention;
+  attention.state_shapes = {{1, at.heads, at.head_dim, at.head_dim}};
+  attention.over_state = [slopes](const Tensor& q, const Tensor& k, const Tensor& v,
+                                  const Tensor& out, std::span<const Tensor> state,
+                                  const RunOptions& run) {
+    lightning_attention(q, k, v, out, state[0], {*slopes, state[0]}, run);
+  };
+  return attention;
+}
+
 Mechanism lightning_record() {
   Mechanism m;
   m.name = "lightning_attention";
@@ -124,20 +147,7 @@ Mechanism lightning_record() {
   };
   m.fill = fill_slopes;
   m.random_case = random_lightning_case;
-  m.model_attention = [](const Spec& options) -> ModelAttention {
-    options.require_known({"decay"});
-    const bool decay = options.flag("decay", true);
-    return [decay](const Tensor& q, const Tensor& k, const Tensor& v, const Tensor& out,
-                   const RunOptions& run) {
-      LightningOptions chosen;
-      Array slopes;
-      if (decay) {
-        slopes = lightning_slopes(q.size(1));
-        chosen.slopes = slopes;
-      }
-      lightning_attention(q, k, v, out, {}, chosen, run);
-    };
-  };
+  m.model_attention = lightning_in_model;
   return m;
 }
 

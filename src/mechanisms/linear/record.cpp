@@ -1,5 +1,7 @@
 #include <cmath>
 
+#include "heed/error.h"
+#include "heed/feature_map.h"
 #include "heed/linear_attention.h"
 #include "mechanisms/chunked_case.h"
 #include "mechanisms/embedded.h"
@@ -146,6 +148,40 @@ NamedArrays backward_linear(const NamedTensors& in, const NamedTensors& out_grad
   return arrays;
 }
 
+FeatureKind kind_without_weights(const Spec& options) {
+  const FeatureKind kind = parse_feature_kind(options.text("map").value_or("elu1"));
+  if (kind == FeatureKind::performer) {
+    throw Error(
+        "linear_attention: map is 'performer', which needs a projection; in a model a map "
+        "without weights is needed, such as 'elu1', 'relu' or 'hedgehog_softmax'");
+  }
+  return kind;
+}
+
+// Features of the model's own queries and keys.
+ModelAttention linear_in_model(const Spec& options, const ModelLayer& at) {
+  options.require_known({"map", "normalize", "eps"});
+  const FeatureKind kind = kind_without_weights(options);
+  LinearOptions chosen;
+  chosen.causal = true;
+  chosen.normalize = options.flag("normalize", true);
+  chosen.eps = options.number("eps").value_or(chosen.eps);
+  const int64_t features = feature_count(kind, at.head_dim);
+  ModelAttention attention;
+  attention.state_shapes = {{1, at.heads, features, at.head_dim}};
+  if (chosen.normalize) attention.state_shapes.push_back({1, at.heads, features});
+  attention.over_state = [kind, chosen](const Tensor& q, const Tensor& k, const Tensor& v,
+                                        const Tensor& out, std::span<const Tensor> state,
+                                        const RunOptions& run) {
+    LinearOptions going_on = chosen;
+    going_on.initial_state.s = state[0];
+    if (chosen.normalize) going_on.initial_state.z = state[1];
+    const Array phi_q = feature_map(q, kind, {}, run), phi_k = feature_map(k, kind, {}, run);
+    linear_attention(phi_q, phi_k, v, out, going_on.initial_state, going_on, run);
+  };
+  return attention;
+}
+
 Mechanism linear_record() {
   Mechanism m;
   m.name = "linear_attention";
@@ -175,6 +211,7 @@ Mechanism linear_record() {
   };
   m.fill = fill_linear;
   m.random_case = random_linear_case;
+  m.model_attention = linear_in_model;
   return m;
 }
 

@@ -84,11 +84,13 @@ Mechanism local_linear_record() {
   m.bind = bind;
   m.random_case = random_local_linear_case;
   m.explain = [](const NamedTensors&, const RunOptions& run) { return explain_isas(run); };
-  m.model_attention = [](const Spec& options) -> ModelAttention {
+  m.model_attention = [](const Spec& options, const ModelLayer&) {
     LocalLinearOptions chosen = local_linear_options(options);
     chosen.causal = true;
-    return [chosen](const Tensor& q, const Tensor& k, const Tensor& v, const Tensor& out,
-                    const RunOptions& run) { local_linear_attention(q, k, v, out, chosen, run); };
+    return ModelAttention{.over_cache = [chosen](const Tensor& q, const Tensor& k, const Tensor& v,
+                                                 const Tensor& out, const RunOptions& run) {
+      local_linear_attention(q, k, v, out, chosen, run);
+    }};
   };
   return m;
 }

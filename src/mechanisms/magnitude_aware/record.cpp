@@ -216,6 +216,24 @@ NamedArrays backward_mala(const NamedTensors& in, const NamedTensors& out_gradie
   return arrays;
 }
 
+// Without rope: the model has turned queries and keys already.
+ModelAttention mala_in_model(const Spec& options, const ModelLayer& at) {
+  options.require_known({"form", "scale", "eps"});
+  MagnitudeAwareOptions chosen = mala_options({}, options);
+  chosen.causal = true;
+  const int64_t heads = at.heads, dim = at.head_dim;
+  ModelAttention attention;
+  attention.state_shapes = {{1, heads, dim, dim}, {1, heads, dim}, {1, heads, dim}, {1}};
+  attention.over_state = [chosen](const Tensor& q, const Tensor& k, const Tensor& v,
+                                  const Tensor& out, std::span<const Tensor> state,
+                                  const RunOptions& run) {
+    MagnitudeAwareOptions going_on = chosen;
+    going_on.initial_state = {state[0], state[1], state[2], state[3]};
+    magnitude_aware_linear_attention(q, k, v, out, going_on.initial_state, going_on, run);
+  };
+  return attention;
+}
+
 Mechanism mala_record() {
   Mechanism m;
   m.name = "magnitude_aware_linear_attention";
@@ -244,14 +262,7 @@ Mechanism mala_record() {
   };
   m.fill = fill_mala;
   m.random_case = random_mala_case;
-  m.model_attention = [](const Spec& options) -> ModelAttention {
-    MagnitudeAwareOptions chosen = mala_options({}, options);
-    chosen.causal = true;
-    return [chosen](const Tensor& q, const Tensor& k, const Tensor& v, const Tensor& out,
-                    const RunOptions& run) {
-      magnitude_aware_linear_attention(q, k, v, out, MagnitudeAwareState(), chosen, run);
-    };
-  };
+  m.model_attention = mala_in_model;
   return m;
 }
 

@@ -9,6 +9,7 @@
 
 #include "heed/heed.h"
 #include "mechanisms/neighborhood/tiles.h"
+#include "mechanisms/registry.h"
 #include "mechanisms/test_arrays.h"
 
 namespace heed {
@@ -123,6 +124,42 @@ TEST(Neighborhood, DilationIsAttentionOnEveryThirdToken) {
       }
     }
   }
+}
+
+TEST(Neighborhood, InAModelItIsTheCausalLine) {
+  constexpr int64_t kTokens = 43;
+  const Array q = random_array(DType::f32, {1, 4, kTokens, 6}, 1);
+  const Array k = random_array(DType::f32, {1, 2, kTokens, 6}, 2);
+  const Array v = random_array(DType::f32, {1, 2, kTokens, 6}, 3);
+  const auto heads_last = [](const Tensor& x) {
+    return Tensor(x.data(), x.dtype(), {1, x.size(2), x.size(1), x.size(3)},
+                  {x.stride(0), x.stride(2), x.stride(1), 1});
+  };
+  for (int64_t dilation : {1, 3, 8}) {
+    const AttentionResult whole =
+        na1d(heads_last(q), heads_last(k), heads_last(v),
+             {.kernel_size = {5}, .dilation = {dilation}, .is_causal = {true}, .scale = 0.3});
+    const ModelAttention attention = find_mechanism("na1d").model_attention(
+        Spec::parse("na1d:kernel_size=5,scale=0.3,dilation=" + std::to_string(dilation)), {});
+    for (int64_t rows : {int64_t{1}, int64_t{2}, int64_t{12}, kTokens}) {
+      for (int64_t end = rows; end <= kTokens; ++end) {
+        Array out(DType::f32, {1, 4, rows, 6});
+        attention.over_cache(q.view().slice(2, end - rows, end), k.view().slice(2, 0, end),
+                             v.view().slice(2, 0, end), out, {});
+        const Tensor expected = whole.out.view().slice(1, end - rows, end);
+        EXPECT_LT(largest_difference(heads_last(out), expected), 1e-6)
+            << dilation << " " << rows << " " << end;
+      }
+    }
+  }
+  EXPECT_NE(error_of([] {
+              (void)find_mechanism("na1d").model_attention(Spec::parse("na1d:stride=2"), {});
+            }).find("'stride'"),
+            std::string::npos);
+  EXPECT_NE(error_of([] {
+              (void)find_mechanism("na1d").model_attention(Spec::parse("na1d:dilation=0"), {});
+            }).find("dilation is 0"),
+            std::string::npos);
 }
 
 TEST(Neighborhood, ShiftedInputsGiveShiftedResultsAwayFromTheBorders) {

@@ -2,6 +2,7 @@
 #include <cmath>
 
 #include "engine/tiled/path.h"
+#include "engine/tiled/problem.h"
 #include "heed/error.h"
 #include "heed/neighborhood_attention.h"
 #include "mechanisms/attention_case.h"
@@ -344,6 +345,50 @@ std::vector<PathAnswer> explain(int rank, const NamedTensors& in, const RunOptio
   return answers;
 }
 
+int64_t at_least_one(const Spec& spec, const char* key, int64_t fallback) {
+  const int64_t value = spec.integer(key).value_or(fallback);
+  if (value < 1) {
+    throw Error(std::string("na1d: ") + key + " is " + std::to_string(value) +
+                "; at least 1 is needed");
+  }
+  return value;
+}
+
+// Tokens 'dilation' apart see each other in a causal window: one sequence of views for each remainder.
+// Without stride, whose last group of a line depends on where the line ends.
+ModelAttention line_in_model(const Spec& spec, const ModelLayer&) {
+  spec.require_known({"kernel_size", "dilation", "scale"});
+  Masks masks;
+  masks.causal = true;
+  masks.window.left = at_least_one(spec, "kernel_size", 3) - 1;
+  const int64_t dilation = at_least_one(spec, "dilation", 1);
+  const std::optional<double> scale = spec.number("scale");
+  ModelAttention attention;
+  attention.over_cache = [=](const Tensor& q, const Tensor& k, const Tensor& v, const Tensor& out,
+                             const RunOptions& run) {
+    const int64_t rows = q.size(2), past = k.size(2) - rows;
+    const auto every = [dilation](const Tensor& x, int64_t first) {
+      const int64_t count = (x.size(2) - first + dilation - 1) / dilation;
+      return Tensor(x.at({0, 0, first}), x.dtype(), {1, x.size(1), count, x.size(3)},
+                    {x.stride(0), x.stride(1), x.stride(2) * dilation, 1});
+    };
+    tiled::Problem problem;
+    problem.op = "na1d";
+    problem.scale = tiled::resolve_scale("na1d", scale, q.size(3));
+    for (int64_t row = 0; row < std::min(rows, dilation); ++row) {
+      const int64_t remainder = (past + row) % dilation;
+      const Tensor queries = every(q, row), keys = every(k, remainder);
+      for (tiled::Sequence& sequence : tiled::batch_sequences(
+               queries, keys, every(v, remainder), every(out, row), {},
+               tiled::TilePlan::from_masks("na1d", masks, 1, queries.size(2), keys.size(2)))) {
+        problem.sequences.push_back(std::move(sequence));
+      }
+    }
+    tiled::forward(problem, run);
+  };
+  return attention;
+}
+
 Mechanism record(int rank, Forward forward, Backward backward, std::vector<ExampleCase> cases) {
   constexpr const char* kGrids[] = {"a line", "a plane", "a grid of three axes"};
   Mechanism m;
@@ -382,6 +427,7 @@ Mechanism record(int rank, Forward forward, Backward backward, std::vector<Examp
   m.explain = [rank](const NamedTensors& in, const RunOptions& run) {
     return explain(rank, in, run);
   };
+  if (rank == 1) m.model_attention = line_in_model;
   return m;
 }
 

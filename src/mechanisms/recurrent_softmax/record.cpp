@@ -162,13 +162,13 @@ Mechanism recurrent_record() {
   m.bind = bind;
   m.explain = explain_attention;
   m.random_case = random_recurrent_case;
-  m.model_attention = [](const Spec& options) -> ModelAttention {
+  m.model_attention = [](const Spec& options, const ModelLayer&) {
     RecurrentSoftmaxOptions chosen = recurrent_options({}, options);
     chosen.causal = true;
-    return [chosen](const Tensor& q, const Tensor& k, const Tensor& v, const Tensor& out,
-                    const RunOptions& run) {
+    return ModelAttention{.over_cache = [chosen](const Tensor& q, const Tensor& k, const Tensor& v,
+                                                 const Tensor& out, const RunOptions& run) {
       recurrent_softmax_attention(q, k, v, out, {}, {}, chosen, run);
-    };
+    }};
   };
   return m;
 }

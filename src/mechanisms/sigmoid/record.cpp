@@ -94,11 +94,15 @@ Mechanism sigmoid_record() {
   m.explain = explain_attention;
   m.fill = fill_lengths;
   m.random_case = random_sigmoid_case;
-  m.model_attention = [](const Spec& options) -> ModelAttention {
+  m.model_attention = [](const Spec& options, const ModelLayer& at) {
     SigmoidOptions chosen = sigmoid_options({}, options);
     chosen.masks.causal = true;
-    return [chosen](const Tensor& q, const Tensor& k, const Tensor& v, const Tensor& out,
-                    const RunOptions& run) { sigmoid_attention(q, k, v, out, chosen, run); };
+    // The number of keys of a call is not a property of the model: it depends on how a prompt is cut.
+    if (!options.has("bias")) chosen.bias = -std::log(static_cast<double>(at.context));
+    return ModelAttention{.over_cache = [chosen](const Tensor& q, const Tensor& k, const Tensor& v,
+                                                 const Tensor& out, const RunOptions& run) {
+      sigmoid_attention(q, k, v, out, chosen, run);
+    }};
   };
   return m;
 }

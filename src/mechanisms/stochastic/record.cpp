@@ -1,4 +1,3 @@
-#include <atomic>
 #include <cmath>
 
 #include "engine/tiled/problem.h"
@@ -108,19 +107,19 @@ ExampleCase random_stochastic_case(uint64_t seed) {
   return stochastic_case("", s, static_cast<int>(random.between(1, 3)), options);
 }
 
-/// Whole prompts through new random slots at every call, tokens that follow densely.
-ModelAttention model_attention(const Spec& spec) {
+/// Whole prompts through the layer's own random slots, tokens that follow densely.
+ModelAttention stochastic_in_model(const Spec& spec, const ModelLayer& at) {
   StochasticOptions options = options_of(spec, {"seed"});
   options.causal = true;
   const auto seed = static_cast<uint64_t>(spec.integer("seed").value_or(0));
-  const auto calls = std::make_shared<std::atomic<uint64_t>>(0);
-  return [options, seed, calls](const Tensor& q, const Tensor& k, const Tensor& v,
-                                const Tensor& out, const RunOptions& run) {
+  // Neighbouring seeds share no numbers, and neither do their layers.
+  const uint64_t of_layer = seed + 0x9E3779B97F4A7C15 * static_cast<uint64_t>(at.layer + 1);
+  ModelAttention attention;
+  attention.whole_prompt = true;
+  attention.over_cache = [options, of_layer](const Tensor& q, const Tensor& k, const Tensor& v,
+                                             const Tensor& out, const RunOptions& run) {
     if (q.size(2) == k.size(2)) {
-      // Seeds of neighbouring calls share no random numbers: the call is part of the shape's rows.
-      const uint64_t call = calls->fetch_add(1);
-      const Array permutation =
-          random_permutation(seed + 0x9E3779B97F4A7C15 * (call + 1), {q.size(2)});
+      const Array permutation = random_permutation(of_layer, {q.size(2)});
       stochastic_attention(q, k, v, permutation, out, {}, options, run);
       return;
     }
@@ -135,6 +134,7 @@ ModelAttention model_attention(const Spec& spec) {
     problem.scale = tiled::resolve_scale(kOp, options.scale, q.size(3));
     tiled::forward(problem, run);
   };
+  return attention;
 }
 
 Mechanism record() {
@@ -200,7 +200,7 @@ Mechanism record() {
     const Dims &q = example.inputs[0].second, &v = example.inputs[2].second;
     return stochastic_case(example.name, {1, 1, 1, 300, 300, q[3], v[3]}, 1, example.options);
   };
-  m.model_attention = model_attention;
+  m.model_attention = stochastic_in_model;
   return m;
 }
 

@@ -215,23 +215,28 @@ TEST(RandomPermutation, IndependentOnesReachAllTokensInFewLayers) {
 TEST(Stochastic, InAModelPromptsAreStochasticAndLaterTokensDense) {
   const Mechanism& mechanism = find_mechanism("stochastic");
   const Inputs x(DType::f32, 1, 2, 1, 40, 8);
-  const ModelAttention attention =
-      mechanism.model_attention(Spec::parse("stochastic:window=8,seed=3"));
-  const auto call = [&](const Tensor& q) {
+  const auto call = [&](const char* spec, int64_t layer, const Tensor& q) {
+    const ModelAttention attention = mechanism.model_attention(
+        Spec::parse(spec), {.layer = layer, .layers = 4, .heads = 2, .kv_heads = 1, .head_dim = 8});
+    EXPECT_TRUE(attention.whole_prompt);
     Array out(DType::f32, q.shape());
-    attention(q, x.k, x.v, out, {});
+    attention.over_cache(q, x.k, x.v, out, {});
     return out;
   };
-  const Array first = call(x.q), second = call(x.q);
-  EXPECT_FALSE(same_bits(first, second)) << "every call has its own permutation";
-  const ModelAttention again = mechanism.model_attention(Spec::parse("stochastic:window=8,seed=3"));
-  Array repeated(DType::f32, x.q.shape());
-  again(x.q, x.k, x.v, repeated, {});
-  EXPECT_TRUE(same_bits(first, repeated));
+  const char* const spec = "stochastic:window=8,seed=3";
+  const Array first = call(spec, 0, x.q);
+  EXPECT_TRUE(same_bits(first, call(spec, 0, x.q)));
+  EXPECT_FALSE(same_bits(first, call(spec, 1, x.q))) << "every layer has its own permutation";
+  EXPECT_FALSE(same_bits(first, call("stochastic:window=8,seed=4", 0, x.q)));
   FlashOptions dense;
   dense.masks.causal = true;
   const Tensor last = x.q.view().slice(2, 37, 40);
-  EXPECT_LT(largest_difference(call(last), flash_attention(last, x.k, x.v, dense).out), 1e-6);
+  EXPECT_LT(largest_difference(call(spec, 0, last), flash_attention(last, x.k, x.v, dense).out),
+            1e-6);
+  EXPECT_LT(largest_difference(call("stochastic:window=100", 0, x.q),
+                               flash_attention(x.q, x.k, x.v, dense).out),
+            1e-6)
+      << "a window over all slots";
 }
 
 TEST(Stochastic, TensorsWithoutElements) {

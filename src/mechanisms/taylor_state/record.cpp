@@ -120,6 +120,21 @@ NamedArrays backward_taylor(const NamedTensors& in, const NamedTensors& out_grad
   return arrays;
 }
 
+ModelAttention taylor_in_model(const Spec& options, const ModelLayer& at) {
+  const TaylorOptions chosen = taylor_options({}, options);
+  const int64_t monomials = taylor_state_size(at.head_dim, chosen.order);
+  ModelAttention attention;
+  attention.state_shapes = {{1, at.heads, monomials, at.head_dim}, {1, at.heads, monomials}};
+  attention.over_state = [chosen](const Tensor& q, const Tensor& k, const Tensor& v,
+                                  const Tensor& out, std::span<const Tensor> state,
+                                  const RunOptions& run) {
+    TaylorOptions going_on = chosen;
+    going_on.initial_state = {state[0], state[1]};
+    taylor_state_attention(q, k, v, out, going_on.initial_state, going_on, run);
+  };
+  return attention;
+}
+
 Mechanism taylor_record() {
   Mechanism m;
   m.name = "taylor_state_attention";
@@ -147,13 +162,7 @@ Mechanism taylor_record() {
   };
   m.fill = fill_taylor;
   m.random_case = random_taylor_case;
-  m.model_attention = [](const Spec& options) -> ModelAttention {
-    const TaylorOptions chosen = taylor_options({}, options);
-    return [chosen](const Tensor& q, const Tensor& k, const Tensor& v, const Tensor& out,
-                    const RunOptions& run) {
-      taylor_state_attention(q, k, v, out, TaylorState(), chosen, run);
-    };
-  };
+  m.model_attention = taylor_in_model;
   return m;
 }
 

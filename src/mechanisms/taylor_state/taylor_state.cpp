@@ -40,9 +40,7 @@ void check(const Tensor& q, const Tensor& k, const Tensor& v, const TaylorOption
     throw Error(op + describe("q", q) + " has head dim " + std::to_string(q.size(3)) +
                 "; 1 to 256 is supported");
   }
-  if (options.order < 0 || options.order > 3) {
-    throw Error(op + "order is " + std::to_string(options.order) + "; 0 to 3 is needed");
-  }
+  (void)taylor_state_size(q.size(3), options.order);  // checks the order
   if (options.scale && !std::isfinite(*options.scale)) {
     throw Error(op + "scale is " + std::to_string(*options.scale) + "; a finite number is needed");
   }
@@ -141,6 +139,9 @@ void run_backward(const Tensor& q, const Tensor& k, const Tensor& v, const Tenso
 }  // namespace
 
 int64_t taylor_state_size(int64_t head_dim, int64_t order) {
+  if (order < 0 || order > 3) {
+    throw Error(std::string(kOp) + ": order is " + std::to_string(order) + "; 0 to 3 is needed");
+  }
   int64_t size = 1;
   for (int64_t i = 1; i <= order; ++i) size = size * (head_dim + i) / i;
   return size;

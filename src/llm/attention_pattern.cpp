@@ -1,0 +1,92 @@
+#include "llm/attention_pattern.h"
+
+#include <algorithm>
+#include <charconv>
+#include <string>
+#include <utility>
+
+#include "heed/error.h"
+#include "mechanisms/nearest.h"
+
+namespace heed {
+
+namespace {
+
+const Mechanism& mechanism_for_models(const Spec& spec) {
+  const Mechanism& mechanism = find_mechanism(spec.name());
+  if (!mechanism.model_attention) {
+    std::vector<std::string> able;
+    for (const Mechanism& other : mechanisms()) {
+      if (other.model_attention) able.push_back(other.name);
+    }
+    throw Error(mechanism.name +
+                " cannot stand in for the attention of a model; these can: " + joined(able));
+  }
+  if (!spec.flag("causal", true)) {
+    throw Error("option 'causal': found '" + *spec.text("causal") +
+                "'; the attention of a language model is causal, 1 is needed");
+  }
+  return mechanism;
+}
+
+// "15xflash": 15 and "flash"; "flash": 1 and "flash".
+std::pair<int64_t, std::string_view> count_and_rest(std::string_view part) {
+  const size_t digits = std::min(part.find_first_not_of("0123456789"), part.size());
+  if (digits == 0 || digits == part.size() || part[digits] != 'x') return {1, part};
+  int64_t count = 0;
+  const auto [stop, error] = std::from_chars(part.data(), part.data() + digits, count);
+  if (error != std::errc() || count < 1) {
+    throw Error("'" + std::string(part) + "': found a count of " +
+                std::string(part.substr(0, digits)) +
+                " layers, needed at least 1 and no more than there are");
+  }
+  return {count, part.substr(digits + 1)};
+}
+
+struct Part {
+  int64_t count;
+  Spec spec;
+};
+
+std::vector<Part> parts_of(std::string_view pattern) {
+  std::vector<Part> parts;
+  for (size_t begin = 0; begin <= pattern.size();) {
+    const size_t slash = std::min(pattern.find('/', begin), pattern.size());
+    std::string_view text = pattern.substr(begin, slash - begin);
+    text.remove_prefix(std::min(text.find_first_not_of(" \t"), text.size()));
+    const auto [count, rest] = count_and_rest(text);
+    parts.push_back({count, Spec::parse(rest)});
+    begin = slash + 1;
+  }
+  return parts;
+}
+
+}  // namespace
+
+std::vector<ModelAttention> parse_attention(std::string_view pattern, const ModelConfig& config) {
+  const std::vector<Part> parts = parts_of(pattern);
+  int64_t period = 0;
+  for (const Part& part : parts) {
+    mechanism_for_models(part.spec);
+    // Longer than the model is too long already: no overflow.
+    period = std::min(period, config.layers) + std::min(part.count, config.layers + 1);
+  }
+  if (config.layers % period != 0) {
+    const std::string layers = std::to_string(config.layers);
+    throw Error("'" + std::string(pattern) + "': found a pattern of " +
+                (period > config.layers ? "more than " + layers : std::to_string(period)) +
+                " layers, needed a number that divides the model's " + layers);
+  }
+  std::vector<ModelAttention> layers;
+  ModelLayer at{0, config.layers, config.heads, config.kv_heads, config.head_dim, config.context};
+  while (at.layer < config.layers) {
+    for (const Part& part : parts) {
+      for (int64_t i = 0; i < part.count; ++i, ++at.layer) {
+        layers.push_back(mechanism_for_models(part.spec).model_attention(part.spec, at));
+      }
+    }
+  }
+  return layers;
+}
+
+}  // namespace heed
