@@ -14,9 +14,9 @@
 namespace heed::cli {
 
 RunOptions BenchArguments::run() const {
-  RunOptions options;
-  if (!isa.empty()) options.isa = isas_to_use(isa).front();
-  return options;
+  RunOptions run_options;
+  if (!isa.empty()) run_options.isa = isas_to_use(isa).front();
+  return run_options;
 }
 
 const char* name_of(Pass pass) { return pass == Pass::forward ? "forward" : "backward"; }

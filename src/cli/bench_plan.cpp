@@ -152,7 +152,8 @@ void print(const std::vector<PlanRow>& rows, const BenchArguments& arguments) {
   fmt::print(
       "\nSpeed-ups over dense attention by heed on the same tokens. operations: length / kernel.\n"
       "slowest, mean tile: boxes of 64 tokens (8x8, 2x4x8) on a fixed grid, as the paper counts;\n"
-      "a processor follows the mean. its plan: the boxes that the kernel chooses, queries / keys.\n");
+      "a processor follows the mean. its plan: pairs that the kernel computes with the boxes that it\n"
+      "chooses (queries / keys); each row ends with its window along the boxes' slowest axis.\n");
 }
 
 Json plan_json(const PlanRow& row) {

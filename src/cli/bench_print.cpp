@@ -91,12 +91,17 @@ void print_peers(const std::vector<BenchRow>& rows) {
   for (const auto& [name, title] : titles) fmt::print("  {}: {}\n", name, title);
 }
 
+/// "flash backward"
+std::string brief_name(const BenchRow& row) {
+  constexpr std::string_view kSuffix = "_attention";
+  std::string name = row.mechanism->name;
+  if (name.ends_with(kSuffix)) name.resize(name.size() - kSuffix.size());
+  return row.pass == Pass::backward ? name + " backward" : name;
+}
+
 /// "flash 512x64 causal=1"
 std::string row_title(const BenchRow& row) {
-  constexpr std::string_view kSuffix = "_attention";
-  std::string title = row.mechanism->name;
-  if (title.ends_with(kSuffix)) title.resize(title.size() - kSuffix.size());
-  if (row.pass == Pass::backward) title += " backward";
+  std::string title = brief_name(row);
   const std::string tokens = query_extent(row.example, 2);
   if (tokens != "-") title += " " + tokens + "x" + query_extent(row.example, 3);
   if (row.dtype != DType::f32) title += std::string(" ") + heed::name_of(row.dtype);
@@ -186,10 +191,13 @@ void print_rows(const std::vector<BenchRow>& rows, const BenchArguments& argumen
 }
 
 std::string bench_roofline(const std::vector<BenchRow>& rows, Rooflines& rooflines) {
+  // Points of many calls are told apart by mechanism alone.
+  constexpr size_t kMostNames = 20;
   std::vector<hardware::RooflinePoint> points;
   for (const BenchRow& row : rows) {
     if (!row.wrong.empty()) continue;
-    points.push_back({row_title(row), row.operations / row.bytes, row.gigaflops() * 1e9});
+    const std::string name = rows.size() <= kMostNames ? row_title(row) : brief_name(row);
+    points.push_back({name, row.operations / row.bytes, row.gigaflops() * 1e9});
   }
   return hardware::roofline_figure(rooflines.units(), rooflines.levels(), points);
 }

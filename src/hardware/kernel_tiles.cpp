@@ -8,29 +8,40 @@ namespace {
 
 using tiled::kGridAxes;
 
-/// Pairs of boxes, and boxes of queries, over all residue groups.
-struct BoxPairs {
-  double visited = 0, query_boxes = 0;
+double size_of(tiled::Interval i) { return static_cast<double>(i.end - i.begin); }
+
+/// Pairs of boxes that meet, boxes of queries, and pairs of tokens that are computed.
+struct Counts {
+  double visited = 1, query_boxes = 1, computed = 1;
 };
 
-BoxPairs count_pairs(const tiled::Neighborhood& grid, const na::TileShapes& shapes) {
-  BoxPairs pairs;
+void multiply_axis(const na::AxisTiles& axis, double query_side, double key_side, bool cut,
+                   Counts& counts) {
+  double visited = 0, seen = 0;
+  for (int64_t q = 0; q < axis.query_boxes(); ++q) visited += size_of(axis.visited(q));
+  for (int64_t q = 0; q < axis.length(); ++q) seen += size_of(axis.window(q));
+  counts.visited *= visited;
+  counts.query_boxes *= static_cast<double>(axis.query_boxes());
+  counts.computed *= cut ? seen : visited * query_side * key_side;
+}
+
+Counts count(const tiled::Neighborhood& grid, const na::TileShapes& shapes) {
+  Counts all{0, 0, 0};
   for (int64_t g = 0; g < grid.groups(); ++g) {
     const na::GroupTiles tiles(grid.group(g), shapes.queries, shapes.keys);
-    double visited = 1, query_boxes = 1;
-    for (const na::AxisTiles& axis : tiles.axes) {
-      double on_axis = 0;
-      for (int64_t q = 0; q < axis.query_boxes(); ++q) {
-        const tiled::Interval boxes = axis.visited(q);
-        on_axis += static_cast<double>(boxes.end - boxes.begin);
-      }
-      visited *= on_axis;
-      query_boxes *= static_cast<double>(axis.query_boxes());
+    Counts group;
+    bool slowest = true;  // along this axis of its boxes of keys, a row's work ends with its window
+    for (size_t a = 0; a < kGridAxes; ++a) {
+      const int64_t key_side = shapes.keys[a].side;
+      multiply_axis(tiles.axes[a], static_cast<double>(shapes.queries[a].side),
+                    static_cast<double>(key_side), slowest && key_side > 1, group);
+      slowest = slowest && key_side == 1;
     }
-    pairs.visited += visited;
-    pairs.query_boxes += query_boxes;
+    all.visited += group.visited;
+    all.query_boxes += group.query_boxes;
+    all.computed += group.computed;
   }
-  return pairs;
+  return all;
 }
 
 std::vector<int64_t> sides_of(const na::Boxes& boxes, size_t axes) {
@@ -47,13 +58,12 @@ KernelTiles kernel_tiles(std::span<const tiled::NeighborhoodAxis> axes, int64_t 
   const tiled::Neighborhood grid("tiles", axes);
   const na::TileShapes shapes =
       na::choose_tiles(grid.group(0), grid, na::tile_costs(head_dim, value_dim, dtype, run));
-  const auto query_points = static_cast<double>(na::points_per_box(shapes.queries));
   const auto key_points = static_cast<double>(na::points_per_box(shapes.keys));
   const auto tokens = static_cast<double>(grid.tokens());
-  const BoxPairs pairs = count_pairs(grid, shapes);
+  const Counts counts = count(grid, shapes);
   return {sides_of(shapes.queries, axes.size()), sides_of(shapes.keys, axes.size()),
-          pairs.visited / pairs.query_boxes, tokens / key_points,
-          tokens * tokens / (pairs.visited * query_points * key_points)};
+          counts.visited / counts.query_boxes, tokens / key_points,
+          tokens * tokens / counts.computed};
 }
 
 }  // namespace heed::hardware

@@ -13,7 +13,9 @@ struct KernelTiles {
   std::vector<int64_t> query_tile, key_tile;  // sides on the grid's own axes
   double visited_mean = 0;  // key boxes that a query box visits, over the boxes of all residue groups
   double dense = 0;         // key boxes' worth of keys in the whole grid
-  double speedup = 0;       // pairs of the whole grid / pairs in the visited boxes
+  /// Pairs of the whole grid / pairs that are computed: those of boxes that meet, of which each row
+  /// computes only its window along the slowest axis.
+  double speedup = 0;
 };
 
 /// Two or three axes; a line has no boxes. Throws heed::Error for impossible windows.

@@ -41,6 +41,12 @@ const CascadeText& definition_of(const Mechanism& mechanism, const ExampleCase& 
   return *cascades_for(mechanism, Spec::parse_options(example.options)).front();
 }
 
+bool defines_further_options(const Mechanism& mechanism, const CascadeText& text) {
+  return text.when.empty() && text.name != mechanism.cascades.front().name &&
+         std::any_of(mechanism.cases.begin(), mechanism.cases.end(),
+                     [&](const ExampleCase& example) { return example.definition == text.name; });
+}
+
 std::optional<cascade::PassReport> passes_of(const Mechanism& mechanism, const CascadeText& text) {
   const cascade::Program program = cascade::parse(text.text, text.name);
   const auto& ranks = program.ast().ranks;

@@ -96,6 +96,10 @@ struct Mechanism {
 /// The cascade that defines a case: the one it names, else the first.
 const CascadeText& definition_of(const Mechanism& mechanism, const ExampleCase& example);
 
+/// Whether a cascade is there for cases that name it as their definition, with options that the record's
+/// first one leaves out.
+bool defines_further_options(const Mechanism& mechanism, const CascadeText& text);
+
 /// Passes over the record's pass rank; none where the cascade is written without that rank.
 std::optional<cascade::PassReport> passes_of(const Mechanism& mechanism, const CascadeText& text);
 

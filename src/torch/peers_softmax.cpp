@@ -41,8 +41,10 @@ Tensor softmax_attention(const Shape& s, const Tensor& q, const Tensor& k, const
   const bool square = s.queries == s.keys;
   std::optional<Tensor> mask;
   if (s.causal && !square) mask = s.visible;
-  return at::scaled_dot_product_attention(q, k, v, mask, 0.0, s.causal && square, s.scale,
-                                          q.size(1) != k.size(1));
+  // A negative scale turns its -inf of hidden keys into NaN.
+  const bool negative = s.scale_or_default() < 0;
+  return at::scaled_dot_product_attention(negative ? -q : q, k, v, mask, 0.0, s.causal && square,
+                                          std::abs(s.scale_or_default()), q.size(1) != k.size(1));
 }
 
 /// q k^T times the scale, -inf where the causal mask hides a key.
