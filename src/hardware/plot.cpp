@@ -323,7 +323,7 @@ std::string to_svg(const std::vector<Panel>& panels, int columns, const PanelSiz
     const auto column = static_cast<double>(i % static_cast<size_t>(columns));
     const auto row = static_cast<double>(i / static_cast<size_t>(columns));
     svg += fmt::format("<g transform=\"translate({} {})\">\n", column * at.width, row * at.height);
-    svg += std::visit([](const auto& chart) { return drawn(at, chart); }, panels[i]);
+    svg += std::visit([&at](const auto& chart) { return drawn(at, chart); }, panels[i]);
     svg += "</g>\n";
   }
   return svg + "</svg>\n";
