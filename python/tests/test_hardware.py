@@ -5,7 +5,9 @@ import json
 import math
 import os
 import pathlib
+import re
 import subprocess
+import sys
 import time
 import xml.etree.ElementTree
 
@@ -103,6 +105,16 @@ def test_passes_of_all_mechanisms():
     table = hardware("passes").stdout
     assert all(name in table for name in listed)
     assert hardware_json("passes", "flash")["cascades"][0]["passes"] == 3
+
+
+def test_definitions_of_further_options_are_no_fast_forms():
+    rows = [line.split() for line in hardware("passes").stdout.splitlines()]
+    assert ["further", "options", "with_options", "3"] in rows
+    listed = {entry["name"]: entry["cascades"] for entry in hardware_json("passes")}
+    when = {c["cascade"]: c["when"] for c in listed["flash_attention"]}
+    assert when == {"softmax": "", "two_pass": "", "flash": "", "with_options": "further options"}
+    placed = {row["cascade"] for row in hardware_json("place", "decode")}
+    assert placed == {"softmax", "two_pass", "flash"}
 
 
 def test_passes_of_broken_files(tmp_path):
@@ -227,6 +239,26 @@ def test_bad_layers(tmp_path):
     assert "model_dim and ffn_dim" in message(**good, model_dim=8)
     assert "missing" in message(batch=1, heads=1, head_dim=8)
     error_of("fusemax", "--length", 0)
+
+
+def test_the_headline_means_alone():
+    over = {entry["over"]: entry for entry in hardware_json("fusemax", "--means")}
+    assert set(over) == {"flat", "unfused"} and all(e["pairs"] == 24 for e in over.values())
+    flat, unfused = over["flat"], over["unfused"]
+    assert flat["speedup"] == pytest.approx(6.723, abs=5e-4)
+    assert flat["e2e_speedup"] == pytest.approx(5.302, abs=5e-4)
+    assert flat["energy"] == pytest.approx(0.7875, abs=5e-3)
+    assert flat["e2e_energy"] == pytest.approx(0.8335, abs=5e-3)
+    assert unfused["speedup"] == pytest.approx(10.05, abs=0.05)
+    assert unfused["e2e_speedup"] == pytest.approx(7.60, abs=0.05)
+    assert "6.72x" in hardware("fusemax", "--means").stdout
+    assert "binding" in error_of("fusemax", "--means", "--config", "flat")
+
+
+def test_several_mechanisms_on_the_machine():
+    both = hardware_json("place", "sigmoid", "lightning")
+    assert both == hardware_json("place", "sigmoid") + hardware_json("place", "lightning")
+    assert "did you mean 'sigmoid'" in error_of("place", "flash", "sigmod")
 
 
 def test_what_mechanisms_would_gain():
@@ -391,6 +423,17 @@ def test_figures_are_svg(tmp_path, arguments):
     assert root.tag == "{http://www.w3.org/2000/svg}svg"
     assert "prefers-color-scheme: dark" in path.read_text()
     assert "cannot write" in error_of(*arguments, "--plot", tmp_path / "no" / "figure.svg")
+
+
+def test_the_page_says_what_the_program_says():
+    done = subprocess.run(
+        [sys.executable, ROOT / "tools" / "make_hardware_docs.py", "--check"],
+        capture_output=True, text=True, timeout=300, env={"HEED_PROGRAM": str(PROGRAM), **os.environ},
+    )  # fmt: skip
+    assert done.returncode == 0, done.stdout + done.stderr
+    page = (ROOT / "docs" / "hardware.md").read_text()
+    for figure in re.findall(r"\]\((hardware/[^)]*)\)", page):
+        assert (ROOT / "docs" / figure).is_file(), figure
 
 
 def test_built_in_files_can_be_copied(tmp_path):

@@ -17,7 +17,7 @@ using namespace hardware;  // NOLINT: this command shows that room
 struct Arguments {
   std::string config, model, arch, workload, mapping, plot;
   std::optional<int64_t> length;
-  bool sweep = false, json = false;
+  bool sweep = false, means = false, json = false;
 };
 
 struct Plan {
@@ -135,13 +135,31 @@ void print_rows(const std::vector<Row>& rows) {
   table.print();
 }
 
-void print_means(const std::vector<Row>& rows) {
-  int pairs = 0;
-  for (const char* slow : {"flat", "unfused"}) {
+constexpr const char* kSlower[] = {"flat", "unfused"};
+
+Json means_json(const std::vector<Row>& rows) {
+  Json list = Json::array();
+  for (const char* slow : kSlower) {
     const Means means = compare(rows, slow, "binding");
     if (means.rows == 0) continue;
-    fmt::print("{}FuseMax (binding) over {:<8} attention {} faster at {} of the energy",
-               pairs == 0 ? "\n" : "", std::string(slow) + ":",
+    const bool whole = rows.front().linear.latency_s > 0;
+    list.push_back({{"over", slow},
+                    {"pairs", means.rows},
+                    {"speedup", means.speedup},
+                    {"energy", means.energy},
+                    {"e2e_speedup", whole ? Json(means.e2e_speedup) : Json(nullptr)},
+                    {"e2e_energy", whole ? Json(means.e2e_energy) : Json(nullptr)}});
+  }
+  return list;
+}
+
+void print_means(const std::vector<Row>& rows) {
+  int pairs = 0;
+  for (const char* slow : kSlower) {
+    const Means means = compare(rows, slow, "binding");
+    if (means.rows == 0) continue;
+    fmt::print("FuseMax (binding) over {:<8} attention {} faster at {} of the energy",
+               std::string(slow) + ":",
                bold(fmt::format("{:.2f}x", means.speedup)),
                bold(fmt::format("{:.2f}", means.energy)));
     if (rows.front().linear.latency_s > 0) {
@@ -201,12 +219,20 @@ void fusemax(const Arguments& arguments) {
   if (arguments.sweep) return sweep(arguments);
   const std::vector<Row> rows = rows_of(plan_of(arguments));
   if (!arguments.plot.empty()) write_text("--plot", arguments.plot, cost_figure(rows));
+  if (arguments.means) {
+    if (means_json(rows).empty()) {
+      throw Error("--means: the configurations binding and flat or unfused are needed");
+    }
+    if (arguments.json) return print_json(means_json(rows));
+    return print_means(rows);
+  }
   if (arguments.json) {
     Json list = Json::array();
     for (const Row& row : rows) list.push_back(row_json(row));
     return print_json(list);
   }
   print_rows(rows);
+  fmt::print("\n");
   print_means(rows);
 }
 
@@ -225,6 +251,7 @@ void add_hardware_fusemax(CLI::App& hardware) {
   command->add_option("--mapping", a->mapping,
                       "Mapping and binding from a JSON file (heed hardware files binding)");
   command->add_flag("--area-sweep", a->sweep, "Arrays from 16x16 to 512x512: latency and area");
+  command->add_flag("--means", a->means, "Only the means of FuseMax over flat and unfused");
   command->add_option("--plot", a->plot, "Also write the figures to this SVG file");
   command->add_flag("--json", a->json, "JSON");
   command->callback([a] { fusemax(*a); });

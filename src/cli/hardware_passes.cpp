@@ -96,7 +96,9 @@ std::vector<Counted> counted(const Mechanism& mechanism) {
   std::vector<Counted> list;
   for (const CascadeText& text : mechanism.cascades) {
     const Program program = cascade::parse(text.text, text.name);
-    Counted& row = list.emplace_back(Counted{text.name, text.when, std::nullopt});
+    const bool further = defines_further_options(mechanism, text);
+    Counted& row = list.emplace_back(
+        Counted{text.name, further ? "further options" : text.when, std::nullopt});
     if (has_rank(program, mechanism.pass_rank)) {
       row.passes = cascade::count_passes(program, mechanism.pass_rank).passes;
     }
@@ -154,6 +156,7 @@ void all_mechanisms(const Arguments& arguments) {
   }
   if (arguments.json) return print_json(list);
   table.print();
+  fmt::print("\n-: a cascade that is written without the rank.\n");
 }
 
 bool is_file(const std::string& what) {

@@ -1,6 +1,7 @@
 // heed hardware place: what each mechanism would gain from an accelerator.
 #include <fmt/format.h>
 
+#include <algorithm>
 #include <memory>
 #include <set>
 
@@ -15,7 +16,8 @@ namespace {
 using namespace hardware;  // NOLINT: this command shows that room
 
 struct Arguments {
-  std::string what, rank, sizes, arch;
+  std::vector<std::string> names;
+  std::string rank, sizes, arch;
   bool json = false;
 };
 
@@ -51,7 +53,12 @@ std::vector<const ExampleCase*> cases_of(const Mechanism& mechanism) {
 std::vector<const CascadeText*> cascades_of(const Mechanism& mechanism,
                                             const ExampleCase& example) {
   if (!example.definition.empty()) return {&definition_of(mechanism, example)};
-  return cascades_for(mechanism, Spec::parse_options(example.options));
+  std::vector<const CascadeText*> texts =
+      cascades_for(mechanism, Spec::parse_options(example.options));
+  std::erase_if(texts, [&](const CascadeText* text) {
+    return defines_further_options(mechanism, *text);
+  });
+  return texts;
 }
 
 // A cascade that says nothing about the machine (a rank of other name, a missing operation) is left
@@ -84,28 +91,44 @@ void add_mechanism(const Mechanism& mechanism, const Machine& machine, const Siz
   for (const std::string& text : left_out) fmt::print(stderr, "heed: left out: {}\n", text);
 }
 
+bool is_file(const std::string& name) {
+  return name.ends_with(".cascade") || name.find('/') != std::string::npos;
+}
+
+Line line_of_file(const std::string& file, const Arguments& a, const Machine& machine,
+                  const Sizes& sizes) {
+  const auto program = cascade::parse(read_text("place", file), file);
+  const std::string rank = a.rank.empty() ? "m" : a.rank;
+  const Machine& baseline = builtin_machine("baseline");
+  Line line{"-", "-", program.name()};
+  const PlacedCall call = place(machine, program, rank, sizes);
+  line.passes = call.passes;
+  line.machine = placement_cost(machine, call);
+  line.baseline = placement_cost(baseline, place(baseline, program, rank, sizes));
+  line.gain = line.baseline.unfused_s / line.machine.overlapped_s;
+  return line;
+}
+
 std::vector<Line> lines_of(const Arguments& a, const Machine& machine) {
   std::vector<Line> lines;
   const Sizes sizes = parse_sizes(a.sizes);
-  if (a.what.ends_with(".cascade") || a.what.find('/') != std::string::npos) {
-    const auto program = cascade::parse(read_text("place", a.what), a.what);
-    const std::string rank = a.rank.empty() ? "m" : a.rank;
-    const Machine& baseline = builtin_machine("baseline");
-    Line line{"-", "-", program.name()};
-    const PlacedCall call = place(machine, program, rank, sizes);
-    line.passes = call.passes;
-    line.machine = placement_cost(machine, call);
-    line.baseline = placement_cost(baseline, place(baseline, program, rank, sizes));
-    line.gain = line.baseline.unfused_s / line.machine.overlapped_s;
-    return {line};
+  const bool files = std::any_of(a.names.begin(), a.names.end(), is_file);
+  if (!a.rank.empty() && !files) throw Error("--rank: a cascade file is needed with it");
+  if (!sizes.empty() && a.names.empty()) {
+    throw Error("--sizes: a mechanism or a cascade file is needed with it");
   }
-  if (!a.rank.empty()) throw Error("--rank: a cascade file is needed with it");
-  if (!a.what.empty()) {
-    add_mechanism(find_mechanism(a.what), machine, sizes, lines);
-    if (lines.empty()) throw Error("place: no cascade of " + a.what + " runs on this machine");
-    return lines;
+  for (const std::string& name : a.names) {
+    const size_t before = lines.size();
+    if (is_file(name)) {
+      lines.push_back(line_of_file(name, a, machine, sizes));
+    } else {
+      add_mechanism(find_mechanism(name), machine, sizes, lines);
+    }
+    if (lines.size() == before) {
+      throw Error("place: no cascade of " + name + " runs on this machine");
+    }
   }
-  if (!sizes.empty()) throw Error("--sizes: a mechanism or a cascade file is needed with it");
+  if (!a.names.empty()) return lines;
   Progress progress("placing");
   int64_t done = 0;
   for (const Mechanism& mechanism : mechanisms()) {
@@ -192,7 +215,7 @@ void add_hardware_place(CLI::App& hardware) {
   CLI::App* command = hardware.add_subcommand(
       "place", "Mechanisms on an accelerator: what each would gain, from its cascade alone");
   auto a = std::make_shared<Arguments>();
-  command->add_option("NAME", a->what, "Mechanism or cascade file; without it all mechanisms");
+  command->add_option("NAME", a->names, "Mechanisms or cascade files; without it all mechanisms");
   command->add_option("--sizes", a->sizes,
                       "Rank sizes instead of the case's: p=1,m=65536 (a file needs all of them)");
   command->add_option("--rank", a->rank, "Of a file: the rank whose passes count; m without it");

@@ -140,10 +140,14 @@ std::string roofline_figure(const std::vector<UnitRate>& units,
     const double from = std::max(low, nearest > 0 ? flops / nearest : low);
     chart.series.push_back({unit.unit, {{from, flops * 1e-9}, {high, flops * 1e-9}}, true, false});
   }
-  for (const RooflinePoint& p : points) {
-    chart.series.push_back({p.name, {{p.intensity, p.flops * 1e-9}}, false});
+  for (const std::string& name : distinct(points, [](const RooflinePoint& p) { return p.name; })) {
+    Series series{name, {}, false};
+    for (const RooflinePoint& p : points) {
+      if (p.name == name) series.points.emplace_back(p.intensity, p.flops * 1e-9);
+    }
+    chart.series.push_back(std::move(series));
   }
-  return to_svg({chart}, 1);
+  return to_svg({chart}, 1, {.width = 860, .height = 620, .legend = 250});
 }
 
 }  // namespace heed::hardware

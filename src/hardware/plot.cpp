@@ -9,12 +9,24 @@ namespace heed::hardware {
 namespace {
 
 // Pixels.
-constexpr double kWidth = 560, kHeight = 380;
-constexpr double kLeft = 70, kTop = 44, kBottom = 56, kLegend = 172;
-constexpr double kRight = kLegend + 12;
-constexpr double kPlotWidth = kWidth - kLeft - kRight, kPlotHeight = kHeight - kTop - kBottom;
-constexpr double kLegendRow = 16;
-constexpr size_t kMostLegendRows = 17;
+constexpr double kLeft = 70, kTop = 44, kBottom = 56;
+constexpr double kLegendGap = 12, kLegendSign = 26, kLegendRow = 16;
+constexpr double kLetter = 6.4;  // of the 12-pixel font, on average
+
+/// What the sizes of a panel leave for its parts.
+struct Layout {
+  explicit Layout(const PanelSize& size)
+      : width(size.width),
+        height(size.height),
+        legend_left(size.width - size.legend),
+        plot_width(legend_left - kLegendGap - kLeft),
+        plot_height(size.height - kTop - kBottom),
+        legend_rows(static_cast<size_t>((size.height - kTop - kLegendRow) / kLegendRow) - 1),
+        legend_letters(static_cast<size_t>((size.legend - kLegendSign) / kLetter)) {}
+
+  double width, height, legend_left, plot_width, plot_height;
+  size_t legend_rows, legend_letters;
+};
 
 // Okabe and Ito's colours, told apart with every kind of colour vision and readable on white and on
 // near-black; markers and dashes repeat what they say.
@@ -193,39 +205,39 @@ std::string marker(double x, double y, size_t i) {
   }
 }
 
-std::string frame(const std::string& title, const Ruler* x, const Ruler& y,
+std::string frame(const Layout& at, const std::string& title, const Ruler* x, const Ruler& y,
                   const std::string& x_label, const std::string& y_label) {
   std::string svg = text_at(kLeft, 24, title, "start", " class=\"title\"");
   for (const Tick& tick : y.ticks()) {
-    svg += line_at(kLeft, y.at(tick.value), kLeft + kPlotWidth, y.at(tick.value), "grid");
+    svg += line_at(kLeft, y.at(tick.value), kLeft + at.plot_width, y.at(tick.value), "grid");
     svg += text_at(kLeft - 8, y.at(tick.value) + 4, tick.label, "end");
   }
   if (x != nullptr) {
     for (const Tick& tick : x->ticks()) {
-      svg += line_at(x->at(tick.value), kTop, x->at(tick.value), kTop + kPlotHeight, "grid");
-      svg += text_at(x->at(tick.value), kTop + kPlotHeight + 18, tick.label, "middle");
+      svg += line_at(x->at(tick.value), kTop, x->at(tick.value), kTop + at.plot_height, "grid");
+      svg += text_at(x->at(tick.value), kTop + at.plot_height + 18, tick.label, "middle");
     }
   }
-  svg += fmt::format("<path class=\"axis\" d=\"M{} {}V{}H{}\"/>\n", kLeft, kTop, kTop + kPlotHeight,
-                     kLeft + kPlotWidth);
-  svg += text_at(kLeft + kPlotWidth / 2, kHeight - 14, x_label, "middle");
+  svg += fmt::format("<path class=\"axis\" d=\"M{} {}V{}H{}\"/>\n", kLeft, kTop, kTop + at.plot_height,
+                     kLeft + at.plot_width);
+  svg += text_at(kLeft + at.plot_width / 2, at.height - 14, x_label, "middle");
   svg += fmt::format(
       "<text transform=\"translate(16 {:.1f}) rotate(-90)\" text-anchor=\"middle\">{}</text>\n",
-      kTop + kPlotHeight / 2, escaped(y_label));
+      kTop + at.plot_height / 2, escaped(y_label));
   return svg;
 }
 
-std::string legend_text(size_t i, const std::string& name) {
-  constexpr size_t kMostLetters = 23;
-  const std::string shown =
-      name.size() > kMostLetters ? name.substr(0, kMostLetters - 2) + ".." : name;
-  return text_at(kWidth - kLegend + 26, kTop + 12 + static_cast<double>(i) * kLegendRow, shown,
+std::string legend_text(const Layout& at, size_t i, const std::string& name) {
+  const std::string shown = name.size() > at.legend_letters
+                                ? name.substr(0, at.legend_letters - 2) + ".."
+                                : name;
+  return text_at(at.legend_left + kLegendSign, kTop + 12 + static_cast<double>(i) * kLegendRow, shown,
                  "start");
 }
 
 double legend_y(size_t i) { return kTop + 8 + static_cast<double>(i) * kLegendRow; }
 
-std::string drawn(const LineChart& chart) {
+std::string drawn(const Layout& at, const LineChart& chart) {
   std::vector<double> xs, ys;
   for (const Series& series : chart.series) {
     for (const auto& [x, y] : series.points) {
@@ -233,9 +245,9 @@ std::string drawn(const LineChart& chart) {
       ys.push_back(y);
     }
   }
-  const Ruler x(chart.x, xs, kLeft, kLeft + kPlotWidth);
-  const Ruler y(chart.y, ys, kTop + kPlotHeight, kTop);
-  std::string svg = frame(chart.title, &x, y, chart.x.label, chart.y.label);
+  const Ruler x(chart.x, xs, kLeft, kLeft + at.plot_width);
+  const Ruler y(chart.y, ys, kTop + at.plot_height, kTop);
+  std::string svg = frame(at, chart.title, &x, y, chart.x.label, chart.y.label);
   for (size_t i = 0; i < chart.series.size(); ++i) {
     const Series& series = chart.series[i];
     std::string path, marks;
@@ -249,29 +261,29 @@ std::string drawn(const LineChart& chart) {
                     series.dashed ? " stroke-dasharray=\"6 4\"" : "");
     if (series.line && !path.empty()) svg += fmt::format("<path d=\"{}\"{}/>\n", path, stroke);
     svg += marks;
-    if (i >= kMostLegendRows) continue;
-    const double left = kWidth - kLegend, middle = legend_y(i);
+    if (i >= at.legend_rows) continue;
+    const double left = at.legend_left, middle = legend_y(i);
     if (series.line) svg += fmt::format("<path d=\"M{} {}h20\"{}/>\n", left, middle, stroke);
     if (series.markers) svg += marker(left + 10, middle, i);
-    svg += legend_text(i, series.name);
+    svg += legend_text(at, i, series.name);
   }
-  if (chart.series.size() > kMostLegendRows) {
-    svg += legend_text(kMostLegendRows,
-                       fmt::format("and {} more", chart.series.size() - kMostLegendRows));
+  if (chart.series.size() > at.legend_rows) {
+    svg += legend_text(at, at.legend_rows,
+                       fmt::format("and {} more", chart.series.size() - at.legend_rows));
   }
   return svg;
 }
 
-std::string drawn(const BarChart& chart) {
+std::string drawn(const Layout& at, const BarChart& chart) {
   std::vector<double> tops = {0};
   for (const BarChart::Group& group : chart.groups) {
     double top = 0;
     for (double part : group.parts) top += std::isfinite(part) && part > 0 ? part : 0;
     tops.push_back(top);
   }
-  const Ruler y({chart.y_label}, tops, kTop + kPlotHeight, kTop);
-  std::string svg = frame(chart.title, nullptr, y, "", chart.y_label);
-  const double step = kPlotWidth / static_cast<double>(std::max<size_t>(1, chart.groups.size()));
+  const Ruler y({chart.y_label}, tops, kTop + at.plot_height, kTop);
+  std::string svg = frame(at, chart.title, nullptr, y, "", chart.y_label);
+  const double step = at.plot_width / static_cast<double>(std::max<size_t>(1, chart.groups.size()));
   for (size_t g = 0; g < chart.groups.size(); ++g) {
     const BarChart::Group& group = chart.groups[g];
     const double left = kLeft + (static_cast<double>(g) + 0.15) * step;
@@ -286,22 +298,23 @@ std::string drawn(const BarChart& chart) {
     }
     svg += fmt::format(
         "<text transform=\"translate({:.1f} {:.1f}) rotate(-25)\" text-anchor=\"end\">{}</text>\n",
-        left + 0.45 * step, kTop + kPlotHeight + 16, escaped(group.label));
+        left + 0.45 * step, kTop + at.plot_height + 16, escaped(group.label));
   }
-  for (size_t i = 0; i < chart.parts.size() && i < kMostLegendRows; ++i) {
+  for (size_t i = 0; i < chart.parts.size() && i < at.legend_rows; ++i) {
     svg += fmt::format("<rect x=\"{}\" y=\"{}\" width=\"12\" height=\"12\" fill=\"{}\"/>\n",
-                       kWidth - kLegend + 4, legend_y(i) - 7, colour(i));
-    svg += legend_text(i, chart.parts[i]);
+                       at.legend_left + 4, legend_y(i) - 7, colour(i));
+    svg += legend_text(at, i, chart.parts[i]);
   }
   return svg;
 }
 
 }  // namespace
 
-std::string to_svg(const std::vector<Panel>& panels, int columns) {
+std::string to_svg(const std::vector<Panel>& panels, int columns, const PanelSize& size) {
+  const Layout at(size);
   columns = std::clamp(columns, 1, std::max<int>(1, static_cast<int>(panels.size())));
   const int rows = (static_cast<int>(panels.size()) + columns - 1) / columns;
-  const double width = kWidth * columns, height = kHeight * std::max(1, rows);
+  const double width = at.width * columns, height = at.height * std::max(1, rows);
   std::string svg = fmt::format(
       "<svg xmlns=\"http://www.w3.org/2000/svg\" width=\"{0}\" height=\"{1}\" "
       "viewBox=\"0 0 {0} {1}\">\n{2}<rect class=\"paper\" width=\"{0}\" height=\"{1}\"/>\n",
@@ -309,8 +322,8 @@ std::string to_svg(const std::vector<Panel>& panels, int columns) {
   for (size_t i = 0; i < panels.size(); ++i) {
     const auto column = static_cast<double>(i % static_cast<size_t>(columns));
     const auto row = static_cast<double>(i / static_cast<size_t>(columns));
-    svg += fmt::format("<g transform=\"translate({} {})\">\n", column * kWidth, row * kHeight);
-    svg += std::visit([](const auto& chart) { return drawn(chart); }, panels[i]);
+    svg += fmt::format("<g transform=\"translate({} {})\">\n", column * at.width, row * at.height);
+    svg += std::visit([&at](const auto& chart) { return drawn(at, chart); }, panels[i]);
     svg += "</g>\n";
   }
   return svg + "</svg>\n";

@@ -44,8 +44,13 @@ struct BarChart {
 
 using Panel = std::variant<LineChart, BarChart>;
 
+/// Pixels of a panel, and of the legend at its right side.
+struct PanelSize {
+  double width = 560, height = 380, legend = 172;
+};
+
 /// The panels in rows of `columns`. Values that are not finite, or not positive on a logarithmic
 /// axis, are left out.
-std::string to_svg(const std::vector<Panel>& panels, int columns = 2);
+std::string to_svg(const std::vector<Panel>& panels, int columns = 2, const PanelSize& size = {});
 
 }  // namespace heed::hardware

@@ -51,6 +51,26 @@ TEST(Plot, ValuesThatCannotBeDrawnAreLeftOut) {
   expect_well_formed(to_svg({}, 2));
 }
 
+TEST(Plot, PanelsOfOtherSizesHoldLongerLegends) {
+  LineChart chart{"t", {"x"}, {"y"}, {}};
+  for (int i = 0; i < 25; ++i) chart.series.push_back({"series " + std::to_string(i), {{1, 1.0 + i}}});
+  const std::string small = to_svg({chart}, 1);
+  const std::string large = to_svg({chart}, 1, {.width = 860, .height = 620, .legend = 250});
+  expect_well_formed(small);
+  expect_well_formed(large);
+  EXPECT_EQ(small.find(">series 24<"), std::string::npos);
+  EXPECT_NE(small.find(" more<"), std::string::npos);
+  EXPECT_NE(large.find(">series 24<"), std::string::npos);
+  EXPECT_EQ(large.find(" more<"), std::string::npos);
+  EXPECT_NE(large.find("viewBox=\"0 0 860 620\""), std::string::npos);
+}
+
+TEST(Figures, PointsOfOneNameAreOneSeries) {
+  const std::string svg = roofline_figure({{"float32", DType::f32, Isa::portable, 1e11}},
+                                          {{"L2", 1e6, 1e11}}, {{"a", 10, 1e9}, {"a", 20, 1e9}});
+  EXPECT_EQ(count(svg, ">a<"), 1u);
+}
+
 TEST(Figures, HaveOnePanelForEachQuestion) {
   const std::string costs = cost_figure(paper_rows());
   expect_well_formed(costs);

@@ -112,7 +112,7 @@ Evaluated evaluate_definition(const Reference& reference, const cascade::Program
   const Spec options = Spec::parse_options(reference.example->options);
   const cascade::Bindings bindings = reference.mechanism->bind(in, options);
   Evaluated values{cascade::evaluate(program, bindings), {}};
-  if (reference.mechanism->backward && !reference.output_gradients.empty()) {
+  if (!reference.output_gradients.empty()) {
     Values seeds;
     for (const auto& [result, output] : reference.mechanism->outputs) {
       seeds[output] = to_nd(reference.output_gradients.at(result));
@@ -271,7 +271,7 @@ Bound allowed_error(DType dtype, DType result, double sensitivity, const NdArray
 }
 
 Reference make_reference(const Mechanism& mechanism, const ExampleCase& example, DType dtype,
-                         uint64_t seed) {
+                         uint64_t seed, bool gradients) {
   Reference reference{.mechanism = &mechanism,
                       .example = &example,
                       .dtype = dtype,
@@ -284,7 +284,7 @@ Reference make_reference(const Mechanism& mechanism, const ExampleCase& example,
   const CascadeText& definition = definition_of(mechanism, example);
   const cascade::Program program = cascade::parse(definition.text, definition.name);
   reference.outputs = evaluate_definition(reference, program, views(reference.inputs)).outputs;
-  if (mechanism.backward) {
+  if (mechanism.backward && gradients) {
     reference.output_gradients = make_output_gradients(reference);
     reference.gradients =
         evaluate_definition(reference, program, views(reference.inputs)).gradients;
@@ -317,7 +317,7 @@ std::vector<CheckRow> check_kernel(const Reference& reference, Isa isa, Layout l
   run.isa = isa;
   std::vector<CheckRow> rows;
   check_forward(reference, arranged.tensors, run, base, rows);
-  if (reference.mechanism->backward) check_backward(reference, arranged.tensors, run, base, rows);
+  if (!reference.output_gradients.empty()) check_backward(reference, arranged.tensors, run, base, rows);
   return rows;
 }
 

@@ -33,12 +33,14 @@ struct Reference {
   DType dtype = DType::f32;
   uint64_t seed = 0;
   NamedArrays inputs;
-  NamedArrays output_gradients;               // only for mechanisms with a backward
+  NamedArrays output_gradients;               // empty where no gradients are checked
   cascade::Values outputs, gradients;         // by cascade name
   std::map<std::string, double> sensitivity;  // by cascade name; see allowed_error
 };
+/// Gradients are left out where the mechanism has none and, in a fraction of the time, where they are
+/// not wanted.
 Reference make_reference(const Mechanism& mechanism, const ExampleCase& example, DType dtype,
-                         uint64_t seed);
+                         uint64_t seed, bool gradients = true);
 
 /// The bound of all checks, for a result of type `result` of a call whose inputs have type `dtype`:
 ///
@@ -62,7 +64,7 @@ struct CheckRow {
   bool ok() const { return failure.empty() && difference.ok(); }
 };
 
-/// Forward, and backward where the mechanism has one, on one instruction set and layout.
+/// Forward, and backward where the reference has gradients, on one instruction set and layout.
 std::vector<CheckRow> check_kernel(const Reference& reference, Isa isa, Layout layout);
 
 /// Every further cascade of the record against the definition, in float64, to 1e-12 of the largest

@@ -12,8 +12,26 @@ namespace heed {
 std::vector<Mechanism> all_records();  // generated from the folders
 
 std::span<const Mechanism> mechanisms() {
-  static const std::vector<Mechanism> all = all_records();
+  static const std::vector<Mechanism> all = [] {
+    std::vector<Mechanism> records = all_records();
+    for (Mechanism& m : records) {
+      if (!m.forward_for_backward) continue;
+      m.backward = [prepare = m.forward_for_backward](
+                       const NamedTensors& in, const NamedTensors& out_gradients,
+                       const Spec& options,
+                       const RunOptions& run) { return prepare(in, options, run)(out_gradients); };
+    }
+    return records;
+  }();
   return all;
+}
+
+BackwardCall prepare_backward(const Mechanism& mechanism, const NamedTensors& in,
+                              const Spec& options, const RunOptions& run) {
+  if (mechanism.forward_for_backward) return mechanism.forward_for_backward(in, options, run);
+  return [&mechanism, in, options, run](const NamedTensors& out_gradients) {
+    return mechanism.backward(in, out_gradients, options, run);
+  };
 }
 
 const CascadeText& definition_of(const Mechanism& mechanism, const ExampleCase& example) {
@@ -21,6 +39,12 @@ const CascadeText& definition_of(const Mechanism& mechanism, const ExampleCase& 
     if (text.name == example.definition) return text;
   }
   return *cascades_for(mechanism, Spec::parse_options(example.options)).front();
+}
+
+bool defines_further_options(const Mechanism& mechanism, const CascadeText& text) {
+  return text.when.empty() && text.name != mechanism.cascades.front().name &&
+         std::any_of(mechanism.cases.begin(), mechanism.cases.end(),
+                     [&](const ExampleCase& example) { return example.definition == text.name; });
 }
 
 std::optional<cascade::PassReport> passes_of(const Mechanism& mechanism, const CascadeText& text) {

@@ -69,6 +69,9 @@ struct PathAnswer {
   std::string reason;  // empty when it can
 };
 
+/// Gradients by input name, from those of the results.
+using BackwardCall = std::function<NamedArrays(const NamedTensors& out_gradients)>;
+
 struct Mechanism {
   std::string name;  // "flash_attention"; the same in C++ and PyTorch
   std::string title;
@@ -85,10 +88,14 @@ struct Mechanism {
 
   std::function<NamedArrays(const NamedTensors& in, const Spec& options, const RunOptions& run)>
       forward;
-  /// Gradients by input name; empty where the mechanism is forward only.
+  /// Gradients by input name; empty where the mechanism is forward only. A record whose backward needs
+  /// what the forward computed gives `forward_for_backward` instead, and this follows from it.
   std::function<NamedArrays(const NamedTensors& in, const NamedTensors& out_gradients,
                             const Spec& options, const RunOptions& run)>
       backward;
+  /// Runs the forward and returns the backward alone. The inputs outlive the call returned.
+  std::function<BackwardCall(const NamedTensors& in, const Spec& options, const RunOptions& run)>
+      forward_for_backward;
   /// Everything the cascades need for this case: tensors in float64, sizes, scalars, predicates.
   std::function<cascade::Bindings(const NamedTensors& in, const Spec& options)> bind;
   /// Empty where the mechanism cannot stand in for causal attention of a model.
@@ -108,6 +115,10 @@ struct Mechanism {
 
 /// The cascade that defines a case: the one it names, else the first.
 const CascadeText& definition_of(const Mechanism& mechanism, const ExampleCase& example);
+
+/// Whether a cascade is there for cases that name it as their definition, with options that the record's
+/// first one leaves out.
+bool defines_further_options(const Mechanism& mechanism, const CascadeText& text);
 
 /// Passes over the record's pass rank; none where the cascade is written without that rank.
 std::optional<cascade::PassReport> passes_of(const Mechanism& mechanism, const CascadeText& text);
@@ -129,6 +140,10 @@ std::vector<const CascadeText*> cascades_for(const Mechanism& mechanism, const S
 NamedArrays make_inputs(const Mechanism& mechanism, const ExampleCase& example, DType dtype,
                         uint64_t seed);
 NamedTensors views(const NamedArrays& arrays);
+
+/// The backward of a call, after the forward where it needs one.
+BackwardCall prepare_backward(const Mechanism& mechanism, const NamedTensors& in,
+                              const Spec& options, const RunOptions& run);
 
 /// Float64 row-major copy for the interpreter.
 cascade::NdArray to_nd(const Tensor& tensor);

@@ -2,23 +2,40 @@
 
 #include <ATen/Parallel.h>
 #include <ATen/ops/from_blob.h>
-#include <ATen/ops/full.h>
-#include <ATen/ops/matmul.h>
-#include <ATen/ops/ones.h>
-#include <ATen/ops/scaled_dot_product_attention.h>
-#include <ATen/ops/sigmoid.h>
-#include <ATen/ops/zeros.h>
 #include <c10/core/InferenceMode.h>
+#include <torch/csrc/autograd/autograd.h>
 
-#include <cmath>
-#include <limits>
+#include <algorithm>
 #include <memory>
-#include <set>
 
 #include "base/parallel.h"
 #include "heed/error.h"
+#include "torch/peer_parts.h"
 
 namespace heed {
+
+namespace peers {
+
+bool knows(const Tensors& in, const std::vector<std::string>& inputs, const Spec& options,
+           const std::vector<std::string>& keys) {
+  for (const auto& [name, tensor] : in) {
+    if (std::find(inputs.begin(), inputs.end(), name) == inputs.end()) return false;
+  }
+  try {
+    options.require_known(keys);
+  } catch (const Error&) {
+    return false;
+  }
+  return true;
+}
+
+at::Tensor for_heads(const at::Tensor& kv, int64_t heads) {
+  const int64_t group = kv.size(1) == 0 ? 1 : heads / kv.size(1);
+  return group == 1 ? kv : kv.repeat_interleave(group, 1);
+}
+
+}  // namespace peers
+
 namespace {
 
 at::ScalarType torch_type(DType dtype) {
@@ -41,6 +58,13 @@ at::ScalarType torch_type(DType dtype) {
   throw Error("make_peer: an input has a type unknown to PyTorch");
 }
 
+DType heed_type(at::ScalarType type) {
+  for (DType dtype : {DType::f64, DType::f32, DType::bf16, DType::f16}) {
+    if (torch_type(dtype) == type) return dtype;
+  }
+  throw Error("Peer: a result has a type unknown to heed");
+}
+
 at::Tensor wrap(const Tensor& tensor) {
   const auto shape = tensor.shape().span();
   const auto strides = tensor.strides().span();
@@ -48,131 +72,98 @@ at::Tensor wrap(const Tensor& tensor) {
                        {strides.data(), strides.size()}, at::dtype(torch_type(tensor.dtype())));
 }
 
-Array unwrap(const at::Tensor& tensor, DType dtype) {
-  const at::Tensor plain = tensor.contiguous();
+Array unwrap(const at::Tensor& tensor) {
+  const at::Tensor plain = tensor.detach().contiguous();
   const Dims shape({plain.sizes().data(), plain.sizes().size()});
+  const DType dtype = heed_type(plain.scalar_type());
   Array result(dtype, shape);
   copy(Tensor(plain.const_data_ptr(), dtype, shape), result);
   return result;
 }
 
-bool knows(const NamedTensors& in, const std::set<std::string>& inputs, const Spec& options,
-           const std::vector<std::string>& keys) {
-  for (const auto& [name, tensor] : in) {
-    if (!inputs.contains(name)) return false;
-  }
-  try {
-    options.require_known(keys);
-  } catch (const Error&) {
-    return false;
-  }
-  return true;
-}
+/// A composition with its inputs and what it last computed.
+class Run {
+ public:
+  Run(peers::Composition composition, peers::Tensors in, at::ScalarType type, int threads)
+      : composition_(std::move(composition)), in_(std::move(in)), type_(type), threads_(threads) {}
 
-struct Inputs {
-  Inputs(const NamedTensors& in, const Spec& options)
-      : q(wrap(in.at("q"))),
-        k(wrap(in.at("k"))),
-        v(wrap(in.at("v"))),
-        causal(options.flag("causal")),
-        scale(options.number("scale")) {}
-  /// The keys that exist in caches of sequences that are all `length` long.
-  Inputs(const NamedTensors& in, const Spec& options, int64_t length)
-      : q(wrap(in.at("q"))),
-        k(wrap(in.at("k_cache")).narrow(2, 0, length)),
-        v(wrap(in.at("v_cache")).narrow(2, 0, length)),
-        causal(q.size(2) > 1),
-        scale(options.number("scale")) {}
-  int64_t queries() const { return q.size(2); }
-  int64_t keys() const { return k.size(2); }
-  int64_t group() const { return k.size(1) == 0 ? 1 : q.size(1) / k.size(1); }
-  /// [Lq,Lk], true where the causal mask, aligned to the end of the keys, lets a query see.
-  at::Tensor visible() const {
-    return at::ones({queries(), keys()}, at::kBool).tril(keys() - queries());
+  void compute() {
+    const c10::InferenceMode inference;
+    at::set_num_threads(threads_);
+    out_ = composition_.call(in_);
+  }
+  Array result() const {
+    if (!out_.defined()) throw Error("Peer::result: compute has not run yet");
+    return unwrap(out_.to(type_));
   }
 
-  at::Tensor q, k, v;
-  bool causal;
-  std::optional<double> scale;
+  void prepare_backward(const Tensor& out_gradient) {
+    at::set_num_threads(threads_);
+    peers::Tensors recorded = in_;
+    names_.clear();
+    leaves_.clear();
+    for (auto& [name, tensor] : recorded) {
+      if (!tensor.is_floating_point()) continue;
+      tensor = tensor.detach().requires_grad_(true);
+      names_.push_back(name);
+      leaves_.push_back(tensor);
+    }
+    recorded_ = composition_.call(recorded);
+    out_gradient_ = wrap(out_gradient).to(recorded_.scalar_type());
+    gradients_.clear();
+  }
+  void backward() {
+    if (!recorded_.defined()) throw Error("Peer::backward: prepare_backward has not run yet");
+    at::set_num_threads(threads_);
+    gradients_ = torch::autograd::grad({recorded_}, leaves_, {out_gradient_},
+                                       /*retain_graph=*/true, /*create_graph=*/false,
+                                       /*allow_unused=*/true);
+  }
+  Array gradient(const std::string& input) const {
+    const auto found = std::find(names_.begin(), names_.end(), input);
+    const auto at = static_cast<size_t>(found - names_.begin());
+    if (at >= gradients_.size() || !gradients_[at].defined()) {
+      throw Error("Peer::gradient: there is none of '" + input + "'");
+    }
+    return unwrap(gradients_[at]);
+  }
+
+ private:
+  peers::Composition composition_;
+  peers::Tensors in_;
+  at::ScalarType type_;
+  int threads_;
+  at::Tensor out_, recorded_, out_gradient_;
+  std::vector<std::string> names_;
+  std::vector<at::Tensor> leaves_, gradients_;
 };
-
-std::function<at::Tensor()> softmax(const Inputs& x) {
-  // PyTorch's own causal flag is aligned to the start of the keys.
-  const bool square = x.queries() == x.keys();
-  std::optional<at::Tensor> mask;
-  if (x.causal && !square) mask = x.visible();
-  return [x, mask, is_causal = x.causal && square] {
-    return at::scaled_dot_product_attention(x.q, x.k, x.v, mask, 0.0, is_causal, x.scale,
-                                            x.group() != 1);
-  };
-}
-
-/// The length of all sequences, none where they differ.
-std::optional<int64_t> common_length(const Tensor& lengths) {
-  const at::Tensor values = wrap(lengths).to(at::kLong);
-  if (values.numel() == 0) return std::nullopt;
-  const auto length = values[0].item<int64_t>();
-  return values.eq(length).all().item<bool>() ? std::optional(length) : std::nullopt;
-}
-
-std::function<at::Tensor()> sigmoid(const NamedTensors& in, const Spec& options) {
-  const Inputs x(in, options);
-  const double scale = x.scale.value_or(1 / std::sqrt(static_cast<double>(x.q.size(3))));
-  at::Tensor added;  // what comes onto the scaled scores, broadcastable to [B,H,Lq,Lk]
-  if (in.contains("bias")) {
-    added = wrap(in.at("bias")).to(x.q.scalar_type()).view({-1, 1, 1});
-  } else {
-    const double bias = options.number("bias").value_or(-std::log(static_cast<double>(x.keys())));
-    added = at::full({1, 1, 1}, bias, x.q.options());
-  }
-  if (x.causal) added = added.masked_fill(~x.visible(), -std::numeric_limits<double>::infinity());
-  return [x, scale, added] {
-    const int64_t group = x.group();
-    const at::Tensor k = group == 1 ? x.k : x.k.repeat_interleave(group, 1);
-    const at::Tensor v = group == 1 ? x.v : x.v.repeat_interleave(group, 1);
-    const at::Tensor scores = at::matmul(x.q, k.transpose(-1, -2)).mul_(scale).add_(added);
-    return at::matmul(scores.sigmoid_(), v);
-  };
-}
-
-Peer timed(std::string title, DType dtype, int threads, std::function<at::Tensor()> call) {
-  const auto last = std::make_shared<at::Tensor>();
-  return Peer{.title = std::move(title),
-              .compute =
-                  [last, threads, call = std::move(call)] {
-                    const c10::InferenceMode inference;
-                    at::set_num_threads(threads);
-                    *last = call();
-                  },
-              .result =
-                  [last, dtype] {
-                    if (!last->defined()) throw Error("Peer::result: compute has not run yet");
-                    return unwrap(*last, dtype);
-                  }};
-}
 
 }  // namespace
 
 std::optional<Peer> make_peer(std::string_view mechanism, const NamedTensors& in,
                               const Spec& options, const RunOptions& run) {
-  const int threads = run.threads.value_or(default_threads());
-  if (mechanism == "flash_attention" && knows(in, {"q", "k", "v"}, options, {"causal", "scale"})) {
-    return timed("scaled_dot_product_attention", in.at("q").dtype(), threads,
-                 softmax(Inputs(in, options)));
+  peers::Tensors tensors;
+  for (const auto& [name, tensor] : in) tensors.emplace(name, wrap(tensor));
+  std::optional<peers::Composition> composition;
+  for (const auto family : {peers::softmax_family, peers::local_family, peers::linear_family}) {
+    composition = family(mechanism, tensors, options);
+    if (composition) break;
   }
-  if (mechanism == "decode_attention" &&
-      knows(in, {"q", "k_cache", "v_cache", "lengths"}, options, {"scale"})) {
-    const auto length = common_length(in.at("lengths"));
-    if (!length) return std::nullopt;
-    return timed("scaled_dot_product_attention", in.at("q").dtype(), threads,
-                 softmax(Inputs(in, options, *length)));
-  }
-  if (mechanism == "sigmoid_attention" &&
-      knows(in, {"q", "k", "v", "bias"}, options, {"causal", "scale", "bias"})) {
-    return timed("sigmoid(q k^T * scale + bias) v", in.at("q").dtype(), threads,
-                 sigmoid(in, options));
-  }
-  return std::nullopt;
+  if (!composition) return std::nullopt;
+  const char* first = in.contains("q")       ? "q"
+                      : in.contains("query") ? "query"
+                      : in.contains("x")     ? "x"
+                                             : "out_a";
+  const at::ScalarType type = tensors.at(first).scalar_type();
+  std::string title = composition->title;
+  const auto call = std::make_shared<Run>(*std::move(composition), std::move(tensors), type,
+                                          run.threads.value_or(default_threads()));
+  return Peer{.title = std::move(title),
+              .compute = [call] { call->compute(); },
+              .result = [call] { return call->result(); },
+              .prepare_backward = [call](const Tensor& g) { call->prepare_backward(g); },
+              .backward = [call] { call->backward(); },
+              .gradient = [call](const std::string& name) { return call->gradient(name); }};
 }
 
 }  // namespace heed

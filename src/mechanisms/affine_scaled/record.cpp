@@ -49,25 +49,32 @@ ExampleCase random_affine_case(uint64_t seed) {
   return with_alpha(std::move(example), random.chance(0.5));
 }
 
-NamedArrays backward(const NamedTensors& in, const NamedTensors& out_gradients, const Spec& spec,
-                     const RunOptions& run) {
+BackwardCall forward_for_backward(const NamedTensors& in, const Spec& spec, const RunOptions& run) {
+  struct Saved {
+    Array softmax_out, lse;
+  };
   const AffineScaledOptions options = affine_options(in, spec);
-  const Tensor &q = in.at("q"), &k = in.at("k"), &v = in.at("v");
+  const Tensor q = in.at("q"), k = in.at("k"), v = in.at("v");
+  const Tensor alpha = in.at("alpha"), alpha_mean = in.at("alpha_mean");
   const Dims shape{q.size(0), q.size(1), q.size(2), v.size(3)};
-  Array out(q.dtype(), shape), softmax_out(q.dtype(), shape);
-  Array lse(tiled::statistics_type(q.dtype()), {q.size(0), q.size(1), q.size(2)});
-  affine_scaled_attention(q, k, v, in.at("alpha"), in.at("alpha_mean"), out, softmax_out, lse,
-                          options, run);
-  AffineScaledGradients gradients =
-      affine_scaled_attention_backward(out_gradients.at("out"), q, k, v, in.at("alpha"),
-                                       in.at("alpha_mean"), softmax_out, lse, options, run);
-  NamedArrays arrays;
-  arrays.emplace("q", std::move(gradients.q));
-  arrays.emplace("k", std::move(gradients.k));
-  arrays.emplace("v", std::move(gradients.v));
-  arrays.emplace("alpha", std::move(gradients.alpha));
-  arrays.emplace("alpha_mean", std::move(gradients.alpha_mean));
-  return arrays;
+  Array out(q.dtype(), shape);
+  const auto saved = std::make_shared<Saved>();
+  saved->softmax_out = Array(q.dtype(), shape);
+  saved->lse = Array(tiled::statistics_type(q.dtype()), {q.size(0), q.size(1), q.size(2)});
+  affine_scaled_attention(q, k, v, alpha, alpha_mean, out, saved->softmax_out, saved->lse, options,
+                          run);
+  return [=](const NamedTensors& out_gradients) {
+    AffineScaledGradients gradients =
+        affine_scaled_attention_backward(out_gradients.at("out"), q, k, v, alpha, alpha_mean,
+                                         saved->softmax_out, saved->lse, options, run);
+    NamedArrays arrays;
+    arrays.emplace("q", std::move(gradients.q));
+    arrays.emplace("k", std::move(gradients.k));
+    arrays.emplace("v", std::move(gradients.v));
+    arrays.emplace("alpha", std::move(gradients.alpha));
+    arrays.emplace("alpha_mean", std::move(gradients.alpha_mean));
+    return arrays;
+  };
 }
 
 // The model has no weights for alpha: the same number everywhere, at first that of a layer whose
@@ -119,7 +126,7 @@ Mechanism affine_record() {
                                            in.at("alpha_mean"), affine_options(in, options), run));
     return arrays;
   };
-  m.backward = backward;
+  m.forward_for_backward = forward_for_backward;
   m.bind = bind;
   m.explain = explain_attention;
   m.fill = fill_lengths;

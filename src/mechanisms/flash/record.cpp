@@ -1,4 +1,5 @@
 #include <cmath>
+#include <memory>
 
 #include "base/philox.h"
 #include "engine/tiled/problem.h"
@@ -283,13 +284,16 @@ Mechanism flash_record() {
     return named(
         flash_attention(in.at("q"), in.at("k"), in.at("v"), flash_options(in, options), run));
   };
-  m.backward = [](const NamedTensors& in, const NamedTensors& gradients, const Spec& options,
-                  const RunOptions& run) {
+  m.forward_for_backward = [](const NamedTensors& in, const Spec& options,
+                              const RunOptions& run) -> BackwardCall {
     const FlashOptions chosen = flash_options(in, options);
-    const AttentionResult result = flash_attention(in.at("q"), in.at("k"), in.at("v"), chosen, run);
-    return named(flash_attention_backward(gradients.at("out"), gradients.at("lse"), in.at("q"),
-                                          in.at("k"), in.at("v"), result.out, result.lse, chosen,
-                                          run));
+    const auto result = std::make_shared<const AttentionResult>(
+        flash_attention(in.at("q"), in.at("k"), in.at("v"), chosen, run));
+    return [in, chosen, run, result](const NamedTensors& gradients) {
+      return named(flash_attention_backward(gradients.at("out"), gradients.at("lse"), in.at("q"),
+                                            in.at("k"), in.at("v"), result->out, result->lse,
+                                            chosen, run));
+    };
   };
   m.bind = bind_flash;
   m.explain = explain_attention;
@@ -406,19 +410,23 @@ Mechanism merge_record() {
     return named(
         merge_attention(in.at("out_a"), in.at("lse_a"), in.at("out_b"), in.at("lse_b"), run));
   };
-  m.backward = [](const NamedTensors& in, const NamedTensors& gradients, const Spec&,
-                  const RunOptions& run) {
-    const Tensor &out_a = in.at("out_a"), &lse_a = in.at("lse_a"), &out_b = in.at("out_b"),
-                 &lse_b = in.at("lse_b");
-    const AttentionResult result = merge_attention(out_a, lse_a, out_b, lse_b, run);
-    MergeGradients to = merge_attention_backward(gradients.at("out"), gradients.at("lse"), out_a,
-                                                 lse_a, out_b, lse_b, result.out, result.lse, run);
-    NamedArrays arrays;
-    arrays.emplace("out_a", std::move(to.out_a));
-    arrays.emplace("lse_a", std::move(to.lse_a));
-    arrays.emplace("out_b", std::move(to.out_b));
-    arrays.emplace("lse_b", std::move(to.lse_b));
-    return arrays;
+  m.forward_for_backward = [](const NamedTensors& in, const Spec&,
+                              const RunOptions& run) -> BackwardCall {
+    const Tensor out_a = in.at("out_a"), lse_a = in.at("lse_a"), out_b = in.at("out_b"),
+                 lse_b = in.at("lse_b");
+    const auto result =
+        std::make_shared<const AttentionResult>(merge_attention(out_a, lse_a, out_b, lse_b, run));
+    return [=](const NamedTensors& gradients) {
+      MergeGradients to =
+          merge_attention_backward(gradients.at("out"), gradients.at("lse"), out_a, lse_a, out_b,
+                                   lse_b, result->out, result->lse, run);
+      NamedArrays arrays;
+      arrays.emplace("out_a", std::move(to.out_a));
+      arrays.emplace("lse_a", std::move(to.lse_a));
+      arrays.emplace("out_b", std::move(to.out_b));
+      arrays.emplace("lse_b", std::move(to.lse_b));
+      return arrays;
+    };
   };
   m.bind = [](const NamedTensors& in, const Spec&) {
     cascade::Bindings bindings;

@@ -1,3 +1,5 @@
+#include <memory>
+
 #include "base/philox.h"
 #include "heed/head_gated_attention.h"
 #include "mechanisms/attention_case.h"
@@ -82,19 +84,22 @@ Mechanism record() {
     arrays.emplace("out", std::move(out));
     return arrays;
   };
-  m.backward = [](const NamedTensors& in, const NamedTensors& out_gradients, const Spec& spec,
-                  const RunOptions& run) {
-    const Tensor &q = in.at("q"), &k = in.at("k"), &v = in.at("v"), &gates = in.at("gates");
+  m.forward_for_backward = [](const NamedTensors& in, const Spec& spec,
+                              const RunOptions& run) -> BackwardCall {
+    const Tensor q = in.at("q"), k = in.at("k"), v = in.at("v"), gates = in.at("gates");
     const HeadGatedOptions options = options_of(in, spec);
-    const HeadGatedResult result = head_gated_attention(q, k, v, gates, options, run);
-    HeadGatedGradients gradients = head_gated_attention_backward(
-        out_gradients.at("out"), q, k, v, gates, result.attention, result.lse, options, run);
-    NamedArrays arrays;
-    arrays.emplace("q", std::move(gradients.q));
-    arrays.emplace("k", std::move(gradients.k));
-    arrays.emplace("v", std::move(gradients.v));
-    arrays.emplace("gates", std::move(gradients.gates));
-    return arrays;
+    const auto result = std::make_shared<const HeadGatedResult>(
+        head_gated_attention(q, k, v, gates, options, run));
+    return [=](const NamedTensors& out_gradients) {
+      HeadGatedGradients gradients = head_gated_attention_backward(
+          out_gradients.at("out"), q, k, v, gates, result->attention, result->lse, options, run);
+      NamedArrays arrays;
+      arrays.emplace("q", std::move(gradients.q));
+      arrays.emplace("k", std::move(gradients.k));
+      arrays.emplace("v", std::move(gradients.v));
+      arrays.emplace("gates", std::move(gradients.gates));
+      return arrays;
+    };
   };
   m.bind = [](const NamedTensors& in, const Spec& spec) {
     cascade::Bindings bindings = bind_attention(in, spec);

@@ -48,11 +48,8 @@ void GridRows::plan_lines() {
 }
 
 void GridRows::plan_boxes() {
-  const DType dtype = call_.query.dtype();
-  TileCosts costs{call_.query.size(kWidth), call_.value.size(kWidth), dtype == DType::f64 ? 8 : 4};
-  if (dtype == DType::bf16 && kernels::half_tile_kernels(chosen_isa(run_)) != nullptr) {
-    costs.product = 0.5;
-  }
+  const TileCosts costs = tile_costs(call_.query.size(kWidth), call_.value.size(kWidth),
+                                     call_.query.dtype(), run_);
   shapes_ = choose_tiles(call_.grid.group(0), call_.grid, costs);
   queries_.emplace(call_.grid, shapes_.queries);
   keys_.emplace(call_.grid, shapes_.keys);

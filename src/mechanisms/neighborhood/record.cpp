@@ -1,5 +1,6 @@
 #include <charconv>
 #include <cmath>
+#include <memory>
 
 #include "engine/tiled/path.h"
 #include "engine/tiled/problem.h"
@@ -290,20 +291,22 @@ std::vector<ExampleCase> bench_cases(int rank) {
           grid_case("image_k13_d4", image, "kernel_size=13,dilation=4")};
 }
 
-/// Shorter axes and smaller windows.
+/// Shorter axes and smaller windows, of a few hundred tokens in all.
 ExampleCase shrunk(int rank, const ExampleCase& example) {
   const Spec spec = Spec::parse_options(example.options);
   const NeighborhoodOptions options = options_of({}, spec);
   GridShape s;
-  std::vector<int64_t> kernel, stride;
+  std::vector<int64_t> kernel, stride, dilation, causal;
   const Dims &query = example.inputs[0].second, &key = example.inputs[1].second;
   for (int a = 0; a < rank; ++a) {
     const auto of_axis = [&](const std::vector<int64_t>& values) {
       return values.size() == 1 ? values[0] : values[static_cast<size_t>(a)];
     };
-    kernel.push_back(std::min<int64_t>(of_axis(options.kernel_size), 6));
+    kernel.push_back(std::min<int64_t>(of_axis(options.kernel_size), rank == 3 ? 3 : 5));
     stride.push_back(std::min(of_axis(options.stride), kernel.back()));
-    s.grid.push_back(std::min(query[a + 1], (kernel.back() + 5) * of_axis(options.dilation)));
+    causal.push_back(options.is_causal[options.is_causal.size() == 1 ? 0 : static_cast<size_t>(a)]);
+    dilation.push_back(std::min<int64_t>(of_axis(options.dilation), 2));
+    s.grid.push_back(std::min(query[a + 1], (kernel.back() + 4) * dilation.back()));
   }
   s.heads = query[rank + 1] / key[rank + 1];
   s.kv_heads = 1;
@@ -311,7 +314,7 @@ ExampleCase shrunk(int rank, const ExampleCase& example) {
   s.value_dim = example.inputs[2].second[rank + 2];
   return grid_case(example.name.c_str(), s,
                    "kernel_size=" + joined(kernel) + ",stride=" + joined(stride) +
-                       ",dilation=" + joined(options.dilation));
+                       ",dilation=" + joined(dilation) + ",is_causal=" + joined(causal));
 }
 
 using Forward = AttentionResult (*)(const Tensor&, const Tensor&, const Tensor&,
@@ -413,13 +416,16 @@ Mechanism record(int rank, Forward forward, Backward backward, std::vector<Examp
     arrays.emplace("lse", std::move(result.lse));
     return arrays;
   };
-  m.backward = [forward, backward](const NamedTensors& in, const NamedTensors& gradients,
-                                   const Spec& spec, const RunOptions& run) {
+  m.forward_for_backward = [forward, backward](const NamedTensors& in, const Spec& spec,
+                                               const RunOptions& run) -> BackwardCall {
     const NeighborhoodOptions options = options_of(in, spec);
-    const Tensor &query = in.at("query"), &key = in.at("key"), &value = in.at("value");
-    const AttentionResult result = forward(query, key, value, options, run);
-    return named(backward(gradients.at("out"), gradients.at("lse"), query, key, value, result.out,
-                          result.lse, options, run));
+    const Tensor query = in.at("query"), key = in.at("key"), value = in.at("value");
+    const auto result =
+        std::make_shared<const AttentionResult>(forward(query, key, value, options, run));
+    return [=](const NamedTensors& gradients) {
+      return named(backward(gradients.at("out"), gradients.at("lse"), query, key, value,
+                            result->out, result->lse, options, run));
+    };
   };
   m.bind = [rank](const NamedTensors& in, const Spec& spec) { return bind(rank, in, spec); };
   m.random_case = [rank](uint64_t seed) { return random_grid_case(rank, seed); };

@@ -4,6 +4,8 @@
 #include <cmath>
 #include <limits>
 
+#include "kernels/tile.h"
+
 namespace heed::na {
 
 using tiled::GridPoint;
@@ -212,6 +214,14 @@ double cost_of(const GridPoint& rows, const GridPoint& keys, const Counts& count
 }
 
 }  // namespace
+
+TileCosts tile_costs(int64_t head_dim, int64_t value_dim, DType dtype, const RunOptions& run) {
+  TileCosts costs{head_dim, value_dim, dtype == DType::f64 ? 8 : 4};
+  const bool half_unit =
+      dtype == DType::bf16 && kernels::half_tile_kernels(chosen_isa(run)) != nullptr;
+  if (half_unit) costs.product = 0.5;
+  return costs;
+}
 
 TileShapes choose_tiles(const tiled::GridGroup& group, const tiled::Neighborhood& grid,
                         const TileCosts& costs) {

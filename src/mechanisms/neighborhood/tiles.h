@@ -56,6 +56,8 @@ struct TileCosts {
   double product = 1;   // cost of a multiply-add against float32's
 };
 
+TileCosts tile_costs(int64_t head_dim, int64_t value_dim, DType dtype, const RunOptions& run);
+
 /// The cheapest of a few hundred shapes by the number of tile pairs that they visit.
 TileShapes choose_tiles(const tiled::GridGroup& group, const tiled::Neighborhood& grid,
                         const TileCosts& costs);

@@ -1,4 +1,5 @@
 #include <algorithm>
+#include <memory>
 
 #include "heed/parallax_attention.h"
 #include "mechanisms/attention_case.h"
@@ -96,18 +97,20 @@ Mechanism parallax_record() {
     arrays.emplace("lse", std::move(result.lse));
     return arrays;
   };
-  m.backward = [](const NamedTensors& in, const NamedTensors& gradients, const Spec& options,
-                  const RunOptions& run) {
-    const ParallaxResult result = run_forward(in, options, run);
-    ParallaxGradients to = parallax_attention_backward(
-        gradients.at("out"), gradients.at("lse"), in.at("q"), in.at("r"), in.at("k"), in.at("v"),
-        result.out, result.statistics(), parallax_options(in, options), run);
-    NamedArrays arrays;
-    arrays.emplace("q", std::move(to.q));
-    arrays.emplace("r", std::move(to.r));
-    arrays.emplace("k", std::move(to.k));
-    arrays.emplace("v", std::move(to.v));
-    return arrays;
+  m.forward_for_backward = [](const NamedTensors& in, const Spec& options,
+                              const RunOptions& run) -> BackwardCall {
+    const auto result = std::make_shared<const ParallaxResult>(run_forward(in, options, run));
+    return [in, options, run, result](const NamedTensors& gradients) {
+      ParallaxGradients to = parallax_attention_backward(
+          gradients.at("out"), gradients.at("lse"), in.at("q"), in.at("r"), in.at("k"), in.at("v"),
+          result->out, result->statistics(), parallax_options(in, options), run);
+      NamedArrays arrays;
+      arrays.emplace("q", std::move(to.q));
+      arrays.emplace("r", std::move(to.r));
+      arrays.emplace("k", std::move(to.k));
+      arrays.emplace("v", std::move(to.v));
+      return arrays;
+    };
   };
   m.bind = [](const NamedTensors& in, const Spec& options) {
     cascade::Bindings bindings = bind_attention(in, options);

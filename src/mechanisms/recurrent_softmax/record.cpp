@@ -1,4 +1,5 @@
 #include <array>
+#include <memory>
 
 #include "engine/tiled/problem.h"
 #include "heed/error.h"
@@ -113,23 +114,29 @@ ExampleCase random_recurrent_case(uint64_t seed) {
   return random.chance(0.5) ? with_gate(std::move(example), random.chance(0.5)) : example;
 }
 
-NamedArrays backward(const NamedTensors& in, const NamedTensors& out_gradients, const Spec& spec,
-                     const RunOptions& run) {
+BackwardCall forward_for_backward(const NamedTensors& in, const Spec& spec, const RunOptions& run) {
+  struct Saved {
+    Array core, statistic;
+  };
   const RecurrentSoftmaxOptions options = recurrent_options(in, spec);
-  const Tensor &q = in.at("q"), &k = in.at("k"), &v = in.at("v");
+  const Tensor q = in.at("q"), k = in.at("k"), v = in.at("v");
   const Dims shape{q.size(0), q.size(1), q.size(2), v.size(3)};
   const DType type = tiled::statistics_type(q.dtype());
-  Array out(q.dtype(), shape), core(type, shape);
-  Array statistic(type, {q.size(0), q.size(1), q.size(2)});
-  recurrent_softmax_attention(q, k, v, out, core, statistic, options, run);
-  RecurrentSoftmaxGradients gradients = recurrent_softmax_attention_backward(
-      out_gradients.at("out"), q, k, v, core, statistic, options, run);
-  NamedArrays arrays;
-  arrays.emplace("q", std::move(gradients.q));
-  arrays.emplace("k", std::move(gradients.k));
-  arrays.emplace("v", std::move(gradients.v));
-  if (options.gate.defined()) arrays.emplace("gate", std::move(gradients.gate));
-  return arrays;
+  Array out(q.dtype(), shape);
+  const auto saved = std::make_shared<Saved>();
+  saved->core = Array(type, shape);
+  saved->statistic = Array(type, {q.size(0), q.size(1), q.size(2)});
+  recurrent_softmax_attention(q, k, v, out, saved->core, saved->statistic, options, run);
+  return [=](const NamedTensors& out_gradients) {
+    RecurrentSoftmaxGradients gradients = recurrent_softmax_attention_backward(
+        out_gradients.at("out"), q, k, v, saved->core, saved->statistic, options, run);
+    NamedArrays arrays;
+    arrays.emplace("q", std::move(gradients.q));
+    arrays.emplace("k", std::move(gradients.k));
+    arrays.emplace("v", std::move(gradients.v));
+    if (options.gate.defined()) arrays.emplace("gate", std::move(gradients.gate));
+    return arrays;
+  };
 }
 
 Mechanism recurrent_record() {
@@ -158,7 +165,7 @@ Mechanism recurrent_record() {
                                                       recurrent_options(in, options), run));
     return arrays;
   };
-  m.backward = backward;
+  m.forward_for_backward = forward_for_backward;
   m.bind = bind;
   m.explain = explain_attention;
   m.random_case = random_recurrent_case;

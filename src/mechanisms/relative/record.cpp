@@ -1,3 +1,5 @@
+#include <memory>
+
 #include "heed/relative_attention.h"
 #include "mechanisms/attention_case.h"
 #include "mechanisms/embedded.h"
@@ -127,21 +129,23 @@ Mechanism relative_record() {
     arrays.emplace("lse", std::move(result.lse));
     return arrays;
   };
-  m.backward = [](const NamedTensors& in, const NamedTensors& gradients, const Spec& options,
-                  const RunOptions& run) {
-    const RelativeResult result = run_forward(in, options, run);
-    RelativeGradients to = relative_attention_backward(
-        gradients.at("out"), gradients.at("lse"), in.at("q"), in.at("k"), in.at("v"),
-        in.at("rel_key"), in.at("rel_bias"), in.at("content_bias"), result.out, result.lse,
-        relative_options(options), run);
-    NamedArrays arrays;
-    arrays.emplace("q", std::move(to.q));
-    arrays.emplace("k", std::move(to.k));
-    arrays.emplace("v", std::move(to.v));
-    arrays.emplace("rel_key", std::move(to.rel_key));
-    arrays.emplace("rel_bias", std::move(to.rel_bias));
-    arrays.emplace("content_bias", std::move(to.content_bias));
-    return arrays;
+  m.forward_for_backward = [](const NamedTensors& in, const Spec& options,
+                              const RunOptions& run) -> BackwardCall {
+    const auto result = std::make_shared<const RelativeResult>(run_forward(in, options, run));
+    return [in, options, run, result](const NamedTensors& gradients) {
+      RelativeGradients to = relative_attention_backward(
+          gradients.at("out"), gradients.at("lse"), in.at("q"), in.at("k"), in.at("v"),
+          in.at("rel_key"), in.at("rel_bias"), in.at("content_bias"), result->out, result->lse,
+          relative_options(options), run);
+      NamedArrays arrays;
+      arrays.emplace("q", std::move(to.q));
+      arrays.emplace("k", std::move(to.k));
+      arrays.emplace("v", std::move(to.v));
+      arrays.emplace("rel_key", std::move(to.rel_key));
+      arrays.emplace("rel_bias", std::move(to.rel_bias));
+      arrays.emplace("content_bias", std::move(to.content_bias));
+      return arrays;
+    };
   };
   m.bind = bind_relative;
   m.explain = explain_attention;

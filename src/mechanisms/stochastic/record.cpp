@@ -1,4 +1,5 @@
 #include <cmath>
+#include <memory>
 
 #include "engine/tiled/problem.h"
 #include "heed/stochastic_attention.h"
@@ -177,20 +178,22 @@ Mechanism record() {
     arrays.emplace("lse", std::move(result.lse));
     return arrays;
   };
-  m.backward = [](const NamedTensors& in, const NamedTensors& out_gradients, const Spec& spec,
-                  const RunOptions& run) {
+  m.forward_for_backward = [](const NamedTensors& in, const Spec& spec,
+                              const RunOptions& run) -> BackwardCall {
     const StochasticOptions options = options_of(spec);
-    const Tensor &q = in.at("q"), &k = in.at("k"), &v = in.at("v");
-    const Tensor& permutation = in.at("permutation");
-    const AttentionResult result = stochastic_attention(q, k, v, permutation, options, run);
-    StochasticGradients gradients =
-        stochastic_attention_backward(out_gradients.at("out"), out_gradients.at("lse"), q, k, v,
-                                      permutation, result.out, result.lse, options, run);
-    NamedArrays arrays;
-    arrays.emplace("q", std::move(gradients.q));
-    arrays.emplace("k", std::move(gradients.k));
-    arrays.emplace("v", std::move(gradients.v));
-    return arrays;
+    const Tensor q = in.at("q"), k = in.at("k"), v = in.at("v"), permutation = in.at("permutation");
+    const auto result = std::make_shared<const AttentionResult>(
+        stochastic_attention(q, k, v, permutation, options, run));
+    return [=](const NamedTensors& out_gradients) {
+      StochasticGradients gradients =
+          stochastic_attention_backward(out_gradients.at("out"), out_gradients.at("lse"), q, k, v,
+                                        permutation, result->out, result->lse, options, run);
+      NamedArrays arrays;
+      arrays.emplace("q", std::move(gradients.q));
+      arrays.emplace("k", std::move(gradients.k));
+      arrays.emplace("v", std::move(gradients.v));
+      return arrays;
+    };
   };
   m.bind = bind;
   m.explain = explain_attention;

@@ -1,0 +1,229 @@
+"""heed bench as a user meets it: passes, sweeps, plans, figures. Timings themselves are not tested."""
+
+import json
+import math
+import os
+import pathlib
+import subprocess
+import sys
+import xml.etree.ElementTree
+
+import pytest
+
+ROOT = pathlib.Path(__file__).resolve().parents[2]
+PROGRAM = pathlib.Path(os.environ.get("HEED_PROGRAM", ROOT / "build" / "heed"))
+QUICK = ["--seconds", "0.001"]
+
+pytestmark = pytest.mark.skipif(not PROGRAM.exists(), reason=f"no program at {PROGRAM}")
+
+
+def bench(*arguments, code=0):
+    done = subprocess.run(
+        [PROGRAM, "bench", *map(str, arguments)],
+        capture_output=True,
+        text=True,
+        timeout=300,
+        cwd=ROOT,
+        env={"OMP_WAIT_POLICY": "passive", **os.environ},
+    )
+    assert done.returncode == code, (done.returncode, done.stdout, done.stderr)
+    return done
+
+
+def bench_json(*arguments):
+    return json.loads(bench(*arguments, *QUICK, "--json").stdout)
+
+
+def error_of(*arguments):
+    done = bench(*arguments, code=2)
+    assert done.stdout == "" and done.stderr.startswith("heed: ")
+    assert done.stderr.count("\n") == 1, "one line for one mistake"
+    return done.stderr
+
+
+def sound(samples):
+    return samples["runs"] >= 5 and 0 < samples["p20"] <= samples["median"] <= samples["p80"]
+
+
+# --- rows ----------------------------------------------------------------------------------------
+
+
+def test_backward_rows_follow_forward_rows():
+    rows = bench_json("flash", "--backward", "--q", "1,2,64,16")["rows"]
+    assert [row["pass"] for row in rows] == ["forward", "backward"] * (len(rows) // 2)
+    for forward, backward in zip(rows[::2], rows[1::2], strict=True):
+        assert forward["options"] == backward["options"] and sound(backward["ms"])
+        assert backward["roofline"]["operations"] == 2 * forward["roofline"]["operations"]
+        assert backward["roofline"]["bytes"] > forward["roofline"]["bytes"]
+        assert 0 <= backward["max_error_over_bound"] <= 1
+
+
+def test_what_has_no_backward_has_no_such_row():
+    rows = bench_json("decode", "--backward", "--q", "1,2,1,16", "--k", "1,1,40,16")["rows"]
+    assert rows and all(row["pass"] == "forward" for row in rows)
+
+
+def test_rooflines_are_bounds_from_counts():
+    (row,) = bench_json("flash", "--q", "1,2,64,16", "--options", "causal=0")["rows"]
+    roof = row["roofline"]
+    scores, values = 2 * 64 * 64 * 16, 2 * 64 * 64 * 16
+    assert roof["operations"] == pytest.approx(2 * (scores + values), rel=0.1)
+    assert roof["bytes"] == 4 * (4 * 2 * 64 * 16 + 2 * 64)  # q, k, v, out and lse
+    assert roof["reached"] == pytest.approx(roof["bound_ms"] / row["ms"]["median"])
+    assert row["tokens_per_s"] == pytest.approx(64e3 / row["ms"]["median"])
+    assert roof["bound_by"] in ("arithmetic", "L1", "L2", "L3", "DRAM")
+
+
+def test_several_mechanisms_in_one_table():
+    rows = bench_json("flash", "sigmoid", "--q", "1,2,32,16", "--options", "causal=1")["rows"]
+    assert [row["op"] for row in rows] == ["flash_attention", "sigmoid_attention"]
+    assert "did you mean 'sigmoid'" in error_of("flash", "sigmod")
+
+
+@pytest.mark.parametrize("name", ["na1d", "na2d", "na3d", "stochastic"])
+def test_checks_of_large_cases_are_small(name):
+    """The quick check of a call that takes seconds in float64 runs on a twin of it."""
+    rows = bench_json(name)["rows"]
+    assert rows and all(0 <= row["max_error_over_bound"] <= 1 for row in rows)
+
+
+# --- PyTorch -------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ["flash", "--q", "1,2,64,16"],
+        ["sigmoid", "--q", "1,2,64,16"],
+        ["parallax", "--q", "1,2,64,16", "--options", "causal=1"],
+        ["affine_scaled", "--q", "1,2,64,16"],
+        ["lightning", "--q", "1,2,200,16"],
+        ["linear", "--q", "1,2,200,16"],
+        ["relu_linear", "--q", "1,2,64,16"],
+        ["magnitude_aware_linear", "--q", "1,2,200,16", "--options", "causal=1"],
+    ],
+)
+def test_pytorch_beside_heed(arguments):
+    found = bench_json(*arguments, "--vs", "torch", "--backward")
+    if "versus" not in found:
+        pytest.skip("built without libtorch")
+    assert {row["pass"] for row in found["rows"]} == {"forward", "backward"}
+    for row in found["rows"]:
+        assert sound(row["torch"]["ms"]) and row["torch"]["title"]
+        assert row["torch"]["ms"]["runs"] == row["ms"]["runs"] == row["torch"]["speed_up"]["runs"]
+
+
+def test_the_table_says_what_pytorch_computes():
+    text = bench("flash", "--q", "1,1,32,8", "--vs", "torch", *QUICK).stdout
+    assert "flash_attention: scaled_dot_product_attention" in text
+
+
+# --- time against length -------------------------------------------------------------------------
+
+
+def test_sweep_of_lengths(tmp_path):
+    path = tmp_path / "lengths.svg"
+    found = bench_json("--sweep", "length", "--lengths", "128,32,64", "--q", "1,2,1,16",
+                       "--plot", path)  # fmt: skip
+    by_op = {}
+    for row in found["rows"]:
+        by_op.setdefault(row["op"], []).append(row["shapes"]["q"])
+        assert row["tokens_per_s"] == pytest.approx(row["shapes"]["q"][2] * 1e3 / row["ms"]["median"])
+    wanted = [[1, 2, length, 16] for length in (32, 64, 128)]
+    assert by_op == {"flash_attention": wanted, "lightning_attention": wanted}
+    assert {row["options"] for row in found["rows"] if row["op"] == "flash_attention"} == {"causal=1"}
+    (crossing,) = found["crossings"]
+    assert {crossing["faster"], crossing["slower"]} == set(by_op)
+    assert crossing["from_tokens"] is None or 32 <= crossing["from_tokens"] <= 128
+    times = {(r["op"], r["shapes"]["q"][2]): r["ms"]["median"] for r in found["rows"]}
+    assert times[crossing["faster"], 128] <= times[crossing["slower"], 128]
+    root = xml.etree.ElementTree.parse(path).getroot()
+    assert root.tag == "{http://www.w3.org/2000/svg}svg"
+    text = path.read_text()
+    assert "Tokens a second" in text and "flash_attention" in text
+
+
+def test_sweep_of_named_mechanisms_and_passes():
+    found = bench_json("sigmoid", "flash", "--sweep", "length", "--lengths", "16,48",
+                       "--q", "2,2,1,8", "--backward")  # fmt: skip
+    assert len(found["rows"]) == 2 * 2 * 2
+    assert len(found["crossings"]) == 2, "forward with forward, backward with backward"
+    text = bench("sigmoid", "flash", "--sweep", "length", "--lengths", "16,48", *QUICK).stdout
+    assert "tokens/s" in text and "is faster than" in text
+
+
+# --- tile plans ----------------------------------------------------------------------------------
+
+
+def test_measured_beside_planned():
+    """The counts of sheet and plan; 64x64, window 24x24, boxes 8x8, worst and mean of 64."""
+    rows = bench_json("na2d", "--against-plan")["rows"]
+    found = {row["options"]: row for row in rows}
+    for options, worst, mean in [
+        ("kernel_size=24", 25, 18.0625),
+        ("kernel_size=24,stride=8", 9, 9),
+        ("kernel_size=24,stride=16", 16, 12.25),
+        ("kernel_size=24,stride=24", 9, 9),
+    ]:
+        row = found[options]
+        assert row["analytical_speedup"] == pytest.approx(64 / worst)
+        assert row["mean_speedup"] == pytest.approx(64 / mean)
+        assert row["flop_speedup"] == pytest.approx(64**2 / 24**2)
+        assert 1 < row["kernel"]["speedup"] <= row["flop_speedup"] * (1 + 1e-9)
+        assert row["kernel"]["visited_mean"] <= row["kernel"]["dense"]
+        assert sound(row["ms"]) and sound(row["dense_ms"]) and sound(row["measured_speedup"])
+    blocks = found["kernel_size=24,stride=8"]["kernel"]
+    assert blocks["speedup"] == pytest.approx(64**2 / 24**2), "whole boxes leave nothing out"
+
+
+# --- mistakes ------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "arguments, expected",
+    [
+        (["--sweep", "width"], "length"),
+        (["flash", "--lengths", "64"], "--sweep length is needed"),
+        (["--sweep", "length", "--lengths", "0"], "--lengths"),
+        (["--sweep", "length", "--lengths", "8,x"], "'8,x'"),
+        (["--sweep", "length", "--lengths", "99999999999"], "2^32"),
+        (["--sweep", "length", "--q", "1,2,3"], "--q"),
+        (["--sweep", "length", "--q", "1,2,1,8", "1,2,1,16"], "one shape"),
+        (["--sweep", "length", "--k", "1,2,1,8"], "--k"),
+        (["--sweep", "length", "--against-plan"], "--against-plan"),
+        (["na2d", "--sweep", "length"], "B,H,L,D"),
+        (["flash", "--against-plan"], "na2d or na3d"),
+        (["na2d", "--against-plan", "--vs", "torch"], "--vs"),
+        (["na2d", "--against-plan", "--backward"], "--backward"),
+        (["na2d", "--against-plan", "--plot", "x.svg"], "--plot"),
+        (["flash", "--q", "1,1,8,8", "--plot", "/nowhere/x.svg", *QUICK], "cannot write"),
+    ],
+)
+def test_bad_arguments(arguments, expected):
+    assert expected in error_of(*arguments)
+
+
+# --- figures and scripts -------------------------------------------------------------------------
+
+
+def test_the_roofline_shows_rows_as_points(tmp_path):
+    path = tmp_path / "roofline.svg"
+    bench("flash", "--q", "1,1,32,8", "1,1,64,8", "--plot", path, *QUICK)
+    text = path.read_text()
+    assert "flash 32x8" in text and "flash 64x8 causal=1" in text and "prefers-color-scheme" in text
+    xml.etree.ElementTree.fromstring(text)
+
+
+def test_the_comparison_with_compiled_pytorch():
+    heed = pytest.importorskip("heed")
+    if not hasattr(heed, "relu_linear_attention"):
+        pytest.skip("these operators are not built")
+    done = subprocess.run(
+        [sys.executable, ROOT / "tools" / "bench_vs_torch.py", "relu_linear_attention", "--eager",
+         "--seconds", "0.001", "--json"],
+        capture_output=True, text=True, timeout=280,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    rows = json.loads(done.stdout)
+    assert [row["pass"] for row in rows] == ["forward", "forward+backward"], done.stderr
+    assert all(math.isfinite(row["speed_up"]) and row["speed_up"] > 0 for row in rows)

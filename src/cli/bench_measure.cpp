@@ -1,0 +1,136 @@
+// heed bench: is a kernel right, and how long does it take?
+#include <fmt/format.h>
+
+#include <algorithm>
+
+#include "cli/bench.h"
+#include "cli/peers.h"
+#include "heed/error.h"
+#include "mechanisms/check.h"
+
+namespace heed::cli {
+namespace {
+
+std::string chosen_path(const Mechanism& mechanism, const NamedTensors& in, const RunOptions& run) {
+  for (const PathAnswer& answer : mechanism.explain(in, run)) {
+    if (answer.can_run) return answer.path;
+  }
+  return "none";
+}
+
+std::string text_of(const ExampleCase& example) {
+  std::string text = example.definition + "|" + example.options;
+  for (const auto& [name, shape] : example.inputs) text += "|" + name + to_string(shape);
+  return text;
+}
+
+/// Random gradients of the results; of "out" alone where there is one, as in training.
+NamedArrays gradients_of(const NamedArrays& results, DType dtype) {
+  ExampleCase gradients{.name = "gradients", .inputs = {}, .options = ""};
+  for (const auto& [name, array] : results) {
+    if (name != "out" && results.contains("out")) continue;
+    gradients.inputs.emplace_back(name, array.shape());
+    gradients.types[name] = array.dtype();
+  }
+  constexpr uint64_t kSeed = 2;
+  return make_inputs(Mechanism{}, gradients, dtype, kSeed);
+}
+
+/// The two calls to time: heed's, and PyTorch's where it has one.
+struct Calls {
+  std::function<void()> heed, peer;
+};
+
+Calls forward_calls(BenchRow& row, const NamedTensors& in, const Spec& options,
+                    const RunOptions& run, const std::optional<Peer>& peer) {
+  row.bytes = bytes_of(in) + bytes_of(row.mechanism->forward(in, options, run));
+  return {[&row, &in, &options, &run] { row.mechanism->forward(in, options, run); },
+          peer ? peer->compute : std::function<void()>()};
+}
+
+Calls backward_calls(BenchRow& row, const NamedTensors& in, const Spec& options,
+                     const RunOptions& run, const std::optional<Peer>& peer) {
+  const NamedArrays results = row.mechanism->forward(in, options, run);
+  const auto gradients = std::make_shared<const NamedArrays>(gradients_of(results, row.dtype));
+  NamedTensors given = views(*gradients);
+  for (const auto& [name, array] : results) given.emplace(name, Tensor());  // undefined: zero
+  const BackwardCall call = prepare_backward(*row.mechanism, in, options, run);
+  row.operations *= 2;  // each product has two gradients
+  row.bytes = bytes_of(in) + bytes_of(given) + bytes_of(call(given));
+  if (peer) peer->prepare_backward(given.at(results.contains("out") ? "out" : given.begin()->first));
+  return {[call, given, gradients] { call(given); },
+          peer ? peer->backward : std::function<void()>()};
+}
+
+void time_row(BenchRow& row, const BenchArguments& arguments, const RunOptions& run,
+              Rooflines& rooflines) {
+  const NamedArrays inputs = make_inputs(*row.mechanism, row.example, row.dtype, 1);
+  const NamedTensors in = views(inputs);
+  const Spec options = Spec::parse_options(row.example.options);
+  row.path = chosen_path(*row.mechanism, in, run);
+  row.operations = visible_operations(*row.mechanism, in, options);
+  std::optional<Peer> peer;
+  if (!arguments.versus.empty()) peer = find_peer(*row.mechanism, in, options, run);
+  const auto make = row.pass == Pass::forward ? forward_calls : backward_calls;
+  const Calls calls = make(row, in, options, run, peer);
+  row.roof = rooflines.roof(row.dtype, row.operations, row.bytes);
+  if (!peer) {
+    row.heed = time_calls({calls.heed}, arguments.seconds)[0];
+    return;
+  }
+  row.peer_title = peer->title;
+  const auto samples = time_calls({calls.heed, calls.peer}, 2 * arguments.seconds);
+  row.heed = samples[0];
+  row.peer = samples[1];
+  for (size_t i = 0; i < row.heed.size(); ++i) row.ratio.push_back(row.peer[i] / row.heed[i]);
+}
+
+}  // namespace
+
+void QuickChecks::check(BenchRow& row) {
+  const ExampleCase small =
+      row.mechanism->shrink ? row.mechanism->shrink(row.example) : shrunk(row.example);
+  const std::string key = row.mechanism->name + "|" + name_of(row.dtype) + "|" + text_of(small);
+  const auto [place, added] = found_.try_emplace(key);
+  Found& found = place->second;
+  if (added) {
+    const Reference reference = make_reference(*row.mechanism, small, row.dtype, 1, gradients_);
+    for (const CheckRow& checked : check_kernel(reference, isa_, Layout::contiguous)) {
+      found.error_over_bound = std::max(found.error_over_bound, checked.difference.ratio);
+      if (checked.ok() || !found.wrong.empty()) continue;
+      found.wrong = checked.result + ": " +
+                    (checked.failure.empty() ? checked.difference.where : checked.failure);
+    }
+  }
+  row.error_over_bound = found.error_over_bound;
+  row.wrong = found.wrong;
+}
+
+void report_wrong(const BenchRow& row) {
+  fmt::print(stderr, "heed: {} {} {}: not measured, it disagrees with its cascade: {}\n",
+             row.mechanism->name, row.example.options, heed::name_of(row.dtype), row.wrong);
+}
+
+int measure(std::vector<BenchRow>& rows, const BenchArguments& arguments, Rooflines& rooflines) {
+  const RunOptions run = arguments.run();
+  QuickChecks checks(chosen_isa(run), arguments.backward);
+  Progress progress("measuring");
+  int wrong = 0;
+  for (size_t i = 0; i < rows.size(); ++i) {
+    BenchRow& row = rows[i];
+    progress.show(static_cast<int64_t>(i), static_cast<int64_t>(rows.size()),
+                  row.mechanism->name + " " + row.example.options);
+    checks.check(row);
+    if (row.wrong.empty()) {
+      time_row(row, arguments, run, rooflines);
+      continue;
+    }
+    ++wrong;
+    progress.clear();
+    report_wrong(row);
+  }
+  progress.clear();
+  return wrong;
+}
+
+}  // namespace heed::cli

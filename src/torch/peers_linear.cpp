@@ -1,0 +1,148 @@
+// Attention whose weights are products of features: sums over the keys, or chunks of tokens with a state
+// between them.
+#include <ATen/ops/arange.h>
+#include <ATen/ops/cat.h>
+#include <ATen/ops/constant_pad_nd.h>
+#include <ATen/ops/elu.h>
+#include <ATen/ops/matmul.h>
+#include <ATen/ops/ones.h>
+#include <ATen/ops/ones_like.h>
+#include <ATen/ops/stack.h>
+#include <ATen/ops/zeros_like.h>
+
+#include <cmath>
+
+#include "torch/peer_parts.h"
+
+namespace heed::peers {
+namespace {
+
+using at::Tensor;
+
+constexpr int64_t kChunk = 128;  // tokens
+
+bool square(const Tensors& in) { return in.at("q").size(2) == in.at("k").size(2); }
+
+/// [B,H,L,D] as [B,H,chunks,kChunk,D], the last chunk padded with zeros.
+Tensor chunked(const Tensor& x) {
+  const int64_t padding = (kChunk - x.size(2) % kChunk) % kChunk;
+  return at::constant_pad_nd(x, {0, 0, 0, padding}).unflatten(2, {-1, kChunk});
+}
+
+/// sum over s <= t of exp(-slopes[h] (t - s)) (q_t . k_s) v_s; no decay where slopes is undefined.
+Tensor causal_sums(const Tensor& q, const Tensor& k, const Tensor& v, const Tensor& slopes) {
+  const int64_t tokens = q.size(2);
+  const Tensor qc = chunked(q), kc = chunked(for_heads(k, q.size(1))),
+               vc = chunked(for_heads(v, q.size(1)));
+  const Tensor place = at::arange(kChunk, q.options());
+  Tensor scores = at::matmul(qc, kc.transpose(-1, -2)), states_q = qc, states_k = kc, decay;
+  if (slopes.defined()) {
+    const Tensor slope = slopes.to(q.scalar_type()).view({-1, 1, 1, 1});
+    const Tensor apart = (place.view({-1, 1}) - place).clamp_min(0);
+    scores = scores * (-slope * apart).exp();
+    states_q = qc * (-slope * (place + 1).view({-1, 1})).exp();
+    states_k = kc * (-slope * (kChunk - 1 - place).view({-1, 1})).exp();
+    decay = (-slope.squeeze(-1) * static_cast<double>(kChunk)).exp();
+  }
+  const Tensor inside = at::matmul(scores.tril(), vc);
+  const std::vector<Tensor> sums = at::matmul(states_k.transpose(-1, -2), vc).unbind(2);
+  std::vector<Tensor> before = {at::zeros_like(sums[0])};
+  for (size_t t = 0; t + 1 < sums.size(); ++t) {
+    before.push_back((decay.defined() ? before[t] * decay : before[t]) + sums[t]);
+  }
+  const Tensor out = inside + at::matmul(states_q, at::stack(before, 2));
+  return out.flatten(2, 3).narrow(2, 0, tokens);
+}
+
+/// The sums of all keys, or of those up to the query.
+Tensor sums(bool causal, const Tensor& q, const Tensor& k, const Tensor& v) {
+  if (causal) return causal_sums(q, k, v, {});
+  return at::matmul(q, for_heads(at::matmul(k.transpose(-1, -2), v), q.size(1)));
+}
+
+/// Values with a column of ones: their sums are then the denominators.
+Tensor with_ones(const Tensor& v) {
+  std::vector<int64_t> shape = v.sizes().vec();
+  shape.back() = 1;
+  return at::cat({v, at::ones(shape, v.options())}, -1);
+}
+
+Composition linear(const Spec& options) {
+  const bool causal = options.flag("causal"), normalize = options.flag("normalize", true);
+  const double eps = options.number("eps").value_or(1e-12);
+  return {causal ? "chunks of products" : "q (k^T v) / q sum(k)", [=](const Tensors& t) {
+            if (!normalize) return sums(causal, t.at("q"), t.at("k"), t.at("v"));
+            const Tensor both = sums(causal, t.at("q"), t.at("k"), with_ones(t.at("v")));
+            const int64_t width = t.at("v").size(3);
+            return both.narrow(3, 0, width) / (both.narrow(3, width, 1) + eps);
+          }};
+}
+
+Composition magnitude_aware(const Tensors& in, const Spec& options) {
+  const bool causal = options.flag("causal");
+  const bool paper = options.text("form").value_or("code") == "paper";
+  const double scale = options.number("scale").value_or(
+      1 / std::sqrt(static_cast<double>(in.at("q").size(3))));
+  const double eps = options.number("eps").value_or(1e-6);
+  return {causal ? "chunks of products" : "q (k^T v), sums of k and v", [=](const Tensors& t) {
+            const Tensor& v = t.at("v");
+            const int64_t width = v.size(3), keys = v.size(2), heads = t.at("q").size(1);
+            const Tensor both =
+                sums(causal, at::elu(t.at("q")) + 1, at::elu(t.at("k")) + 1, with_ones(v));
+            Tensor seen = at::ones({1}, v.options()) * static_cast<double>(keys);
+            Tensor v_sum = v.sum(2, true);
+            if (causal) {
+              seen = at::arange(1, keys + 1, v.options()).view({-1, 1});
+              v_sum = v.cumsum(2);
+            }
+            const Tensor c = paper ? at::ones_like(seen) : scale / seen;
+            const Tensor z = c * both.narrow(3, width, 1);
+            return ((z + eps).reciprocal() + 1) * c * both.narrow(3, 0, width) -
+                   z * for_heads(v_sum, heads) / seen;
+          }};
+}
+
+Composition relu_linear(const Spec& options) {
+  const double clamp = options.number("clamp").value_or(100);
+  return {"relu(q) (relu(k)^T v) / clamp(relu(q) sum(relu(k)))", [=](const Tensors& t) {
+            const int64_t width = t.at("v").size(3);
+            const Tensor both =
+                sums(false, t.at("q").relu(), t.at("k").relu(), with_ones(t.at("v")));
+            const Tensor temperature =
+                t.at("temperature").to(both.scalar_type()).view({-1, 1, 1});
+            return temperature * both.narrow(3, 0, width) /
+                   both.narrow(3, width, 1).clamp_min(clamp);
+          }};
+}
+
+}  // namespace
+
+std::optional<Composition> linear_family(std::string_view mechanism, const Tensors& in,
+                                         const Spec& options) {
+  const std::vector<std::string> qkv = {"q", "k", "v"};
+  if (mechanism == "lightning_attention" && knows(in, {"q", "k", "v", "slopes"}, options, {}) &&
+      square(in)) {
+    return Composition{"chunks of products with decay", [](const Tensors& t) {
+                         const auto slopes = t.find("slopes");
+                         return causal_sums(t.at("q"), t.at("k"), t.at("v"),
+                                            slopes == t.end() ? Tensor() : slopes->second);
+                       }};
+  }
+  if (mechanism == "linear_attention" &&
+      knows(in, qkv, options, {"causal", "normalize", "eps"}) &&
+      (!options.flag("causal") || square(in))) {
+    return linear(options);
+  }
+  if (mechanism == "magnitude_aware_linear_attention" &&
+      knows(in, qkv, options, {"causal", "form", "scale", "eps"}) &&
+      (!options.flag("causal") || square(in))) {
+    return magnitude_aware(in, options);
+  }
+  if (mechanism == "relu_linear_attention" &&
+      knows(in, {"q", "k", "v", "temperature"}, options, {"clamp"})) {
+    return relu_linear(options);
+  }
+  return std::nullopt;
+}
+
+}  // namespace heed::peers
