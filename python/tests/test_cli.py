@@ -409,6 +409,7 @@ def test_stochastic_attention_follows_its_seed():
         (["-p", "x", "--attention", "lightning:slopes=1"], "decay, form"),
         (["-p", "x", "--attention", "linear:map=performer"], "projection"),
         (["-p", "x", "--attention", "taylor_state:order=4"], "0 to 3"),
+        (["-p", "x", "--attention", "affine_scaled:alpha=inf"], "alpha is inf"),
         (["-p", "x", "--dtype", "f31"], "did you mean 'f32'"),
         (["-p", "x", "--temperature", "-1"], "temperature"),
         (["-p", "x", "--top-p", "2"], "top_p"),
