@@ -5,6 +5,7 @@ import json
 import os
 import pathlib
 import pty
+import re
 import signal
 import subprocess
 import time
@@ -408,6 +409,7 @@ def test_stochastic_attention_follows_its_seed():
         (["-p", "x", "--attention", "lightning:slopes=1"], "decay, form"),
         (["-p", "x", "--attention", "linear:map=performer"], "projection"),
         (["-p", "x", "--attention", "taylor_state:order=4"], "0 to 3"),
+        (["-p", "x", "--attention", "affine_scaled:alpha=inf"], "alpha is inf"),
         (["-p", "x", "--dtype", "f31"], "did you mean 'f32'"),
         (["-p", "x", "--temperature", "-1"], "temperature"),
         (["-p", "x", "--top-p", "2"], "top_p"),
@@ -544,6 +546,20 @@ def test_eval_of_mixes_and_states(tmp_path):
     )
     assert state["perplexity"] == pytest.approx(cache["perplexity"], rel=1e-3)
     assert state["cache_bytes"] == 0 < state["state_bytes"]
+
+
+def test_specifications_of_the_page_on_real_models_are_understood():
+    text = (ROOT / "docs" / "real-model.md").read_text()
+    named = re.findall(r"`(?:--attention )?([\w]+(?:[:/][\w:=,./-]+)?)`", text)
+    causal = [spec for spec in named if re.sub(r"^\d+x", "", spec).startswith(tuple(CAUSAL))]
+    assert len(causal) > 20 and {re.split("[:/]", spec)[0] for spec in causal} >= set(CAUSAL)
+    for spec in dict.fromkeys(causal):
+        # The page speaks of a model of 30 layers; with 5 its patterns are understood and do not fit.
+        done = subprocess.run(
+            [PROGRAM, "run", "--model", STORIES, "--no-chat", "-p", "x", "--max-tokens", "1",
+             "--attention", spec], capture_output=True, text=True, cwd=ROOT, env=ENVIRONMENT,
+        )  # fmt: skip
+        assert done.returncode == 0 or "divides the model's 5" in done.stderr, (spec, done.stderr)
 
 
 def test_eval_refuses(tmp_path):

@@ -51,7 +51,7 @@ bool Generator::read_prompt(std::span<const int32_t> prompt, const GenerateOptio
   model_.reserve(std::min(model_.context(), total + std::min<int64_t>(options.max_tokens, 512)));
   const size_t rest = prompt.size() - common;
   const size_t chunk_tokens = static_cast<size_t>(model_.chunk());
-  const size_t chunks = (rest + chunk_tokens - 1) / chunk_tokens;
+  const size_t chunks = 1 + (rest - 1) / chunk_tokens;  // rest >= 1: the last token
   for (size_t c = 0; c < chunks; ++c) {
     const size_t begin = common + rest * c / chunks, end = common + rest * (c + 1) / chunks;
     const auto chunk = prompt.subspan(begin, end - begin);

@@ -280,7 +280,7 @@ void Model::append(std::span<const int32_t> tokens, int64_t first,
   const int64_t count = static_cast<int64_t>(tokens.size());
   cache_.reserve(length() + count);
   // Chunks of nearly equal size: no last chunk of a few rows.
-  const int64_t chunks = (count + chunk() - 1) / chunk();
+  const int64_t chunks = count / chunk() + (count % chunk() == 0 ? 0 : 1);
   for (int64_t c = 0; c < chunks; ++c) {
     const int64_t begin = count * c / chunks, end = count * (c + 1) / chunks;
     {

@@ -19,8 +19,8 @@ namespace heed {
 class GgufFile;
 
 struct ModelOptions {
-  std::optional<ModelDtype> dtype = {};  // none: default_model_dtype(file)
-  std::optional<int64_t> context = {};   // tokens the cache may hold; none: what the file says
+  std::optional<ModelDtype> dtype = {};        // none: default_model_dtype(file)
+  std::optional<int64_t> context = {};         // tokens it may hold; none: what the file says
   std::vector<ModelAttention> attention = {};  // one for all layers, or one per layer
   RunOptions run = {};
 };

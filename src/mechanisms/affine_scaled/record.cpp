@@ -1,8 +1,10 @@
 #include <array>
+#include <cmath>
 #include <memory>
 
 #include "engine/tiled/problem.h"
 #include "heed/affine_scaled_attention.h"
+#include "heed/error.h"
 #include "mechanisms/attention_case.h"
 #include "mechanisms/embedded.h"
 
@@ -77,6 +79,15 @@ BackwardCall forward_for_backward(const NamedTensors& in, const Spec& spec, cons
   };
 }
 
+float finite_or(const Spec& options, const char* key, double fallback) {
+  const auto value = static_cast<float>(options.number(key).value_or(fallback));
+  if (!std::isfinite(value)) {
+    throw Error(std::string("affine_scaled_attention: ") + key + " is " + *options.text(key) +
+                "; a finite number is needed");
+  }
+  return value;
+}
+
 // The model has no weights for alpha: the same number everywhere, at first that of a layer whose
 // projection is still zero.
 ModelAttention affine_in_model(const Spec& options, const ModelLayer& at) {
@@ -84,8 +95,8 @@ ModelAttention affine_in_model(const Spec& options, const ModelLayer& at) {
   AffineScaledOptions chosen{masks_of({}, options), options.number("scale")};
   chosen.masks.causal = true;
   const auto constants = std::make_shared<std::array<float, 2>>();
-  (*constants)[0] = static_cast<float>(options.number("alpha").value_or(0.5));
-  (*constants)[1] = static_cast<float>(options.number("alpha_mean").value_or(0.5));
+  (*constants)[0] = finite_or(options, "alpha", 0.5);
+  (*constants)[1] = finite_or(options, "alpha_mean", 0.5);
   const int64_t heads = at.heads;
   ModelAttention attention;
   attention.over_cache = [=](const Tensor& q, const Tensor& k, const Tensor& v, const Tensor& out,
