@@ -124,9 +124,8 @@ Tensor view(const at::Tensor& tensor) {
   if (!dtype) throw Error(std::string("no view of type ") + type_name(tensor.scalar_type()));
   const Dims shape({tensor.sizes().data(), tensor.sizes().size()});
   Dims strides({tensor.strides().data(), tensor.strides().size()});
-  // PyTorch leaves the strides of an axis of one element, and of an empty tensor, to chance.
-  if (tensor.numel() == 0) return Tensor(tensor.const_data_ptr(), *dtype, shape);
-  if (shape.rank() > 0 && shape.back() <= 1) strides[shape.rank() - 1] = 1;
+  // PyTorch leaves strides that reach no second element to chance.
+  if (shape.rank() > 0 && (shape.back() <= 1 || tensor.numel() == 0)) strides[shape.rank() - 1] = 1;
   return Tensor(tensor.const_data_ptr(), *dtype, shape, strides);
 }
 
@@ -217,6 +216,14 @@ at::Tensor empty_statistic(const at::Tensor& q, c10::SymIntArrayRef shape, bool 
 
 Tensor view_wanted(const std::optional<at::Tensor>& tensor, bool wanted) {
   return wanted ? view(tensor) : Tensor();
+}
+
+void check_cpu(const char* op, std::optional<c10::Device> device) {
+  TORCH_CHECK(!device || device->is_cpu(), op, ": device is ", *device, ", needed is cpu");
+}
+
+at::Tensor empty_parameter(c10::SymIntArrayRef shape, at::ScalarType dtype) {
+  return at::empty_symint(shape, at::TensorOptions().dtype(dtype).device(at::kMeta));
 }
 
 std::array<c10::SymInt, 4> state_shape(const at::Tensor& q, const c10::SymInt& features,

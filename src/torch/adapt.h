@@ -92,6 +92,11 @@ std::pair<at::Tensor, at::Tensor> empty_results(const at::Tensor& q, const at::T
 at::Tensor empty_statistic(const at::Tensor& q, c10::SymIntArrayRef shape, bool wanted = true);
 Tensor view_wanted(const std::optional<at::Tensor>& tensor, bool wanted);
 
+/// Of operators that make a tensor from numbers alone: only the CPU, else a Python RuntimeError.
+void check_cpu(const char* op, std::optional<c10::Device> device);
+/// Their fake results.
+at::Tensor empty_parameter(c10::SymIntArrayRef shape, at::ScalarType dtype = at::kFloat);
+
 /// The shape [B,H,F,Dv] of what a running state sums up.
 std::array<c10::SymInt, 4> state_shape(const at::Tensor& q, const c10::SymInt& features,
                                        const at::Tensor& v);

@@ -68,20 +68,34 @@ at::Tensor feature_map_meta(const at::Tensor& x, c10::string_view kind, const Ma
                           x.options());
 }
 
-at::Tensor identity_cpu(int64_t heads, int64_t dim, int64_t width) {
+at::Tensor identity_cpu(int64_t heads, int64_t dim, int64_t width,
+                        std::optional<c10::Device> device) {
+  check_cpu("hedgehog_identity", device);
   Array weight;
   guarded([&] { weight = hedgehog_identity(heads, dim, width); });
   return take(std::move(weight), at::empty({0}, at::kFloat));
 }
 
 at::Tensor projection_cpu(int64_t heads, int64_t features, int64_t dim, int64_t seed,
-                          bool orthogonal) {
+                          bool orthogonal, std::optional<c10::Device> device) {
+  check_cpu("performer_projection", device);
   Array directions;
   guarded([&] {
     directions =
         performer_projection(heads, features, dim, static_cast<uint64_t>(seed), orthogonal);
   });
   return take(std::move(directions), at::empty({0}, at::kFloat));
+}
+
+at::Tensor identity_meta(c10::SymInt heads, c10::SymInt dim, c10::SymInt width,
+                         std::optional<c10::Device> /*device*/) {
+  return empty_parameter({std::move(heads), std::move(dim), std::move(width)});
+}
+
+at::Tensor projection_meta(c10::SymInt heads, c10::SymInt features, c10::SymInt dim,
+                           int64_t /*seed*/, bool /*orthogonal*/,
+                           std::optional<c10::Device> /*device*/) {
+  return empty_parameter({std::move(heads), std::move(features), std::move(dim)});
 }
 
 }  // namespace
@@ -92,7 +106,11 @@ TORCH_LIBRARY_IMPL(heed, CPU, m) {
   m.impl("feature_map_backward", &heed::ops::feature_map_backward_cpu);
 }
 
-TORCH_LIBRARY_IMPL(heed, Meta, m) { m.impl("feature_map", &heed::ops::feature_map_meta); }
+TORCH_LIBRARY_IMPL(heed, Meta, m) {
+  m.impl("feature_map", &heed::ops::feature_map_meta);
+  m.impl("hedgehog_identity", &heed::ops::identity_meta);
+  m.impl("performer_projection", &heed::ops::projection_meta);
+}
 
 // No argument is a tensor, so no device chooses the kernel.
 TORCH_LIBRARY_IMPL(heed, CompositeExplicitAutograd, m) {

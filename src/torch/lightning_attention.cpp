@@ -67,13 +67,21 @@ Results lightning_meta(HEED_LIGHTNING_INPUTS, bool return_state) {
 }
 
 at::Tensor slopes_cpu(int64_t num_heads, std::optional<int64_t> layer,
-                      std::optional<int64_t> num_layers, c10::string_view form) {
+                      std::optional<int64_t> num_layers, c10::string_view form,
+                      std::optional<c10::Device> device) {
+  check_cpu("lightning_slopes", device);
   Array slopes;
   guarded([&] {
     slopes = lightning_slopes(num_heads, layer, num_layers,
                               parse_lightning_slopes(std::string_view(form.data(), form.size())));
   });
   return take(std::move(slopes), at::empty({0}, at::kFloat));
+}
+
+at::Tensor slopes_meta(c10::SymInt num_heads, std::optional<int64_t> /*layer*/,
+                       std::optional<int64_t> /*num_layers*/, c10::string_view /*form*/,
+                       std::optional<c10::Device> /*device*/) {
+  return empty_parameter({std::move(num_heads)});
 }
 
 }  // namespace
@@ -84,7 +92,10 @@ TORCH_LIBRARY_IMPL(heed, CPU, m) {
   m.impl("lightning_attention_backward", &heed::ops::lightning_backward_cpu);
 }
 
-TORCH_LIBRARY_IMPL(heed, Meta, m) { m.impl("lightning_attention", &heed::ops::lightning_meta); }
+TORCH_LIBRARY_IMPL(heed, Meta, m) {
+  m.impl("lightning_attention", &heed::ops::lightning_meta);
+  m.impl("lightning_slopes", &heed::ops::slopes_meta);
+}
 
 // No argument is a tensor, so no device chooses the kernel.
 TORCH_LIBRARY_IMPL(heed, CompositeExplicitAutograd, m) {

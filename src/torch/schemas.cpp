@@ -154,9 +154,10 @@ TORCH_LIBRARY(heed, m) {
       "lightning_attention_backward(Tensor? grad_out, Tensor? grad_state, " HEED_LIGHTNING_ARGUMENTS
       ") -> (Tensor grad_q, Tensor grad_k, Tensor grad_v, Tensor grad_slopes,"
       " Tensor grad_initial_state)");
+  // PyTorch's fake tensors ask every maker of a tensor for a device; these know the CPU.
   m.def(
-      "lightning_slopes(int num_heads, int? layer=None, int? num_layers=None, str form='code')"
-      " -> Tensor");
+      "lightning_slopes(SymInt num_heads, int? layer=None, int? num_layers=None, str form='code',"
+      " *, Device? device=None) -> Tensor");
 #define HEED_LINEAR_OPTIONS                                                                 \
   "bool causal=False, bool normalize=True, float eps=1e-12, Tensor? lengths=None, Tensor? " \
   "initial_s=None, Tensor? initial_z=None, bool return_state=False"
@@ -195,10 +196,12 @@ TORCH_LIBRARY(heed, m) {
   m.def("feature_map(" HEED_FEATURE_ARGUMENTS ") -> Tensor out");
   m.def("feature_map_backward(Tensor grad_out, " HEED_FEATURE_ARGUMENTS
         ") -> (Tensor grad_x, Tensor grad_weight, Tensor grad_bias)");
-  m.def("hedgehog_identity(int heads, int dim, int width) -> Tensor");
   m.def(
-      "performer_projection(int heads, int features, int dim, int seed, bool orthogonal=True)"
-      " -> Tensor");
+      "hedgehog_identity(SymInt heads, SymInt dim, SymInt width, *, Device? device=None) -> "
+      "Tensor");
+  m.def(
+      "performer_projection(SymInt heads, SymInt features, SymInt dim, int seed,"
+      " bool orthogonal=True, *, Device? device=None) -> Tensor");
 #define HEED_DISTILLATION_ARGUMENTS                                                             \
   "Tensor q, Tensor k, Tensor feature_q, Tensor feature_k, *, bool causal=False, float? scale=" \
   "None"

@@ -67,9 +67,8 @@ Results stochastic_meta(const at::Tensor& q, const at::Tensor& k, const at::Tens
 }
 // NOLINTEND(performance-unnecessary-value-param)
 
-at::Tensor permutation_cpu(int64_t seed, at::IntArrayRef shape, std::optional<at::Device> device) {
-  TORCH_CHECK(!device || device->is_cpu(), "random_permutation: device is ", *device,
-              ", needed is cpu");
+at::Tensor permutation_cpu(int64_t seed, at::IntArrayRef shape, std::optional<c10::Device> device) {
+  check_cpu("random_permutation", device);
   Array slots;
   guarded([&] {
     slots = random_permutation(static_cast<uint64_t>(seed), Dims({shape.data(), shape.size()}));
@@ -78,8 +77,8 @@ at::Tensor permutation_cpu(int64_t seed, at::IntArrayRef shape, std::optional<at
 }
 
 at::Tensor permutation_meta(int64_t /*seed*/, c10::SymIntArrayRef shape,
-                            std::optional<at::Device> /*device*/) {
-  return at::empty_symint(shape, at::TensorOptions().dtype(at::kLong).device(at::kMeta));
+                            std::optional<c10::Device> /*device*/) {
+  return empty_parameter(shape, at::kLong);
 }
 
 }  // namespace
