@@ -216,6 +216,27 @@ NamedArrays backward_mala(const NamedTensors& in, const NamedTensors& out_gradie
   return arrays;
 }
 
+/// 64 tokens of one sequence and group of heads; a grid of 8 x 8 where the case has one.
+ExampleCase shrunk(const ExampleCase& example) {
+  constexpr int64_t kSide = 8;
+  const Spec spec = Spec::parse_options(example.options);
+  const Dims &q = example.inputs[0].second, &k = example.inputs[1].second,
+             &v = example.inputs[2].second;
+  std::string options;
+  const auto add = [&](const char* key, const std::string& value) {
+    options += (options.empty() ? "" : ",") + std::string(key) + "=" + value;
+  };
+  for (const char* key : {"causal", "form", "scale", "eps"}) {
+    if (spec.has(key)) add(key, *spec.text(key));
+  }
+  if (spec.has("width")) {
+    add("height", std::to_string(kSide));
+    add("width", std::to_string(kSide));
+  }
+  constexpr int64_t kTokens = kSide * kSide;
+  return attention_case(example.name, {1, q[1] / k[1], 1, kTokens, kTokens, q[3], v[3]}, options);
+}
+
 Mechanism mala_record() {
   Mechanism m;
   m.name = "magnitude_aware_linear_attention";
@@ -244,6 +265,7 @@ Mechanism mala_record() {
   };
   m.fill = fill_mala;
   m.random_case = random_mala_case;
+  m.shrink = shrunk;
   m.model_attention = [](const Spec& options) -> ModelAttention {
     MagnitudeAwareOptions chosen = mala_options({}, options);
     chosen.causal = true;
