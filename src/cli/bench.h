@@ -33,7 +33,7 @@ struct BenchRow {
   Pass pass = Pass::forward;
   std::string path;
   Samples heed, peer, ratio;  // milliseconds; ratio = peer / heed of neighbouring runs
-  double operations = 0;      // a backward counts twice those of the forward's definition
+  double operations = 0;      // a backward counts twice those of the forward
   double bytes = 0;           // what the call reads and writes, each once
   hardware::Roof roof;
   std::string peer_title;

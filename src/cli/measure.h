@@ -20,8 +20,8 @@ double quantile(Samples samples, double fraction);
 /// "g++ 12.2.0"
 std::string compiler_name();
 
-/// 2 x the multiply-adds that the cheapest cascade of the mechanism counts for this call; terms over the
-/// ranks of a mask only for the pairs that the mask keeps.
+/// 2 x the multiply-adds of this call by its definition or, where that does fewer, by a form it is
+/// computed in (running sums); terms over the ranks of a mask only for the pairs that the mask keeps.
 double visible_operations(const Mechanism& mechanism, const NamedTensors& in, const Spec& options);
 
 /// The shape of the first of these inputs that the case has; nullptr for none.

@@ -87,7 +87,7 @@ std::string cost_figure(const std::vector<Row>& rows) {
     panels.emplace_back(latency_chart(rows, model));
     panels.emplace_back(energy_chart(rows, model));
   }
-  constexpr int kColumns = 4;
+  constexpr int kColumns = 2;
   return to_svg(panels, kColumns);
 }
 

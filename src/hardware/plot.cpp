@@ -73,12 +73,12 @@ struct Tick {
   std::string label;  // may be empty: a line without a word
 };
 
-/// 1,024 as "1K", 1e-6 as "1e-06".
-std::string power_of_two_label(double value) {
+/// In steps of 1,024 or 1,000: "1K", "16M"; small numbers as "1e-06".
+std::string short_label(double value, double step) {
   const char* suffixes[] = {"", "K", "M", "G", "T"};
   size_t suffix = 0;
-  while (value >= 1024 && suffix + 1 < std::size(suffixes)) {
-    value /= 1024;
+  while (value >= step * (1 - 1e-9) && suffix + 1 < std::size(suffixes)) {
+    value /= step;
     ++suffix;
   }
   return fmt::format("{:g}{}", value, suffixes[suffix]);
@@ -110,9 +110,7 @@ std::vector<Tick> log_ticks(double low, double high, Scale scale) {
   for (int e = first; e <= last; ++e) {
     const double value = std::pow(base, e);
     const bool named = (e - first) % every == 0;
-    ticks.push_back({value, !named                 ? ""
-                            : scale == Scale::log2 ? power_of_two_label(value)
-                                                   : fmt::format("{:g}", value)});
+    ticks.push_back({value, named ? short_label(value, scale == Scale::log2 ? 1024 : 1000) : ""});
   }
   return ticks;
 }

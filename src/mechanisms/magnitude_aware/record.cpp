@@ -234,6 +234,27 @@ ModelAttention mala_in_model(const Spec& options, const ModelLayer& at) {
   return attention;
 }
 
+/// 64 tokens of one sequence and group of heads; a grid of 8 x 8 where the case has one.
+ExampleCase shrunk(const ExampleCase& example) {
+  constexpr int64_t kSide = 8;
+  const Spec spec = Spec::parse_options(example.options);
+  const Dims &q = example.inputs[0].second, &k = example.inputs[1].second,
+             &v = example.inputs[2].second;
+  std::string options;
+  const auto add = [&](const char* key, const std::string& value) {
+    options += (options.empty() ? "" : ",") + std::string(key) + "=" + value;
+  };
+  for (const char* key : {"causal", "form", "scale", "eps"}) {
+    if (spec.has(key)) add(key, *spec.text(key));
+  }
+  if (spec.has("width")) {
+    add("height", std::to_string(kSide));
+    add("width", std::to_string(kSide));
+  }
+  constexpr int64_t kTokens = kSide * kSide;
+  return attention_case(example.name, {1, q[1] / k[1], 1, kTokens, kTokens, q[3], v[3]}, options);
+}
+
 Mechanism mala_record() {
   Mechanism m;
   m.name = "magnitude_aware_linear_attention";
@@ -263,6 +284,7 @@ Mechanism mala_record() {
   m.fill = fill_mala;
   m.random_case = random_mala_case;
   m.model_attention = mala_in_model;
+  m.shrink = shrunk;
   return m;
 }
 
