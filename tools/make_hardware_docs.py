@@ -27,13 +27,13 @@ COMPUTED = {
     "area.svg": "hardware fusemax --area-sweep",
 }
 MEASURED = {
-    "roofline.svg": "bench --seconds 0.2",
+    "roofline.svg": "bench --seconds 0.1",
     "lengths.svg": "bench --sweep length",
 }
 
 
 def heed(command):
-    done = subprocess.run([PROGRAM, *shlex.split(command)], check=True, capture_output=True, text=True)
+    done = subprocess.run([PROGRAM, *shlex.split(command)], check=True, stdout=subprocess.PIPE, text=True)
     return done.stdout
 
 

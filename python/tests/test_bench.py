@@ -80,7 +80,7 @@ def test_several_mechanisms_in_one_table():
     assert "did you mean 'sigmoid'" in error_of("flash", "sigmod")
 
 
-@pytest.mark.parametrize("name", ["na1d", "na2d", "na3d", "stochastic"])
+@pytest.mark.parametrize("name", ["na2d", "na3d", "stochastic", "relative", "magnitude_aware_linear"])
 def test_checks_of_large_cases_are_small(name):
     """The quick check of a call that takes seconds in float64 runs on a twin of it."""
     rows = bench_json(name)["rows"]

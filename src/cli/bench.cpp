@@ -115,7 +115,8 @@ int bench(const BenchArguments& arguments) {
 
 void add_bench(CLI::App& app, Outcome& outcome) {
   CLI::App* command = app.add_subcommand(
-      "bench", "Time the kernels; GFLOP/s are 2 x the multiply-adds on visible pairs of the cascade with "
+      "bench",
+      "Time the kernels; GFLOP/s are 2 x the multiply-adds on visible pairs of the cascade with "
       "fewest");
   auto a = std::make_shared<BenchArguments>();
   command->add_option("NAME", a->names, "Mechanisms; without it all of them");

@@ -57,7 +57,7 @@ Calls backward_calls(BenchRow& row, const NamedTensors& in, const Spec& options,
   const BackwardCall call = prepare_backward(*row.mechanism, in, options, run);
   row.operations *= 2;  // each product has two gradients
   row.bytes = bytes_of(in) + bytes_of(given) + bytes_of(call(given));
-  if (peer) peer->prepare_backward(given.at(results.contains("out") ? "out" : given.begin()->first));
+  if (peer) peer->prepare_backward(given.at("out"));  // all that PyTorch composes have one
   return {[call, given, gradients] { call(given); },
           peer ? peer->backward : std::function<void()>()};
 }

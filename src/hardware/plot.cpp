@@ -216,8 +216,8 @@ std::string frame(const Layout& at, const std::string& title, const Ruler* x, co
       svg += text_at(x->at(tick.value), kTop + at.plot_height + 18, tick.label, "middle");
     }
   }
-  svg += fmt::format("<path class=\"axis\" d=\"M{} {}V{}H{}\"/>\n", kLeft, kTop, kTop + at.plot_height,
-                     kLeft + at.plot_width);
+  svg += fmt::format("<path class=\"axis\" d=\"M{} {}V{}H{}\"/>\n", kLeft, kTop,
+                     kTop + at.plot_height, kLeft + at.plot_width);
   svg += text_at(kLeft + at.plot_width / 2, at.height - 14, x_label, "middle");
   svg += fmt::format(
       "<text transform=\"translate(16 {:.1f}) rotate(-90)\" text-anchor=\"middle\">{}</text>\n",
@@ -229,8 +229,8 @@ std::string legend_text(const Layout& at, size_t i, const std::string& name) {
   const std::string shown = name.size() > at.legend_letters
                                 ? name.substr(0, at.legend_letters - 2) + ".."
                                 : name;
-  return text_at(at.legend_left + kLegendSign, kTop + 12 + static_cast<double>(i) * kLegendRow, shown,
-                 "start");
+  const double baseline = kTop + 12 + static_cast<double>(i) * kLegendRow;
+  return text_at(at.legend_left + kLegendSign, baseline, shown, "start");
 }
 
 double legend_y(size_t i) { return kTop + 8 + static_cast<double>(i) * kLegendRow; }

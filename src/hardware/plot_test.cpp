@@ -53,7 +53,9 @@ TEST(Plot, ValuesThatCannotBeDrawnAreLeftOut) {
 
 TEST(Plot, PanelsOfOtherSizesHoldLongerLegends) {
   LineChart chart{"t", {"x"}, {"y"}, {}};
-  for (int i = 0; i < 25; ++i) chart.series.push_back({"series " + std::to_string(i), {{1, 1.0 + i}}});
+  for (int i = 0; i < 25; ++i) {
+    chart.series.push_back({"series " + std::to_string(i), {{1, 1.0 + i}}});
+  }
   const std::string small = to_svg({chart}, 1);
   const std::string large = to_svg({chart}, 1, {.width = 860, .height = 620, .legend = 250});
   expect_well_formed(small);

@@ -1,3 +1,4 @@
+#include <algorithm>
 #include <memory>
 
 #include "heed/relative_attention.h"
@@ -149,6 +150,14 @@ Mechanism relative_record() {
   };
   m.bind = bind_relative;
   m.explain = explain_attention;
+  m.shrink = [](const ExampleCase& example) {
+    const Dims &q = example.inputs[0].second, &k = example.inputs[1].second,
+               &v = example.inputs[2].second;
+    const int64_t queries = std::min<int64_t>(q[2], 64);
+    const int64_t keys = k[2] == q[2] ? queries : std::min<int64_t>(k[2], 96);
+    return relative_case(example.name, {1, q[1] / k[1], 1, queries, keys, q[3], v[3]},
+                         example.options);
+  };
   return m;
 }
 
