@@ -7,7 +7,8 @@ bits for any number of threads. They work under ``torch.compile``. Where a
 function says so it is differentiable once; second derivatives raise a ``RuntimeError``.
 """
 
-from heed import _library, nn
+from heed import _library
+from heed import nn as nn
 from heed.affine_scaled import affine_scaled_attention
 from heed.decode import decode_attention, merge_attention
 from heed.depthwise import depthwise_causal_conv
@@ -53,7 +54,6 @@ __all__ = [
     "na1d",
     "na2d",
     "na3d",
-    "nn",
     "parallax_attention",
     "random_permutation",
     "recurrent_softmax_attention",

@@ -148,6 +148,21 @@ def test_131072_tokens(dtype):
     assert_near(z, kd.sum(2), inputs=dtype)
 
 
+@pytest.mark.parametrize("f", [3, 17, 80])
+def test_memory_of_others_never_shows(f):
+    """bfloat16 products pad features further than sums of keys; freed NaN lay in between."""
+    tensors = [t.requires_grad_() for t in positive_qkv(1, 2, 1, 4096, 4096, f, 2, torch.bfloat16)]
+    expected = None
+    for _ in range(10):
+        poison = [torch.full((n,), math.nan) for n in (1000, 30000, 300000)]
+        del poison
+        out = heed.linear_attention(*tensors, causal=True)
+        found = (out, *torch.autograd.grad(out.float().sum(), tensors))
+        expected = found if expected is None else expected
+        for a, b in zip(found, expected):
+            assert a.isfinite().all() and torch.equal(a, b)
+
+
 def test_denominators_near_zero():
     """The documented error: ``u |q| |z| / |d|`` relative, and a row of zeros for exactly 0."""
     v = random(1, 1, 2, 3)

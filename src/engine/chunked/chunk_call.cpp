@@ -260,6 +260,8 @@ void ChunkCall<T>::update_state(const Added& added, const Decay<T>& decay, bool 
     add_to_sum(y, added.value_factor, depth, padded_values_, fresh, m, state.values);
   }
   if (half_) add_half_outer(added, chosen, state.sums, m);
+  // Below, sums of keys are written up to dim_multiple; denominators read all of their padding.
+  if (fresh && state.keys != nullptr) std::fill_n(state.keys, padded_features_, T{0});
   for (int64_t first = 0; first < features_; first += tile_) {
     const int64_t count = std::min(tile_, features_ - first);
     const Block x{m.x.data, round_up(count, products_.dim_multiple)};
