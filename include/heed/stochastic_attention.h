@@ -42,10 +42,12 @@ struct StochasticGradients {
 };
 
 /// out and lse are what the forward returned; grad_lse may be undefined (zero).
-StochasticGradients stochastic_attention_backward(
-    const Tensor& grad_out, const Tensor& grad_lse, const Tensor& q, const Tensor& k,
-    const Tensor& v, const Tensor& permutation, const Tensor& out, const Tensor& lse,
-    const StochasticOptions& options, const RunOptions& run = {});
+StochasticGradients stochastic_attention_backward(const Tensor& grad_out, const Tensor& grad_lse,
+                                                  const Tensor& q, const Tensor& k, const Tensor& v,
+                                                  const Tensor& permutation, const Tensor& out,
+                                                  const Tensor& lse,
+                                                  const StochasticOptions& options,
+                                                  const RunOptions& run = {});
 
 /// Uniformly random permutations along the last axis of `shape` ([L], [H,L], ...), int64: a function of
 /// seed and shape alone. Independent ones for every layer are what mixes; one shared by all layers

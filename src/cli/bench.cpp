@@ -121,8 +121,7 @@ void add_bench(CLI::App& app, Outcome& outcome) {
   auto a = std::make_shared<BenchArguments>();
   command->add_option("NAME", a->names, "Mechanisms; without it all of them");
   command
-      ->add_option("--vs", a->versus,
-                   "Alternate with the same mathematics in PyTorch: --vs torch")
+      ->add_option("--vs", a->versus, "Alternate with the same mathematics in PyTorch: --vs torch")
       ->check(CLI::IsMember({"torch"}));
   command->add_flag("--backward", a->backward, "Also time the backward of every call");
   command->add_option("--q", a->q, "Shapes of the queries: B,H,L,D ...");

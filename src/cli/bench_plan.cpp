@@ -74,8 +74,8 @@ std::vector<PlanRow> rows_of(const BenchArguments& arguments) {
     row.simulated = hardware::tile_statistic(row.plan);
     const Dims &query = *input_shape(row.call.example, {"query"}),
                &value = *input_shape(row.call.example, {"value"});
-    row.kernel = hardware::kernel_tiles(row.plan.axes, query.back(), value.back(), row.call.dtype,
-                                        a.run());
+    row.kernel =
+        hardware::kernel_tiles(row.plan.axes, query.back(), value.back(), row.call.dtype, a.run());
   }
   return rows;
 }
@@ -152,7 +152,8 @@ void print(const std::vector<PlanRow>& rows, const BenchArguments& arguments) {
   fmt::print(
       "\nSpeed-ups over dense attention by heed on the same tokens. operations: length / kernel.\n"
       "slowest, mean tile: boxes of 64 tokens (8x8, 2x4x8) on a fixed grid, as the paper counts;\n"
-      "a processor follows the mean. its plan: pairs that the kernel computes with the boxes that it\n"
+      "a processor follows the mean. its plan: pairs that the kernel computes with the boxes that "
+      "it\n"
       "chooses (queries / keys); each row ends with its window along the boxes' slowest axis.\n");
 }
 

@@ -62,8 +62,8 @@ std::vector<BenchRow> rows_of(const BenchArguments& arguments) {
           BenchRow& row = rows.emplace_back();
           row.mechanism = &mechanism;
           ShapeArguments sized;
-          sized.q = parse_shape(
-              "--lengths", fmt::format("{},{},{},{}", shape[0], shape[1], length, shape[3]));
+          sized.q = parse_shape("--lengths",
+                                fmt::format("{},{},{},{}", shape[0], shape[1], length, shape[3]));
           row.example = with_shapes(like, sized);
           row.dtype = parse_dtype(dtype);
           row.pass = pass;
@@ -182,9 +182,9 @@ void print(const std::vector<Curve>& curves, const std::vector<Crossing>& crossi
   }
   table.print();
   for (const Crossing& c : crossings) {
-    const std::string where =
-        c.from_tokens > 0 ? fmt::format("from about {:.0f} tokens on", c.from_tokens)
-                          : "at every length measured";
+    const std::string where = c.from_tokens > 0
+                                  ? fmt::format("from about {:.0f} tokens on", c.from_tokens)
+                                  : "at every length measured";
     fmt::print("{} is faster than {} {}\n", c.faster, c.slower, bold(where));
   }
 }

@@ -159,8 +159,7 @@ void print_means(const std::vector<Row>& rows) {
     const Means means = compare(rows, slow, "binding");
     if (means.rows == 0) continue;
     fmt::print("FuseMax (binding) over {:<8} attention {} faster at {} of the energy",
-               std::string(slow) + ":",
-               bold(fmt::format("{:.2f}x", means.speedup)),
+               std::string(slow) + ":", bold(fmt::format("{:.2f}x", means.speedup)),
                bold(fmt::format("{:.2f}", means.energy)));
     if (rows.front().linear.latency_s > 0) {
       fmt::print(", end to end {} at {}", bold(fmt::format("{:.2f}x", means.e2e_speedup)),

@@ -55,9 +55,8 @@ std::vector<const CascadeText*> cascades_of(const Mechanism& mechanism,
   if (!example.definition.empty()) return {&definition_of(mechanism, example)};
   std::vector<const CascadeText*> texts =
       cascades_for(mechanism, Spec::parse_options(example.options));
-  std::erase_if(texts, [&](const CascadeText* text) {
-    return defines_further_options(mechanism, *text);
-  });
+  std::erase_if(texts,
+                [&](const CascadeText* text) { return defines_further_options(mechanism, *text); });
   return texts;
 }
 

@@ -11,8 +11,9 @@ namespace heed::hardware {
 
 struct KernelTiles {
   std::vector<int64_t> query_tile, key_tile;  // sides on the grid's own axes
-  double visited_mean = 0;  // key boxes that a query box visits, over the boxes of all residue groups
-  double dense = 0;         // key boxes' worth of keys in the whole grid
+  double visited_mean =
+      0;             // key boxes that a query box visits, over the boxes of all residue groups
+  double dense = 0;  // key boxes' worth of keys in the whole grid
   /// Pairs of the whole grid / pairs that are computed: those of boxes that meet, of which each row
   /// computes only its window along the slowest axis.
   double speedup = 0;

@@ -226,9 +226,8 @@ std::string frame(const Layout& at, const std::string& title, const Ruler* x, co
 }
 
 std::string legend_text(const Layout& at, size_t i, const std::string& name) {
-  const std::string shown = name.size() > at.legend_letters
-                                ? name.substr(0, at.legend_letters - 2) + ".."
-                                : name;
+  const std::string shown =
+      name.size() > at.legend_letters ? name.substr(0, at.legend_letters - 2) + ".." : name;
   const double baseline = kTop + 12 + static_cast<double>(i) * kLegendRow;
   return text_at(at.legend_left + kLegendSign, baseline, shown, "start");
 }

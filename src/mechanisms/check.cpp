@@ -317,7 +317,8 @@ std::vector<CheckRow> check_kernel(const Reference& reference, Isa isa, Layout l
   run.isa = isa;
   std::vector<CheckRow> rows;
   check_forward(reference, arranged.tensors, run, base, rows);
-  if (!reference.output_gradients.empty()) check_backward(reference, arranged.tensors, run, base, rows);
+  if (!reference.output_gradients.empty())
+    check_backward(reference, arranged.tensors, run, base, rows);
   return rows;
 }
 

@@ -16,10 +16,11 @@ std::span<const Mechanism> mechanisms() {
     std::vector<Mechanism> records = all_records();
     for (Mechanism& m : records) {
       if (!m.forward_for_backward) continue;
-      m.backward = [prepare = m.forward_for_backward](
-                       const NamedTensors& in, const NamedTensors& out_gradients,
-                       const Spec& options,
-                       const RunOptions& run) { return prepare(in, options, run)(out_gradients); };
+      m.backward = [prepare = m.forward_for_backward](const NamedTensors& in,
+                                                      const NamedTensors& out_gradients,
+                                                      const Spec& options, const RunOptions& run) {
+        return prepare(in, options, run)(out_gradients);
+      };
     }
     return records;
   }();

@@ -81,8 +81,8 @@ Composition linear(const Spec& options) {
 Composition magnitude_aware(const Tensors& in, const Spec& options) {
   const bool causal = options.flag("causal");
   const bool paper = options.text("form").value_or("code") == "paper";
-  const double scale = options.number("scale").value_or(
-      1 / std::sqrt(static_cast<double>(in.at("q").size(3))));
+  const double scale =
+      options.number("scale").value_or(1 / std::sqrt(static_cast<double>(in.at("q").size(3))));
   const double eps = options.number("eps").value_or(1e-6);
   return {causal ? "chunks of products" : "q (k^T v), sums of k and v", [=](const Tensors& t) {
             const Tensor& v = t.at("v");
@@ -104,15 +104,13 @@ Composition magnitude_aware(const Tensors& in, const Spec& options) {
 
 Composition relu_linear(const Spec& options) {
   const double clamp = options.number("clamp").value_or(100);
-  return {"relu(q) (relu(k)^T v) / clamp(relu(q) sum(relu(k)))", [=](const Tensors& t) {
-            const int64_t width = t.at("v").size(3);
-            const Tensor both =
-                sums(false, t.at("q").relu(), t.at("k").relu(), with_ones(t.at("v")));
-            const Tensor temperature =
-                t.at("temperature").to(both.scalar_type()).view({-1, 1, 1});
-            return temperature * both.narrow(3, 0, width) /
-                   both.narrow(3, width, 1).clamp_min(clamp);
-          }};
+  return {
+      "relu(q) (relu(k)^T v) / clamp(relu(q) sum(relu(k)))", [=](const Tensors& t) {
+        const int64_t width = t.at("v").size(3);
+        const Tensor both = sums(false, t.at("q").relu(), t.at("k").relu(), with_ones(t.at("v")));
+        const Tensor temperature = t.at("temperature").to(both.scalar_type()).view({-1, 1, 1});
+        return temperature * both.narrow(3, 0, width) / both.narrow(3, width, 1).clamp_min(clamp);
+      }};
 }
 
 }  // namespace
@@ -128,8 +126,7 @@ std::optional<Composition> linear_family(std::string_view mechanism, const Tenso
                                             slopes == t.end() ? Tensor() : slopes->second);
                        }};
   }
-  if (mechanism == "linear_attention" &&
-      knows(in, qkv, options, {"causal", "normalize", "eps"}) &&
+  if (mechanism == "linear_attention" && knows(in, qkv, options, {"causal", "normalize", "eps"}) &&
       (!options.flag("causal") || square(in))) {
     return linear(options);
   }

@@ -41,8 +41,8 @@ Tensor attend(const std::vector<Slice>& slices, const Tensor& q, const Tensor& k
     const auto of = [](const Tensor& t, Interval i) {
       return t.narrow(2, i.begin, i.end - i.begin);
     };
-    parts.push_back(at::scaled_dot_product_attention(of(q, s.queries), of(k, s.keys),
-                                                     of(v, s.keys), s.mask, 0.0, false, scale,
+    parts.push_back(at::scaled_dot_product_attention(of(q, s.queries), of(k, s.keys), of(v, s.keys),
+                                                     s.mask, 0.0, false, scale,
                                                      q.size(1) != k.size(1)));
   }
   return at::cat(parts, 2);
@@ -169,8 +169,7 @@ Composition stochastic(const Tensors& in, const Spec& options) {
     slices.push_back({rows, keys, additive(seen, in.at("q").scalar_type())});
   }
   const auto scale = options.number("scale");
-  return {"index_select and scaled_dot_product_attention on slices of keys",
-          [=](const Tensors& t) {
+  return {"index_select and scaled_dot_product_attention on slices of keys", [=](const Tensors& t) {
             const int64_t heads = t.at("q").size(1);
             // Heads of one key head may have slots of their own.
             const auto sorted = [&](const Tensor& x) { return in_order(x, tokens); };

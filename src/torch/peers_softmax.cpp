@@ -178,8 +178,7 @@ std::optional<Composition> softmax_family(std::string_view mechanism, const Tens
       in.at("q").size(2) <= in.at("k").size(2)) {
     return affine_scaled(in, options);
   }
-  if (mechanism == "head_gated_attention" &&
-      knows(in, {"q", "k", "v", "gates"}, options, masked)) {
+  if (mechanism == "head_gated_attention" && knows(in, {"q", "k", "v", "gates"}, options, masked)) {
     return head_gated(in, options);
   }
   if (mechanism == "merge_attention") return Composition{"sums weighted by exp(lse)", merge};

@@ -77,18 +77,20 @@ TEST_P(Peers, ComputesWhatHeedComputes) {
   }
 }
 
-INSTANTIATE_TEST_SUITE_P(
-    Mechanisms, Peers,
-    testing::Values("flash_attention", "decode_attention", "merge_attention", "sigmoid_attention",
-                    "parallax_attention", "affine_scaled_attention", "head_gated_attention",
-                    "na1d", "na2d", "na3d", "stochastic_attention", "lightning_attention",
-                    "linear_attention", "magnitude_aware_linear_attention",
-                    "relu_linear_attention", "depthwise_causal_conv"),
-    [](const auto& info) { return std::string(info.param); });
+INSTANTIATE_TEST_SUITE_P(Mechanisms, Peers,
+                         testing::Values("flash_attention", "decode_attention", "merge_attention",
+                                         "sigmoid_attention", "parallax_attention",
+                                         "affine_scaled_attention", "head_gated_attention", "na1d",
+                                         "na2d", "na3d", "stochastic_attention",
+                                         "lightning_attention", "linear_attention",
+                                         "magnitude_aware_linear_attention",
+                                         "relu_linear_attention", "depthwise_causal_conv"),
+                         [](const auto& info) { return std::string(info.param); });
 
 NamedArrays small_inputs() {
   const ExampleCase example{
-      .name = "", .inputs = {{"q", {1, 2, 3, 4}}, {"k", {1, 2, 3, 4}}, {"v", {1, 2, 3, 4}}},
+      .name = "",
+      .inputs = {{"q", {1, 2, 3, 4}}, {"k", {1, 2, 3, 4}}, {"v", {1, 2, 3, 4}}},
       .options = ""};
   return make_inputs(Mechanism{}, example, DType::f64, 1);
 }

@@ -88,8 +88,8 @@ Mechanism record() {
                               const RunOptions& run) -> BackwardCall {
     const Tensor q = in.at("q"), k = in.at("k"), v = in.at("v"), gates = in.at("gates");
     const HeadGatedOptions options = options_of(in, spec);
-    const auto result = std::make_shared<const HeadGatedResult>(
-        head_gated_attention(q, k, v, gates, options, run));
+    const auto result =
+        std::make_shared<const HeadGatedResult>(head_gated_attention(q, k, v, gates, options, run));
     return [=](const NamedTensors& out_gradients) {
       HeadGatedGradients gradients = head_gated_attention_backward(
           out_gradients.at("out"), q, k, v, gates, result->attention, result->lse, options, run);

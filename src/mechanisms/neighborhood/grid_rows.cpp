@@ -48,8 +48,8 @@ void GridRows::plan_lines() {
 }
 
 void GridRows::plan_boxes() {
-  const TileCosts costs = tile_costs(call_.query.size(kWidth), call_.value.size(kWidth),
-                                     call_.query.dtype(), run_);
+  const TileCosts costs =
+      tile_costs(call_.query.size(kWidth), call_.value.size(kWidth), call_.query.dtype(), run_);
   shapes_ = choose_tiles(call_.grid.group(0), call_.grid, costs);
   queries_.emplace(call_.grid, shapes_.queries);
   keys_.emplace(call_.grid, shapes_.keys);
