@@ -85,7 +85,7 @@ INSTANTIATE_TEST_SUITE_P(Mechanisms, Peers,
                                          "lightning_attention", "linear_attention",
                                          "magnitude_aware_linear_attention",
                                          "relu_linear_attention", "depthwise_causal_conv"),
-                         [](const auto& info) { return std::string(info.param); });
+                         [](const auto& point) { return std::string(point.param); });
 
 NamedArrays small_inputs() {
   const ExampleCase example{
