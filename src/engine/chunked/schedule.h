@@ -146,7 +146,7 @@ class Schedule {
   }
 
   // Elements of a state that one item of a scan takes.
-  static constexpr int64_t kScanElements = 4096;
+  static constexpr int64_t kScanElements = 512;
 
   void parallel_total() const {
     const int64_t lanes = shape_.lanes, size = shape_.size;
@@ -178,7 +178,7 @@ class Schedule {
   // Chunks that are scanned together: few enough for their states to stay in caches, enough for all
   // threads.
   int64_t block_chunks() const {
-    constexpr int64_t kBytes = int64_t{2} << 20;
+    constexpr int64_t kBytes = int64_t{1} << 20;
     const int64_t fit = kBytes / static_cast<int64_t>(state_bytes(shape_.lanes));
     const int64_t wanted = (4 * shape_.threads + shape_.lanes - 1) / shape_.lanes;
     return std::min(shape_.chunks, std::max(fit, wanted));
