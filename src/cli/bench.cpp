@@ -55,6 +55,7 @@ std::vector<ExampleCase> cases_of(const Mechanism& mechanism, const BenchArgumen
 
 std::vector<BenchRow> planned_rows(const BenchArguments& arguments) {
   std::vector<const Mechanism*> chosen;
+  chosen.reserve(arguments.names.size());
   for (const std::string& name : arguments.names) chosen.push_back(&find_mechanism(name));
   if (chosen.empty()) chosen = chosen_mechanisms("");
   std::vector<BenchRow> rows;

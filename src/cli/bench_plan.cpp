@@ -137,6 +137,7 @@ void print(const std::vector<PlanRow>& rows, const BenchArguments& arguments) {
   for (const PlanRow& row : rows) {
     if (!row.call.wrong.empty()) continue;
     std::vector<int64_t> grid;
+    grid.reserve(row.plan.axes.size());
     for (const auto& axis : row.plan.axes) grid.push_back(axis.length);
     const double measured = quantile(row.speedup, 0.5);
     table.add({row.call.mechanism->name, row.call.example.options, heed::name_of(row.call.dtype),

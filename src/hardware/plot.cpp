@@ -93,8 +93,10 @@ std::vector<Tick> linear_ticks(double low, double high) {
     if (step >= rough) break;
   }
   std::vector<Tick> ticks;
-  for (double v = std::ceil(low / step - 1e-9) * step; v <= high + step * 1e-9; v += step) {
-    const double value = std::abs(v) < step * 1e-9 ? 0 : v;
+  const auto first = static_cast<int64_t>(std::ceil(low / step - 1e-9));
+  const auto last = static_cast<int64_t>(std::floor(high / step + 1e-9));
+  for (int64_t i = first; i <= last; ++i) {
+    const double value = static_cast<double>(i) * step;
     ticks.push_back({value, fmt::format("{:g}", value)});
   }
   return ticks;
@@ -317,9 +319,10 @@ std::string to_svg(const std::vector<Panel>& panels, int columns, const PanelSiz
       "viewBox=\"0 0 {0} {1}\">\n{2}<rect class=\"paper\" width=\"{0}\" height=\"{1}\"/>\n",
       width, height, kStyle);
   for (size_t i = 0; i < panels.size(); ++i) {
-    const auto column = static_cast<double>(i % static_cast<size_t>(columns));
-    const auto row = static_cast<double>(i / static_cast<size_t>(columns));
-    svg += fmt::format("<g transform=\"translate({} {})\">\n", column * at.width, row * at.height);
+    const size_t column = i % static_cast<size_t>(columns), row = i / static_cast<size_t>(columns);
+    svg +=
+        fmt::format("<g transform=\"translate({} {})\">\n", static_cast<double>(column) * at.width,
+                    static_cast<double>(row) * at.height);
     svg += std::visit([&at](const auto& chart) { return drawn(at, chart); }, panels[i]);
     svg += "</g>\n";
   }

@@ -25,7 +25,7 @@ inline int64_t bytes_ahead(const Rows& rows) {
 /// lie behind the last row, as the next call goes on there; asking for memory that does not exist does
 /// nothing.
 inline void prefetch_far(const void* p, int64_t ahead) {
-  __builtin_prefetch(
+  __builtin_prefetch(  // NOLINTNEXTLINE(performance-no-int-to-ptr): no pointer into an object
       reinterpret_cast<const void*>(reinterpret_cast<uintptr_t>(p) + static_cast<uintptr_t>(ahead)),
       0, 2);
 }

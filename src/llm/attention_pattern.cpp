@@ -23,7 +23,7 @@ const Mechanism& mechanism_for_models(const Spec& spec) {
                 " cannot stand in for the attention of a model; these can: " + joined(able));
   }
   if (!spec.flag("causal", true)) {
-    throw Error("option 'causal': found '" + *spec.text("causal") +
+    throw Error("option 'causal': found '" + spec.text("causal").value_or("") +
                 "'; the attention of a language model is causal, 1 is needed");
   }
   return mechanism;
@@ -34,7 +34,7 @@ std::pair<int64_t, std::string_view> count_and_rest(std::string_view part) {
   const size_t digits = std::min(part.find_first_not_of("0123456789"), part.size());
   if (digits == 0 || digits == part.size() || part[digits] != 'x') return {1, part};
   int64_t count = 0;
-  const auto [stop, error] = std::from_chars(part.data(), part.data() + digits, count);
+  const auto [stop, error] = std::from_chars(&part[0], &part[0] + digits, count);
   if (error != std::errc() || count < 1) {
     throw Error("'" + std::string(part) + "': found a count of " +
                 std::string(part.substr(0, digits)) +
@@ -65,13 +65,13 @@ std::vector<Part> parts_of(std::string_view pattern) {
 
 std::vector<ModelAttention> parse_attention(std::string_view pattern, const ModelConfig& config) {
   const std::vector<Part> parts = parts_of(pattern);
-  int64_t period = 0;
+  int64_t period = 0;  // at least 1: there is a part, and it counts
   for (const Part& part : parts) {
     mechanism_for_models(part.spec);
     // Longer than the model is too long already: no overflow.
     period = std::min(period, config.layers) + std::min(part.count, config.layers + 1);
   }
-  if (config.layers % period != 0) {
+  if (config.layers % std::max<int64_t>(period, 1) != 0) {
     const std::string layers = std::to_string(config.layers);
     throw Error("'" + std::string(pattern) + "': found a pattern of " +
                 (period > config.layers ? "more than " + layers : std::to_string(period)) +
