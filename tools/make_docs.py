@@ -8,11 +8,13 @@ docs/accuracy.md instead: what `heed check` finds on this machine, in some minut
 
 import argparse
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
+PROGRAM = Path(os.environ.get("HEED_PROGRAM", ROOT / "build" / "heed"))
 PAGES = ROOT / "docs" / "mechanisms"
 
 
@@ -20,7 +22,7 @@ ACCURACY = ROOT / "docs" / "accuracy.md"
 
 
 def heed(*arguments):
-    command = [ROOT / "build" / "heed", *arguments, "--json"]
+    command = [PROGRAM, *arguments, "--json"]
     return json.loads(subprocess.run(command, check=True, capture_output=True).stdout)
 
 

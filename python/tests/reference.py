@@ -2,6 +2,7 @@
 
 import math
 
+import pytest
 import torch
 
 DTYPES = [torch.float64, torch.float32, torch.bfloat16, torch.float16]
@@ -111,3 +112,11 @@ def assert_lse(found, expected):
     assert found.dtype in (torch.float32, torch.float64)
     tolerance = 1e-11 if found.dtype == torch.float64 else 1e-5
     torch.testing.assert_close(found.double(), expected, rtol=tolerance, atol=tolerance)
+
+
+def expect_mistake(op, arguments, error, words):
+    """`op` refuses the arguments, by its name and with the words."""
+    with pytest.raises(error) as caught:
+        op(**arguments)
+    for word in [op.__name__, *words]:
+        assert word in str(caught.value)

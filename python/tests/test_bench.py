@@ -2,43 +2,29 @@
 
 import json
 import math
-import os
-import pathlib
 import subprocess
 import sys
 import xml.etree.ElementTree
 
+import program
 import pytest
+from program import ROOT
 
-ROOT = pathlib.Path(__file__).resolve().parents[2]
-PROGRAM = pathlib.Path(os.environ.get("HEED_PROGRAM", ROOT / "build" / "heed"))
 QUICK = ["--seconds", "0.001"]
 
-pytestmark = pytest.mark.skipif(not PROGRAM.exists(), reason=f"no program at {PROGRAM}")
+pytestmark = program.needs_program
 
 
-def bench(*arguments, code=0):
-    done = subprocess.run(
-        [PROGRAM, "bench", *map(str, arguments)],
-        capture_output=True,
-        text=True,
-        timeout=300,
-        cwd=ROOT,
-        env={"OMP_WAIT_POLICY": "passive", **os.environ},
-    )
-    assert done.returncode == code, (done.returncode, done.stdout, done.stderr)
-    return done
+def bench(*arguments, **options):
+    return program.heed("bench", *arguments, **options)
 
 
 def bench_json(*arguments):
-    return json.loads(bench(*arguments, *QUICK, "--json").stdout)
+    return program.heed_json("bench", *arguments, *QUICK)
 
 
 def error_of(*arguments):
-    done = bench(*arguments, code=2)
-    assert done.stdout == "" and done.stderr.startswith("heed: ")
-    assert done.stderr.count("\n") == 1, "one line for one mistake"
-    return done.stderr
+    return program.error_of("bench", *arguments)
 
 
 def sound(samples):

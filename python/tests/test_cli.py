@@ -3,7 +3,6 @@
 import importlib.util
 import json
 import os
-import pathlib
 import pty
 import re
 import signal
@@ -11,43 +10,12 @@ import subprocess
 import time
 
 import pytest
+from program import ENVIRONMENT, PROGRAM, ROOT, error_of, heed, heed_json, needs_program
 
-ROOT = pathlib.Path(__file__).resolve().parents[2]
-PROGRAM = pathlib.Path(os.environ.get("HEED_PROGRAM", ROOT / "build" / "heed"))
 STORIES = ROOT / "models" / "stories260K.gguf"
-# Waiting threads sleep, so that tests side by side do not take each other's cores.
-ENVIRONMENT = {"OMP_WAIT_POLICY": "passive", **os.environ}
 COMMANDS = ["run", "eval", "list", "show", "check", "bench", "explain", "cpu"]
 
-pytestmark = pytest.mark.skipif(not PROGRAM.exists(), reason=f"no program at {PROGRAM}")
-
-
-def heed(*arguments, stdin="", code=0, env=None, cwd=ROOT):
-    done = subprocess.run(
-        [PROGRAM, *map(str, arguments)],
-        input=stdin,
-        capture_output=True,
-        text=True,
-        timeout=300,
-        env={**ENVIRONMENT, **(env or {})},
-        cwd=cwd,
-    )
-    assert done.returncode == code, (done.returncode, done.stdout, done.stderr)
-    return done
-
-
-def heed_json(*arguments, **options):
-    return json.loads(heed(*arguments, "--json", **options).stdout)
-
-
-def error_of(*arguments, **options):
-    done = heed(*arguments, code=2, **options)
-    assert done.stdout == ""
-    assert done.stderr.startswith("heed: ")
-    assert done.stderr.count("\n") == 1, "one line for one mistake"
-    return done.stderr
-
-
+pytestmark = needs_program
 NAMES = [entry["name"] for entry in heed_json("list")] if PROGRAM.exists() else []
 
 

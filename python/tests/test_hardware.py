@@ -4,46 +4,33 @@ import csv
 import json
 import math
 import os
-import pathlib
 import re
 import subprocess
 import sys
 import time
 import xml.etree.ElementTree
 
+import program
 import pytest
+from program import PROGRAM, ROOT
 
-ROOT = pathlib.Path(__file__).resolve().parents[2]
-PROGRAM = pathlib.Path(os.environ.get("HEED_PROGRAM", ROOT / "build" / "heed"))
 CASCADES = ROOT / "src" / "hardware" / "cascades"
 PUBLISHED = ROOT.parent / "shared" / "data" / "fusemax"
 COMMANDS = ["passes", "fusemax", "place", "tiles", "simulate", "touches", "cpu", "files"]
 
-pytestmark = pytest.mark.skipif(not PROGRAM.exists(), reason=f"no program at {PROGRAM}")
+pytestmark = program.needs_program
 
 
-def hardware(*arguments, code=0):
-    done = subprocess.run(
-        [PROGRAM, "hardware", *map(str, arguments)],
-        capture_output=True,
-        text=True,
-        timeout=300,
-        cwd=ROOT,
-        env={"OMP_WAIT_POLICY": "passive", **os.environ},
-    )
-    assert done.returncode == code, (done.returncode, done.stdout, done.stderr)
-    return done
+def hardware(*arguments, **options):
+    return program.heed("hardware", *arguments, **options)
 
 
 def hardware_json(*arguments):
-    return json.loads(hardware(*arguments, "--json").stdout)
+    return program.heed_json("hardware", *arguments)
 
 
 def error_of(*arguments):
-    done = hardware(*arguments, code=2)
-    assert done.stdout == "" and done.stderr.startswith("heed: ")
-    assert done.stderr.count("\n") == 1, "one line for one mistake"
-    return done.stderr
+    return program.error_of("hardware", *arguments)
 
 
 def published(name):
