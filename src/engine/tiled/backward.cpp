@@ -23,9 +23,13 @@ double dot(const T* a, const T* b, int64_t n) {
 
 template <class T>
 bool all_finite(const T* x, int64_t n) {
-  T bad = 0;
-  for (int64_t i = 0; i < n; ++i) bad += x[i] - x[i];
-  return bad == 0;
+  T bad[16] = {};  // 0 where finite, else NaN
+  int64_t i = 0;
+  for (; i + 16 <= n; i += 16) {
+    for (int64_t j = 0; j < 16; ++j) bad[j] += x[i + j] - x[i + j];
+  }
+  for (; i < n; ++i) bad[0] += x[i] - x[i];
+  return std::all_of(bad, bad + 16, [](T b) { return b == 0; });
 }
 
 }  // namespace
@@ -58,7 +62,7 @@ HeadGradients Backward<T>::run() {
   for (size_t first = 0; first < units_.size();) {
     const size_t last = first + static_cast<size_t>(units_[first].parts);
     if (units_[first].parts > 1) {
-      std::vector<const RowGradients*> parts;
+      std::vector<RowGradients*> parts;
       for (size_t i = first; i < last; ++i) parts.push_back(&partial_[i]);
       finish_rows(units_[first].sequence, units_[first].kv_head, parts);
     }
@@ -101,28 +105,32 @@ void Backward<T>::prepare_rows() {
     const int64_t q_bytes = wide_.query_bytes(kRows, head_dim_);
     const int64_t v_bytes = wide_.query_bytes(kRows, value_dim_);
     Scratch scratch(static_cast<size_t>(2 * q_bytes + 3 * v_bytes) + 5 * 64);
-    const auto widened = [&](const Tensor& t, int64_t bytes) -> const T* {
+    // Rows of T: where they lie if they are that, else a copy.
+    const auto rows = [&](const Tensor& t, int64_t bytes) -> kernels::Block<const T> {
+      if (!t.defined()) return {};
+      const Rows from = rows_of(t, job.head, job.begin, job.end);
+      if (size_of(from.dtype) == sizeof(T)) return {static_cast<const T*>(from.data), from.stride};
       T* to = reinterpret_cast<T*>(scratch.take<std::byte>(bytes));
-      if (!t.defined()) return nullptr;
-      wide_.pack_queries(rows_of(t, job.head, job.begin, job.end), false, to);
-      return to;
+      wide_.pack_queries(from, false, to);
+      return {to, round_up(from.width, wide_.dim_multiple)};
     };
+    const auto g = rows(gradient(job.s).out, v_bytes);
+    const auto mean = rows(s.v_mean, v_bytes);
     const bool uses_out = problem_.policy.weight == kernels::WeightKind::softmax;
-    const T* q = widened(s.q, q_bytes);
-    const T* r = widened(s.r, q_bytes);
-    const T* g = widened(gradient(job.s).out, v_bytes);
-    const T* out = uses_out ? widened(s.out, v_bytes) : nullptr;
-    const T* mean = widened(s.v_mean, v_bytes);
-    const int64_t q_stride = round_up(head_dim_, wide_.dim_multiple);
-    const int64_t v_stride = round_up(value_dim_, wide_.dim_multiple);
+    const auto out = uses_out ? rows(s.out, v_bytes) : kernels::Block<const T>{};
+    for (int64_t row = job.begin; row < job.end; ++row) {
+      prepare_row(job.s, job.head, row, g.row(row - job.begin), out.row(row - job.begin),
+                  mean.row(row - job.begin));
+    }
+    const bool hides = problem_.terms != nullptr ||
+                       !s.plan.covers(job.begin, job.end, {0, s.plan.keys()});
+    if (!hides) return;
+    const auto q = rows(s.q, q_bytes), r = rows(s.r, q_bytes);
     for (int64_t row = job.begin; row < job.end; ++row) {
       const int64_t at = row - job.begin;
-      prepare_row(job.s, job.head, row, g + at * v_stride,
-                  out == nullptr ? nullptr : out + at * v_stride,
-                  mean == nullptr ? nullptr : mean + at * v_stride);
       finite_[static_cast<size_t>(row_index(job.s, job.head, row))] =
-          all_finite(q + at * q_stride, head_dim_) && all_finite(g + at * v_stride, value_dim_) &&
-          (r == nullptr || all_finite(r + at * q_stride, head_dim_));
+          all_finite(q.row(at), head_dim_) && all_finite(g.row(at), value_dim_) &&
+          (r.data == nullptr || all_finite(r.row(at), head_dim_));
     }
   });
 }
@@ -202,9 +210,9 @@ void Backward<T>::run_unit(int lane, int64_t index) {
 
 template <class T>
 void Backward<T>::finish_rows(int64_t s, int64_t kv_head,
-                              const std::vector<const RowGradients*>& parts) const {
-  std::vector<const T*> q, r;
-  for (const RowGradients* part : parts) {
+                              const std::vector<RowGradients*>& parts) const {
+  std::vector<T*> q, r;
+  for (RowGradients* part : parts) {
     q.push_back(part->q.template as<T>());
     if (second_) r.push_back(part->r.template as<T>());
   }
@@ -216,17 +224,16 @@ void Backward<T>::finish_rows(int64_t s, int64_t kv_head,
 
 template <class T>
 void Backward<T>::finish_rows_of(const Tensor& to, int64_t s, int64_t kv_head, double factor,
-                                 const std::vector<const T*>& parts) const {
+                                 const std::vector<T*>& parts) const {
   const int64_t tiles = query_tiles(s), queries = sequence(s).plan.queries();
   const int64_t count = group_ * tiles;
   parallel_for(count, threads_for(run_, count), [&](int64_t i, int) {
     const int64_t begin = i % tiles * path_.query_tile;
     const int64_t rows = std::min(path_.query_tile, queries - begin);
     const int64_t offset = i * tile_rows_ * padded_dim_;
-    Scratch scratch(static_cast<size_t>(rows * padded_dim_) * sizeof(T) + 64);
-    const Block sum{scratch.take<T>(rows * padded_dim_), padded_dim_};
+    const Block sum{parts[0] + offset, padded_dim_};
     for (int64_t x = 0; x < rows * padded_dim_; ++x) {
-      T value = parts[0][offset + x];
+      T value = sum.data[x];
       for (size_t part = 1; part < parts.size(); ++part) value += parts[part][offset + x];
       sum.data[x] = value * static_cast<T>(factor);
     }

@@ -40,7 +40,7 @@ class Backward : private TileCall<T> {
   struct Memory {
     void *keys, *key_values, *values;            // K twice, V as the keys of dP
     void *q, *r, *dout;                          // operands of products along head dims
-    void *q_columns, *r_columns, *dout_columns;  // operands of products along rows
+    void *q_columns, *r_columns, *dout_columns;  // of products along rows, where they differ
     Block s, a, t, slope;
     void *rounded, *paired;  // bfloat16, with half operands
     Block dk, dv;            // transposed: [head dim, keys]
@@ -69,9 +69,10 @@ class Backward : private TileCall<T> {
   void plan_units();
   RowGradients make_row_gradients(const Unit& unit) const;
   void run_unit(int lane, int64_t index);
-  void finish_rows(int64_t s, int64_t kv_head, const std::vector<const RowGradients*>& parts) const;
+  /// Overwrites the first part.
+  void finish_rows(int64_t s, int64_t kv_head, const std::vector<RowGradients*>& parts) const;
   void finish_rows_of(const Tensor& to, int64_t s, int64_t kv_head, double factor,
-                      const std::vector<const T*>& parts) const;
+                      const std::vector<T*>& parts) const;
   HeadGradients head_gradients() const;
 
   // backward_tile.cpp
@@ -82,11 +83,15 @@ class Backward : private TileCall<T> {
   void pack_keys(const Sequence& s, int64_t kv_head, Interval keys, const Memory& m) const;
   void run_tile(int lane, const TileAt& at, const Seen& seen, Block dq, Block dr, double* sums,
                 const Memory& m) const;
-  void pack_rows(const TileAt& at, bool finite, const Memory& m) const;
+  /// Operands of products along rows.
+  struct Columns {
+    const void *q = nullptr, *r = nullptr, *dout = nullptr;
+  };
+  Columns pack_rows(const TileAt& at, bool finite, const Memory& m) const;
   void weigh(const TileAt& at, const Seen& seen, const Memory& m) const;
   void sum_head(const TileAt& at, const Block& ds, double* sums) const;
-  void add_products(const TileAt& at, const Seen& seen, bool finite, Block dq, Block dr,
-                    const Memory& m) const;
+  void add_products(const TileAt& at, const Seen& seen, const Columns& columns, bool finite,
+                    Block dq, Block dr, const Memory& m) const;
   void add_columns(const TileAt& at, const Seen& seen, Block weights, const void* columns,
                    const Rows& from, int64_t width, bool finite, bool negate, Block to,
                    const Memory& m) const;

@@ -81,11 +81,14 @@ void Backward<T>::run_key_tile(int lane, const Unit& unit, Interval keys, const 
   const Sequence& s = sequence(unit.sequence);
   const SequenceGradient& to = gradient(unit.sequence);
   const int64_t tiles = query_tiles(unit.sequence), count = keys.end - keys.begin;
-  for (const Block& block : {m.dk, m.dv}) {
-    const int64_t width =
-        round_up(block.data == m.dk.data ? head_dim_ : value_dim_, products_.column_multiple);
-    std::fill_n(block.data, width * block.stride, T{0});
-  }
+  const auto clear = [&](const Block& block, int64_t width) {
+    const int64_t columns = round_up(count, products_.key_multiple);
+    for (int64_t f = 0; f < round_up(width, products_.column_multiple); ++f) {
+      std::fill_n(block.row(f), columns, T{0});
+    }
+  };
+  clear(m.dk, head_dim_);
+  clear(m.dv, value_dim_);
   bool packed = false;
   for (int64_t i = 0; i < group_ * tiles; ++i) {
     const int64_t begin = i % tiles * path_.query_tile;
@@ -110,20 +113,26 @@ void Backward<T>::run_key_tile(int lane, const Unit& unit, Interval keys, const 
 }
 
 template <class T>
-void Backward<T>::pack_rows(const TileAt& at, bool finite, const Memory& m) const {
+typename Backward<T>::Columns Backward<T>::pack_rows(const TileAt& at, bool finite,
+                                                     const Memory& m) const {
   const Sequence& s = sequence(at.sequence);
+  const bool same = products_.pack_columns == products_.pack_queries;
   const auto pack = [&](const Tensor& from, bool negate, void* rows, void* columns) {
     const Rows x = rows_of(from, at.head, at.row, at.row + at.rows);
     products_.pack_queries(x, negate, rows);
+    if (finite && same) return static_cast<const void*>(rows);
     if (finite) {
       products_.pack_columns(x, negate, columns);
     } else {
       products_.pack_columns(finite_rows(x).view(), negate, columns);
     }
+    return static_cast<const void*>(columns);
   };
-  pack(s.q, problem_.scale < 0, m.q, m.q_columns);
-  if (second_) pack(s.r, false, m.r, m.r_columns);
-  pack(gradient(at.sequence).out, false, m.dout, m.dout_columns);
+  Columns columns;
+  columns.q = pack(s.q, problem_.scale < 0, m.q, m.q_columns);
+  if (second_) columns.r = pack(s.r, false, m.r, m.r_columns);
+  columns.dout = pack(gradient(at.sequence).out, false, m.dout, m.dout_columns);
+  return columns;
 }
 
 template <class T>
@@ -134,7 +143,7 @@ void Backward<T>::run_tile(int lane, const TileAt& at, const Seen& seen, Block d
     const char* flags = finite_.data() + row_index(at.sequence, at.head, at.row);
     finite = std::all_of(flags, flags + at.rows, [](char f) { return f != 0; });
   }
-  pack_rows(at, finite, m);
+  const Columns columns = pack_rows(at, finite, m);
   products_.scores(m.q, at.rows, m.keys, at.keys, head_dim_, seen.ranges, m.s);
   products_.scores(m.dout, at.rows, m.values, at.keys, value_dim_, seen.ranges, m.a);
   if (second_) products_.scores(m.r, at.rows, m.keys, at.keys, head_dim_, seen.ranges, m.t);
@@ -153,7 +162,7 @@ void Backward<T>::run_tile(int lane, const TileAt& at, const Seen& seen, Block d
       }
     }
   }
-  add_products(at, seen, finite, dq, dr, m);
+  add_products(at, seen, columns, finite, dq, dr, m);
 }
 
 // S becomes the weights with dropout, A becomes dS, T becomes dT.
@@ -192,17 +201,17 @@ void Backward<T>::sum_head(const TileAt& at, const Block& ds, double* sums) cons
 }
 
 template <class T>
-void Backward<T>::add_products(const TileAt& at, const Seen& seen, bool finite, Block dq, Block dr,
-                               const Memory& m) const {
+void Backward<T>::add_products(const TileAt& at, const Seen& seen, const Columns& columns,
+                               bool finite, Block dq, Block dr, const Memory& m) const {
   const Sequence& s = sequence(at.sequence);
   const auto rows = [&](const Tensor& t) { return rows_of(t, at.head, at.row, at.row + at.rows); };
-  add_columns(at, seen, m.s, m.dout_columns, rows(gradient(at.sequence).out), value_dim_, finite,
+  add_columns(at, seen, m.s, columns.dout, rows(gradient(at.sequence).out), value_dim_, finite,
               false, m.dv, m);
-  add_columns(at, seen, m.a, m.q_columns, rows(s.q), head_dim_, finite, problem_.scale < 0, m.dk,
+  add_columns(at, seen, m.a, columns.q, rows(s.q), head_dim_, finite, problem_.scale < 0, m.dk,
               m);
   add_rows(at, seen, m.a, dq, m);
   if (second_) {
-    add_columns(at, seen, m.t, m.r_columns, rows(s.r), head_dim_, finite, false, m.dk, m);
+    add_columns(at, seen, m.t, columns.r, rows(s.r), head_dim_, finite, false, m.dk, m);
     add_rows(at, seen, m.t, dr, m);
   }
 }

@@ -3,6 +3,7 @@
 
 #include <algorithm>
 
+#include "base/round_up.h"
 #include "kernels/tile.h"
 
 namespace heed::tiled {
@@ -81,6 +82,12 @@ int64_t group_of(const Sequence& s) {
   return std::max<int64_t>(1, s.q.size(0) / std::max<int64_t>(1, s.k.size(0)));
 }
 
+int64_t most_keys(const Problem& problem) {
+  int64_t most = 1;
+  for (const Sequence& s : problem.sequences) most = std::max(most, s.plan.keys());
+  return most;
+}
+
 // Rows that share a packed key tile: as many as keep packing cheap, few enough for all threads to have
 // several items. Results do not depend on it.
 int64_t rows_per_item(const Problem& problem, int64_t query_tile, const RunOptions& run) {
@@ -105,16 +112,19 @@ Path choose_path(const Problem& problem, const RunOptions& run, bool backward) {
   const auto* chosen = std::find_if(
       std::begin(kCandidates), std::end(kCandidates),
       [&](const Candidate& candidate) { return refusal(candidate, call, strongest).empty(); });
+  const int64_t queries = std::max<int64_t>(1, sequence.plan.queries());
   Path path;
   path.isa = chosen->isa;  // the portable candidate refuses nothing
   path.half_operands = chosen->half_operands;
   path.few_rows = few_rows(call);
   const TileSizes sizes = tile_sizes(path.isa, path.half_operands, sequence.q.size(2),
                                      sequence.v.size(2), call.dtype == DType::f64 ? 8 : 4);
-  path.key_tile = problem.key_tile > 0 ? problem.key_tile : sizes.key_tile;
+  // Tiles beyond what there is would only be cleared and skipped over.
+  path.key_tile = std::min(problem.key_tile > 0 ? problem.key_tile : sizes.key_tile,
+                           round_up(most_keys(problem), 64));
   path.query_tile = path.few_rows            ? call.rows_per_key_head
                     : problem.query_tile > 0 ? problem.query_tile
-                                             : sizes.query_tile;
+                                             : std::min(sizes.query_tile, round_up(queries, 8));
   path.group_rows =
       path.few_rows ? call.rows_per_key_head : rows_per_item(problem, path.query_tile, run);
   return path;
