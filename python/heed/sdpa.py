@@ -75,7 +75,7 @@ def scaled_dot_product_attention(
         dropout_p=dropout_p,
         seed=seed,
     )
-    return out.reshape(lead + out.shape[2:])
+    return out if len(lead) == 2 else out.reshape(lead + out.shape[2:])
 
 
 def _leading_shape(
@@ -88,7 +88,8 @@ def _leading_shape(
             raise ValueError(f"{op}: enable_gqa needs 3 or more dimensions, heads third to last")
         shapes = [s[:-1] for s in shapes]
     try:
-        lead = torch.broadcast_shapes(*shapes)
+        same = shapes[0] == shapes[1] == shapes[2]  # the usual case, and broadcasting is slow
+        lead = shapes[0] if same else torch.broadcast_shapes(*shapes)
     except RuntimeError as error:
         shown = ", ".join(
             f"{name} {list(t.shape)}"
@@ -121,6 +122,8 @@ def _as_4d(tensor: Tensor, lead: torch.Size, keep_heads: bool) -> Tensor:
         tensor = tensor.contiguous()
     if keep_heads:
         lead = lead[:-1] + tensor.shape[-3:-2]
+    if len(lead) == 2 and tensor.shape[:-2] == lead:
+        return tensor
     tensor = tensor.expand(lead + tensor.shape[-2:])
     while tensor.dim() < 4:
         tensor = tensor.unsqueeze(0)
