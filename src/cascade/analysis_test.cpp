@@ -111,7 +111,7 @@ TEST(Counts, NumbersEqualCountingPointByPoint) {
   const std::map<std::string, int64_t> sizes = {{"b", 2}, {"h", 3}, {"p", 4},
                                                 {"m", 5}, {"e", 6}, {"f", 7}};
   const auto rows = count(program);
-  const auto n = [&](std::vector<std::string> ranks) { return brute(sizes, ranks); };
+  const auto n = [&](const std::vector<std::string>& ranks) { return brute(sizes, ranks); };
   const double bhpm = n({"b", "h", "p", "m"}), bhp = n({"b", "h", "p"});
   EXPECT_EQ(row(rows, "S").multiply_adds.at(sizes),
             n({"b", "h", "p", "m", "e"}) + n({"b", "h", "p", "e"}));

@@ -152,12 +152,11 @@ TEST(Attention, IntermediatesAreReturnedAndAbsentElementsAreTheIdentity) {
 
 TEST(Attention, MergeOfTwoHalvesIsTheWhole) {
   const AttentionCase whole{.Lk = 10, .lengths = {7, 10}};
-  AttentionCase first = whole, second = whole;
   const Bindings all = bind_attention(whole);
   const Program softmax = parse_file(kSoftmax);
   Bindings a = all, b = all;
-  a.predicates["keep"] = [first](auto i) { return sees(first, i[0], i[1], i[2]) && i[2] < 8; };
-  b.predicates["keep"] = [second](auto i) { return sees(second, i[0], i[1], i[2]) && i[2] >= 8; };
+  a.predicates["keep"] = [whole](auto i) { return sees(whole, i[0], i[1], i[2]) && i[2] < 8; };
+  b.predicates["keep"] = [whole](auto i) { return sees(whole, i[0], i[1], i[2]) && i[2] >= 8; };
   const Values va = evaluate(softmax, a), vb = evaluate(softmax, b),
                expected = evaluate(softmax, all);
   Bindings pair;
