@@ -203,7 +203,7 @@ template <class T>
 typename ChunkCall<T>::UpdateMemory ChunkCall<T>::update_memory(Cutter& cut) const {
   const int64_t padded_tile = round_up(tile_, products_.dim_multiple);
   UpdateMemory m;
-  m.x = {cut.take<T>(chunk_ * padded_tile + kernels::kOuterSlack), padded_tile};
+  m.x = {cut.take<T>(chunk_ * padded_tile), padded_tile};
   m.y = {cut.take<T>(chunk_ * padded_values_), padded_values_};
   m.row = cut.take<T>(std::max(padded_features_, padded_values_));
   if (half_) {
