@@ -140,6 +140,15 @@ class ChunkCall {
 
   const T* ones() const { return ones_.data(); }
 
+  /// The query rows of a chunk, and the factor on their result.
+  EndingRows ending_rows(int64_t b, const Chunk& chunk) const {
+    return {b, seen_tokens(chunk.query), problem_.causal ? 1 : 0, chunk.queries};
+  }
+  double scale(int64_t head) const {
+    const auto& scales = problem_.policy.scales;
+    return scales.empty() ? 1 : scales[static_cast<size_t>(head)];
+  }
+
   Rows rows(const Tensor& t, int64_t b, int64_t h, int64_t begin, int64_t count) const {
     return {t.at({b, h, begin}), t.dtype(), t.stride(2), count, t.size(3)};
   }
@@ -154,6 +163,11 @@ class ChunkCall {
 
   /// Features [first, first + count) of rows in T.
   void features(const Source<T>& source, int64_t first, int64_t count, Block to) const;
+  /// Rows in T, in whole vectors: where they lie if they are that already, else copied to `block`.
+  kernels::Block<const T> whole_rows(const Rows& x, Block block) const;
+  /// The same of features [first, first + count).
+  kernels::Block<const T> whole_features(const Source<T>& source, int64_t first, int64_t count,
+                                         Block block) const;
   static Rows as_rows(Block block, int64_t count, int64_t width) {
     return {block.data, sizeof(T) == 8 ? DType::f64 : DType::f32, block.stride, count, width};
   }
@@ -233,6 +247,9 @@ class ChunkCall {
   // sum (+)= the rows times their factors
   void add_to_sum(kernels::Block<const T> x, const T* factor, int64_t count, int64_t width,
                   bool fresh, const UpdateMemory& m, T* sum) const;
+  // Rows times factors as the left operand of an update, given the features that enter denominators.
+  kernels::Block<const T> update_rows(const Added& added, kernels::Block<const T> psi,
+                                      int64_t first, int64_t count, Block block) const;
 
   int64_t state_size_ = 0;
   std::vector<DecayTable<T>> decays_;  // per head; empty: no decay

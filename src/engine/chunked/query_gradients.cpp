@@ -6,6 +6,7 @@
 // beside S.
 #include <cmath>
 #include <cstring>
+#include <numeric>
 
 #include "engine/chunked/denominators.h"
 #include "engine/chunked/gradients.h"
@@ -53,6 +54,7 @@ class QueryGradients : public Denominators<T>, public Sweep<T> {
            {&statistics_.num_scale, &statistics_.denominator, &statistics_.sum_scale}) {
         values->assign(rows, T{0});
       }
+      if (gradients_.scales != nullptr) scale_parts_.assign(rows, T{0});
     }
     if (slopes_) {
       per_chunk_ = shape.chunks + 1;
@@ -60,6 +62,7 @@ class QueryGradients : public Denominators<T>, public Sweep<T> {
     }
     Schedule<T>(shape, *this).run();
     if (gradients_.slopes != nullptr) add_slopes();
+    if (gradients_.scales != nullptr) add_scales();
   }
 
  private:
@@ -207,6 +210,16 @@ class QueryGradients : public Denominators<T>, public Sweep<T> {
     }
   }
 
+  void add_scales() const {
+    std::vector<double>& scales = *gradients_.scales;
+    std::fill(scales.begin(), scales.end(), 0.0);
+    for (int64_t lane = 0; lane < this->lanes(); ++lane) {
+      const T* rows = scale_parts_.data() + lane * this->queries_;
+      scales[static_cast<size_t>(lane % this->heads_)] +=
+          std::accumulate(rows, rows + this->queries_, 0.0);
+    }
+  }
+
   void use(int64_t lane, int64_t index, T* state, std::byte* memory) const override {
     const int64_t b = lane / this->heads_, h = lane % this->heads_;
     const Chunk chunk =
@@ -312,16 +325,19 @@ class QueryGradients : public Denominators<T>, public Sweep<T> {
   void row_scales(int64_t lane, const Chunk& chunk, const Memory& m, T* num_scale,
                   T* denominator) const {
     const auto first = static_cast<size_t>(lane * this->queries_ + chunk.query);
+    const double scale = this->scale(lane % this->heads_);
+    this->read_ends(lane / this->heads_, chunk, m.sums);
     for (int64_t r = 0; r < chunk.queries; ++r) {
-      const ReadOut row =
-          this->problem_.policy.read_out(lane / this->heads_, this->seen_tokens(chunk.query + r),
-                                         static_cast<double>(m.sums.denominators[r]));
-      const double gradient = row.num_slope * static_cast<double>(m.dots[r]) -
-                              row.sum_slope * static_cast<double>(m.sum_dots[r]);
+      const ReadOut& row = m.sums.ends[r];
+      const auto dot = static_cast<double>(m.dots[r]), sum_dot = static_cast<double>(m.sum_dots[r]);
+      const double gradient = row.num_slope * dot - row.sum_slope * sum_dot;
       const size_t i = first + static_cast<size_t>(r);
-      num_scale[r] = statistics_.num_scale[i] = static_cast<T>(row.num_scale);
-      denominator[r] = statistics_.denominator[i] = static_cast<T>(gradient);
-      statistics_.sum_scale[i] = static_cast<T>(-row.sum_scale);
+      if (gradients_.scales != nullptr) {
+        scale_parts_[i] = static_cast<T>(row.num_scale * dot - row.sum_scale * sum_dot);
+      }
+      num_scale[r] = statistics_.num_scale[i] = static_cast<T>(scale * row.num_scale);
+      denominator[r] = statistics_.denominator[i] = static_cast<T>(scale * gradient);
+      statistics_.sum_scale[i] = static_cast<T>(-scale * row.sum_scale);
     }
   }
 
@@ -419,6 +435,7 @@ class QueryGradients : public Denominators<T>, public Sweep<T> {
   size_t memory_bytes_ = 0;
   int64_t per_chunk_ = 0;
   mutable std::vector<double> slope_parts_;  // per lane: chunks, and the last state
+  mutable std::vector<T> scale_parts_;       // per query
 };
 
 }  // namespace

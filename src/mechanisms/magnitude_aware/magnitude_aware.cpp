@@ -181,14 +181,14 @@ struct Call {
     policy.features = q.size(3);
     policy.key_sum = policy.value_sum = true;
     const double scale = options.scale.value_or(1 / std::sqrt(static_cast<double>(q.size(3))));
-    policy.read_out = [this, scale, eps = options.eps, form = options.form](
-                          int64_t b, int64_t tokens, double denominator) {
+    policy.read_out = chunked::each_row<T>([this, scale, eps = options.eps, form = options.form](
+                                               int64_t b, int64_t tokens, double denominator) {
       const int64_t seen = before[static_cast<size_t>(b)] + tokens;
       if (seen == 0) return chunked::ReadOut{0, 0, 0, 0};
       const auto n = static_cast<double>(seen);
       return form == MagnitudeAwareForm::code ? code_row(scale, eps, n, denominator)
                                               : paper_row(eps, n, denominator);
-    };
+    });
   }
   Call(const Call&) = delete;
   Call& operator=(const Call&) = delete;
