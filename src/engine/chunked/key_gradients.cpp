@@ -33,6 +33,7 @@ class KeyGradients : public ChunkCall<T>, public Sweep<T> {
   }
 
   void run() {
+    if (this->heads_ == 0) return zero_all();
     const bool causal = this->problem_.causal;
     const State& initial = gradients_.initial;
     SweepShape shape;
@@ -204,6 +205,14 @@ class KeyGradients : public ChunkCall<T>, public Sweep<T> {
   void finish(Block rows, const Tensor& to, int64_t b, int64_t key_head, const Chunk& chunk) const {
     this->wide_.finish(rows, chunk.keys, to.size(3), nullptr, to.at({b, key_head, chunk.begin}),
                        to.dtype(), to.stride(2));
+  }
+  // Keys that no query head reads.
+  void zero_all() const {
+    for (int64_t b = 0; b < this->batch_; ++b) {
+      for (int64_t h = 0; h < this->problem_.k.size(1); ++h) {
+        zero_missing(b, h, {.tokens = this->tokens_});
+      }
+    }
   }
   // Keys at and after the end of a sequence.
   void zero_missing(int64_t b, int64_t key_head, const Chunk& chunk) const {

@@ -155,19 +155,8 @@ template <class T>
 struct Call {
   Call(const Tensor& q, const Tensor& k, const Tensor& v, const Options& options,
        const RunOptions& run)
-      : before(counts(options.initial_state.count, q.size(0))) {
-    const Isa isa = chosen_isa(run);
-    std::vector<int64_t> queries = before;
-    if (options.causal) {
-      for (int64_t& first : queries) first += k.size(2) - q.size(2);
-    }
-    if (options.rope) {
-      angles = std::make_unique<GridAngles<T>>(*options.rope, q.size(3), before, k.size(2));
-      plain = std::make_unique<EluMap<T>>(isa, nullptr, before);
-    }
-    query_map = std::make_unique<EluMap<T>>(isa, angles.get(), queries);
-    key_map = std::make_unique<EluMap<T>>(isa, angles.get(), before);
-
+      : before(counts(options.initial_state.count, q.size(0))),
+        plain(FeatureKind::elu1, chosen_isa(run)) {
     problem.op = kOp;
     problem.q = q;
     problem.k = k;
@@ -176,8 +165,18 @@ struct Call {
     const State& state = options.initial_state;
     problem.initial = {state.s, state.k_sum, state.v_sum};
     chunked::Policy<T>& policy = problem.policy;
-    policy.maps = {query_map.get(), key_map.get()};
-    if (plain) policy.sums = chunked::RowMaps<T>{plain.get(), plain.get()};
+    policy.maps = {&plain, &plain};
+    if (options.rope) {
+      policy.sums = policy.maps;
+      angles = std::make_unique<GridAngles<T>>(*options.rope, q.size(3), before, k.size(2));
+      std::vector<int64_t> queries = before;
+      if (options.causal) {
+        for (int64_t& first : queries) first += k.size(2) - q.size(2);
+      }
+      turned_queries = std::make_unique<TurnedElu<T>>(chosen_isa(run), *angles, queries);
+      turned_keys = std::make_unique<TurnedElu<T>>(chosen_isa(run), *angles, before);
+      policy.maps = {turned_queries.get(), turned_keys.get()};
+    }
     policy.features = q.size(3);
     policy.key_sum = policy.value_sum = true;
     const double scale = options.scale.value_or(1 / std::sqrt(static_cast<double>(q.size(3))));
@@ -194,8 +193,9 @@ struct Call {
   Call& operator=(const Call&) = delete;
 
   std::vector<int64_t> before;
+  ElementMap<T> plain;
   std::unique_ptr<GridAngles<T>> angles;
-  std::unique_ptr<EluMap<T>> query_map, key_map, plain;
+  std::unique_ptr<TurnedElu<T>> turned_queries, turned_keys;
   chunked::Problem<T> problem;
 };
 
