@@ -40,6 +40,11 @@ struct RowEnds {
   const T* added_factor = nullptr;
 };
 
+/// Rows of later calls, asked for while a product runs. They need not exist.
+struct Ahead {
+  Rows first, second;
+};
+
 /// Tokens [first, last) of a chunk that have a row; row r of a block is token first + r.
 struct TokenRange {
   int64_t first = 0, last = 0;
@@ -60,10 +65,10 @@ struct ChunkKernels {
   /// S [rows, columns] = decay(S) + X^T Y (decay null: X^T Y) with X [depth, rows], Y [depth, columns].
   /// columns is a multiple of dim_multiple.
   void (*outer)(Block<const T> x, Block<const T> y, int64_t depth, int64_t rows, int64_t columns,
-                const Decay<T>* decay, Block<T> s) = nullptr;
+                const Decay<T>* decay, Block<T> s, const Ahead& ahead) = nullptr;
   /// O [rows, columns] = X S as its rows end, with X [rows, depth], S [depth, columns]; columns as above.
   void (*read)(Block<const T> x, Block<const T> s, int64_t rows, int64_t depth, int64_t columns,
-               const RowEnds<T>& ends, Block<T> o) = nullptr;
+               const RowEnds<T>& ends, Block<T> o, const Ahead& ahead) = nullptr;
   /// s = decay(s) + added, elementwise.
   void (*advance)(T* s, const T* added, int64_t count, const Decay<T>& decay) = nullptr;
   /// One step of a scan: slot receives what ran before it, running = decay(running) + slot.

@@ -6,6 +6,7 @@
 #include <hwy/foreach_target.h>
 // After foreach_target.
 #include "kernels/chunk_parts.h"
+#include "kernels/prefetch.h"
 #include "kernels/product_loops.h"
 #include "kernels/register_blocks-inl.h"
 
@@ -35,13 +36,32 @@ HWY_NOINLINE void outer_block(const T* x, int64_t x_stride, const T* y, int64_t 
   });
 }
 
+// For every register block of a product its share of what lies ahead.
+template <class T>
+struct AskAhead {
+  AskAhead(const Ahead& ahead, int64_t rows, int64_t columns)
+      : first(ahead.first, blocks(rows, columns)), second(ahead.second, blocks(rows, columns)) {}
+  void ask() {
+    first.ask();
+    second.ask();
+  }
+  static int64_t blocks(int64_t rows, int64_t columns) {
+    const int64_t panel = kPanelVectors * lanes<T>();
+    const auto vectors = static_cast<int>(HWY_MIN(columns, panel) / lanes<T>());
+    return HWY_MAX(int64_t{1}, rows / block_rows(vectors)) * ((columns + panel - 1) / panel);
+  }
+  RowsAhead first, second;
+};
+
 template <class T>
 void outer(Block<const T> x, Block<const T> y, int64_t depth, int64_t rows, int64_t columns,
-           const Decay<T>* decay, Block<T> s) {
+           const Decay<T>* decay, Block<T> s, const Ahead& ahead) {
+  AskAhead<T> asker(ahead, rows, columns);
   for_even_shares(columns / lanes<T>(), kPanelVectors, [&](int64_t vector, int64_t count) {
     const int64_t column = vector * lanes<T>();
     with_vectors(count, [&](auto vectors) {
       for_row_blocks<vectors>(rows, [&](int64_t r, auto height) {
+        asker.ask();
         outer_block<height, vectors, T>(x.data + r, x.stride, y.data + column, y.stride, depth,
                                         decay, s.row(r) + column, s.stride);
       });
@@ -70,12 +90,14 @@ HWY_NOINLINE void read_block(const T* x, int64_t x_stride, const T* s, int64_t s
 
 template <class T>
 void read(Block<const T> x, Block<const T> s, int64_t rows, int64_t depth, int64_t columns,
-          const RowEnds<T>& ends, Block<T> o) {
+          const RowEnds<T>& ends, Block<T> o, const Ahead& ahead) {
+  AskAhead<T> asker(ahead, rows, columns);
   const auto at = [](const T* p, int64_t i) { return p == nullptr ? nullptr : p + i; };
   for_even_shares(columns / lanes<T>(), kPanelVectors, [&](int64_t vector, int64_t count) {
     const int64_t column = vector * lanes<T>();
     with_vectors(count, [&](auto vectors) {
       for_row_blocks<vectors>(rows, [&](int64_t r, auto height) {
+        asker.ask();
         read_block<height, vectors, T>(x.row(r), x.stride, s.data + column, s.stride, depth,
                                        at(ends.factor, r), at(ends.added, column),
                                        at(ends.added_factor, r), o.row(r) + column, o.stride);

@@ -60,7 +60,7 @@ TYPED_TEST(Chunks, OuterProductsWithEveryDecay) {
       const Decay<T> decays[] = {{1, false}, {T(0.25), false}, {T(-0.125), true}};
       for (const Decay<T>* decay : {&decays[0], &decays[1], &decays[2], (const Decay<T>*)nullptr}) {
         Matrix<T> found = s;
-        k.outer(x.read(), y.read(), depth, rows, columns, decay, found.block());
+        k.outer(x.read(), y.read(), depth, rows, columns, decay, found.block(), {});
         const double factor = decay == nullptr ? 0 : double(decay->factor) + (decay->keep ? 1 : 0);
         for (int64_t r = 0; r < rows; ++r) {
           for (int64_t c = 0; c < columns; ++c) {
@@ -84,9 +84,10 @@ TYPED_TEST(Chunks, RowsReadFromAState) {
           o(rows, columns, columns + 16, 3), added(1, columns, columns, 4), factor(1, 64, 64, 5),
           added_factor(1, 64, 64, 6);
       const T guard = o.at(rows - 1, columns);
+      const Rows x_ahead{x.memory.data(), DType::f32, x.stride, rows, depth};
       const RowEnds<T> all{factor.memory.data(), added.memory.data(), added_factor.memory.data()};
       for (const RowEnds<T>& ends : {RowEnds<T>{}, RowEnds<T>{all.factor, nullptr, nullptr}, all}) {
-        k.read(x.read(), s.read(), rows, depth, columns, ends, o.block());
+        k.read(x.read(), s.read(), rows, depth, columns, ends, o.block(), {x_ahead, x_ahead});
         for (int64_t r = 0; r < rows; ++r) {
           for (int64_t c = 0; c < columns; ++c) {
             double want = 0;
@@ -110,8 +111,8 @@ TYPED_TEST(Chunks, AdvanceIsAScanStepAndOuterInParts) {
     for (const Decay<T>& decay :
          {Decay<T>{1, false}, Decay<T>{T(0.3), false}, Decay<T>{T(-0.1), true}}) {
       Matrix<T> together = s, apart = s, scanned = s, slot = sum;
-      k.outer(x.read(), y.read(), 9, 5, 32, &decay, together.block());
-      k.outer(x.read(), y.read(), 9, 5, 32, nullptr, sum.block());
+      k.outer(x.read(), y.read(), 9, 5, 32, &decay, together.block(), {});
+      k.outer(x.read(), y.read(), 9, 5, 32, nullptr, sum.block(), {});
       k.advance(apart.memory.data(), sum.memory.data(), 5 * 32, decay);
       slot = sum;
       k.scan(scanned.memory.data(), slot.memory.data(), 5 * 32, decay);

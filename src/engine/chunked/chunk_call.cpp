@@ -296,7 +296,7 @@ void ChunkCall<T>::update_state(const Added& added, const Decay<T>& decay, bool 
     }
     if (half_) continue;
     rows_.outer(update_rows(added, psi, first, count, block), y, depth, count, padded_values_,
-                chosen, {state.sums.row(first), state.sums.stride});
+                chosen, {state.sums.row(first), state.sums.stride}, added.ahead);
   }
 }
 

@@ -90,6 +90,7 @@ class ChunkCall {
   struct Added {
     Source<T> x, psi;
     Rows y;
+    kernels::Ahead ahead;
     const T *factor = nullptr, *key_factor = nullptr, *value_factor = nullptr;
   };
   struct UpdateMemory {
@@ -151,6 +152,12 @@ class ChunkCall {
 
   Rows rows(const Tensor& t, int64_t b, int64_t h, int64_t begin, int64_t count) const {
     return {t.at({b, h, begin}), t.dtype(), t.stride(2), count, t.size(3)};
+  }
+  /// As many rows behind these.
+  static Rows following(Rows rows) {
+    rows.data = static_cast<const std::byte*>(rows.data) +
+                rows.count * rows.stride * static_cast<int64_t>(size_of(rows.dtype));
+    return rows;
   }
   Source<T> queries(int64_t b, int64_t h, const Chunk& chunk) const;
   Source<T> keys(int64_t b, int64_t h, const Chunk& chunk) const;

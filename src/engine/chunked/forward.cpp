@@ -147,11 +147,13 @@ class Forward : public Denominators<T>, public Sweep<T> {
       x = this->whole_features(q, 0, this->features_, m.query_rows);
     }
     std::byte* out = out_.at({b, h, chunk.query});
+    const Rows result = this->rows(out_, b, h, chunk.query, chunk.queries);
     const bool whole =
         out_.dtype() == state_type(out_.dtype()) && this->value_dim_ == this->padded_values_;
     const Block to = whole ? Block{reinterpret_cast<T*>(out), out_.stride(2)} : m.out;
     this->rows_.read(x, {state.sums.data, state.sums.stride}, chunk.queries, this->features_,
-                     this->padded_values_, ends, to);
+                     this->padded_values_, ends, to,
+                     {this->following(q.rows), this->following(result)});
     if (whole) return;
     this->wide_.finish(to, chunk.queries, this->value_dim_, nullptr, out, out_.dtype(),
                        out_.stride(2));
