@@ -90,30 +90,49 @@ HWY_INLINE void scale_to_floor(T* x, int64_t n, T factor, T floor) {
   });
 }
 
-// Both halves of e, unnormalised; returns the factors that normalise them.
 template <class T>
-HWY_INLINE Halves<T> hedgehog_halves(FeatureKind kind, const T* z, int64_t n, T* e) {
-  if (kind == FeatureKind::hedgehog_exp) {
-    exponentials<T>(z, n, 1, {}, e);
-    return {1, 1};
-  }
+HWY_INLINE T exponent_slope(FeatureKind kind) {
+  return kind == FeatureKind::hedgehog_joint ? 2 : 1;
+}
+
+// What is subtracted from the exponents slope z and -slope z.
+template <class T>
+HWY_INLINE Halves<T> shifts(FeatureKind kind, const T* z, int64_t n) {
+  if (kind == FeatureKind::hedgehog_exp) return {};
   const Halves<T> most = largest(z, n);
-  if (kind == FeatureKind::hedgehog_joint) {
-    const T both = 2 * std::max(most.first, most.second);
-    const Halves<T> sums = exponentials<T>(z, n, 2, {both, both}, e);
-    return {1 / (sums.first + sums.second), 1 / (sums.first + sums.second)};
-  }
-  const Halves<T> sums = exponentials<T>(z, n, 1, most, e);
-  if (kind == FeatureKind::hedgehog_exp_max) return {1, 1};
+  if (kind != FeatureKind::hedgehog_joint) return most;
+  const T both = 2 * std::max(most.first, most.second);
+  return {both, both};
+}
+
+// Factors that normalise exponentials with these sums.
+template <class T>
+HWY_INLINE Halves<T> normalisers(FeatureKind kind, Halves<T> sums) {
+  if (kind == FeatureKind::hedgehog_joint) sums.first = sums.second = sums.first + sums.second;
+  if (kind == FeatureKind::hedgehog_exp || kind == FeatureKind::hedgehog_exp_max) return {1, 1};
   return {1 / sums.first, 1 / sums.second};
 }
 
 template <class T>
-void hedgehog_forward(const FeatureRows<T>& in, const T* z, T* phi) {
-  const Halves<T> factors = hedgehog_halves(in.kind, z, in.width, phi);
-  if (in.kind == FeatureKind::hedgehog_exp) return;
-  scale_to_floor(phi, in.width, factors.first, in.floor);
-  scale_to_floor(phi + in.width, in.width, factors.second, in.floor);
+void hedgehog_forward(const FeatureRows<T>& in, Block<T> phi) {
+  constexpr int64_t kTogether = 8;  // rows a step: the steps of one row wait for each other
+  const int64_t n = in.width;
+  for (int64_t begin = 0; begin < in.rows; begin += kTogether) {
+    const int64_t count = std::min(kTogether, in.rows - begin);
+    Halves<T> numbers[kTogether];
+    for (int64_t i = 0; i < count; ++i) numbers[i] = shifts(in.kind, in.z.row(begin + i), n);
+    for (int64_t i = 0; i < count; ++i) {
+      numbers[i] =
+          normalisers(in.kind, exponentials(in.z.row(begin + i), n, exponent_slope<T>(in.kind),
+                                            numbers[i], phi.row(begin + i)));
+    }
+    if (in.kind == FeatureKind::hedgehog_exp) continue;
+    for (int64_t i = 0; i < count; ++i) {
+      T* row = phi.row(begin + i);
+      scale_to_floor(row, n, numbers[i].first, in.floor);
+      scale_to_floor(row + n, n, numbers[i].second, in.floor);
+    }
+  }
 }
 
 template <class T>
@@ -152,10 +171,8 @@ void forward_row(const FeatureRows<T>& in, int64_t row, T* phi) {
         return hn::Mul(factor, exp_of<T>(hn::Sub(x, shift)));
       });
     }
-    case FeatureKind::taylor2:
-      return taylor_forward(in, z, phi);
     default:
-      return hedgehog_forward(in, z, phi);
+      return taylor_forward(in, z, phi);
   }
 }
 
@@ -191,7 +208,9 @@ void add_weighted(const T* e, const T* g, int64_t n, T factor, T mean, T* dz) {
 template <class T>
 void hedgehog_backward(const FeatureRows<T>& in, const T* z, const T* dphi, T* dz, T* e, T* g) {
   const int64_t n = in.width;
-  const Halves<T> factors = hedgehog_halves(in.kind, z, n, e);
+  const T slope = exponent_slope<T>(in.kind);
+  const Halves<T> factors =
+      normalisers(in.kind, exponentials(z, n, slope, shifts(in.kind, z, n), e));
   const T floor =
       in.kind == FeatureKind::hedgehog_exp ? -std::numeric_limits<T>::infinity() : in.floor;
   T first = gradients_above_floor(e, n, factors.first, floor, dphi, g);
@@ -200,7 +219,6 @@ void hedgehog_backward(const FeatureRows<T>& in, const T* z, const T* dphi, T* d
   const bool exponential =
       in.kind == FeatureKind::hedgehog_exp || in.kind == FeatureKind::hedgehog_exp_max;
   if (in.kind == FeatureKind::hedgehog_joint) first = second = first + second;
-  const T slope = in.kind == FeatureKind::hedgehog_joint ? 2 : 1;
   add_weighted(e, g, n, slope * factors.first, exponential ? T{0} : first, dz);
   add_weighted(e + n, g + n, n, -slope * factors.second, exponential ? T{0} : second, dz);
   if (in.kind == FeatureKind::hedgehog_exp_max && n > 0) {
@@ -259,6 +277,11 @@ void elementwise_backward(FeatureKind kind, const T* z, const T* dphi, int64_t n
   });
 }
 
+bool is_hedgehog(FeatureKind kind) {
+  return kind == FeatureKind::hedgehog_exp || kind == FeatureKind::hedgehog_softmax ||
+         kind == FeatureKind::hedgehog_exp_max || kind == FeatureKind::hedgehog_joint;
+}
+
 bool element_by_element(FeatureKind kind) {
   return kind == FeatureKind::elu1 || kind == FeatureKind::relu || kind == FeatureKind::exp;
 }
@@ -270,6 +293,7 @@ void forward(const FeatureRows<T>& in, Block<T> phi) {
     row.width = in.rows * in.width;
     return forward_row(row, 0, phi.data);
   }
+  if (is_hedgehog(in.kind)) return hedgehog_forward(in, phi);
   for (int64_t r = 0; r < in.rows; ++r) forward_row(in, r, phi.row(r));
 }
 
