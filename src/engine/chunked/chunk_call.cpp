@@ -3,6 +3,8 @@
 #include <cmath>
 #include <limits>
 
+#include "kernels/matrix.h"
+
 namespace heed::chunked {
 
 namespace {
@@ -14,7 +16,7 @@ template <class T>
 CallKind kind_of(const Problem<T>& problem) {
   const Policy<T>& policy = problem.policy;
   const bool mapped = policy.maps.q != nullptr || policy.maps.k != nullptr || policy.sums;
-  return {problem.q.dtype(), problem.k.size(2), mapped,
+  return {problem.q.dtype(), problem.k.size(2), mapped, problem.causal,
           std::min(policy.features, problem.v.size(3))};
 }
 
@@ -162,7 +164,7 @@ kernels::Block<const T> ChunkCall<T>::whole_features(const Source<T>& source, in
 
 template <class T>
 StateView<T> ChunkCall<T>::view(T* state) const {
-  StateView<T> v{{state, padded_values_}, nullptr, nullptr};
+  StateView<T> v{{state, padded_values_}};
   T* next = state + features_ * padded_values_;
   if (problem_.policy.key_sum) {
     v.keys = next;
@@ -170,6 +172,21 @@ StateView<T> ChunkCall<T>::view(T* state) const {
   }
   if (problem_.policy.value_sum) v.values = next;
   return v;
+}
+
+template <class T>
+StateView<T> ChunkCall<T>::totals(T* state) const {
+  StateView<T> v = view(state);
+  if (reads_totals()) v.transposed = {state + state_size_, padded_features_};
+  return v;
+}
+
+template <class T>
+void ChunkCall<T>::transpose_totals(T* state) const {
+  const StateView<T> v = totals(state);
+  if (v.transposed.data == nullptr) return;
+  kernels::matrix_kernels<T>(path_.isa).transpose({v.sums.data, v.sums.stride}, features_,
+                                                  value_dim_, v.transposed);
 }
 
 namespace {

@@ -65,9 +65,10 @@ class DecayTable {
 /// A state in memory: a matrix with padded rows and the two row vectors.
 template <class T>
 struct StateView {
-  kernels::Block<T> sums;  // [F, padded Dv]
-  T* keys = nullptr;       // [padded F]
-  T* values = nullptr;     // [padded Dv]
+  kernels::Block<T> sums;             // [F, padded Dv]
+  T* keys = nullptr;                  // [padded F]
+  T* values = nullptr;                // [padded Dv]
+  kernels::Block<T> transposed = {};  // [Dv, padded F], of the gradients' totals
 };
 
 /// Rows of q, k, v or a gradient with what they become.
@@ -107,6 +108,14 @@ class ChunkCall {
     rows_.scan(running + begin, slot + begin, end - begin, decay);
   }
   int64_t state_size() const { return state_size_; }
+  /// Rows see all keys, or keys all queries, and read the state in one product.
+  bool reads_totals() const { return !problem_.causal && !half_ && !problem_.policy.polynomial; }
+  /// Of gradients: a state with its transpose behind it where totals are read.
+  int64_t totals_size() const {
+    return state_size_ + (reads_totals() ? value_dim_ * padded_features_ : 0);
+  }
+  StateView<T> totals(T* state) const;
+  void transpose_totals(T* state) const;
   StateView<T> view(T* state) const;
   /// A state from, or to, the tensors of a caller.
   void load_state(const State& from, int64_t lane, T* state) const;

@@ -59,6 +59,13 @@ class Denominators : public ChunkCall<T> {
                          chunk.query_tokens(), width, m.row, m.denominators);
   }
 
+  /// The same where rows see all keys; x: psi(q).
+  void total_denominators(kernels::Block<const T> x, int64_t count, const StateView<T>& state,
+                          const Memory& m) const {
+    std::fill_n(m.denominators, count, T{0});
+    this->rows_.row_dots(x, {state.keys, 0}, count,
+                         round_up(this->features_, this->products_.dim_multiple), m.denominators);
+  }
   /// How rows end, from their denominators.
   void read_ends(int64_t b, const Chunk& chunk, const Memory& m) const {
     this->problem_.policy.read_out(this->ending_rows(b, chunk), m.denominators, m.ends);

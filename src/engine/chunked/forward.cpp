@@ -114,9 +114,7 @@ class Forward : public Denominators<T>, public Sweep<T> {
     if (chunk.queries == 0) return;
     const Memory m = memory_at(memory);
     const StateView<T> view = this->view(state);
-    if (!this->problem_.causal && !this->half_ && !this->problem_.policy.polynomial) {
-      return read_state(b, h, chunk, view, m);
-    }
+    if (this->reads_totals()) return read_totals(b, h, chunk, view, m);
     std::fill_n(m.out.data, this->tile_rows_ * m.out.stride, T{0});
     this->query_ranges(chunk, m.ranges);
     if (this->problem_.policy.polynomial) {
@@ -128,17 +126,15 @@ class Forward : public Denominators<T>, public Sweep<T> {
   }
 
   // Rows that see all keys: one product, which ends them on the way.
-  void read_state(int64_t b, int64_t h, const Chunk& chunk, const StateView<T>& state,
-                  const Memory& m) const {
+  void read_totals(int64_t b, int64_t h, const Chunk& chunk, const StateView<T>& state,
+                   const Memory& m) const {
     const Policy<T>& policy = this->problem_.policy;
     const Source<T> q = this->queries(b, h, chunk);
     kernels::Block<const T> x;
     kernels::RowEnds<T> ends;
     if (policy.read_out) {
       x = this->whole_features(this->for_sums(q, true), 0, this->features_, m.query_rows);
-      std::fill_n(m.sums.denominators, chunk.queries, T{0});
-      this->rows_.row_dots(x, {state.keys, 0}, chunk.queries, m.query_rows.stride,
-                           m.sums.denominators);
+      this->total_denominators(x, chunk.queries, state, m.sums);
       row_ends(b, h, chunk, m);
       ends.factor = m.num_scale;
       if (policy.value_sum) ends = {m.num_scale, state.values, m.sum_scale};

@@ -43,7 +43,7 @@ class QueryGradients : public Denominators<T>, public Sweep<T> {
     shape.chunks = causal ? this->causal_chunks() : this->key_chunks();
     shape.uses = causal ? shape.chunks : this->query_chunks();
     shape.scan_size = this->state_size();
-    shape.size = shape.scan_size + (slopes_ ? slope_size() : 0);
+    shape.size = this->totals_size() + (slopes_ ? slope_size() : 0);
     shape.memory = memory_bytes_;
     shape.running = causal;
     shape.last_wanted = !causal || (slopes_ && last_.sums.defined());
@@ -121,6 +121,7 @@ class QueryGradients : public Denominators<T>, public Sweep<T> {
     return round_up(this->features_, this->products_.dim_multiple);
   }
   int64_t slope_size() const { return this->features_ * this->padded_values_; }
+  void complete(T* state) const override { this->transpose_totals(state); }
   StateView<T> slope_view(T* state) const {
     return {{state + this->state_size(), this->padded_values_}, nullptr, nullptr};
   }
@@ -230,6 +231,8 @@ class QueryGradients : public Denominators<T>, public Sweep<T> {
     Block result = m.rows;
     if (this->problem_.policy.polynomial) {
       use_polynomial(b, h, chunk, this->view(state), m);
+    } else if (this->reads_totals()) {
+      result = use_totals(lane, chunk, this->totals(state), m);
     } else {
       result = use_linear(lane, index, chunk, state, m);
     }
@@ -275,6 +278,10 @@ class QueryGradients : public Denominators<T>, public Sweep<T> {
                           this->state_factors(h, chunk.shift + 1), m.features);
     }
     if (policy.read_out) read_out(lane, chunk, view, m);
+    return pulled(q, m);
+  }
+
+  Block pulled(const Source<T>& q, const Memory& m) const {
     if (q.map == nullptr) return m.features;
     std::fill_n(m.rows.data, this->tile_rows_ * m.rows.stride, T{0});
     q.map->pull(q.at, q.rows, 0, this->features_, {m.features.data, m.features.stride}, m.rows);
@@ -284,6 +291,32 @@ class QueryGradients : public Denominators<T>, public Sweep<T> {
                     {m.more_features.data, m.more_features.stride}, m.rows);
     }
     return m.rows;
+  }
+
+  // The same where all keys are seen.
+  Block use_totals(int64_t lane, const Chunk& chunk, const StateView<T>& state,
+                   const Memory& m) const {
+    const int64_t b = lane / this->heads_, h = lane % this->heads_, rows = chunk.queries;
+    const Source<T> q = this->queries(b, h, chunk);
+    const Rows gradient = gradient_of(b, h, chunk);
+    const auto g = this->whole_rows(gradient, m.gradient_rows);
+    this->rows_.read(g, {state.transposed.data, state.transposed.stride}, rows, this->value_dim_,
+                     state.transposed.stride, {}, m.features,
+                     {this->following(q.rows), this->following(gradient)});
+    if (!this->problem_.policy.read_out) return pulled(q, m);
+    auto x = this->whole_features(this->for_sums(q, true), 0, this->features_, m.query_rows);
+    this->total_denominators(x, rows, state, m.sums);
+    if (this->separate_sums()) x = this->whole_features(q, 0, this->features_, m.query_rows);
+    std::fill_n(m.dots, rows, T{0});
+    std::fill_n(m.sum_dots, rows, T{0});
+    this->rows_.row_dots(x, {m.features.data, m.features.stride}, rows, written_features(), m.dots);
+    if (this->problem_.policy.value_sum) {
+      this->rows_.row_dots(g, {state.values, 0}, rows, this->padded_values_, m.sum_dots);
+    }
+    row_scales(lane, chunk, m, m.dots, m.sum_dots);
+    this->rows_.scale_rows(m.features, rows, written_features(), m.dots);
+    add_denominators(chunk, state, m);
+    return pulled(q, m);
   }
 
   // Minus the part of the slope's gradient that a chunk's rows give.
@@ -361,10 +394,16 @@ class QueryGradients : public Denominators<T>, public Sweep<T> {
     }
     row_scales(lane, chunk, m, m.dots, m.sum_dots);
     this->rows_.scale_rows(m.features, chunk.queries, width, m.dots);
+    add_denominators(chunk, state, m);
+  }
+
+  // What denominators give.
+  void add_denominators(const Chunk& chunk, const StateView<T>& state, const Memory& m) const {
+    const int64_t width = this->padded_features_;
     Block sums = m.features;
     if (this->separate_sums()) {
       sums = m.more_features;
-      std::fill_n(sums.data, this->tile_rows_ * sums.stride, T{0});
+      std::fill_n(sums.data, chunk.queries * sums.stride, T{0});
     }
     std::copy_n(state.keys, width, m.sums.row);
     this->rows_.run_add({m.sums.key_rows.data, width}, nullptr, chunk.key_tokens(), sums,
