@@ -42,7 +42,7 @@ struct RowEnds {
 
 /// Rows of later calls, asked for while a product runs. They need not exist.
 struct Ahead {
-  Rows first, second;
+  Rows first = {}, second = {}, third = {};
 };
 
 /// Tokens [first, last) of a chunk that have a row; row r of a block is token first + r.

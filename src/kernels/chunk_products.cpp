@@ -40,17 +40,20 @@ HWY_NOINLINE void outer_block(const T* x, int64_t x_stride, const T* y, int64_t 
 template <class T>
 struct AskAhead {
   AskAhead(const Ahead& ahead, int64_t rows, int64_t columns)
-      : first(ahead.first, blocks(rows, columns)), second(ahead.second, blocks(rows, columns)) {}
+      : first(ahead.first, blocks(rows, columns)),
+        second(ahead.second, blocks(rows, columns)),
+        third(ahead.third, blocks(rows, columns)) {}
   void ask() {
     first.ask();
     second.ask();
+    third.ask();
   }
   static int64_t blocks(int64_t rows, int64_t columns) {
     const int64_t panel = kPanelVectors * lanes<T>();
     const auto vectors = static_cast<int>(HWY_MIN(columns, panel) / lanes<T>());
     return HWY_MAX(int64_t{1}, rows / block_rows(vectors)) * ((columns + panel - 1) / panel);
   }
-  RowsAhead first, second;
+  RowsAhead first, second, third;
 };
 
 template <class T>

@@ -40,7 +40,7 @@ class Denominators : public ChunkCall<T> {
     added.x = this->keys(b, h, chunk);
     added.psi = this->for_sums(added.x, false);
     added.y = this->values(b, h, chunk);
-    if (!this->problem_.causal) {
+    if (this->reads_totals()) {
       added.ahead = {this->following(added.x.rows), this->following(added.y)};
     }
     if (const auto* table = this->decays(h)) added.factor = table->falling(chunk.tokens - 1);

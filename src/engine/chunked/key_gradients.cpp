@@ -144,6 +144,8 @@ class KeyGradients : public ChunkCall<T>, public Sweep<T> {
     added.key_factor = row_numbers(statistics_.denominator, b, h, chunk);
     added.value_factor = row_numbers(statistics_.sum_scale, b, h, chunk);
     added.factor = num_scale;
+    if (this->reads_totals())
+      added.ahead = {this->following(added.x.rows), this->following(added.y)};
     if (const auto* table = this->decays(h)) {
       const T* decays = table->rising(chunk.shift + 1);
       for (int64_t r = 0; r < chunk.queries; ++r) {
@@ -231,17 +233,23 @@ class KeyGradients : public ChunkCall<T>, public Sweep<T> {
   struct Operands {
     Source<T> k;
     typename Call::Left key, value;
-    kernels::Ahead ahead;
+    kernels::Ahead ahead, results_ahead;
   };
   Operands pack_keys(const Source<T>& k, int64_t b, int64_t h, const Chunk& chunk,
                      const Memory& m) const {
-    Operands operands{k, {}, {}, {}};
+    Operands operands{k, {}, {}, {}, {}};
     const Rows v = this->values(b, h, chunk);
     if (this->reads_totals()) {
       const auto x = this->whole_features(k, 0, this->features_, m.key_rows);
       const auto y = this->whole_rows(v, m.value_rows);
-      return {
-          k, {x.data, x.stride}, {y.data, y.stride}, {this->following(k.rows), this->following(v)}};
+      const auto results = [&](const Tensor& to) {
+        return this->following(this->rows(to, b, this->key_head(h), chunk.begin, chunk.keys));
+      };
+      return {k,
+              {x.data, x.stride},
+              {y.data, y.stride},
+              {this->following(k.rows), this->following(v)},
+              {results(gradients_.k), results(gradients_.v)}};
     }
     if (this->problem_.policy.polynomial) {
       operands.key = this->left(k.rows, m.raw_rows, m.key);
@@ -284,7 +292,7 @@ class KeyGradients : public ChunkCall<T>, public Sweep<T> {
                      this->padded_values_, {nullptr, state.values, this->ones()}, m.values,
                      operands.ahead);
     this->rows_.read(y, transposed, count, this->value_dim_, transposed.stride, own_keys,
-                     m.features, {});
+                     m.features, operands.results_ahead);
     if (!this->separate_sums()) return;
     this->rows_.read(y, transposed, count, 0, transposed.stride, with_keys, m.more_features, {});
   }

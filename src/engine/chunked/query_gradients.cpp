@@ -302,7 +302,8 @@ class QueryGradients : public Denominators<T>, public Sweep<T> {
     const auto g = this->whole_rows(gradient, m.gradient_rows);
     this->rows_.read(g, {state.transposed.data, state.transposed.stride}, rows, this->value_dim_,
                      state.transposed.stride, {}, m.features,
-                     {this->following(q.rows), this->following(gradient)});
+                     {this->following(q.rows), this->following(gradient),
+                      this->following(this->rows(gradients_.q, b, h, chunk.query, rows))});
     if (!this->problem_.policy.read_out) return pulled(q, m);
     auto x = this->whole_features(this->for_sums(q, true), 0, this->features_, m.query_rows);
     this->total_denominators(x, rows, state, m.sums);
