@@ -5,7 +5,7 @@
 //   z_t  = z_{t-1} + psi(k_t)                    [F]      if key_sum
 //   vs_t = vs_{t-1} + v_t                        [Dv]     if value_sum
 //   num_t = phi(q_t) S_t,  den_t = psi(q_t) . z_t
-//   out_t = num_scale(den_t) num_t - sum_scale(den_t) vs_t
+//   out_t = scale (num_scale(den_t) num_t - sum_scale(den_t) vs_t)      scale: of the head
 //
 // causal: a query reads the state after its own token; else the state after all of them. Everything is
 // float32 beside 16-bit tensors, float64 in float64 calls (T). phi and psi are what a RowMap makes of a

@@ -133,12 +133,13 @@ void check_last_counts(const std::vector<int64_t>& before, int64_t keys, bool in
 
 // How a row ends, over n keys: see the formulas of the header.
 chunked::ReadOut code_row(double scale, double eps, double n, double denominator) {
-  const double share = scale / n, z = share * denominator;
+  const double per_key = 1 / n, share = scale * per_key, z = share * denominator;
+  const double inverse = 1 / (z + eps);
   chunked::ReadOut row;
-  row.num_scale = (1 + 1 / (z + eps)) * share;
-  row.num_slope = -share * share / ((z + eps) * (z + eps));
-  row.sum_scale = z / n;
-  row.sum_slope = share / n;
+  row.num_scale = (1 + inverse) * share;
+  row.num_slope = -share * inverse * share * inverse;
+  row.sum_scale = z * per_key;
+  row.sum_slope = share * per_key;
   return row;
 }
 chunked::ReadOut paper_row(double eps, double n, double denominator) {
