@@ -4,6 +4,7 @@
 //   pack_rows        a block of T from rows of any type, with a factor per row
 //   weigh            W[r,m] = S[r,m] decay[m-r] column[m], exactly 0 outside the ranges
 //   outer            S = decay(S) + X^T Y                        the update of a state by a chunk
+//   read             O = factor (X S) + added                    what the rows of a chunk read of a state
 //   step             S = decay(S) + k^T v, o = q S               one token; reads and writes S once
 //   run_dots, run_add                                            sums that run along the rows
 //
@@ -30,6 +31,20 @@ struct WeightFactors {
   const T* column = nullptr;
 };
 
+/// Row r of a product becomes factor[r] times itself plus added_factor[r] times the row `added`.
+/// Without a factor it is 1, without a row nothing is added.
+template <class T>
+struct RowEnds {
+  const T* factor = nullptr;
+  const T* added = nullptr;
+  const T* added_factor = nullptr;
+};
+
+/// Rows of later calls, asked for while a product runs. They need not exist.
+struct Ahead {
+  Rows first = {}, second = {}, third = {};
+};
+
 /// Tokens [first, last) of a chunk that have a row; row r of a block is token first + r.
 struct TokenRange {
   int64_t first = 0, last = 0;
@@ -48,9 +63,12 @@ struct ChunkKernels {
                      const WeightFactors<T>& factors, void* weights, int64_t stride) = nullptr;
 
   /// S [rows, columns] = decay(S) + X^T Y (decay null: X^T Y) with X [depth, rows], Y [depth, columns].
-  /// columns is a multiple of dim_multiple; X is read up to kOuterSlack elements past its last row.
+  /// columns is a multiple of dim_multiple.
   void (*outer)(Block<const T> x, Block<const T> y, int64_t depth, int64_t rows, int64_t columns,
-                const Decay<T>* decay, Block<T> s) = nullptr;
+                const Decay<T>* decay, Block<T> s, const Ahead& ahead) = nullptr;
+  /// O [rows, columns] = X S as its rows end, with X [rows, depth], S [depth, columns]; columns as above.
+  void (*read)(Block<const T> x, Block<const T> s, int64_t rows, int64_t depth, int64_t columns,
+               const RowEnds<T>& ends, Block<T> o, const Ahead& ahead) = nullptr;
   /// s = decay(s) + added, elementwise.
   void (*advance)(T* s, const T* added, int64_t count, const Decay<T>& decay) = nullptr;
   /// One step of a scan: slot receives what ran before it, running = decay(running) + slot.
@@ -71,6 +89,9 @@ struct ChunkKernels {
   /// dots[r] += a_r . b_r, and a row of b for all when its stride is 0.
   void (*row_dots)(Block<const T> a, Block<const T> b, int64_t rows, int64_t width,
                    T* dots) = nullptr;
+  /// sum = sum_r factor[r] x_r; a null factor is 1.
+  void (*sum_rows)(Block<const T> x, const T* factor, int64_t rows, int64_t width,
+                   T* sum) = nullptr;
   /// x_r *= factor[r].
   void (*scale_rows)(Block<T> x, int64_t rows, int64_t width, const T* factor) = nullptr;
   /// y += factor x
@@ -97,8 +118,6 @@ struct ChunkKernels {
   /// X^T as rows [width][stride] of bfloat16, zero behind x.count; x is bfloat16, with a factor per row.
   void (*pack_transposed)(const Rows& x, const T* factor, uint16_t* to, int64_t stride) = nullptr;
 };
-
-inline constexpr int64_t kOuterSlack = 16;
 
 template <class T>
 const ChunkKernels<T>& chunk_kernels(Isa isa);

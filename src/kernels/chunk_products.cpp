@@ -1,14 +1,14 @@
-// How a state meets tokens: the sum of outer products of a chunk, what time does to it, one token's step.
+// How a state meets tokens: the sum of outer products of a chunk, what time does to it, what rows read of
+// it, one token's step.
 #include "kernels/simd.h"
 #undef HWY_TARGET_INCLUDE
 #define HWY_TARGET_INCLUDE "kernels/chunk_products.cpp"
 #include <hwy/foreach_target.h>
 // After foreach_target.
-#include <type_traits>
-
 #include "kernels/chunk_parts.h"
+#include "kernels/prefetch.h"
 #include "kernels/product_loops.h"
-#include "kernels/vector-inl.h"
+#include "kernels/register_blocks-inl.h"
 
 HWY_BEFORE_NAMESPACE();
 namespace heed::kernels::HWY_NAMESPACE {
@@ -21,69 +21,91 @@ HWY_INLINE V decayed_sum(Full<T> d, const Decay<T>& decay, V s, V added) {
   return decay.keep ? hn::Add(sum, s) : sum;
 }
 
-// Rows per register block for NV vectors of columns.
-constexpr int outer_rows(int vectors) {
-  return kPanelVectors == 4 ? (vectors == 4 ? 6 : vectors == 3 ? 8 : 12) : (vectors == 2 ? 6 : 12);
-}
-
-// One register block of S; `rows` of its MR rows exist.
-template <int NV, class T>
-HWY_NOINLINE void outer_block(const T* HWY_RESTRICT x, int64_t x_stride, const T* HWY_RESTRICT y,
-                              int64_t y_stride, int64_t depth, int64_t rows, const Decay<T>* decay,
-                              T* HWY_RESTRICT s, int64_t s_stride) {
-  constexpr int MR = outer_rows(NV);
+template <int MR, int NV, class T>
+HWY_NOINLINE void outer_block(const T* x, int64_t x_stride, const T* y, int64_t y_stride,
+                              int64_t depth, const Decay<T>* decay, T* s, int64_t s_stride) {
   const Full<T> d;
-  hn::Vec<Full<T>> acc[MR][NV];
-#pragma GCC unroll 12
-  for (int r = 0; r < MR; ++r) {
-#pragma GCC unroll 4
-    for (int j = 0; j < NV; ++j) acc[r][j] = hn::Zero(d);
-  }
-  for (int64_t i = 0; i < depth; ++i) {
-    hn::Vec<Full<T>> column[NV];
-#pragma GCC unroll 4
-    for (int j = 0; j < NV; ++j) column[j] = hn::LoadU(d, y + i * y_stride + j * lanes<T>());
-#pragma GCC unroll 12
-    for (int r = 0; r < MR; ++r) {
-      const auto factor = hn::Set(d, x[i * x_stride + r]);
-#pragma GCC unroll 4
-      for (int j = 0; j < NV; ++j) acc[r][j] = hn::MulAdd(factor, column[j], acc[r][j]);
-    }
-  }
-#pragma GCC unroll 12
-  for (int r = 0; r < MR; ++r) {
-    if (r >= rows) break;
-    T* to = s + r * s_stride;
-#pragma GCC unroll 4
-    for (int j = 0; j < NV; ++j, to += lanes<T>()) {
-      hn::StoreU(
-          decay == nullptr ? acc[r][j] : decayed_sum<T>(d, *decay, hn::LoadU(d, to), acc[r][j]), d,
-          to);
-    }
-  }
+  hn::Vec<Full<T>> sum[MR][NV];
+  for_block<MR, NV>([&](int r, int j) HWY_ATTR { sum[r][j] = hn::Zero(d); });
+  add_product<MR, NV, T>(x, 1, x_stride, y, y_stride, depth, sum);
+  for_block<MR, NV>([&](int r, int j) HWY_ATTR {
+    T* to = s + r * s_stride + j * lanes<T>();
+    hn::StoreU(
+        decay == nullptr ? sum[r][j] : decayed_sum<T>(d, *decay, hn::LoadU(d, to), sum[r][j]), d,
+        to);
+  });
 }
 
-template <int NV, class T>
-void outer_columns(Block<const T> x, Block<const T> y, int64_t depth, int64_t rows,
-                   const Decay<T>* decay, Block<T> s, int64_t column) {
-  constexpr int MR = outer_rows(NV);
-  for (int64_t r = 0; r < rows; r += MR) {
-    outer_block<NV, T>(x.data + r, x.stride, y.data + column, y.stride, depth,
-                       HWY_MIN(rows - r, int64_t{MR}), decay, s.row(r) + column, s.stride);
+// For every register block of a product its share of what lies ahead.
+template <class T>
+struct AskAhead {
+  AskAhead(const Ahead& ahead, int64_t rows, int64_t columns)
+      : first(ahead.first, blocks(rows, columns)),
+        second(ahead.second, blocks(rows, columns)),
+        third(ahead.third, blocks(rows, columns)) {}
+  void ask() {
+    first.ask();
+    second.ask();
+    third.ask();
   }
-}
+  static int64_t blocks(int64_t rows, int64_t columns) {
+    const int64_t panel = kPanelVectors * lanes<T>();
+    const auto vectors = static_cast<int>(HWY_MIN(columns, panel) / lanes<T>());
+    return HWY_MAX(int64_t{1}, rows / block_rows(vectors)) * ((columns + panel - 1) / panel);
+  }
+  RowsAhead first, second, third;
+};
 
 template <class T>
 void outer(Block<const T> x, Block<const T> y, int64_t depth, int64_t rows, int64_t columns,
-           const Decay<T>* decay, Block<T> s) {
+           const Decay<T>* decay, Block<T> s, const Ahead& ahead) {
+  AskAhead<T> asker(ahead, rows, columns);
   for_even_shares(columns / lanes<T>(), kPanelVectors, [&](int64_t vector, int64_t count) {
     const int64_t column = vector * lanes<T>();
-    if (count == 1) return outer_columns<1, T>(x, y, depth, rows, decay, s, column);
-    if (count == 2) return outer_columns<2, T>(x, y, depth, rows, decay, s, column);
-    if constexpr (kPanelVectors > 2) {
-      if (count == 3) return outer_columns<3, T>(x, y, depth, rows, decay, s, column);
-      return outer_columns<4, T>(x, y, depth, rows, decay, s, column);
+    with_vectors(count, [&](auto vectors) {
+      for_row_blocks<vectors>(rows, [&](int64_t r, auto height) {
+        asker.ask();
+        outer_block<height, vectors, T>(x.data + r, x.stride, y.data + column, y.stride, depth,
+                                        decay, s.row(r) + column, s.stride);
+      });
+    });
+  });
+}
+
+template <int MR, int NV, class T>
+HWY_NOINLINE void read_block(const T* x, int64_t x_stride, const T* s, int64_t s_stride,
+                             int64_t depth, const T* factor, const T* added, const T* added_factor,
+                             T* o, int64_t o_stride) {
+  const Full<T> d;
+  hn::Vec<Full<T>> sum[MR][NV];
+  for_block<MR, NV>([&](int r, int j) HWY_ATTR { sum[r][j] = hn::Zero(d); });
+  add_product<MR, NV, T>(x, x_stride, 1, s, s_stride, depth, sum);
+  for_block<MR, NV>([&](int r, int j) HWY_ATTR {
+    auto result = sum[r][j];
+    if (factor != nullptr) result = hn::Mul(result, hn::Set(d, factor[r]));
+    if (added != nullptr) {
+      result =
+          hn::MulAdd(hn::Set(d, added_factor[r]), hn::LoadU(d, added + j * lanes<T>()), result);
     }
+    hn::StoreU(result, d, o + r * o_stride + j * lanes<T>());
+  });
+}
+
+template <class T>
+void read(Block<const T> x, Block<const T> s, int64_t rows, int64_t depth, int64_t columns,
+          const RowEnds<T>& ends, Block<T> o, const Ahead& ahead) {
+  AskAhead<T> asker(ahead, rows, columns);
+  const auto at = [](const T* p, int64_t i) { return p == nullptr ? nullptr : p + i; };
+  for_even_shares(columns / lanes<T>(), kPanelVectors, [&](int64_t vector, int64_t count) {
+    const int64_t column = vector * lanes<T>();
+    with_vectors(count, [&](auto vectors) {
+      for_row_blocks<vectors>(rows, [&](int64_t r, auto height) {
+        asker.ask();
+        read_block<height, vectors, T>(x.row(r), x.stride, s.data + column, s.stride, depth,
+                                       at(ends.factor, r), at(ends.added, column),
+                                       at(ends.added_factor, r), o.row(r) + column, o.stride);
+      });
+    });
   });
 }
 
@@ -182,6 +204,7 @@ void step(const T* q, const T* k, const T* v, int64_t features, int64_t columns,
 template <class T>
 void add_parts(ChunkKernels<T>& table) {
   table.outer = outer<T>;
+  table.read = read<T>;
   table.advance = advance<T>;
   table.scan = scan<T>;
   table.step = step<T>;

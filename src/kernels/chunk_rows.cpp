@@ -6,8 +6,9 @@
 // After foreach_target.
 #include "kernels/chunk_parts.h"
 #include "kernels/half_store-inl.h"
+#include "kernels/product_loops.h"
+#include "kernels/register_blocks-inl.h"
 #include "kernels/transpose-inl.h"
-#include "kernels/vector-inl.h"
 
 HWY_BEFORE_NAMESPACE();
 namespace heed::kernels::HWY_NAMESPACE {
@@ -126,6 +127,31 @@ void row_dots(Block<const T> a, Block<const T> b, int64_t rows, int64_t width, T
   for (int64_t r = 0; r < rows; ++r) dots[r] += dot(a.row(r), b.row(r), width);
 }
 
+template <int NV, class T>
+HWY_INLINE void sum_columns(Block<const T> x, const T* factor, int64_t rows, T* sum) {
+  const Full<T> d;
+  hn::Vec<Full<T>> total[1][NV];
+  for_block<1, NV>([&](int r, int j) HWY_ATTR { total[r][j] = hn::Zero(d); });
+  for (int64_t i = 0; i < rows; ++i) {
+    const auto f = hn::Set(d, factor == nullptr ? T{1} : factor[i]);
+    for_block<1, NV>([&](int r, int j) HWY_ATTR {
+      total[r][j] = hn::MulAdd(f, hn::LoadU(d, x.row(i) + j * lanes<T>()), total[r][j]);
+    });
+  }
+  for_block<1, NV>([&](int r, int j)
+                       HWY_ATTR { hn::StoreU(total[r][j], d, sum + j * lanes<T>()); });
+}
+
+template <class T>
+void sum_rows(Block<const T> x, const T* factor, int64_t rows, int64_t width, T* sum) {
+  for_even_shares(width / lanes<T>(), kPanelVectors, [&](int64_t vector, int64_t count) {
+    const int64_t column = vector * lanes<T>();
+    with_vectors(count, [&](auto vectors) {
+      sum_columns<vectors, T>({x.data + column, x.stride}, factor, rows, sum + column);
+    });
+  });
+}
+
 template <class T>
 void scale_rows(Block<T> x, int64_t rows, int64_t width, const T* factor) {
   const Full<T> d;
@@ -194,6 +220,7 @@ void add_parts(ChunkKernels<T>& table) {
   table.run_dots = run_dots<T>;
   table.run_add = run_add<T>;
   table.row_dots = row_dots<T>;
+  table.sum_rows = sum_rows<T>;
   table.scale_rows = scale_rows<T>;
   table.add_scaled = [](T factor, const T* x, int64_t width, T* y) {
     add_scaled(factor, x, width, y);

@@ -60,7 +60,7 @@ TYPED_TEST(Chunks, OuterProductsWithEveryDecay) {
       const Decay<T> decays[] = {{1, false}, {T(0.25), false}, {T(-0.125), true}};
       for (const Decay<T>* decay : {&decays[0], &decays[1], &decays[2], (const Decay<T>*)nullptr}) {
         Matrix<T> found = s;
-        k.outer(x.read(), y.read(), depth, rows, columns, decay, found.block());
+        k.outer(x.read(), y.read(), depth, rows, columns, decay, found.block(), {});
         const double factor = decay == nullptr ? 0 : double(decay->factor) + (decay->keep ? 1 : 0);
         for (int64_t r = 0; r < rows; ++r) {
           for (int64_t c = 0; c < columns; ++c) {
@@ -74,6 +74,36 @@ TYPED_TEST(Chunks, OuterProductsWithEveryDecay) {
   });
 }
 
+TYPED_TEST(Chunks, RowsReadFromAState) {
+  using T = TypeParam;
+  for_tables<T>([](const ChunkKernels<T>& k, Isa) {
+    for (const auto& [rows, depth, columns] :
+         {std::tuple<int64_t, int64_t, int64_t>{3, 0, 16}, {1, 1, 16}, {13, 7, 48}, {40, 65, 80}}) {
+      // What lies behind the last row is not read.
+      Matrix<T> x(rows, depth, depth + 3, 1), s(depth, columns, columns, 2),
+          o(rows, columns, columns + 16, 3), added(1, columns, columns, 4), factor(1, 64, 64, 5),
+          added_factor(1, 64, 64, 6);
+      const T guard = o.at(rows - 1, columns);
+      const Rows x_ahead{x.memory.data(), DType::f32, x.stride, rows, depth};
+      const RowEnds<T> all{factor.memory.data(), added.memory.data(), added_factor.memory.data()};
+      for (const RowEnds<T>& ends : {RowEnds<T>{}, RowEnds<T>{all.factor, nullptr, nullptr}, all}) {
+        k.read(x.read(), s.read(), rows, depth, columns, ends, o.block(), {x_ahead, x_ahead});
+        for (int64_t r = 0; r < rows; ++r) {
+          for (int64_t c = 0; c < columns; ++c) {
+            double want = 0;
+            for (int64_t i = 0; i < depth; ++i) want += double(x.at(r, i)) * double(s.at(i, c));
+            if (ends.factor != nullptr) want *= double(factor.at(0, r));
+            if (ends.added != nullptr)
+              want += double(added_factor.at(0, r)) * double(added.at(0, c));
+            ASSERT_NEAR(o.at(r, c), want, 4 * unit<T>() * std::sqrt(double(depth + 1)));
+          }
+        }
+        EXPECT_EQ(o.at(rows - 1, columns), guard);
+      }
+    }
+  });
+}
+
 TYPED_TEST(Chunks, AdvanceIsAScanStepAndOuterInParts) {
   using T = TypeParam;
   for_tables<T>([](const ChunkKernels<T>& k, Isa) {
@@ -81,8 +111,8 @@ TYPED_TEST(Chunks, AdvanceIsAScanStepAndOuterInParts) {
     for (const Decay<T>& decay :
          {Decay<T>{1, false}, Decay<T>{T(0.3), false}, Decay<T>{T(-0.1), true}}) {
       Matrix<T> together = s, apart = s, scanned = s, slot = sum;
-      k.outer(x.read(), y.read(), 9, 5, 32, &decay, together.block());
-      k.outer(x.read(), y.read(), 9, 5, 32, nullptr, sum.block());
+      k.outer(x.read(), y.read(), 9, 5, 32, &decay, together.block(), {});
+      k.outer(x.read(), y.read(), 9, 5, 32, nullptr, sum.block(), {});
       k.advance(apart.memory.data(), sum.memory.data(), 5 * 32, decay);
       slot = sum;
       k.scan(scanned.memory.data(), slot.memory.data(), 5 * 32, decay);
@@ -345,6 +375,18 @@ TYPED_TEST(Chunks, RowsOneByOne) {
     k.row_dots(a.read(), b.read(), 5, 48, dots.data());
     k.row_dots(a.read(), {b.memory.data(), 0}, 5, 48, same.data());
     k.scale_rows(scaled.block(), 5, 48, factor.memory.data());
+    std::vector<T> total(48, 7), weighted(48, 7);
+    k.sum_rows(a.read(), nullptr, 5, 48, total.data());
+    k.sum_rows(a.read(), factor.memory.data(), 5, 48, weighted.data());
+    for (int64_t c = 0; c < 48; ++c) {
+      double plain = 0, product = 0;
+      for (int64_t r = 0; r < 5; ++r) {
+        plain += double(a.at(r, c));
+        product += double(a.at(r, c)) * double(factor.at(0, r));
+      }
+      ASSERT_NEAR(total[static_cast<size_t>(c)], plain, 10 * unit<T>());
+      ASSERT_NEAR(weighted[static_cast<size_t>(c)], product, 10 * unit<T>());
+    }
     k.add_scaled(T(-0.5), b.memory.data(), 5 * 48, sum.memory.data());
     for (int64_t r = 0; r < 5; ++r) {
       double own = 1, first = 0;

@@ -39,39 +39,49 @@ HWY_INLINE void map_rows(const T* a, const T* b, int64_t n, T* to, F&& f) {
   });
 }
 
-// max sign * z; NaN if one is.
+// Numbers of the two halves of a row, whose exponents are z and -z.
 template <class T>
-T largest(const T* z, int64_t n, T sign) {
+struct Halves {
+  T first = 0, second = 0;
+};
+
+// max z and max -z; NaN if an element is.
+template <class T>
+HWY_INLINE Halves<T> largest(const T* z, int64_t n) {
   const Full<T> d;
-  const auto s = hn::Set(d, sign);
-  auto most = hn::Set(d, -std::numeric_limits<T>::infinity());
-  auto bad = hn::Zero(d);
+  constexpr T kInfinity = std::numeric_limits<T>::infinity();
+  auto most = hn::Set(d, -kInfinity), least = hn::Set(d, kInfinity), bad = hn::Zero(d);
   for_each_vector<T>(n, [&](int64_t i, auto all) HWY_ATTR {
-    const auto x = hn::Mul(s, load_some<T>(all, z + i));
+    const auto x = load_some<T>(all, z + i);
     bad = hn::IfThenElse(hn::IsNaN(x), x, bad);
-    most = hn::Max(most, covered_or<T>(all, x, -std::numeric_limits<T>::infinity()));
+    most = hn::Max(most, covered_or<T>(all, x, -kInfinity));
+    least = hn::Min(least, covered_or<T>(all, x, kInfinity));
   });
-  if (!hn::AllFalse(d, hn::IsNaN(bad))) return std::numeric_limits<T>::quiet_NaN();
-  return hn::GetLane(hn::MaxOfLanes(d, most));
+  constexpr T kNan = std::numeric_limits<T>::quiet_NaN();
+  if (!hn::AllFalse(d, hn::IsNaN(bad))) return {kNan, kNan};
+  return {hn::GetLane(hn::MaxOfLanes(d, most)), -hn::GetLane(hn::MinOfLanes(d, least))};
 }
 
-// e[i] = exp(slope * z[i] - shift); returns the sum.
+// exp(slope z - shift) and, behind them, exp(-slope z - shift), each with its own shift; returns sums.
 template <class T>
-T exponentials(const T* z, int64_t n, T slope, T shift, T* e) {
+HWY_INLINE Halves<T> exponentials(const T* z, int64_t n, T slope, Halves<T> shift, T* e) {
   const Full<T> d;
-  const auto s = hn::Set(d, slope), m = hn::Set(d, shift);
-  auto sum = hn::Zero(d);
+  const auto s = hn::Set(d, slope), m = hn::Set(d, shift.first), k = hn::Set(d, shift.second);
+  auto first = hn::Zero(d), second = hn::Zero(d);
   for_each_vector<T>(n, [&](int64_t i, auto all) HWY_ATTR {
-    const auto x = exp_of<T>(hn::MulSub(s, load_some<T>(all, z + i), m));
-    sum = hn::Add(sum, covered_or<T>(all, x, T{0}));
-    store_some<T>(all, x, e + i);
+    const auto x = load_some<T>(all, z + i);
+    const auto up = exp_of<T>(hn::MulSub(s, x, m)), down = exp_of<T>(hn::NegMulSub(s, x, k));
+    first = hn::Add(first, covered_or<T>(all, up, T{0}));
+    second = hn::Add(second, covered_or<T>(all, down, T{0}));
+    store_some<T>(all, up, e + i);
+    store_some<T>(all, down, e + n + i);
   });
-  return hn::GetLane(hn::SumOfLanes(d, sum));
+  return {hn::GetLane(hn::SumOfLanes(d, first)), hn::GetLane(hn::SumOfLanes(d, second))};
 }
 
 // max(x * factor, floor), NaN stays NaN.
 template <class T>
-void scale_to_floor(T* x, int64_t n, T factor, T floor) {
+HWY_INLINE void scale_to_floor(T* x, int64_t n, T factor, T floor) {
   const Full<T> d;
   const auto f = hn::Set(d, factor), least = hn::Set(d, floor);
   map_row<T>(x, n, x, [&](V<T> v) HWY_ATTR {
@@ -80,40 +90,49 @@ void scale_to_floor(T* x, int64_t n, T factor, T floor) {
   });
 }
 
-// The kinds made of two halves with the exponents z and -z: both halves of e, unnormalised, and the
-// factors that normalise them.
 template <class T>
-struct Halves {
-  T first = 1, second = 1;
-};
+HWY_INLINE T exponent_slope(FeatureKind kind) {
+  return kind == FeatureKind::hedgehog_joint ? 2 : 1;
+}
+
+// What is subtracted from the exponents slope z and -slope z.
 template <class T>
-Halves<T> hedgehog_halves(FeatureKind kind, const T* z, int64_t n, T* e) {
-  switch (kind) {
-    case FeatureKind::hedgehog_exp:
-      exponentials<T>(z, n, 1, 0, e);
-      exponentials<T>(z, n, -1, 0, e + n);
-      return {};
-    case FeatureKind::hedgehog_joint: {
-      const T most = 2 * std::max(largest<T>(z, n, 1), largest<T>(z, n, -1));
-      const T first = exponentials<T>(z, n, 2, most, e);
-      const T sum = first + exponentials<T>(z, n, -2, most, e + n);
-      return {1 / sum, 1 / sum};
-    }
-    default: {
-      const T first = exponentials<T>(z, n, 1, largest<T>(z, n, 1), e);
-      const T second = exponentials<T>(z, n, -1, largest<T>(z, n, -1), e + n);
-      if (kind == FeatureKind::hedgehog_exp_max) return {};
-      return {1 / first, 1 / second};
-    }
-  }
+HWY_INLINE Halves<T> shifts(FeatureKind kind, const T* z, int64_t n) {
+  if (kind == FeatureKind::hedgehog_exp) return {};
+  const Halves<T> most = largest(z, n);
+  if (kind != FeatureKind::hedgehog_joint) return most;
+  const T both = 2 * std::max(most.first, most.second);
+  return {both, both};
+}
+
+// Factors that normalise exponentials with these sums.
+template <class T>
+HWY_INLINE Halves<T> normalisers(FeatureKind kind, Halves<T> sums) {
+  if (kind == FeatureKind::hedgehog_joint) sums.first = sums.second = sums.first + sums.second;
+  if (kind == FeatureKind::hedgehog_exp || kind == FeatureKind::hedgehog_exp_max) return {1, 1};
+  return {1 / sums.first, 1 / sums.second};
 }
 
 template <class T>
-void hedgehog_forward(const FeatureRows<T>& in, const T* z, T* phi) {
-  const Halves<T> factors = hedgehog_halves(in.kind, z, in.width, phi);
-  if (in.kind == FeatureKind::hedgehog_exp) return;
-  scale_to_floor(phi, in.width, factors.first, in.floor);
-  scale_to_floor(phi + in.width, in.width, factors.second, in.floor);
+void hedgehog_forward(const FeatureRows<T>& in, Block<T> phi) {
+  constexpr int64_t kTogether = 8;  // rows a step: the steps of one row wait for each other
+  const int64_t n = in.width;
+  for (int64_t begin = 0; begin < in.rows; begin += kTogether) {
+    const int64_t count = std::min(kTogether, in.rows - begin);
+    Halves<T> numbers[kTogether];
+    for (int64_t i = 0; i < count; ++i) numbers[i] = shifts(in.kind, in.z.row(begin + i), n);
+    for (int64_t i = 0; i < count; ++i) {
+      numbers[i] =
+          normalisers(in.kind, exponentials(in.z.row(begin + i), n, exponent_slope<T>(in.kind),
+                                            numbers[i], phi.row(begin + i)));
+    }
+    if (in.kind == FeatureKind::hedgehog_exp) continue;
+    for (int64_t i = 0; i < count; ++i) {
+      T* row = phi.row(begin + i);
+      scale_to_floor(row, n, numbers[i].first, in.floor);
+      scale_to_floor(row + n, n, numbers[i].second, in.floor);
+    }
+  }
 }
 
 template <class T>
@@ -152,10 +171,8 @@ void forward_row(const FeatureRows<T>& in, int64_t row, T* phi) {
         return hn::Mul(factor, exp_of<T>(hn::Sub(x, shift)));
       });
     }
-    case FeatureKind::taylor2:
-      return taylor_forward(in, z, phi);
     default:
-      return hedgehog_forward(in, z, phi);
+      return taylor_forward(in, z, phi);
   }
 }
 
@@ -191,7 +208,9 @@ void add_weighted(const T* e, const T* g, int64_t n, T factor, T mean, T* dz) {
 template <class T>
 void hedgehog_backward(const FeatureRows<T>& in, const T* z, const T* dphi, T* dz, T* e, T* g) {
   const int64_t n = in.width;
-  const Halves<T> factors = hedgehog_halves(in.kind, z, n, e);
+  const T slope = exponent_slope<T>(in.kind);
+  const Halves<T> factors =
+      normalisers(in.kind, exponentials(z, n, slope, shifts(in.kind, z, n), e));
   const T floor =
       in.kind == FeatureKind::hedgehog_exp ? -std::numeric_limits<T>::infinity() : in.floor;
   T first = gradients_above_floor(e, n, factors.first, floor, dphi, g);
@@ -200,7 +219,6 @@ void hedgehog_backward(const FeatureRows<T>& in, const T* z, const T* dphi, T* d
   const bool exponential =
       in.kind == FeatureKind::hedgehog_exp || in.kind == FeatureKind::hedgehog_exp_max;
   if (in.kind == FeatureKind::hedgehog_joint) first = second = first + second;
-  const T slope = in.kind == FeatureKind::hedgehog_joint ? 2 : 1;
   add_weighted(e, g, n, slope * factors.first, exponential ? T{0} : first, dz);
   add_weighted(e + n, g + n, n, -slope * factors.second, exponential ? T{0} : second, dz);
   if (in.kind == FeatureKind::hedgehog_exp_max && n > 0) {
@@ -259,23 +277,37 @@ void elementwise_backward(FeatureKind kind, const T* z, const T* dphi, int64_t n
   });
 }
 
+bool is_hedgehog(FeatureKind kind) {
+  return kind == FeatureKind::hedgehog_exp || kind == FeatureKind::hedgehog_softmax ||
+         kind == FeatureKind::hedgehog_exp_max || kind == FeatureKind::hedgehog_joint;
+}
+
+bool element_by_element(FeatureKind kind) {
+  return kind == FeatureKind::elu1 || kind == FeatureKind::relu || kind == FeatureKind::exp;
+}
+
 template <class T>
 void forward(const FeatureRows<T>& in, Block<T> phi) {
+  if (element_by_element(in.kind) && in.z.stride == in.width && phi.stride == in.width) {
+    FeatureRows<T> row = in;  // all of them together
+    row.width = in.rows * in.width;
+    return forward_row(row, 0, phi.data);
+  }
+  if (is_hedgehog(in.kind)) return hedgehog_forward(in, phi);
   for (int64_t r = 0; r < in.rows; ++r) forward_row(in, r, phi.row(r));
 }
 
 template <class T>
 void backward(const FeatureRows<T>& in, Block<const T> dphi, Block<T> dz, T* row_sums) {
-  std::vector<T> scratch(static_cast<size_t>(4 * in.width));
+  std::vector<T> scratch(element_by_element(in.kind) ? 0 : static_cast<size_t>(4 * in.width));
   T* first = scratch.data();
   for (int64_t r = 0; r < in.rows; ++r) {
     const T *z = in.z.row(r), *g = dphi.row(r);
+    if (element_by_element(in.kind)) {
+      elementwise_backward(in.kind, z, g, in.width, dz.row(r));
+      continue;
+    }
     switch (in.kind) {
-      case FeatureKind::elu1:
-      case FeatureKind::relu:
-      case FeatureKind::exp:
-        elementwise_backward(in.kind, z, g, in.width, dz.row(r));
-        break;
       case FeatureKind::performer:
         row_sums[r] = performer_backward(in, r, g, dz.row(r));
         break;

@@ -1,5 +1,5 @@
-// Register blocks of MR rows x NV vectors, as in products.cpp, but on operands as they lie in scratch
-// memory: the left one by any strides (it is broadcast), the right one and the result by rows.
+// Products of operands as they lie in scratch memory: the left one by any strides (it is broadcast), the
+// right one and the result by rows.
 #include "kernels/matrix.h"
 
 #include "kernels/simd.h"
@@ -7,13 +7,11 @@
 #define HWY_TARGET_INCLUDE "kernels/matrix.cpp"
 #include <hwy/foreach_target.h>
 // After foreach_target.
-#include <type_traits>
-
 #include "kernels/by_isa.h"
 #include "kernels/parts.h"
 #include "kernels/product_loops.h"
+#include "kernels/register_blocks-inl.h"
 #include "kernels/row_loops-inl.h"
-#include "kernels/vector-inl.h"
 
 HWY_BEFORE_NAMESPACE();
 namespace heed::kernels::HWY_NAMESPACE {
@@ -62,54 +60,17 @@ void transpose(Block<const T> from, int64_t rows, int64_t columns, Block<T> to) 
   }
 }
 
-constexpr int tall_block(int vectors) {
-  return kPanelVectors == 4 ? (vectors == 4 ? 6 : vectors == 3 ? 8 : 12) : (vectors == 2 ? 6 : 12);
-}
-
 template <int MR, int NV, class T>
 HWY_NOINLINE void multiply_block(Factor<T> a, Block<const T> b, int64_t depth, Block<T> c,
                                  bool add) {
   const Full<T> d;
   hn::Vec<Full<T>> sum[MR][NV];
-#pragma GCC unroll 12
-  for (int r = 0; r < MR; ++r) {
-#pragma GCC unroll 4
-    for (int j = 0; j < NV; ++j) {
-      sum[r][j] = add ? hn::LoadU(d, c.row(r) + j * lanes<T>()) : hn::Zero(d);
-    }
-  }
-  for (int64_t k = 0; k < depth; ++k) {
-    hn::Vec<Full<T>> row[NV];
-#pragma GCC unroll 4
-    for (int j = 0; j < NV; ++j) row[j] = hn::LoadU(d, b.row(k) + j * lanes<T>());
-#pragma GCC unroll 12
-    for (int r = 0; r < MR; ++r) {
-      const auto x = hn::Set(d, a.data[r * a.row + k * a.depth]);
-#pragma GCC unroll 4
-      for (int j = 0; j < NV; ++j) sum[r][j] = hn::MulAdd(x, row[j], sum[r][j]);
-    }
-  }
-#pragma GCC unroll 12
-  for (int r = 0; r < MR; ++r) {
-#pragma GCC unroll 4
-    for (int j = 0; j < NV; ++j) hn::StoreU(sum[r][j], d, c.row(r) + j * lanes<T>());
-  }
-}
-
-// All rows against one panel of NV vectors: blocks as tall as registers allow, then the remainder.
-template <int NV, class T>
-void multiply_panel(Factor<T> a, Block<const T> b, int64_t depth, Block<T> c, int64_t rows,
-                    bool add) {
-  const auto blocks = [&](auto height, int64_t r) {
-    for (; r + height <= rows; r += height) {
-      multiply_block<height, NV, T>({a.data + r * a.row, a.row, a.depth}, b, depth,
-                                    {c.row(r), c.stride}, add);
-    }
-    return r;
-  };
-  int64_t done = blocks(std::integral_constant<int, tall_block(NV)>(), 0);
-  done = blocks(std::integral_constant<int, 4>(), done);
-  blocks(std::integral_constant<int, 1>(), done);
+  for_block<MR, NV>([&](int r, int j) HWY_ATTR {
+    sum[r][j] = add ? hn::LoadU(d, c.row(r) + j * lanes<T>()) : hn::Zero(d);
+  });
+  add_product<MR, NV, T>(a.data, a.row, a.depth, b.data, b.stride, depth, sum);
+  for_block<MR, NV>([&](int r, int j)
+                        HWY_ATTR { hn::StoreU(sum[r][j], d, c.row(r) + j * lanes<T>()); });
 }
 
 template <class T>
@@ -118,25 +79,26 @@ void multiply(Factor<T> a, Block<const T> b, int64_t depth, Block<T> c, int64_t 
   // Rows of b whose panel stays in the first-level cache while all rows of a pass over them.
   constexpr int64_t kRun =
       16 * 1024 / (kPanelVectors * lanes<T>() * static_cast<int64_t>(sizeof(T)));
-  const int64_t vectors = round_up(columns, lanes<T>()) / lanes<T>();
-  for_even_shares(vectors, kPanelVectors, [&](int64_t vector, int64_t count) {
-    const int64_t column = vector * lanes<T>();
-    int64_t k = 0;
-    do {  // once even without depth: c must become 0
-      const int64_t run = HWY_MIN(kRun, depth - k);
-      const Factor<T> left{a.data + k * a.depth, a.row, a.depth};
-      const Block<const T> right{b.data + k * b.stride + column, b.stride};
-      const Block<T> to{c.data + column, c.stride};
-      const bool keep = add || k > 0;
-      if (count == 1) multiply_panel<1, T>(left, right, run, to, rows, keep);
-      if (count == 2) multiply_panel<2, T>(left, right, run, to, rows, keep);
-      if constexpr (kPanelVectors > 2) {
-        if (count == 3) multiply_panel<3, T>(left, right, run, to, rows, keep);
-        if (count == 4) multiply_panel<4, T>(left, right, run, to, rows, keep);
-      }
-      k += run;
-    } while (k < depth);
-  });
+  for_even_shares(round_up(columns, lanes<T>()) / lanes<T>(), kPanelVectors,
+                  [&](int64_t vector, int64_t count) {
+                    const int64_t column = vector * lanes<T>();
+                    int64_t k = 0;
+                    do {  // once even without depth: c must become 0
+                      const int64_t run = HWY_MIN(kRun, depth - k);
+                      const Factor<T> left{a.data + k * a.depth, a.row, a.depth};
+                      const Block<const T> right{b.data + k * b.stride + column, b.stride};
+                      const Block<T> to{c.data + column, c.stride};
+                      const bool keep = add || k > 0;
+                      with_vectors(count, [&](auto vectors) {
+                        for_row_blocks<vectors>(rows, [&](int64_t r, auto height) {
+                          multiply_block<height, vectors, T>(
+                              {left.data + r * left.row, left.row, left.depth}, right, run,
+                              {to.row(r), to.stride}, keep);
+                        });
+                      });
+                      k += run;
+                    } while (k < depth);
+                  });
 }
 
 template <class T>

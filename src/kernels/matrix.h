@@ -58,6 +58,32 @@ struct MatrixKernels {
 template <class T>
 const MatrixKernels<T>& matrix_kernels(Isa isa);
 
+/// Whether rows are what scratch matrices are: T in whole vectors.
+template <class T>
+bool are_whole(const MatrixKernels<T>& kernels, DType dtype, int64_t width) {
+  return dtype == (sizeof(T) == 8 ? DType::f64 : DType::f32) && width % kernels.lanes == 0;
+}
+
+/// Rows where they lie if they are whole, else loaded into the block.
+template <class T>
+Block<const T> whole_rows(const MatrixKernels<T>& kernels, const Rows& from, Block<T> block) {
+  if (are_whole(kernels, from.dtype, from.width)) {
+    return {static_cast<const T*>(from.data), from.stride};
+  }
+  kernels.load_rows(from, block);
+  return {block.data, block.stride};
+}
+
+/// The rows of a result themselves if they are whole, else the block; `make` fills what it is given.
+template <class T, class Make>
+void make_rows(const MatrixKernels<T>& kernels, const RowsOut& to, Block<T> block, Make&& make) {
+  if (are_whole(kernels, to.dtype, to.width)) {
+    return make(Block<T>{static_cast<T*>(to.data), to.stride});
+  }
+  make(block);
+  kernels.store_rows({block.data, block.stride}, to);
+}
+
 /// Elements from one row of a scratch matrix to the next: whole vectors, one more than `columns` needs
 /// where `slack` is set, and never a multiple of 4 KiB (rows would then share cache sets).
 template <class T>

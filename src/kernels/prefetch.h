@@ -1,6 +1,8 @@
 // Asking for rows of keys and values ahead of their use, one cache line for each that is used, so that
 // requests come as evenly as their lines.
 #pragma once
+#include <algorithm>
+#include <cstddef>
 #include <cstdint>
 
 #include "base/round_up.h"
@@ -29,5 +31,33 @@ inline void prefetch_far(const void* p, int64_t ahead) {
       reinterpret_cast<const void*>(reinterpret_cast<uintptr_t>(p) + static_cast<uintptr_t>(ahead)),
       0, 2);
 }
+
+/// Rows asked for in equal shares, as evenly as the products between them take time.
+class RowsAhead {
+ public:
+  RowsAhead(const Rows& rows, int64_t shares) {
+    const auto element = static_cast<int64_t>(size_of(rows.dtype));
+    const bool together = rows.stride == rows.width;
+    next_ = static_cast<const std::byte*>(rows.data);
+    row_bytes_ = rows.width * element * (together ? rows.count : 1);
+    step_ = rows.stride * element;
+    left_ = next_ == nullptr ? 0 : (row_bytes_ + kLine - 1) / kLine * (together ? 1 : rows.count);
+    share_ = (left_ + shares - 1) / std::max<int64_t>(1, shares);
+  }
+  void ask() {
+    for (int64_t i = std::min(share_, left_); i > 0; --i, --left_) {
+      prefetch_far(next_, done_);
+      done_ += kLine;
+      if (done_ < row_bytes_) continue;
+      done_ = 0;
+      next_ += step_;
+    }
+  }
+
+ private:
+  static constexpr int64_t kLine = 64;
+  const std::byte* next_;
+  int64_t row_bytes_, step_, left_, share_, done_ = 0;
+};
 
 }  // namespace heed::kernels

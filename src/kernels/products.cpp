@@ -1,54 +1,16 @@
-// The matrix products of a tile: scores Q K^T, weighted sums P V and, backward, X^T W, as register
-// blocks of MR rows x NV vectors. Per vector of B loaded, MR fused multiply-adds; per broadcast of A, NV.
+// The matrix products of a tile: scores Q K^T, weighted sums P V and, backward, X^T W.
 #include "kernels/simd.h"
 #undef HWY_TARGET_INCLUDE
 #define HWY_TARGET_INCLUDE "kernels/products.cpp"
 #include <hwy/foreach_target.h>
 // After foreach_target.
-#include <type_traits>
-
 #include "kernels/parts.h"
 #include "kernels/product_loops.h"
-#include "kernels/vector-inl.h"
+#include "kernels/register_blocks-inl.h"
 
 HWY_BEFORE_NAMESPACE();
 namespace heed::kernels::HWY_NAMESPACE {
 namespace hn = hwy::HWY_NAMESPACE;
-
-// Rows per register block for NV vectors of columns.
-constexpr int block_rows(int vectors) {
-  return kPanelVectors == 4 ? (vectors == 4 ? 6 : vectors == 3 ? 8 : 12) : (vectors == 2 ? 6 : 12);
-}
-
-// Calls body with the number of vectors as a constant, 1 to kPanelVectors.
-template <class Body>
-HWY_INLINE void with_vectors(int64_t vectors, Body&& body) {
-  if (vectors == 1) return body(std::integral_constant<int, 1>());
-  if (vectors == 2) return body(std::integral_constant<int, 2>());
-  if constexpr (kPanelVectors > 2) {
-    if (vectors == 3) return body(std::integral_constant<int, 3>());
-    return body(std::integral_constant<int, 4>());
-  }
-}
-
-// acc[r][j] += sum_i a[r * a_stride + i * a_step] * b[i * b_stride + j * lanes], i in [0, depth)
-template <int MR, int NV, class T>
-HWY_INLINE void multiply(const T* HWY_RESTRICT a, int64_t a_stride, int64_t a_step,
-                         const T* HWY_RESTRICT b, int64_t b_stride, int64_t depth,
-                         hn::Vec<Full<T>> (&acc)[MR][NV]) {
-  const Full<T> d;
-  for (int64_t i = 0; i < depth; ++i) {
-    hn::Vec<Full<T>> column[NV];
-#pragma GCC unroll 4
-    for (int j = 0; j < NV; ++j) column[j] = hn::LoadU(d, b + i * b_stride + j * lanes<T>());
-#pragma GCC unroll 12
-    for (int r = 0; r < MR; ++r) {
-      const auto x = hn::Set(d, a[r * a_stride + i * a_step]);
-#pragma GCC unroll 4
-      for (int j = 0; j < NV; ++j) acc[r][j] = hn::MulAdd(x, column[j], acc[r][j]);
-    }
-  }
-}
 
 template <int NV, class T>
 HWY_NOINLINE void score_block(const T* q, int64_t q_stride, const T* panel, int64_t panel_width,
@@ -56,17 +18,10 @@ HWY_NOINLINE void score_block(const T* q, int64_t q_stride, const T* panel, int6
   constexpr int MR = 6;
   const Full<T> d;
   hn::Vec<Full<T>> acc[MR][NV];
-#pragma GCC unroll 6
-  for (int r = 0; r < MR; ++r) {
-#pragma GCC unroll 4
-    for (int j = 0; j < NV; ++j) acc[r][j] = hn::Zero(d);
-  }
-  multiply<MR, NV, T>(q, q_stride, 1, panel, panel_width, width, acc);
-#pragma GCC unroll 6
-  for (int r = 0; r < MR; ++r) {
-#pragma GCC unroll 4
-    for (int j = 0; j < NV; ++j) hn::StoreU(acc[r][j], d, s + r * s_stride + j * lanes<T>());
-  }
+  for_block<MR, NV>([&](int r, int j) HWY_ATTR { acc[r][j] = hn::Zero(d); });
+  add_product<MR, NV, T>(q, q_stride, 1, panel, panel_width, width, acc);
+  for_block<MR, NV>([&](int r, int j)
+                        HWY_ATTR { hn::StoreU(acc[r][j], d, s + r * s_stride + j * lanes<T>()); });
 }
 
 template <class T>
@@ -101,12 +56,9 @@ HWY_NOINLINE void accumulate_block(const T* p, int64_t p_stride, const T* v, int
       acc[r][j] = hn::Mul(c, hn::LoadU(d, o + r * o_stride + j * lanes<T>()));
     }
   }
-  multiply<MR, NV, T>(p, p_stride, 1, v, v_stride, keys, acc);
-#pragma GCC unroll 12
-  for (int r = 0; r < MR; ++r) {
-#pragma GCC unroll 4
-    for (int j = 0; j < NV; ++j) hn::StoreU(acc[r][j], d, o + r * o_stride + j * lanes<T>());
-  }
+  add_product<MR, NV, T>(p, p_stride, 1, v, v_stride, keys, acc);
+  for_block<MR, NV>([&](int r, int j)
+                        HWY_ATTR { hn::StoreU(acc[r][j], d, o + r * o_stride + j * lanes<T>()); });
 }
 
 template <class T>
@@ -144,17 +96,11 @@ HWY_NOINLINE void column_block(const T* x, int64_t x_stride, const T* w, int64_t
                                int64_t rows, T* c, int64_t c_stride) {
   const Full<T> d;
   hn::Vec<Full<T>> acc[MR][NV];
-#pragma GCC unroll 6
-  for (int f = 0; f < MR; ++f) {
-#pragma GCC unroll 4
-    for (int j = 0; j < NV; ++j) acc[f][j] = hn::LoadU(d, c + f * c_stride + j * lanes<T>());
-  }
-  multiply<MR, NV, T>(x, 1, x_stride, w, w_stride, rows, acc);
-#pragma GCC unroll 6
-  for (int f = 0; f < MR; ++f) {
-#pragma GCC unroll 4
-    for (int j = 0; j < NV; ++j) hn::StoreU(acc[f][j], d, c + f * c_stride + j * lanes<T>());
-  }
+  for_block<MR, NV>([&](int f, int j)
+                        HWY_ATTR { acc[f][j] = hn::LoadU(d, c + f * c_stride + j * lanes<T>()); });
+  add_product<MR, NV, T>(x, 1, x_stride, w, w_stride, rows, acc);
+  for_block<MR, NV>([&](int f, int j)
+                        HWY_ATTR { hn::StoreU(acc[f][j], d, c + f * c_stride + j * lanes<T>()); });
 }
 
 template <class T>

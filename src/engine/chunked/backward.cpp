@@ -16,7 +16,8 @@ Tensor or_own(const Tensor& wanted, const Tensor& like, Array& own) {
 template <class T>
 void backward(const Problem<T>& problem, const Tensor& out, const State& last,
               const Gradients& gradients, const RunOptions& run) {
-  const bool queries = gradients.q.defined() || gradients.slopes != nullptr;
+  const bool queries =
+      gradients.q.defined() || gradients.slopes != nullptr || gradients.scales != nullptr;
   const State& initial = gradients.initial;
   const bool keys = gradients.k.defined() || gradients.v.defined() || initial.sums.defined() ||
                     initial.keys.defined() || initial.values.defined();

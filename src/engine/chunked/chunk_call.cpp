@@ -3,6 +3,8 @@
 #include <cmath>
 #include <limits>
 
+#include "kernels/matrix.h"
+
 namespace heed::chunked {
 
 namespace {
@@ -14,7 +16,7 @@ template <class T>
 CallKind kind_of(const Problem<T>& problem) {
   const Policy<T>& policy = problem.policy;
   const bool mapped = policy.maps.q != nullptr || policy.maps.k != nullptr || policy.sums;
-  return {problem.q.dtype(), problem.k.size(2), mapped,
+  return {problem.q.dtype(), problem.k.size(2), mapped, problem.causal,
           std::min(policy.features, problem.v.size(3))};
 }
 
@@ -144,8 +146,25 @@ void ChunkCall<T>::features(const Source<T>& source, int64_t first, int64_t coun
 }
 
 template <class T>
+kernels::Block<const T> ChunkCall<T>::whole_rows(const Rows& x, Block block) const {
+  if (x.dtype == as_rows({}, 0, 0).dtype && x.width % products_.dim_multiple == 0) {
+    return {static_cast<const T*>(x.data), x.stride};
+  }
+  rows_.pack_rows(x, nullptr, block);
+  return {block.data, block.stride};
+}
+
+template <class T>
+kernels::Block<const T> ChunkCall<T>::whole_features(const Source<T>& source, int64_t first,
+                                                     int64_t count, Block block) const {
+  if (source.map == nullptr && count == source.rows.width) return whole_rows(source.rows, block);
+  features(source, first, count, block);
+  return {block.data, block.stride};
+}
+
+template <class T>
 StateView<T> ChunkCall<T>::view(T* state) const {
-  StateView<T> v{{state, padded_values_}, nullptr, nullptr};
+  StateView<T> v{{state, padded_values_}};
   T* next = state + features_ * padded_values_;
   if (problem_.policy.key_sum) {
     v.keys = next;
@@ -153,6 +172,21 @@ StateView<T> ChunkCall<T>::view(T* state) const {
   }
   if (problem_.policy.value_sum) v.values = next;
   return v;
+}
+
+template <class T>
+StateView<T> ChunkCall<T>::totals(T* state) const {
+  StateView<T> v = view(state);
+  if (reads_totals()) v.transposed = {state + state_size_, padded_features_};
+  return v;
+}
+
+template <class T>
+void ChunkCall<T>::transpose_totals(T* state) const {
+  const StateView<T> v = totals(state);
+  if (v.transposed.data == nullptr) return;
+  kernels::matrix_kernels<T>(path_.isa).transpose({v.sums.data, v.sums.stride}, features_,
+                                                  value_dim_, v.transposed);
 }
 
 namespace {
@@ -203,7 +237,7 @@ template <class T>
 typename ChunkCall<T>::UpdateMemory ChunkCall<T>::update_memory(Cutter& cut) const {
   const int64_t padded_tile = round_up(tile_, products_.dim_multiple);
   UpdateMemory m;
-  m.x = {cut.take<T>(chunk_ * padded_tile + kernels::kOuterSlack), padded_tile};
+  m.x = {cut.take<T>(chunk_ * padded_tile), padded_tile};
   m.y = {cut.take<T>(chunk_ * padded_values_), padded_values_};
   m.row = cut.take<T>(std::max(padded_features_, padded_values_));
   if (half_) {
@@ -236,13 +270,24 @@ void ChunkCall<T>::add_half_outer(const Added& added, const Decay<T>* decay, Blo
 template <class T>
 void ChunkCall<T>::add_to_sum(kernels::Block<const T> x, const T* factor, int64_t count,
                               int64_t width, bool fresh, const UpdateMemory& m, T* sum) const {
-  std::fill_n(m.row, width, T{0});
-  rows_.run_add(x, factor, {0, count}, {}, nullptr, {}, width, false, m.row);
-  if (fresh) {
-    std::copy_n(m.row, width, sum);
-  } else {
-    rows_.advance(sum, m.row, width, {});
+  rows_.sum_rows(x, factor, count, width, fresh ? sum : m.row);
+  if (!fresh) rows_.advance(sum, m.row, width, {});
+}
+
+template <class T>
+kernels::Block<const T> ChunkCall<T>::update_rows(const Added& added, kernels::Block<const T> psi,
+                                                  int64_t first, int64_t count, Block block) const {
+  const bool same = psi.data != nullptr && !separate_sums();
+  if (added.factor == nullptr) {
+    return same ? psi : whole_features(added.x, first, count, block);
   }
+  if (added.x.map == nullptr) {
+    rows_.pack_rows(added.x.rows, added.factor, block);
+  } else {
+    if (!same) features(added.x, first, count, block);
+    rows_.scale_rows(block, added.y.count, block.stride, added.factor);
+  }
+  return {block.data, block.stride};
 }
 
 template <class T>
@@ -250,12 +295,8 @@ void ChunkCall<T>::update_state(const Added& added, const Decay<T>& decay, bool 
                                 const StateView<T>& state, const UpdateMemory& m) const {
   const int64_t depth = added.y.count;
   const Decay<T>* chosen = fresh ? nullptr : &decay;
-  kernels::Block<const T> y{m.y.data, m.y.stride};
-  if (!half_ && added.y.dtype == as_rows({}, 0, 0).dtype && value_dim_ == padded_values_) {
-    y = {static_cast<const T*>(added.y.data), added.y.stride};  // whole vectors as they lie
-  } else if (!half_ || state.values != nullptr) {
-    rows_.pack_rows(added.y, nullptr, m.y);
-  }
+  kernels::Block<const T> y;
+  if (!half_ || state.values != nullptr) y = whole_rows(added.y, m.y);
   if (state.values != nullptr) {
     add_to_sum(y, added.value_factor, depth, padded_values_, fresh, m, state.values);
   }
@@ -264,23 +305,15 @@ void ChunkCall<T>::update_state(const Added& added, const Decay<T>& decay, bool 
   if (fresh && state.keys != nullptr) std::fill_n(state.keys, padded_features_, T{0});
   for (int64_t first = 0; first < features_; first += tile_) {
     const int64_t count = std::min(tile_, features_ - first);
-    const Block x{m.x.data, round_up(count, products_.dim_multiple)};
+    const Block block{m.x.data, round_up(count, products_.dim_multiple)};
+    kernels::Block<const T> psi;
     if (state.keys != nullptr) {
-      features(added.psi, first, count, x);
-      add_to_sum({x.data, x.stride}, added.key_factor, depth, x.stride, fresh, m,
-                 state.keys + first);
+      psi = whole_features(added.psi, first, count, block);
+      add_to_sum(psi, added.key_factor, depth, block.stride, fresh, m, state.keys + first);
     }
     if (half_) continue;
-    // Features of denominators are in place already where they are the same.
-    const bool in_place = state.keys != nullptr && !separate_sums();
-    if (!in_place && added.x.map == nullptr) {
-      rows_.pack_rows(added.x.rows, added.factor, x);
-    } else {
-      if (!in_place) features(added.x, first, count, x);
-      if (added.factor != nullptr) rows_.scale_rows(x, depth, x.stride, added.factor);
-    }
-    rows_.outer({x.data, x.stride}, y, depth, count, padded_values_, chosen,
-                {state.sums.row(first), state.sums.stride});
+    rows_.outer(update_rows(added, psi, first, count, block), y, depth, count, padded_values_,
+                chosen, {state.sums.row(first), state.sums.stride}, added.ahead);
   }
 }
 

@@ -65,9 +65,10 @@ class DecayTable {
 /// A state in memory: a matrix with padded rows and the two row vectors.
 template <class T>
 struct StateView {
-  kernels::Block<T> sums;  // [F, padded Dv]
-  T* keys = nullptr;       // [padded F]
-  T* values = nullptr;     // [padded Dv]
+  kernels::Block<T> sums;             // [F, padded Dv]
+  T* keys = nullptr;                  // [padded F]
+  T* values = nullptr;                // [padded Dv]
+  kernels::Block<T> transposed = {};  // [Dv, padded F], of the gradients' totals
 };
 
 /// Rows of q, k, v or a gradient with what they become.
@@ -90,6 +91,7 @@ class ChunkCall {
   struct Added {
     Source<T> x, psi;
     Rows y;
+    kernels::Ahead ahead;
     const T *factor = nullptr, *key_factor = nullptr, *value_factor = nullptr;
   };
   struct UpdateMemory {
@@ -106,6 +108,14 @@ class ChunkCall {
     rows_.scan(running + begin, slot + begin, end - begin, decay);
   }
   int64_t state_size() const { return state_size_; }
+  /// Rows see all keys, or keys all queries, and read the state in one product.
+  bool reads_totals() const { return !problem_.causal && !half_ && !problem_.policy.polynomial; }
+  /// Of gradients: a state with its transpose behind it where totals are read.
+  int64_t totals_size() const {
+    return state_size_ + (reads_totals() ? value_dim_ * padded_features_ : 0);
+  }
+  StateView<T> totals(T* state) const;
+  void transpose_totals(T* state) const;
   StateView<T> view(T* state) const;
   /// A state from, or to, the tensors of a caller.
   void load_state(const State& from, int64_t lane, T* state) const;
@@ -140,8 +150,23 @@ class ChunkCall {
 
   const T* ones() const { return ones_.data(); }
 
+  /// The query rows of a chunk, and the factor on their result.
+  EndingRows ending_rows(int64_t b, const Chunk& chunk) const {
+    return {b, seen_tokens(chunk.query), problem_.causal ? 1 : 0, chunk.queries};
+  }
+  double scale(int64_t head) const {
+    const auto& scales = problem_.policy.scales;
+    return scales.empty() ? 1 : scales[static_cast<size_t>(head)];
+  }
+
   Rows rows(const Tensor& t, int64_t b, int64_t h, int64_t begin, int64_t count) const {
     return {t.at({b, h, begin}), t.dtype(), t.stride(2), count, t.size(3)};
+  }
+  /// As many rows behind these.
+  static Rows following(Rows rows) {
+    rows.data = static_cast<const std::byte*>(rows.data) +
+                rows.count * rows.stride * static_cast<int64_t>(size_of(rows.dtype));
+    return rows;
   }
   Source<T> queries(int64_t b, int64_t h, const Chunk& chunk) const;
   Source<T> keys(int64_t b, int64_t h, const Chunk& chunk) const;
@@ -154,6 +179,11 @@ class ChunkCall {
 
   /// Features [first, first + count) of rows in T.
   void features(const Source<T>& source, int64_t first, int64_t count, Block to) const;
+  /// Rows in T, in whole vectors: where they lie if they are that already, else copied to `block`.
+  kernels::Block<const T> whole_rows(const Rows& x, Block block) const;
+  /// The same of features [first, first + count).
+  kernels::Block<const T> whole_features(const Source<T>& source, int64_t first, int64_t count,
+                                         Block block) const;
   static Rows as_rows(Block block, int64_t count, int64_t width) {
     return {block.data, sizeof(T) == 8 ? DType::f64 : DType::f32, block.stride, count, width};
   }
@@ -233,6 +263,9 @@ class ChunkCall {
   // sum (+)= the rows times their factors
   void add_to_sum(kernels::Block<const T> x, const T* factor, int64_t count, int64_t width,
                   bool fresh, const UpdateMemory& m, T* sum) const;
+  // Rows times factors as the left operand of an update, given the features that enter denominators.
+  kernels::Block<const T> update_rows(const Added& added, kernels::Block<const T> psi,
+                                      int64_t first, int64_t count, Block block) const;
 
   int64_t state_size_ = 0;
   std::vector<DecayTable<T>> decays_;  // per head; empty: no decay

@@ -15,6 +15,7 @@ class Denominators : public ChunkCall<T> {
     Block query_rows, key_rows;  // features of denominators
     Block weights;               // polynomial
     T* denominators = nullptr;   // per query
+    ReadOut* ends = nullptr;     // per query
     T* row = nullptr;
   };
   Memory denominator_memory(Cutter& cut) const {
@@ -22,6 +23,7 @@ class Denominators : public ChunkCall<T> {
     const int64_t rows = this->tile_rows_, width = this->padded_features_;
     Memory m;
     m.denominators = cut.take<T>(rows);
+    m.ends = cut.take<ReadOut>(rows);
     m.row = cut.take<T>(std::max(width, this->padded_values_));
     if (policy.polynomial) {
       m.weights = {cut.take<T>(rows * this->score_stride_), this->score_stride_};
@@ -38,6 +40,9 @@ class Denominators : public ChunkCall<T> {
     added.x = this->keys(b, h, chunk);
     added.psi = this->for_sums(added.x, false);
     added.y = this->values(b, h, chunk);
+    if (this->reads_totals()) {
+      added.ahead = {this->following(added.x.rows), this->following(added.y)};
+    }
     if (const auto* table = this->decays(h)) added.factor = table->falling(chunk.tokens - 1);
     this->update_state(added, this->decay(h, chunk.tokens), fresh, state, m);
   }
@@ -52,6 +57,18 @@ class Denominators : public ChunkCall<T> {
     std::copy_n(state.keys, width, m.row);
     this->rows_.run_dots({m.key_rows.data, width}, chunk.key_tokens(), {m.query_rows.data, width},
                          chunk.query_tokens(), width, m.row, m.denominators);
+  }
+
+  /// The same where rows see all keys; x: psi(q).
+  void total_denominators(kernels::Block<const T> x, int64_t count, const StateView<T>& state,
+                          const Memory& m) const {
+    std::fill_n(m.denominators, count, T{0});
+    this->rows_.row_dots(x, {state.keys, 0}, count,
+                         round_up(this->features_, this->products_.dim_multiple), m.denominators);
+  }
+  /// How rows end, from their denominators.
+  void read_ends(int64_t b, const Chunk& chunk, const Memory& m) const {
+    this->problem_.policy.read_out(this->ending_rows(b, chunk), m.denominators, m.ends);
   }
 
   // The two parts of a polynomial's denominators.

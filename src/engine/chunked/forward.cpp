@@ -114,6 +114,7 @@ class Forward : public Denominators<T>, public Sweep<T> {
     if (chunk.queries == 0) return;
     const Memory m = memory_at(memory);
     const StateView<T> view = this->view(state);
+    if (this->reads_totals()) return read_totals(b, h, chunk, view, m);
     std::fill_n(m.out.data, this->tile_rows_ * m.out.stride, T{0});
     this->query_ranges(chunk, m.ranges);
     if (this->problem_.policy.polynomial) {
@@ -122,6 +123,45 @@ class Forward : public Denominators<T>, public Sweep<T> {
       read_linear(b, h, chunk, view, m);
     }
     finish(b, h, chunk, view, m);
+  }
+
+  // Rows that see all keys: one product, which ends them on the way.
+  void read_totals(int64_t b, int64_t h, const Chunk& chunk, const StateView<T>& state,
+                   const Memory& m) const {
+    const Policy<T>& policy = this->problem_.policy;
+    const Source<T> q = this->queries(b, h, chunk);
+    kernels::Block<const T> x;
+    kernels::RowEnds<T> ends;
+    if (policy.read_out) {
+      x = this->whole_features(this->for_sums(q, true), 0, this->features_, m.query_rows);
+      this->total_denominators(x, chunk.queries, state, m.sums);
+      row_ends(b, h, chunk, m);
+      ends.factor = m.num_scale;
+      if (policy.value_sum) ends = {m.num_scale, state.values, m.sum_scale};
+    }
+    if (!policy.read_out || this->separate_sums()) {
+      x = this->whole_features(q, 0, this->features_, m.query_rows);
+    }
+    std::byte* out = out_.at({b, h, chunk.query});
+    const Rows result = this->rows(out_, b, h, chunk.query, chunk.queries);
+    const bool whole =
+        out_.dtype() == state_type(out_.dtype()) && this->value_dim_ == this->padded_values_;
+    const Block to = whole ? Block{reinterpret_cast<T*>(out), out_.stride(2)} : m.out;
+    this->rows_.read(x, {state.sums.data, state.sums.stride}, chunk.queries, this->features_,
+                     this->padded_values_, ends, to,
+                     {this->following(q.rows), this->following(result)});
+    if (whole) return;
+    this->wide_.finish(to, chunk.queries, this->value_dim_, nullptr, out, out_.dtype(),
+                       out_.stride(2));
+  }
+
+  void row_ends(int64_t b, int64_t h, const Chunk& chunk, const Memory& m) const {
+    this->read_ends(b, chunk, m.sums);
+    const double scale = this->scale(h);
+    for (int64_t r = 0; r < chunk.queries; ++r) {
+      m.num_scale[r] = static_cast<T>(scale * m.sums.ends[r].num_scale);
+      m.sum_scale[r] = static_cast<T>(-scale * m.sums.ends[r].sum_scale);
+    }
   }
 
   void read_linear(int64_t b, int64_t h, const Chunk& chunk, const StateView<T>& state,
@@ -175,12 +215,7 @@ class Forward : public Denominators<T>, public Sweep<T> {
               const Memory& m) const {
     const Policy<T>& policy = this->problem_.policy;
     if (policy.read_out) {
-      for (int64_t r = 0; r < chunk.queries; ++r) {
-        const ReadOut row = policy.read_out(b, this->seen_tokens(chunk.query + r),
-                                            static_cast<double>(m.sums.denominators[r]));
-        m.num_scale[r] = static_cast<T>(row.num_scale);
-        m.sum_scale[r] = static_cast<T>(-row.sum_scale);
-      }
+      row_ends(b, h, chunk, m);
       this->rows_.scale_rows(m.out, chunk.queries, this->padded_values_, m.num_scale);
     }
     if (policy.value_sum) {

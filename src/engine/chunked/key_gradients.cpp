@@ -33,6 +33,7 @@ class KeyGradients : public ChunkCall<T>, public Sweep<T> {
   }
 
   void run() {
+    if (this->heads_ == 0) return zero_all();
     const bool causal = this->problem_.causal;
     const State& initial = gradients_.initial;
     SweepShape shape;
@@ -40,7 +41,8 @@ class KeyGradients : public ChunkCall<T>, public Sweep<T> {
     shape.lanes_per_group = this->group_;
     shape.chunks = causal ? this->causal_chunks() : this->query_chunks();
     shape.uses = causal ? shape.chunks : this->key_chunks();
-    shape.size = shape.scan_size = this->state_size();
+    shape.scan_size = this->state_size();
+    shape.size = this->totals_size();
     shape.memory = memory_bytes_;
     shape.running = causal;
     shape.reverse = causal;
@@ -117,6 +119,7 @@ class KeyGradients : public ChunkCall<T>, public Sweep<T> {
   }
 
   void load(int64_t lane, T* state) const override { this->load_state(last_, lane, state); }
+  void complete(T* state) const override { this->transpose_totals(state); }
   void store(int64_t lane, const T* state) const override {
     this->store_state(state, gradients_.initial, lane);
   }
@@ -141,6 +144,8 @@ class KeyGradients : public ChunkCall<T>, public Sweep<T> {
     added.key_factor = row_numbers(statistics_.denominator, b, h, chunk);
     added.value_factor = row_numbers(statistics_.sum_scale, b, h, chunk);
     added.factor = num_scale;
+    if (this->reads_totals())
+      added.ahead = {this->following(added.x.rows), this->following(added.y)};
     if (const auto* table = this->decays(h)) {
       const T* decays = table->rising(chunk.shift + 1);
       for (int64_t r = 0; r < chunk.queries; ++r) {
@@ -170,10 +175,11 @@ class KeyGradients : public ChunkCall<T>, public Sweep<T> {
     const Block key_sum{m.key_sum.data, this->padded_width_};
     const Operands operands = pack_keys(k, b, first, chunk, m);
     for (int64_t i = 0; i < this->group_; ++i) {
-      const StateView<T> state = this->view(states + i * this->state_size());
-      std::fill_n(m.values.data, this->tile_rows_ * m.values.stride, T{0});
+      const StateView<T> state = this->totals(states + i * this->totals_size());
       if (this->problem_.policy.polynomial) {
         use_polynomial(b, first + i, chunk, operands, state, key_sum, m);
+      } else if (this->reads_totals()) {
+        read_totals(chunk.keys, operands, state, m);
       } else {
         value_part(b, first + i, chunk, operands, state, m);
         key_part(b, first + i, chunk, operands, state, m);
@@ -205,6 +211,14 @@ class KeyGradients : public ChunkCall<T>, public Sweep<T> {
     this->wide_.finish(rows, chunk.keys, to.size(3), nullptr, to.at({b, key_head, chunk.begin}),
                        to.dtype(), to.stride(2));
   }
+  // Keys that no query head reads.
+  void zero_all() const {
+    for (int64_t b = 0; b < this->batch_; ++b) {
+      for (int64_t h = 0; h < this->problem_.k.size(1); ++h) {
+        zero_missing(b, h, {.tokens = this->tokens_});
+      }
+    }
+  }
   // Keys at and after the end of a sequence.
   void zero_missing(int64_t b, int64_t key_head, const Chunk& chunk) const {
     for (const Tensor* to : {&gradients_.k, &gradients_.v}) {
@@ -219,17 +233,31 @@ class KeyGradients : public ChunkCall<T>, public Sweep<T> {
   struct Operands {
     Source<T> k;
     typename Call::Left key, value;
+    kernels::Ahead ahead, results_ahead;
   };
   Operands pack_keys(const Source<T>& k, int64_t b, int64_t h, const Chunk& chunk,
                      const Memory& m) const {
-    Operands operands{k, {}, {}};
+    Operands operands{k, {}, {}, {}, {}};
+    const Rows v = this->values(b, h, chunk);
+    if (this->reads_totals()) {
+      const auto x = this->whole_features(k, 0, this->features_, m.key_rows);
+      const auto y = this->whole_rows(v, m.value_rows);
+      const auto results = [&](const Tensor& to) {
+        return this->following(this->rows(to, b, this->key_head(h), chunk.begin, chunk.keys));
+      };
+      return {k,
+              {x.data, x.stride},
+              {y.data, y.stride},
+              {this->following(k.rows), this->following(v)},
+              {results(gradients_.k), results(gradients_.v)}};
+    }
     if (this->problem_.policy.polynomial) {
       operands.key = this->left(k.rows, m.raw_rows, m.key);
     } else {
       if (k.map != nullptr) this->features(k, 0, this->features_, m.key_rows);
       operands.key = this->left(this->operand(k, m.key_rows), m.key_rows, m.key);
     }
-    operands.value = this->left(this->values(b, h, chunk), m.value_rows, m.value);
+    operands.value = this->left(v, m.value_rows, m.value);
     return operands;
   }
 
@@ -251,9 +279,28 @@ class KeyGradients : public ChunkCall<T>, public Sweep<T> {
                         false, right, carry(h, chunk), o);
   }
 
+  // Keys that all queries see.
+  void read_totals(int64_t count, const Operands& operands, const StateView<T>& state,
+                   const Memory& m) const {
+    const kernels::Block<const T> x{static_cast<const T*>(operands.key.data), operands.key.stride};
+    const kernels::Block<const T> y{static_cast<const T*>(operands.value.data),
+                                    operands.value.stride};
+    const kernels::Block<const T> transposed{state.transposed.data, state.transposed.stride};
+    const kernels::RowEnds<T> with_keys{nullptr, state.keys, this->ones()};
+    const auto own_keys = this->separate_sums() ? kernels::RowEnds<T>{} : with_keys;
+    this->rows_.read(x, {state.sums.data, state.sums.stride}, count, this->features_,
+                     this->padded_values_, {nullptr, state.values, this->ones()}, m.values,
+                     operands.ahead);
+    this->rows_.read(y, transposed, count, this->value_dim_, transposed.stride, own_keys,
+                     m.features, operands.results_ahead);
+    if (!this->separate_sums()) return;
+    this->rows_.read(y, transposed, count, 0, transposed.stride, with_keys, m.more_features, {});
+  }
+
   void value_part(int64_t b, int64_t h, const Chunk& chunk, const Operands& operands,
                   const StateView<T>& state, const Memory& m) const {
     const Rows gradient = gradient_of(b, h, chunk);
+    std::fill_n(m.values.data, this->tile_rows_ * m.values.stride, T{0});
     this->products_.accumulate(operands.key.data, operands.key.stride, chunk.keys,
                                this->state_values(state.sums, this->features_, m.as_values),
                                this->features_, this->value_dim_, nullptr, this->ones(), m.values);
@@ -309,6 +356,7 @@ class KeyGradients : public ChunkCall<T>, public Sweep<T> {
 
   void use_polynomial(int64_t b, int64_t h, const Chunk& chunk, const Operands& operands,
                       const StateView<T>& state, Block key_sum, const Memory& m) const {
+    std::fill_n(m.values.data, this->tile_rows_ * m.values.stride, T{0});
     for (int64_t first = 0; first < this->features_; first += this->tile_) {
       state_tile(chunk.keys, first, operands, state, key_sum, m);
     }

@@ -46,9 +46,12 @@ std::string refusal(const Candidate& candidate, const CallKind& call, Isa strong
 
 // Tokens of a chunk: products inside it grow with its length; what is done once a chunk with the state
 // shrinks, and is dearer beside fast products. Multiples of the products' row blocks.
-int64_t chunk_tokens(const Candidate& candidate, int64_t state_width) {
-  const bool wide_state = state_width >= 96;
-  if (!candidate.half_operands) return wide_state ? 64 : 48;
+int64_t chunk_tokens(const Candidate& candidate, const CallKind& call) {
+  const bool wide_state = call.state_width >= 96;
+  if (!candidate.half_operands) {
+    if (!call.causal && call.state_width >= 64) return 96;  // no products inside it
+    return wide_state ? 64 : 48;
+  }
   if (candidate.isa == Isa::amx) return wide_state ? 192 : 128;
   return wide_state ? 96 : 64;
 }
@@ -61,7 +64,7 @@ Path choose_path(const CallKind& call, const RunOptions& run) {
       std::begin(kCandidates), std::end(kCandidates),
       [&](const Candidate& candidate) { return refusal(candidate, call, strongest).empty(); });
   // The portable candidate refuses nothing.
-  return {chosen->isa, chosen->half_operands, chunk_tokens(*chosen, call.state_width)};
+  return {chosen->isa, chosen->half_operands, chunk_tokens(*chosen, call)};
 }
 
 std::vector<PathChoice> explain(const CallKind& call, const RunOptions& run) {

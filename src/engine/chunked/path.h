@@ -11,8 +11,9 @@ namespace heed::chunked {
 /// What the choice depends on.
 struct CallKind {
   DType dtype = DType::f32;
-  int64_t tokens = 0;        // keys of a sequence
-  bool mapped = false;       // rows become features on the way: products are in T
+  int64_t tokens = 0;   // keys of a sequence
+  bool mapped = false;  // rows become features on the way: products are in T
+  bool causal = true;
   int64_t state_width = 64;  // the smaller of F and Dv
 };
 

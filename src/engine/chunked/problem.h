@@ -5,7 +5,7 @@
 //   z_t  = z_{t-1} + psi(k_t)                    [F]      if key_sum
 //   vs_t = vs_{t-1} + v_t                        [Dv]     if value_sum
 //   num_t = phi(q_t) S_t,  den_t = psi(q_t) . z_t
-//   out_t = num_scale(den_t) num_t - sum_scale(den_t) vs_t
+//   out_t = scale (num_scale(den_t) num_t - sum_scale(den_t) vs_t)      scale: of the head
 //
 // causal: a query reads the state after its own token; else the state after all of them. Everything is
 // float32 beside 16-bit tensors, float64 in float64 calls (T). phi and psi are what a RowMap makes of a
@@ -56,6 +56,25 @@ struct ReadOut {
   double num_slope = 0, sum_slope = 0;
 };
 
+/// Rows of one query head that end together: row r sees tokens + r * step positions, counted from the
+/// first of this call.
+struct EndingRows {
+  int64_t batch = 0, tokens = 0, step = 0, count = 0;
+};
+/// How they end, given their denominators.
+template <class T>
+using ReadOutRows = std::function<void(const EndingRows& at, const T* denominators, ReadOut* rows)>;
+
+/// Rows that each end as row(batch, tokens, denominator) says.
+template <class T, class Row>
+ReadOutRows<T> each_row(Row row) {
+  return [row](const EndingRows& at, const T* denominators, ReadOut* rows) {
+    for (int64_t r = 0; r < at.count; ++r) {
+      rows[r] = row(at.batch, at.tokens + r * at.step, static_cast<double>(denominators[r]));
+    }
+  };
+}
+
 template <class T>
 struct Policy {
   RowMaps<T> maps;                 // phi
@@ -64,8 +83,8 @@ struct Policy {
   std::vector<double> slopes;      // per query head: decay exp(-slope) a token; empty: none
   bool key_sum = false;
   bool value_sum = false;
-  /// Only with key_sum. `tokens`: how many positions, from the first of this call, the row sees.
-  std::function<ReadOut(int64_t batch, int64_t tokens, double denominator)> read_out;
+  ReadOutRows<T> read_out;     // only with key_sum
+  std::vector<double> scales;  // per query head: of the result, with read_out; empty: 1
   /// phi(q) . phi(k) is this Taylor polynomial of exp of scale * q . k, psi is phi, and there are key_sum
   /// and read_out.
   struct Polynomial {
@@ -100,7 +119,7 @@ void forward(const Problem<T>& problem, const Tensor& out, const State& last,
 struct Gradients {
   Tensor q, k, v;  // of the inputs' type
   State initial;
-  std::vector<double>* slopes = nullptr;  // summed over the batch
+  std::vector<double>*slopes = nullptr, *scales = nullptr;  // summed over the batch
 };
 
 /// Writes the gradients that are wanted, given those of out and of the last state.

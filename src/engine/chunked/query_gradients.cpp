@@ -6,6 +6,7 @@
 // beside S.
 #include <cmath>
 #include <cstring>
+#include <numeric>
 
 #include "engine/chunked/denominators.h"
 #include "engine/chunked/gradients.h"
@@ -42,7 +43,7 @@ class QueryGradients : public Denominators<T>, public Sweep<T> {
     shape.chunks = causal ? this->causal_chunks() : this->key_chunks();
     shape.uses = causal ? shape.chunks : this->query_chunks();
     shape.scan_size = this->state_size();
-    shape.size = shape.scan_size + (slopes_ ? slope_size() : 0);
+    shape.size = this->totals_size() + (slopes_ ? slope_size() : 0);
     shape.memory = memory_bytes_;
     shape.running = causal;
     shape.last_wanted = !causal || (slopes_ && last_.sums.defined());
@@ -53,6 +54,7 @@ class QueryGradients : public Denominators<T>, public Sweep<T> {
            {&statistics_.num_scale, &statistics_.denominator, &statistics_.sum_scale}) {
         values->assign(rows, T{0});
       }
+      if (gradients_.scales != nullptr) scale_parts_.assign(rows, T{0});
     }
     if (slopes_) {
       per_chunk_ = shape.chunks + 1;
@@ -60,6 +62,7 @@ class QueryGradients : public Denominators<T>, public Sweep<T> {
     }
     Schedule<T>(shape, *this).run();
     if (gradients_.slopes != nullptr) add_slopes();
+    if (gradients_.scales != nullptr) add_scales();
   }
 
  private:
@@ -118,6 +121,7 @@ class QueryGradients : public Denominators<T>, public Sweep<T> {
     return round_up(this->features_, this->products_.dim_multiple);
   }
   int64_t slope_size() const { return this->features_ * this->padded_values_; }
+  void complete(T* state) const override { this->transpose_totals(state); }
   StateView<T> slope_view(T* state) const {
     return {{state + this->state_size(), this->padded_values_}, nullptr, nullptr};
   }
@@ -207,6 +211,16 @@ class QueryGradients : public Denominators<T>, public Sweep<T> {
     }
   }
 
+  void add_scales() const {
+    std::vector<double>& scales = *gradients_.scales;
+    std::fill(scales.begin(), scales.end(), 0.0);
+    for (int64_t lane = 0; lane < this->lanes(); ++lane) {
+      const T* rows = scale_parts_.data() + lane * this->queries_;
+      scales[static_cast<size_t>(lane % this->heads_)] +=
+          std::accumulate(rows, rows + this->queries_, 0.0);
+    }
+  }
+
   void use(int64_t lane, int64_t index, T* state, std::byte* memory) const override {
     const int64_t b = lane / this->heads_, h = lane % this->heads_;
     const Chunk chunk =
@@ -217,6 +231,8 @@ class QueryGradients : public Denominators<T>, public Sweep<T> {
     Block result = m.rows;
     if (this->problem_.policy.polynomial) {
       use_polynomial(b, h, chunk, this->view(state), m);
+    } else if (this->reads_totals()) {
+      result = use_totals(lane, chunk, this->totals(state), m);
     } else {
       result = use_linear(lane, index, chunk, state, m);
     }
@@ -262,6 +278,10 @@ class QueryGradients : public Denominators<T>, public Sweep<T> {
                           this->state_factors(h, chunk.shift + 1), m.features);
     }
     if (policy.read_out) read_out(lane, chunk, view, m);
+    return pulled(q, m);
+  }
+
+  Block pulled(const Source<T>& q, const Memory& m) const {
     if (q.map == nullptr) return m.features;
     std::fill_n(m.rows.data, this->tile_rows_ * m.rows.stride, T{0});
     q.map->pull(q.at, q.rows, 0, this->features_, {m.features.data, m.features.stride}, m.rows);
@@ -271,6 +291,33 @@ class QueryGradients : public Denominators<T>, public Sweep<T> {
                     {m.more_features.data, m.more_features.stride}, m.rows);
     }
     return m.rows;
+  }
+
+  // The same where all keys are seen.
+  Block use_totals(int64_t lane, const Chunk& chunk, const StateView<T>& state,
+                   const Memory& m) const {
+    const int64_t b = lane / this->heads_, h = lane % this->heads_, rows = chunk.queries;
+    const Source<T> q = this->queries(b, h, chunk);
+    const Rows gradient = gradient_of(b, h, chunk);
+    const auto g = this->whole_rows(gradient, m.gradient_rows);
+    this->rows_.read(g, {state.transposed.data, state.transposed.stride}, rows, this->value_dim_,
+                     state.transposed.stride, {}, m.features,
+                     {this->following(q.rows), this->following(gradient),
+                      this->following(this->rows(gradients_.q, b, h, chunk.query, rows))});
+    if (!this->problem_.policy.read_out) return pulled(q, m);
+    auto x = this->whole_features(this->for_sums(q, true), 0, this->features_, m.query_rows);
+    this->total_denominators(x, rows, state, m.sums);
+    if (this->separate_sums()) x = this->whole_features(q, 0, this->features_, m.query_rows);
+    std::fill_n(m.dots, rows, T{0});
+    std::fill_n(m.sum_dots, rows, T{0});
+    this->rows_.row_dots(x, {m.features.data, m.features.stride}, rows, written_features(), m.dots);
+    if (this->problem_.policy.value_sum) {
+      this->rows_.row_dots(g, {state.values, 0}, rows, this->padded_values_, m.sum_dots);
+    }
+    row_scales(lane, chunk, m, m.dots, m.sum_dots);
+    this->rows_.scale_rows(m.features, rows, written_features(), m.dots);
+    add_denominators(chunk, state, m);
+    return pulled(q, m);
   }
 
   // Minus the part of the slope's gradient that a chunk's rows give.
@@ -312,16 +359,19 @@ class QueryGradients : public Denominators<T>, public Sweep<T> {
   void row_scales(int64_t lane, const Chunk& chunk, const Memory& m, T* num_scale,
                   T* denominator) const {
     const auto first = static_cast<size_t>(lane * this->queries_ + chunk.query);
+    const double scale = this->scale(lane % this->heads_);
+    this->read_ends(lane / this->heads_, chunk, m.sums);
     for (int64_t r = 0; r < chunk.queries; ++r) {
-      const ReadOut row =
-          this->problem_.policy.read_out(lane / this->heads_, this->seen_tokens(chunk.query + r),
-                                         static_cast<double>(m.sums.denominators[r]));
-      const double gradient = row.num_slope * static_cast<double>(m.dots[r]) -
-                              row.sum_slope * static_cast<double>(m.sum_dots[r]);
+      const ReadOut& row = m.sums.ends[r];
+      const auto dot = static_cast<double>(m.dots[r]), sum_dot = static_cast<double>(m.sum_dots[r]);
+      const double gradient = row.num_slope * dot - row.sum_slope * sum_dot;
       const size_t i = first + static_cast<size_t>(r);
-      num_scale[r] = statistics_.num_scale[i] = static_cast<T>(row.num_scale);
-      denominator[r] = statistics_.denominator[i] = static_cast<T>(gradient);
-      statistics_.sum_scale[i] = static_cast<T>(-row.sum_scale);
+      if (gradients_.scales != nullptr) {
+        scale_parts_[i] = static_cast<T>(row.num_scale * dot - row.sum_scale * sum_dot);
+      }
+      num_scale[r] = statistics_.num_scale[i] = static_cast<T>(scale * row.num_scale);
+      denominator[r] = statistics_.denominator[i] = static_cast<T>(scale * gradient);
+      statistics_.sum_scale[i] = static_cast<T>(-scale * row.sum_scale);
     }
   }
 
@@ -345,10 +395,16 @@ class QueryGradients : public Denominators<T>, public Sweep<T> {
     }
     row_scales(lane, chunk, m, m.dots, m.sum_dots);
     this->rows_.scale_rows(m.features, chunk.queries, width, m.dots);
+    add_denominators(chunk, state, m);
+  }
+
+  // What denominators give.
+  void add_denominators(const Chunk& chunk, const StateView<T>& state, const Memory& m) const {
+    const int64_t width = this->padded_features_;
     Block sums = m.features;
     if (this->separate_sums()) {
       sums = m.more_features;
-      std::fill_n(sums.data, this->tile_rows_ * sums.stride, T{0});
+      std::fill_n(sums.data, chunk.queries * sums.stride, T{0});
     }
     std::copy_n(state.keys, width, m.sums.row);
     this->rows_.run_add({m.sums.key_rows.data, width}, nullptr, chunk.key_tokens(), sums,
@@ -419,6 +475,7 @@ class QueryGradients : public Denominators<T>, public Sweep<T> {
   size_t memory_bytes_ = 0;
   int64_t per_chunk_ = 0;
   mutable std::vector<double> slope_parts_;  // per lane: chunks, and the last state
+  mutable std::vector<T> scale_parts_;       // per query
 };
 
 }  // namespace

@@ -32,6 +32,8 @@ class Sweep {
   /// what `update` would have made of it.
   virtual void scan(int64_t lane, int64_t chunk, T* running, T* slot, int64_t begin,
                     int64_t end) const = 0;
+  /// Not running: a state that is complete, before its uses.
+  virtual void complete(T* /*state*/) const {}
   virtual void store(int64_t lane, const T* state) const = 0;
 };
 
@@ -133,6 +135,7 @@ class Schedule {
         sum_part(first + i, part, sum, memory);
         sweep_.scan(first + i, 0, state, sum, 0, shape_.scan_size);
       }
+      sweep_.complete(state);
     }
     for (int64_t u = 0; u < shape_.uses; ++u) sweep_.use(group, u, states, memory);
     store(first, states);
@@ -165,6 +168,7 @@ class Schedule {
                     std::min(begin + kScanElements, shape_.scan_size));
       }
     });
+    for (int64_t lane = 0; lane < lanes; ++lane) sweep_.complete(states + lane * size);
     with_memory(shape_.groups() * shape_.uses, [&](int64_t item, std::byte* scratch) {
       const int64_t group = item / shape_.uses;
       sweep_.use(group, item % shape_.uses, states + group * shape_.lanes_per_group * size,

@@ -86,7 +86,7 @@ class Step : public ChunkCall<T> {
     if (to.defined()) {
       std::copy_n(m.sum, this->features_, reinterpret_cast<T*>(to.at({b, h})));
     }
-    denominators_[static_cast<size_t>(lane)] = static_cast<double>(dot);
+    denominators_[static_cast<size_t>(lane)] = dot;
   }
 
   void run_columns(int64_t lane, int64_t begin, int64_t end, const Memory& m) const {
@@ -117,7 +117,11 @@ class Step : public ChunkCall<T> {
     const int64_t b = lane / this->heads_, h = lane % this->heads_;
     const Policy<T>& policy = this->problem_.policy;
     ReadOut row;
-    if (policy.read_out) row = policy.read_out(b, 1, denominators_[static_cast<size_t>(lane)]);
+    if (policy.read_out) {
+      policy.read_out({b, 1, 0, 1}, &denominators_[static_cast<size_t>(lane)], &row);
+      row.num_scale *= this->scale(h);
+      row.sum_scale *= this->scale(h);
+    }
     const Tensor &from = this->problem_.initial.values, &to = last_.values;
     for (int64_t f = begin; f < end; ++f) {
       m.result[f] *= static_cast<T>(row.num_scale);
@@ -133,7 +137,7 @@ class Step : public ChunkCall<T> {
 
   const Tensor& out_;
   const State& last_;
-  std::vector<double> denominators_;  // per lane
+  std::vector<T> denominators_;  // per lane
 };
 
 }  // namespace

@@ -16,6 +16,7 @@ namespace {
 
 using kernels::Block;
 using kernels::MatrixKernels;
+using kernels::Rows;
 
 constexpr const char* kOp = "feature_map";
 // One checked call. `width` is D', or M for performer: what a row of z holds.
@@ -149,7 +150,7 @@ class Tile {
                                       sizeof(T)) +
                  Scratch::rounded(static_cast<size_t>(rows * phi_stride_) * sizeof(T)) +
                  2 * Scratch::rounded(static_cast<size_t>(rows) * sizeof(T))) {
-    x = {scratch_.take<T>(rows * x_stride_), x_stride_};
+    x_block_ = {scratch_.take<T>(rows * x_stride_), x_stride_};
     z = {scratch_.take<T>(rows * z_stride_), z_stride_};
     dx = {scratch_.take<T>(rows * x_stride_), x_stride_};
     phi = {scratch_.take<T>(rows * phi_stride_), phi_stride_};
@@ -158,19 +159,24 @@ class Tile {
     if (gradients) dz = {scratch_.take<T>(rows * z_stride_), z_stride_};
   }
 
-  Block<T> x, z, dx, phi, dz;
+  Block<const T> x;
+  Block<T> z, dx, phi, dz;
   T *shift, *row_sums;
 
   // Loads tokens [first, first + rows) and applies weight and bias.
   kernels::FeatureRows<T> load(int64_t b, int64_t h, int64_t first, int64_t rows) {
-    const Block<T> start = layer_.has_weight ? x : z;
-    kernels_.load_rows(
-        {call_.x.at({b, h, first}), call_.dtype(), call_.x.stride(2), rows, call_.dim}, start);
+    const Rows from{call_.x.at({b, h, first}), call_.dtype(), call_.x.stride(2), rows, call_.dim};
+    x = kernels::whole_rows(kernels_, from, x_block_);
+    kernels::FeatureRows<T> in;
+    in.z = x;
     if (layer_.has_weight) {
       kernels_.multiply({x.data, x.stride, 1}, layer_.right_of(h), call_.dim, z, rows, call_.width,
                         false);
+      in.z = {z.data, z.stride};
     }
     if (!layer_.bias.empty()) {
+      if (!layer_.has_weight) kernels_.load_rows(from, z);
+      in.z = {z.data, z.stride};
       for (int64_t r = 0; r < rows; ++r) {
         kernels_.add(z.row(r), layer_.bias.data() + h * call_.width, call_.width);
       }
@@ -182,9 +188,7 @@ class Tile {
         shift[r] = half * kernels_.dot(x.row(r), x.row(r), call_.dim);
       }
     }
-    kernels::FeatureRows<T> in;
     in.kind = call_.kind;
-    in.z = {z.data, z.stride};
     in.rows = rows;
     in.width = call_.width;
     in.shift = shift;
@@ -204,6 +208,7 @@ class Tile {
   const Layer<T>& layer_;
   int64_t x_stride_, z_stride_, phi_stride_;
   Scratch scratch_;
+  Block<T> x_block_;
 };
 
 template <class T>
@@ -218,9 +223,10 @@ void forward(const Call& call, const Tensor& out, const RunOptions& run) {
     const int64_t b = pair / call.heads, h = pair % call.heads;
     const int64_t rows = std::min(tiling.rows, call.tokens - first);
     Tile<T> tile(call, kernels, features, layer, tiling.rows, false);
-    features.forward(tile.load(b, h, first, rows), tile.phi);
-    kernels.store_rows({tile.phi.data, tile.phi.stride},
-                       {out.at({b, h, first}), out.dtype(), out.stride(2), rows, call.features});
+    const auto in = tile.load(b, h, first, rows);
+    kernels::make_rows<T>(kernels,
+                          {out.at({b, h, first}), out.dtype(), out.stride(2), rows, call.features},
+                          tile.phi, [&](Block<T> phi) { features.forward(in, phi); });
   });
 }
 
@@ -287,9 +293,8 @@ class Backward {
 
   void run_tile(Tile<T>& tile, int64_t item, int64_t b, int64_t h, int64_t first, int64_t rows) {
     const auto in = tile.load(b, h, first, rows);
-    kernels_.load_rows(
-        {dout_.at({b, h, first}), dout_.dtype(), dout_.stride(2), rows, call_.features}, tile.phi);
-    features_.backward(in, {tile.phi.data, tile.phi.stride}, tile.dz, tile.row_sums);
+    const Rows dout{dout_.at({b, h, first}), dout_.dtype(), dout_.stride(2), rows, call_.features};
+    features_.backward(in, kernels::whole_rows(kernels_, dout, tile.phi), tile.dz, tile.row_sums);
     const kernels::Factor<T> dz{tile.dz.data, tile.dz.stride, 1};
     if (wanted_.bias.defined()) {
       for (int64_t r = 0; r < rows; ++r)
@@ -297,20 +302,18 @@ class Backward {
     }
     if (wanted_.weight.defined()) add_weight(tile, item, rows);
     if (!wanted_.x.defined()) return;
-    Block<T> dx = tile.dz;
-    if (layer_.has_weight) {
-      dx = tile.dx;
+    const kernels::RowsOut to{wanted_.x.at({b, h, first}), wanted_.x.dtype(), wanted_.x.stride(2),
+                              rows, call_.dim};
+    if (!layer_.has_weight) return kernels_.store_rows({tile.dz.data, tile.dz.stride}, to);
+    kernels::make_rows<T>(kernels_, to, tile.dx, [&](Block<T> dx) {
       kernels_.multiply(dz, layer_.left_of(h), call_.width, dx, rows, call_.dim, false);
-    }
-    if (call_.performer()) {  // of |y|^2 / 2
-      const double s = input_factor(call_);
+      if (!call_.performer()) return;
+      const double s = input_factor(call_);  // of |y|^2 / 2
       for (int64_t r = 0; r < rows; ++r) {
         const T pull = static_cast<T>(s * s) * tile.row_sums[r];
         for (int64_t i = 0; i < call_.dim; ++i) dx.row(r)[i] -= pull * tile.x.row(r)[i];
       }
-    }
-    kernels_.store_rows({dx.data, dx.stride}, {wanted_.x.at({b, h, first}), wanted_.x.dtype(),
-                                               wanted_.x.stride(2), rows, call_.dim});
+    });
   }
 
   void add_weight(Tile<T>& tile, int64_t item, int64_t rows) {

@@ -60,13 +60,14 @@ chunked::Problem<T> make_problem(const Tensor& q, const Tensor& k, const Tensor&
   problem.policy.features = q.size(3);
   if (!options.normalize) return problem;
   problem.policy.key_sum = true;
-  problem.policy.read_out = [eps = options.eps](int64_t, int64_t, double denominator) {
-    const double divisor = denominator + eps;
-    chunked::ReadOut row;
-    row.num_scale = divisor == 0 ? 0 : 1 / divisor;
-    row.num_slope = -row.num_scale * row.num_scale;
-    return row;
-  };
+  problem.policy.read_out =
+      chunked::each_row<T>([eps = options.eps](int64_t, int64_t, double denominator) {
+        const double divisor = denominator + eps;
+        chunked::ReadOut row;
+        row.num_scale = divisor == 0 ? 0 : 1 / divisor;
+        row.num_slope = -row.num_scale * row.num_scale;
+        return row;
+      });
   return problem;
 }
 

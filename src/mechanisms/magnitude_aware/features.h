@@ -4,11 +4,9 @@
 #include <cmath>
 #include <vector>
 
-#include "engine/chunked/problem.h"
 #include "heed/magnitude_aware_linear_attention.h"
-#include "kernels/chunk.h"
-#include "kernels/feature_rows.h"
 #include "kernels/rotate_rows.h"
+#include "mechanisms/element_map.h"
 
 namespace heed {
 
@@ -70,58 +68,41 @@ class GridAngles {
   Table rows_, columns_;
 };
 
+/// elu + 1, then turned.
 template <class T>
-class EluMap : public chunked::RowMap<T> {
+class TurnedElu : public chunked::RowMap<T> {
  public:
-  /// `angles` null: no rotation. `first`: the position of row 0 of each batch entry.
-  EluMap(Isa isa, const GridAngles<T>* angles, std::vector<int64_t> first)
-      : rows_(kernels::chunk_kernels<T>(isa)),
-        features_(kernels::feature_kernels<T>(isa)),
+  /// `first`: the position of row 0 of each batch entry.
+  TurnedElu(Isa isa, const GridAngles<T>& angles, std::vector<int64_t> first)
+      : elu_(FeatureKind::elu1, isa),
         rotations_(kernels::rotation_kernels<T>(isa)),
         angles_(angles),
         first_(std::move(first)) {}
 
-  void map(const chunked::RowsAt& at, const kernels::Rows& x, int64_t, int64_t,
+  void map(const chunked::RowsAt& at, const kernels::Rows& x, int64_t begin, int64_t count,
            kernels::Block<T> to) const override {
-    rows_.pack_rows(x, nullptr, to);
-    features_.forward(rows_of(x, to), to);
+    elu_.map(at, x, begin, count, to);
     rotate(at, x.count, to, false);
   }
 
-  void pull(const chunked::RowsAt& at, const kernels::Rows& x, int64_t, int64_t,
+  void pull(const chunked::RowsAt& at, const kernels::Rows& x, int64_t begin, int64_t count,
             kernels::Block<const T> gradient, kernels::Block<T> into) const override {
-    const int64_t stride = into.stride;
-    std::vector<T> memory(static_cast<size_t>(3 * x.count * stride));
-    const kernels::Block<T> z{memory.data(), stride}, g{z.row(x.count), stride};
-    const kernels::Block<T> dz{g.row(x.count), stride};
-    rows_.pack_rows(x, nullptr, z);
-    for (int64_t r = 0; r < x.count; ++r) std::copy_n(gradient.row(r), x.width, g.row(r));
-    rotate(at, x.count, g, true);
-    features_.backward(rows_of(x, z), {g.data, stride}, dz, nullptr);
-    for (int64_t r = 0; r < x.count; ++r) {
-      for (int64_t e = 0; e < x.width; ++e) into.row(r)[e] += dz.row(r)[e];
-    }
+    std::vector<T> memory(static_cast<size_t>(x.count * into.stride));
+    const kernels::Block<T> turned{memory.data(), into.stride};
+    for (int64_t r = 0; r < x.count; ++r) std::copy_n(gradient.row(r), x.width, turned.row(r));
+    rotate(at, x.count, turned, true);
+    elu_.pull(at, x, begin, count, {turned.data, turned.stride}, into);
   }
 
  private:
-  static kernels::FeatureRows<T> rows_of(const kernels::Rows& x, kernels::Block<T> z) {
-    kernels::FeatureRows<T> rows;
-    rows.kind = FeatureKind::elu1;
-    rows.z = {z.data, z.stride};
-    rows.rows = x.count;
-    rows.width = x.width;
-    return rows;
-  }
   void rotate(const chunked::RowsAt& at, int64_t count, kernels::Block<T> x, bool back) const {
-    if (angles_ == nullptr) return;
     const int64_t start = first_[static_cast<size_t>(at.batch)] + at.token;
-    for (int64_t r = 0; r < count; ++r) angles_->rotate(rotations_, start + r, x.row(r), back);
+    for (int64_t r = 0; r < count; ++r) angles_.rotate(rotations_, start + r, x.row(r), back);
   }
 
-  const kernels::ChunkKernels<T>& rows_;
-  const kernels::FeatureKernels<T>& features_;
+  ElementMap<T> elu_;
   const kernels::RotationKernels<T>& rotations_;
-  const GridAngles<T>* angles_;
+  const GridAngles<T>& angles_;
   std::vector<int64_t> first_;
 };
 

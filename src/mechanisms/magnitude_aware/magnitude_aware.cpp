@@ -133,12 +133,13 @@ void check_last_counts(const std::vector<int64_t>& before, int64_t keys, bool in
 
 // How a row ends, over n keys: see the formulas of the header.
 chunked::ReadOut code_row(double scale, double eps, double n, double denominator) {
-  const double share = scale / n, z = share * denominator;
+  const double per_key = 1 / n, share = scale * per_key, z = share * denominator;
+  const double inverse = 1 / (z + eps);
   chunked::ReadOut row;
-  row.num_scale = (1 + 1 / (z + eps)) * share;
-  row.num_slope = -share * share / ((z + eps) * (z + eps));
-  row.sum_scale = z / n;
-  row.sum_slope = share / n;
+  row.num_scale = (1 + inverse) * share;
+  row.num_slope = -share * inverse * share * inverse;
+  row.sum_scale = z * per_key;
+  row.sum_slope = share * per_key;
   return row;
 }
 chunked::ReadOut paper_row(double eps, double n, double denominator) {
@@ -155,19 +156,8 @@ template <class T>
 struct Call {
   Call(const Tensor& q, const Tensor& k, const Tensor& v, const Options& options,
        const RunOptions& run)
-      : before(counts(options.initial_state.count, q.size(0))) {
-    const Isa isa = chosen_isa(run);
-    std::vector<int64_t> queries = before;
-    if (options.causal) {
-      for (int64_t& first : queries) first += k.size(2) - q.size(2);
-    }
-    if (options.rope) {
-      angles = std::make_unique<GridAngles<T>>(*options.rope, q.size(3), before, k.size(2));
-      plain = std::make_unique<EluMap<T>>(isa, nullptr, before);
-    }
-    query_map = std::make_unique<EluMap<T>>(isa, angles.get(), queries);
-    key_map = std::make_unique<EluMap<T>>(isa, angles.get(), before);
-
+      : before(counts(options.initial_state.count, q.size(0))),
+        plain(FeatureKind::elu1, chosen_isa(run)) {
     problem.op = kOp;
     problem.q = q;
     problem.k = k;
@@ -176,26 +166,37 @@ struct Call {
     const State& state = options.initial_state;
     problem.initial = {state.s, state.k_sum, state.v_sum};
     chunked::Policy<T>& policy = problem.policy;
-    policy.maps = {query_map.get(), key_map.get()};
-    if (plain) policy.sums = chunked::RowMaps<T>{plain.get(), plain.get()};
+    policy.maps = {&plain, &plain};
+    if (options.rope) {
+      policy.sums = policy.maps;
+      angles = std::make_unique<GridAngles<T>>(*options.rope, q.size(3), before, k.size(2));
+      std::vector<int64_t> queries = before;
+      if (options.causal) {
+        for (int64_t& first : queries) first += k.size(2) - q.size(2);
+      }
+      turned_queries = std::make_unique<TurnedElu<T>>(chosen_isa(run), *angles, queries);
+      turned_keys = std::make_unique<TurnedElu<T>>(chosen_isa(run), *angles, before);
+      policy.maps = {turned_queries.get(), turned_keys.get()};
+    }
     policy.features = q.size(3);
     policy.key_sum = policy.value_sum = true;
     const double scale = options.scale.value_or(1 / std::sqrt(static_cast<double>(q.size(3))));
-    policy.read_out = [this, scale, eps = options.eps, form = options.form](
-                          int64_t b, int64_t tokens, double denominator) {
+    policy.read_out = chunked::each_row<T>([this, scale, eps = options.eps, form = options.form](
+                                               int64_t b, int64_t tokens, double denominator) {
       const int64_t seen = before[static_cast<size_t>(b)] + tokens;
       if (seen == 0) return chunked::ReadOut{0, 0, 0, 0};
       const auto n = static_cast<double>(seen);
       return form == MagnitudeAwareForm::code ? code_row(scale, eps, n, denominator)
                                               : paper_row(eps, n, denominator);
-    };
+    });
   }
   Call(const Call&) = delete;
   Call& operator=(const Call&) = delete;
 
   std::vector<int64_t> before;
+  ElementMap<T> plain;
   std::unique_ptr<GridAngles<T>> angles;
-  std::unique_ptr<EluMap<T>> query_map, key_map, plain;
+  std::unique_ptr<TurnedElu<T>> turned_queries, turned_keys;
   chunked::Problem<T> problem;
 };
 

@@ -1,6 +1,6 @@
 #include "heed/relu_linear_attention.h"
+#include "mechanisms/chunked_case.h"
 #include "mechanisms/embedded.h"
-#include "mechanisms/isa_paths.h"
 #include "mechanisms/registry.h"
 
 namespace heed {
@@ -46,7 +46,7 @@ Mechanism relu_linear_record() {
   m.title = "Linear attention with rectified features and a clamped denominator";
   m.sheets = {10};
   m.arxiv = {"2501.16182"};
-  m.engine = "none";
+  m.engine = "chunked";
   m.pass_rank = "m";
   m.card = embedded("relu_linear/card.md");
   m.cascades = {{"relu_linear", std::string(embedded("relu_linear/relu_linear.cascade"))},
@@ -85,7 +85,9 @@ Mechanism relu_linear_record() {
     return arrays;
   };
   m.bind = bind;
-  m.explain = [](const NamedTensors&, const RunOptions& run) { return explain_isas(run); };
+  m.explain = [](const NamedTensors& in, const RunOptions& run) {
+    return explain_chunked(in, true, run);
+  };
   return m;
 }
 

@@ -107,7 +107,7 @@ struct Call {
     problem.policy.maps = {&query_map, &key_map};
     problem.policy.features = list.size();
     problem.policy.key_sum = true;
-    problem.policy.read_out = divide;
+    problem.policy.read_out = chunked::each_row<T>(divide);
     problem.policy.polynomial = {static_cast<int>(options.order), scale};
   }
   Call(const Call&) = delete;

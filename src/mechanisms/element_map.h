@@ -1,0 +1,59 @@
+// Features made element by element (elu1, relu, exp) of the rows of q and k, for the chunked engine.
+#pragma once
+#include <algorithm>
+#include <type_traits>
+#include <vector>
+
+#include "engine/chunked/problem.h"
+#include "kernels/chunk.h"
+#include "kernels/feature_rows.h"
+
+namespace heed {
+
+template <class T>
+class ElementMap : public chunked::RowMap<T> {
+ public:
+  ElementMap(FeatureKind kind, Isa isa)
+      : kind_(kind),
+        rows_(kernels::chunk_kernels<T>(isa)),
+        features_(kernels::feature_kernels<T>(isa)) {}
+
+  void map(const chunked::RowsAt&, const kernels::Rows& x, int64_t, int64_t,
+           kernels::Block<T> to) const override {
+    features_.forward(rows_of(x, to), to);
+    for (int64_t r = 0; r < x.count && x.width < to.stride; ++r) {
+      std::fill(to.row(r) + x.width, to.row(r) + to.stride, T{0});
+    }
+  }
+
+  void pull(const chunked::RowsAt&, const kernels::Rows& x, int64_t, int64_t,
+            kernels::Block<const T> gradient, kernels::Block<T> into) const override {
+    const int64_t stride = into.stride;
+    std::vector<T> memory(static_cast<size_t>(2 * x.count * stride));
+    const kernels::Block<T> z{memory.data(), stride}, dz{z.row(x.count), stride};
+    features_.backward(rows_of(x, z), gradient, dz, nullptr);
+    for (int64_t r = 0; r < x.count; ++r) rows_.add_scaled(T{1}, dz.row(r), x.width, into.row(r));
+  }
+
+ private:
+  // Rows of T are read where they lie, others are widened to `block`.
+  kernels::FeatureRows<T> rows_of(const kernels::Rows& x, kernels::Block<T> block) const {
+    kernels::FeatureRows<T> rows;
+    rows.kind = kind_;
+    rows.rows = x.count;
+    rows.width = x.width;
+    if (x.dtype == (std::is_same_v<T, double> ? DType::f64 : DType::f32)) {
+      rows.z = {static_cast<const T*>(x.data), x.stride};
+    } else {
+      rows_.pack_rows(x, nullptr, block);
+      rows.z = {block.data, block.stride};
+    }
+    return rows;
+  }
+
+  FeatureKind kind_;
+  const kernels::ChunkKernels<T>& rows_;
+  const kernels::FeatureKernels<T>& features_;
+};
+
+}  // namespace heed
