@@ -47,16 +47,23 @@ class Denominators : public ChunkCall<T> {
     this->update_state(added, this->decay(h, chunk.tokens), fresh, state, m);
   }
 
-  /// denominators[r] = psi(q_r) . (state + the keys of the chunk that row r sees)
-  void running_denominators(int64_t b, int64_t h, const Chunk& chunk, const StateView<T>& state,
-                            const Memory& m) const {
+  /// denominators[r] = psi(q_r) . (state + the keys of the chunk that row r sees); returns psi of the keys.
+  /// phi_q, phi_k: features by maps, which are psi where it is no other.
+  kernels::Block<const T> running_denominators(int64_t b, int64_t h, const Chunk& chunk,
+                                               const StateView<T>& state, Block phi_q, Block phi_k,
+                                               const Memory& m) const {
+    const auto psi = [&](const Source<T>& source, bool query, Block phi,
+                         Block own) -> kernels::Block<const T> {
+      if (source.map != nullptr && !this->separate_sums()) return {phi.data, phi.stride};
+      return this->whole_features(this->for_sums(source, query), 0, this->features_, own);
+    };
     const int64_t width = this->padded_features_;
-    this->features(this->for_sums(this->queries(b, h, chunk), true), 0, this->features_,
-                   m.query_rows);
-    this->features(this->for_sums(this->keys(b, h, chunk), false), 0, this->features_, m.key_rows);
+    const auto x = psi(this->keys(b, h, chunk), false, phi_k, m.key_rows);
+    const auto y = psi(this->queries(b, h, chunk), true, phi_q, m.query_rows);
     std::copy_n(state.keys, width, m.row);
-    this->rows_.run_dots({m.key_rows.data, width}, chunk.key_tokens(), {m.query_rows.data, width},
-                         chunk.query_tokens(), width, m.row, m.denominators);
+    this->rows_.run_dots(x, chunk.key_tokens(), y, chunk.query_tokens(), width, m.row,
+                         m.denominators);
+    return x;
   }
 
   /// The same where rows see all keys; x: psi(q).

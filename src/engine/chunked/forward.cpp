@@ -173,7 +173,9 @@ class Forward : public Denominators<T>, public Sweep<T> {
     this->products_.accumulate(left.data, left.stride, chunk.queries,
                                this->state_values(state.sums, this->features_, m.state),
                                this->features_, this->value_dim_, nullptr, this->ones(), m.out);
-    if (this->problem_.policy.key_sum) this->running_denominators(b, h, chunk, state, m.sums);
+    if (this->problem_.policy.key_sum) {
+      this->running_denominators(b, h, chunk, state, m.query_rows, m.key_rows, m.sums);
+    }
     if (chunk.keys == 0) return;
     this->panels(this->operand(k, m.key_rows), m.key_panels);
     this->products_.scores(left.data, chunk.queries, m.key_panels, chunk.keys, this->features_,

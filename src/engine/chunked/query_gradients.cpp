@@ -316,7 +316,7 @@ class QueryGradients : public Denominators<T>, public Sweep<T> {
     }
     row_scales(lane, chunk, m, m.dots, m.sum_dots);
     this->rows_.scale_rows(m.features, rows, written_features(), m.dots);
-    add_denominators(chunk, state, m);
+    add_denominators(chunk, {}, state, m);
     return pulled(q, m);
   }
 
@@ -379,7 +379,8 @@ class QueryGradients : public Denominators<T>, public Sweep<T> {
                 const Memory& m) const {
     const int64_t b = lane / this->heads_, h = lane % this->heads_;
     const int64_t width = this->padded_features_;
-    this->running_denominators(b, h, chunk, state, m.sums);
+    const auto keys =
+        this->running_denominators(b, h, chunk, state, m.query_rows, m.key_rows, m.sums);
     std::fill_n(m.dots, chunk.queries, T{0});
     std::fill_n(m.sum_dots, chunk.queries, T{0});
     this->rows_.row_dots({m.query_rows.data, m.query_rows.stride},
@@ -395,11 +396,12 @@ class QueryGradients : public Denominators<T>, public Sweep<T> {
     }
     row_scales(lane, chunk, m, m.dots, m.sum_dots);
     this->rows_.scale_rows(m.features, chunk.queries, width, m.dots);
-    add_denominators(chunk, state, m);
+    add_denominators(chunk, keys, state, m);
   }
 
-  // What denominators give.
-  void add_denominators(const Chunk& chunk, const StateView<T>& state, const Memory& m) const {
+  // What denominators give; keys: psi of those in the chunk.
+  void add_denominators(const Chunk& chunk, kernels::Block<const T> keys, const StateView<T>& state,
+                        const Memory& m) const {
     const int64_t width = this->padded_features_;
     Block sums = m.features;
     if (this->separate_sums()) {
@@ -407,8 +409,8 @@ class QueryGradients : public Denominators<T>, public Sweep<T> {
       std::fill_n(sums.data, chunk.queries * sums.stride, T{0});
     }
     std::copy_n(state.keys, width, m.sums.row);
-    this->rows_.run_add({m.sums.key_rows.data, width}, nullptr, chunk.key_tokens(), sums,
-                        m.sum_dots, chunk.query_tokens(), width, false, m.sums.row);
+    this->rows_.run_add(keys, nullptr, chunk.key_tokens(), sums, m.sum_dots, chunk.query_tokens(),
+                        width, false, m.sums.row);
   }
 
   // rows = a (what num gives) + e (what the denominator gives), each pulled from features first.
