@@ -58,59 +58,143 @@ HWY_INLINE T lane_maximum(hn::Vec<Full<T>> v) {
 #endif
 }
 
-// The largest shaped score, -inf if there is none. A NaN may be passed over: it reaches the row's sum.
+// Sums and maxima of rows are kept in two vectors: more would take registers from the exponentials.
+template <class T>
+using Pair = hn::Vec<Full<T>>[2];
+
+template <class T>
+HWY_INLINE T sum_of(const Pair<T>& total) {
+  return hn::GetLane(hn::SumOfLanes(Full<T>(), hn::Add(total[0], total[1])));
+}
+
+template <class T, int N>
+HWY_INLINE void add_maximum(const hn::Vec<Full<T>> (&x)[N], Pair<T>& most) {
+#pragma GCC unroll 4
+  for (int j = 0; j < N; ++j) most[j % 2] = hn::Max(most[j % 2], x[j]);
+}
+
+// The largest shaped score of a row of whole vectors, -inf if there is none. A NaN may be passed over: it
+// reaches the row's sum.
 template <class T, bool kAlibi>
 HWY_INLINE T row_maximum(const ShapedRow<T, kAlibi>& row, KeyRange range) {
-  const Full<T> d;
-  const auto nothing = hn::Set(d, kMinusInfinity<T>);
-  hn::Vec<Full<T>> most[kRowGroup] = {nothing, nothing, nothing, nothing};
-  for_visible<T>(range, [&](int64_t m, auto count, auto seen) HWY_ATTR {
-    constexpr int kCount = decltype(count)::value;
-    hn::Vec<Full<T>> x[kCount];
-    if constexpr (kAlibi) row.load(m, x);
-#pragma GCC unroll 4
-    for (int j = 0; j < kCount; ++j) {
-      // Without position terms shaping is monotone (scale >= 0), so it can wait until after the maximum.
-      if constexpr (!kAlibi) x[j] = hn::LoadU(d, row.s + m + j * lanes<T>());
-      most[j] = hn::Max(most[j], seen_or(seen, x[j], nothing));
+  const auto nothing = hn::Set(Full<T>(), kMinusInfinity<T>);
+  Pair<T> most = {nothing, nothing};
+  for_whole_vectors<T, kRowGroup>(range.begin, range.end, [&](int64_t m, auto count) HWY_ATTR {
+    hn::Vec<Full<T>> x[decltype(count)::value];
+    // Without position terms shaping is monotone (scale >= 0), so it can wait until after the maximum.
+    if constexpr (kAlibi) {
+      row.load(m, x);
+    } else {
+      load_vectors<T>(row.s + m, x);
     }
+    add_maximum<T>(x, most);
   });
-  const T found = lane_maximum<T>(hn::Max(hn::Max(most[0], most[1]), hn::Max(most[2], most[3])));
+  const T found = lane_maximum<T>(hn::Max(most[0], most[1]));
   return kAlibi ? found : found * row.scale;
 }
 
+template <class T, class Weights, int N>
+HWY_INLINE void store_weights(const hn::Vec<Full<T>> (&p)[N], typename Weights::Element* out,
+                              Pair<T>& total) {
+#pragma GCC unroll 4
+  for (int j = 0; j < N; ++j) {
+    total[j % 2] = hn::Add(total[j % 2], p[j]);
+    Weights::store(p[j], out + j * lanes<T>());
+  }
+}
+
+// Writes the weights of a row and returns their sum.
+template <class T, class Weights, bool kAlibi>
+HWY_INLINE T softmax_row(ShapedRow<T, kAlibi> row, KeyRange range, T pivot,
+                         typename Weights::Element* out) {
+  const Full<T> d;
+  row.bias -= pivot == kMinusInfinity<T> ? T{0} : pivot;
+  Pair<T> total = {hn::Zero(d), hn::Zero(d)};
+  for_whole_vectors<T, kRowGroup>(range.begin, range.end, [&](int64_t m, auto count) HWY_ATTR {
+    hn::Vec<Full<T>> p[decltype(count)::value];
+    row.load(m, p);
+    exp2<Weights::kSoftmax>(d, p);
+    store_weights<T, Weights>(p, out + m, total);
+  });
+  return sum_of<T>(total);
+}
+
+// The same, and the maximum of another row, which needs none of the units that exponentials wait for.
+template <class Weights>
+HWY_INLINE float softmax_row(const WholePivot<Weights::kSoftmax>& power, const float* s,
+                             KeyRange range, typename Weights::Element* out, const float* other,
+                             KeyRange other_range, float& maximum) {
+  const Full<float> d;
+  const auto nothing = hn::Set(d, kMinusInfinity<float>);
+  Pair<float> total = {hn::Zero(d), hn::Zero(d)}, most = {nothing, nothing};
+  const auto weigh = [&](int64_t m, auto count) HWY_ATTR {
+    hn::Vec<Full<float>> p[decltype(count)::value];
+    load_vectors<float>(s + m, p);
+    power.exp2(d, p);
+    store_weights<float, Weights>(p, out + m, total);
+  };
+  const auto look = [&](int64_t m, auto count) HWY_ATTR {
+    hn::Vec<Full<float>> x[decltype(count)::value];
+    load_vectors<float>(other + m, x);
+    add_maximum<float>(x, most);
+  };
+  const std::integral_constant<int, kRowGroup> group;
+  constexpr int64_t kStep = kRowGroup * lanes<float>();
+  int64_t m = range.begin, ahead = other_range.begin;
+  for (; m + kStep <= range.end && ahead + kStep <= other_range.end; m += kStep, ahead += kStep) {
+    look(ahead, group);
+    weigh(m, group);
+  }
+  for_whole_vectors<float, kRowGroup>(ahead, other_range.end, look);
+  for_whole_vectors<float, kRowGroup>(m, range.end, weigh);
+  maximum = lane_maximum<float>(hn::Max(most[0], most[1])) * power.scale;
+  return sum_of<float>(total);
+}
+
+// Whole and in large steps, so that it hardly ever changes from tile to tile: what is relative to it
+// then stays as it is.
 template <class T>
-HWY_INLINE T sum_of(const hn::Vec<Full<T>> (&total)[kRowGroup]) {
-  return hn::GetLane(
-      hn::SumOfLanes(Full<T>(), hn::Add(hn::Add(total[0], total[1]), hn::Add(total[2], total[3]))));
+HWY_INLINE T pivot_above(T most) {
+  constexpr T kStep = 8;
+  return std::ceil(most / kStep) * kStep;
 }
 
 template <class T, class Weights, bool kAlibi>
-HWY_INLINE void softmax_row(const ShapedRow<T, kAlibi>& row, KeyRange range, T most, T& pivot,
-                            T& sum, T& carry, typename Weights::Element* out) {
-  constexpr T kNothing = kMinusInfinity<T>;
-  const Full<T> d;
-  const T before = pivot;
-  if (most > before) pivot = most;
-  carry = before == kNothing ? T{1} : before == pivot ? T{1} : std::exp2(before - pivot);
-  ShapedRow<T, kAlibi> shifted = row;
-  shifted.bias -= pivot == kNothing ? T{0} : pivot;
-
-  const auto zero = hn::Zero(d);
-  hn::Vec<Full<T>> total[kRowGroup] = {zero, zero, zero, zero};
-  for_visible<T>(range, [&](int64_t m, auto count, auto seen) HWY_ATTR {
-    constexpr int kCount = decltype(count)::value;
-    hn::Vec<Full<T>> p[kCount];
-    shifted.load(m, p);
-    exp2<Weights::kSoftmax>(d, p);
-#pragma GCC unroll 4
-    for (int j = 0; j < kCount; ++j) {
-      p[j] = seen_or_zero(seen, p[j]);
-      total[j] = hn::Add(total[j], p[j]);
-      Weights::store(p[j], out + m + j * lanes<T>());
+void softmax_rows(Block<T> s, int64_t rows, int64_t key_count, const KeyRange* ranges,
+                  const WeightShape<T>& shape, const RowState<T>& state,
+                  typename Weights::Element* weights, int64_t stride) {
+  using Row = ShapedRow<T, kAlibi>;
+  const auto vectors = [&](int64_t r) {
+    return r < rows ? whole_vectors<T>(range_of(ranges, r, key_count)) : KeyRange();
+  };
+  constexpr int64_t kAhead = 2;  // rows from a maximum to its use
+  T maxima[kAhead] = {};
+  for (int64_t r = 0; r < HWY_MIN(rows, kAhead); ++r) {
+    maxima[r] = row_maximum(Row(s, r, shape), vectors(r));
+  }
+  for (int64_t r = 0; r < rows; ++r) {
+    T& maximum = maxima[r % kAhead];
+    auto* out = weights + r * stride;
+    const T before = state.pivot[r], pivot = pivot_above<T>(HWY_MAX(before, maximum));
+    const T carry =
+        before == pivot || before == kMinusInfinity<T> ? T{1} : std::exp2(before - pivot);
+    T sum;
+    state.pivot[r] = pivot;
+    state.carry[r] = carry;
+    const KeyRange later = vectors(r + kAhead);
+    if constexpr (!kAlibi && sizeof(T) == 4) {
+      const WholePivot<Weights::kSoftmax> power{shape.scale, pivot};
+      if (HWY_LIKELY(power.valid())) {
+        sum = softmax_row<Weights>(power, s.row(r), vectors(r), out, s.row(r + kAhead), later,
+                                   maximum);
+        state.sum[r] = state.sum[r] * carry + sum;
+        continue;
+      }
     }
-  });
-  sum = sum * carry + sum_of<T>(total);
+    sum = softmax_row<T, Weights>(Row(s, r, shape), vectors(r), pivot, out);
+    maximum = row_maximum(Row(s, r + kAhead, shape), later);
+    state.sum[r] = state.sum[r] * carry + sum;
+  }
 }
 
 // 1 / (1 + 2^-t) in place, 0 from about 2^-126 (double: 2^-1022) on: with t = whole + fraction
@@ -139,15 +223,13 @@ HWY_INLINE void sigmoid(hn::Vec<Full<T>> (&t)[N]) {
 template <class T, class Weights, bool kAlibi>
 HWY_INLINE void sigmoid_row(const ShapedRow<T, kAlibi>& row, KeyRange range,
                             typename Weights::Element* out) {
-  for_visible<T>(range, [&](int64_t m, auto count, auto seen) HWY_ATTR {
+  for_whole_vectors<T, kRowGroup>(range.begin, range.end, [&](int64_t m, auto count) HWY_ATTR {
     constexpr int kCount = decltype(count)::value;
     hn::Vec<Full<T>> w[kCount];
     row.load(m, w);
     sigmoid<Weights::kSigmoid, T>(w);
 #pragma GCC unroll 4
-    for (int j = 0; j < kCount; ++j) {
-      Weights::store(seen_or_zero(seen, w[j]), out + m + j * lanes<T>());
-    }
+    for (int j = 0; j < kCount; ++j) Weights::store(w[j], out + m + j * lanes<T>());
   });
 }
 
@@ -156,8 +238,8 @@ HWY_INLINE void polynomial_row(const ShapedRow<T, kAlibi>& row, KeyRange range, 
                                typename Weights::Element* out) {
   const Full<T> d;
   const auto zero = hn::Zero(d);
-  hn::Vec<Full<T>> total[kRowGroup] = {zero, zero, zero, zero};
-  for_visible<T>(range, [&](int64_t m, auto count, auto seen) HWY_ATTR {
+  Pair<T> total = {zero, zero};
+  for_whole_vectors<T, kRowGroup>(range.begin, range.end, [&](int64_t m, auto count) HWY_ATTR {
     constexpr int kCount = decltype(count)::value;
     hn::Vec<Full<T>> t[kCount], p[kCount];
     row.load(m, t);
@@ -165,8 +247,8 @@ HWY_INLINE void polynomial_row(const ShapedRow<T, kAlibi>& row, KeyRange range, 
 #pragma GCC unroll 4
     for (int j = 0; j < kCount; ++j) {
       const int64_t at = m + j * lanes<T>();
-      p[j] = seen_or_zero(seen, hn::IfThenZeroElse(masked<T>(row.s + at), p[j]));
-      total[j] = hn::Add(total[j], p[j]);
+      p[j] = hn::IfThenZeroElse(masked<T>(row.s + at), p[j]);
+      total[j % 2] = hn::Add(total[j % 2], p[j]);
       Weights::store(p[j], out + at);
     }
   });
@@ -178,30 +260,19 @@ void weight_rows(Block<T> s, int64_t rows, int64_t key_count, const KeyRange* ra
                  const WeightShape<T>& shape, const RowState<T>& state,
                  typename Weights::Element* weights, int64_t stride) {
   const int64_t columns = round_up(key_count, kWeightMultiple<T, Weights>);
-  // Maxima of several rows first: the weights of a row wait for its maximum, other maxima do not.
-  constexpr int64_t kMaxima = 8;
-  T most[kMaxima];
+  for (int64_t r = 0; r < rows; ++r) hide_edges(s.row(r), range_of(ranges, r, key_count));
+  if constexpr (kKind == WeightKind::softmax) {
+    softmax_rows<T, Weights, kAlibi>(s, rows, key_count, ranges, shape, state, weights, stride);
+  }
   for (int64_t r = 0; r < rows; ++r) {
-    const KeyRange range = range_of(ranges, r, key_count);
+    const KeyRange range = whole_vectors<T>(range_of(ranges, r, key_count));
     auto* out = weights + r * stride;
-    if (kKind == WeightKind::softmax && r % kMaxima == 0) {
-      for (int64_t i = r; i < HWY_MIN(rows, r + kMaxima); ++i) {
-        const KeyRange seen = range_of(ranges, i, key_count);
-        if (seen.empty()) continue;
-        most[i - r] = row_maximum<T, kAlibi>(ShapedRow<T, kAlibi>(s, i, shape), seen);
-      }
-    }
-    if constexpr (kKind != WeightKind::sigmoid) state.carry[r] = 1;
-    if (!range.empty()) {
-      const ShapedRow<T, kAlibi> row(s, r, shape);
-      if constexpr (kKind == WeightKind::softmax) {
-        softmax_row<T, Weights, kAlibi>(row, range, most[r % kMaxima], state.pivot[r], state.sum[r],
-                                        state.carry[r], out);
-      } else if constexpr (kKind == WeightKind::sigmoid) {
-        sigmoid_row<T, Weights, kAlibi>(row, range, out);
-      } else {
-        polynomial_row<T, Weights, kAlibi>(row, range, shape.order, state.sum[r], out);
-      }
+    if constexpr (kKind == WeightKind::polynomial) state.carry[r] = 1;
+    const ShapedRow<T, kAlibi> row(s, r, shape);
+    if constexpr (kKind == WeightKind::sigmoid) {
+      sigmoid_row<T, Weights, kAlibi>(row, range, out);
+    } else if constexpr (kKind == WeightKind::polynomial) {
+      polynomial_row<T, Weights, kAlibi>(row, range, shape.order, state.sum[r], out);
     }
     clear_outside<T>(out, range, columns);
   }
@@ -224,8 +295,7 @@ void weight_tile(Block<T> s, int64_t rows, int64_t key_count, const KeyRange* ra
 template <class T, class Weights>
 T mean_of(const typename Weights::Element* weights, const T* t, KeyRange range, T unset) {
   const auto zero = hn::Zero(Full<T>());
-  hn::Vec<Full<T>> sum[kRowGroup] = {zero, zero, zero, zero}, total[kRowGroup];
-  for (auto& x : total) x = zero;
+  Pair<T> sum = {zero, zero}, total = {zero, zero};
   if (range.empty()) return unset;
   for_visible<T>(range, [&](int64_t m, auto count, auto seen) HWY_ATTR {
 #pragma GCC unroll 4
@@ -233,8 +303,8 @@ T mean_of(const typename Weights::Element* weights, const T* t, KeyRange range, 
       const int64_t at = m + j * lanes<T>();
       const auto p = seen_or_zero(seen, Weights::load(weights + at));
       const auto x = hn::Mul(p, hn::LoadU(Full<T>(), t + at));
-      sum[j] = hn::Add(sum[j], hn::IfThenZeroElse(hn::Eq(p, zero), x));
-      total[j] = hn::Add(total[j], p);
+      sum[j % 2] = hn::Add(sum[j % 2], hn::IfThenZeroElse(hn::Eq(p, zero), x));
+      total[j % 2] = hn::Add(total[j % 2], p);
     }
   });
   const T weight = sum_of<T>(total), mean = sum_of<T>(sum) / weight;
@@ -258,7 +328,7 @@ void second_weights(const void* weights, int64_t stride, Block<T> t, int64_t row
     }
     const auto offset = hn::Set(d, shift[r] == kMinusInfinity<T> ? T{0} : shift[r]);
     const auto zero = hn::Zero(d);
-    hn::Vec<Full<T>> total[kRowGroup] = {zero, zero, zero, zero};
+    Pair<T> total = {zero, zero};
     if (!range.empty()) {
       for_visible<T>(range, [&](int64_t m, auto count, auto seen) HWY_ATTR {
         constexpr int kCount = decltype(count)::value;
@@ -269,7 +339,7 @@ void second_weights(const void* weights, int64_t stride, Block<T> t, int64_t row
           const auto x = hn::Mul(p, hn::Sub(hn::LoadU(d, factor + at), offset));
           // A masked key has weight 0, whatever it makes of t.
           const auto product = seen_or_zero(seen, hn::IfThenZeroElse(hn::Eq(p, zero), x));
-          total[j] = hn::Add(total[j], product);
+          total[j % 2] = hn::Add(total[j % 2], product);
           Weights::store(product, out + at);
         }
       });
