@@ -12,8 +12,6 @@
 
 #include <hwy/highway.h>
 
-#include <cmath>
-
 HWY_BEFORE_NAMESPACE();
 namespace heed::kernels::HWY_NAMESPACE {
 namespace hn = hwy::HWY_NAMESPACE;
@@ -129,37 +127,6 @@ HWY_INLINE void exp2(D d, V (&t)[N]) {
 #pragma GCC unroll 4
   for (int j = 0; j < N; ++j) t[j] = hn::Mul(p[j], power[j]);
 }
-
-// 2^(x scale - pivot) in place, for x scale below pivot + 1: with a whole pivot the difference and its
-// parts cost two additions less than exp2 of it. In float, whose sums with `magic` are exact for
-// pivots of moderate size.
-template <Exactness kExactness>
-struct WholePivot {
-  static constexpr float kMagic = 12582912.0f + 127;
-  float scale, pivot;
-  float offset = kMagic - pivot;
-  float least = (pivot - 126.75f) / scale;  // becomes 0, as all below
-
-  bool valid() const { return scale > 0x1p-64f && std::abs(pivot) < 0x1p18f; }
-
-  template <int N, class D, class V>
-  HWY_INLINE void exp2(D d, V (&x)[N]) const {
-    const hn::RebindToUnsigned<D> du;
-    const V factor = hn::Set(d, scale), from = hn::Set(d, offset);
-    V sum[N], p[N];
-#pragma GCC unroll 4
-    for (int j = 0; j < N; ++j) x[j] = at_least(d, least, x[j]);
-#pragma GCC unroll 4
-    for (int j = 0; j < N; ++j) sum[j] = hn::MulAdd(x[j], factor, from);
-#pragma GCC unroll 4
-    for (int j = 0; j < N; ++j) x[j] = hn::MulAdd(x[j], factor, hn::Sub(from, sum[j]));
-    exp2_fraction<kExactness>(d, x, p);
-#pragma GCC unroll 4
-    for (int j = 0; j < N; ++j) {
-      x[j] = hn::Mul(p[j], hn::BitCast(d, hn::ShiftLeft<23>(hn::BitCast(du, sum[j]))));
-    }
-  }
-};
 
 // 2^t in place for every t: infinite from 127.5 (double: 1023.5) on.
 template <int N, class D, class V>

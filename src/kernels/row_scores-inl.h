@@ -22,18 +22,11 @@ namespace hn = hwy::HWY_NAMESPACE;
 template <class T>
 inline constexpr T kMinusInfinity = -std::numeric_limits<T>::infinity();
 
-template <class T, int N>
-HWY_INLINE void load_vectors(const T* from, hn::Vec<Full<T>> (&to)[N]) {
-#pragma GCC unroll 4
-  for (int j = 0; j < N; ++j) to[j] = hn::LoadU(Full<T>(), from + j * lanes<T>());
-}
-
 // The scores of one row, shaped: s * scale + bias - slope * |distance|.
 template <class T, bool kAlibi>
 struct ShapedRow {
   const T* s;
   T scale, bias, slope, distance;  // distance: from key 0 to the query
-  hn::Vec<Full<T>> lane = hn::Iota(Full<T>(), T{0});
 
   ShapedRow(const Block<T>& block, int64_t r, const WeightShape<T>& shape)
       : s(block.row(r)),
@@ -46,7 +39,7 @@ struct ShapedRow {
   template <int N>
   HWY_INLINE void load(int64_t m, hn::Vec<Full<T>> (&t)[N]) const {
     const Full<T> d;
-    const auto away = hn::Sub(hn::Set(d, distance - static_cast<T>(m)), lane);
+    const auto away = hn::Sub(hn::Set(d, distance - static_cast<T>(m)), hn::Iota(d, T{0}));
 #pragma GCC unroll 4
     for (int j = 0; j < N; ++j) {
       const int64_t step = j * lanes<T>();

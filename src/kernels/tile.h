@@ -69,9 +69,9 @@ struct WeightShape {
       0;  // position of row 0 minus position of key 0; row r, key m: distance + r - m
 };
 
-/// Row statistics of a running softmax, in units of log2: the row's pivot, which is the next multiple
-/// of 8 above its scores, the sum of its weights relative to the pivot, and the factor that the last tile
-/// put on earlier sums. Sigmoid touches none of them, polynomial only adds its weights to the sum.
+/// Row statistics of a running softmax, in units of log2: the row's pivot, the sum of its weights
+/// relative to the pivot, and the factor that the last tile put on earlier sums. Sigmoid touches none
+/// of them, polynomial only adds its weights to the sum.
 template <class T>
 struct RowState {
   T* pivot = nullptr;  // -inf until the row has seen a key

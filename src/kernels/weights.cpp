@@ -67,96 +67,69 @@ HWY_INLINE T sum_of(const Pair<T>& total) {
   return hn::GetLane(hn::SumOfLanes(Full<T>(), hn::Add(total[0], total[1])));
 }
 
-template <class T, int N>
-HWY_INLINE void add_maximum(const hn::Vec<Full<T>> (&x)[N], Pair<T>& most) {
+// The largest shaped score of a row of whole vectors, taken group by group; -inf if there is none. A NaN
+// may be passed over: it reaches the row's sum.
+template <class T, bool kAlibi, int N>
+HWY_INLINE void add_maximum(const ShapedRow<T, kAlibi>& row, int64_t m,
+                            std::integral_constant<int, N> /*vectors*/, Pair<T>& most) {
+  hn::Vec<Full<T>> x[N];
+  // Without position terms shaping is monotone (scale >= 0), so it can wait until after the maximum.
+  if constexpr (kAlibi) row.load(m, x);
 #pragma GCC unroll 4
-  for (int j = 0; j < N; ++j) most[j % 2] = hn::Max(most[j % 2], x[j]);
+  for (int j = 0; j < N; ++j) {
+    if constexpr (!kAlibi) x[j] = hn::LoadU(Full<T>(), row.s + m + j * lanes<T>());
+    most[j % 2] = hn::Max(most[j % 2], x[j]);
+  }
 }
 
-// The largest shaped score of a row of whole vectors, -inf if there is none. A NaN may be passed over: it
-// reaches the row's sum.
+template <class T, bool kAlibi>
+HWY_INLINE T maximum_of(const ShapedRow<T, kAlibi>& row, const Pair<T>& most) {
+  const T found = lane_maximum<T>(hn::Max(most[0], most[1]));
+  return kAlibi ? found : found * row.scale;
+}
+
 template <class T, bool kAlibi>
 HWY_INLINE T row_maximum(const ShapedRow<T, kAlibi>& row, KeyRange range) {
   const auto nothing = hn::Set(Full<T>(), kMinusInfinity<T>);
   Pair<T> most = {nothing, nothing};
   for_whole_vectors<T, kRowGroup>(range.begin, range.end, [&](int64_t m, auto count) HWY_ATTR {
-    hn::Vec<Full<T>> x[decltype(count)::value];
-    // Without position terms shaping is monotone (scale >= 0), so it can wait until after the maximum.
-    if constexpr (kAlibi) {
-      row.load(m, x);
-    } else {
-      load_vectors<T>(row.s + m, x);
-    }
-    add_maximum<T>(x, most);
+    add_maximum(row, m, count, most);
   });
-  const T found = lane_maximum<T>(hn::Max(most[0], most[1]));
-  return kAlibi ? found : found * row.scale;
+  return maximum_of(row, most);
 }
 
-template <class T, class Weights, int N>
-HWY_INLINE void store_weights(const hn::Vec<Full<T>> (&p)[N], typename Weights::Element* out,
-                              Pair<T>& total) {
-#pragma GCC unroll 4
-  for (int j = 0; j < N; ++j) {
-    total[j % 2] = hn::Add(total[j % 2], p[j]);
-    Weights::store(p[j], out + j * lanes<T>());
-  }
-}
-
-// Writes the weights of a row and returns their sum.
+// Writes the exponentials of a row and returns their sum, and looks for the maximum of another row: it
+// needs few of the units that exponentials keep busy.
 template <class T, class Weights, bool kAlibi>
-HWY_INLINE T softmax_row(ShapedRow<T, kAlibi> row, KeyRange range, T pivot,
-                         typename Weights::Element* out) {
+HWY_INLINE T softmax_row(const ShapedRow<T, kAlibi>& row, KeyRange range,
+                         typename Weights::Element* out, const ShapedRow<T, kAlibi>& other,
+                         KeyRange other_range, T& maximum) {
   const Full<T> d;
-  row.bias -= pivot == kMinusInfinity<T> ? T{0} : pivot;
-  Pair<T> total = {hn::Zero(d), hn::Zero(d)};
-  for_whole_vectors<T, kRowGroup>(range.begin, range.end, [&](int64_t m, auto count) HWY_ATTR {
-    hn::Vec<Full<T>> p[decltype(count)::value];
+  const auto nothing = hn::Set(d, kMinusInfinity<T>);
+  Pair<T> total = {hn::Zero(d), hn::Zero(d)}, most = {nothing, nothing};
+  const auto weigh = [&](int64_t m, auto count) HWY_ATTR {
+    constexpr int kCount = decltype(count)::value;
+    hn::Vec<Full<T>> p[kCount];
     row.load(m, p);
     exp2<Weights::kSoftmax>(d, p);
-    store_weights<T, Weights>(p, out + m, total);
-  });
-  return sum_of<T>(total);
-}
-
-// The same, and the maximum of another row, which needs none of the units that exponentials wait for.
-template <class Weights>
-HWY_INLINE float softmax_row(const WholePivot<Weights::kSoftmax>& power, const float* s,
-                             KeyRange range, typename Weights::Element* out, const float* other,
-                             KeyRange other_range, float& maximum) {
-  const Full<float> d;
-  const auto nothing = hn::Set(d, kMinusInfinity<float>);
-  Pair<float> total = {hn::Zero(d), hn::Zero(d)}, most = {nothing, nothing};
-  const auto weigh = [&](int64_t m, auto count) HWY_ATTR {
-    hn::Vec<Full<float>> p[decltype(count)::value];
-    load_vectors<float>(s + m, p);
-    power.exp2(d, p);
-    store_weights<float, Weights>(p, out + m, total);
+#pragma GCC unroll 4
+    for (int j = 0; j < kCount; ++j) {
+      total[j % 2] = hn::Add(total[j % 2], p[j]);
+      Weights::store(p[j], out + m + j * lanes<T>());
+    }
   };
-  const auto look = [&](int64_t m, auto count) HWY_ATTR {
-    hn::Vec<Full<float>> x[decltype(count)::value];
-    load_vectors<float>(other + m, x);
-    add_maximum<float>(x, most);
-  };
+  const auto look = [&](int64_t m, auto count) HWY_ATTR { add_maximum(other, m, count, most); };
   const std::integral_constant<int, kRowGroup> group;
-  constexpr int64_t kStep = kRowGroup * lanes<float>();
+  constexpr int64_t kStep = kRowGroup * lanes<T>();
   int64_t m = range.begin, ahead = other_range.begin;
   for (; m + kStep <= range.end && ahead + kStep <= other_range.end; m += kStep, ahead += kStep) {
     look(ahead, group);
     weigh(m, group);
   }
-  for_whole_vectors<float, kRowGroup>(ahead, other_range.end, look);
-  for_whole_vectors<float, kRowGroup>(m, range.end, weigh);
-  maximum = lane_maximum<float>(hn::Max(most[0], most[1])) * power.scale;
-  return sum_of<float>(total);
-}
-
-// Whole and in large steps, so that it hardly ever changes from tile to tile: what is relative to it
-// then stays as it is.
-template <class T>
-HWY_INLINE T pivot_above(T most) {
-  constexpr T kStep = 8;
-  return std::ceil(most / kStep) * kStep;
+  for_whole_vectors<T, kRowGroup>(ahead, other_range.end, look);
+  for_whole_vectors<T, kRowGroup>(m, range.end, weigh);
+  maximum = maximum_of(other, most);
+  return sum_of<T>(total);
 }
 
 template <class T, class Weights, bool kAlibi>
@@ -164,6 +137,7 @@ void softmax_rows(Block<T> s, int64_t rows, int64_t key_count, const KeyRange* r
                   const WeightShape<T>& shape, const RowState<T>& state,
                   typename Weights::Element* weights, int64_t stride) {
   using Row = ShapedRow<T, kAlibi>;
+  constexpr T kNothing = kMinusInfinity<T>;
   const auto vectors = [&](int64_t r) {
     return r < rows ? whole_vectors<T>(range_of(ranges, r, key_count)) : KeyRange();
   };
@@ -174,25 +148,14 @@ void softmax_rows(Block<T> s, int64_t rows, int64_t key_count, const KeyRange* r
   }
   for (int64_t r = 0; r < rows; ++r) {
     T& maximum = maxima[r % kAhead];
-    auto* out = weights + r * stride;
-    const T before = state.pivot[r], pivot = pivot_above<T>(HWY_MAX(before, maximum));
-    const T carry =
-        before == pivot || before == kMinusInfinity<T> ? T{1} : std::exp2(before - pivot);
-    T sum;
+    const T before = state.pivot[r], pivot = maximum > before ? maximum : before;
+    const T carry = before == pivot || before == kNothing ? T{1} : std::exp2(before - pivot);
+    Row row(s, r, shape);
+    row.bias -= pivot == kNothing ? T{0} : pivot;
+    const T sum = softmax_row<T, Weights>(row, vectors(r), weights + r * stride,
+                                          Row(s, r + kAhead, shape), vectors(r + kAhead), maximum);
     state.pivot[r] = pivot;
     state.carry[r] = carry;
-    const KeyRange later = vectors(r + kAhead);
-    if constexpr (!kAlibi && sizeof(T) == 4) {
-      const WholePivot<Weights::kSoftmax> power{shape.scale, pivot};
-      if (HWY_LIKELY(power.valid())) {
-        sum = softmax_row<Weights>(power, s.row(r), vectors(r), out, s.row(r + kAhead), later,
-                                   maximum);
-        state.sum[r] = state.sum[r] * carry + sum;
-        continue;
-      }
-    }
-    sum = softmax_row<T, Weights>(Row(s, r, shape), vectors(r), pivot, out);
-    maximum = row_maximum(Row(s, r + kAhead, shape), later);
     state.sum[r] = state.sum[r] * carry + sum;
   }
 }
