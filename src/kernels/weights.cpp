@@ -5,6 +5,7 @@
 #define HWY_TARGET_INCLUDE "kernels/weights.cpp"
 #include <hwy/foreach_target.h>
 // After foreach_target.
+#include <algorithm>
 #include <cmath>
 #include <limits>
 #include <type_traits>
@@ -12,6 +13,7 @@
 #include "kernels/exp-inl.h"
 #include "kernels/parts.h"
 #include "kernels/row_scores-inl.h"
+#include "kernels/transpose-inl.h"
 #include "kernels/vector-inl.h"
 
 HWY_BEFORE_NAMESPACE();
@@ -43,21 +45,6 @@ template <class T, class Weights>
 inline constexpr int64_t kWeightMultiple =
     std::is_same_v<Weights, HalfWeights> ? kHalfDepth : lanes<T>();
 
-template <class T>
-HWY_INLINE T lane_maximum(hn::Vec<Full<T>> v) {
-  const Full<T> d;
-#if HWY_TARGET == HWY_EMU128
-  // MaxOfLanes of this target starts from the lowest finite number.
-  HWY_ALIGN T buffer[hn::MaxLanes(d)];
-  hn::Store(v, d, buffer);
-  T most = buffer[0];
-  for (const T x : buffer) most = HWY_MAX(most, x);
-  return most;
-#else
-  return hn::GetLane(hn::MaxOfLanes(d, v));
-#endif
-}
-
 // Sums and maxima of rows are kept in two vectors: more would take registers from the exponentials.
 template <class T>
 using Pair = hn::Vec<Full<T>>[2];
@@ -67,13 +54,13 @@ HWY_INLINE T sum_of(const Pair<T>& total) {
   return hn::GetLane(hn::SumOfLanes(Full<T>(), hn::Add(total[0], total[1])));
 }
 
-// The largest shaped score of a row of whole vectors, taken group by group; -inf if there is none. A NaN
-// may be passed over: it reaches the row's sum.
+// The largest shaped score of a row of whole vectors, lane by lane; -inf if there is none. A NaN may be
+// passed over: it reaches the row's sum. Without position terms shaping is monotone (scale >= 0), so it
+// can wait until after the maximum.
 template <class T, bool kAlibi, int N>
 HWY_INLINE void add_maximum(const ShapedRow<T, kAlibi>& row, int64_t m,
                             std::integral_constant<int, N> /*vectors*/, Pair<T>& most) {
   hn::Vec<Full<T>> x[N];
-  // Without position terms shaping is monotone (scale >= 0), so it can wait until after the maximum.
   if constexpr (kAlibi) row.load(m, x);
 #pragma GCC unroll 4
   for (int j = 0; j < N; ++j) {
@@ -83,27 +70,21 @@ HWY_INLINE void add_maximum(const ShapedRow<T, kAlibi>& row, int64_t m,
 }
 
 template <class T, bool kAlibi>
-HWY_INLINE T maximum_of(const ShapedRow<T, kAlibi>& row, const Pair<T>& most) {
-  const T found = lane_maximum<T>(hn::Max(most[0], most[1]));
-  return kAlibi ? found : found * row.scale;
-}
-
-template <class T, bool kAlibi>
-HWY_INLINE T row_maximum(const ShapedRow<T, kAlibi>& row, KeyRange range) {
+HWY_INLINE void row_maximum(const ShapedRow<T, kAlibi>& row, KeyRange range, T* maximum) {
   const auto nothing = hn::Set(Full<T>(), kMinusInfinity<T>);
   Pair<T> most = {nothing, nothing};
   for_whole_vectors<T, kRowGroup>(range.begin, range.end, [&](int64_t m, auto count) HWY_ATTR {
     add_maximum(row, m, count, most);
   });
-  return maximum_of(row, most);
+  hn::StoreU(hn::Max(most[0], most[1]), Full<T>(), maximum);
 }
 
-// Writes the exponentials of a row and returns their sum, and looks for the maximum of another row: it
-// needs few of the units that exponentials keep busy.
+// Writes the exponentials of a row and their sum lane by lane, and looks for the maximum of another row:
+// it needs few of the units that exponentials keep busy.
 template <class T, class Weights, bool kAlibi>
-HWY_INLINE T softmax_row(const ShapedRow<T, kAlibi>& row, KeyRange range,
-                         typename Weights::Element* out, const ShapedRow<T, kAlibi>& other,
-                         KeyRange other_range, T& maximum) {
+HWY_INLINE void softmax_row(const ShapedRow<T, kAlibi>& row, KeyRange range,
+                            typename Weights::Element* out, T* sum,
+                            const ShapedRow<T, kAlibi>& other, KeyRange other_range, T* maximum) {
   const Full<T> d;
   const auto nothing = hn::Set(d, kMinusInfinity<T>);
   Pair<T> total = {hn::Zero(d), hn::Zero(d)}, most = {nothing, nothing};
@@ -128,8 +109,51 @@ HWY_INLINE T softmax_row(const ShapedRow<T, kAlibi>& row, KeyRange range,
   }
   for_whole_vectors<T, kRowGroup>(ahead, other_range.end, look);
   for_whole_vectors<T, kRowGroup>(m, range.end, weigh);
-  maximum = maximum_of(other, most);
-  return sum_of<T>(total);
+  hn::StoreU(hn::Max(most[0], most[1]), d, maximum);
+  hn::StoreU(hn::Add(total[0], total[1]), d, sum);
+}
+
+// Statistics of as many rows as a vector has lanes, in its lanes.
+template <class T>
+struct RowVectors {
+  static constexpr int64_t kRows = lanes<T>();
+  HWY_ALIGN T maxima[kRows * kRows] = {};  // lane by lane, row by row
+  HWY_ALIGN T sums[kRows * kRows] = {};
+  HWY_ALIGN T bias[kRows];
+};
+
+template <class T>
+HWY_INLINE hn::Vec<Full<T>> load_rows(const T* p, int64_t count) {
+  const Full<T> d;
+  return count >= lanes<T>() ? hn::LoadU(d, p) : Load<T, T>::first(d, p, static_cast<size_t>(count));
+}
+
+template <class T>
+HWY_INLINE void store_rows(hn::Vec<Full<T>> x, T* p, int64_t count) {
+  const Full<T> d;
+  if (count >= lanes<T>()) return hn::StoreU(x, d, p);
+  HWY_ALIGN T buffer[hn::MaxLanes(d)];
+  hn::Store(x, d, buffer);
+  std::copy_n(buffer, count, p);
+}
+
+// New pivots and carries of `count` rows from the maxima; what their scores are shifted by to `bias`.
+template <class T>
+HWY_INLINE void move_pivots(RowVectors<T>& rows, T scale, T bias, int64_t count, T* pivots,
+                            T* carries) {
+  const Full<T> d;
+  const auto nothing = hn::Set(d, kMinusInfinity<T>);
+  const auto max = [](auto a, auto b) HWY_ATTR { return hn::Max(a, b); };
+  const auto most = hn::Mul(reduce_rows<T>(rows.maxima, max), hn::Set(d, scale));
+  const auto before = load_rows(pivots, count);
+  const auto pivot = hn::IfThenElse(hn::Gt(most, before), most, before);
+  hn::Vec<Full<T>> carry[1] = {hn::Sub(before, pivot)};
+  exp2<Exactness::full>(d, carry);
+  const auto stays = hn::Or(hn::Eq(before, pivot), hn::Eq(before, nothing));
+  store_rows(pivot, pivots, count);
+  store_rows(hn::IfThenElse(stays, hn::Set(d, T{1}), carry[0]), carries, count);
+  const auto shift = hn::IfThenZeroElse(hn::Eq(pivot, nothing), pivot);
+  hn::Store(hn::Sub(hn::Set(d, bias), shift), d, rows.bias);
 }
 
 template <class T, class Weights, bool kAlibi>
@@ -137,26 +161,30 @@ void softmax_rows(Block<T> s, int64_t rows, int64_t key_count, const KeyRange* r
                   const WeightShape<T>& shape, const RowState<T>& state,
                   typename Weights::Element* weights, int64_t stride) {
   using Row = ShapedRow<T, kAlibi>;
-  constexpr T kNothing = kMinusInfinity<T>;
+  constexpr int64_t kRows = lanes<T>();
   const auto vectors = [&](int64_t r) {
     return r < rows ? whole_vectors<T>(range_of(ranges, r, key_count)) : KeyRange();
   };
-  constexpr int64_t kAhead = 2;  // rows from a maximum to its use
-  T maxima[kAhead] = {};
-  for (int64_t r = 0; r < HWY_MIN(rows, kAhead); ++r) {
-    maxima[r] = row_maximum(Row(s, r, shape), vectors(r));
+  RowVectors<T> x;
+  for (int64_t r = 0; r < HWY_MIN(rows, kRows); ++r) {
+    row_maximum(Row(s, r, shape), vectors(r), x.maxima + r * kRows);
   }
-  for (int64_t r = 0; r < rows; ++r) {
-    T& maximum = maxima[r % kAhead];
-    const T before = state.pivot[r], pivot = maximum > before ? maximum : before;
-    const T carry = before == pivot || before == kNothing ? T{1} : std::exp2(before - pivot);
-    Row row(s, r, shape);
-    row.bias -= pivot == kNothing ? T{0} : pivot;
-    const T sum = softmax_row<T, Weights>(row, vectors(r), weights + r * stride,
-                                          Row(s, r + kAhead, shape), vectors(r + kAhead), maximum);
-    state.pivot[r] = pivot;
-    state.carry[r] = carry;
-    state.sum[r] = state.sum[r] * carry + sum;
+  for (int64_t first = 0; first < rows; first += kRows) {
+    const int64_t count = HWY_MIN(rows - first, kRows);
+    move_pivots(x, kAlibi ? T{1} : shape.scale, shape.bias, count, state.pivot + first,
+                state.carry + first);
+    for (int64_t i = 0; i < count; ++i) {
+      const int64_t r = first + i, later = r + kRows;
+      Row row(s, r, shape);
+      row.bias = x.bias[i];
+      softmax_row<T, Weights>(row, vectors(r), weights + r * stride, x.sums + i * kRows,
+                              Row(s, later, shape), vectors(later), x.maxima + i * kRows);
+    }
+    const auto add = [](auto a, auto b) HWY_ATTR { return hn::Add(a, b); };
+    const auto sum = hn::MulAdd(load_rows(state.sum + first, count),
+                                load_rows(state.carry + first, count),
+                                reduce_rows<T>(x.sums, add));
+    store_rows(sum, state.sum + first, count);
   }
 }
 
