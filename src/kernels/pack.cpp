@@ -5,6 +5,8 @@
 #include <hwy/foreach_target.h>
 // After foreach_target.
 #include "kernels/parts.h"
+#include "kernels/prefetch.h"
+#include "kernels/transpose-inl.h"
 #include "kernels/vector-inl.h"
 
 HWY_BEFORE_NAMESPACE();
@@ -42,34 +44,38 @@ void pack_queries(const Rows& q, bool negate, void* packed) {
   });
 }
 
+// Columns [e, e + lanes) of rows m, m + 1, ... of one vector each; zeros behind the last row and column.
+template <class T, class From>
+HWY_INLINE void load_square(const Rows& x, int64_t m, int64_t e, hn::Vec<Full<T>>* rows) {
+  const Full<T> d;
+  const From* p = static_cast<const From*>(x.data) + m * x.stride + e;
+  const int64_t columns = x.width - e;
+  if (HWY_LIKELY(m + lanes<T>() <= x.count && columns >= lanes<T>())) {
+    for (int64_t i = 0; i < lanes<T>(); ++i) rows[i] = Load<T, From>::full(d, p + i * x.stride);
+    return;
+  }
+  const auto some = static_cast<size_t>(HWY_MIN(columns, lanes<T>()));
+  for (int64_t i = 0; i < lanes<T>(); ++i) {
+    rows[i] = m + i < x.count ? Load<T, From>::first(d, p + i * x.stride, some) : hn::Zero(d);
+  }
+}
+
 // Panels of kPanelVectors vectors of keys: element (e, key) at panel[e * panel width + key].
 template <class T>
 void pack_keys(const Rows& k, void* packed) {
   const Full<T> d;
-  constexpr int64_t kGroup = 16 / sizeof(T);
   const int64_t panel = kPanelVectors * lanes<T>(), keys = padded<T>(k.count);
   with_element_type<T>(k.dtype, [&](auto from) HWY_ATTR {
-    using From = decltype(from);
-    const auto* data = static_cast<const From*>(k.data);
     for (int64_t start = 0; start < keys; start += panel) {
       const int64_t width = HWY_MIN(panel, keys - start);
       T* to = static_cast<T*>(packed) + start * k.width;
-      for (int64_t key = 0; key < width; key += kGroup) {
+      for (int64_t key = 0; key < width; key += lanes<T>()) {
         for (int64_t e = 0; e < k.width; e += lanes<T>()) {
-          const int64_t columns = HWY_MIN(lanes<T>(), k.width - e);
-          hn::Vec<Full<T>> rows[kGroup];
-          for (int64_t i = 0; i < kGroup; ++i) {
-            const int64_t m = start + key + i;
-            const From* p = data + m * k.stride + e;
-            rows[i] = m >= k.count ? hn::Zero(d)
-                      : columns == lanes<T>()
-                          ? Load<T, From>::full(d, p)
-                          : Load<T, From>::first(d, p, static_cast<size_t>(columns));
-          }
-          transpose_group<T>(rows, [&](int64_t c, const T* group) HWY_ATTR {
-            if (c < columns) {
-              hwy::CopyBytes<16>(group, to + (e + c) * width + key);
-            }
+          hn::Vec<Full<T>> rows[hn::MaxLanes(Full<T>())];
+          prefetch_share(k, start + key + lanes<T>(), lanes<T>(), e, lanes<T>());
+          load_square<T, decltype(from)>(k, start + key, e, rows);
+          transpose_square<T>(rows, [&](int64_t c, auto column) HWY_ATTR {
+            if (e + c < k.width) hn::StoreU(column, d, to + (e + c) * width + key);
           });
         }
       }

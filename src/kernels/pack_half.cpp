@@ -7,6 +7,8 @@
 #include <cstring>
 
 #include "kernels/parts.h"
+#include "kernels/prefetch.h"
+#include "kernels/transpose-inl.h"
 #include "kernels/vector-inl.h"
 
 HWY_BEFORE_NAMESPACE();
@@ -36,20 +38,26 @@ HWY_INLINE hn::Vec<Full<float>> load_pairs(const uint16_t* row, int64_t e, int64
 
 void pack_half_keys(const Rows& k, void* packed) {
   const Full<float> d;
+  constexpr int64_t kKeys = lanes<float>();
   const int64_t depth = round_up(k.width, kHalfDepth), keys = round_up(k.count, kHalfDepth);
   for (int64_t start = 0; start < keys; start += kHalfPanel) {
     const int64_t width = HWY_MIN(kHalfPanel, keys - start);
     float* to = static_cast<float*>(packed) + start * depth / 2;
-    for (int64_t key = 0; key < width; key += 4) {
+    for (int64_t key = 0; key < width; key += kKeys) {
       for (int64_t e = 0; e < depth; e += 2 * lanes<float>()) {
-        hn::Vec<Full<float>> rows[4];
-        for (int64_t i = 0; i < 4; ++i) {
-          const int64_t m = start + key + i;
-          const auto* row = static_cast<const uint16_t*>(k.data) + m * k.stride;
-          rows[i] = m < k.count ? load_pairs(row, e, k.width) : hn::Zero(d);
+        prefetch_share(k, start + key + kKeys, kKeys, e, 2 * lanes<float>());
+        hn::Vec<Full<float>> rows[hn::MaxLanes(Full<float>())];
+        const auto* row = static_cast<const uint16_t*>(k.data) + (start + key) * k.stride;
+        const int64_t count = k.count - start - key;
+        if (HWY_LIKELY(count >= kKeys && e + 2 * lanes<float>() <= k.width)) {
+          for (int64_t i = 0; i < kKeys; ++i) rows[i] = load_pairs(row + i * k.stride, e, depth);
+        } else {
+          for (int64_t i = 0; i < kKeys; ++i) {
+            rows[i] = i < count ? load_pairs(row + i * k.stride, e, k.width) : hn::Zero(d);
+          }
         }
-        transpose_group<float>(rows, [&](int64_t c, const float* group) HWY_ATTR {
-          hwy::CopyBytes<16>(group, to + (e / 2 + c) * width + key);
+        transpose_square<float>(rows, [&](int64_t c, auto column) HWY_ATTR {
+          hn::StoreU(column, d, to + (e / 2 + c) * width + key);
         });
       }
     }

@@ -23,6 +23,29 @@ inline int64_t bytes_ahead(const Rows& rows) {
   return row == 0 ? 0 : round_up(kAheadBytes, row) / row * rows.stride * element;
 }
 
+inline const std::byte* row_at(const Rows& rows, int64_t r) {
+  return static_cast<const std::byte*>(rows.data) +
+         r * rows.stride * static_cast<int64_t>(size_of(rows.dtype));
+}
+
+/// For loops over blocks of `count` rows that read `step` columns [column, column + step) of all of them
+/// after the others, which looks like no stream: asks for a share of the rows from `first` on, in the
+/// order of memory. They may lie behind the last row, where the next call goes on.
+inline void prefetch_share(const Rows& rows, int64_t first, int64_t count, int64_t column,
+                           int64_t step) {
+  constexpr int64_t kLine = 64;
+  const int64_t bytes = rows.width * static_cast<int64_t>(size_of(rows.dtype));
+  const int64_t steps = (rows.width + step - 1) / step, share = (count + steps - 1) / steps;
+  const int64_t begin = column / step * share;
+  for (int64_t r = begin; r < std::min(begin + share, count); ++r) {
+    const auto row = reinterpret_cast<uintptr_t>(row_at(rows, first + r));
+    for (int64_t i = 0; i < bytes; i += kLine) {
+      __builtin_prefetch(  // NOLINTNEXTLINE(performance-no-int-to-ptr): no pointer into an object
+          reinterpret_cast<const void*>(row + static_cast<uintptr_t>(i)));
+    }
+  }
+}
+
 /// Into the second-level cache: the first level has too few requests under way for full bandwidth. May
 /// lie behind the last row, as the next call goes on there; asking for memory that does not exist does
 /// nothing.

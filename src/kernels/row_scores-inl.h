@@ -27,7 +27,6 @@ template <class T, bool kAlibi>
 struct ShapedRow {
   const T* s;
   T scale, bias, slope, distance;  // distance: from key 0 to the query
-  hn::Vec<Full<T>> lane = hn::Iota(Full<T>(), T{0});
 
   ShapedRow(const Block<T>& block, int64_t r, const WeightShape<T>& shape)
       : s(block.row(r)),
@@ -40,7 +39,7 @@ struct ShapedRow {
   template <int N>
   HWY_INLINE void load(int64_t m, hn::Vec<Full<T>> (&t)[N]) const {
     const Full<T> d;
-    const auto away = hn::Sub(hn::Set(d, distance - static_cast<T>(m)), lane);
+    const auto away = hn::Sub(hn::Set(d, distance - static_cast<T>(m)), hn::Iota(d, T{0}));
 #pragma GCC unroll 4
     for (int j = 0; j < N; ++j) {
       const int64_t step = j * lanes<T>();
@@ -104,15 +103,53 @@ HWY_INLINE void for_visible(KeyRange range, Body&& body) {
   if (m < range.end) body(m, one, visible_lanes<T>(m, range));
 }
 
+// The range rounded out to whole vectors.
+template <class T>
+HWY_INLINE KeyRange whole_vectors(KeyRange range) {
+  constexpr auto kLanes = static_cast<int32_t>(lanes<T>());
+  if (range.empty()) return {};
+  return {range.begin / kLanes * kLanes, (range.end + kLanes - 1) / kLanes * kLanes};
+}
+
+// Writes -inf where whole_vectors reaches over the range, so that the row can do without masks.
+template <class T>
+HWY_INLINE void hide_edges(T* s, KeyRange range) {
+  const Full<T> d;
+  const auto nothing = hn::Set(d, kMinusInfinity<T>);
+  if (range.empty()) return;
+  const int64_t first = range.begin / lanes<T>() * lanes<T>();
+  const int64_t last = range.end / lanes<T>() * lanes<T>();
+  if (first < range.begin) {
+    hn::BlendedStore(nothing, hn::FirstN(d, static_cast<size_t>(range.begin - first)), d, s + first);
+  }
+  if (last < range.end) {
+    const auto seen = hn::FirstN(d, static_cast<size_t>(range.end - last));
+    hn::BlendedStore(nothing, hn::Not(seen), d, s + last);
+  }
+}
+
+// Calls body(m, number of vectors as a constant) for groups of kMost whole vectors of a range, then for
+// what remains in groups of half the size.
+template <class T, int kMost, class Body>
+HWY_INLINE void for_whole_vectors(int64_t begin, int64_t end, Body&& body) {
+  const std::integral_constant<int, kMost> group;
+  for (; begin + group * lanes<T>() <= end; begin += group * lanes<T>()) body(begin, group);
+  if constexpr (kMost > 1) for_whole_vectors<T, kMost / 2>(begin, end, body);
+}
+
 // Zeros in the columns of one row that for_visible does not pass over.
 template <class T, class Element>
 HWY_INLINE void clear_outside(Element* out, KeyRange range, int64_t columns) {
-  const auto clear = [out](int64_t from, int64_t to) {
-    for (int64_t m = from; m < to; ++m) out[m] = Element{0};
+  const hn::Rebind<Element, Full<T>> d;
+  const auto clear = [&](int64_t from, int64_t to) HWY_ATTR {
+    for (int64_t m = from; m < to; m += lanes<T>()) {
+      hn::StoreU(hn::Zero(d), d, out + m);
+      __asm__ volatile("");  // few vectors: a call of memset takes longer
+    }
   };
-  if (range.empty()) return clear(0, columns);
-  clear(0, range.begin / lanes<T>() * lanes<T>());
-  clear((range.end + lanes<T>() - 1) / lanes<T>() * lanes<T>(), columns);
+  const KeyRange seen = whole_vectors<T>(range);
+  clear(0, seen.begin);
+  clear(seen.end, columns);
 }
 
 // A scale of 0 would make NaN of a score that a mask set to -inf: applied beforehand, leaving a scale

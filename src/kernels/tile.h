@@ -103,7 +103,8 @@ struct TileKernels {
                  int64_t width, const KeyRange* ranges, Block<T> s) = nullptr;
   /// Weights go to `weights` (T, may be `s` itself; or bfloat16 with half_operands), exactly 0 outside
   /// a row's range, in the padding columns and where a score is -inf (a mask, at any scale). A NaN score
-  /// has weight NaN (not in a polynomial of order 0, which looks at no score).
+  /// has weight NaN (not in a polynomial of order 0, which looks at no score). Scores outside the range
+  /// may be overwritten.
   void (*weights[kWeightKinds])(Block<T> s, int64_t rows, int64_t key_count, const KeyRange* ranges,
                                 const WeightShape<T>& shape, const RowState<T>& state,
                                 void* weights, int64_t weight_stride) = {};

@@ -80,6 +80,29 @@ HWY_INLINE void transpose_square(const hn::Vec<Full<T>>* rows, Store&& store) {
   }
 }
 
+// Lane i: op over the lanes of row i of a square with rows of one vector.
+template <class T, class Op>
+HWY_INLINE hn::Vec<Full<T>> reduce_rows(const T* square, Op&& op) {
+  constexpr int kGroup = 16 / sizeof(T), kLanes = hn::MaxLanes(Full<T>());
+  constexpr int kGroups = kLanes / kGroup;
+  hn::Vec<Full<T>> parts[kGroups], blocks[kGroups];
+#pragma GCC unroll 4
+  for (int g = 0; g < kGroups; ++g) {
+    hn::Vec<Full<T>> rows[kGroup], columns[kGroup];
+#pragma GCC unroll 4
+    for (int i = 0; i < kGroup; ++i) {
+      rows[i] = hn::LoadU(Full<T>(), square + (g * kGroup + i) * kLanes);
+    }
+    transpose_blocks<T>(rows, columns);
+    parts[g] = op(columns[0], columns[1]);
+    if constexpr (kGroup == 4) parts[g] = op(parts[g], op(columns[2], columns[3]));
+  }
+  exchange_blocks<T>(parts, blocks);
+#pragma GCC unroll 4
+  for (int b = 1; b < kGroups; ++b) blocks[0] = op(blocks[0], blocks[b]);
+  return blocks[0];
+}
+
 }  // namespace heed::kernels::HWY_NAMESPACE
 HWY_AFTER_NAMESPACE();
 #endif

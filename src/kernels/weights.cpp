@@ -5,6 +5,7 @@
 #define HWY_TARGET_INCLUDE "kernels/weights.cpp"
 #include <hwy/foreach_target.h>
 // After foreach_target.
+#include <algorithm>
 #include <cmath>
 #include <limits>
 #include <type_traits>
@@ -12,6 +13,7 @@
 #include "kernels/exp-inl.h"
 #include "kernels/parts.h"
 #include "kernels/row_scores-inl.h"
+#include "kernels/transpose-inl.h"
 #include "kernels/vector-inl.h"
 
 HWY_BEFORE_NAMESPACE();
@@ -43,74 +45,147 @@ template <class T, class Weights>
 inline constexpr int64_t kWeightMultiple =
     std::is_same_v<Weights, HalfWeights> ? kHalfDepth : lanes<T>();
 
+// Sums and maxima of rows are kept in two vectors: more would take registers from the exponentials.
 template <class T>
-HWY_INLINE T lane_maximum(hn::Vec<Full<T>> v) {
-  const Full<T> d;
-#if HWY_TARGET == HWY_EMU128
-  // MaxOfLanes of this target starts from the lowest finite number.
-  HWY_ALIGN T buffer[hn::MaxLanes(d)];
-  hn::Store(v, d, buffer);
-  T most = buffer[0];
-  for (const T x : buffer) most = HWY_MAX(most, x);
-  return most;
-#else
-  return hn::GetLane(hn::MaxOfLanes(d, v));
-#endif
+using Pair = hn::Vec<Full<T>>[2];
+
+template <class T>
+HWY_INLINE T sum_of(const Pair<T>& total) {
+  return hn::GetLane(hn::SumOfLanes(Full<T>(), hn::Add(total[0], total[1])));
 }
 
-// The largest shaped score, -inf if there is none. A NaN may be passed over: it reaches the row's sum.
+// The largest shaped score of a row of whole vectors, lane by lane; -inf if there is none. A NaN may be
+// passed over: it reaches the row's sum. Without position terms shaping is monotone (scale >= 0), so it
+// can wait until after the maximum.
+template <class T, bool kAlibi, int N>
+HWY_INLINE void add_maximum(const ShapedRow<T, kAlibi>& row, int64_t m,
+                            std::integral_constant<int, N> /*vectors*/, Pair<T>& most) {
+  hn::Vec<Full<T>> x[N];
+  if constexpr (kAlibi) row.load(m, x);
+#pragma GCC unroll 4
+  for (int j = 0; j < N; ++j) {
+    if constexpr (!kAlibi) x[j] = hn::LoadU(Full<T>(), row.s + m + j * lanes<T>());
+    most[j % 2] = hn::Max(most[j % 2], x[j]);
+  }
+}
+
 template <class T, bool kAlibi>
-HWY_INLINE T row_maximum(const ShapedRow<T, kAlibi>& row, KeyRange range) {
+HWY_INLINE void row_maximum(const ShapedRow<T, kAlibi>& row, KeyRange range, T* maximum) {
+  const auto nothing = hn::Set(Full<T>(), kMinusInfinity<T>);
+  Pair<T> most = {nothing, nothing};
+  for_whole_vectors<T, kRowGroup>(range.begin, range.end, [&](int64_t m, auto count) HWY_ATTR {
+    add_maximum(row, m, count, most);
+  });
+  hn::StoreU(hn::Max(most[0], most[1]), Full<T>(), maximum);
+}
+
+// Writes the exponentials of a row and their sum lane by lane, and looks for the maximum of another row:
+// it needs few of the units that exponentials keep busy.
+template <class T, class Weights, bool kAlibi>
+HWY_INLINE void softmax_row(const ShapedRow<T, kAlibi>& row, KeyRange range,
+                            typename Weights::Element* out, T* sum,
+                            const ShapedRow<T, kAlibi>& other, KeyRange other_range, T* maximum) {
   const Full<T> d;
   const auto nothing = hn::Set(d, kMinusInfinity<T>);
-  hn::Vec<Full<T>> most[kRowGroup] = {nothing, nothing, nothing, nothing};
-  for_visible<T>(range, [&](int64_t m, auto count, auto seen) HWY_ATTR {
-    constexpr int kCount = decltype(count)::value;
-    hn::Vec<Full<T>> x[kCount];
-    if constexpr (kAlibi) row.load(m, x);
-#pragma GCC unroll 4
-    for (int j = 0; j < kCount; ++j) {
-      // Without position terms shaping is monotone (scale >= 0), so it can wait until after the maximum.
-      if constexpr (!kAlibi) x[j] = hn::LoadU(d, row.s + m + j * lanes<T>());
-      most[j] = hn::Max(most[j], seen_or(seen, x[j], nothing));
-    }
-  });
-  const T found = lane_maximum<T>(hn::Max(hn::Max(most[0], most[1]), hn::Max(most[2], most[3])));
-  return kAlibi ? found : found * row.scale;
-}
-
-template <class T>
-HWY_INLINE T sum_of(const hn::Vec<Full<T>> (&total)[kRowGroup]) {
-  return hn::GetLane(
-      hn::SumOfLanes(Full<T>(), hn::Add(hn::Add(total[0], total[1]), hn::Add(total[2], total[3]))));
-}
-
-template <class T, class Weights, bool kAlibi>
-HWY_INLINE void softmax_row(const ShapedRow<T, kAlibi>& row, KeyRange range, T most, T& pivot,
-                            T& sum, T& carry, typename Weights::Element* out) {
-  constexpr T kNothing = kMinusInfinity<T>;
-  const Full<T> d;
-  const T before = pivot;
-  if (most > before) pivot = most;
-  carry = before == kNothing ? T{1} : before == pivot ? T{1} : std::exp2(before - pivot);
-  ShapedRow<T, kAlibi> shifted = row;
-  shifted.bias -= pivot == kNothing ? T{0} : pivot;
-
-  const auto zero = hn::Zero(d);
-  hn::Vec<Full<T>> total[kRowGroup] = {zero, zero, zero, zero};
-  for_visible<T>(range, [&](int64_t m, auto count, auto seen) HWY_ATTR {
+  Pair<T> total = {hn::Zero(d), hn::Zero(d)}, most = {nothing, nothing};
+  const auto weigh = [&](int64_t m, auto count) HWY_ATTR {
     constexpr int kCount = decltype(count)::value;
     hn::Vec<Full<T>> p[kCount];
-    shifted.load(m, p);
+    row.load(m, p);
     exp2<Weights::kSoftmax>(d, p);
 #pragma GCC unroll 4
     for (int j = 0; j < kCount; ++j) {
-      p[j] = seen_or_zero(seen, p[j]);
-      total[j] = hn::Add(total[j], p[j]);
+      total[j % 2] = hn::Add(total[j % 2], p[j]);
       Weights::store(p[j], out + m + j * lanes<T>());
     }
-  });
-  sum = sum * carry + sum_of<T>(total);
+  };
+  const auto look = [&](int64_t m, auto count) HWY_ATTR { add_maximum(other, m, count, most); };
+  const std::integral_constant<int, kRowGroup> group;
+  constexpr int64_t kStep = kRowGroup * lanes<T>();
+  int64_t m = range.begin, ahead = other_range.begin;
+  for (; m + kStep <= range.end && ahead + kStep <= other_range.end; m += kStep, ahead += kStep) {
+    look(ahead, group);
+    weigh(m, group);
+  }
+  for_whole_vectors<T, kRowGroup>(ahead, other_range.end, look);
+  for_whole_vectors<T, kRowGroup>(m, range.end, weigh);
+  hn::StoreU(hn::Max(most[0], most[1]), d, maximum);
+  hn::StoreU(hn::Add(total[0], total[1]), d, sum);
+}
+
+// Statistics of as many rows as a vector has lanes, in its lanes.
+template <class T>
+struct RowVectors {
+  static constexpr int64_t kRows = lanes<T>();
+  HWY_ALIGN T maxima[kRows * kRows] = {};  // lane by lane, row by row
+  HWY_ALIGN T sums[kRows * kRows] = {};
+  HWY_ALIGN T bias[kRows];
+};
+
+template <class T>
+HWY_INLINE hn::Vec<Full<T>> load_rows(const T* p, int64_t count) {
+  const Full<T> d;
+  return count >= lanes<T>() ? hn::LoadU(d, p) : Load<T, T>::first(d, p, static_cast<size_t>(count));
+}
+
+template <class T>
+HWY_INLINE void store_rows(hn::Vec<Full<T>> x, T* p, int64_t count) {
+  const Full<T> d;
+  if (count >= lanes<T>()) return hn::StoreU(x, d, p);
+  HWY_ALIGN T buffer[hn::MaxLanes(d)];
+  hn::Store(x, d, buffer);
+  std::copy_n(buffer, count, p);
+}
+
+// New pivots and carries of `count` rows from the maxima; what their scores are shifted by to `bias`.
+template <class T>
+HWY_INLINE void move_pivots(RowVectors<T>& rows, T scale, T bias, int64_t count, T* pivots,
+                            T* carries) {
+  const Full<T> d;
+  const auto nothing = hn::Set(d, kMinusInfinity<T>);
+  const auto max = [](auto a, auto b) HWY_ATTR { return hn::Max(a, b); };
+  const auto most = hn::Mul(reduce_rows<T>(rows.maxima, max), hn::Set(d, scale));
+  const auto before = load_rows(pivots, count);
+  const auto pivot = hn::IfThenElse(hn::Gt(most, before), most, before);
+  hn::Vec<Full<T>> carry[1] = {hn::Sub(before, pivot)};
+  exp2<Exactness::full>(d, carry);
+  const auto stays = hn::Or(hn::Eq(before, pivot), hn::Eq(before, nothing));
+  store_rows(pivot, pivots, count);
+  store_rows(hn::IfThenElse(stays, hn::Set(d, T{1}), carry[0]), carries, count);
+  const auto shift = hn::IfThenZeroElse(hn::Eq(pivot, nothing), pivot);
+  hn::Store(hn::Sub(hn::Set(d, bias), shift), d, rows.bias);
+}
+
+template <class T, class Weights, bool kAlibi>
+void softmax_rows(Block<T> s, int64_t rows, int64_t key_count, const KeyRange* ranges,
+                  const WeightShape<T>& shape, const RowState<T>& state,
+                  typename Weights::Element* weights, int64_t stride) {
+  using Row = ShapedRow<T, kAlibi>;
+  constexpr int64_t kRows = lanes<T>();
+  const auto vectors = [&](int64_t r) {
+    return r < rows ? whole_vectors<T>(range_of(ranges, r, key_count)) : KeyRange();
+  };
+  RowVectors<T> x;
+  for (int64_t r = 0; r < HWY_MIN(rows, kRows); ++r) {
+    row_maximum(Row(s, r, shape), vectors(r), x.maxima + r * kRows);
+  }
+  for (int64_t first = 0; first < rows; first += kRows) {
+    const int64_t count = HWY_MIN(rows - first, kRows);
+    move_pivots(x, kAlibi ? T{1} : shape.scale, shape.bias, count, state.pivot + first,
+                state.carry + first);
+    for (int64_t i = 0; i < count; ++i) {
+      const int64_t r = first + i, later = r + kRows;
+      Row row(s, r, shape);
+      row.bias = x.bias[i];
+      softmax_row<T, Weights>(row, vectors(r), weights + r * stride, x.sums + i * kRows,
+                              Row(s, later, shape), vectors(later), x.maxima + i * kRows);
+    }
+    const auto add = [](auto a, auto b) HWY_ATTR { return hn::Add(a, b); };
+    const auto sum = hn::MulAdd(load_rows(state.sum + first, count),
+                                load_rows(state.carry + first, count),
+                                reduce_rows<T>(x.sums, add));
+    store_rows(sum, state.sum + first, count);
+  }
 }
 
 // 1 / (1 + 2^-t) in place, 0 from about 2^-126 (double: 2^-1022) on: with t = whole + fraction
@@ -139,15 +214,13 @@ HWY_INLINE void sigmoid(hn::Vec<Full<T>> (&t)[N]) {
 template <class T, class Weights, bool kAlibi>
 HWY_INLINE void sigmoid_row(const ShapedRow<T, kAlibi>& row, KeyRange range,
                             typename Weights::Element* out) {
-  for_visible<T>(range, [&](int64_t m, auto count, auto seen) HWY_ATTR {
+  for_whole_vectors<T, kRowGroup>(range.begin, range.end, [&](int64_t m, auto count) HWY_ATTR {
     constexpr int kCount = decltype(count)::value;
     hn::Vec<Full<T>> w[kCount];
     row.load(m, w);
     sigmoid<Weights::kSigmoid, T>(w);
 #pragma GCC unroll 4
-    for (int j = 0; j < kCount; ++j) {
-      Weights::store(seen_or_zero(seen, w[j]), out + m + j * lanes<T>());
-    }
+    for (int j = 0; j < kCount; ++j) Weights::store(w[j], out + m + j * lanes<T>());
   });
 }
 
@@ -156,8 +229,8 @@ HWY_INLINE void polynomial_row(const ShapedRow<T, kAlibi>& row, KeyRange range, 
                                typename Weights::Element* out) {
   const Full<T> d;
   const auto zero = hn::Zero(d);
-  hn::Vec<Full<T>> total[kRowGroup] = {zero, zero, zero, zero};
-  for_visible<T>(range, [&](int64_t m, auto count, auto seen) HWY_ATTR {
+  Pair<T> total = {zero, zero};
+  for_whole_vectors<T, kRowGroup>(range.begin, range.end, [&](int64_t m, auto count) HWY_ATTR {
     constexpr int kCount = decltype(count)::value;
     hn::Vec<Full<T>> t[kCount], p[kCount];
     row.load(m, t);
@@ -165,8 +238,8 @@ HWY_INLINE void polynomial_row(const ShapedRow<T, kAlibi>& row, KeyRange range, 
 #pragma GCC unroll 4
     for (int j = 0; j < kCount; ++j) {
       const int64_t at = m + j * lanes<T>();
-      p[j] = seen_or_zero(seen, hn::IfThenZeroElse(masked<T>(row.s + at), p[j]));
-      total[j] = hn::Add(total[j], p[j]);
+      p[j] = hn::IfThenZeroElse(masked<T>(row.s + at), p[j]);
+      total[j % 2] = hn::Add(total[j % 2], p[j]);
       Weights::store(p[j], out + at);
     }
   });
@@ -178,30 +251,19 @@ void weight_rows(Block<T> s, int64_t rows, int64_t key_count, const KeyRange* ra
                  const WeightShape<T>& shape, const RowState<T>& state,
                  typename Weights::Element* weights, int64_t stride) {
   const int64_t columns = round_up(key_count, kWeightMultiple<T, Weights>);
-  // Maxima of several rows first: the weights of a row wait for its maximum, other maxima do not.
-  constexpr int64_t kMaxima = 8;
-  T most[kMaxima];
+  for (int64_t r = 0; r < rows; ++r) hide_edges(s.row(r), range_of(ranges, r, key_count));
+  if constexpr (kKind == WeightKind::softmax) {
+    softmax_rows<T, Weights, kAlibi>(s, rows, key_count, ranges, shape, state, weights, stride);
+  }
   for (int64_t r = 0; r < rows; ++r) {
-    const KeyRange range = range_of(ranges, r, key_count);
+    const KeyRange range = whole_vectors<T>(range_of(ranges, r, key_count));
     auto* out = weights + r * stride;
-    if (kKind == WeightKind::softmax && r % kMaxima == 0) {
-      for (int64_t i = r; i < HWY_MIN(rows, r + kMaxima); ++i) {
-        const KeyRange seen = range_of(ranges, i, key_count);
-        if (seen.empty()) continue;
-        most[i - r] = row_maximum<T, kAlibi>(ShapedRow<T, kAlibi>(s, i, shape), seen);
-      }
-    }
-    if constexpr (kKind != WeightKind::sigmoid) state.carry[r] = 1;
-    if (!range.empty()) {
-      const ShapedRow<T, kAlibi> row(s, r, shape);
-      if constexpr (kKind == WeightKind::softmax) {
-        softmax_row<T, Weights, kAlibi>(row, range, most[r % kMaxima], state.pivot[r], state.sum[r],
-                                        state.carry[r], out);
-      } else if constexpr (kKind == WeightKind::sigmoid) {
-        sigmoid_row<T, Weights, kAlibi>(row, range, out);
-      } else {
-        polynomial_row<T, Weights, kAlibi>(row, range, shape.order, state.sum[r], out);
-      }
+    if constexpr (kKind == WeightKind::polynomial) state.carry[r] = 1;
+    const ShapedRow<T, kAlibi> row(s, r, shape);
+    if constexpr (kKind == WeightKind::sigmoid) {
+      sigmoid_row<T, Weights, kAlibi>(row, range, out);
+    } else if constexpr (kKind == WeightKind::polynomial) {
+      polynomial_row<T, Weights, kAlibi>(row, range, shape.order, state.sum[r], out);
     }
     clear_outside<T>(out, range, columns);
   }
@@ -224,8 +286,7 @@ void weight_tile(Block<T> s, int64_t rows, int64_t key_count, const KeyRange* ra
 template <class T, class Weights>
 T mean_of(const typename Weights::Element* weights, const T* t, KeyRange range, T unset) {
   const auto zero = hn::Zero(Full<T>());
-  hn::Vec<Full<T>> sum[kRowGroup] = {zero, zero, zero, zero}, total[kRowGroup];
-  for (auto& x : total) x = zero;
+  Pair<T> sum = {zero, zero}, total = {zero, zero};
   if (range.empty()) return unset;
   for_visible<T>(range, [&](int64_t m, auto count, auto seen) HWY_ATTR {
 #pragma GCC unroll 4
@@ -233,8 +294,8 @@ T mean_of(const typename Weights::Element* weights, const T* t, KeyRange range, 
       const int64_t at = m + j * lanes<T>();
       const auto p = seen_or_zero(seen, Weights::load(weights + at));
       const auto x = hn::Mul(p, hn::LoadU(Full<T>(), t + at));
-      sum[j] = hn::Add(sum[j], hn::IfThenZeroElse(hn::Eq(p, zero), x));
-      total[j] = hn::Add(total[j], p);
+      sum[j % 2] = hn::Add(sum[j % 2], hn::IfThenZeroElse(hn::Eq(p, zero), x));
+      total[j % 2] = hn::Add(total[j % 2], p);
     }
   });
   const T weight = sum_of<T>(total), mean = sum_of<T>(sum) / weight;
@@ -258,7 +319,7 @@ void second_weights(const void* weights, int64_t stride, Block<T> t, int64_t row
     }
     const auto offset = hn::Set(d, shift[r] == kMinusInfinity<T> ? T{0} : shift[r]);
     const auto zero = hn::Zero(d);
-    hn::Vec<Full<T>> total[kRowGroup] = {zero, zero, zero, zero};
+    Pair<T> total = {zero, zero};
     if (!range.empty()) {
       for_visible<T>(range, [&](int64_t m, auto count, auto seen) HWY_ATTR {
         constexpr int kCount = decltype(count)::value;
@@ -269,7 +330,7 @@ void second_weights(const void* weights, int64_t stride, Block<T> t, int64_t row
           const auto x = hn::Mul(p, hn::Sub(hn::LoadU(d, factor + at), offset));
           // A masked key has weight 0, whatever it makes of t.
           const auto product = seen_or_zero(seen, hn::IfThenZeroElse(hn::Eq(p, zero), x));
-          total[j] = hn::Add(total[j], product);
+          total[j % 2] = hn::Add(total[j % 2], product);
           Weights::store(product, out + at);
         }
       });

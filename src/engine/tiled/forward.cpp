@@ -177,7 +177,10 @@ typename Forward<T>::Memory Forward<T>::cut(Scratch& scratch, const Item& item,
     m.keys = scratch.take<std::byte>(products_.key_bytes(tile_keys_, head_dim_));
     m.values = scratch.take<std::byte>(products_.value_bytes(tile_keys_, value_dim_));
   }
-  std::memset(m.queries, 0, static_cast<size_t>(query_bytes(tiles)));  // padding rows stay finite
+  const bool padding = item.row_end % path_.query_tile != 0 || tile_rows_ > path_.query_tile;
+  if (padding || path_.few_rows) {  // it stays finite
+    std::memset(m.queries, 0, static_cast<size_t>(query_bytes(tiles)));
+  }
   std::fill_n(m.pivot, l.out_rows, -std::numeric_limits<T>::infinity());
   std::fill_n(m.sum, l.out_rows, T{0});
   std::fill_n(m.carry, l.out_rows, T{1});
@@ -351,8 +354,14 @@ void Forward<T>::finish(int64_t s, const QueryTile& tile, const Memory& m) const
   }
   wide_.finish(rows, tile.rows(), value_dim_, problem_.policy.divide_by_sum() ? sum : nullptr,
                out.at({tile.head, tile.begin}), out.dtype(), out.stride(1));
+  if (!at.lse.defined()) return;
+  const bool plain = problem_.policy.weight == kernels::WeightKind::polynomial;
+  const int64_t step = at.lse.stride(1) * static_cast<int64_t>(size_of(at.lse.dtype()));
+  std::byte* lse = at.lse.at({tile.head, tile.begin});
   for (int64_t r = 0; r < tile.rows(); ++r) {
-    store_sums(s, tile.head, tile.begin + r, m.pivot[tile.slot + r], sum[r]);
+    const double total = sum[r], pivot = m.pivot[tile.slot + r];
+    store_statistic(lse + r * step, at.lse.dtype(),
+                    plain ? total : (pivot + std::log2(total)) / kLog2E);
   }
 }
 
@@ -366,17 +375,10 @@ void Forward<T>::combine_streams(int64_t s, const QueryTile& tile, int64_t r,
   T* out = m.out.row(row);
   for (int64_t f = 0; f < value_dim_; ++f) out[f] = out[f] * (1 + above) - m.out.row(second)[f];
   const bool seen = shift != -std::numeric_limits<T>::infinity();
-  store_statistic(sequence(s).t_mean, tile.head, tile.begin + r, seen ? above + shift : above);
-}
-
-template <class T>
-void Forward<T>::store_sums(int64_t s, int64_t head, int64_t row, double pivot, double sum) const {
-  const Tensor& lse = sequence(s).lse;
-  if (problem_.policy.weight == kernels::WeightKind::polynomial) {
-    store_statistic(lse, head, row, sum);
-  } else {
-    store_statistic(lse, head, row, (pivot + std::log2(sum)) / kLog2E);
-  }
+  const Tensor& t_mean = sequence(s).t_mean;
+  if (!t_mean.defined()) return;
+  store_statistic(t_mean.at({tile.head, tile.begin + r}), t_mean.dtype(),
+                  seen ? above + shift : above);
 }
 
 template class Forward<float>;

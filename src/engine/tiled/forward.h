@@ -87,7 +87,6 @@ class Forward : private TileCall<T> {
                      const void* second_queries, bool direct, const Memory& m) const;
   void finish(int64_t s, const QueryTile& tile, const Memory& m) const;
   void combine_streams(int64_t s, const QueryTile& tile, int64_t r, const Memory& m) const;
-  void store_sums(int64_t s, int64_t head, int64_t row, double pivot, double sum) const;
 
   std::byte* packed_queries(const std::vector<QueryTile>& tiles, int64_t stream, size_t tile,
                             const Memory& m) const {

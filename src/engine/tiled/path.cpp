@@ -22,14 +22,16 @@ struct TileSizes {
 };
 
 // The score block and one panel of keys share the first-level cache; a packed key tile with its values
-// stays in half of the second-level one beside the accumulators.
-TileSizes tile_sizes(Isa isa, bool half_operands, int64_t head_dim, int64_t value_dim,
+// stays in a part of the second-level one beside the accumulators. Forwards pass over long tiles with
+// fewer statistics; backwards keep more blocks of a tile's length.
+TileSizes tile_sizes(const Path& path, bool backward, int64_t head_dim, int64_t value_dim,
                      size_t element) {
-  if (half_operands) return {isa == Isa::amx ? 64 : 48, 256};
+  if (path.isa == Isa::amx) return {64, 256};
+  const bool long_tiles = !backward && !path.few_rows;
+  if (path.half_operands && !long_tiles) return {48, 256};
+  const int64_t most = long_tiles ? 512 : 256, budget = 512 * most;
   const int64_t key_bytes = (head_dim + value_dim) * static_cast<int64_t>(element);
-  const int64_t budget = 128 * 1024;
-  const int64_t key_tile = std::clamp<int64_t>(budget / key_bytes / 64 * 64, 64, 256);
-  return {48, key_tile};
+  return {48, std::clamp<int64_t>(budget / key_bytes / 64 * 64, 64, most)};
 }
 
 // A way to run a call, best first.
@@ -117,8 +119,9 @@ Path choose_path(const Problem& problem, const RunOptions& run, bool backward) {
   path.isa = chosen->isa;  // the portable candidate refuses nothing
   path.half_operands = chosen->half_operands;
   path.few_rows = few_rows(call);
-  const TileSizes sizes = tile_sizes(path.isa, path.half_operands, sequence.q.size(2),
-                                     sequence.v.size(2), call.dtype == DType::f64 ? 8 : 4);
+  const size_t element = path.half_operands ? 2 : call.dtype == DType::f64 ? 8 : 4;
+  const TileSizes sizes =
+      tile_sizes(path, backward, sequence.q.size(2), sequence.v.size(2), element);
   // Tiles beyond what there is would only be cleared and skipped over.
   path.key_tile = std::min(problem.key_tile > 0 ? problem.key_tile : sizes.key_tile,
                            round_up(most_keys(problem), 64));

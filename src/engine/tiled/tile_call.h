@@ -25,10 +25,8 @@ inline double load_statistic(const Tensor& t, int64_t head, int64_t row) {
                                  : *reinterpret_cast<const float*>(p);
 }
 
-inline void store_statistic(const Tensor& t, int64_t head, int64_t row, double value) {
-  if (!t.defined()) return;
-  std::byte* p = t.at({head, row});
-  if (t.dtype() == DType::f64) {
+inline void store_statistic(std::byte* p, DType dtype, double value) {
+  if (dtype == DType::f64) {
     *reinterpret_cast<double*>(p) = value;
   } else {
     *reinterpret_cast<float*>(p) = static_cast<float>(value);
