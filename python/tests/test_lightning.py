@@ -90,6 +90,21 @@ def test_gradients(dtype, lq, lk):
     assert_gradients_near(call, formula.lightning, (*tensors, slopes, *state))
 
 
+@pytest.mark.parametrize("wanted", [(0, 1, 2), (0,), (1,), (2, 3), (3,), (0, 4)])
+def test_gradients_that_nobody_wants(wanted):
+    slopes, state = torch.tensor([0.3, 1.0]), random(1, 2, 16, 16, seed=5)
+    inputs = [*random_qkv(1, 2, 1, 100, 100, 16), slopes, state]
+
+    def gradients(wanted):
+        leaves = [t.clone().requires_grad_(i in wanted) for i, t in enumerate(inputs)]
+        heed.lightning_attention(*leaves[:4], initial_state=leaves[4]).square().sum().backward()
+        return [leaf.grad for leaf in leaves]
+
+    every = gradients(range(5))
+    for i, gradient in enumerate(gradients(wanted)):
+        assert torch.equal(gradient, every[i]) if i in wanted else gradient is None
+
+
 def test_gradient_of_the_state_alone():
     tensors = [t.requires_grad_() for t in random_qkv(1, 2, 1, 70, 70, 5, 4, F64)]
     exact = [t.detach().clone().requires_grad_() for t in tensors]
