@@ -78,11 +78,12 @@ def test_gradcheck(slopes, state, lq, lk):
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("hkv, d, dv", [(2, 20, 13), (4, 32, 64)])
 @pytest.mark.parametrize("lq, lk", [(130, 130), (67, 200), (200, 67)])
-def test_gradients(dtype, lq, lk):
-    tensors = random_qkv(2, 4, 2, lq, lk, 20, 13, dtype)
+def test_gradients(dtype, lq, lk, hkv, d, dv):
+    tensors = random_qkv(2, 4, hkv, lq, lk, d, dv, dtype)
     slopes = torch.tensor([1e-6, 0.02, 0.3, 8.0], dtype=formula.wide_type(dtype))
-    state = random_state((2, 4, 20, 13), dtype=dtype) if lq <= lk else ()
+    state = random_state((2, 4, d, dv), dtype=dtype) if lq <= lk else ()
 
     def call(q, k, v, slopes, state=None):
         return heed.lightning_attention(q, k, v, slopes, initial_state=state, return_state=True)

@@ -2,6 +2,7 @@
 // A state is a matrix S [features, value dim] with a few row vectors; a chunk is some tens of tokens.
 //
 //   pack_rows        a block of T from rows of any type, with a factor per row
+//   all_finite       what pack_values finds out, for rows that are used as they lie
 //   weigh            W[r,m] = S[r,m] decay[m-r] column[m], exactly 0 outside the ranges
 //   outer            S = decay(S) + X^T Y                        the update of a state by a chunk
 //   step             S = decay(S) + k^T v, o = q S               one token; reads and writes S once
@@ -39,6 +40,8 @@ template <class T>
 struct ChunkKernels {
   /// Rows times factor (null: 1), padded with zeros to `stride` columns (a multiple of dim_multiple).
   void (*pack_rows)(const Rows& x, const T* factor, Block<T> to) = nullptr;
+  /// Whether no element is infinite or NaN.
+  bool (*all_finite)(const Rows& x) = nullptr;
   /// Rows as the keys of a score product of the tile table of T (its pack_keys).
   void (*pack_panels)(const Rows& x, T* to) = nullptr;
   /// Weights to `weights`: T, or bfloat16 in pairs of up to 32 columns (weigh_half).

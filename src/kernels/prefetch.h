@@ -1,6 +1,8 @@
 // Asking for rows of keys and values ahead of their use, one cache line for each that is used, so that
 // requests come as evenly as their lines.
 #pragma once
+#include <array>
+#include <cstddef>
 #include <cstdint>
 
 #include "base/round_up.h"
@@ -29,5 +31,35 @@ inline void prefetch_far(const void* p, int64_t ahead) {
       reinterpret_cast<const void*>(reinterpret_cast<uintptr_t>(p) + static_cast<uintptr_t>(ahead)),
       0, 2);
 }
+
+/// Rows that are read later, asked for little by little between products: asked for at once, they would
+/// be waited for at once.
+class RowsAhead {
+ public:
+  void add(const Rows& rows) {
+    if (rows.count > 0 && rows.width > 0) list_[static_cast<size_t>(count_++)] = rows;
+  }
+  void ask(int64_t lines) {
+    while (lines > 0 && at_ < count_) {
+      const Rows& x = list_[static_cast<size_t>(at_)];
+      const auto element = static_cast<int64_t>(size_of(x.dtype));
+      const auto* row = static_cast<const std::byte*>(x.data) + row_ * x.stride * element;
+      for (; lines > 0 && done_ < x.width * element; done_ += kLine, --lines) {
+        prefetch_far(row + done_, 0);
+      }
+      if (done_ < x.width * element) return;
+      done_ = 0;
+      if (++row_ < x.count) continue;
+      row_ = 0;
+      ++at_;
+    }
+  }
+
+ private:
+  static constexpr int64_t kLine = 64;  // bytes
+  std::array<Rows, 4> list_;
+  int64_t count_ = 0, at_ = 0;
+  int64_t row_ = 0, done_ = 0;  // of list_[at_]: a row, and bytes of it
+};
 
 }  // namespace heed::kernels

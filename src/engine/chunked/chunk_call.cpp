@@ -251,7 +251,7 @@ void ChunkCall<T>::update_state(const Added& added, const Decay<T>& decay, bool 
   const int64_t depth = added.y.count;
   const Decay<T>* chosen = fresh ? nullptr : &decay;
   kernels::Block<const T> y{m.y.data, m.y.stride};
-  if (!half_ && added.y.dtype == as_rows({}, 0, 0).dtype && value_dim_ == padded_values_) {
+  if (!half_ && added.y.dtype == kType && value_dim_ == padded_values_) {
     y = {static_cast<const T*>(added.y.data), added.y.stride};  // whole vectors as they lie
   } else if (!half_ || state.values != nullptr) {
     rows_.pack_rows(added.y, nullptr, m.y);
@@ -285,13 +285,70 @@ void ChunkCall<T>::update_state(const Added& added, const Decay<T>& decay, bool 
 }
 
 template <class T>
-typename ChunkCall<T>::Left ChunkCall<T>::left(const Rows& x, Block block, void* packed) const {
+typename ChunkCall<T>::Left ChunkCall<T>::left(const Rows& x, int64_t readable, Block block,
+                                               void* packed) const {
+  const int64_t multiple = half_ ? products_.key_multiple : products_.dim_multiple;
+  if (lies_packed(x, multiple) && round_up(x.count, products_.row_multiple) <= readable) {
+    return {x.data, x.stride};
+  }
   if (half_) {
     products_.pack_queries(x, false, packed);
     return {packed, round_up(x.width, products_.key_multiple)};
   }
   if (x.data != block.data) rows_.pack_rows(x, nullptr, block);
   return {block.data, block.stride};
+}
+
+template <class T>
+template <class Body>
+void ChunkCall<T>::by_shares(const Left& left, int64_t count, RowsAhead& ahead,
+                             const Body& body) const {
+  constexpr int64_t kLinesPerRow = 4;  // the sweeps ask for all of a chunk's rows
+  const int64_t share = round_up(chunk_ / 2, products_.row_multiple);
+  const int64_t row_bytes = left.stride * static_cast<int64_t>(half_ ? 2 : sizeof(T));
+  for (int64_t r = 0; r < count; r += share) {
+    const int64_t rows = std::min(share, count - r);
+    ahead.ask(rows * kLinesPerRow);
+    body(static_cast<const std::byte*>(left.data) + r * row_bytes, r, rows);
+  }
+}
+
+template <class T>
+void ChunkCall<T>::scores(const Left& left, int64_t count, const void* panels, int64_t keys,
+                          int64_t width, const KeyRange* ranges, Block s, RowsAhead& ahead) const {
+  by_shares(left, count, ahead, [&](const void* x, int64_t r, int64_t rows) {
+    products_.scores(x, rows, panels, keys, width, ranges == nullptr ? nullptr : ranges + r,
+                     {s.row(r), s.stride});
+  });
+}
+
+template <class T>
+void ChunkCall<T>::accumulate(const Left& left, int64_t count, const void* values, int64_t keys,
+                              int64_t width, const KeyRange* ranges, const T* carry, Block o,
+                              RowsAhead& ahead) const {
+  by_shares(left, count, ahead, [&](const void* x, int64_t r, int64_t rows) {
+    products_.accumulate(x, left.stride, rows, values, keys, width,
+                         ranges == nullptr ? nullptr : ranges + r, carry + r, {o.row(r), o.stride});
+  });
+}
+
+template <class T>
+typename ChunkCall<T>::Block ChunkCall<T>::in_place(const Tensor& to, int64_t b, int64_t h,
+                                                    int64_t first, int64_t count,
+                                                    Block scratch) const {
+  const bool whole_blocks = count % products_.row_multiple == 0 &&
+                            to.size(3) % products_.key_multiple == 0 &&
+                            to.size(3) % products_.dim_multiple == 0;
+  if (to.dtype() != kType || !whole_blocks) return scratch;
+  return {reinterpret_cast<T*>(to.at({b, h, first})), to.stride(2)};
+}
+
+template <class T>
+void ChunkCall<T>::finish(Block rows, const Tensor& to, int64_t b, int64_t h, int64_t first,
+                          int64_t count) const {
+  void* out = to.at({b, h, first});
+  if (rows.data == out) return;
+  wide_.finish(rows, count, to.size(3), nullptr, out, to.dtype(), to.stride(2));
 }
 
 template <class T>
@@ -334,20 +391,21 @@ const void* ChunkCall<T>::state_keys(Block sums, int64_t count, const StateOpera
 template <class T>
 void ChunkCall<T>::weigh_and_add(const WeightMemory& m, int64_t count, int64_t columns,
                                  const KeyRange* ranges, const kernels::WeightFactors<T>& factors,
-                                 bool weighed, const Right& right, const T* carry, Block o) const {
+                                 bool weighed, const Right& right, const T* carry, Block o,
+                                 RowsAhead& ahead) const {
   const int64_t stride = m.scores.stride;
   if (half_ && right.finite) {
     rows_.weigh_half(m.scores, count, columns, ranges, factors, m.rounded, stride);
-    products_.accumulate(m.rounded, stride, count, right.packed, columns, right.rows.width, ranges,
-                         carry, o);
+    accumulate({m.rounded, stride}, count, right.packed, columns, right.rows.width, ranges, carry,
+               o, ahead);
     return;
   }
   if (!weighed) {
     rows_.weigh(m.scores, count, columns, ranges, factors, m.scores.data, stride);
   }
   if (right.finite) {
-    products_.accumulate(m.scores.data, stride, count, right.packed, columns, right.rows.width,
-                         ranges, carry, o);
+    accumulate({m.scores.data, stride}, count, right.packed, columns, right.rows.width, ranges,
+               carry, o, ahead);
     return;
   }
   // 0 * NaN would let a hidden row through: each row adds what it sees by itself.

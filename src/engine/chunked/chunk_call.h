@@ -7,12 +7,14 @@
 #include "engine/chunked/problem.h"
 #include "engine/chunked/schedule.h"
 #include "kernels/chunk.h"
+#include "kernels/prefetch.h"
 
 namespace heed::chunked {
 
 using kernels::Decay;
 using kernels::KeyRange;
 using kernels::Rows;
+using kernels::RowsAhead;
 using kernels::TokenRange;
 
 /// Some tokens of one sequence. Positions count keys; the keys that exist come first.
@@ -120,6 +122,11 @@ class ChunkCall {
   Chunk causal_chunk(int64_t b, int64_t i) const;
   Chunk key_chunk(int64_t b, int64_t i) const;
   Chunk query_chunk(int64_t i) const;
+  /// The chunk whose queries use a state; empty behind the last one.
+  Chunk using_chunk(int64_t b, int64_t i) const {
+    if (i >= (problem_.causal ? causal_chunks() : query_chunks())) return {};
+    return problem_.causal ? causal_chunk(b, i) : query_chunk(i);
+  }
   /// First query that sees a key position: those before it see nothing.
   int64_t first_query() const {
     return problem_.causal ? std::clamp<int64_t>(queries_ - tokens_, 0, queries_) : 0;
@@ -154,20 +161,40 @@ class ChunkCall {
 
   /// Features [first, first + count) of rows in T.
   void features(const Source<T>& source, int64_t first, int64_t count, Block to) const;
+  static constexpr DType kType = sizeof(T) == 8 ? DType::f64 : DType::f32;
+  /// Whether rows are what packing them would make of them.
+  bool lies_packed(const Rows& x, int64_t multiple) const {
+    return x.dtype == (half_ ? DType::bf16 : kType) && x.width == x.stride &&
+           x.width % multiple == 0;
+  }
   static Rows as_rows(Block block, int64_t count, int64_t width) {
-    return {block.data, sizeof(T) == 8 ? DType::f64 : DType::f32, block.stride, count, width};
+    return {block.data, kType, block.stride, count, width};
   }
   /// What tile kernels pack: the rows themselves, or their features, which are in `block`.
   Rows operand(const Source<T>& source, Block block) const {
     return source.map == nullptr ? source.rows : as_rows(block, source.rows.count, features_);
   }
 
-  /// The left operand of a product: rows in T, or packed bfloat16.
+  /// The left operand of a product: rows in T, or packed bfloat16. `readable`: rows of memory from the
+  /// first of x on; with enough of them for whole register blocks x may be used as it lies.
   struct Left {
     const void* data = nullptr;
     int64_t stride = 0;
   };
-  Left left(const Rows& x, Block block, void* packed) const;
+  Left left(const Rows& x, int64_t readable, Block block, void* packed) const;
+
+  /// The products of tile.h by shares of the left rows, before each of which `ahead` asks for some of
+  /// what comes next.
+  void scores(const Left& left, int64_t count, const void* panels, int64_t keys, int64_t width,
+              const KeyRange* ranges, Block s, RowsAhead& ahead) const;
+  void accumulate(const Left& left, int64_t count, const void* values, int64_t keys, int64_t width,
+                  const KeyRange* ranges, const T* carry, Block o, RowsAhead& ahead) const;
+  /// Rows of a result where they lie if products can write them there, else `scratch`.
+  Block in_place(const Tensor& to, int64_t b, int64_t h, int64_t first, int64_t count,
+                 Block scratch) const;
+  /// Copies rows into a result, unless they lie there.
+  void finish(Block rows, const Tensor& to, int64_t b, int64_t h, int64_t first,
+              int64_t count) const;
 
   /// Rows of a state (or of anything in T) as the right operand, and as keys of a score product.
   struct StateOperandMemory {
@@ -191,7 +218,7 @@ class ChunkCall {
   };
   void weigh_and_add(const WeightMemory& m, int64_t count, int64_t columns, const KeyRange* ranges,
                      const kernels::WeightFactors<T>& factors, bool weighed, const Right& right,
-                     const T* carry, Block o) const;
+                     const T* carry, Block o, RowsAhead& ahead) const;
   /// Rows as keys of a score product.
   void panels(const Rows& x, void* packed) const {
     if (half_) {
@@ -201,6 +228,7 @@ class ChunkCall {
     }
   }
   Right right(const Rows& y, void* packed) const {
+    if (!half_ && lies_packed(y, products_.dim_multiple)) return {y, y.data, rows_.all_finite(y)};
     return {y, packed, products_.pack_values(y, packed)};
   }
 
@@ -224,6 +252,9 @@ class ChunkCall {
   const int64_t score_stride_;
 
  private:
+  // Calls body(left operand, first row, rows).
+  template <class Body>
+  void by_shares(const Left& left, int64_t count, RowsAhead& ahead, const Body& body) const;
   int64_t count(int64_t tokens) const { return (tokens + chunk_ - 1) / chunk_; }
   int64_t existing(int64_t b) const {
     return problem_.lengths.empty() ? tokens_ : problem_.lengths[static_cast<size_t>(b)];
