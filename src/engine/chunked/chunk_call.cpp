@@ -46,7 +46,7 @@ DecayTable<T>::DecayTable(double slope, int64_t chunk) : chunk_(chunk), pad_(chu
 }
 
 template <class T>
-ChunkCall<T>::ChunkCall(const Problem<T>& problem, const RunOptions& run)
+ChunkCall<T>::ChunkCall(const Problem<T>& problem, const RunOptions& run, bool decay_tables)
     : problem_(problem),
       run_(run),
       path_(choose_path(kind_of(problem), run)),
@@ -74,6 +74,7 @@ ChunkCall<T>::ChunkCall(const Problem<T>& problem, const RunOptions& run)
   state_size_ = features_ * padded_values_;
   if (problem.policy.key_sum) state_size_ += padded_features_;
   if (problem.policy.value_sum) state_size_ += padded_values_;
+  if (!decay_tables) return;
   for (double slope : problem.policy.slopes) decays_.emplace_back(slope, chunk_);
 }
 
@@ -104,12 +105,12 @@ Chunk ChunkCall<T>::query_chunk(int64_t i) const {
 
 template <class T>
 Decay<T> ChunkCall<T>::decay(int64_t head, int64_t tokens) const {
-  if (decays_.empty()) return {};
+  if (problem_.policy.slopes.empty()) return {};
   const double exponent =
       -problem_.policy.slopes[static_cast<size_t>(head)] * static_cast<double>(tokens);
-  const double power = std::exp(exponent);
-  if (power < 0.5) return {static_cast<T>(power), false};
-  return {static_cast<T>(std::expm1(exponent)), true};
+  const double less = std::expm1(exponent);
+  if (less >= -0.5) return {static_cast<T>(less), true};
+  return {static_cast<T>(std::exp(exponent)), false};
 }
 
 template <class T>
