@@ -34,7 +34,7 @@ inline void prefetch_far(const void* p, int64_t ahead) {
 
 /// Rows that are read later, asked for little by little between products: asked for at once, they would
 /// be waited for at once.
-class RowsAhead {
+class ReadAhead {
  public:
   void add(const Rows& rows) {
     if (rows.count > 0 && rows.width > 0) list_[static_cast<size_t>(count_++)] = rows;

@@ -247,10 +247,22 @@ void ChunkCall<T>::add_to_sum(kernels::Block<const T> x, const T* factor, int64_
 }
 
 template <class T>
+void ChunkCall<T>::ask_for_next(const Added& added) const {
+  ReadAhead ahead;
+  for (Rows rows : {added.x.rows, added.y}) {
+    const int64_t bytes = rows.count * rows.stride * static_cast<int64_t>(size_of(rows.dtype));
+    rows.data = static_cast<const std::byte*>(rows.data) + (added.backwards ? -bytes : bytes);
+    ahead.add(rows);
+  }
+  ahead.ask(std::numeric_limits<int64_t>::max());
+}
+
+template <class T>
 void ChunkCall<T>::update_state(const Added& added, const Decay<T>& decay, bool fresh,
                                 const StateView<T>& state, const UpdateMemory& m) const {
   const int64_t depth = added.y.count;
   const Decay<T>* chosen = fresh ? nullptr : &decay;
+  if (fresh) ask_for_next(added);
   kernels::Block<const T> y{m.y.data, m.y.stride};
   if (!half_ && added.y.dtype == kType && value_dim_ == padded_values_) {
     y = {static_cast<const T*>(added.y.data), added.y.stride};  // whole vectors as they lie
@@ -302,7 +314,7 @@ typename ChunkCall<T>::Left ChunkCall<T>::left(const Rows& x, int64_t readable, 
 
 template <class T>
 template <class Body>
-void ChunkCall<T>::by_shares(const Left& left, int64_t count, RowsAhead& ahead,
+void ChunkCall<T>::by_shares(const Left& left, int64_t count, ReadAhead& ahead,
                              const Body& body) const {
   constexpr int64_t kLinesPerRow = 4;  // the sweeps ask for all of a chunk's rows
   const int64_t share = round_up(chunk_ / 2, products_.row_multiple);
@@ -316,7 +328,7 @@ void ChunkCall<T>::by_shares(const Left& left, int64_t count, RowsAhead& ahead,
 
 template <class T>
 void ChunkCall<T>::scores(const Left& left, int64_t count, const void* panels, int64_t keys,
-                          int64_t width, const KeyRange* ranges, Block s, RowsAhead& ahead) const {
+                          int64_t width, const KeyRange* ranges, Block s, ReadAhead& ahead) const {
   by_shares(left, count, ahead, [&](const void* x, int64_t r, int64_t rows) {
     products_.scores(x, rows, panels, keys, width, ranges == nullptr ? nullptr : ranges + r,
                      {s.row(r), s.stride});
@@ -326,7 +338,7 @@ void ChunkCall<T>::scores(const Left& left, int64_t count, const void* panels, i
 template <class T>
 void ChunkCall<T>::accumulate(const Left& left, int64_t count, const void* values, int64_t keys,
                               int64_t width, const KeyRange* ranges, const T* carry, Block o,
-                              RowsAhead& ahead) const {
+                              ReadAhead& ahead) const {
   by_shares(left, count, ahead, [&](const void* x, int64_t r, int64_t rows) {
     products_.accumulate(x, left.stride, rows, values, keys, width,
                          ranges == nullptr ? nullptr : ranges + r, carry + r, {o.row(r), o.stride});
@@ -393,7 +405,7 @@ template <class T>
 void ChunkCall<T>::weigh_and_add(const WeightMemory& m, int64_t count, int64_t columns,
                                  const KeyRange* ranges, const kernels::WeightFactors<T>& factors,
                                  bool weighed, const Right& right, const T* carry, Block o,
-                                 RowsAhead& ahead) const {
+                                 ReadAhead& ahead) const {
   const int64_t stride = m.scores.stride;
   if (half_ && right.finite) {
     rows_.weigh_half(m.scores, count, columns, ranges, factors, m.rounded, stride);

@@ -13,8 +13,8 @@ namespace heed::chunked {
 
 using kernels::Decay;
 using kernels::KeyRange;
+using kernels::ReadAhead;
 using kernels::Rows;
-using kernels::RowsAhead;
 using kernels::TokenRange;
 
 /// Some tokens of one sequence. Positions count keys; the keys that exist come first.
@@ -94,6 +94,7 @@ class ChunkCall {
     Source<T> x, psi;
     Rows y;
     const T *factor = nullptr, *key_factor = nullptr, *value_factor = nullptr;
+    bool backwards = false;  // the rows before these come next
   };
   struct UpdateMemory {
     Block x, y, sums;
@@ -187,9 +188,9 @@ class ChunkCall {
   /// The products of tile.h by shares of the left rows, before each of which `ahead` asks for some of
   /// what comes next.
   void scores(const Left& left, int64_t count, const void* panels, int64_t keys, int64_t width,
-              const KeyRange* ranges, Block s, RowsAhead& ahead) const;
+              const KeyRange* ranges, Block s, ReadAhead& ahead) const;
   void accumulate(const Left& left, int64_t count, const void* values, int64_t keys, int64_t width,
-                  const KeyRange* ranges, const T* carry, Block o, RowsAhead& ahead) const;
+                  const KeyRange* ranges, const T* carry, Block o, ReadAhead& ahead) const;
   /// Rows of a result where they lie if products can write them there, else `scratch`.
   Block in_place(const Tensor& to, int64_t b, int64_t h, int64_t first, int64_t count,
                  Block scratch) const;
@@ -219,7 +220,7 @@ class ChunkCall {
   };
   void weigh_and_add(const WeightMemory& m, int64_t count, int64_t columns, const KeyRange* ranges,
                      const kernels::WeightFactors<T>& factors, bool weighed, const Right& right,
-                     const T* carry, Block o, RowsAhead& ahead) const;
+                     const T* carry, Block o, ReadAhead& ahead) const;
   /// Rows as keys of a score product.
   void panels(const Rows& x, void* packed) const {
     if (half_) {
@@ -255,13 +256,14 @@ class ChunkCall {
  private:
   // Calls body(left operand, first row, rows).
   template <class Body>
-  void by_shares(const Left& left, int64_t count, RowsAhead& ahead, const Body& body) const;
+  void by_shares(const Left& left, int64_t count, ReadAhead& ahead, const Body& body) const;
   int64_t count(int64_t tokens) const { return (tokens + chunk_ - 1) / chunk_; }
   int64_t existing(int64_t b) const {
     return problem_.lengths.empty() ? tokens_ : problem_.lengths[static_cast<size_t>(b)];
   }
   void add_half_outer(const Added& added, const Decay<T>* decay, Block sums,
                       const UpdateMemory& m) const;
+  void ask_for_next(const Added& added) const;
   // sum (+)= the rows times their factors
   void add_to_sum(kernels::Block<const T> x, const T* factor, int64_t count, int64_t width,
                   bool fresh, const UpdateMemory& m, T* sum) const;

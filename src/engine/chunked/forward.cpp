@@ -46,7 +46,7 @@ class Forward : public Denominators<T>, public Sweep<T> {
     void *query, *key_panels, *values;
     KeyRange* ranges;
     T *num_scale, *sum_scale;
-    RowsAhead* ahead;
+    ReadAhead* ahead;
   };
 
   Memory memory(Cutter& cut) const {
@@ -114,7 +114,7 @@ class Forward : public Denominators<T>, public Sweep<T> {
     if (chunk.queries == 0) return;
     Memory m = memory_at(memory);
     const Chunk next = this->using_chunk(b, index + 1);
-    RowsAhead ahead;
+    ReadAhead ahead;
     ahead.add(this->queries(b, h, next).rows);
     ahead.add(this->keys(b, h, next).rows);
     ahead.add(this->values(b, h, next));

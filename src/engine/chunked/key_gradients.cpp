@@ -63,7 +63,7 @@ class KeyGradients : public ChunkCall<T>, public Sweep<T> {
     void *key, *value, *query_panels, *gradient_panels, *queries, *gradients;
     KeyRange* ranges;
     T *factors, *row;
-    RowsAhead* ahead;
+    ReadAhead* ahead;
   };
 
   Memory memory(Cutter& cut) const {
@@ -139,6 +139,7 @@ class KeyGradients : public ChunkCall<T>, public Sweep<T> {
     added.x = this->queries(b, h, chunk);
     added.psi = this->for_sums(added.x, true);
     added.y = gradient_of(b, h, chunk);
+    added.backwards = this->problem_.causal;
     added.key_factor = row_numbers(statistics_.denominator, b, h, chunk);
     added.value_factor = row_numbers(statistics_.sum_scale, b, h, chunk);
     added.factor = num_scale;
@@ -175,7 +176,7 @@ class KeyGradients : public ChunkCall<T>, public Sweep<T> {
     const Operands operands = pack_keys(k, b, first, chunk, m);
     for (int64_t i = 0; i < this->group_; ++i) {
       const StateView<T> state = this->view(states + i * this->state_size());
-      RowsAhead ahead = rows_ahead(b, first + i, index, chunk);
+      ReadAhead ahead = rows_ahead(b, first + i, index, chunk);
       m.ahead = &ahead;
       for (int64_t r = 0; r < chunk.keys; ++r) {
         std::fill_n(m.values.row(r), this->padded_values_, T{0});
@@ -201,8 +202,8 @@ class KeyGradients : public ChunkCall<T>, public Sweep<T> {
   }
 
   // What is read after a head's part of a use: the next head's rows, or the chunk that comes then.
-  RowsAhead rows_ahead(int64_t b, int64_t h, int64_t index, const Chunk& chunk) const {
-    RowsAhead ahead;
+  ReadAhead rows_ahead(int64_t b, int64_t h, int64_t index, const Chunk& chunk) const {
+    ReadAhead ahead;
     if ((h + 1) % this->group_ != 0) {
       ahead.add(this->queries(b, h + 1, chunk).rows);
       ahead.add(gradient_of(b, h + 1, chunk));

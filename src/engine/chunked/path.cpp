@@ -47,8 +47,10 @@ std::string refusal(const Candidate& candidate, const CallKind& call, Isa strong
 // Tokens of a chunk: products inside it grow with its length; what is done once a chunk with the state
 // shrinks, and is dearer beside fast products. Multiples of the products' row blocks.
 int64_t chunk_tokens(const Candidate& candidate, int64_t state_width) {
-  if (candidate.isa != Isa::amx) return 48;
-  return state_width >= 96 ? 192 : 128;
+  if (!candidate.half_operands) return 48;
+  const bool wide_state = state_width >= 96;
+  if (candidate.isa == Isa::amx) return wide_state ? 192 : 128;
+  return wide_state ? 96 : 64;
 }
 
 }  // namespace

@@ -75,7 +75,7 @@ class QueryGradients : public Denominators<T>, public Sweep<T> {
     void *query, *gradient, *key_panels, *value_panels, *keys;
     KeyRange* ranges;
     T *dots, *sum_dots;
-    RowsAhead* ahead;
+    ReadAhead* ahead;
   };
 
   Memory memory(Cutter& cut) const {
@@ -213,7 +213,7 @@ class QueryGradients : public Denominators<T>, public Sweep<T> {
     const Chunk chunk = this->using_chunk(b, index);
     if (chunk.queries == 0) return;
     Memory m = memory_at(memory);
-    RowsAhead ahead = rows_ahead(b, h, index);
+    ReadAhead ahead = rows_ahead(b, h, index);
     m.ahead = &ahead;
     this->query_ranges(chunk, m.ranges);
     Block result = m.rows;
@@ -229,9 +229,9 @@ class QueryGradients : public Denominators<T>, public Sweep<T> {
   }
 
   // What the use after this one reads.
-  RowsAhead rows_ahead(int64_t b, int64_t h, int64_t index) const {
+  ReadAhead rows_ahead(int64_t b, int64_t h, int64_t index) const {
     const Chunk next = this->using_chunk(b, index + 1);
-    RowsAhead ahead;
+    ReadAhead ahead;
     ahead.add(gradient_of(b, h, next));
     ahead.add(this->values(b, h, next));
     ahead.add(this->keys(b, h, next).rows);
