@@ -78,16 +78,32 @@ def test_gradcheck(slopes, state, lq, lk):
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("hkv, d, dv", [(2, 20, 13), (4, 32, 64)])
 @pytest.mark.parametrize("lq, lk", [(130, 130), (67, 200), (200, 67)])
-def test_gradients(dtype, lq, lk):
-    tensors = random_qkv(2, 4, 2, lq, lk, 20, 13, dtype)
+def test_gradients(dtype, lq, lk, hkv, d, dv):
+    tensors = random_qkv(2, 4, hkv, lq, lk, d, dv, dtype)
     slopes = torch.tensor([1e-6, 0.02, 0.3, 8.0], dtype=formula.wide_type(dtype))
-    state = random_state((2, 4, 20, 13), dtype=dtype) if lq <= lk else ()
+    state = random_state((2, 4, d, dv), dtype=dtype) if lq <= lk else ()
 
     def call(q, k, v, slopes, state=None):
         return heed.lightning_attention(q, k, v, slopes, initial_state=state, return_state=True)
 
     assert_gradients_near(call, formula.lightning, (*tensors, slopes, *state))
+
+
+@pytest.mark.parametrize("wanted", [(0, 1, 2), (0,), (1,), (2, 3), (3,), (0, 4)])
+def test_gradients_that_nobody_wants(wanted):
+    slopes, state = torch.tensor([0.3, 1.0]), random(1, 2, 16, 16, seed=5)
+    inputs = [*random_qkv(1, 2, 1, 100, 100, 16), slopes, state]
+
+    def gradients(wanted):
+        leaves = [t.clone().requires_grad_(i in wanted) for i, t in enumerate(inputs)]
+        heed.lightning_attention(*leaves[:4], initial_state=leaves[4]).square().sum().backward()
+        return [leaf.grad for leaf in leaves]
+
+    every = gradients(range(5))
+    for i, gradient in enumerate(gradients(wanted)):
+        assert torch.equal(gradient, every[i]) if i in wanted else gradient is None
 
 
 def test_gradient_of_the_state_alone():

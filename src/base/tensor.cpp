@@ -1,7 +1,5 @@
 #include "heed/tensor.h"
 
-#include <sys/mman.h>
-
 #include <bit>
 #include <cassert>
 #include <cmath>
@@ -9,6 +7,7 @@
 #include <cstring>
 #include <new>
 
+#include "base/huge_pages.h"
 #include "heed/error.h"
 
 namespace heed {
@@ -198,16 +197,12 @@ Array::Array(DType dtype, const Dims& shape) {
       bytes > INT64_MAX - 64) {
     throw Error("shape " + to_string(shape) + " needs more memory than can be addressed");
   }
-  // In small pages, the first touch of a large array costs as much as a pass of computing on it.
-  constexpr size_t kHugePage = size_t{2} << 20;
   const bool large = static_cast<size_t>(bytes) >= kHugePage;
   const size_t alignment = large ? kHugePage : 64;
   const size_t rounded = (static_cast<size_t>(bytes) + 63) & ~size_t{63};
   void* memory = nullptr;
   if (posix_memalign(&memory, alignment, rounded > 0 ? rounded : 64) != 0) throw std::bad_alloc();
-#ifdef MADV_HUGEPAGE
-  if (large) (void)madvise(memory, rounded, MADV_HUGEPAGE);  // a wish
-#endif
+  if (large) prefer_huge_pages(memory, rounded);
   memory_.reset(memory);
   tensor_ = Tensor(memory, dtype, shape);
 }

@@ -2,6 +2,7 @@
 // A state is a matrix S [features, value dim] with a few row vectors; a chunk is some tens of tokens.
 //
 //   pack_rows        a block of T from rows of any type, with a factor per row
+//   all_finite       what pack_values finds out, for rows that are used as they lie
 //   weigh            W[r,m] = S[r,m] decay[m-r] column[m], exactly 0 outside the ranges
 //   outer            S = decay(S) + X^T Y                        the update of a state by a chunk
 //   read             O = factor (X S) + added                    what the rows of a chunk read of a state
@@ -12,6 +13,7 @@
 #pragma once
 #include <cstdint>
 
+#include "kernels/prefetch.h"
 #include "kernels/tile.h"
 
 namespace heed::kernels {
@@ -40,11 +42,6 @@ struct RowEnds {
   const T* added_factor = nullptr;
 };
 
-/// Rows of later calls, asked for while a product runs. They need not exist.
-struct Ahead {
-  Rows first = {}, second = {}, third = {};
-};
-
 /// Tokens [first, last) of a chunk that have a row; row r of a block is token first + r.
 struct TokenRange {
   int64_t first = 0, last = 0;
@@ -54,6 +51,8 @@ template <class T>
 struct ChunkKernels {
   /// Rows times factor (null: 1), padded with zeros to `stride` columns (a multiple of dim_multiple).
   void (*pack_rows)(const Rows& x, const T* factor, Block<T> to) = nullptr;
+  /// Whether no element is infinite or NaN.
+  bool (*all_finite)(const Rows& x) = nullptr;
   /// Rows as the keys of a score product of the tile table of T (its pack_keys).
   void (*pack_panels)(const Rows& x, T* to) = nullptr;
   /// Weights to `weights`: T, or bfloat16 in pairs of up to 32 columns (weigh_half).
@@ -65,10 +64,10 @@ struct ChunkKernels {
   /// S [rows, columns] = decay(S) + X^T Y (decay null: X^T Y) with X [depth, rows], Y [depth, columns].
   /// columns is a multiple of dim_multiple.
   void (*outer)(Block<const T> x, Block<const T> y, int64_t depth, int64_t rows, int64_t columns,
-                const Decay<T>* decay, Block<T> s, const Ahead& ahead) = nullptr;
+                const Decay<T>* decay, Block<T> s, const ReadAhead& ahead) = nullptr;
   /// O [rows, columns] = X S as its rows end, with X [rows, depth], S [depth, columns]; columns as above.
   void (*read)(Block<const T> x, Block<const T> s, int64_t rows, int64_t depth, int64_t columns,
-               const RowEnds<T>& ends, Block<T> o, const Ahead& ahead) = nullptr;
+               const RowEnds<T>& ends, Block<T> o, const ReadAhead& ahead) = nullptr;
   /// s = decay(s) + added, elementwise.
   void (*advance)(T* s, const T* added, int64_t count, const Decay<T>& decay) = nullptr;
   /// One step of a scan: slot receives what ran before it, running = decay(running) + slot.

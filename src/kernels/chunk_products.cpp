@@ -36,35 +36,26 @@ HWY_NOINLINE void outer_block(const T* x, int64_t x_stride, const T* y, int64_t 
   });
 }
 
-// For every register block of a product its share of what lies ahead.
+// Cache lines to ask for before each register block, so that all are asked for.
 template <class T>
-struct AskAhead {
-  AskAhead(const Ahead& ahead, int64_t rows, int64_t columns)
-      : first(ahead.first, blocks(rows, columns)),
-        second(ahead.second, blocks(rows, columns)),
-        third(ahead.third, blocks(rows, columns)) {}
-  void ask() {
-    first.ask();
-    second.ask();
-    third.ask();
-  }
-  static int64_t blocks(int64_t rows, int64_t columns) {
-    const int64_t panel = kPanelVectors * lanes<T>();
-    const auto vectors = static_cast<int>(HWY_MIN(columns, panel) / lanes<T>());
-    return HWY_MAX(int64_t{1}, rows / block_rows(vectors)) * ((columns + panel - 1) / panel);
-  }
-  RowsAhead first, second, third;
-};
+int64_t ahead_share(const ReadAhead& ahead, int64_t rows, int64_t columns) {
+  const int64_t panel = kPanelVectors * lanes<T>();
+  const auto vectors = static_cast<int>(HWY_MIN(columns, panel) / lanes<T>());
+  const int64_t blocks =
+      HWY_MAX(int64_t{1}, rows / block_rows(vectors)) * ((columns + panel - 1) / panel);
+  return (ahead.lines() + blocks - 1) / blocks;
+}
 
 template <class T>
 void outer(Block<const T> x, Block<const T> y, int64_t depth, int64_t rows, int64_t columns,
-           const Decay<T>* decay, Block<T> s, const Ahead& ahead) {
-  AskAhead<T> asker(ahead, rows, columns);
+           const Decay<T>* decay, Block<T> s, const ReadAhead& later) {
+  ReadAhead ahead = later;
+  const int64_t share = ahead_share<T>(ahead, rows, columns);
   for_even_shares(columns / lanes<T>(), kPanelVectors, [&](int64_t vector, int64_t count) {
     const int64_t column = vector * lanes<T>();
     with_vectors(count, [&](auto vectors) {
       for_row_blocks<vectors>(rows, [&](int64_t r, auto height) {
-        asker.ask();
+        ahead.ask(share);
         outer_block<height, vectors, T>(x.data + r, x.stride, y.data + column, y.stride, depth,
                                         decay, s.row(r) + column, s.stride);
       });
@@ -93,14 +84,15 @@ HWY_NOINLINE void read_block(const T* x, int64_t x_stride, const T* s, int64_t s
 
 template <class T>
 void read(Block<const T> x, Block<const T> s, int64_t rows, int64_t depth, int64_t columns,
-          const RowEnds<T>& ends, Block<T> o, const Ahead& ahead) {
-  AskAhead<T> asker(ahead, rows, columns);
+          const RowEnds<T>& ends, Block<T> o, const ReadAhead& later) {
+  ReadAhead ahead = later;
+  const int64_t share = ahead_share<T>(ahead, rows, columns);
   const auto at = [](const T* p, int64_t i) { return p == nullptr ? nullptr : p + i; };
   for_even_shares(columns / lanes<T>(), kPanelVectors, [&](int64_t vector, int64_t count) {
     const int64_t column = vector * lanes<T>();
     with_vectors(count, [&](auto vectors) {
       for_row_blocks<vectors>(rows, [&](int64_t r, auto height) {
-        asker.ask();
+        ahead.ask(share);
         read_block<height, vectors, T>(x.row(r), x.stride, s.data + column, s.stride, depth,
                                        at(ends.factor, r), at(ends.added, column),
                                        at(ends.added_factor, r), o.row(r) + column, o.stride);
@@ -134,24 +126,23 @@ void scan(T* running, T* slot, int64_t count, const Decay<T>& decay) {
   }
 }
 
-// NV vectors of columns, or `tail` columns of one vector. Two sums a column, for the latency.
-template <int NV, bool kStore, class T>
+// NV vectors of columns; without kWhole, `tail` columns of one vector. What is known to the compiler stays
+// out of the loop, and the decay in registers: stores might change what is read through a reference.
+template <int NV, bool kWhole, bool kStore, bool kKeep, class T>
 HWY_NOINLINE void step_columns(const T* q, const T* k, const T* v, int64_t features, size_t tail,
-                               const Decay<T>& decay, const T* from, int64_t from_stride, T* to,
+                               T factor, const T* from, int64_t from_stride, T* to,
                                int64_t to_stride, T* o) {
   const Full<T> d;
+  const auto decay = hn::Set(d, factor);
   hn::Vec<Full<T>> value[NV], sum[NV];
   const auto load = [&](const T* p, int j) HWY_ATTR {
-    return tail > 0 ? Load<T, T>::first(d, p, tail) : hn::LoadU(d, p + j * lanes<T>());
+    return kWhole ? hn::LoadU(d, p + j * lanes<T>()) : Load<T, T>::first(d, p, tail);
   };
   const auto store = [&](hn::Vec<Full<T>> x, T* p, int j) HWY_ATTR {
-    if (tail > 0) {
-      HWY_ALIGN T buffer[hn::MaxLanes(d)];
-      hn::Store(x, d, buffer);
-      for (size_t i = 0; i < tail; ++i) p[i] = buffer[i];
-    } else {
-      hn::StoreU(x, d, p + j * lanes<T>());
-    }
+    if (kWhole) return hn::StoreU(x, d, p + j * lanes<T>());
+    HWY_ALIGN T buffer[hn::MaxLanes(d)];
+    hn::Store(x, d, buffer);
+    for (size_t i = 0; i < tail; ++i) p[i] = buffer[i];
   };
 #pragma GCC unroll 8
   for (int j = 0; j < NV; ++j) {
@@ -160,11 +151,15 @@ HWY_NOINLINE void step_columns(const T* q, const T* k, const T* v, int64_t featu
   }
   for (int64_t f = 0; f < features; ++f) {
     const auto query = hn::Set(d, q[f]), key = hn::Set(d, k[f]);
+    // Loaded once each, before any store: the more loads under way, the faster memory is.
+    hn::Vec<Full<T>> before[NV];
+#pragma GCC unroll 8
+    for (int j = 0; j < NV; ++j) before[j] = load(from + f * from_stride, j);
 #pragma GCC unroll 8
     for (int j = 0; j < NV; ++j) {
-      const auto s =
-          decayed_sum<T>(d, decay, load(from + f * from_stride, j), hn::Mul(key, value[j]));
-      if constexpr (kStore) store(s, to + f * to_stride, j);
+      auto s = hn::MulAdd(decay, before[j], hn::Mul(key, value[j]));
+      if (kKeep) s = hn::Add(s, before[j]);
+      if (kStore) store(s, to + f * to_stride, j);
       sum[j] = hn::MulAdd(query, s, sum[j]);
     }
   }
@@ -172,33 +167,33 @@ HWY_NOINLINE void step_columns(const T* q, const T* k, const T* v, int64_t featu
   for (int j = 0; j < NV; ++j) store(sum[j], o, j);
 }
 
-template <bool kStore, class T>
-void step_any(const T* q, const T* k, const T* v, int64_t features, int64_t columns,
-              const Decay<T>& decay, Block<const T> from, Block<T> to, T* o) {
+template <bool kStore, bool kKeep, class T>
+void step_any(const T* q, const T* k, const T* v, int64_t features, int64_t columns, T factor,
+              Block<const T> from, Block<T> to, T* o) {
   constexpr int kMost = kPanelVectors == 4 ? 8 : 4;
+  const auto run = [&](auto vectors, auto whole, int64_t c) HWY_ATTR {
+    step_columns<vectors, whole, kStore, kKeep, T>(
+        q, k, v + c, features, static_cast<size_t>(columns - c), factor, from.data + c, from.stride,
+        to.data + c, to.stride, o + c);
+  };
+  const std::integral_constant<int, kMost> most;
+  const std::integral_constant<int, 1> one;
   int64_t c = 0;
-  for (; c + kMost * lanes<T>() <= columns; c += kMost * lanes<T>()) {
-    step_columns<kMost, kStore, T>(q, k, v + c, features, 0, decay, from.data + c, from.stride,
-                                   to.data + c, to.stride, o + c);
-  }
-  for (; c + lanes<T>() <= columns; c += lanes<T>()) {
-    step_columns<1, kStore, T>(q, k, v + c, features, 0, decay, from.data + c, from.stride,
-                               to.data + c, to.stride, o + c);
-  }
-  if (c < columns) {
-    step_columns<1, kStore, T>(q, k, v + c, features, static_cast<size_t>(columns - c), decay,
-                               from.data + c, from.stride, to.data + c, to.stride, o + c);
-  }
+  for (; c + kMost * lanes<T>() <= columns; c += kMost * lanes<T>()) run(most, std::true_type(), c);
+  for (; c + lanes<T>() <= columns; c += lanes<T>()) run(one, std::true_type(), c);
+  if (c < columns) run(one, std::false_type(), c);
 }
 
 template <class T>
 void step(const T* q, const T* k, const T* v, int64_t features, int64_t columns,
           const Decay<T>& decay, Block<const T> from, Block<T> to, T* o) {
-  if (to.data == nullptr) {
-    step_any<false, T>(q, k, v, features, columns, decay, from, to, o);
-  } else {
-    step_any<true, T>(q, k, v, features, columns, decay, from, to, o);
-  }
+  const auto run = [&](auto store, auto keep) HWY_ATTR {
+    step_any<store, keep, T>(q, k, v, features, columns, decay.factor, from, to, o);
+  };
+  const auto run_storing = [&](auto store) HWY_ATTR {
+    return decay.keep ? run(store, std::true_type()) : run(store, std::false_type());
+  };
+  return to.data != nullptr ? run_storing(std::true_type()) : run_storing(std::false_type());
 }
 
 template <class T>

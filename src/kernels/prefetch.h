@@ -2,8 +2,10 @@
 // requests come as evenly as their lines.
 #pragma once
 #include <algorithm>
+#include <array>
 #include <cstddef>
 #include <cstdint>
+#include <initializer_list>
 
 #include "base/round_up.h"
 #include "heed/tensor.h"
@@ -55,32 +57,46 @@ inline void prefetch_far(const void* p, int64_t ahead) {
       0, 2);
 }
 
-/// Rows asked for in equal shares, as evenly as the products between them take time.
-class RowsAhead {
+/// Rows that are read later, asked for little by little between products: asked for at once, they would
+/// be waited for at once. They need not exist.
+class ReadAhead {
  public:
-  RowsAhead(const Rows& rows, int64_t shares) {
+  ReadAhead() = default;
+  ReadAhead(std::initializer_list<Rows> list) {
+    for (const Rows& rows : list) add(rows);
+  }
+  void add(const Rows& rows) {
+    if (rows.data == nullptr || rows.count <= 0 || rows.width <= 0) return;
     const auto element = static_cast<int64_t>(size_of(rows.dtype));
     const bool together = rows.stride == rows.width;
-    next_ = static_cast<const std::byte*>(rows.data);
-    row_bytes_ = rows.width * element * (together ? rows.count : 1);
-    step_ = rows.stride * element;
-    left_ = next_ == nullptr ? 0 : (row_bytes_ + kLine - 1) / kLine * (together ? 1 : rows.count);
-    share_ = (left_ + shares - 1) / std::max<int64_t>(1, shares);
+    const Lines lines{static_cast<const std::byte*>(rows.data), rows.stride * element,
+                      together ? 1 : rows.count,
+                      rows.width * element * (together ? rows.count : 1)};
+    lines_ += lines.rows * ((lines.row_bytes + kLine - 1) / kLine);
+    list_[static_cast<size_t>(count_++)] = lines;
   }
-  void ask() {
-    for (int64_t i = std::min(share_, left_); i > 0; --i, --left_) {
-      prefetch_far(next_, done_);
+  /// Cache lines not asked for so far.
+  int64_t lines() const { return lines_; }
+  void ask(int64_t lines) {
+    for (lines = std::min(lines, lines_); lines > 0; --lines, --lines_) {
+      Lines& x = list_[static_cast<size_t>(at_)];
+      prefetch_far(x.data, done_);
       done_ += kLine;
-      if (done_ < row_bytes_) continue;
+      if (done_ < x.row_bytes) continue;
       done_ = 0;
-      next_ += step_;
+      x.data += x.stride;
+      if (--x.rows == 0) ++at_;
     }
   }
 
  private:
-  static constexpr int64_t kLine = 64;
-  const std::byte* next_;
-  int64_t row_bytes_, step_, left_, share_, done_ = 0;
+  static constexpr int64_t kLine = 64;  // bytes
+  struct Lines {
+    const std::byte* data = nullptr;
+    int64_t stride = 0, rows = 0, row_bytes = 0;  // bytes from row to row, rows left
+  };
+  std::array<Lines, 4> list_;
+  int64_t count_ = 0, at_ = 0, done_ = 0, lines_ = 0;  // done_: bytes of the row at hand
 };
 
 }  // namespace heed::kernels

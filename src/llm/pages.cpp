@@ -6,13 +6,13 @@
 #include <string>
 #include <utility>
 
+#include "base/huge_pages.h"
 #include "heed/error.h"
 
 namespace heed {
 
 Pages::Pages(size_t bytes) : bytes_(bytes) {
   if (bytes == 0) return;
-  constexpr size_t kHugePage = size_t{2} << 20;
   void* mapping = MAP_FAILED;
   if (bytes <= SIZE_MAX - kHugePage) {
     mapped_ = bytes + kHugePage;
@@ -25,10 +25,7 @@ Pages::Pages(size_t bytes) : bytes_(bytes) {
   mapping_ = static_cast<std::byte*>(mapping);
   const size_t past = reinterpret_cast<uintptr_t>(mapping_) % kHugePage;
   data_ = mapping_ + (past == 0 ? 0 : kHugePage - past);
-#ifdef MADV_HUGEPAGE
-  // A wish: without huge pages everything works, a few percent slower.
-  (void)madvise(data_, bytes, MADV_HUGEPAGE);
-#endif
+  prefer_huge_pages(data_, bytes);
 }
 
 Pages::~Pages() {

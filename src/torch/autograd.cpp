@@ -5,8 +5,9 @@
 //                  argument is not differentiable)
 //   <result>       what X returned
 //   <argument>     what X was called with
-// Its results are named grad_<argument>; the gradient of an argument that was not given is an empty
-// tensor.
+//   output_mask    which of its results somebody wants
+// Its results are named grad_<argument>; the gradient of an argument that was not given, or is not
+// wanted, is an empty tensor.
 #include <ATen/core/Tensor.h>
 #include <ATen/core/dispatch/Dispatcher.h>
 #include <ATen/ops/empty.h>
@@ -74,6 +75,19 @@ bool is_optional(const c10::Argument& argument) {
   return argument.type()->kind() == c10::TypeKind::OptionalType;
 }
 
+constexpr const char* kMask = "output_mask";
+
+// The tensor of the forward call that each result of the backward is the gradient of, or -1.
+std::vector<int64_t> tensors_of_results(const OperatorHandle& op, const OperatorHandle& backward_op,
+                                        const std::vector<int64_t>& tensor_of) {
+  std::vector<int64_t> tensors;
+  for (const c10::Argument& result : backward_op.schema().returns()) {
+    const int64_t argument = find(op.schema().arguments(), without_grad(result.name()));
+    tensors.push_back(argument < 0 ? -1 : tensor_of[static_cast<size_t>(argument)]);
+  }
+  return tensors;
+}
+
 // Whether the backward reads a result, if only to make a gradient of its shape where none arrives.
 bool backward_uses(const OperatorHandle& backward_op, const std::string& result) {
   const auto& arguments = backward_op.schema().arguments();
@@ -134,6 +148,11 @@ struct Differentiable : torch::autograd::Function<Differentiable> {
       if (tensor && kept.isBool()) tensor_of[i] = next++;
       values.push_back(tensor_of[i] < 0 ? kept : IValue(saved[static_cast<size_t>(tensor_of[i])]));
     }
+    const std::vector<int64_t> tensor_of_result = tensors_of_results(op, backward_op, tensor_of);
+    c10::List<bool> mask;
+    for (int64_t tensor : tensor_of_result) {
+      mask.push_back(tensor >= 0 && ctx->needs_input_grad(static_cast<size_t>(tensor)));
+    }
     Stack stack;
     for (const c10::Argument& wanted : backward_op.schema().arguments()) {
       const std::string& name = wanted.name();
@@ -144,6 +163,8 @@ struct Differentiable : torch::autograd::Function<Differentiable> {
         if (!gradient.defined() && !is_optional(wanted))
           gradient = at::zeros_like(saved[tensors + i]);
         stack.push_back(gradient.defined() ? IValue(gradient) : IValue());
+      } else if (name == kMask) {
+        stack.emplace_back(mask);
       } else if (result >= 0) {
         stack.emplace_back(saved[tensors + static_cast<size_t>(result)]);
       } else {
@@ -154,10 +175,9 @@ struct Differentiable : torch::autograd::Function<Differentiable> {
     // One for each tensor, then none for the operator and its arguments.
     variable_list found(tensors + 2);
     for (size_t i = 0; i < stack.size(); ++i) {
-      const int64_t argument =
-          find(arguments, without_grad(backward_op.schema().returns()[i].name()));
-      const int64_t tensor = argument < 0 ? -1 : tensor_of[static_cast<size_t>(argument)];
-      if (tensor >= 0) found[static_cast<size_t>(tensor)] = stack[i].toTensor();
+      const int64_t tensor = tensor_of_result[i];
+      const bool given = tensor >= 0 && ctx->needs_input_grad(static_cast<size_t>(tensor));
+      if (given) found[static_cast<size_t>(tensor)] = stack[i].toTensor();
     }
     return found;
   }
@@ -189,11 +209,14 @@ void differentiate(const OperatorHandle& op, Stack* stack) {
 void fake_backward(const OperatorHandle& op, Stack* stack) {
   const auto& arguments = op.schema().arguments();
   const size_t first = stack->size() - arguments.size();
+  const int64_t mask = find(arguments, kMask);
   Stack results;
   for (const c10::Argument& result : op.schema().returns()) {
     const auto at = static_cast<size_t>(find(arguments, without_grad(result.name())));
     const IValue& like = (*stack)[first + at];
-    if (is_tensor(like)) {
+    const bool wanted =
+        mask < 0 || (*stack)[first + static_cast<size_t>(mask)].toBoolList().get(results.size());
+    if (wanted && is_tensor(like)) {
       const at::Tensor& tensor = like.toTensor();
       results.emplace_back(at::empty_symint(tensor.sym_sizes(), tensor.options()));
     } else {

@@ -4,6 +4,7 @@
 #include <ATen/ops/empty.h>
 #include <torch/library.h>
 
+#include <array>
 #include <string_view>
 #include <tuple>
 
@@ -44,16 +45,34 @@ Results lightning_cpu(HEED_LIGHTNING_INPUTS, bool return_state) {
   return results;
 }
 
+// Memory for the gradients that are wanted.
+LightningGradients empty_gradients(const at::Tensor& q, const at::Tensor& k, const at::Tensor& v,
+                                   const LightningOptions& options,
+                                   const std::array<bool, 5>& wanted) {
+  const DType statistics = q.scalar_type() == at::kDouble ? DType::f64 : DType::f32;
+  const auto array = [&](bool want, const Tensor& like, DType dtype) {
+    return want && like.defined() ? Array(dtype, like.shape()) : Array();
+  };
+  const Tensor inputs[] = {view(q), view(k), view(v)};
+  return {array(wanted[0], inputs[0], inputs[0].dtype()),
+          array(wanted[1], inputs[1], inputs[1].dtype()),
+          array(wanted[2], inputs[2], inputs[2].dtype()),
+          array(wanted[3], options.slopes, statistics),
+          array(wanted[4], options.initial_state, statistics)};
+}
+
 std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor> lightning_backward_cpu(
     const MaybeTensor& grad_out, const MaybeTensor& grad_state, HEED_LIGHTNING_INPUTS,
-    bool return_state) {
+    bool return_state, std::array<bool, 5> output_mask) {
   check_inputs(HEED_LIGHTNING_NAMES);
   const at::Tensor g = out_gradient(grad_out, q, v);
   LightningGradients to;
   guarded([&] {
-    to = lightning_attention_backward(view(q), view(k), view(v), view(g),
-                                      view_wanted(grad_state, return_state),
-                                      {view(slopes), view(initial_state)}, run_options());
+    const LightningOptions options{view(slopes), view(initial_state)};
+    to = empty_gradients(q, k, v, options, output_mask);
+    lightning_attention_backward(
+        view(q), view(k), view(v), view(g), view_wanted(grad_state, return_state),
+        {to.q, to.k, to.v, to.slopes, to.initial_state}, options, run_options());
   });
   return {take(std::move(to.q), q), take(std::move(to.k), q), take(std::move(to.v), q),
           take_gradient(std::move(to.slopes), slopes, q),

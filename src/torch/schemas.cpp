@@ -152,7 +152,8 @@ TORCH_LIBRARY(heed, m) {
   m.def("lightning_attention(" HEED_LIGHTNING_ARGUMENTS ") -> (Tensor out, Tensor state)");
   m.def(
       "lightning_attention_backward(Tensor? grad_out, Tensor? grad_state, " HEED_LIGHTNING_ARGUMENTS
-      ") -> (Tensor grad_q, Tensor grad_k, Tensor grad_v, Tensor grad_slopes,"
+      ", bool[5] output_mask=[True, True, True, True, True]) -> (Tensor grad_q, Tensor grad_k, "
+      "Tensor grad_v, Tensor grad_slopes,"
       " Tensor grad_initial_state)");
   // PyTorch's fake tensors ask every maker of a tensor for a device; these know the CPU.
   m.def(

@@ -48,7 +48,7 @@ DecayTable<T>::DecayTable(double slope, int64_t chunk) : chunk_(chunk), pad_(chu
 }
 
 template <class T>
-ChunkCall<T>::ChunkCall(const Problem<T>& problem, const RunOptions& run)
+ChunkCall<T>::ChunkCall(const Problem<T>& problem, const RunOptions& run, bool decay_tables)
     : problem_(problem),
       run_(run),
       path_(choose_path(kind_of(problem), run)),
@@ -76,6 +76,7 @@ ChunkCall<T>::ChunkCall(const Problem<T>& problem, const RunOptions& run)
   state_size_ = features_ * padded_values_;
   if (problem.policy.key_sum) state_size_ += padded_features_;
   if (problem.policy.value_sum) state_size_ += padded_values_;
+  if (!decay_tables) return;
   for (double slope : problem.policy.slopes) decays_.emplace_back(slope, chunk_);
 }
 
@@ -106,12 +107,12 @@ Chunk ChunkCall<T>::query_chunk(int64_t i) const {
 
 template <class T>
 Decay<T> ChunkCall<T>::decay(int64_t head, int64_t tokens) const {
-  if (decays_.empty()) return {};
+  if (problem_.policy.slopes.empty()) return {};
   const double exponent =
       -problem_.policy.slopes[static_cast<size_t>(head)] * static_cast<double>(tokens);
-  const double power = std::exp(exponent);
-  if (power < 0.5) return {static_cast<T>(power), false};
-  return {static_cast<T>(std::expm1(exponent)), true};
+  const double less = std::expm1(exponent);
+  if (less >= -0.5) return {static_cast<T>(less), true};
+  return {static_cast<T>(std::exp(exponent)), false};
 }
 
 template <class T>
@@ -295,6 +296,10 @@ void ChunkCall<T>::update_state(const Added& added, const Decay<T>& decay, bool 
                                 const StateView<T>& state, const UpdateMemory& m) const {
   const int64_t depth = added.y.count;
   const Decay<T>* chosen = fresh ? nullptr : &decay;
+  // One after the other by themselves, chunks have no use between them that could ask for rows.
+  kernels::ReadAhead ahead;
+  if (fresh || reads_totals()) ahead = added.ahead;
+  if (half_) ahead.ask(ahead.lines());
   kernels::Block<const T> y;
   if (!half_ || state.values != nullptr) y = whole_rows(added.y, m.y);
   if (state.values != nullptr) {
@@ -313,18 +318,75 @@ void ChunkCall<T>::update_state(const Added& added, const Decay<T>& decay, bool 
     }
     if (half_) continue;
     rows_.outer(update_rows(added, psi, first, count, block), y, depth, count, padded_values_,
-                chosen, {state.sums.row(first), state.sums.stride}, added.ahead);
+                chosen, {state.sums.row(first), state.sums.stride}, ahead);
   }
 }
 
 template <class T>
-typename ChunkCall<T>::Left ChunkCall<T>::left(const Rows& x, Block block, void* packed) const {
+typename ChunkCall<T>::Left ChunkCall<T>::left(const Rows& x, int64_t readable, Block block,
+                                               void* packed) const {
+  const int64_t multiple = half_ ? products_.key_multiple : products_.dim_multiple;
+  if (lies_packed(x, multiple) && round_up(x.count, products_.row_multiple) <= readable) {
+    return {x.data, x.stride};
+  }
   if (half_) {
     products_.pack_queries(x, false, packed);
     return {packed, round_up(x.width, products_.key_multiple)};
   }
   if (x.data != block.data) rows_.pack_rows(x, nullptr, block);
   return {block.data, block.stride};
+}
+
+template <class T>
+template <class Body>
+void ChunkCall<T>::by_shares(const Left& left, int64_t count, ReadAhead& ahead,
+                             const Body& body) const {
+  constexpr int64_t kLinesPerRow = 4;  // the sweeps ask for all of a chunk's rows
+  const int64_t share = round_up(chunk_ / 2, products_.row_multiple);
+  const int64_t row_bytes = left.stride * static_cast<int64_t>(half_ ? 2 : sizeof(T));
+  for (int64_t r = 0; r < count; r += share) {
+    const int64_t rows = std::min(share, count - r);
+    ahead.ask(rows * kLinesPerRow);
+    body(static_cast<const std::byte*>(left.data) + r * row_bytes, r, rows);
+  }
+}
+
+template <class T>
+void ChunkCall<T>::scores(const Left& left, int64_t count, const void* panels, int64_t keys,
+                          int64_t width, const KeyRange* ranges, Block s, ReadAhead& ahead) const {
+  by_shares(left, count, ahead, [&](const void* x, int64_t r, int64_t rows) {
+    products_.scores(x, rows, panels, keys, width, ranges == nullptr ? nullptr : ranges + r,
+                     {s.row(r), s.stride});
+  });
+}
+
+template <class T>
+void ChunkCall<T>::accumulate(const Left& left, int64_t count, const void* values, int64_t keys,
+                              int64_t width, const KeyRange* ranges, const T* carry, Block o,
+                              ReadAhead& ahead) const {
+  by_shares(left, count, ahead, [&](const void* x, int64_t r, int64_t rows) {
+    products_.accumulate(x, left.stride, rows, values, keys, width,
+                         ranges == nullptr ? nullptr : ranges + r, carry + r, {o.row(r), o.stride});
+  });
+}
+
+template <class T>
+typename ChunkCall<T>::Block ChunkCall<T>::in_place(const Tensor& to, int64_t b, int64_t h,
+                                                    int64_t first, int64_t count,
+                                                    Block scratch) const {
+  const bool whole_blocks = count % products_.row_multiple == 0 &&
+                            to.size(3) % products_.key_multiple == 0 &&
+                            to.size(3) % products_.dim_multiple == 0;
+  if (to.dtype() != kType || !whole_blocks) return scratch;
+  return {reinterpret_cast<T*>(to.at({b, h, first})), to.stride(2)};
+}
+
+template <class T>
+void ChunkCall<T>::finish(Block rows, const Tensor& to, int64_t b, int64_t h, int64_t first,
+                          int64_t count) const {
+  void* out = to.at({b, h, first});
+  if (rows.data == out) return;
+  wide_.finish(rows, count, to.size(3), nullptr, out, to.dtype(), to.stride(2));
 }
 
 template <class T>
@@ -367,20 +429,21 @@ const void* ChunkCall<T>::state_keys(Block sums, int64_t count, const StateOpera
 template <class T>
 void ChunkCall<T>::weigh_and_add(const WeightMemory& m, int64_t count, int64_t columns,
                                  const KeyRange* ranges, const kernels::WeightFactors<T>& factors,
-                                 bool weighed, const Right& right, const T* carry, Block o) const {
+                                 bool weighed, const Right& right, const T* carry, Block o,
+                                 ReadAhead& ahead) const {
   const int64_t stride = m.scores.stride;
   if (half_ && right.finite) {
     rows_.weigh_half(m.scores, count, columns, ranges, factors, m.rounded, stride);
-    products_.accumulate(m.rounded, stride, count, right.packed, columns, right.rows.width, ranges,
-                         carry, o);
+    accumulate({m.rounded, stride}, count, right.packed, columns, right.rows.width, ranges, carry,
+               o, ahead);
     return;
   }
   if (!weighed) {
     rows_.weigh(m.scores, count, columns, ranges, factors, m.scores.data, stride);
   }
   if (right.finite) {
-    products_.accumulate(m.scores.data, stride, count, right.packed, columns, right.rows.width,
-                         ranges, carry, o);
+    accumulate({m.scores.data, stride}, count, right.packed, columns, right.rows.width, ranges,
+               carry, o, ahead);
     return;
   }
   // 0 * NaN would let a hidden row through: each row adds what it sees by itself.

@@ -7,11 +7,13 @@
 #include "engine/chunked/problem.h"
 #include "engine/chunked/schedule.h"
 #include "kernels/chunk.h"
+#include "kernels/prefetch.h"
 
 namespace heed::chunked {
 
 using kernels::Decay;
 using kernels::KeyRange;
+using kernels::ReadAhead;
 using kernels::Rows;
 using kernels::TokenRange;
 
@@ -84,14 +86,15 @@ class ChunkCall {
  protected:
   using Block = kernels::Block<T>;
 
-  ChunkCall(const Problem<T>& problem, const RunOptions& run);
+  /// Without `decay_tables` only decay() knows of slopes: tables cost more than a token's step.
+  ChunkCall(const Problem<T>& problem, const RunOptions& run, bool decay_tables = true);
 
   /// What a chunk adds to a state: sums += sum_r factor_r x_r^T y_r, keys += key_factor_r psi_r,
   /// values += value_factor_r y_r. Null factors are 1.
   struct Added {
     Source<T> x, psi;
     Rows y;
-    kernels::Ahead ahead;
+    ReadAhead ahead;  // what the next update reads
     const T *factor = nullptr, *key_factor = nullptr, *value_factor = nullptr;
   };
   struct UpdateMemory {
@@ -130,6 +133,11 @@ class ChunkCall {
   Chunk causal_chunk(int64_t b, int64_t i) const;
   Chunk key_chunk(int64_t b, int64_t i) const;
   Chunk query_chunk(int64_t i) const;
+  /// The chunk whose queries use a state; empty behind the last one.
+  Chunk using_chunk(int64_t b, int64_t i) const {
+    if (i >= (problem_.causal ? causal_chunks() : query_chunks())) return {};
+    return problem_.causal ? causal_chunk(b, i) : query_chunk(i);
+  }
   /// First query that sees a key position: those before it see nothing.
   int64_t first_query() const {
     return problem_.causal ? std::clamp<int64_t>(queries_ - tokens_, 0, queries_) : 0;
@@ -162,10 +170,10 @@ class ChunkCall {
   Rows rows(const Tensor& t, int64_t b, int64_t h, int64_t begin, int64_t count) const {
     return {t.at({b, h, begin}), t.dtype(), t.stride(2), count, t.size(3)};
   }
-  /// As many rows behind these.
-  static Rows following(Rows rows) {
-    rows.data = static_cast<const std::byte*>(rows.data) +
-                rows.count * rows.stride * static_cast<int64_t>(size_of(rows.dtype));
+  /// As many rows behind these, or before them.
+  static Rows following(Rows rows, bool backwards = false) {
+    const int64_t bytes = rows.count * rows.stride * static_cast<int64_t>(size_of(rows.dtype));
+    rows.data = static_cast<const std::byte*>(rows.data) + (backwards ? -bytes : bytes);
     return rows;
   }
   Source<T> queries(int64_t b, int64_t h, const Chunk& chunk) const;
@@ -184,20 +192,40 @@ class ChunkCall {
   /// The same of features [first, first + count).
   kernels::Block<const T> whole_features(const Source<T>& source, int64_t first, int64_t count,
                                          Block block) const;
+  static constexpr DType kType = sizeof(T) == 8 ? DType::f64 : DType::f32;
+  /// Whether rows are what packing them would make of them.
+  bool lies_packed(const Rows& x, int64_t multiple) const {
+    return x.dtype == (half_ ? DType::bf16 : kType) && x.width == x.stride &&
+           x.width % multiple == 0;
+  }
   static Rows as_rows(Block block, int64_t count, int64_t width) {
-    return {block.data, sizeof(T) == 8 ? DType::f64 : DType::f32, block.stride, count, width};
+    return {block.data, kType, block.stride, count, width};
   }
   /// What tile kernels pack: the rows themselves, or their features, which are in `block`.
   Rows operand(const Source<T>& source, Block block) const {
     return source.map == nullptr ? source.rows : as_rows(block, source.rows.count, features_);
   }
 
-  /// The left operand of a product: rows in T, or packed bfloat16.
+  /// The left operand of a product: rows in T, or packed bfloat16. `readable`: rows of memory from the
+  /// first of x on; with enough of them for whole register blocks x may be used as it lies.
   struct Left {
     const void* data = nullptr;
     int64_t stride = 0;
   };
-  Left left(const Rows& x, Block block, void* packed) const;
+  Left left(const Rows& x, int64_t readable, Block block, void* packed) const;
+
+  /// The products of tile.h by shares of the left rows, before each of which `ahead` asks for some of
+  /// what comes next.
+  void scores(const Left& left, int64_t count, const void* panels, int64_t keys, int64_t width,
+              const KeyRange* ranges, Block s, ReadAhead& ahead) const;
+  void accumulate(const Left& left, int64_t count, const void* values, int64_t keys, int64_t width,
+                  const KeyRange* ranges, const T* carry, Block o, ReadAhead& ahead) const;
+  /// Rows of a result where they lie if products can write them there, else `scratch`.
+  Block in_place(const Tensor& to, int64_t b, int64_t h, int64_t first, int64_t count,
+                 Block scratch) const;
+  /// Copies rows into a result, unless they lie there.
+  void finish(Block rows, const Tensor& to, int64_t b, int64_t h, int64_t first,
+              int64_t count) const;
 
   /// Rows of a state (or of anything in T) as the right operand, and as keys of a score product.
   struct StateOperandMemory {
@@ -221,7 +249,7 @@ class ChunkCall {
   };
   void weigh_and_add(const WeightMemory& m, int64_t count, int64_t columns, const KeyRange* ranges,
                      const kernels::WeightFactors<T>& factors, bool weighed, const Right& right,
-                     const T* carry, Block o) const;
+                     const T* carry, Block o, ReadAhead& ahead) const;
   /// Rows as keys of a score product.
   void panels(const Rows& x, void* packed) const {
     if (half_) {
@@ -231,6 +259,7 @@ class ChunkCall {
     }
   }
   Right right(const Rows& y, void* packed) const {
+    if (!half_ && lies_packed(y, products_.dim_multiple)) return {y, y.data, rows_.all_finite(y)};
     return {y, packed, products_.pack_values(y, packed)};
   }
 
@@ -254,6 +283,9 @@ class ChunkCall {
   const int64_t score_stride_;
 
  private:
+  // Calls body(left operand, first row, rows).
+  template <class Body>
+  void by_shares(const Left& left, int64_t count, ReadAhead& ahead, const Body& body) const;
   int64_t count(int64_t tokens) const { return (tokens + chunk_ - 1) / chunk_; }
   int64_t existing(int64_t b) const {
     return problem_.lengths.empty() ? tokens_ : problem_.lengths[static_cast<size_t>(b)];

@@ -46,6 +46,7 @@ class Forward : public Denominators<T>, public Sweep<T> {
     void *query, *key_panels, *values;
     KeyRange* ranges;
     T *num_scale, *sum_scale;
+    ReadAhead* ahead;
   };
 
   Memory memory(Cutter& cut) const {
@@ -109,12 +110,15 @@ class Forward : public Denominators<T>, public Sweep<T> {
 
   void use(int64_t lane, int64_t index, T* state, std::byte* memory) const override {
     const int64_t b = lane / this->heads_, h = lane % this->heads_;
-    const Chunk chunk =
-        this->problem_.causal ? this->causal_chunk(b, index) : this->query_chunk(index);
+    const Chunk chunk = this->using_chunk(b, index);
     if (chunk.queries == 0) return;
-    const Memory m = memory_at(memory);
+    Memory m = memory_at(memory);
     const StateView<T> view = this->view(state);
     if (this->reads_totals()) return read_totals(b, h, chunk, view, m);
+    const Chunk next = this->using_chunk(b, index + 1);
+    ReadAhead ahead{this->queries(b, h, next).rows, this->keys(b, h, next).rows,
+                    this->values(b, h, next)};
+    m.ahead = &ahead;
     std::fill_n(m.out.data, this->tile_rows_ * m.out.stride, T{0});
     this->query_ranges(chunk, m.ranges);
     if (this->problem_.policy.polynomial) {
@@ -169,22 +173,22 @@ class Forward : public Denominators<T>, public Sweep<T> {
     const Source<T> q = this->queries(b, h, chunk), k = this->keys(b, h, chunk);
     if (q.map != nullptr) this->features(q, 0, this->features_, m.query_rows);
     if (k.map != nullptr) this->features(k, 0, this->features_, m.key_rows);
-    const auto left = this->left(this->operand(q, m.query_rows), m.query_rows, m.query);
-    this->products_.accumulate(left.data, left.stride, chunk.queries,
-                               this->state_values(state.sums, this->features_, m.state),
-                               this->features_, this->value_dim_, nullptr, this->ones(), m.out);
+    const auto left = this->left(this->operand(q, m.query_rows), this->queries_ - chunk.query,
+                                 m.query_rows, m.query);
+    this->accumulate(left, chunk.queries, this->state_values(state.sums, this->features_, m.state),
+                     this->features_, this->value_dim_, nullptr, this->ones(), m.out, *m.ahead);
     if (this->problem_.policy.key_sum) {
       this->running_denominators(b, h, chunk, state, m.query_rows, m.key_rows, m.sums);
     }
     if (chunk.keys == 0) return;
     this->panels(this->operand(k, m.key_rows), m.key_panels);
-    this->products_.scores(left.data, chunk.queries, m.key_panels, chunk.keys, this->features_,
-                           m.ranges, m.weights.scores);
+    this->scores(left, chunk.queries, m.key_panels, chunk.keys, this->features_, m.ranges,
+                 m.weights.scores, *m.ahead);
     kernels::WeightFactors<T> factors;
     if (const auto* table = this->decays(h)) factors.decay = table->falling(chunk.shift);
     this->weigh_and_add(m.weights, chunk.queries, chunk.keys, m.ranges, factors, false,
                         this->right(this->values(b, h, chunk), m.values),
-                        this->state_factors(h, chunk.shift + 1), m.out);
+                        this->state_factors(h, chunk.shift + 1), m.out, *m.ahead);
   }
 
   void read_polynomial(int64_t b, int64_t h, const Chunk& chunk, const StateView<T>& state,
@@ -210,7 +214,8 @@ class Forward : public Denominators<T>, public Sweep<T> {
                            static_cast<T>(polynomial.scale), polynomial.order);
     this->add_weight_sums(m.sums.weights, chunk.queries, m.ranges, m.sums);
     this->weigh_and_add({m.sums.weights, nullptr}, chunk.queries, chunk.keys, m.ranges, {}, true,
-                        this->right(this->values(b, h, chunk), m.values), this->ones(), m.out);
+                        this->right(this->values(b, h, chunk), m.values), this->ones(), m.out,
+                        *m.ahead);
   }
 
   void finish(int64_t b, int64_t h, const Chunk& chunk, const StateView<T>& state,

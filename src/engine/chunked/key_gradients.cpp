@@ -65,6 +65,7 @@ class KeyGradients : public ChunkCall<T>, public Sweep<T> {
     void *key, *value, *query_panels, *gradient_panels, *queries, *gradients;
     KeyRange* ranges;
     T *factors, *row;
+    ReadAhead* ahead;
   };
 
   Memory memory(Cutter& cut) const {
@@ -144,8 +145,8 @@ class KeyGradients : public ChunkCall<T>, public Sweep<T> {
     added.key_factor = row_numbers(statistics_.denominator, b, h, chunk);
     added.value_factor = row_numbers(statistics_.sum_scale, b, h, chunk);
     added.factor = num_scale;
-    if (this->reads_totals())
-      added.ahead = {this->following(added.x.rows), this->following(added.y)};
+    const bool backwards = this->problem_.causal;
+    added.ahead = {this->following(added.x.rows, backwards), this->following(added.y, backwards)};
     if (const auto* table = this->decays(h)) {
       const T* decays = table->rising(chunk.shift + 1);
       for (int64_t r = 0; r < chunk.queries; ++r) {
@@ -163,12 +164,15 @@ class KeyGradients : public ChunkCall<T>, public Sweep<T> {
         this->problem_.causal ? this->causal_chunk(b, index) : this->key_chunk(b, index);
     zero_missing(b, key_head, chunk);
     if (chunk.keys == 0) return;
-    const Memory m = memory_at(memory);
+    Memory m = memory_at(memory);
     this->key_ranges(chunk, m.ranges);
     const int64_t first = key_head * this->group_;
     const Source<T> k = this->keys(b, first, chunk);
     const bool direct = this->group_ == 1 && k.map == nullptr;
-    if (!direct) {
+    if (direct) {
+      m.features = this->in_place(gradients_.k, b, key_head, chunk.begin, chunk.keys, m.features);
+      m.values = this->in_place(gradients_.v, b, key_head, chunk.begin, chunk.keys, m.values);
+    } else {
       std::fill_n(m.key_sum.data, this->tile_rows_ * this->padded_width_, T{0});
       std::fill_n(m.value_sum.data, this->tile_rows_ * m.value_sum.stride, T{0});
     }
@@ -176,6 +180,8 @@ class KeyGradients : public ChunkCall<T>, public Sweep<T> {
     const Operands operands = pack_keys(k, b, first, chunk, m);
     for (int64_t i = 0; i < this->group_; ++i) {
       const StateView<T> state = this->totals(states + i * this->totals_size());
+      ReadAhead ahead = rows_ahead(b, first + i, index, chunk);
+      m.ahead = &ahead;
       if (this->problem_.policy.polynomial) {
         use_polynomial(b, first + i, chunk, operands, state, key_sum, m);
       } else if (this->reads_totals()) {
@@ -193,8 +199,28 @@ class KeyGradients : public ChunkCall<T>, public Sweep<T> {
         pull(k, m, key_sum);
       }
     }
-    finish(direct ? m.features : key_sum, gradients_.k, b, key_head, chunk);
-    finish(direct ? m.values : m.value_sum, gradients_.v, b, key_head, chunk);
+    this->finish(direct ? m.features : key_sum, gradients_.k, b, key_head, chunk.begin, chunk.keys);
+    this->finish(direct ? m.values : m.value_sum, gradients_.v, b, key_head, chunk.begin,
+                 chunk.keys);
+  }
+
+  // What is read after a head's part of a use: the next head's rows, or the chunk that comes then.
+  ReadAhead rows_ahead(int64_t b, int64_t h, int64_t index, const Chunk& chunk) const {
+    ReadAhead ahead;
+    if ((h + 1) % this->group_ != 0) {
+      ahead.add(this->queries(b, h + 1, chunk).rows);
+      ahead.add(gradient_of(b, h + 1, chunk));
+      return ahead;
+    }
+    const bool causal = this->problem_.causal;
+    if (causal ? index == 0 : index + 1 == this->key_chunks()) return ahead;
+    const Chunk next = causal ? this->causal_chunk(b, index - 1) : this->key_chunk(b, index + 1);
+    const int64_t first = h + 1 - this->group_;
+    ahead.add(this->keys(b, first, next).rows);
+    ahead.add(this->values(b, first, next));
+    ahead.add(this->queries(b, first, next).rows);
+    ahead.add(gradient_of(b, first, next));
+    return ahead;
   }
 
   void add_rows(Block from, int64_t rows, int64_t width, Block to) const {
@@ -206,10 +232,6 @@ class KeyGradients : public ChunkCall<T>, public Sweep<T> {
     const Source<T> psi = this->for_sums(k, false);
     psi.map->pull(psi.at, psi.rows, 0, this->features_,
                   {m.more_features.data, m.more_features.stride}, to);
-  }
-  void finish(Block rows, const Tensor& to, int64_t b, int64_t key_head, const Chunk& chunk) const {
-    this->wide_.finish(rows, chunk.keys, to.size(3), nullptr, to.at({b, key_head, chunk.begin}),
-                       to.dtype(), to.stride(2));
   }
   // Keys that no query head reads.
   void zero_all() const {
@@ -233,7 +255,7 @@ class KeyGradients : public ChunkCall<T>, public Sweep<T> {
   struct Operands {
     Source<T> k;
     typename Call::Left key, value;
-    kernels::Ahead ahead, results_ahead;
+    ReadAhead ahead, results_ahead;
   };
   Operands pack_keys(const Source<T>& k, int64_t b, int64_t h, const Chunk& chunk,
                      const Memory& m) const {
@@ -251,13 +273,14 @@ class KeyGradients : public ChunkCall<T>, public Sweep<T> {
               {this->following(k.rows), this->following(v)},
               {results(gradients_.k), results(gradients_.v)}};
     }
+    const int64_t readable = this->tokens_ - chunk.begin;
     if (this->problem_.policy.polynomial) {
-      operands.key = this->left(k.rows, m.raw_rows, m.key);
+      operands.key = this->left(k.rows, readable, m.raw_rows, m.key);
     } else {
       if (k.map != nullptr) this->features(k, 0, this->features_, m.key_rows);
-      operands.key = this->left(this->operand(k, m.key_rows), m.key_rows, m.key);
+      operands.key = this->left(this->operand(k, m.key_rows), readable, m.key_rows, m.key);
     }
-    operands.value = this->left(v, m.value_rows, m.value);
+    operands.value = this->left(v, readable, m.value_rows, m.value);
     return operands;
   }
 
@@ -276,7 +299,7 @@ class KeyGradients : public ChunkCall<T>, public Sweep<T> {
   void add_own(int64_t b, int64_t h, const Chunk& chunk, const typename Call::Right& right,
                const Memory& m, Block o) const {
     this->weigh_and_add(m.weights, chunk.keys, chunk.queries, m.ranges, weight_factors(b, h, chunk),
-                        false, right, carry(h, chunk), o);
+                        false, right, carry(h, chunk), o, *m.ahead);
   }
 
   // Keys that all queries see.
@@ -300,16 +323,18 @@ class KeyGradients : public ChunkCall<T>, public Sweep<T> {
   void value_part(int64_t b, int64_t h, const Chunk& chunk, const Operands& operands,
                   const StateView<T>& state, const Memory& m) const {
     const Rows gradient = gradient_of(b, h, chunk);
-    std::fill_n(m.values.data, this->tile_rows_ * m.values.stride, T{0});
-    this->products_.accumulate(operands.key.data, operands.key.stride, chunk.keys,
-                               this->state_values(state.sums, this->features_, m.as_values),
-                               this->features_, this->value_dim_, nullptr, this->ones(), m.values);
+    for (int64_t r = 0; r < chunk.keys; ++r) {
+      std::fill_n(m.values.row(r), this->padded_values_, T{0});
+    }
+    this->accumulate(operands.key, chunk.keys,
+                     this->state_values(state.sums, this->features_, m.as_values), this->features_,
+                     this->value_dim_, nullptr, this->ones(), m.values, *m.ahead);
     if (chunk.queries > 0) {
       const Source<T> q = this->queries(b, h, chunk);
       if (q.map != nullptr) this->features(q, 0, this->features_, m.query_rows);
       this->panels(this->operand(q, m.query_rows), m.query_panels);
-      this->products_.scores(operands.key.data, chunk.keys, m.query_panels, chunk.queries,
-                             this->features_, m.ranges, m.weights.scores);
+      this->scores(operands.key, chunk.keys, m.query_panels, chunk.queries, this->features_,
+                   m.ranges, m.weights.scores, *m.ahead);
       add_own(b, h, chunk, this->right(gradient, m.gradients), m, m.values);
     } else if (this->decays(h) != nullptr) {
       this->rows_.scale_rows(m.values, chunk.keys, this->padded_values_, carry(h, chunk));
@@ -330,13 +355,13 @@ class KeyGradients : public ChunkCall<T>, public Sweep<T> {
   void key_part(int64_t b, int64_t h, const Chunk& chunk, const Operands& operands,
                 const StateView<T>& state, const Memory& m) const {
     const Source<T> q = this->queries(b, h, chunk);
-    this->products_.scores(operands.value.data, chunk.keys,
-                           this->state_keys(state.sums, this->features_, m.as_keys),
-                           this->features_, this->value_dim_, nullptr, m.features);
+    this->scores(operands.value, chunk.keys,
+                 this->state_keys(state.sums, this->features_, m.as_keys), this->features_,
+                 this->value_dim_, nullptr, m.features, *m.ahead);
     if (chunk.queries > 0) {
       this->panels(gradient_of(b, h, chunk), m.gradient_panels);
-      this->products_.scores(operands.value.data, chunk.keys, m.gradient_panels, chunk.queries,
-                             this->value_dim_, m.ranges, m.weights.scores);
+      this->scores(operands.value, chunk.keys, m.gradient_panels, chunk.queries, this->value_dim_,
+                   m.ranges, m.weights.scores, *m.ahead);
       add_own(b, h, chunk, this->right(this->operand(q, m.query_rows), m.queries), m, m.features);
     } else if (this->decays(h) != nullptr) {
       this->rows_.scale_rows(m.features, chunk.keys, this->padded_features_, carry(h, chunk));
@@ -371,7 +396,7 @@ class KeyGradients : public ChunkCall<T>, public Sweep<T> {
                            static_cast<T>(polynomial.scale), polynomial.order);
     this->weigh_and_add({m.polynomial, nullptr}, chunk.keys, chunk.queries, m.ranges,
                         weight_factors(b, h, chunk), false, this->right(gradient, m.gradients),
-                        this->ones(), m.values);
+                        this->ones(), m.values, *m.ahead);
     this->panels(gradient, m.gradient_panels);
     this->products_.scores(operands.value.data, chunk.keys, m.gradient_panels, chunk.queries,
                            this->value_dim_, m.ranges, m.weights.scores);
@@ -379,7 +404,7 @@ class KeyGradients : public ChunkCall<T>, public Sweep<T> {
                       chunk.queries, m.ranges, row_numbers(statistics_.num_scale, b, h, chunk),
                       row_numbers(statistics_.denominator, b, h, chunk), true);
     this->weigh_and_add({m.scores, nullptr}, chunk.keys, chunk.queries, m.ranges, {}, true,
-                        this->right(q.rows, m.queries), this->ones(), key_sum);
+                        this->right(q.rows, m.queries), this->ones(), key_sum, *m.ahead);
   }
 
   void state_tile(int64_t count, int64_t first, const Operands& operands, const StateView<T>& state,

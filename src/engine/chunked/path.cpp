@@ -49,8 +49,7 @@ std::string refusal(const Candidate& candidate, const CallKind& call, Isa strong
 int64_t chunk_tokens(const Candidate& candidate, const CallKind& call) {
   const bool wide_state = call.state_width >= 96;
   if (!candidate.half_operands) {
-    if (!call.causal && call.state_width >= 64) return 96;  // no products inside it
-    return wide_state ? 64 : 48;
+    return !call.causal && call.state_width >= 64 ? 96 : 48;  // no products inside it
   }
   if (candidate.isa == Isa::amx) return wide_state ? 192 : 128;
   return wide_state ? 96 : 64;

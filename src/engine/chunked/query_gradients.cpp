@@ -78,6 +78,7 @@ class QueryGradients : public Denominators<T>, public Sweep<T> {
     void *query, *gradient, *key_panels, *value_panels, *keys;
     KeyRange* ranges;
     T *dots, *sum_dots;
+    ReadAhead* ahead;
   };
 
   Memory memory(Cutter& cut) const {
@@ -223,10 +224,11 @@ class QueryGradients : public Denominators<T>, public Sweep<T> {
 
   void use(int64_t lane, int64_t index, T* state, std::byte* memory) const override {
     const int64_t b = lane / this->heads_, h = lane % this->heads_;
-    const Chunk chunk =
-        this->problem_.causal ? this->causal_chunk(b, index) : this->query_chunk(index);
+    const Chunk chunk = this->using_chunk(b, index);
     if (chunk.queries == 0) return;
-    const Memory m = memory_at(memory);
+    Memory m = memory_at(memory);
+    ReadAhead ahead = rows_ahead(b, h, index);
+    m.ahead = &ahead;
     this->query_ranges(chunk, m.ranges);
     Block result = m.rows;
     if (this->problem_.policy.polynomial) {
@@ -234,11 +236,23 @@ class QueryGradients : public Denominators<T>, public Sweep<T> {
     } else if (this->reads_totals()) {
       result = use_totals(lane, chunk, this->totals(state), m);
     } else {
+      if (this->problem_.policy.maps.q == nullptr) {
+        m.features = this->in_place(gradients_.q, b, h, chunk.query, chunk.queries, m.features);
+      }
       result = use_linear(lane, index, chunk, state, m);
     }
-    this->wide_.finish(result, chunk.queries, this->width_, nullptr,
-                       gradients_.q.at({b, h, chunk.query}), gradients_.q.dtype(),
-                       gradients_.q.stride(2));
+    this->finish(result, gradients_.q, b, h, chunk.query, chunk.queries);
+  }
+
+  // What the use after this one reads.
+  ReadAhead rows_ahead(int64_t b, int64_t h, int64_t index) const {
+    const Chunk next = this->using_chunk(b, index + 1);
+    ReadAhead ahead;
+    ahead.add(gradient_of(b, h, next));
+    ahead.add(this->values(b, h, next));
+    ahead.add(this->keys(b, h, next).rows);
+    if (this->problem_.policy.read_out || slopes_) ahead.add(this->queries(b, h, next).rows);
+    return ahead;
   }
 
   Rows gradient_of(int64_t b, int64_t h, const Chunk& chunk) const {
@@ -246,11 +260,11 @@ class QueryGradients : public Denominators<T>, public Sweep<T> {
   }
 
   // G v^T inside the chunk.
-  void value_scores(int64_t b, int64_t h, const Chunk& chunk, const void* gradient, Block to,
-                    const Memory& m) const {
+  void value_scores(int64_t b, int64_t h, const Chunk& chunk, const typename Call::Left& gradient,
+                    Block to, const Memory& m) const {
     this->panels(this->values(b, h, chunk), m.value_panels);
-    this->products_.scores(gradient, chunk.queries, m.value_panels, chunk.keys, this->value_dim_,
-                           m.ranges, to);
+    this->scores(gradient, chunk.queries, m.value_panels, chunk.keys, this->value_dim_, m.ranges,
+                 to, *m.ahead);
   }
 
   Block use_linear(int64_t lane, int64_t index, const Chunk& chunk, T* state,
@@ -260,14 +274,14 @@ class QueryGradients : public Denominators<T>, public Sweep<T> {
     const Policy<T>& policy = this->problem_.policy;
     const Source<T> q = this->queries(b, h, chunk), k = this->keys(b, h, chunk);
     if (policy.read_out || slopes_) this->features(q, 0, this->features_, m.query_rows);
-    const auto gradient = this->left(gradient_of(b, h, chunk), m.gradient_rows, m.gradient);
-    this->products_.scores(gradient.data, chunk.queries,
-                           this->state_keys(view.sums, this->features_, m.state), this->features_,
-                           this->value_dim_, nullptr, m.features);
-    if (chunk.keys > 0) value_scores(b, h, chunk, gradient.data, m.weights.scores, m);
+    const auto gradient = this->left(gradient_of(b, h, chunk), this->queries_ - chunk.query,
+                                     m.gradient_rows, m.gradient);
+    this->scores(gradient, chunk.queries, this->state_keys(view.sums, this->features_, m.state),
+                 this->features_, this->value_dim_, nullptr, m.features, *m.ahead);
+    if (chunk.keys > 0) value_scores(b, h, chunk, gradient, m.weights.scores, m);
     if (slopes_) {
       slope_parts_[static_cast<size_t>(lane * per_chunk_ + index)] =
-          slope_part(b, h, chunk, gradient.data, state, m);
+          slope_part(b, h, chunk, gradient, state, m);
     }
     if (chunk.keys > 0) {
       if (k.map != nullptr) this->features(k, 0, this->features_, m.key_rows);
@@ -275,7 +289,7 @@ class QueryGradients : public Denominators<T>, public Sweep<T> {
       if (const auto* table = this->decays(h)) factors.decay = table->falling(chunk.shift);
       this->weigh_and_add(m.weights, chunk.queries, chunk.keys, m.ranges, factors, false,
                           this->right(this->operand(k, m.key_rows), m.keys),
-                          this->state_factors(h, chunk.shift + 1), m.features);
+                          this->state_factors(h, chunk.shift + 1), m.features, *m.ahead);
     }
     if (policy.read_out) read_out(lane, chunk, view, m);
     return pulled(q, m);
@@ -321,8 +335,8 @@ class QueryGradients : public Denominators<T>, public Sweep<T> {
   }
 
   // Minus the part of the slope's gradient that a chunk's rows give.
-  double slope_part(int64_t b, int64_t h, const Chunk& chunk, const void* gradient, T* state,
-                    const Memory& m) const {
+  double slope_part(int64_t b, int64_t h, const Chunk& chunk, const typename Call::Left& gradient,
+                    T* state, const Memory& m) const {
     const DecayTable<T>& table = *this->decays(h);
     const auto state_part = [&](Block gradients, bool distance) {
       std::fill_n(m.dots, chunk.queries, T{0});
@@ -339,16 +353,17 @@ class QueryGradients : public Denominators<T>, public Sweep<T> {
       return sum;
     };
     double sum = state_part(m.features, true);
-    this->products_.scores(gradient, chunk.queries,
-                           this->state_keys(slope_view(state).sums, this->features_, m.state),
-                           this->features_, this->value_dim_, nullptr, m.more_features);
+    this->scores(gradient, chunk.queries,
+                 this->state_keys(slope_view(state).sums, this->features_, m.state),
+                 this->features_, this->value_dim_, nullptr, m.more_features, *m.ahead);
     sum += state_part(m.more_features, false);
     const Source<T> q = this->queries(b, h, chunk), k = this->keys(b, h, chunk);
-    const auto left = this->left(this->operand(q, m.query_rows), m.query_rows, m.query);
+    const auto left = this->left(this->operand(q, m.query_rows), this->queries_ - chunk.query,
+                                 m.query_rows, m.query);
     if (k.map != nullptr) this->features(k, 0, this->features_, m.key_rows);
     this->panels(this->operand(k, m.key_rows), m.key_panels);
-    this->products_.scores(left.data, chunk.queries, m.key_panels, chunk.keys, this->features_,
-                           m.ranges, m.scores);
+    this->scores(left, chunk.queries, m.key_panels, chunk.keys, this->features_, m.ranges, m.scores,
+                 *m.ahead);
     const Block& values = m.weights.scores;
     return sum + this->rows_.distance_sum({m.scores.data, m.scores.stride},
                                           {values.data, values.stride}, chunk.queries, m.ranges,
@@ -418,7 +433,8 @@ class QueryGradients : public Denominators<T>, public Sweep<T> {
                       const Memory& m) const {
     const auto& polynomial = *this->problem_.policy.polynomial;
     const Source<T> q = this->queries(b, h, chunk), k = this->keys(b, h, chunk);
-    const auto gradient = this->left(gradient_of(b, h, chunk), m.gradient_rows, m.gradient);
+    const auto gradient = this->left(gradient_of(b, h, chunk), this->queries_ - chunk.query,
+                                     m.gradient_rows, m.gradient);
     for (T* row : {m.sums.denominators, m.dots, m.sum_dots}) std::fill_n(row, chunk.queries, T{0});
     for (const Block& block : {m.rows, m.more_rows}) {
       std::fill_n(block.data, this->tile_rows_ * block.stride, T{0});
@@ -435,7 +451,7 @@ class QueryGradients : public Denominators<T>, public Sweep<T> {
       this->rows_.polynomial(m.scores, m.sums.weights, chunk.queries, chunk.keys, m.ranges,
                              static_cast<T>(polynomial.scale), polynomial.order);
       this->add_weight_sums(m.sums.weights, chunk.queries, m.ranges, m.sums);
-      value_scores(b, h, chunk, gradient.data, m.weights.scores, m);
+      value_scores(b, h, chunk, gradient, m.weights.scores, m);
       this->rows_.range_sums({m.sums.weights.data, m.sums.weights.stride},
                              {m.weights.scores.data, m.weights.scores.stride}, chunk.queries,
                              m.ranges, m.dots);
@@ -449,7 +465,7 @@ class QueryGradients : public Denominators<T>, public Sweep<T> {
     this->rows_.chain(m.scores, {m.weights.scores.data, m.weights.scores.stride}, chunk.queries,
                       chunk.keys, m.ranges, m.dots, m.sum_dots, false);
     this->weigh_and_add({m.scores, nullptr}, chunk.queries, chunk.keys, m.ranges, {}, true,
-                        this->right(k.rows, m.keys), this->ones(), m.rows);
+                        this->right(k.rows, m.keys), this->ones(), m.rows, *m.ahead);
   }
 
   void state_tile(const Source<T>& q, int64_t count, int64_t first, const void* gradient,

@@ -12,6 +12,7 @@
 #include <cstring>
 
 #include "base/parallel.h"
+#include "base/round_up.h"
 #include "heed/tensor.h"
 
 namespace heed::chunked {
@@ -141,15 +142,23 @@ class Schedule {
     store(first, states);
   }
 
+  // Neighbours to one thread: it has asked for the rows that come next, and the states that it makes are
+  // those that it uses.
   void with_memory(int64_t items, const std::function<void(int64_t, std::byte*)>& body) const {
-    parallel_for(items, shape_.threads, [&](int64_t item, int) {
+    const int64_t shares = std::min<int64_t>(shape_.threads, items);
+    parallel_for(shares, shape_.threads, [&](int64_t share, int) {
       Scratch scratch(Scratch::rounded(shape_.memory));
-      body(item, scratch.take<std::byte>(static_cast<int64_t>(shape_.memory)));
+      auto* memory = scratch.take<std::byte>(static_cast<int64_t>(shape_.memory));
+      for (int64_t item = items * share / shares; item < items * (share + 1) / shares; ++item) {
+        body(item, memory);
+      }
     });
   }
 
   // Elements of a state that one item of a scan takes.
-  static constexpr int64_t kScanElements = 512;
+  int64_t scan_elements() const {
+    return std::max<int64_t>(512, round_up(shape_.scan_size / (4 * shape_.threads), 64));
+  }
 
   void parallel_total() const {
     const int64_t lanes = shape_.lanes, size = shape_.size;
@@ -159,13 +168,13 @@ class Schedule {
     with_memory(lanes * parts(), [&](int64_t item, std::byte* scratch) {
       sum_part(item % lanes, item / lanes, sums + item * size, scratch);
     });
-    const int64_t ranges = (shape_.scan_size + kScanElements - 1) / kScanElements;
+    const int64_t elements = scan_elements(), ranges = (shape_.scan_size + elements - 1) / elements;
     for (int64_t lane = 0; lane < lanes; ++lane) sweep_.load(lane, states + lane * size);
     parallel_for(lanes * ranges, shape_.threads, [&](int64_t item, int) {
-      const int64_t lane = item / ranges, begin = item % ranges * kScanElements;
+      const int64_t lane = item / ranges, begin = item % ranges * elements;
       for (int64_t part = 0; part < parts(); ++part) {
         sweep_.scan(lane, 0, states + lane * size, sums + (part * lanes + lane) * size, begin,
-                    std::min(begin + kScanElements, shape_.scan_size));
+                    std::min(begin + elements, shape_.scan_size));
       }
     });
     for (int64_t lane = 0; lane < lanes; ++lane) sweep_.complete(states + lane * size);
@@ -182,7 +191,7 @@ class Schedule {
   // Chunks that are scanned together: few enough for their states to stay in caches, enough for all
   // threads.
   int64_t block_chunks() const {
-    constexpr int64_t kBytes = int64_t{1} << 20;
+    constexpr int64_t kBytes = int64_t{2} << 20;
     const int64_t fit = kBytes / static_cast<int64_t>(state_bytes(shape_.lanes));
     const int64_t wanted = (4 * shape_.threads + shape_.lanes - 1) / shape_.lanes;
     return std::min(shape_.chunks, std::max(fit, wanted));
@@ -213,13 +222,13 @@ class Schedule {
         std::fill_n(slots + item * size, size, T{0});
       }
     });
-    const int64_t ranges = (shape_.scan_size + kScanElements - 1) / kScanElements;
+    const int64_t elements = scan_elements(), ranges = (shape_.scan_size + elements - 1) / elements;
     parallel_for(lanes * ranges, shape_.threads, [&](int64_t item, int) {
-      const int64_t lane = item / ranges, begin = item % ranges * kScanElements;
+      const int64_t lane = item / ranges, begin = item % ranges * elements;
       for (int64_t c = 0; c < count; ++c) {
         sweep_.scan(lane, chunk_at(first + c), running + lane * size,
                     slots + (c * lanes + lane) * size, begin,
-                    std::min(begin + kScanElements, shape_.scan_size));
+                    std::min(begin + elements, shape_.scan_size));
       }
     });
     const int64_t groups = shape_.groups(), per_group = shape_.lanes_per_group;

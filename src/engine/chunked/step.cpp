@@ -17,7 +17,7 @@ class Step : public ChunkCall<T> {
 
  public:
   Step(const Problem<T>& problem, const Tensor& out, const State& last, const RunOptions& run)
-      : Call(problem, run), out_(out), last_(last) {}
+      : Call(problem, run, false), out_(out), last_(last) {}
 
   void run() {
     const int64_t lanes = this->lanes();
@@ -53,10 +53,14 @@ class Step : public ChunkCall<T> {
     Cutter counted;
     memory(counted);
     const auto bytes = static_cast<int64_t>(counted.used());
-    parallel_for(items, threads_for(this->run_, items), [&](int64_t item, int) {
+    // Neighbours to one thread: it streams through their states, and finds them in its caches when the
+    // next token comes.
+    const int threads = threads_for(this->run_, items);
+    parallel_for(threads, threads, [&](int64_t share, int) {
       Scratch scratch(counted.used());
       Cutter cut(scratch.take<std::byte>(bytes));
-      body(item, memory(cut));
+      const Memory m = memory(cut);
+      for (int64_t i = items * share / threads; i < items * (share + 1) / threads; ++i) body(i, m);
     });
   }
 
@@ -89,31 +93,41 @@ class Step : public ChunkCall<T> {
     denominators_[static_cast<size_t>(lane)] = dot;
   }
 
+  // The features of a row, or zeros where there is none; where they lie, or in `own`.
+  const T* row_of(const Source<T>& source, int64_t width, Block own) const {
+    if (source.rows.count == 0) {
+      std::fill_n(own.data, own.stride, T{0});
+    } else if (source.map == nullptr && source.rows.dtype == this->kType) {
+      return static_cast<const T*>(source.rows.data);
+    } else {
+      this->features(source, 0, width, own);
+    }
+    return own.data;
+  }
+
   void run_columns(int64_t lane, int64_t begin, int64_t end, const Memory& m) const {
     const int64_t b = lane / this->heads_, h = lane % this->heads_;
     const Chunk chunk = token(b);
-    this->features(this->queries(b, h, chunk), 0, this->features_, m.q);
-    std::fill_n(m.k.data, m.k.stride, T{0});
-    std::fill_n(m.v.data, m.v.stride, T{0});
-    if (chunk.keys == 1) {
-      this->features(this->keys(b, h, chunk), 0, this->features_, m.k);
-      this->rows_.pack_rows(this->values(b, h, chunk), nullptr, m.v);
-    }
+    const T* q = row_of(this->queries(b, h, chunk), this->features_, m.q);
+    const T* k = row_of(this->keys(b, h, chunk), this->features_, m.k);
+    const T* v = row_of({this->values(b, h, chunk), {}, nullptr}, this->value_dim_, m.v);
     const Tensor &from = this->problem_.initial.sums, &to = last_.sums;
-    // Without a state the same zeros are read for every row.
-    kernels::Block<const T> before{m.o.data, 0};
-    std::fill_n(m.o.data, m.o.stride, T{0});
+    kernels::Block<const T> before;
     if (from.defined()) {
       before = {reinterpret_cast<const T*>(from.at({b, h})) + begin, from.stride(2)};
+    } else {
+      // The same zeros are read for every row.
+      before = {m.o.data, 0};
+      std::fill_n(m.o.data, m.o.stride, T{0});
     }
     Block after;
     if (to.defined()) after = {reinterpret_cast<T*>(to.at({b, h})) + begin, to.stride(2)};
-    this->rows_.step(m.q.data, m.k.data, m.v.data + begin, this->features_, end - begin,
-                     this->decay(h, 1), before, after, m.result + begin);
-    finish(lane, begin, end, m);
+    this->rows_.step(q, k, v + begin, this->features_, end - begin, this->decay(h, 1), before,
+                     after, m.result + begin);
+    finish(lane, begin, end, v, m);
   }
 
-  void finish(int64_t lane, int64_t begin, int64_t end, const Memory& m) const {
+  void finish(int64_t lane, int64_t begin, int64_t end, const T* v, const Memory& m) const {
     const int64_t b = lane / this->heads_, h = lane % this->heads_;
     const Policy<T>& policy = this->problem_.policy;
     ReadOut row;
@@ -123,10 +137,10 @@ class Step : public ChunkCall<T> {
       row.sum_scale *= this->scale(h);
     }
     const Tensor &from = this->problem_.initial.values, &to = last_.values;
-    for (int64_t f = begin; f < end; ++f) {
+    for (int64_t f = begin; f < end && (policy.read_out || policy.value_sum); ++f) {
       m.result[f] *= static_cast<T>(row.num_scale);
       if (!policy.value_sum) continue;
-      T sum = m.v.data[f];
+      T sum = v[f];
       if (from.defined()) sum += *reinterpret_cast<const T*>(from.at({b, h, f}));
       if (to.defined()) *reinterpret_cast<T*>(to.at({b, h, f})) = sum;
       m.result[f] -= static_cast<T>(row.sum_scale) * sum;

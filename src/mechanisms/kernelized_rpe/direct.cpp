@@ -85,6 +85,8 @@ class Direct {
   }
 
   void backward(const Tensor& grad_out, const KernelizedRpeGradientViews& gradients) {
+    constexpr int64_t kBytes = 512 << 10;  // of the second-level cache
+    keeps_scores_ = kTile * l_ * static_cast<int64_t>(sizeof(T)) <= kBytes;
     std::vector<double> drpb(static_cast<size_t>(call_.sizes.heads * call_.offsets()));
     for_flights(true, [&](Flight& flight) {
       query_sweep(flight, grad_out, gradients.q, drpb);
@@ -133,7 +135,7 @@ class Direct {
       };
       phi = block(phi_values, owner.call_.features);
       sums = block(sum_values, owner.e_ + 1);
-      scores = block(score_values, kPiece);
+      scores = block(score_values, owner.keeps_scores_ ? owner.l_ : kPiece);
       weights = block(weight_values, kPiece);
       dphi = block(gradient_values, owner.call_.features);
     }
@@ -243,28 +245,39 @@ class Direct {
     const int64_t end = last_key(begin + rows - 1), key_head = head / group_;
     for (int64_t first = 0; first < end; first += kPiece) {
       const int64_t count = std::min(kPiece, end - first);
-      piece_scores(phi, flight.keys, head, first, count, rows, work.scores);
-      for (int64_t r = 0; r < rows; ++r) {
-        weigh(weights_.of(h), begin + r, 0, last_key(begin + r), first, count, work.scores.row(r));
-      }
-      add_values(flight, key_head, begin, first, count, rows, work);
+      const Block<T> scores = scores_of(work, first);
+      weighed_scores(flight, head, h, begin, first, count, rows, phi, scores);
+      add_values(flight, key_head, begin, first, count, rows, scores, work);
+    }
+  }
+
+  // Scores of a tile's queries with a piece: all pieces side by side, or one in the place of the other.
+  Block<T> scores_of(const Work& work, int64_t first) const {
+    return {work.scores.data + (keeps_scores_ ? first : 0), work.scores.stride};
+  }
+
+  void weighed_scores(Flight& flight, int64_t head, int64_t h, int64_t begin, int64_t first,
+                      int64_t count, int64_t rows, Block<T> phi, Block<T> scores) {
+    piece_scores(phi, flight.keys, head, first, count, rows, scores);
+    for (int64_t r = 0; r < rows; ++r) {
+      weigh(weights_.of(h), begin + r, 0, last_key(begin + r), first, count, scores.row(r));
     }
   }
 
   void add_values(Flight& flight, int64_t key_head, int64_t begin, int64_t first, int64_t count,
-                  int64_t rows, Work& work) {
+                  int64_t rows, Block<T> scores, Work& work) {
     const Block<const T> values = readable(flight.values.at(key_head, first));
     const int64_t tile = begin / kTile;
     const bool partly_visible = call_.options.causal && first + count > begin;
     if (!partly_visible || flight.finite[static_cast<size_t>(key_head * tiles_ + tile)] != 0) {
-      kernels_.multiply({work.scores.data, work.scores.stride, 1}, values, count, work.sums, rows,
-                        e_ + 1, true);
+      kernels_.multiply({scores.data, scores.stride, 1}, values, count, work.sums, rows, e_ + 1,
+                        true);
       return;
     }
     // 0 times a NaN in a later value would be NaN: every row reads its own values only.
     for (int64_t r = 0; r < rows; ++r) {
       const int64_t visible = std::min(last_key(begin + r) - first, count);
-      kernels_.multiply({work.scores.row(r), work.scores.stride, 1}, values, visible,
+      kernels_.multiply({scores.row(r), scores.stride, 1}, values, visible,
                         {work.sums.row(r), work.sums.stride}, 1, e_ + 1, true);
     }
   }
@@ -337,14 +350,16 @@ class Direct {
     const int64_t end = last_key(begin + rows - 1);
     for (int64_t first = 0; first < end; first += kPiece) {
       const int64_t count = std::min(kPiece, end - first);
-      piece_scores(phi, flight.keys, head, first, count, rows, work.scores);
+      const Block<T> scores = scores_of(work, first);
+      if (!keeps_scores_) {
+        weighed_scores(flight, head, at.h, begin, first, count, rows, phi, scores);
+      }
       piece_scores(g, flight.values, key_head, first, count, rows, work.weights);  // of A
       for (int64_t r = 0; r < rows; ++r) {
         const int64_t token = begin + r;
-        weigh(weights_.of(at.h), token, 0, last_key(token), first, count, work.scores.row(r));
         const int64_t visible = std::clamp<int64_t>(last_key(token), first, first + count);
         for_runs(call_, token, first, visible, [&](int64_t key, int64_t n, int64_t entry) {
-          kernels_.add_products(drpb + entry, work.scores.row(r) + (key - first),
+          kernels_.add_products(drpb + entry, scores.row(r) + (key - first),
                                 work.weights.row(r) + (key - first), n);
         });
         weigh(weights_.of(at.h), token, 0, last_key(token), first, count, work.weights.row(r));
@@ -405,7 +420,7 @@ class Direct {
                         readable(flight.queries.at(head, first)), count, work.dphi, rows,
                         call_.features, true);
       kernels_.multiply({work.scores.data, work.scores.stride, 1},
-                        readable(flight.gradients.at(head, first)), count, work.sums, rows, e_ + 1,
+                        readable(flight.gradients.at(head, first)), count, work.sums, rows, e_,
                         true);
     }
   }
@@ -417,6 +432,7 @@ class Direct {
   OffsetWeights<T> weights_;
   int64_t l_, e_, group_, tiles_, key_heads_;
   std::vector<std::unique_ptr<Work>> works_;
+  bool keeps_scores_ = false;  // of the pieces that a tile of queries meets
   std::atomic<bool> underflow_ = false;
 };
 
