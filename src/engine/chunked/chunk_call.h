@@ -162,10 +162,10 @@ class ChunkCall {
   Rows rows(const Tensor& t, int64_t b, int64_t h, int64_t begin, int64_t count) const {
     return {t.at({b, h, begin}), t.dtype(), t.stride(2), count, t.size(3)};
   }
-  /// As many rows behind these.
-  static Rows following(Rows rows) {
-    rows.data = static_cast<const std::byte*>(rows.data) +
-                rows.count * rows.stride * static_cast<int64_t>(size_of(rows.dtype));
+  /// As many rows behind these, or before them.
+  static Rows following(Rows rows, bool reverse = false) {
+    const int64_t bytes = rows.count * rows.stride * static_cast<int64_t>(size_of(rows.dtype));
+    rows.data = static_cast<const std::byte*>(rows.data) + (reverse ? -bytes : bytes);
     return rows;
   }
   Source<T> queries(int64_t b, int64_t h, const Chunk& chunk) const;

@@ -40,8 +40,9 @@ class Denominators : public ChunkCall<T> {
     added.x = this->keys(b, h, chunk);
     added.psi = this->for_sums(added.x, false);
     added.y = this->values(b, h, chunk);
-    if (this->reads_totals()) {
-      added.ahead = {this->following(added.x.rows), this->following(added.y)};
+    added.ahead = {this->following(added.x.rows), this->following(added.y)};
+    if (this->problem_.causal) {
+      added.ahead.third = this->following(this->queries(b, h, chunk).rows);
     }
     if (const auto* table = this->decays(h)) added.factor = table->falling(chunk.tokens - 1);
     this->update_state(added, this->decay(h, chunk.tokens), fresh, state, m);

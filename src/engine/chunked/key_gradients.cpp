@@ -144,8 +144,9 @@ class KeyGradients : public ChunkCall<T>, public Sweep<T> {
     added.key_factor = row_numbers(statistics_.denominator, b, h, chunk);
     added.value_factor = row_numbers(statistics_.sum_scale, b, h, chunk);
     added.factor = num_scale;
-    if (this->reads_totals())
-      added.ahead = {this->following(added.x.rows), this->following(added.y)};
+    const bool causal = this->problem_.causal;  // the chunk before comes next
+    added.ahead = {this->following(added.x.rows, causal), this->following(added.y, causal)};
+    if (causal) added.ahead.third = this->following(this->keys(b, h, chunk).rows, true);
     if (const auto* table = this->decays(h)) {
       const T* decays = table->rising(chunk.shift + 1);
       for (int64_t r = 0; r < chunk.queries; ++r) {
