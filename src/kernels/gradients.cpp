@@ -72,7 +72,9 @@ template <class T, WeightKind kKind, bool kAlibi>
 HWY_INLINE void gradient_row(const ShapedRow<T, kAlibi>& row, const Gradient<T>& gradient,
                              KeyRange range, T* weights, T* ds) {
   const Full<T> d;
-  for_visible<T>(range, [&](int64_t m, auto count, auto seen) HWY_ATTR {
+  // A call would keep the constants of an exponential from staying in registers.
+  for_visible<T>(range, [&](int64_t m, auto count, auto seen)
+                            __attribute__((always_inline)) HWY_ATTR {
     constexpr int kCount = decltype(count)::value;
     hn::Vec<Full<T>> w[kCount], g[kCount];
     row.load(m, w);

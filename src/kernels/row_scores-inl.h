@@ -39,13 +39,13 @@ struct ShapedRow {
   template <int N>
   HWY_INLINE void load(int64_t m, hn::Vec<Full<T>> (&t)[N]) const {
     const Full<T> d;
-    const auto away = hn::Sub(hn::Set(d, distance - static_cast<T>(m)), hn::Iota(d, T{0}));
 #pragma GCC unroll 4
     for (int j = 0; j < N; ++j) {
       const int64_t step = j * lanes<T>();
       t[j] = hn::MulAdd(hn::LoadU(d, s + m + step), hn::Set(d, scale), hn::Set(d, bias));
       if constexpr (kAlibi) {
-        const auto steps = hn::Abs(hn::Sub(away, hn::Set(d, static_cast<T>(step))));
+        const auto first = hn::Set(d, distance - static_cast<T>(m + step));
+        const auto steps = hn::Abs(hn::Sub(first, hn::Iota(d, T{0})));
         t[j] = hn::NegMulAdd(hn::Set(d, slope), steps, t[j]);
       }
     }

@@ -251,9 +251,13 @@ void weight_rows(Block<T> s, int64_t rows, int64_t key_count, const KeyRange* ra
                  const WeightShape<T>& shape, const RowState<T>& state,
                  typename Weights::Element* weights, int64_t stride) {
   const int64_t columns = round_up(key_count, kWeightMultiple<T, Weights>);
-  for (int64_t r = 0; r < rows; ++r) hide_edges(s.row(r), range_of(ranges, r, key_count));
+  const bool whole = ranges == nullptr && key_count == columns;
+  for (int64_t r = 0; r < rows && !whole; ++r) {
+    hide_edges(s.row(r), range_of(ranges, r, key_count));
+  }
   if constexpr (kKind == WeightKind::softmax) {
     softmax_rows<T, Weights, kAlibi>(s, rows, key_count, ranges, shape, state, weights, stride);
+    if (whole) return;
   }
   for (int64_t r = 0; r < rows; ++r) {
     const KeyRange range = whole_vectors<T>(range_of(ranges, r, key_count));

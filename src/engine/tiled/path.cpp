@@ -22,15 +22,18 @@ struct TileSizes {
 };
 
 // The score block and one panel of keys share the first-level cache; a packed key tile with its values
-// stays in a part of the second-level one beside the accumulators. Forwards pass over long tiles with
-// fewer statistics; backwards keep more blocks of a tile's length.
-TileSizes tile_sizes(const Path& path, bool backward, int64_t head_dim, int64_t value_dim,
-                     size_t element) {
+// stays in a part of the second-level one beside the accumulators. Long tiles have fewer statistics, but
+// rows that see little of one do not fill it, and backwards keep more blocks of a tile's length.
+TileSizes tile_sizes(const Path& path, bool backward, const Sequence& sequence, size_t element) {
   if (path.isa == Isa::amx) return {64, 256};
-  const bool long_tiles = !backward && !path.few_rows;
-  if (path.half_operands && !long_tiles) return {48, 256};
-  const int64_t most = long_tiles ? 512 : 256, budget = 512 * most;
-  const int64_t key_bytes = (head_dim + value_dim) * static_cast<int64_t>(element);
+  constexpr int64_t kLong = 512, kShort = 256;
+  const TilePlan& plan = sequence.plan;
+  const Interval seen = plan.queries() > 0 ? plan.row(plan.queries() / 2) : Interval();
+  const bool long_tiles = !backward && !path.few_rows && seen.end - seen.begin >= kLong;
+  if (path.half_operands && !long_tiles) return {48, kShort};
+  const int64_t most = long_tiles ? kLong : kShort, budget = 512 * most;
+  const int64_t key_bytes =
+      (sequence.q.size(2) + sequence.v.size(2)) * static_cast<int64_t>(element);
   return {48, std::clamp<int64_t>(budget / key_bytes / 64 * 64, 64, most)};
 }
 
@@ -120,8 +123,7 @@ Path choose_path(const Problem& problem, const RunOptions& run, bool backward) {
   path.half_operands = chosen->half_operands;
   path.few_rows = few_rows(call);
   const size_t element = path.half_operands ? 2 : call.dtype == DType::f64 ? 8 : 4;
-  const TileSizes sizes =
-      tile_sizes(path, backward, sequence.q.size(2), sequence.v.size(2), element);
+  const TileSizes sizes = tile_sizes(path, backward, sequence, element);
   // Tiles beyond what there is would only be cleared and skipped over.
   path.key_tile = std::min(problem.key_tile > 0 ? problem.key_tile : sizes.key_tile,
                            round_up(most_keys(problem), 64));
