@@ -73,25 +73,26 @@ HWY_INLINE void gradient_row(const ShapedRow<T, kAlibi>& row, const Gradient<T>&
                              KeyRange range, T* weights, T* ds) {
   const Full<T> d;
   // A call would keep the constants of an exponential from staying in registers.
-  for_visible<T>(range, [&](int64_t m, auto count, auto seen)
-                            __attribute__((always_inline)) HWY_ATTR {
-    constexpr int kCount = decltype(count)::value;
-    hn::Vec<Full<T>> w[kCount], g[kCount];
-    row.load(m, w);
+  for_visible<T>(range,
+                 [&](int64_t m, auto count, auto seen) __attribute__((always_inline)) HWY_ATTR {
+                   constexpr int kCount = decltype(count)::value;
+                   hn::Vec<Full<T>> w[kCount], g[kCount];
+                   row.load(m, w);
 #pragma GCC unroll 4
-    for (int j = 0; j < kCount; ++j) g[j] = hn::LoadU(d, ds + m + j * lanes<T>());
-    if constexpr (kKind == WeightKind::softmax) gradient.softmax(w, g);
-    if constexpr (kKind == WeightKind::sigmoid) gradient.sigmoid(w, g);
-    if constexpr (kKind == WeightKind::polynomial) gradient.polynomial(w, g);
+                   for (int j = 0; j < kCount; ++j) g[j] = hn::LoadU(d, ds + m + j * lanes<T>());
+                   if constexpr (kKind == WeightKind::softmax) gradient.softmax(w, g);
+                   if constexpr (kKind == WeightKind::sigmoid) gradient.sigmoid(w, g);
+                   if constexpr (kKind == WeightKind::polynomial) gradient.polynomial(w, g);
 #pragma GCC unroll 4
-    for (int j = 0; j < kCount; ++j) {
-      const int64_t at = m + j * lanes<T>();
-      const auto absent = masked<T>(row.s + at);
-      if constexpr (kKind == WeightKind::polynomial) w[j] = hn::IfThenZeroElse(absent, w[j]);
-      hn::StoreU(seen_or_zero(seen, w[j]), d, weights + at);
-      hn::StoreU(seen_or_zero(seen, hn::IfThenZeroElse(absent, g[j])), d, ds + at);
-    }
-  });
+                   for (int j = 0; j < kCount; ++j) {
+                     const int64_t at = m + j * lanes<T>();
+                     const auto absent = masked<T>(row.s + at);
+                     if constexpr (kKind == WeightKind::polynomial)
+                       w[j] = hn::IfThenZeroElse(absent, w[j]);
+                     hn::StoreU(seen_or_zero(seen, w[j]), d, weights + at);
+                     hn::StoreU(seen_or_zero(seen, hn::IfThenZeroElse(absent, g[j])), d, ds + at);
+                   }
+                 });
 }
 
 template <class T, WeightKind kKind, bool kAlibi>

@@ -120,7 +120,8 @@ HWY_INLINE void hide_edges(T* s, KeyRange range) {
   const int64_t first = range.begin / lanes<T>() * lanes<T>();
   const int64_t last = range.end / lanes<T>() * lanes<T>();
   if (first < range.begin) {
-    hn::BlendedStore(nothing, hn::FirstN(d, static_cast<size_t>(range.begin - first)), d, s + first);
+    hn::BlendedStore(nothing, hn::FirstN(d, static_cast<size_t>(range.begin - first)), d,
+                     s + first);
   }
   if (last < range.end) {
     const auto seen = hn::FirstN(d, static_cast<size_t>(range.end - last));

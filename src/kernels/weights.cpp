@@ -125,7 +125,8 @@ struct RowVectors {
 template <class T>
 HWY_INLINE hn::Vec<Full<T>> load_rows(const T* p, int64_t count) {
   const Full<T> d;
-  return count >= lanes<T>() ? hn::LoadU(d, p) : Load<T, T>::first(d, p, static_cast<size_t>(count));
+  return count >= lanes<T>() ? hn::LoadU(d, p)
+                             : Load<T, T>::first(d, p, static_cast<size_t>(count));
 }
 
 template <class T>
@@ -182,8 +183,7 @@ void softmax_rows(Block<T> s, int64_t rows, int64_t key_count, const KeyRange* r
     }
     const auto add = [](auto a, auto b) HWY_ATTR { return hn::Add(a, b); };
     const auto sum = hn::MulAdd(load_rows(state.sum + first, count),
-                                load_rows(state.carry + first, count),
-                                reduce_rows<T>(x.sums, add));
+                                load_rows(state.carry + first, count), reduce_rows<T>(x.sums, add));
     store_rows(sum, state.sum + first, count);
   }
 }
