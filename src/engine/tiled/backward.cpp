@@ -122,8 +122,8 @@ void Backward<T>::prepare_rows() {
       prepare_row(job.s, job.head, row, g.row(row - job.begin), out.row(row - job.begin),
                   mean.row(row - job.begin));
     }
-    const bool hides = problem_.terms != nullptr ||
-                       !s.plan.covers(job.begin, job.end, {0, s.plan.keys()});
+    const bool hides =
+        problem_.terms != nullptr || !s.plan.covers(job.begin, job.end, {0, s.plan.keys()});
     if (!hides) return;
     const auto q = rows(s.q, q_bytes), r = rows(s.r, q_bytes);
     for (int64_t row = job.begin; row < job.end; ++row) {

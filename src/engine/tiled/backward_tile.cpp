@@ -207,8 +207,7 @@ void Backward<T>::add_products(const TileAt& at, const Seen& seen, const Columns
   const auto rows = [&](const Tensor& t) { return rows_of(t, at.head, at.row, at.row + at.rows); };
   add_columns(at, seen, m.s, columns.dout, rows(gradient(at.sequence).out), value_dim_, finite,
               false, m.dv, m);
-  add_columns(at, seen, m.a, columns.q, rows(s.q), head_dim_, finite, problem_.scale < 0, m.dk,
-              m);
+  add_columns(at, seen, m.a, columns.q, rows(s.q), head_dim_, finite, problem_.scale < 0, m.dk, m);
   add_rows(at, seen, m.a, dq, m);
   if (second_) {
     add_columns(at, seen, m.t, columns.r, rows(s.r), head_dim_, finite, false, m.dk, m);
