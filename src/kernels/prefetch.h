@@ -3,6 +3,7 @@
 #pragma once
 #include <algorithm>
 #include <array>
+#include <cassert>
 #include <cstddef>
 #include <cstdint>
 #include <initializer_list>
@@ -72,6 +73,7 @@ class ReadAhead {
     const Lines lines{static_cast<const std::byte*>(rows.data), rows.stride * element,
                       together ? 1 : rows.count,
                       rows.width * element * (together ? rows.count : 1)};
+    assert(count_ < static_cast<int64_t>(list_.size()));
     lines_ += lines.rows * ((lines.row_bytes + kLine - 1) / kLine);
     list_[static_cast<size_t>(count_++)] = lines;
   }
