@@ -197,12 +197,11 @@ Array::Array(DType dtype, const Dims& shape) {
       bytes > INT64_MAX - 64) {
     throw Error("shape " + to_string(shape) + " needs more memory than can be addressed");
   }
-  const bool large = static_cast<size_t>(bytes) >= kHugePage;
-  const size_t alignment = large ? kHugePage : 64;
+  const size_t alignment = static_cast<size_t>(bytes) >= kHugePage ? kHugePage : 64;
   const size_t rounded = (static_cast<size_t>(bytes) + 63) & ~size_t{63};
   void* memory = nullptr;
   if (posix_memalign(&memory, alignment, rounded > 0 ? rounded : 64) != 0) throw std::bad_alloc();
-  if (large) prefer_huge_pages(memory, rounded);
+  prefer_huge_pages(memory, rounded);
   memory_.reset(memory);
   tensor_ = Tensor(memory, dtype, shape);
 }

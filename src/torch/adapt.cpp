@@ -207,9 +207,7 @@ HeldMasks::HeldMasks(const char* op, bool causal, int64_t window_left, int64_t w
 std::pair<at::Tensor, at::Tensor> empty_results(const at::Tensor& q, const at::Tensor& v) {
   const c10::SymInt shape[] = {q.sym_size(0), q.sym_size(1), q.sym_size(2), v.sym_size(3)};
   const at::Tensor out = at::empty_symint(shape, q.options());
-  if (out.device().is_cpu() && out.nbytes() >= kHugePage) {
-    prefer_huge_pages(out.mutable_data_ptr(), out.nbytes());
-  }
+  if (out.device().is_cpu()) prefer_huge_pages(out.mutable_data_ptr(), out.nbytes());
   return {out, at::empty_symint(c10::SymIntArrayRef(shape, 3),
                                 q.options().dtype(statistics_type(q.scalar_type())))};
 }

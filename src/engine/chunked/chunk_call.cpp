@@ -148,7 +148,7 @@ void ChunkCall<T>::features(const Source<T>& source, int64_t first, int64_t coun
 
 template <class T>
 kernels::Block<const T> ChunkCall<T>::whole_rows(const Rows& x, Block block) const {
-  if (x.dtype == as_rows({}, 0, 0).dtype && x.width % products_.dim_multiple == 0) {
+  if (x.dtype == kType && x.width % products_.dim_multiple == 0) {
     return {static_cast<const T*>(x.data), x.stride};
   }
   rows_.pack_rows(x, nullptr, block);
@@ -297,7 +297,7 @@ void ChunkCall<T>::update_state(const Added& added, const Decay<T>& decay, bool 
   const int64_t depth = added.y.count;
   const Decay<T>* chosen = fresh ? nullptr : &decay;
   // One after the other by themselves, chunks have no use between them that could ask for rows.
-  kernels::ReadAhead ahead;
+  ReadAhead ahead;
   if (fresh || reads_totals()) ahead = added.ahead;
   if (half_) ahead.ask(ahead.lines());
   kernels::Block<const T> y;
