@@ -10,6 +10,7 @@
 #include <cstddef>
 #include <cstdint>
 #include <cstring>
+#include <functional>
 
 #include "base/parallel.h"
 #include "base/round_up.h"
@@ -51,6 +52,20 @@ struct SweepShape {
   int threads = 1;
   int64_t groups() const { return lanes / lanes_per_group; }
 };
+
+/// Calls body(item, scratch memory) for all items. Neighbours go to one thread: it streams through their
+/// states and rows, has asked for those that come next, and finds in its caches what it made before.
+inline void for_neighbours(int64_t items, int threads, size_t memory_bytes,
+                           const std::function<void(int64_t item, std::byte* memory)>& body) {
+  const int64_t shares = std::min<int64_t>(threads, items);
+  parallel_for(shares, threads, [&](int64_t share, int) {
+    Scratch scratch(Scratch::rounded(memory_bytes));
+    auto* memory = scratch.take<std::byte>(static_cast<int64_t>(memory_bytes));
+    for (int64_t item = items * share / shares; item < items * (share + 1) / shares; ++item) {
+      body(item, memory);
+    }
+  });
+}
 
 /// Parts that a sum over all chunks is cut into, so that few states use many threads.
 inline int64_t total_part(int64_t chunks) { return std::max<int64_t>(8, (chunks + 15) / 16); }
@@ -142,17 +157,8 @@ class Schedule {
     store(first, states);
   }
 
-  // Neighbours to one thread: it has asked for the rows that come next, and the states that it makes are
-  // those that it uses.
   void with_memory(int64_t items, const std::function<void(int64_t, std::byte*)>& body) const {
-    const int64_t shares = std::min<int64_t>(shape_.threads, items);
-    parallel_for(shares, shape_.threads, [&](int64_t share, int) {
-      Scratch scratch(Scratch::rounded(shape_.memory));
-      auto* memory = scratch.take<std::byte>(static_cast<int64_t>(shape_.memory));
-      for (int64_t item = items * share / shares; item < items * (share + 1) / shares; ++item) {
-        body(item, memory);
-      }
-    });
+    for_neighbours(items, shape_.threads, shape_.memory, body);
   }
 
   // Elements of a state that one item of a scan takes.

@@ -52,16 +52,11 @@ class Step : public ChunkCall<T> {
   void for_items(int64_t items, const std::function<void(int64_t, const Memory&)>& body) const {
     Cutter counted;
     memory(counted);
-    const auto bytes = static_cast<int64_t>(counted.used());
-    // Neighbours to one thread: it streams through their states, and finds them in its caches when the
-    // next token comes.
-    const int threads = threads_for(this->run_, items);
-    parallel_for(threads, threads, [&](int64_t share, int) {
-      Scratch scratch(counted.used());
-      Cutter cut(scratch.take<std::byte>(bytes));
-      const Memory m = memory(cut);
-      for (int64_t i = items * share / threads; i < items * (share + 1) / threads; ++i) body(i, m);
-    });
+    for_neighbours(items, threads_for(this->run_, items), counted.used(),
+                   [&](int64_t item, std::byte* base) {
+                     Cutter cut(base);
+                     body(item, memory(cut));
+                   });
   }
 
   Chunk token(int64_t b) const {
