@@ -70,8 +70,6 @@ struct ChunkKernels {
                const RowEnds<T>& ends, Block<T> o, const ReadAhead& ahead) = nullptr;
   /// s = decay(s) + added, elementwise.
   void (*advance)(T* s, const T* added, int64_t count, const Decay<T>& decay) = nullptr;
-  /// One step of a scan: slot receives what ran before it, running = decay(running) + slot.
-  void (*scan)(T* running, T* slot, int64_t count, const Decay<T>& decay) = nullptr;
   /// to[c] = decay(from[c]) + k v^T and o[c] = q . to[., c] over `features` rows and the given columns
   /// (any number). `to` may be `from`; without data it is not written.
   void (*step)(const T* q, const T* k, const T* v, int64_t features, int64_t columns,

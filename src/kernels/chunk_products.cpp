@@ -116,16 +116,6 @@ void advance(T* s, const T* added, int64_t count, const Decay<T>& decay) {
   }
 }
 
-template <class T>
-void scan(T* running, T* slot, int64_t count, const Decay<T>& decay) {
-  const Full<T> d;
-  for (int64_t i = 0; i < count; i += lanes<T>()) {
-    const auto before = hn::LoadU(d, running + i), added = hn::LoadU(d, slot + i);
-    hn::StoreU(before, d, slot + i);
-    hn::StoreU(decayed_sum<T>(d, decay, before, added), d, running + i);
-  }
-}
-
 // NV vectors of columns; without kWhole, `tail` columns of one vector. What is known to the compiler stays
 // out of the loop, and the decay in registers: stores might change what is read through a reference.
 template <int NV, bool kWhole, bool kStore, bool kKeep, class T>
@@ -201,7 +191,6 @@ void add_parts(ChunkKernels<T>& table) {
   table.outer = outer<T>;
   table.read = read<T>;
   table.advance = advance<T>;
-  table.scan = scan<T>;
   table.step = step<T>;
 }
 

@@ -18,11 +18,15 @@ class ElementMap : public chunked::RowMap<T> {
         rows_(kernels::chunk_kernels<T>(isa)),
         features_(kernels::feature_kernels<T>(isa)) {}
 
-  void map(const chunked::RowsAt&, const kernels::Rows& x, int64_t, int64_t,
+  void map(const chunked::RowsAt&, const kernels::Rows& x, int64_t first, int64_t count,
            kernels::Block<T> to) const override {
-    features_.forward(rows_of(x, to), to);
-    for (int64_t r = 0; r < x.count && x.width < to.stride; ++r) {
-      std::fill(to.row(r) + x.width, to.row(r) + to.stride, T{0});
+    kernels::Rows part = x;
+    part.data = static_cast<const std::byte*>(x.data) +
+                first * static_cast<int64_t>(size_of(x.dtype));
+    part.width = count;
+    features_.forward(rows_of(part, to), to);
+    for (int64_t r = 0; r < x.count && count < to.stride; ++r) {
+      std::fill(to.row(r) + count, to.row(r) + to.stride, T{0});
     }
   }
 

@@ -139,11 +139,7 @@ Source<T> ChunkCall<T>::for_sums(Source<T> source, bool query) const {
 template <class T>
 void ChunkCall<T>::features(const Source<T>& source, int64_t first, int64_t count, Block to) const {
   if (source.map != nullptr) return source.map->map(source.at, source.rows, first, count, to);
-  Rows part = source.rows;
-  part.data =
-      static_cast<const std::byte*>(part.data) + first * static_cast<int64_t>(size_of(part.dtype));
-  part.width = count;
-  rows_.pack_rows(part, nullptr, to);
+  rows_.pack_rows(columns(source.rows, first, count), nullptr, to);
 }
 
 template <class T>
@@ -158,8 +154,8 @@ kernels::Block<const T> ChunkCall<T>::whole_rows(const Rows& x, Block block) con
 template <class T>
 kernels::Block<const T> ChunkCall<T>::whole_features(const Source<T>& source, int64_t first,
                                                      int64_t count, Block block) const {
-  if (source.map == nullptr && count == source.rows.width) return whole_rows(source.rows, block);
-  features(source, first, count, block);
+  if (source.map == nullptr) return whole_rows(columns(source.rows, first, count), block);
+  source.map->map(source.at, source.rows, first, count, block);
   return {block.data, block.stride};
 }
 
@@ -251,19 +247,46 @@ typename ChunkCall<T>::UpdateMemory ChunkCall<T>::update_memory(Cutter& cut) con
 }
 
 template <class T>
-void ChunkCall<T>::add_half_outer(const Added& added, const Decay<T>* decay, Block sums,
-                                  const UpdateMemory& m) const {
+template <class Body>
+void ChunkCall<T>::for_elements(const FeatureRange& rows, const T* from, T* to,
+                                const Body& body) const {
+  const StateView<T> x = view(const_cast<T*>(from)), y = view(to);
+  body(x.sums.row(rows.first), y.sums.row(rows.first), rows.count() * padded_values_);
+  if (x.keys != nullptr) {
+    const int64_t last = rows.last == features_ ? padded_features_ : rows.last;
+    body(x.keys + rows.first, y.keys + rows.first, last - rows.first);
+  }
+  if (x.values != nullptr && rows.first == 0) body(x.values, y.values, padded_values_);
+}
+
+template <class T>
+void ChunkCall<T>::copy_state(const FeatureRange& rows, const T* from, T* to) const {
+  for_elements(rows, from, to,
+               [](const T* x, T* y, int64_t count) { std::copy_n(x, count, y); });
+}
+
+template <class T>
+void ChunkCall<T>::add_state(const FeatureRange& rows, const T* from, T* to) const {
+  for_elements(rows, from, to,
+               [&](const T* x, T* y, int64_t count) { rows_.advance(y, x, count, {}); });
+}
+
+template <class T>
+void ChunkCall<T>::add_half_outer(const Added& added, const FeatureRange& rows,
+                                  const Decay<T>* decay, Block sums, const UpdateMemory& m) const {
   if constexpr (sizeof(T) == 4) {
     const int64_t depth = added.y.count, stride = round_up(depth, products_.key_multiple);
+    const int64_t size = rows.count() * padded_values_;
     products_.pack_values(added.y, m.y_packed);
-    rows_.pack_transposed(added.x.rows, added.factor, m.x_transposed, stride);
-    std::fill_n(m.sums.data, features_ * padded_values_, T{0});
-    products_.accumulate(m.x_transposed, stride, features_, m.y_packed, depth, value_dim_, nullptr,
-                         ones(), m.sums);
+    rows_.pack_transposed(columns(added.x.rows, rows.first, rows.count()), added.factor,
+                          m.x_transposed, stride);
+    std::fill_n(m.sums.data, size, T{0});
+    products_.accumulate(m.x_transposed, stride, rows.count(), m.y_packed, depth, value_dim_,
+                         nullptr, ones(), m.sums);
     if (decay == nullptr) {
-      std::copy_n(m.sums.data, features_ * padded_values_, sums.data);
+      std::copy_n(m.sums.data, size, sums.row(rows.first));
     } else {
-      rows_.advance(sums.data, m.sums.data, features_ * padded_values_, *decay);
+      rows_.advance(sums.row(rows.first), m.sums.data, size, *decay);
     }
   }
 }
@@ -283,7 +306,7 @@ kernels::Block<const T> ChunkCall<T>::update_rows(const Added& added, kernels::B
     return same ? psi : whole_features(added.x, first, count, block);
   }
   if (added.x.map == nullptr) {
-    rows_.pack_rows(added.x.rows, added.factor, block);
+    rows_.pack_rows(columns(added.x.rows, first, count), added.factor, block);
   } else {
     if (!same) features(added.x, first, count, block);
     rows_.scale_rows(block, added.y.count, block.stride, added.factor);
@@ -292,29 +315,29 @@ kernels::Block<const T> ChunkCall<T>::update_rows(const Added& added, kernels::B
 }
 
 template <class T>
-void ChunkCall<T>::update_state(const Added& added, const Decay<T>& decay, bool fresh,
+void ChunkCall<T>::update_state(const Update& at, const Added& added, const Decay<T>& decay,
                                 const StateView<T>& state, const UpdateMemory& m) const {
   const int64_t depth = added.y.count;
-  const Decay<T>* chosen = fresh ? nullptr : &decay;
-  // One after the other by themselves, chunks have no use between them that could ask for rows.
+  const Decay<T>* chosen = at.fresh ? nullptr : &decay;
+  // Else the use that comes next asks for rows.
   ReadAhead ahead;
-  if (fresh || reads_totals()) ahead = added.ahead;
+  if (at.followed) ahead = added.ahead;
   if (half_) ahead.ask(ahead.lines());
   kernels::Block<const T> y;
   if (!half_ || state.values != nullptr) y = whole_rows(added.y, m.y);
-  if (state.values != nullptr) {
-    add_to_sum(y, added.value_factor, depth, padded_values_, fresh, m, state.values);
+  if (state.values != nullptr && at.rows.first == 0) {
+    add_to_sum(y, added.value_factor, depth, padded_values_, at.fresh, m, state.values);
   }
-  if (half_) add_half_outer(added, chosen, state.sums, m);
+  if (half_) add_half_outer(added, at.rows, chosen, state.sums, m);
   // Below, sums of keys are written up to dim_multiple; denominators read all of their padding.
-  if (fresh && state.keys != nullptr) std::fill_n(state.keys, padded_features_, T{0});
-  for (int64_t first = 0; first < features_; first += tile_) {
-    const int64_t count = std::min(tile_, features_ - first);
+  if (at.fresh && state.keys != nullptr) std::fill_n(state.keys, padded_features_, T{0});
+  for (int64_t first = at.rows.first; first < at.rows.last; first += tile_) {
+    const int64_t count = std::min(tile_, at.rows.last - first);
     const Block block{m.x.data, round_up(count, products_.dim_multiple)};
     kernels::Block<const T> psi;
     if (state.keys != nullptr) {
       psi = whole_features(added.psi, first, count, block);
-      add_to_sum(psi, added.key_factor, depth, block.stride, fresh, m, state.keys + first);
+      add_to_sum(psi, added.key_factor, depth, block.stride, at.fresh, m, state.keys + first);
     }
     if (half_) continue;
     rows_.outer(update_rows(added, psi, first, count, block), y, depth, count, padded_values_,

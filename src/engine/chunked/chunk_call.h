@@ -104,13 +104,17 @@ class ChunkCall {
     T* row = nullptr;
   };
   UpdateMemory update_memory(Cutter& cut) const;
-  /// state = decay(state) + added; `fresh`: state = added.
-  void update_state(const Added& added, const Decay<T>& decay, bool fresh,
+  /// state = decay(state) + added in the rows of `at`; at.fresh: state = added.
+  void update_state(const Update& at, const Added& added, const Decay<T>& decay,
                     const StateView<T>& state, const UpdateMemory& m) const;
-  void scan_state(const Decay<T>& decay, T* running, T* slot, int64_t begin, int64_t end) const {
-    rows_.scan(running + begin, slot + begin, end - begin, decay);
-  }
+  void copy_state(const FeatureRange& rows, const T* from, T* to) const;
+  /// to += from
+  void add_state(const FeatureRange& rows, const T* from, T* to) const;
   int64_t state_size() const { return state_size_; }
+  /// What cuts between rows of a state are multiples of.
+  int64_t rows_unit() const {
+    return problem_.policy.polynomial ? kFeatureTile : products_.dim_multiple;
+  }
   /// Rows see all keys, or keys all queries, and read the state in one product.
   bool reads_totals() const { return !problem_.causal && !half_ && !problem_.policy.polynomial; }
   /// Of gradients: a state with its transpose behind it where totals are read.
@@ -187,6 +191,13 @@ class ChunkCall {
 
   /// Features [first, first + count) of rows in T.
   void features(const Source<T>& source, int64_t first, int64_t count, Block to) const;
+  /// Columns [first, first + count) of rows.
+  static Rows columns(Rows rows, int64_t first, int64_t count) {
+    rows.data = static_cast<const std::byte*>(rows.data) +
+                first * static_cast<int64_t>(size_of(rows.dtype));
+    rows.width = count;
+    return rows;
+  }
   /// Rows in T, in whole vectors: where they lie if they are that already, else copied to `block`.
   kernels::Block<const T> whole_rows(const Rows& x, Block block) const;
   /// The same of features [first, first + count).
@@ -290,14 +301,19 @@ class ChunkCall {
   int64_t existing(int64_t b) const {
     return problem_.lengths.empty() ? tokens_ : problem_.lengths[static_cast<size_t>(b)];
   }
-  void add_half_outer(const Added& added, const Decay<T>* decay, Block sums,
-                      const UpdateMemory& m) const;
+  void add_half_outer(const Added& added, const FeatureRange& rows, const Decay<T>* decay,
+                      Block sums, const UpdateMemory& m) const;
   // sum (+)= the rows times their factors
   void add_to_sum(kernels::Block<const T> x, const T* factor, int64_t count, int64_t width,
                   bool fresh, const UpdateMemory& m, T* sum) const;
   // Rows times factors as the left operand of an update, given the features that enter denominators.
   kernels::Block<const T> update_rows(const Added& added, kernels::Block<const T> psi,
                                       int64_t first, int64_t count, Block block) const;
+
+  // body(from, to, count) for the elements of a state that belong to some of its rows; the sum of values
+  // belongs to the first one.
+  template <class Body>
+  void for_elements(const FeatureRange& rows, const T* from, T* to, const Body& body) const;
 
   int64_t state_size_ = 0;
   std::vector<DecayTable<T>> decays_;  // per head; empty: no decay

@@ -34,15 +34,15 @@ class Denominators : public ChunkCall<T> {
     return m;
   }
 
-  void add_keys(int64_t b, int64_t h, const Chunk& chunk, bool fresh, const StateView<T>& state,
-                const typename Call::UpdateMemory& m) const {
+  void add_keys(int64_t b, int64_t h, const Chunk& chunk, const Update& at,
+                const StateView<T>& state, const typename Call::UpdateMemory& m) const {
     typename Call::Added added;
     added.x = this->keys(b, h, chunk);
     added.psi = this->for_sums(added.x, false);
     added.y = this->values(b, h, chunk);
     added.ahead = {this->following(added.x.rows), this->following(added.y)};
     if (const auto* table = this->decays(h)) added.factor = table->falling(chunk.tokens - 1);
-    this->update_state(added, this->decay(h, chunk.tokens), fresh, state, m);
+    this->update_state(at, added, this->decay(h, chunk.tokens), state, m);
   }
 
   /// denominators[r] = psi(q_r) . (state + the keys of the chunk that row r sees); returns psi of the keys.

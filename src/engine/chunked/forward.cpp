@@ -27,7 +27,9 @@ class Forward : public Denominators<T>, public Sweep<T> {
     shape.lanes = this->lanes();
     shape.chunks = this->problem_.causal ? this->causal_chunks() : this->key_chunks();
     shape.uses = this->problem_.causal ? shape.chunks : this->query_chunks();
-    shape.size = shape.scan_size = this->state_size();
+    shape.size = this->state_size();
+    shape.rows = this->features_;
+    shape.rows_unit = this->rows_unit();
     shape.memory = memory_bytes_;
     shape.running = this->problem_.causal;
     shape.last_wanted =
@@ -93,19 +95,18 @@ class Forward : public Denominators<T>, public Sweep<T> {
     this->load_state(this->problem_.initial, lane, state);
   }
   void store(int64_t lane, const T* state) const override { this->store_state(state, last_, lane); }
-  void scan(int64_t lane, int64_t chunk, T* running, T* slot, int64_t begin,
-            int64_t end) const override {
-    const int64_t b = lane / this->heads_, h = lane % this->heads_;
-    const Decay<T> decay =
-        this->problem_.causal ? this->decay(h, this->causal_chunk(b, chunk).tokens) : Decay<T>{};
-    this->scan_state(decay, running, slot, begin, end);
+  void copy(const FeatureRange& rows, const T* from, T* to) const override {
+    this->copy_state(rows, from, to);
+  }
+  void add(const FeatureRange& rows, const T* from, T* to) const override {
+    this->add_state(rows, from, to);
   }
 
-  void update(int64_t lane, int64_t index, bool fresh, T* state, std::byte* memory) const override {
-    const int64_t b = lane / this->heads_, h = lane % this->heads_;
+  void update(const Update& at, T* state, std::byte* memory) const override {
+    const int64_t b = at.lane / this->heads_, h = at.lane % this->heads_;
     const Chunk chunk =
-        this->problem_.causal ? this->causal_chunk(b, index) : this->key_chunk(b, index);
-    this->add_keys(b, h, chunk, fresh, this->view(state), memory_at(memory).update);
+        this->problem_.causal ? this->causal_chunk(b, at.chunk) : this->key_chunk(b, at.chunk);
+    this->add_keys(b, h, chunk, at, this->view(state), memory_at(memory).update);
   }
 
   void use(int64_t lane, int64_t index, T* state, std::byte* memory) const override {

@@ -41,8 +41,9 @@ class KeyGradients : public ChunkCall<T>, public Sweep<T> {
     shape.lanes_per_group = this->group_;
     shape.chunks = causal ? this->causal_chunks() : this->query_chunks();
     shape.uses = causal ? shape.chunks : this->key_chunks();
-    shape.scan_size = this->state_size();
     shape.size = this->totals_size();
+    shape.rows = this->features_;
+    shape.rows_unit = this->rows_unit();
     shape.memory = memory_bytes_;
     shape.running = causal;
     shape.reverse = causal;
@@ -124,18 +125,17 @@ class KeyGradients : public ChunkCall<T>, public Sweep<T> {
   void store(int64_t lane, const T* state) const override {
     this->store_state(state, gradients_.initial, lane);
   }
-  void scan(int64_t lane, int64_t index, T* running, T* slot, int64_t begin,
-            int64_t end) const override {
-    const int64_t b = lane / this->heads_, h = lane % this->heads_;
-    const Decay<T> decay =
-        this->problem_.causal ? this->decay(h, this->causal_chunk(b, index).tokens) : Decay<T>{};
-    this->scan_state(decay, running, slot, begin, end);
+  void copy(const FeatureRange& rows, const T* from, T* to) const override {
+    this->copy_state(rows, from, to);
+  }
+  void add(const FeatureRange& rows, const T* from, T* to) const override {
+    this->add_state(rows, from, to);
   }
 
-  void update(int64_t lane, int64_t index, bool fresh, T* state, std::byte* memory) const override {
-    const int64_t b = lane / this->heads_, h = lane % this->heads_;
+  void update(const Update& at, T* state, std::byte* memory) const override {
+    const int64_t b = at.lane / this->heads_, h = at.lane % this->heads_;
     const Chunk chunk =
-        this->problem_.causal ? this->causal_chunk(b, index) : this->query_chunk(index);
+        this->problem_.causal ? this->causal_chunk(b, at.chunk) : this->query_chunk(at.chunk);
     const Memory m = memory_at(memory);
     const T* num_scale = row_numbers(statistics_.num_scale, b, h, chunk);
     typename Call::Added added;
@@ -154,7 +154,7 @@ class KeyGradients : public ChunkCall<T>, public Sweep<T> {
       }
       added.factor = m.factors;
     }
-    this->update_state(added, this->decay(h, chunk.tokens), fresh, this->view(state), m.update);
+    this->update_state(at, added, this->decay(h, chunk.tokens), this->view(state), m.update);
   }
 
   void use(int64_t group, int64_t index, T* states, std::byte* memory) const override {

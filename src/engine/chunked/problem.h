@@ -32,7 +32,8 @@ template <class T>
 class RowMap {
  public:
   virtual ~RowMap() = default;
-  /// to[r] = features [first, first + count) of row r, and zeros behind them up to to.stride.
+  /// to[r] = features [first, first + count) of row r, and zeros behind them up to to.stride. `first` is a
+  /// multiple of 16 (of kFeatureTile with a polynomial).
   virtual void map(const RowsAt& at, const kernels::Rows& x, int64_t first, int64_t count,
                    kernels::Block<T> to) const = 0;
   /// into[r] += gradient[r] (of those features), times their derivative with respect to row r.

@@ -42,7 +42,8 @@ class QueryGradients : public Denominators<T>, public Sweep<T> {
     shape.lanes = this->lanes();
     shape.chunks = causal ? this->causal_chunks() : this->key_chunks();
     shape.uses = causal ? shape.chunks : this->query_chunks();
-    shape.scan_size = this->state_size();
+    shape.rows = this->features_;
+    shape.rows_unit = this->rows_unit();
     shape.size = this->totals_size() + (slopes_ ? slope_size() : 0);
     shape.memory = memory_bytes_;
     shape.running = causal;
@@ -150,9 +151,9 @@ class QueryGradients : public Denominators<T>, public Sweep<T> {
     return static_cast<T>(n * std::exp(-this->problem_.policy.slopes[static_cast<size_t>(h)] * n));
   }
 
-  void update(int64_t lane, int64_t index, bool fresh, T* state, std::byte* memory) const override {
-    const int64_t b = lane / this->heads_, h = lane % this->heads_;
-    const Chunk chunk = chunk_for_update(b, index);
+  void update(const Update& at, T* state, std::byte* memory) const override {
+    const int64_t b = at.lane / this->heads_, h = at.lane % this->heads_;
+    const Chunk chunk = chunk_for_update(b, at.chunk);
     const Memory m = memory_at(memory);
     const StateView<T> view = this->view(state);
     if (slopes_) {
@@ -161,29 +162,22 @@ class QueryGradients : public Denominators<T>, public Sweep<T> {
       added.x = this->keys(b, h, chunk);
       added.y = this->values(b, h, chunk);
       added.factor = this->decays(h)->falling_slope(chunk.tokens - 1);
-      this->update_state(added, this->decay(h, chunk.tokens), fresh, slope, m.update);
-      if (!fresh) {
-        this->rows_.add_scaled(slope_factor(h, chunk.tokens), view.sums.data, slope_size(),
-                               slope.sums.data);
-      }
+      this->update_state(at, added, this->decay(h, chunk.tokens), slope, m.update);
+      this->rows_.add_scaled(slope_factor(h, chunk.tokens), view.sums.row(at.rows.first),
+                             at.rows.count() * this->padded_values_,
+                             slope.sums.row(at.rows.first));
     }
-    this->add_keys(b, h, chunk, fresh, view, m.update);
+    this->add_keys(b, h, chunk, at, view, m.update);
   }
 
-  void scan(int64_t lane, int64_t index, T* running, T* slot, int64_t begin,
-            int64_t end) const override {
-    const int64_t b = lane / this->heads_, h = lane % this->heads_;
-    if (!this->problem_.causal) return this->scan_state({}, running, slot, begin, end);
-    const int64_t tokens = this->causal_chunk(b, index).tokens;
-    const Decay<T> decay = this->decay(h, tokens);
-    const int64_t slope_end = std::min(end, slope_size());
-    if (slopes_ && begin < slope_end) {
-      const int64_t offset = this->state_size();
-      this->scan_state(decay, running, slot, offset + begin, offset + slope_end);
-      this->rows_.add_scaled(slope_factor(h, tokens), running + begin, slope_end - begin,
-                             running + offset + begin);
-    }
-    this->scan_state(decay, running, slot, begin, end);
+  void copy(const FeatureRange& rows, const T* from, T* to) const override {
+    this->copy_state(rows, from, to);
+    if (!slopes_) return;
+    const int64_t first = this->state_size() + rows.first * this->padded_values_;
+    std::copy_n(from + first, rows.count() * this->padded_values_, to + first);
+  }
+  void add(const FeatureRange& rows, const T* from, T* to) const override {
+    this->add_state(rows, from, to);
   }
 
   void store(int64_t lane, const T* state) const override {

@@ -2,21 +2,36 @@
 // the choice, which depends on the number of threads, changes no bit:
 //
 //   serial   one thread per group of states: for every chunk, use the state, then update it
-//   scan     chunks in parallel: what each adds to a state, then a scan over chunks, then uses
+//   shared   block by block of chunks: every thread runs some rows of the states along the block and
+//            keeps what they were before each chunk, then chunks use what was kept in parallel
 //
 // In both an update adds what the chunk alone sums up, from zero, to the decayed state.
 #pragma once
 #include <algorithm>
 #include <cstddef>
 #include <cstdint>
-#include <cstring>
 #include <functional>
+#include <numeric>
 
 #include "base/parallel.h"
 #include "base/round_up.h"
 #include "heed/tensor.h"
 
 namespace heed::chunked {
+
+/// Rows of a state: features.
+struct FeatureRange {
+  int64_t first = 0, last = 0;
+  int64_t count() const { return last - first; }
+};
+
+/// Chunk `chunk` is added to the given rows of the state of a lane.
+struct Update {
+  int64_t lane = 0, chunk = 0;
+  FeatureRange rows;
+  bool fresh = false;     // the rows become what the chunk adds
+  bool followed = false;  // at once by the update with the next chunk
+};
 
 /// What happens to states of [size] elements. A lane is a (batch, query head) with a state of its own, a
 /// group is some lanes that follow each other and are used together. `memory` is scratch.
@@ -27,13 +42,11 @@ class Sweep {
   virtual void load(int64_t lane, T* state) const = 0;
   /// `states`: those of the group's lanes, one after the other.
   virtual void use(int64_t group, int64_t chunk, T* states, std::byte* memory) const = 0;
-  /// Adds chunk to state; `fresh`: the state becomes what the chunk adds.
-  virtual void update(int64_t lane, int64_t chunk, bool fresh, T* state,
-                      std::byte* memory) const = 0;
-  /// For elements [begin, end) of scan_size, and what follows them: slot receives running, which becomes
-  /// what `update` would have made of it.
-  virtual void scan(int64_t lane, int64_t chunk, T* running, T* slot, int64_t begin,
-                    int64_t end) const = 0;
+  /// The same bits for any cut into rows.
+  virtual void update(const Update& at, T* state, std::byte* memory) const = 0;
+  virtual void copy(const FeatureRange& rows, const T* from, T* to) const = 0;
+  /// Not running: to += from.
+  virtual void add(const FeatureRange& rows, const T* from, T* to) const = 0;
   /// Not running: a state that is complete, before its uses.
   virtual void complete(T* /*state*/) const {}
   virtual void store(int64_t lane, const T* state) const = 0;
@@ -41,14 +54,14 @@ class Sweep {
 
 struct SweepShape {
   int64_t lanes = 0, lanes_per_group = 1;
-  int64_t chunks = 0;       // that update the state
-  int64_t uses = 0;         // chunks that use it: the same if `running`
-  int64_t size = 0;         // elements of a state
-  int64_t scan_size = 0;    // of those, the ones that a scan may cut anywhere
-  size_t memory = 0;        // bytes
-  bool running = true;      // chunks see the state of those before them; else of all
-  bool reverse = false;     // last chunk first
-  bool last_wanted = true;  // whether the state behind the last chunk is stored
+  int64_t chunks = 0;               // that update the state
+  int64_t uses = 0;                 // chunks that use it: the same if `running`
+  int64_t size = 0;                 // elements of a state
+  int64_t rows = 0, rows_unit = 1;  // of a state, and what cuts between them are multiples of
+  size_t memory = 0;                // bytes
+  bool running = true;              // chunks see the state of those before them; else of all
+  bool reverse = false;             // last chunk first
+  bool last_wanted = true;          // whether the state behind the last chunk is stored
   int threads = 1;
   int64_t groups() const { return lanes / lanes_per_group; }
 };
@@ -69,6 +82,7 @@ inline void for_neighbours(int64_t items, int threads, size_t memory_bytes,
 
 /// Parts that a sum over all chunks is cut into, so that few states use many threads.
 inline int64_t total_part(int64_t chunks) { return std::max<int64_t>(8, (chunks + 15) / 16); }
+inline int64_t parts_of(int64_t count, int64_t most) { return (count + most - 1) / most; }
 
 template <class T>
 class Schedule {
@@ -88,7 +102,7 @@ class Schedule {
         }
       });
     } else if (shape_.running) {
-      scanned();
+      shared();
     } else {
       parallel_total();
     }
@@ -113,7 +127,7 @@ class Schedule {
       sweep_.use(group, chunk_at(c), states, memory);
       if (!updates(c)) break;
       for (int64_t i = 0; i < shape_.lanes_per_group; ++i) {
-        sweep_.update(first + i, chunk_at(c), false, states + i * shape_.size, memory);
+        sweep_.update({first + i, chunk_at(c), all_rows()}, states + i * shape_.size, memory);
       }
     }
     store(first, states);
@@ -130,12 +144,11 @@ class Schedule {
   void sum_part(int64_t lane, int64_t part, T* sum, std::byte* memory) const {
     const int64_t step = total_part(shape_.chunks);
     for (int64_t c = part * step; c < std::min((part + 1) * step, shape_.chunks); ++c) {
-      sweep_.update(lane, c, c == part * step, sum, memory);
+      sweep_.update({lane, c, all_rows(), c == part * step, true}, sum, memory);
     }
   }
   int64_t parts() const {
-    const int64_t step = total_part(shape_.chunks);
-    return (shape_.chunks + step - 1) / step;
+    return parts_of(shape_.chunks, total_part(shape_.chunks));
   }
 
   void serial_total(int64_t group) const {
@@ -149,7 +162,7 @@ class Schedule {
       sweep_.load(first + i, state);
       for (int64_t part = 0; part < parts(); ++part) {
         sum_part(first + i, part, sum, memory);
-        sweep_.scan(first + i, 0, state, sum, 0, shape_.scan_size);
+        sweep_.add(all_rows(), sum, state);
       }
       sweep_.complete(state);
     }
@@ -161,9 +174,22 @@ class Schedule {
     for_neighbours(items, shape_.threads, shape_.memory, body);
   }
 
-  // Elements of a state that one item of a scan takes.
-  int64_t scan_elements() const {
-    return std::max<int64_t>(512, round_up(shape_.scan_size / (4 * shape_.threads), 64));
+  FeatureRange all_rows() const { return {0, shape_.rows}; }
+  // Cuts of each state's rows, as many as even out the lanes over the threads.
+  int64_t cuts() const {
+    const int64_t even = shape_.threads / std::gcd(shape_.lanes, int64_t{shape_.threads});
+    return std::clamp<int64_t>(even, 1, parts_of(shape_.rows, shape_.rows_unit));
+  }
+  // Calls body(lane, rows, scratch memory) for all rows of all states.
+  template <class Body>
+  void for_rows(const Body& body) const {
+    const int64_t cuts = this->cuts(), unit = shape_.rows_unit;
+    const int64_t units = parts_of(shape_.rows, unit);
+    with_memory(shape_.lanes * cuts, [&](int64_t item, std::byte* scratch) {
+      const int64_t cut = item % cuts;
+      const auto bound = [&](int64_t i) { return std::min(units * i / cuts * unit, shape_.rows); };
+      body(item / cuts, FeatureRange{bound(cut), bound(cut + 1)}, scratch);
+    });
   }
 
   void parallel_total() const {
@@ -174,13 +200,10 @@ class Schedule {
     with_memory(lanes * parts(), [&](int64_t item, std::byte* scratch) {
       sum_part(item % lanes, item / lanes, sums + item * size, scratch);
     });
-    const int64_t elements = scan_elements(), ranges = (shape_.scan_size + elements - 1) / elements;
     for (int64_t lane = 0; lane < lanes; ++lane) sweep_.load(lane, states + lane * size);
-    parallel_for(lanes * ranges, shape_.threads, [&](int64_t item, int) {
-      const int64_t lane = item / ranges, begin = item % ranges * elements;
+    for_rows([&](int64_t lane, const FeatureRange& rows, std::byte*) {
       for (int64_t part = 0; part < parts(); ++part) {
-        sweep_.scan(lane, 0, states + lane * size, sums + (part * lanes + lane) * size, begin,
-                    std::min(begin + elements, shape_.scan_size));
+        sweep_.add(rows, sums + (part * lanes + lane) * size, states + lane * size);
       }
     });
     for (int64_t lane = 0; lane < lanes; ++lane) sweep_.complete(states + lane * size);
@@ -194,53 +217,43 @@ class Schedule {
     }
   }
 
-  // Chunks that are scanned together: few enough for their states to stay in caches, enough for all
-  // threads.
+  // Chunks of a block: few enough for their states and rows to stay in caches, enough for all threads.
   int64_t block_chunks() const {
     constexpr int64_t kBytes = int64_t{2} << 20;
     const int64_t fit = kBytes / static_cast<int64_t>(state_bytes(shape_.lanes));
     const int64_t wanted = (4 * shape_.threads + shape_.lanes - 1) / shape_.lanes;
-    return std::min(shape_.chunks, std::max(fit, wanted));
+    const int64_t blocks = parts_of(shape_.chunks, std::max(fit, wanted));
+    return parts_of(shape_.chunks, blocks);
   }
 
-  void scanned() const {
+  void shared() const {
     const int64_t lanes = shape_.lanes, size = shape_.size, block = block_chunks();
     Array memory(sizeof(T) == 8 ? DType::f64 : DType::f32, {block + 1, lanes, size});
     T* running = memory.as<T>();
-    T* slots = running + lanes * size;
+    T* kept = running + lanes * size;
     for (int64_t lane = 0; lane < lanes; ++lane) sweep_.load(lane, running + lane * size);
     for (int64_t first = 0; first < shape_.chunks; first += block) {
-      const int64_t count = std::min(block, shape_.chunks - first);
-      run_block(first, count, running, slots);
+      run_block(first, std::min(block, shape_.chunks - first), running, kept);
     }
     for (int64_t group = 0; group < shape_.groups(); ++group) {
       store(group * shape_.lanes_per_group, running + group * shape_.lanes_per_group * size);
     }
   }
 
-  void run_block(int64_t first, int64_t count, T* running, T* slots) const {
+  void run_block(int64_t first, int64_t count, T* running, T* kept) const {
     const int64_t lanes = shape_.lanes, size = shape_.size;
-    with_memory(lanes * count, [&](int64_t item, std::byte* scratch) {
-      const int64_t c = first + item / lanes;
-      if (updates(c)) {
-        sweep_.update(item % lanes, chunk_at(c), true, slots + item * size, scratch);
-      } else {
-        std::fill_n(slots + item * size, size, T{0});
-      }
-    });
-    const int64_t elements = scan_elements(), ranges = (shape_.scan_size + elements - 1) / elements;
-    parallel_for(lanes * ranges, shape_.threads, [&](int64_t item, int) {
-      const int64_t lane = item / ranges, begin = item % ranges * elements;
+    for_rows([&](int64_t lane, const FeatureRange& rows, std::byte* scratch) {
+      T* state = running + lane * size;
       for (int64_t c = 0; c < count; ++c) {
-        sweep_.scan(lane, chunk_at(first + c), running + lane * size,
-                    slots + (c * lanes + lane) * size, begin,
-                    std::min(begin + elements, shape_.scan_size));
+        sweep_.copy(rows, state, kept + (c * lanes + lane) * size);
+        if (!updates(first + c)) break;
+        sweep_.update({lane, chunk_at(first + c), rows, false, true}, state, scratch);
       }
     });
     const int64_t groups = shape_.groups(), per_group = shape_.lanes_per_group;
     with_memory(groups * count, [&](int64_t item, std::byte* scratch) {
       const int64_t c = item / groups, group = item % groups;
-      sweep_.use(group, chunk_at(first + c), slots + (c * lanes + group * per_group) * size,
+      sweep_.use(group, chunk_at(first + c), kept + (c * lanes + group * per_group) * size,
                  scratch);
     });
   }

@@ -29,12 +29,17 @@ class GridAngles {
     fill(rows_);
     fill(columns_);
   }
-  void rotate(const kernels::RotationKernels<T>& kernels, int64_t position, T* x, bool back) const {
-    const size_t row = rows_.place(position / grid_width_, half_);
-    const size_t column = columns_.place(position % grid_width_, half_);
-    kernels.rotate(x, rows_.cosine.data() + row, rows_.sine.data() + row, half_, back);
-    kernels.rotate(x + half_, columns_.cosine.data() + column, columns_.sine.data() + column, half_,
-                   back);
+  /// Elements [begin, end) of a row, which are at x; both even.
+  void rotate(const kernels::RotationKernels<T>& kernels, int64_t position, int64_t begin,
+              int64_t end, T* x, bool back) const {
+    const auto part = [&](const Table& table, size_t place, int64_t from, int64_t to) {
+      if (from >= to) return;
+      const size_t at = place + static_cast<size_t>(from % half_);
+      kernels.rotate(x + (from - begin), table.cosine.data() + at, table.sine.data() + at,
+                     to - from, back);
+    };
+    part(rows_, rows_.place(position / grid_width_, half_), begin, std::min(end, half_));
+    part(columns_, columns_.place(position % grid_width_, half_), std::max(begin, half_), end);
   }
 
  private:
@@ -82,7 +87,7 @@ class TurnedElu : public chunked::RowMap<T> {
   void map(const chunked::RowsAt& at, const kernels::Rows& x, int64_t begin, int64_t count,
            kernels::Block<T> to) const override {
     elu_.map(at, x, begin, count, to);
-    rotate(at, x.count, to, false);
+    rotate(at, x.count, begin, begin + count, to, false);
   }
 
   void pull(const chunked::RowsAt& at, const kernels::Rows& x, int64_t begin, int64_t count,
@@ -90,14 +95,17 @@ class TurnedElu : public chunked::RowMap<T> {
     std::vector<T> memory(static_cast<size_t>(x.count * into.stride));
     const kernels::Block<T> turned{memory.data(), into.stride};
     for (int64_t r = 0; r < x.count; ++r) std::copy_n(gradient.row(r), x.width, turned.row(r));
-    rotate(at, x.count, turned, true);
+    rotate(at, x.count, begin, begin + count, turned, true);
     elu_.pull(at, x, begin, count, {turned.data, turned.stride}, into);
   }
 
  private:
-  void rotate(const chunked::RowsAt& at, int64_t count, kernels::Block<T> x, bool back) const {
+  void rotate(const chunked::RowsAt& at, int64_t count, int64_t begin, int64_t end,
+              kernels::Block<T> x, bool back) const {
     const int64_t start = first_[static_cast<size_t>(at.batch)] + at.token;
-    for (int64_t r = 0; r < count; ++r) angles_.rotate(rotations_, start + r, x.row(r), back);
+    for (int64_t r = 0; r < count; ++r) {
+      angles_.rotate(rotations_, start + r, begin, end, x.row(r), back);
+    }
   }
 
   ElementMap<T> elu_;

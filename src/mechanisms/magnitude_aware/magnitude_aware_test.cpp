@@ -30,7 +30,7 @@ constexpr auto kCode = MagnitudeAwareForm::code, kPaper = MagnitudeAwareForm::pa
 TEST(MagnitudeAware, SameBitsForAnyThreadCount) {
   for (DType type : {DType::f64, DType::f32, DType::bf16}) {
     for (bool causal : {false, true}) {
-      const Inputs in(type, 3, 1, 900, 12, 20);
+      const Inputs in(type, 3, 1, 900, 36, 20);
       RunOptions run{.threads = 1, .isa = {}};
       MagnitudeAwareOptions options = with(causal, kCode);
       options.rope = Grid{30, 30};
