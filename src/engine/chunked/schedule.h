@@ -219,7 +219,7 @@ class Schedule {
 
   // Chunks of a block: few enough for their states and rows to stay in caches, enough for all threads.
   int64_t block_chunks() const {
-    constexpr int64_t kBytes = int64_t{2} << 20;
+    constexpr int64_t kBytes = int64_t{1} << 20;
     const int64_t fit = kBytes / static_cast<int64_t>(state_bytes(shape_.lanes));
     const int64_t wanted = (4 * shape_.threads + shape_.lanes - 1) / shape_.lanes;
     const int64_t blocks = parts_of(shape_.chunks, std::max(fit, wanted));
