@@ -14,15 +14,26 @@ namespace heed::kernels::HWY_NAMESPACE {
 namespace {
 namespace hn = hwy::HWY_NAMESPACE;
 
-template <class T>
-void rotate(T* x, const T* cosine, const T* sine, int64_t width, bool back) {
+template <bool kBack, class T>
+void rotate_rows(Block<T> x, int64_t rows, const T* cosine, const T* sine, int64_t stride,
+                 int64_t width) {
   const Full<T> d;
-  const auto sign = hn::Set(d, static_cast<T>(back ? -1 : 1));
-  for_each_vector<T>(width, [&](int64_t i, auto all) HWY_ATTR {
-    const auto value = load_some<T>(all, x + i);
-    const auto turned = hn::Mul(hn::Mul(sign, load_some<T>(all, sine + i)), hn::Reverse2(d, value));
-    store_some<T>(all, hn::MulAdd(value, load_some<T>(all, cosine + i), turned), x + i);
-  });
+  for (int64_t r = 0; r < rows; ++r, cosine += stride, sine += stride) {
+    T* row = x.row(r);
+    for_each_vector<T>(width, [&](int64_t i, auto all) HWY_ATTR {
+      const auto value = load_some<T>(all, row + i), c = load_some<T>(all, cosine + i);
+      const auto turned = hn::Mul(load_some<T>(all, sine + i), hn::Reverse2(d, value));
+      store_some<T>(all, kBack ? hn::MulSub(value, c, turned) : hn::MulAdd(value, c, turned),
+                    row + i);
+    });
+  }
+}
+
+template <class T>
+void rotate(Block<T> x, int64_t rows, const T* cosine, const T* sine, int64_t stride, int64_t width,
+            bool back) {
+  const auto run = back ? rotate_rows<true, T> : rotate_rows<false, T>;
+  run(x, rows, cosine, sine, stride, width);
 }
 
 }  // namespace

@@ -3,14 +3,17 @@
 #include <cstdint>
 
 #include "heed/run.h"
+#include "kernels/tile.h"
 
 namespace heed::kernels {
 
 template <class T>
 struct RotationKernels {
-  /// x = x cosine + swapped(x) sine over `width` (even) elements, where swapped exchanges the two of a
-  /// pair, cosine holds each pair's cosine twice and sine its sine as -sin, +sin. `back`: the inverse.
-  void (*rotate)(T* x, const T* cosine, const T* sine, int64_t width, bool back) = nullptr;
+  /// Rows x = x cosine + swapped(x) sine over `width` (even) elements, where swapped exchanges the two of
+  /// a pair, cosine holds each pair's cosine twice and sine its sine as -sin, +sin; those of row r begin
+  /// at r * stride. `back`: the inverse.
+  void (*rotate)(Block<T> x, int64_t rows, const T* cosine, const T* sine, int64_t stride,
+                 int64_t width, bool back) = nullptr;
 };
 
 template <class T>

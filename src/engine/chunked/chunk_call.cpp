@@ -160,6 +160,17 @@ kernels::Block<const T> ChunkCall<T>::whole_features(const Source<T>& source, in
 }
 
 template <class T>
+kernels::Block<const T> ChunkCall<T>::features_after_sums(const Source<T>& source,
+                                                          kernels::Block<const T> psi,
+                                                          int64_t first, int64_t count,
+                                                          Block block) const {
+  const bool made = source.map != nullptr && psi.data == block.data &&
+                    source.map->from_sums(source.at, source.rows.count, first, count, block);
+  if (made) return psi;
+  return whole_features(source, first, count, block);
+}
+
+template <class T>
 StateView<T> ChunkCall<T>::view(T* state) const {
   StateView<T> v{{state, padded_values_}};
   T* next = state + features_ * padded_values_;
@@ -303,12 +314,12 @@ kernels::Block<const T> ChunkCall<T>::update_rows(const Added& added, kernels::B
                                                   int64_t first, int64_t count, Block block) const {
   const bool same = psi.data != nullptr && !separate_sums();
   if (added.factor == nullptr) {
-    return same ? psi : whole_features(added.x, first, count, block);
+    return same ? psi : features_after_sums(added.x, psi, first, count, block);
   }
   if (added.x.map == nullptr) {
     rows_.pack_rows(columns(added.x.rows, first, count), added.factor, block);
   } else {
-    if (!same) features(added.x, first, count, block);
+    if (!same) features_after_sums(added.x, psi, first, count, block);
     rows_.scale_rows(block, added.y.count, block.stride, added.factor);
   }
   return {block.data, block.stride};

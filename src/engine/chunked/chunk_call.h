@@ -203,6 +203,9 @@ class ChunkCall {
   /// The same of features [first, first + count).
   kernels::Block<const T> whole_features(const Source<T>& source, int64_t first, int64_t count,
                                          Block block) const;
+  /// The same of rows whose features for denominators, if any, are psi: those in `block` are overwritten.
+  kernels::Block<const T> features_after_sums(const Source<T>& source, kernels::Block<const T> psi,
+                                              int64_t first, int64_t count, Block block) const;
   static constexpr DType kType = sizeof(T) == 8 ? DType::f64 : DType::f32;
   /// Whether rows are what packing them would make of them.
   bool lies_packed(const Rows& x, int64_t multiple) const {

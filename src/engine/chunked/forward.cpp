@@ -145,7 +145,7 @@ class Forward : public Denominators<T>, public Sweep<T> {
       if (policy.value_sum) ends = {m.num_scale, state.values, m.sum_scale};
     }
     if (!policy.read_out || this->separate_sums()) {
-      x = this->whole_features(q, 0, this->features_, m.query_rows);
+      x = this->features_after_sums(q, x, 0, this->features_, m.query_rows);
     }
     std::byte* out = out_.at({b, h, chunk.query});
     const Rows result = this->rows(out_, b, h, chunk.query, chunk.queries);

@@ -36,6 +36,12 @@ class RowMap {
   /// multiple of 16 (of kFeatureTile with a polynomial).
   virtual void map(const RowsAt& at, const kernels::Rows& x, int64_t first, int64_t count,
                    kernels::Block<T> to) const = 0;
+  /// Given what the map of the sums makes of the rows, in x: turns it into these features if that is
+  /// shorter than `map`, else returns false.
+  virtual bool from_sums(const RowsAt& /*at*/, int64_t /*rows*/, int64_t /*first*/,
+                         int64_t /*count*/, kernels::Block<T> /*x*/) const {
+    return false;
+  }
   /// into[r] += gradient[r] (of those features), times their derivative with respect to row r.
   virtual void pull(const RowsAt& at, const kernels::Rows& x, int64_t first, int64_t count,
                     kernels::Block<const T> gradient, kernels::Block<T> into) const = 0;

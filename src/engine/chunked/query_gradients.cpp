@@ -315,7 +315,9 @@ class QueryGradients : public Denominators<T>, public Sweep<T> {
     if (!this->problem_.policy.read_out) return pulled(q, m);
     auto x = this->whole_features(this->for_sums(q, true), 0, this->features_, m.query_rows);
     this->total_denominators(x, rows, state, m.sums);
-    if (this->separate_sums()) x = this->whole_features(q, 0, this->features_, m.query_rows);
+    if (this->separate_sums()) {
+      x = this->features_after_sums(q, x, 0, this->features_, m.query_rows);
+    }
     std::fill_n(m.dots, rows, T{0});
     std::fill_n(m.sum_dots, rows, T{0});
     this->rows_.row_dots(x, {m.features.data, m.features.stride}, rows, written_features(), m.dots);

@@ -10,7 +10,7 @@
 
 namespace heed {
 
-/// Angles of grid rows and columns, for the positions that a call has.
+/// Cosines and sines of the angles of grid rows and columns, for the positions that a call has.
 template <class T>
 class GridAngles {
  public:
@@ -19,58 +19,66 @@ class GridAngles {
       : grid_width_(grid.width), half_(dim / 2) {
     for (int64_t start : first) {
       for (int64_t i = 0; i < std::min(tokens, grid.width); ++i) {
-        columns_.positions.push_back((start + i) % grid.width);
+        steps_.push_back((start + i) % grid.width);
       }
       if (tokens == 0) continue;
       for (int64_t r = start / grid.width; r <= (start + tokens - 1) / grid.width; ++r) {
-        rows_.positions.push_back(r);
+        steps_.push_back(r);
       }
     }
-    fill(rows_);
-    fill(columns_);
+    std::sort(steps_.begin(), steps_.end());
+    steps_.erase(std::unique(steps_.begin(), steps_.end()), steps_.end());
+    fill();
   }
-  /// Elements [begin, end) of a row, which are at x; both even.
-  void rotate(const kernels::RotationKernels<T>& kernels, int64_t position, int64_t begin,
-              int64_t end, T* x, bool back) const {
-    const auto part = [&](const Table& table, size_t place, int64_t from, int64_t to) {
-      if (from >= to) return;
-      const size_t at = place + static_cast<size_t>(from % half_);
-      kernels.rotate(x + (from - begin), table.cosine.data() + at, table.sine.data() + at,
-                     to - from, back);
-    };
-    part(rows_, rows_.place(position / grid_width_, half_), begin, std::min(end, half_));
-    part(columns_, columns_.place(position % grid_width_, half_), std::max(begin, half_), end);
+
+  /// Elements [begin, end), both even, of the rows of `count` tokens from `position` on.
+  void rotate(const kernels::RotationKernels<T>& kernels, int64_t position, int64_t count,
+              int64_t begin, int64_t end, kernels::Block<T> x, bool back) const {
+    for (int64_t done = 0; done < count;) {  // tokens of one grid row together
+      const int64_t row = (position + done) / grid_width_;
+      const int64_t column = (position + done) % grid_width_;
+      const int64_t run = std::min(count - done, grid_width_ - column);
+      const auto turn = [&](int64_t step, int64_t stride, int64_t from, int64_t to) {
+        if (from >= to) return;
+        const size_t at = place(step) + static_cast<size_t>(from % half_);
+        kernels.rotate({x.row(done) + (from - begin), x.stride}, run, cosine_.data() + at,
+                       sine_.data() + at, stride, to - from, back);
+      };
+      turn(row, 0, begin, std::min(end, half_));
+      turn(column, half_, std::max(begin, half_), end);
+      done += run;
+    }
   }
 
  private:
-  struct Table {
-    std::vector<int64_t> positions;  // sorted
-    std::vector<T> cosine, sine;     // [position][half a row]
-    size_t place(int64_t position, int64_t width) const {
-      const auto found = std::lower_bound(positions.begin(), positions.end(), position);
-      return static_cast<size_t>((found - positions.begin()) * width);
-    }
-  };
-  void fill(Table& table) const {
-    auto& positions = table.positions;
-    std::sort(positions.begin(), positions.end());
-    positions.erase(std::unique(positions.begin(), positions.end()), positions.end());
+  size_t place(int64_t step) const {
+    const auto found = std::lower_bound(steps_.begin(), steps_.end(), step);
+    return static_cast<size_t>((found - steps_.begin()) * half_);
+  }
+  void fill() {
     const int64_t pairs = half_ / 2;
-    for (int64_t position : positions) {
-      for (int64_t t = 0; t < pairs; ++t) {
-        // The last of the angles is 1e-4, and a single one is 1.
-        const double exponent =
-            pairs == 1 ? 0 : static_cast<double>(t) / static_cast<double>(pairs - 1);
-        const double angle = static_cast<double>(position) * std::pow(10000.0, -exponent);
-        const auto cosine = static_cast<T>(std::cos(angle)), sine = static_cast<T>(std::sin(angle));
-        table.cosine.insert(table.cosine.end(), {cosine, cosine});
-        table.sine.insert(table.sine.end(), {-sine, sine});
+    std::vector<double> angles;  // of one step
+    for (int64_t t = 0; t < pairs; ++t) {
+      // The last of the angles is 1e-4, and a single one is 1.
+      const double exponent =
+          pairs == 1 ? 0 : static_cast<double>(t) / static_cast<double>(pairs - 1);
+      angles.push_back(std::pow(10000.0, -exponent));
+    }
+    cosine_.reserve(steps_.size() * static_cast<size_t>(half_));
+    sine_.reserve(cosine_.capacity());
+    for (int64_t step : steps_) {
+      for (double angle : angles) {
+        const double turn = static_cast<double>(step) * angle;
+        const auto cosine = static_cast<T>(std::cos(turn)), sine = static_cast<T>(std::sin(turn));
+        cosine_.insert(cosine_.end(), {cosine, cosine});
+        sine_.insert(sine_.end(), {-sine, sine});
       }
     }
   }
 
   int64_t grid_width_, half_;
-  Table rows_, columns_;
+  std::vector<int64_t> steps_;     // sorted: steps in a row that follow each other stand together
+  std::vector<T> cosine_, sine_;  // [step][half a row]
 };
 
 /// elu + 1, then turned.
@@ -90,6 +98,12 @@ class TurnedElu : public chunked::RowMap<T> {
     rotate(at, x.count, begin, begin + count, to, false);
   }
 
+  bool from_sums(const chunked::RowsAt& at, int64_t rows, int64_t begin, int64_t count,
+                 kernels::Block<T> x) const override {
+    rotate(at, rows, begin, begin + count, x, false);
+    return true;
+  }
+
   void pull(const chunked::RowsAt& at, const kernels::Rows& x, int64_t begin, int64_t count,
             kernels::Block<const T> gradient, kernels::Block<T> into) const override {
     std::vector<T> memory(static_cast<size_t>(x.count * into.stride));
@@ -103,9 +117,7 @@ class TurnedElu : public chunked::RowMap<T> {
   void rotate(const chunked::RowsAt& at, int64_t count, int64_t begin, int64_t end,
               kernels::Block<T> x, bool back) const {
     const int64_t start = first_[static_cast<size_t>(at.batch)] + at.token;
-    for (int64_t r = 0; r < count; ++r) {
-      angles_.rotate(rotations_, start + r, begin, end, x.row(r), back);
-    }
+    angles_.rotate(rotations_, start, count, begin, end, x, back);
   }
 
   ElementMap<T> elu_;
