@@ -19,6 +19,12 @@ int threads_for(const RunOptions& run, int64_t items);
 void parallel_for(int64_t items, int threads,
                   const std::function<void(int64_t item, int worker)>& body);
 
+/// Where share number `share` begins when `count` items are cut into even shares of neighbours; it ends
+/// where the next one begins.
+constexpr int64_t share_begin(int64_t count, int64_t share, int64_t shares) {
+  return count * share / shares;
+}
+
 /// Bounded scratch memory of one worker: a 64-byte aligned block that is reused between calls.
 /// Never holds more than what one tile needs; contents are undefined (NaN in debug builds).
 class Scratch {

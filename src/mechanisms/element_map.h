@@ -21,8 +21,8 @@ class ElementMap : public chunked::RowMap<T> {
   void map(const chunked::RowsAt&, const kernels::Rows& x, int64_t first, int64_t count,
            kernels::Block<T> to) const override {
     kernels::Rows part = x;
-    part.data = static_cast<const std::byte*>(x.data) +
-                first * static_cast<int64_t>(size_of(x.dtype));
+    part.data =
+        static_cast<const std::byte*>(x.data) + first * static_cast<int64_t>(size_of(x.dtype));
     part.width = count;
     features_.forward(rows_of(part, to), to);
     for (int64_t r = 0; r < x.count && count < to.stride; ++r) {

@@ -272,8 +272,7 @@ void ChunkCall<T>::for_elements(const FeatureRange& rows, const T* from, T* to,
 
 template <class T>
 void ChunkCall<T>::copy_state(const FeatureRange& rows, const T* from, T* to) const {
-  for_elements(rows, from, to,
-               [](const T* x, T* y, int64_t count) { std::copy_n(x, count, y); });
+  for_elements(rows, from, to, [](const T* x, T* y, int64_t count) { std::copy_n(x, count, y); });
 }
 
 template <class T>

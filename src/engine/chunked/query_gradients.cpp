@@ -164,8 +164,7 @@ class QueryGradients : public Denominators<T>, public Sweep<T> {
       added.factor = this->decays(h)->falling_slope(chunk.tokens - 1);
       this->update_state(at, added, this->decay(h, chunk.tokens), slope, m.update);
       this->rows_.add_scaled(slope_factor(h, chunk.tokens), view.sums.row(at.rows.first),
-                             at.rows.count() * this->padded_values_,
-                             slope.sums.row(at.rows.first));
+                             at.rows.count() * this->padded_values_, slope.sums.row(at.rows.first));
     }
     this->add_keys(b, h, chunk, at, view, m.update);
   }

@@ -74,9 +74,8 @@ inline void for_neighbours(int64_t items, int threads, size_t memory_bytes,
   parallel_for(shares, threads, [&](int64_t share, int) {
     Scratch scratch(Scratch::rounded(memory_bytes));
     auto* memory = scratch.take<std::byte>(static_cast<int64_t>(memory_bytes));
-    for (int64_t item = items * share / shares; item < items * (share + 1) / shares; ++item) {
-      body(item, memory);
-    }
+    const int64_t end = share_begin(items, share + 1, shares);
+    for (int64_t item = share_begin(items, share, shares); item < end; ++item) body(item, memory);
   });
 }
 
@@ -147,9 +146,7 @@ class Schedule {
       sweep_.update({lane, c, all_rows(), c == part * step, true}, sum, memory);
     }
   }
-  int64_t parts() const {
-    return parts_of(shape_.chunks, total_part(shape_.chunks));
-  }
+  int64_t parts() const { return parts_of(shape_.chunks, total_part(shape_.chunks)); }
 
   void serial_total(int64_t group) const {
     Scratch scratch(state_bytes(shape_.lanes_per_group + 1) + shape_.memory);
@@ -187,7 +184,9 @@ class Schedule {
     const int64_t units = parts_of(shape_.rows, unit);
     with_memory(shape_.lanes * cuts, [&](int64_t item, std::byte* scratch) {
       const int64_t cut = item % cuts;
-      const auto bound = [&](int64_t i) { return std::min(units * i / cuts * unit, shape_.rows); };
+      const auto bound = [&](int64_t i) {
+        return std::min(share_begin(units, i, cuts) * unit, shape_.rows);
+      };
       body(item / cuts, FeatureRange{bound(cut), bound(cut + 1)}, scratch);
     });
   }

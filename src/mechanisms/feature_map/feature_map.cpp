@@ -271,8 +271,8 @@ class Backward {
     parallel_for(items, threads_for(run, items), [&](int64_t item, int) {
       const int64_t h = item / shares_, share = item % shares_;
       Tile<T> tile(call_, kernels_, features_, layer_, tiling_.rows, true);
-      const int64_t end = (share + 1) * tiles_of_head_ / shares_;
-      for (int64_t t = share * tiles_of_head_ / shares_; t < end; ++t) {
+      const int64_t end = share_begin(tiles_of_head_, share + 1, shares_);
+      for (int64_t t = share_begin(tiles_of_head_, share, shares_); t < end; ++t) {
         const int64_t first = t % tiling_.tiles * tiling_.rows;
         run_tile(tile, item, t / tiling_.tiles, h, first,
                  std::min(tiling_.rows, call_.tokens - first));

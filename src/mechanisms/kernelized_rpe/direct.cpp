@@ -324,8 +324,8 @@ class Direct {
     std::vector<T> parts(static_cast<size_t>(heads * shares * n));
     parallel(heads * shares, [&](int64_t item, Work& work) {
       const int64_t head = item / shares, share = item % shares;
-      const int64_t end = tiles_ * (share + 1) / shares;
-      for (int64_t tile = tiles_ * share / shares; tile < end; ++tile) {
+      const int64_t end = share_begin(tiles_, share + 1, shares);
+      for (int64_t tile = share_begin(tiles_, share, shares); tile < end; ++tile) {
         query_tile(flight, head, tile * kTile, grad_out, dq, parts.data() + item * n, work);
       }
     });

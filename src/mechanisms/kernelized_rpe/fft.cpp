@@ -341,8 +341,8 @@ class Spectral {
     parallel(flight.heads * shares, [&](int64_t item, Work& work) {
       const int64_t head = item / shares, share = item % shares;
       std::fill(work.correlation.begin(), work.correlation.end(), Complex());
-      const int64_t end = call_.features * (share + 1) / shares;
-      for (int64_t r = call_.features * share / shares; r < end; ++r)
+      const int64_t end = share_begin(call_.features, share + 1, shares);
+      for (int64_t r = share_begin(call_.features, share, shares); r < end; ++r)
         feature_gradient(flight, head, r, work);
       fft_.inverse(work.correlation.data(), work.first.data());
       const Real factor = 1 / static_cast<Real>(fft_.length());

@@ -77,7 +77,7 @@ class GridAngles {
   }
 
   int64_t grid_width_, half_;
-  std::vector<int64_t> steps_;     // sorted: steps in a row that follow each other stand together
+  std::vector<int64_t> steps_;    // sorted: steps in a row that follow each other stand together
   std::vector<T> cosine_, sine_;  // [step][half a row]
 };
 
