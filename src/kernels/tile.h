@@ -24,14 +24,19 @@
 
 namespace heed::kernels {
 
-/// Rows of one tensor: row r starts at data + r * stride elements, `width` elements are contiguous.
+/// Rows of one tensor: row r starts at data + offset(r) elements, `width` elements are contiguous.
 struct Rows {
   const void* data = nullptr;
   DType dtype = DType::f32;
   int64_t stride = 0;
   int64_t count = 0;
   int64_t width = 0;
+  const int64_t* offsets = nullptr;  // of each row; null: evenly spaced. Only packing takes them
+  int64_t offset(int64_t r) const { return offsets == nullptr ? r * stride : offsets[r]; }
 };
+
+/// The offset of a row that does not exist, in memory that is written.
+inline constexpr int64_t kNoRow = std::numeric_limits<int64_t>::min();
 
 /// Keys [begin, end) of the tile that a row sees.
 struct KeyRange {
@@ -160,8 +165,9 @@ struct TileKernels {
                              int64_t weight_stride, int64_t key_count, const KeyRange* ranges,
                              Block<T> c) = nullptr;
   int64_t column_multiple = 1;
+  /// `out_offsets` as those of Rows, kNoRow: not written.
   void (*finish_columns)(Block<T> c, int64_t keys, int64_t width, T factor, void* out,
-                         DType out_dtype, int64_t out_stride) = nullptr;
+                         DType out_dtype, int64_t out_stride, const int64_t* out_offsets) = nullptr;
 
   /// Few rows: queries are T [rows, width padded to dim_multiple].
   void (*dot_rows)(Block<const T> queries, int64_t rows, const Rows& k, Block<T> s) = nullptr;

@@ -48,6 +48,41 @@ void check_all_scores(const TileKernels<T>& k) {
   }
 }
 
+// Rows at offsets of their own are packed like the same rows in order.
+template <class T>
+void check_scattered_rows(const TileKernels<T>& k, DType type) {
+  constexpr int64_t kRows = 70, kWidth = 37, kStride = 41;
+  const Matrix x(type, kRows, kWidth, kStride, 4);
+  std::vector<int64_t> offsets;
+  Array in_order(type, {kRows, kStride});
+  for (int64_t r = 0; r < kRows; ++r) {
+    offsets.push_back((r * 29 + 3) % kRows * kStride);
+    std::memcpy(in_order.view().at({r}), x.storage.view().at({offsets.back() / kStride}),
+                static_cast<size_t>(kStride) * size_of(type));
+  }
+  Rows scattered = x.rows();
+  scattered.offsets = offsets.data();
+  const Rows ordered{in_order.view().data(), type, kStride, kRows, kWidth};
+  const auto same = [&](int64_t bytes, const auto& pack) {
+    std::vector<std::byte> a(static_cast<size_t>(bytes)), b(a.size());
+    pack(scattered, a.data());
+    pack(ordered, b.data());
+    EXPECT_EQ(a, b) << k.name << " " << name_of(type);
+  };
+  same(k.query_bytes(kRows, kWidth),
+       [&](const Rows& rows, void* to) { k.pack_queries(rows, true, to); });
+  same(k.key_bytes(kRows, kWidth), [&](const Rows& rows, void* to) { k.pack_keys(rows, to); });
+  same(k.value_bytes(kRows, kWidth), [&](const Rows& rows, void* to) { k.pack_values(rows, to); });
+  same(k.column_bytes(kRows, kWidth),
+       [&](const Rows& rows, void* to) { k.pack_columns(rows, false, to); });
+}
+
+TEST(TilePacking, ScatteredRows) {
+  for_all_tables([](const auto& k) {
+    for (DType type : input_types(k)) check_scattered_rows(k, type);
+  });
+}
+
 TEST(TileScores, Float) {
   for (const auto* k : tables<float>()) check_all_scores(*k);
 }

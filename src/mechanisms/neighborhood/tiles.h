@@ -3,6 +3,7 @@
 #include <array>
 #include <vector>
 
+#include "heed/run.h"
 #include "mechanisms/neighborhood/boxes.h"
 
 namespace heed::na {
