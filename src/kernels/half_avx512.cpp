@@ -23,7 +23,7 @@ constexpr int half_block_rows(int vectors) { return vectors == 4 ? 6 : vectors =
 
 // Calls body with the number of vectors as a constant, 1 to kMostVectors.
 template <class Body>
-void with_columns(int64_t vectors, Body&& body) {
+__attribute__((always_inline)) inline void with_columns(int64_t vectors, Body&& body) {
   if (vectors == 1) return body(std::integral_constant<int, 1>());
   if (vectors == 2) return body(std::integral_constant<int, 2>());
   if (vectors == 3) return body(std::integral_constant<int, 3>());

@@ -80,7 +80,7 @@ void for_column_panels(int64_t rows, int64_t keys, const KeyRange* ranges, int64
 
 // Calls body(height as a constant) for the next of `rows` rows: kMost, or 4 or 2 at the end.
 template <int kMost, class Body>
-void with_height(int64_t rows, Body&& body) {
+__attribute__((always_inline)) inline void with_height(int64_t rows, Body&& body) {
   if (rows > 4) return body(std::integral_constant<int, kMost>());
   if (rows > 2) return body(std::integral_constant<int, 4>());
   body(std::integral_constant<int, 2>());

@@ -21,7 +21,7 @@ namespace {
 constexpr int64_t kPartKeys = 1024;
 
 // Query tiles during which the next key tile is asked for.
-constexpr int64_t kReadAheadTiles = 4;
+constexpr int64_t kReadAheadTiles = 8;
 
 }  // namespace
 
