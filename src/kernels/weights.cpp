@@ -214,14 +214,16 @@ HWY_INLINE void sigmoid(hn::Vec<Full<T>> (&t)[N]) {
 template <class T, class Weights, bool kAlibi>
 HWY_INLINE void sigmoid_row(const ShapedRow<T, kAlibi>& row, KeyRange range,
                             typename Weights::Element* out) {
-  for_whole_vectors<T, kRowGroup>(range.begin, range.end, [&](int64_t m, auto count) HWY_ATTR {
+  // Inlined, constants stay in registers.
+  const auto weigh = [&](int64_t m, auto count) HWY_ATTR __attribute__((always_inline)) {
     constexpr int kCount = decltype(count)::value;
     hn::Vec<Full<T>> w[kCount];
     row.load(m, w);
     sigmoid<Weights::kSigmoid, T>(w);
 #pragma GCC unroll 4
     for (int j = 0; j < kCount; ++j) Weights::store(w[j], out + m + j * lanes<T>());
-  });
+  };
+  for_whole_vectors<T, kRowGroup>(range.begin, range.end, weigh);
 }
 
 template <class T, class Weights, bool kAlibi>
