@@ -46,6 +46,9 @@ struct GroupTiles {
   tiled::TilePlan plan;  // of rows and keys in the order of boxes
 };
 
+/// Rows and keys that the products take at once (AVX-512, float32).
+inline constexpr int64_t kRowBlock = 6, kKeyStep = 16;
+
 struct TileShapes {
   Boxes queries, keys;
 };
