@@ -18,8 +18,8 @@
 // 1 <= stride <= kernel_size and kernel_size * dilation <= L on every axis. Several causal axes: every
 // coordinate of the key is <= the query's.
 //
-// Memory beyond the results: copies of the inputs in an order of boxes (two and three axes), and
-// O(threads x tile).
+// Memory beyond the results: O(threads x tile), and an offset for each token of a tensor with two or three
+// axes.
 #pragma once
 #include <cstdint>
 #include <optional>

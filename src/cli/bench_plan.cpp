@@ -11,6 +11,7 @@
 #include "hardware/tiles.h"
 #include "heed/error.h"
 #include "heed/flash_attention.h"
+#include "mechanisms/neighborhood/tiles.h"
 
 namespace heed::cli {
 namespace {
@@ -155,7 +156,10 @@ void print(const std::vector<PlanRow>& rows, const BenchArguments& arguments) {
       "slowest, mean tile: boxes of 64 tokens (8x8, 2x4x8) on a fixed grid, as the paper counts;\n"
       "a processor follows the mean. its plan: pairs that the kernel computes with the boxes that "
       "it\n"
-      "chooses (queries / keys); each row ends with its window along the boxes' slowest axis.\n");
+      "chooses (queries / keys): blocks of {} rows and {} keys from the first key that is seen to "
+      "the\n"
+      "last.\n",
+      na::kRowBlock, na::kKeyStep);
 }
 
 Json plan_json(const PlanRow& row) {

@@ -143,8 +143,8 @@ std::string compiler_name() {
 
 double visible_operations(const Mechanism& mechanism, const NamedTensors& in, const Spec& options) {
   cascade::Bindings bindings = mechanism.bind(in, options);
-  // Tiles as long as the engine's: what is done once a tile is next to nothing.
-  constexpr int64_t kTileKeys = 256;
+  // The longest tiles of the engine: what is done once a tile is next to nothing.
+  constexpr int64_t kTileKeys = 512;
   if (const auto tile = bindings.sizes.find("M0"); tile != bindings.sizes.end()) {
     tile->second = kTileKeys;
   }

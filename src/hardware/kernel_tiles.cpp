@@ -1,47 +1,58 @@
 #include "hardware/kernel_tiles.h"
 
+#include <algorithm>
+#include <memory>
+
+#include "base/round_up.h"
 #include "heed/error.h"
-#include "mechanisms/neighborhood/tiles.h"
+#include "kernels/product_loops.h"
+#include "mechanisms/neighborhood/grid_terms.h"
 
 namespace heed::hardware {
 namespace {
 
 using tiled::kGridAxes;
 
-double size_of(tiled::Interval i) { return static_cast<double>(i.end - i.begin); }
-
-/// Pairs of boxes that meet, boxes of queries, and pairs of tokens that are computed.
+/// Pairs of boxes that meet, boxes of queries, and pairs of tokens that the two products compute.
 struct Counts {
-  double visited = 1, query_boxes = 1, computed = 1;
+  double visited = 0, query_boxes = 0, scores = 0, sums = 0;
 };
 
-void multiply_axis(const na::AxisTiles& axis, double query_side, double key_side, bool cut,
-                   Counts& counts) {
-  double visited = 0, seen = 0;
-  for (int64_t q = 0; q < axis.query_boxes(); ++q) visited += size_of(axis.visited(q));
-  for (int64_t q = 0; q < axis.length(); ++q) seen += size_of(axis.window(q));
-  counts.visited *= visited;
-  counts.query_boxes *= static_cast<double>(axis.query_boxes());
-  counts.computed *= cut ? seen : visited * query_side * key_side;
+/// Blocks of rows that see some of a tile: their scores in steps of keys, their sums from the first key
+/// that one of them sees to the last.
+void add_blocks(const std::vector<kernels::KeyRange>& ranges, Counts& counts) {
+  const auto rows = static_cast<int64_t>(ranges.size());
+  for (int64_t r = 0; r < rows; r += na::kRowBlock) {
+    const int64_t height = std::min(na::kRowBlock, rows - r);
+    const kernels::KeyRange joint = kernels::joint_range(ranges.data(), r, height, 1 << 30);
+    if (joint.empty()) continue;
+    const int64_t begin = joint.begin / na::kKeyStep * na::kKeyStep;
+    counts.scores += static_cast<double>(height * (round_up(joint.end, na::kKeyStep) - begin));
+    counts.sums += static_cast<double>(height * (joint.end - joint.begin));
+  }
 }
 
-Counts count(const tiled::Neighborhood& grid, const na::TileShapes& shapes) {
-  Counts all{0, 0, 0};
-  for (int64_t g = 0; g < grid.groups(); ++g) {
-    const na::GroupTiles tiles(grid.group(g), shapes.queries, shapes.keys);
-    Counts group;
-    bool slowest = true;  // along this axis of its boxes of keys, a row's work ends with its window
-    for (size_t a = 0; a < kGridAxes; ++a) {
-      const int64_t key_side = shapes.keys[a].side;
-      multiply_axis(tiles.axes[a], static_cast<double>(shapes.queries[a].side),
-                    static_cast<double>(key_side), slowest && key_side > 1, group);
-      slowest = slowest && key_side == 1;
+/// Asks for every tile what the engine asks.
+void add_group(const tiled::GridGroup& group, const na::TileShapes& shapes, Counts& counts) {
+  const auto tiles = std::make_shared<const na::GroupTiles>(group, shapes.queries, shapes.keys);
+  const na::BoxTerms terms(shapes, {tiles}, nullptr);
+  const int64_t rows = na::points_per_box(shapes.queries), keys = na::points_per_box(shapes.keys);
+  std::vector<kernels::KeyRange> ranges(static_cast<size_t>(rows));
+  for (int64_t row = 0; row < tiles->plan.queries(); row += rows, ++counts.query_boxes) {
+    const tiled::Interval seen = tiles->plan.row(row);
+    for (int64_t key = seen.begin; key < seen.end; key += keys) {
+      const tiled::TileAt at{0, 0, row, rows, key, keys};
+      const tiled::Visit visit = terms.visit(at);
+      if (visit == tiled::Visit::none) continue;
+      ++counts.visited;
+      if (visit == tiled::Visit::whole) {
+        std::fill(ranges.begin(), ranges.end(), kernels::KeyRange{0, static_cast<int32_t>(keys)});
+      } else {
+        terms.ranges(at, ranges.data());
+      }
+      add_blocks(ranges, counts);
     }
-    all.visited += group.visited;
-    all.query_boxes += group.query_boxes;
-    all.computed += group.computed;
   }
-  return all;
 }
 
 std::vector<int64_t> sides_of(const na::Boxes& boxes, size_t axes) {
@@ -60,10 +71,12 @@ KernelTiles kernel_tiles(std::span<const tiled::NeighborhoodAxis> axes, int64_t 
       na::choose_tiles(grid.group(0), grid, na::tile_costs(head_dim, value_dim, dtype, run));
   const auto key_points = static_cast<double>(na::points_per_box(shapes.keys));
   const auto tokens = static_cast<double>(grid.tokens());
-  const Counts counts = count(grid, shapes);
+  Counts counts;
+  for (int64_t g = 0; g < grid.groups(); ++g) add_group(grid.group(g), shapes, counts);
+  const auto dim = static_cast<double>(head_dim), values = static_cast<double>(value_dim);
+  const double computed = (counts.scores * dim + counts.sums * values) / (dim + values);
   return {sides_of(shapes.queries, axes.size()), sides_of(shapes.keys, axes.size()),
-          counts.visited / counts.query_boxes, tokens / key_points,
-          tokens * tokens / counts.computed};
+          counts.visited / counts.query_boxes, tokens / key_points, tokens * tokens / computed};
 }
 
 }  // namespace heed::hardware

@@ -14,8 +14,9 @@ struct KernelTiles {
   double visited_mean =
       0;             // key boxes that a query box visits, over the boxes of all residue groups
   double dense = 0;  // key boxes' worth of keys in the whole grid
-  /// Pairs of the whole grid / pairs that are computed: those of boxes that meet, of which each row
-  /// computes only its window along the slowest axis.
+  /// Pairs of the whole grid / pairs that the products compute in boxes that meet: rows and keys that
+  /// they take at once (na::kRowBlock, na::kKeyStep) see what one of them sees, between the first and the
+  /// last key of each.
   double speedup = 0;
 };
 

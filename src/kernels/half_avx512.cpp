@@ -21,6 +21,15 @@ constexpr int kMostVectors = 4;
 
 constexpr int half_block_rows(int vectors) { return vectors == 4 ? 6 : vectors == 3 ? 8 : 12; }
 
+// Calls body with the number of vectors as a constant, 1 to kMostVectors.
+template <class Body>
+__attribute__((always_inline)) inline void with_columns(int64_t vectors, Body&& body) {
+  if (vectors == 1) return body(std::integral_constant<int, 1>());
+  if (vectors == 2) return body(std::integral_constant<int, 2>());
+  if (vectors == 3) return body(std::integral_constant<int, 3>());
+  body(std::integral_constant<int, kMostVectors>());
+}
+
 inline __m512bh as_pairs(__m512i x) { return reinterpret_cast<__m512bh>(x); }
 
 // acc[r][j] += sum_i a[r][i] . b[i][j]: pairs i of row r at a + r * a_stride, 16 columns a vector.
@@ -51,25 +60,24 @@ inline void store_block(const __m512 (&acc)[MR][NV], float* to, int64_t stride) 
   }
 }
 
-template <int NV>
+template <int MR, int NV>
 __attribute__((noinline)) void score_block(const uint32_t* q, int64_t q_stride,
                                            const uint32_t* panel, int64_t panel_width,
                                            int64_t pairs, float* s, int64_t s_stride) {
-  __m512 acc[6][NV];
+  __m512 acc[MR][NV];
 #pragma GCC unroll 6
   for (auto& row : acc) {
 #pragma GCC unroll 4
     for (auto& x : row) x = _mm512_setzero_ps();
   }
-  multiply_pairs<6, NV>(q, q_stride, panel, panel_width, pairs, acc);
+  multiply_pairs<MR, NV>(q, q_stride, panel, panel_width, pairs, acc);
   store_block(acc, s, s_stride);
 }
 
-template <int NV>
+template <int MR, int NV>
 __attribute__((noinline)) void sum_block(const uint32_t* p, int64_t p_stride, const uint32_t* v,
                                          int64_t v_stride, int64_t pairs, const float* carry,
                                          float* o, int64_t o_stride) {
-  constexpr int MR = half_block_rows(NV);
   __m512 acc[MR][NV];
 #pragma GCC unroll 12
   for (int r = 0; r < MR; ++r) {
@@ -86,24 +94,19 @@ __attribute__((noinline)) void sum_block(const uint32_t* p, int64_t p_stride, co
 void scores(const void* queries, int64_t rows, const void* keys, int64_t key_count, int64_t width,
             const KeyRange* ranges, Block<float> s) {
   const int64_t depth = round_up(width, kHalfDepth) / 2, pairs = (width + 1) / 2;
-  for_score_blocks(rows, key_count, ranges, 6, kHalfPanel, 16,
-                   [&](int64_t r, int64_t start, int64_t, int64_t first, int64_t columns) {
-                     const int64_t panel_width =
-                         std::min(kHalfPanel, round_up(key_count, kHalfDepth) - start);
-                     const auto* q = static_cast<const uint32_t*>(queries) + r * depth;
-                     const auto* k = static_cast<const uint32_t*>(keys) + start * depth + first;
-                     float* out = s.row(r) + start + first;
-                     switch (columns / 16) {
-                       case 1:
-                         return score_block<1>(q, depth, k, panel_width, pairs, out, s.stride);
-                       case 2:
-                         return score_block<2>(q, depth, k, panel_width, pairs, out, s.stride);
-                       case 3:
-                         return score_block<3>(q, depth, k, panel_width, pairs, out, s.stride);
-                       default:
-                         return score_block<4>(q, depth, k, panel_width, pairs, out, s.stride);
-                     }
-                   });
+  for_score_blocks(
+      rows, key_count, ranges, 6, kHalfPanel, 16,
+      [&](int64_t r, int64_t start, int64_t, int64_t first, int64_t columns) {
+        const int64_t panel_width = std::min(kHalfPanel, round_up(key_count, kHalfDepth) - start);
+        const auto* q = static_cast<const uint32_t*>(queries) + r * depth;
+        const auto* k = static_cast<const uint32_t*>(keys) + start * depth + first;
+        float* out = s.row(r) + start + first;
+        with_height<6>(rows - r, [&](auto height) {
+          with_columns(columns / 16, [&](auto vectors) {
+            score_block<height, vectors>(q, depth, k, panel_width, pairs, out, s.stride);
+          });
+        });
+      });
 }
 
 template <int NV>
@@ -114,10 +117,12 @@ void sum_columns(const uint16_t* p, int64_t p_stride, int64_t rows, const uint32
   for_sum_blocks(rows, key_count, ranges, half_block_rows(NV), kRun, 2,
                  [&](int64_t r, int64_t from, int64_t to, bool first) {
                    const auto* weights = reinterpret_cast<const uint32_t*>(p + r * p_stride + from);
-                   sum_block<NV>(weights, p_stride / 2, v + from / 2 * v_stride + column, v_stride,
-                                 (to - from + 1) / 2,
-                                 first && carry != nullptr ? carry + r : nullptr, o.row(r) + column,
-                                 o.stride);
+                   with_height<half_block_rows(NV)>(rows - r, [&](auto height) {
+                     sum_block<height, NV>(weights, p_stride / 2, v + from / 2 * v_stride + column,
+                                           v_stride, (to - from + 1) / 2,
+                                           first && carry != nullptr ? carry + r : nullptr,
+                                           o.row(r) + column, o.stride);
+                   });
                  });
 }
 
@@ -129,16 +134,9 @@ void accumulate(const void* weights, int64_t p_stride, int64_t rows, const void*
   const auto* v = static_cast<const uint32_t*>(values);
   for_even_shares(v_stride / 16, kMostVectors, [&](int64_t vector, int64_t count) {
     const int64_t column = vector * 16;
-    switch (count) {
-      case 1:
-        return sum_columns<1>(p, p_stride, rows, v, v_stride, key_count, ranges, carry, o, column);
-      case 2:
-        return sum_columns<2>(p, p_stride, rows, v, v_stride, key_count, ranges, carry, o, column);
-      case 3:
-        return sum_columns<3>(p, p_stride, rows, v, v_stride, key_count, ranges, carry, o, column);
-      default:
-        return sum_columns<4>(p, p_stride, rows, v, v_stride, key_count, ranges, carry, o, column);
-    }
+    with_columns(count, [&](auto vectors) {
+      sum_columns<vectors>(p, p_stride, rows, v, v_stride, key_count, ranges, carry, o, column);
+    });
   });
 }
 
@@ -176,16 +174,9 @@ void accumulate_columns(const void* packed, int64_t rows, int64_t width, const v
                       const auto* x = static_cast<const uint32_t*>(packed) + first;
                       const auto* w =
                           static_cast<const uint32_t*>(weights) + first * w_stride + start;
-                      switch ((keys + 15) / 16) {
-                        case 1:
-                          return panel_columns<1>(x, x_stride, width, w, w_stride, pairs, c, start);
-                        case 2:
-                          return panel_columns<2>(x, x_stride, width, w, w_stride, pairs, c, start);
-                        case 3:
-                          return panel_columns<3>(x, x_stride, width, w, w_stride, pairs, c, start);
-                        default:
-                          return panel_columns<4>(x, x_stride, width, w, w_stride, pairs, c, start);
-                      }
+                      with_columns((keys + 15) / 16, [&](auto vectors) {
+                        panel_columns<vectors>(x, x_stride, width, w, w_stride, pairs, c, start);
+                      });
                     });
 }
 

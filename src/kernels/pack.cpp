@@ -37,7 +37,7 @@ void pack_queries(const Rows& q, bool negate, void* packed) {
     using From = decltype(from);
     for (int64_t r = 0; r < q.count; ++r) {
       T* to = out + r * stride;
-      for_each_vector<T>(static_cast<const From*>(q.data) + r * q.stride, q.width,
+      for_each_vector<T>(static_cast<const From*>(q.data) + q.offset(r), q.width,
                          [&](int64_t i, auto v)
                              HWY_ATTR { hn::StoreU(hn::Mul(v, sign), d, to + i); });
     }
@@ -48,15 +48,15 @@ void pack_queries(const Rows& q, bool negate, void* packed) {
 template <class T, class From>
 HWY_INLINE void load_square(const Rows& x, int64_t m, int64_t e, hn::Vec<Full<T>>* rows) {
   const Full<T> d;
-  const From* p = static_cast<const From*>(x.data) + m * x.stride + e;
+  const From* p = static_cast<const From*>(x.data) + e;
   const int64_t columns = x.width - e;
   if (HWY_LIKELY(m + lanes<T>() <= x.count && columns >= lanes<T>())) {
-    for (int64_t i = 0; i < lanes<T>(); ++i) rows[i] = Load<T, From>::full(d, p + i * x.stride);
+    for (int64_t i = 0; i < lanes<T>(); ++i) rows[i] = Load<T, From>::full(d, p + x.offset(m + i));
     return;
   }
   const auto some = static_cast<size_t>(HWY_MIN(columns, lanes<T>()));
   for (int64_t i = 0; i < lanes<T>(); ++i) {
-    rows[i] = m + i < x.count ? Load<T, From>::first(d, p + i * x.stride, some) : hn::Zero(d);
+    rows[i] = m + i < x.count ? Load<T, From>::first(d, p + x.offset(m + i), some) : hn::Zero(d);
   }
 }
 
@@ -92,7 +92,7 @@ bool pack_values(const Rows& v, void* packed) {
     using From = decltype(from);
     for (int64_t m = 0; m < v.count; ++m) {
       T* to = static_cast<T*>(packed) + m * stride;
-      for_each_vector<T>(static_cast<const From*>(v.data) + m * v.stride, v.width,
+      for_each_vector<T>(static_cast<const From*>(v.data) + v.offset(m), v.width,
                          [&](int64_t i, auto x) HWY_ATTR {
                            hn::StoreU(x, d, to + i);
                            bad = hn::Or(bad, hn::Sub(x, x));  // 0 if finite, else NaN
@@ -152,7 +152,7 @@ void finish(Block<T> o, int64_t rows, int64_t width, const T* sum, void* out, DT
 // Blocks of C [width, keys] turned into rows of keys, converted.
 template <class T>
 void finish_columns(Block<T> c, int64_t keys, int64_t width, T factor, void* out, DType dtype,
-                    int64_t out_stride) {
+                    int64_t out_stride, const int64_t* out_offsets) {
   const Full<T> d;
   constexpr int64_t kGroup = 16 / sizeof(T), kDepth = 64;
   const auto element = static_cast<int64_t>(size_of(dtype));
@@ -170,9 +170,11 @@ void finish_columns(Block<T> c, int64_t keys, int64_t width, T factor, void* out
                                      HWY_ATTR { hwy::CopyBytes<16>(group, &block[key][f]); });
       }
       for (int64_t key = 0; key < count; ++key) {
+        const int64_t offset =
+            out_offsets == nullptr ? (m + key) * out_stride : out_offsets[m + key];
+        if (offset == kNoRow) continue;
         store_row<T>(block[key], depth, factor,
-                     static_cast<std::byte*>(out) + ((m + key) * out_stride + start) * element,
-                     dtype);
+                     static_cast<std::byte*>(out) + (offset + start) * element, dtype);
       }
     }
   }

@@ -19,7 +19,7 @@ void pack_half_queries(const Rows& q, bool negate, void* packed) {
   const int64_t stride = round_up(q.width, kHalfDepth);
   const uint16_t flip = negate ? 0x8000 : 0;
   for (int64_t r = 0; r < q.count; ++r) {
-    const auto* from = static_cast<const uint16_t*>(q.data) + r * q.stride;
+    const auto* from = static_cast<const uint16_t*>(q.data) + q.offset(r);
     auto* to = static_cast<uint16_t*>(packed) + r * stride;
     for (int64_t e = 0; e < q.width; ++e) to[e] = from[e] ^ flip;
     std::memset(to + q.width, 0, static_cast<size_t>(stride - q.width) * sizeof(uint16_t));
@@ -47,13 +47,14 @@ void pack_half_keys(const Rows& k, void* packed) {
       for (int64_t e = 0; e < depth; e += 2 * lanes<float>()) {
         prefetch_share(k, start + key + kKeys, kKeys, e, 2 * lanes<float>());
         hn::Vec<Full<float>> rows[hn::MaxLanes(Full<float>())];
-        const auto* row = static_cast<const uint16_t*>(k.data) + (start + key) * k.stride;
+        const auto* data = static_cast<const uint16_t*>(k.data);
+        const auto row = [&](int64_t i) { return data + k.offset(start + key + i); };
         const int64_t count = k.count - start - key;
         if (HWY_LIKELY(count >= kKeys && e + 2 * lanes<float>() <= k.width)) {
-          for (int64_t i = 0; i < kKeys; ++i) rows[i] = load_pairs(row + i * k.stride, e, depth);
+          for (int64_t i = 0; i < kKeys; ++i) rows[i] = load_pairs(row(i), e, depth);
         } else {
           for (int64_t i = 0; i < kKeys; ++i) {
-            rows[i] = i < count ? load_pairs(row + i * k.stride, e, k.width) : hn::Zero(d);
+            rows[i] = i < count ? load_pairs(row(i), e, k.width) : hn::Zero(d);
           }
         }
         transpose_square<float>(rows, [&](int64_t c, auto column) HWY_ATTR {
@@ -75,14 +76,18 @@ HWY_INLINE hn::Vec<Full<uint32_t>> load_words(const uint16_t* row, int64_t f, in
   return hn::PromoteTo(d, hn::Load(half, buffer));
 }
 
+// Row r, null behind the last.
+HWY_INLINE const uint16_t* half_row(const Rows& x, int64_t r) {
+  return r < x.count ? static_cast<const uint16_t*>(x.data) + x.offset(r) : nullptr;
+}
+
 bool pack_half_values(const Rows& v, void* packed) {
   const Full<uint32_t> d;
   const Full<float> df;
   const int64_t stride = round_up(v.width, kHalfColumns), keys = round_up(v.count, kHalfDepth);
   auto bad = hn::Zero(df);
   for (int64_t m = 0; m < keys; m += 2) {
-    const auto* even = m < v.count ? static_cast<const uint16_t*>(v.data) + m * v.stride : nullptr;
-    const auto* odd = m + 1 < v.count ? even + v.stride : nullptr;
+    const uint16_t *even = half_row(v, m), *odd = half_row(v, m + 1);
     auto* to = static_cast<uint32_t*>(packed) + m / 2 * stride;
     for (int64_t f = 0; f < stride; f += lanes<uint32_t>()) {
       const auto low = load_words(even, f, v.width);
@@ -97,9 +102,8 @@ bool pack_half_values(const Rows& v, void* packed) {
 
 // Rows r and r + 1 side by side in 32-bit lanes, those at and behind `count` as zeros.
 HWY_INLINE hn::Vec<Full<uint32_t>> load_row_pair(const Rows& x, int64_t r, int64_t f) {
-  const auto* row = static_cast<const uint16_t*>(x.data) + r * x.stride;
-  const auto low = load_words(r < x.count ? row : nullptr, f, x.width);
-  const auto high = load_words(r + 1 < x.count ? row + x.stride : nullptr, f, x.width);
+  const auto low = load_words(half_row(x, r), f, x.width);
+  const auto high = load_words(half_row(x, r + 1), f, x.width);
   return hn::Or(low, hn::ShiftLeft<16>(high));
 }
 

@@ -28,18 +28,19 @@ inline int64_t bytes_ahead(const Rows& rows) {
 
 inline const std::byte* row_at(const Rows& rows, int64_t r) {
   return static_cast<const std::byte*>(rows.data) +
-         r * rows.stride * static_cast<int64_t>(size_of(rows.dtype));
+         rows.offset(r) * static_cast<int64_t>(size_of(rows.dtype));
 }
 
 /// For loops over blocks of `count` rows that read `step` columns [column, column + step) of all of them
 /// after the others, which looks like no stream: asks for a share of the rows from `first` on, in the
-/// order of memory. They may lie behind the last row, where the next call goes on.
+/// order of memory. Evenly spaced, they may lie behind the last row, where the next call goes on.
 inline void prefetch_share(const Rows& rows, int64_t first, int64_t count, int64_t column,
                            int64_t step) {
   constexpr int64_t kLine = 64;
   const int64_t bytes = rows.width * static_cast<int64_t>(size_of(rows.dtype));
   const int64_t steps = (rows.width + step - 1) / step, share = (count + steps - 1) / steps;
   const int64_t begin = column / step * share;
+  if (rows.offsets != nullptr) count = std::min(count, rows.count - first);
   for (int64_t r = begin; r < std::min(begin + share, count); ++r) {
     const auto row = reinterpret_cast<uintptr_t>(row_at(rows, first + r));
     for (int64_t i = 0; i < bytes; i += kLine) {
@@ -68,11 +69,9 @@ class ReadAhead {
   }
   void add(const Rows& rows) {
     if (rows.data == nullptr || rows.count <= 0 || rows.width <= 0) return;
-    const auto element = static_cast<int64_t>(size_of(rows.dtype));
-    const bool together = rows.stride == rows.width;
-    const Lines lines{static_cast<const std::byte*>(rows.data), rows.stride * element,
-                      together ? 1 : rows.count,
-                      rows.width * element * (together ? rows.count : 1)};
+    const bool together = rows.offsets == nullptr && rows.stride == rows.width;
+    const int64_t bytes = rows.width * static_cast<int64_t>(size_of(rows.dtype));
+    const Lines lines{rows, together ? 1 : rows.count, together ? rows.count * bytes : bytes};
     assert(count_ < static_cast<int64_t>(list_.size()));
     lines_ += lines.rows * ((lines.row_bytes + kLine - 1) / kLine);
     list_[static_cast<size_t>(count_++)] = lines;
@@ -81,24 +80,27 @@ class ReadAhead {
   int64_t lines() const { return lines_; }
   void ask(int64_t lines) {
     for (lines = std::min(lines, lines_); lines > 0; --lines, --lines_) {
-      Lines& x = list_[static_cast<size_t>(at_)];
-      prefetch_far(x.data, done_);
+      const Lines& x = list_[static_cast<size_t>(at_)];
+      prefetch_far(row_at(x.from, row_), done_);
       done_ += kLine;
       if (done_ < x.row_bytes) continue;
       done_ = 0;
-      x.data += x.stride;
-      if (--x.rows == 0) ++at_;
+      if (++row_ < x.rows) continue;
+      row_ = 0;
+      ++at_;
     }
   }
 
  private:
   static constexpr int64_t kLine = 64;  // bytes
   struct Lines {
-    const std::byte* data = nullptr;
-    int64_t stride = 0, rows = 0, row_bytes = 0;  // bytes from row to row, rows left
+    Rows from;
+    int64_t rows = 0, row_bytes = 0;  // rows that follow each other without a gap count as one
   };
   std::array<Lines, 4> list_;
-  int64_t count_ = 0, at_ = 0, done_ = 0, lines_ = 0;  // done_: bytes of the row at hand
+  int64_t count_ = 0, lines_ = 0;
+  int64_t at_ = 0, row_ = 0,
+          done_ = 0;  // what comes next: the list's entry, its row, bytes of the row
 };
 
 }  // namespace heed::kernels

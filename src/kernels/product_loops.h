@@ -78,6 +78,14 @@ void for_column_panels(int64_t rows, int64_t keys, const KeyRange* ranges, int64
   }
 }
 
+// Calls body(height as a constant) for the next of `rows` rows: kMost, or 4 or 2 at the end.
+template <int kMost, class Body>
+__attribute__((always_inline)) inline void with_height(int64_t rows, Body&& body) {
+  if (rows > 4) return body(std::integral_constant<int, kMost>());
+  if (rows > 2) return body(std::integral_constant<int, 4>());
+  body(std::integral_constant<int, 2>());
+}
+
 // Calls body(first, size as a constant) for `count` rows of C (a multiple of 2) in blocks of 6, 4 and 2.
 template <class Body>
 void for_column_blocks(int64_t count, Body&& body) {

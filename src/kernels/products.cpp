@@ -12,10 +12,9 @@ HWY_BEFORE_NAMESPACE();
 namespace heed::kernels::HWY_NAMESPACE {
 namespace hn = hwy::HWY_NAMESPACE;
 
-template <int NV, class T>
+template <int MR, int NV, class T>
 HWY_NOINLINE void score_block(const T* q, int64_t q_stride, const T* panel, int64_t panel_width,
                               int64_t width, T* s, int64_t s_stride) {
-  constexpr int MR = 6;
   const Full<T> d;
   hn::Vec<Full<T>> acc[MR][NV];
   for_block<MR, NV>([&](int r, int j) HWY_ATTR { acc[r][j] = hn::Zero(d); });
@@ -36,16 +35,17 @@ void scores(const void* queries, int64_t rows, const void* keys, int64_t key_cou
         const T* k = static_cast<const T*>(keys) + start * width + first;
         T* out = s.row(r) + start + first;
         with_vectors(columns / kLanes, [&](auto vectors) {
-          score_block<vectors, T>(q, q_stride, k, panel_width, width, out, s.stride);
+          with_height<6>(rows - r, [&](auto height) {
+            score_block<height, vectors, T>(q, q_stride, k, panel_width, width, out, s.stride);
+          });
         });
       });
 }
 
 // O[r][columns] = carry[r] O + sum over keys [begin, end) of P V, for one block of rows.
-template <int NV, class T>
+template <int MR, int NV, class T>
 HWY_NOINLINE void accumulate_block(const T* p, int64_t p_stride, const T* v, int64_t v_stride,
                                    int64_t keys, const T* carry, T* o, int64_t o_stride) {
-  constexpr int MR = block_rows(NV);
   const Full<T> d;
   hn::Vec<Full<T>> acc[MR][NV];
 #pragma GCC unroll 12
@@ -81,10 +81,12 @@ void accumulate(const void* weights, int64_t p_stride, int64_t rows, const void*
     with_vectors(count, [&](auto vectors) {
       for_sum_blocks(rows, key_count, ranges, block_rows(vectors), kRun, 1,
                      [&](int64_t r, int64_t from, int64_t to, bool first) {
-                       accumulate_block<vectors, T>(p + r * p_stride + from, p_stride,
-                                                    v + from * v_stride + column, v_stride,
-                                                    to - from, carry_at(first ? carry : nullptr, r),
-                                                    o.row(r) + column, o.stride);
+                       with_height<block_rows(vectors)>(rows - r, [&](auto height) {
+                         accumulate_block<height, vectors, T>(
+                             p + r * p_stride + from, p_stride, v + from * v_stride + column,
+                             v_stride, to - from, carry_at(first ? carry : nullptr, r),
+                             o.row(r) + column, o.stride);
+                       });
                      });
     });
   });

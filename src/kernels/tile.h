@@ -24,14 +24,19 @@
 
 namespace heed::kernels {
 
-/// Rows of one tensor: row r starts at data + r * stride elements, `width` elements are contiguous.
+/// Rows of one tensor: row r starts at data + offset(r) elements, `width` elements are contiguous.
 struct Rows {
   const void* data = nullptr;
   DType dtype = DType::f32;
   int64_t stride = 0;
   int64_t count = 0;
   int64_t width = 0;
+  const int64_t* offsets = nullptr;  // of each row; null: evenly spaced. Only packing takes them
+  int64_t offset(int64_t r) const { return offsets == nullptr ? r * stride : offsets[r]; }
 };
+
+/// The offset of a row that does not exist, in memory that is written.
+inline constexpr int64_t kNoRow = std::numeric_limits<int64_t>::min();
 
 /// Keys [begin, end) of the tile that a row sees.
 struct KeyRange {
@@ -102,7 +107,8 @@ struct TileKernels {
   void (*scores)(const void* queries, int64_t rows, const void* keys, int64_t key_count,
                  int64_t width, const KeyRange* ranges, Block<T> s) = nullptr;
   /// Weights go to `weights` (T, may be `s` itself; or bfloat16 with half_operands), exactly 0 outside
-  /// a row's range, in the padding columns and where a score is -inf (a mask, at any scale). A NaN score
+  /// a row's range, in the padding columns and where a score is -inf (a mask, at any scale). Columns
+  /// that no row sees are undefined, but for those beside the others in steps of 32. A NaN score
   /// has weight NaN (not in a polynomial of order 0, which looks at no score). Scores outside the range
   /// may be overwritten.
   void (*weights[kWeightKinds])(Block<T> s, int64_t rows, int64_t key_count, const KeyRange* ranges,
@@ -160,8 +166,9 @@ struct TileKernels {
                              int64_t weight_stride, int64_t key_count, const KeyRange* ranges,
                              Block<T> c) = nullptr;
   int64_t column_multiple = 1;
+  /// `out_offsets` as those of Rows, kNoRow: not written.
   void (*finish_columns)(Block<T> c, int64_t keys, int64_t width, T factor, void* out,
-                         DType out_dtype, int64_t out_stride) = nullptr;
+                         DType out_dtype, int64_t out_stride, const int64_t* out_offsets) = nullptr;
 
   /// Few rows: queries are T [rows, width padded to dim_multiple].
   void (*dot_rows)(Block<const T> queries, int64_t rows, const Rows& k, Block<T> s) = nullptr;

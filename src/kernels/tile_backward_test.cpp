@@ -7,13 +7,6 @@
 namespace heed::kernels {
 namespace {
 
-template <class Check>
-void for_all_tables(Check&& check) {
-  for (const auto* k : tables<float>()) check(*k);
-  for (const auto* k : tables<double>()) check(*k);
-  check(emulated_tile_table());
-}
-
 // A block of random numbers, some of them -inf, junk where no row sees a key.
 template <class T>
 Buffer<T> random_block(int64_t rows, int64_t keys, const std::vector<KeyRange>* ranges, bool masked,
@@ -456,7 +449,7 @@ void check_finish_columns(const TileKernels<T>& k, DType type, int64_t keys, int
   const Matrix c(dtype_of<T>(), round_up(width, k.column_multiple), keys, stride, 5);
   Array out = Array::zeros(type, {keys, out_stride});
   k.finish_columns({c.storage.as<T>(), stride}, keys, width, T(-0.5), out.view().data(), type,
-                   out_stride);
+                   out_stride, nullptr);
   Array want = Array::zeros(DType::f64, {keys, out_stride});
   for (int64_t m = 0; m < keys; ++m) {
     for (int64_t f = 0; f < width; ++f) want.as<double>()[m * out_stride + f] = -0.5 * c.at(f, m);
@@ -481,6 +474,28 @@ void check_all_finish_columns(const TileKernels<T>& k) {
       }
     }
   }
+}
+
+template <class T>
+void check_scattered_columns(const TileKernels<T>& k) {
+  constexpr int64_t kKeys = 21, kWidth = 19;
+  const Matrix c(dtype_of<T>(), round_up(kWidth, k.column_multiple), kKeys, 80, 5);
+  std::vector<int64_t> offsets;
+  for (int64_t m = 0; m < kKeys; ++m) offsets.push_back((kKeys - 1 - m) * kWidth);
+  offsets[3] = kNoRow;
+  Array out = Array::zeros(dtype_of<T>(), {kKeys, kWidth});
+  k.finish_columns({c.storage.as<T>(), 80}, kKeys, kWidth, T{1}, out.view().data(), out.dtype(), 0,
+                   offsets.data());
+  for (int64_t m = 0; m < kKeys; ++m) {
+    for (int64_t f = 0; f < kWidth; ++f) {
+      ASSERT_EQ(out.as<T>()[(kKeys - 1 - m) * kWidth + f], m == 3 ? 0 : static_cast<T>(c.at(f, m)))
+          << k.name;
+    }
+  }
+}
+
+TEST(TileColumns, FinishWritesScatteredRows) {
+  for_all_tables([](const auto& k) { check_scattered_columns(k); });
 }
 
 TEST(TileColumns, FinishTurnsScalesAndRounds) {

@@ -83,6 +83,13 @@ inline TileKernels<float> emulated_tile_table() {
   return table;
 }
 
+template <class Check>
+void for_all_tables(Check&& check) {
+  for (const auto* k : tables<float>()) check(*k);
+  for (const auto* k : tables<double>()) check(*k);
+  check(emulated_tile_table());
+}
+
 inline std::vector<KeyRange> slanted_ranges(int64_t rows, int64_t keys) {
   std::vector<KeyRange> ranges;
   for (int64_t r = 0; r < rows; ++r) {

@@ -106,10 +106,11 @@ void Backward<T>::prepare_rows() {
     const int64_t v_bytes = wide_.query_bytes(kRows, value_dim_);
     Scratch scratch(static_cast<size_t>(2 * q_bytes + 3 * v_bytes) + 5 * 64);
     // Rows of T: where they lie if they are that, else a copy.
-    const auto rows = [&](const Tensor& t, int64_t bytes) -> kernels::Block<const T> {
+    const auto rows = [&](const HeadRows& t, int64_t bytes) -> kernels::Block<const T> {
       if (!t.defined()) return {};
       const Rows from = rows_of(t, job.head, job.begin, job.end);
-      if (size_of(from.dtype) == sizeof(T)) return {static_cast<const T*>(from.data), from.stride};
+      const bool as_they_lie = size_of(from.dtype) == sizeof(T) && from.offsets == nullptr;
+      if (as_they_lie) return {static_cast<const T*>(from.data), from.stride};
       T* to = reinterpret_cast<T*>(scratch.take<std::byte>(bytes));
       wide_.pack_queries(from, false, to);
       return {to, round_up(from.width, wide_.dim_multiple)};
@@ -139,7 +140,7 @@ template <class T>
 void Backward<T>::prepare_row(int64_t s, int64_t head, int64_t row, const T* g, const T* out,
                               const T* mean) {
   const int64_t at = row_index(s, head, row);
-  const Tensor& lse_gradient = gradient(s).lse;
+  const HeadRows& lse_gradient = gradient(s).lse;
   const double from_lse = lse_gradient.defined() ? load_statistic(lse_gradient, head, row) : 0;
   const auto set = [at](Array& rows, double x) { rows.as<T>()[at] = static_cast<T>(x); };
   if (problem_.policy.weight != kernels::WeightKind::softmax) {
@@ -223,7 +224,7 @@ void Backward<T>::finish_rows(int64_t s, int64_t kv_head,
 }
 
 template <class T>
-void Backward<T>::finish_rows_of(const Tensor& to, int64_t s, int64_t kv_head, double factor,
+void Backward<T>::finish_rows_of(const HeadRows& to, int64_t s, int64_t kv_head, double factor,
                                  const std::vector<T*>& parts) const {
   const int64_t tiles = query_tiles(s), queries = sequence(s).plan.queries();
   const int64_t count = group_ * tiles;
@@ -237,8 +238,11 @@ void Backward<T>::finish_rows_of(const Tensor& to, int64_t s, int64_t kv_head, d
       for (size_t part = 1; part < parts.size(); ++part) value += parts[part][offset + x];
       sum.data[x] = value * static_cast<T>(factor);
     }
-    wide_.finish(sum, rows, head_dim_, nullptr, to.at({kv_head * group_ + i / tiles, begin}),
-                 to.dtype(), to.stride(1));
+    const int64_t head = kv_head * group_ + i / tiles;
+    for_each_run(to, begin, begin + rows, [&](int64_t row, int64_t run, int64_t stride) {
+      wide_.finish({sum.row(row - begin), sum.stride}, run, head_dim_, nullptr, to.row(head, row),
+                   to.dtype(), stride);
+    });
   });
 }
 

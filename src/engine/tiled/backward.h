@@ -71,7 +71,7 @@ class Backward : private TileCall<T> {
   void run_unit(int lane, int64_t index);
   /// Overwrites the first part.
   void finish_rows(int64_t s, int64_t kv_head, const std::vector<RowGradients*>& parts) const;
-  void finish_rows_of(const Tensor& to, int64_t s, int64_t kv_head, double factor,
+  void finish_rows_of(const HeadRows& to, int64_t s, int64_t kv_head, double factor,
                       const std::vector<T*>& parts) const;
   HeadGradients head_gradients() const;
 

@@ -106,10 +106,15 @@ void Backward<T>::run_key_tile(int lane, const Unit& unit, Interval keys, const 
              sums + i / tiles * 2, m);
   }
   const double factor = second_ ? 1 : std::abs(problem_.scale);
-  wide_.finish_columns(m.dk, count, head_dim_, static_cast<T>(factor),
-                       to.k.at({unit.kv_head, keys.begin}), to.k.dtype(), to.k.stride(1));
-  wide_.finish_columns(m.dv, count, value_dim_, T{1}, to.v.at({unit.kv_head, keys.begin}),
-                       to.v.dtype(), to.v.stride(1));
+  const auto finish = [&](const Block& columns, int64_t width, double scale,
+                          const HeadRows& to_rows) {
+    const Rows out = rows_of(to_rows, unit.kv_head, keys.begin, keys.end);
+    wide_.finish_columns(columns, count, width, static_cast<T>(scale),
+                         to_rows.origin(unit.kv_head, keys.begin), out.dtype, out.stride,
+                         out.offsets);
+  };
+  finish(m.dk, head_dim_, factor, to.k);
+  finish(m.dv, value_dim_, 1, to.v);
 }
 
 template <class T>
@@ -117,7 +122,7 @@ typename Backward<T>::Columns Backward<T>::pack_rows(const TileAt& at, bool fini
                                                      const Memory& m) const {
   const Sequence& s = sequence(at.sequence);
   const bool same = products_.pack_columns == products_.pack_queries;
-  const auto pack = [&](const Tensor& from, bool negate, void* rows, void* columns) {
+  const auto pack = [&](const HeadRows& from, bool negate, void* rows, void* columns) {
     const Rows x = rows_of(from, at.head, at.row, at.row + at.rows);
     products_.pack_queries(x, negate, rows);
     if (finite && same) return static_cast<const void*>(rows);
@@ -204,7 +209,9 @@ template <class T>
 void Backward<T>::add_products(const TileAt& at, const Seen& seen, const Columns& columns,
                                bool finite, Block dq, Block dr, const Memory& m) const {
   const Sequence& s = sequence(at.sequence);
-  const auto rows = [&](const Tensor& t) { return rows_of(t, at.head, at.row, at.row + at.rows); };
+  const auto rows = [&](const HeadRows& t) {
+    return rows_of(t, at.head, at.row, at.row + at.rows);
+  };
   add_columns(at, seen, m.s, columns.dout, rows(gradient(at.sequence).out), value_dim_, finite,
               false, m.dv, m);
   add_columns(at, seen, m.a, columns.q, rows(s.q), head_dim_, finite, problem_.scale < 0, m.dk, m);

@@ -20,6 +20,9 @@ namespace {
 // cache of a few thousand tokens keeps all cores busy.
 constexpr int64_t kPartKeys = 1024;
 
+// Query tiles during which the next key tile is asked for.
+constexpr int64_t kReadAheadTiles = 8;
+
 }  // namespace
 
 template <class T>
@@ -208,7 +211,7 @@ void Forward<T>::pack_item(const Item& item, const std::vector<QueryTile>& tiles
                            const Memory& m) const {
   const Sequence& s = sequence(item.sequence);
   for (int64_t stream = 0; stream < streams_; ++stream) {
-    const Tensor& from = stream == 0 ? s.q : s.r;
+    const HeadRows& from = stream == 0 ? s.q : s.r;
     const bool negate = stream == 0 && problem_.scale < 0;
     for (size_t t = 0; t < tiles.size(); ++t) {
       const Rows q = rows_of(from, tiles[t].head, tiles[t].begin, tiles[t].end);
@@ -226,6 +229,7 @@ void Forward<T>::pack_item(const Item& item, const std::vector<QueryTile>& tiles
 template <class T>
 void Forward<T>::run_item(const Item& item) const {
   const std::vector<QueryTile> tiles = query_tiles(item);
+  const Sequence& s = sequence(item.sequence);
   Scratch scratch(scratch_bytes(tiles));
   const Memory m = cut(scratch, item, tiles);
   pack_item(item, tiles, m);
@@ -236,7 +240,11 @@ void Forward<T>::run_item(const Item& item) const {
       if (path_.few_rows) {
         run_few_rows(item, tiles, keys, m);
       } else {
-        run_key_tile(item, tiles, keys, m);
+        const int64_t next = std::min(keys.end + tile_keys_, item.keys.end);
+        run_key_tile(item, tiles, keys,
+                     {rows_of(s.k, item.kv_head, keys.end, next),
+                      rows_of(s.v, item.kv_head, keys.end, next)},
+                     m);
       }
     }
   }
@@ -251,7 +259,8 @@ void Forward<T>::run_item(const Item& item) const {
 
 template <class T>
 void Forward<T>::run_key_tile(const Item& item, const std::vector<QueryTile>& tiles, Interval keys,
-                              const Memory& m) const {
+                              kernels::ReadAhead next, const Memory& m) const {
+  const int64_t share = next.lines() / kReadAheadTiles + 1;
   const Sequence& s = sequence(item.sequence);
   const Rows v = rows_of(s.v, item.kv_head, keys.begin, keys.end);
   bool packed = false;
@@ -272,6 +281,7 @@ void Forward<T>::run_key_tile(const Item& item, const std::vector<QueryTile>& ti
     }
     products_.scores(packed_queries(tiles, 0, t, m), at.rows, m.keys, at.keys, head_dim_,
                      seen.ranges, m.scores);
+    next.ask(share);
     this->shape_scores(at, seen, m.scores, {});
     const std::vector<SeenElement> special = seen_elements(finite.rows, at, seen, m.scores);
     weigh_and_add(at, seen, tile, packed_queries(tiles, streams_ - 1, t, m), special.empty(), m);
@@ -342,26 +352,26 @@ void Forward<T>::weigh_and_add(const TileAt& at, const Seen& seen, const QueryTi
 template <class T>
 void Forward<T>::finish(int64_t s, const QueryTile& tile, const Memory& m) const {
   const Sequence& at = sequence(s);
-  const Tensor& out = at.out;
-  const Block rows{m.out.row(tile.slot), m.out.stride};
-  T* sum = m.sum + tile.slot;
+  const T* sum = m.sum + tile.slot;
+  const auto store = [&](const HeadRows& to, bool divide) {
+    for_each_run(to, tile.begin, tile.end, [&](int64_t row, int64_t rows, int64_t stride) {
+      const int64_t first = row - tile.begin;
+      wide_.finish({m.out.row(tile.slot + first), m.out.stride}, rows, value_dim_,
+                   divide ? sum + first : nullptr, to.row(tile.head, row), to.dtype(), stride);
+    });
+  };
   if (second_) {
-    if (at.v_mean.defined()) {
-      wide_.finish(rows, tile.rows(), value_dim_, sum, at.v_mean.at({tile.head, tile.begin}),
-                   at.v_mean.dtype(), at.v_mean.stride(1));
-    }
+    if (at.v_mean.defined()) store(at.v_mean, true);
     for (int64_t r = 0; r < tile.rows(); ++r) combine_streams(s, tile, r, m);
   }
-  wide_.finish(rows, tile.rows(), value_dim_, problem_.policy.divide_by_sum() ? sum : nullptr,
-               out.at({tile.head, tile.begin}), out.dtype(), out.stride(1));
+  store(at.out, problem_.policy.divide_by_sum());
   if (!at.lse.defined()) return;
   const bool plain = problem_.policy.weight == kernels::WeightKind::polynomial;
-  const int64_t step = at.lse.stride(1) * static_cast<int64_t>(size_of(at.lse.dtype()));
-  std::byte* lse = at.lse.at({tile.head, tile.begin});
   for (int64_t r = 0; r < tile.rows(); ++r) {
     const double total = sum[r], pivot = m.pivot[tile.slot + r];
-    store_statistic(lse + r * step, at.lse.dtype(),
-                    plain ? total : (pivot + std::log2(total)) / kLog2E);
+    std::byte* lse = at.lse.row(tile.head, tile.begin + r);
+    if (lse == nullptr) continue;
+    store_statistic(lse, at.lse.dtype(), plain ? total : (pivot + std::log2(total)) / kLog2E);
   }
 }
 

@@ -5,6 +5,7 @@
 
 #include "base/parallel.h"
 #include "engine/tiled/tile_call.h"
+#include "kernels/prefetch.h"
 
 namespace heed::tiled {
 
@@ -79,8 +80,9 @@ class Forward : private TileCall<T> {
   void place_sinks(const std::vector<QueryTile>& tiles, const Memory& m) const;
   void pack_item(const Item& item, const std::vector<QueryTile>& tiles, const Memory& m) const;
   void run_item(const Item& item) const;
+  /// `next`: operands of the key tile that follows.
   void run_key_tile(const Item& item, const std::vector<QueryTile>& tiles, Interval keys,
-                    const Memory& m) const;
+                    kernels::ReadAhead next, const Memory& m) const;
   std::vector<SeenElement> seen_elements(const std::vector<int64_t>& keys, const TileAt& at,
                                          const Seen& seen, Block s) const;
   void weigh_and_add(const TileAt& at, const Seen& seen, const QueryTile& tile,

@@ -13,7 +13,9 @@ namespace {
 // Up to this many query rows per key head, reading keys and values once matters more than products.
 constexpr int64_t kFewRows = 16;
 
-bool few_rows(const CallKind& call) { return !call.backward && call.rows_per_key_head <= kFewRows; }
+bool few_rows(const CallKind& call) {
+  return !call.backward && !call.scattered && call.rows_per_key_head <= kFewRows;
+}
 
 int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
@@ -112,7 +114,8 @@ int64_t rows_per_item(const Problem& problem, int64_t query_tile, const RunOptio
 
 Path choose_path(const Problem& problem, const RunOptions& run, bool backward) {
   const Sequence& sequence = longest(problem);
-  const CallKind call{group_of(sequence) * sequence.plan.queries(), sequence.q.dtype(), backward};
+  const CallKind call{group_of(sequence) * sequence.plan.queries(), sequence.q.dtype(), backward,
+                      sequence.q.offsets != nullptr};
   const Isa strongest = chosen_isa(run);
   const auto* chosen = std::find_if(
       std::begin(kCandidates), std::end(kCandidates),

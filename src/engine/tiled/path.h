@@ -12,6 +12,7 @@ struct CallKind {
   int64_t rows_per_key_head = 1;  // query rows that read the same keys: (H/Hkv) * Lq
   DType dtype = DType::f32;
   bool backward = false;
+  bool scattered = false;  // rows lie at offsets of their own
 };
 
 /// The path a call takes: kernels and tile sizes.

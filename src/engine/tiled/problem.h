@@ -6,6 +6,7 @@
 //   out = W v, divided by the row's sum (softmax)
 // The second stream (Parallax) adds T = r k^T and sums W T beside W.
 #pragma once
+#include <memory>
 #include <optional>
 #include <vector>
 
@@ -24,9 +25,9 @@ struct TileAt {
   int64_t key = 0, keys = 0;
 };
 
-/// How much of a tile inside the plan's intervals is seen: nothing (it costs nothing), everything, or
-/// what `shape` leaves.
-enum class Visit { none, whole, masked };
+/// How much of a tile inside the plan's intervals is seen: nothing (it costs nothing), everything, a
+/// range of keys per row, or what `shape` leaves.
+enum class Visit { none, whole, ranged, masked };
 
 /// Masks that are no intervals and terms that scores get beyond scale, bias and ALiBi: additive
 /// tensors, boolean masks, relative positions. Everything is const: tiles are visited in parallel.
@@ -38,8 +39,9 @@ class ScoreTerms {
   /// False if `shape` only hides: it is then called for masked tiles alone, with scores that are not
   /// scaled yet.
   virtual bool adds() const { return true; }
-  /// Writes keys of a masked tile outside of which each of its rows sees nothing, which saves work, and
-  /// returns true; elements outside are undefined in `shape`. Asked where the plan hides nothing.
+  /// Writes the keys that each row sees of a ranged tile. Of a masked tile: keys outside of which a row
+  /// sees nothing, which saves work; elements outside are undefined in `shape`; false: not known. Asked
+  /// where the plan hides nothing.
   virtual bool ranges(const TileAt& /*at*/, kernels::KeyRange* /*ranges*/) const { return false; }
 
   /// Changes the scaled scores of a tile in place: adds terms, writes -inf where a key is hidden
@@ -73,23 +75,44 @@ struct Policy {
   bool divide_by_sum() const { return weight == kernels::WeightKind::softmax; }
 };
 
+/// Rows [heads, rows, width], or numbers [heads, rows]: evenly spaced, or each at an offset of its own.
+struct HeadRows : Tensor {
+  HeadRows() = default;
+  HeadRows(const Tensor& t) : Tensor(t) {}  // NOLINT(google-explicit-constructor)
+  /// Elements from where the head begins, of each row; null: evenly spaced. kernels::kNoRow, in results
+  /// and lse: the row does not exist. It is not written and, as one that sees no key, has no gradient.
+  std::shared_ptr<const int64_t> offsets;
+
+  /// What offsets count from, or where row `begin` is.
+  std::byte* origin(int64_t head, int64_t begin) const {
+    return offsets == nullptr ? at({head, begin}) : at({head});
+  }
+  /// Null for a row that does not exist.
+  std::byte* row(int64_t head, int64_t r) const {
+    if (offsets == nullptr) return at({head, r});
+    const int64_t offset = offsets.get()[r];
+    if (offset == kernels::kNoRow) return nullptr;
+    return at({head}) + offset * static_cast<int64_t>(size_of(dtype()));
+  }
+};
+
 /// One set of queries against one set of keys, all heads: query head h reads key head h / (H/Hkv).
 struct Sequence {
-  Tensor q, k, v;  // [H,Lq,D] [Hkv,Lk,D] [Hkv,Lk,Dv]
-  Tensor r;        // [H,Lq,D], second stream; undefined: none
-  Tensor out;      // [H,Lq,Dv]; polynomial: not divided
-  Tensor lse;      // [H,Lq] or undefined; polynomial: the sum of weights
-  Tensor v_mean;   // [H,Lq,Dv] or undefined; second stream: the plain softmax result
-  Tensor t_mean;   // [H,Lq] or undefined; second stream: the mean of r k^T under the weights
+  HeadRows q, k, v;  // [H,Lq,D] [Hkv,Lk,D] [Hkv,Lk,Dv]
+  HeadRows r;        // [H,Lq,D], second stream; undefined: none
+  HeadRows out;      // [H,Lq,Dv]; polynomial: not divided
+  HeadRows lse;      // [H,Lq] or undefined; polynomial: the sum of weights
+  Tensor v_mean;     // [H,Lq,Dv] or undefined; second stream: the plain softmax result
+  Tensor t_mean;     // [H,Lq] or undefined; second stream: the mean of r k^T under the weights
   TilePlan plan;
   int64_t batch = 0;  // counts in the dropout's random numbers
 };
 
 /// Gradients of one sequence; undefined ones are not wanted (those of q, k, v are always written).
 struct SequenceGradient {
-  Tensor out,
+  HeadRows out,
       lse;  // given; lse may be undefined (zero). Polynomial: of the undivided result and sum
-  Tensor q, k, v, r;  // written
+  HeadRows q, k, v, r;  // written
 };
 
 /// A checked call. All sequences have the same types, numbers of heads and head dims.

@@ -16,7 +16,7 @@ std::array<uint32_t, 4> words(uint64_t seed, int64_t batch, int64_t head, int64_
 
 template <class From>
 double element(const kernels::Rows& rows, int64_t row, int64_t i) {
-  const From x = static_cast<const From*>(rows.data)[row * rows.stride + i];
+  const From x = static_cast<const From*>(rows.data)[rows.offset(row) + i];
   if constexpr (std::is_same_v<From, bfloat16> || std::is_same_v<From, float16>) {
     return to_float(x);
   } else {

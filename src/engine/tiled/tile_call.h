@@ -4,6 +4,7 @@
 #include <algorithm>
 #include <cmath>
 #include <cstring>
+#include <limits>
 #include <vector>
 
 #include "base/round_up.h"
@@ -15,12 +16,33 @@ namespace heed::tiled {
 inline constexpr double kLog2E = 1.4426950408889634;
 
 /// Rows of one head: t [heads, rows, width].
-inline kernels::Rows rows_of(const Tensor& t, int64_t head, int64_t begin, int64_t end) {
-  return {t.at({head, begin}), t.dtype(), t.stride(1), end - begin, t.size(2)};
+inline kernels::Rows rows_of(const HeadRows& t, int64_t head, int64_t begin, int64_t end) {
+  const int64_t* offsets = t.offsets == nullptr ? nullptr : t.offsets.get() + begin;
+  return {t.origin(head, begin), t.dtype(), t.stride(1), end - begin, t.size(2), offsets};
 }
 
-inline double load_statistic(const Tensor& t, int64_t head, int64_t row) {
-  const std::byte* p = t.at({head, row});
+/// Calls body(row, rows, stride) for runs of the rows [begin, end) that exist and are evenly spaced.
+template <class Body>
+void for_each_run(const HeadRows& t, int64_t begin, int64_t end, const Body& body) {
+  const int64_t* offsets = t.offsets.get();
+  if (offsets == nullptr) return body(begin, end - begin, t.stride(1));
+  while (begin < end) {
+    if (offsets[begin] == kernels::kNoRow) {
+      ++begin;
+      continue;
+    }
+    int64_t next = begin + 1;
+    const int64_t stride =
+        next < end && offsets[next] != kernels::kNoRow ? offsets[next] - offsets[begin] : t.size(2);
+    while (next < end && offsets[next] == offsets[begin] + (next - begin) * stride) ++next;
+    body(begin, next - begin, stride);
+    begin = next;
+  }
+}
+
+inline double load_statistic(const HeadRows& t, int64_t head, int64_t row) {
+  const std::byte* p = t.row(head, row);
+  if (p == nullptr) return -std::numeric_limits<double>::infinity();
   return t.dtype() == DType::f64 ? *reinterpret_cast<const double*>(p)
                                  : *reinterpret_cast<const float*>(p);
 }
@@ -96,7 +118,8 @@ class TileCall {
     if (visit == Visit::none) return {};
     Seen seen{true, visit == Visit::masked, nullptr};
     if (plan.covers(at.row, at.row + at.rows, keys)) {
-      if (seen.masked && problem_.terms->ranges(at, ranges)) seen.ranges = ranges;
+      const bool asks = visit != Visit::whole;
+      if (asks && problem_.terms->ranges(at, ranges)) seen.ranges = ranges;
       return seen;
     }
     for (int64_t r = 0; r < at.rows; ++r) {

@@ -1,9 +1,9 @@
 #include "mechanisms/neighborhood/boxes.h"
 
 #include <algorithm>
-#include <cstring>
+#include <span>
 
-#include "base/parallel.h"
+#include "kernels/tile.h"
 #include "mechanisms/neighborhood/grid_call.h"
 
 namespace heed::na {
@@ -41,106 +41,43 @@ BoxOrder::BoxOrder(const tiled::Neighborhood& grid, const Boxes& boxes)
   }
 }
 
-BoxOrder::Box BoxOrder::box(int64_t n) const {
-  const int64_t first_row = n * points_per_box(boxes_);
-  const auto next = std::upper_bound(first_row_.begin(), first_row_.end(), first_row);
-  Box found{next - first_row_.begin() - 1, first_row, {}};
-  const Group& group = groups_[static_cast<size_t>(found.group)];
-  n -= first_row_[static_cast<size_t>(found.group)] / points_per_box(boxes_);
-  for (size_t a = kGridAxes; a-- > 0;) {
-    found.at[a] = n % group.boxes[a];
-    n /= group.boxes[a];
-  }
-  return found;
+std::shared_ptr<const int64_t> BoxOrder::offsets(const Tensor& tokens, Outside outside) const {
+  GridPoint strides;
+  for (size_t a = 0; a < kGridAxes; ++a) strides[a] = tokens.stride(kGrid + static_cast<int>(a));
+  auto all = std::make_shared<std::vector<int64_t>>();
+  all->reserve(static_cast<size_t>(rows()));
+  for (const Group& group : groups_) add_offsets(group, strides, outside, *all);
+  return {all, all->data()};
 }
 
-// visit(first token of the run, its row, tokens): runs along the last axis.
-template <class Visit>
-void BoxOrder::for_each_run(const Box& box, const Visit& visit) const {
-  const Group& group = groups_[static_cast<size_t>(box.group)];
-  std::array<tiled::Interval, kGridAxes> points;
-  for (size_t a = 0; a < kGridAxes; ++a) points[a] = boxes_[a].points(box.at[a], group.length[a]);
-  const auto place = [&](size_t a, int64_t point) {
-    return point - (box.at[a] * boxes_[a].side - boxes_[a].shift);
-  };
-  const auto token = [&](size_t a, int64_t point) {
-    return point * dilation_[a] + group.residue[a];
-  };
-  for (int64_t z = points[0].begin; z < points[0].end; ++z) {
-    for (int64_t y = points[1].begin; y < points[1].end; ++y) {
-      const int64_t line = place(0, z) * boxes_[1].side + place(1, y);
-      visit(GridPoint{token(0, z), token(1, y), token(2, points[2].begin)},
-            box.first_row + line * boxes_[2].side + place(2, points[2].begin),
-            points[2].end - points[2].begin);
+void BoxOrder::add_offsets(const Group& group, const GridPoint& strides, Outside outside,
+                           std::vector<int64_t>& offsets) const {
+  // Of the points of all boxes along each axis.
+  std::array<std::vector<int64_t>, kGridAxes> along;
+  for (size_t a = 0; a < kGridAxes; ++a) {
+    for (int64_t i = 0; i < group.boxes[a] * boxes_[a].side; ++i) {
+      const int64_t point = i - boxes_[a].shift;
+      const int64_t inside = std::clamp<int64_t>(point, 0, group.length[a] - 1);
+      const bool none = outside == Outside::no_row && point != inside;
+      along[a].push_back(none ? kernels::kNoRow
+                              : (inside * dilation_[a] + group.residue[a]) * strides[a]);
     }
   }
-}
-
-namespace {
-
-void fill_rows(const Tensor& rows, int64_t begin, int64_t end, double value) {
-  const int64_t width = rows.size(1), count = (end - begin) * width;
-  std::byte* to = rows.at({begin});
-  if (value == 0) {
-    std::memset(to, 0, static_cast<size_t>(count) * size_of(rows.dtype()));
-  } else if (rows.dtype() == DType::f64) {
-    std::fill_n(reinterpret_cast<double*>(to), count, value);
-  } else {
-    std::fill_n(reinterpret_cast<float*>(to), count, static_cast<float>(value));
-  }
-}
-
-}  // namespace
-
-void BoxOrder::gather(const Tensor& tokens, double outside, const Tensor& rows,
-                      const RunOptions& run) const {
-  const int64_t heads = tokens.size(kHeads), width = tokens.size(kWidth);
-  const int64_t points = points_per_box(boxes_), boxes = this->rows() / points;
-  const size_t bytes = static_cast<size_t>(width) * size_of(tokens.dtype());
-  const int64_t step =
-      tokens.stride(kGrid + 2) * dilation_[2] * static_cast<int64_t>(size_of(tokens.dtype()));
-  const int64_t count = tokens.size(kBatch) * boxes;
-  parallel_for(count, threads_for(run, count), [&](int64_t item, int) {
-    const int64_t b = item / boxes;
-    const Box box = this->box(item % boxes);
-    int64_t existing = 0;
-    for_each_run(box,
-                 [&](const GridPoint&, int64_t, int64_t run_length) { existing += run_length; });
-    for (int64_t h = 0; h < heads && existing < points; ++h) {
-      fill_rows(rows.select(0, b).select(0, h), box.first_row, box.first_row + points, outside);
+  const auto part = [&](size_t a, int64_t box) {
+    return std::span(along[a]).subspan(static_cast<size_t>(box * boxes_[a].side),
+                                       static_cast<size_t>(boxes_[a].side));
+  };
+  const int64_t boxes = group.boxes[0] * group.boxes[1] * group.boxes[2];
+  for (int64_t n = 0; n < boxes; ++n) {
+    for (int64_t z : part(0, n / (group.boxes[1] * group.boxes[2]))) {
+      for (int64_t y : part(1, n / group.boxes[2] % group.boxes[1])) {
+        for (int64_t x : part(2, n % group.boxes[2])) {
+          const bool none = std::min({z, y, x}) == kernels::kNoRow;
+          offsets.push_back(none ? kernels::kNoRow : z + y + x);
+        }
+      }
     }
-    for_each_run(box, [&](const GridPoint& t, int64_t row, int64_t run_length) {
-      for (int64_t h = 0; h < heads; ++h) {
-        const std::byte* from = tokens.at({b, t[0], t[1], t[2], h});
-        std::byte* to = rows.at({b, h, row});
-        for (int64_t x = 0; x < run_length; ++x, from += step, to += bytes) {
-          std::memcpy(to, from, bytes);
-        }
-      }
-    });
-  });
-}
-
-void BoxOrder::scatter(const Tensor& rows, const Tensor& tokens, const RunOptions& run) const {
-  const int64_t heads = tokens.size(kHeads), width = tokens.size(kWidth);
-  const int64_t boxes = this->rows() / points_per_box(boxes_);
-  const auto element = static_cast<int64_t>(size_of(tokens.dtype()));
-  const size_t bytes = static_cast<size_t>(width * element);
-  const int64_t step = tokens.stride(kGrid + 2) * dilation_[2] * element;
-  const int64_t row_step = rows.stride(2) * element;
-  const int64_t count = tokens.size(kBatch) * boxes;
-  parallel_for(count, threads_for(run, count), [&](int64_t item, int) {
-    const int64_t b = item / boxes;
-    for_each_run(this->box(item % boxes), [&](const GridPoint& t, int64_t row, int64_t run_length) {
-      for (int64_t h = 0; h < heads; ++h) {
-        std::byte* to = tokens.at({b, t[0], t[1], t[2], h});
-        const std::byte* from = rows.at({b, h, row});
-        for (int64_t x = 0; x < run_length; ++x, to += step, from += row_step) {
-          std::memcpy(to, from, bytes);
-        }
-      }
-    });
-  });
+  }
 }
 
 }  // namespace heed::na

@@ -2,10 +2,10 @@
 // other, each cut into boxes of one shape, so that a tile of the engine is a box.
 #pragma once
 #include <array>
+#include <memory>
 #include <vector>
 
 #include "engine/tiled/neighborhood.h"
-#include "heed/run.h"
 #include "heed/tensor.h"
 
 namespace heed::na {
@@ -32,24 +32,17 @@ class BoxOrder {
     return {first_row_[g], first_row_[g + 1]};
   }
 
-  /// [B,Z,Y,X,H,W] to contiguous [B,H,rows,W]; box points outside the grid become `outside`, which must
-  /// be 0 unless the type is float32 or float64.
-  void gather(const Tensor& tokens, double outside, const Tensor& rows,
-              const RunOptions& run) const;
-  /// The way back, without conversion.
-  void scatter(const Tensor& rows, const Tensor& tokens, const RunOptions& run) const;
+  /// Where the rows of [B,Z,Y,X,H,W] lie, in elements from a batch entry's head on. Box points outside
+  /// the grid: `nearest`, the token next to them, to be read by nobody who counts; or kNoRow.
+  enum class Outside { nearest, no_row };
+  std::shared_ptr<const int64_t> offsets(const Tensor& tokens, Outside outside) const;
 
  private:
-  struct Box {
-    int64_t group, first_row;
-    tiled::GridPoint at;  // number of the box along each axis
-  };
   struct Group {
     tiled::GridPoint residue, length, boxes;
   };
-  Box box(int64_t n) const;
-  template <class Visit>
-  void for_each_run(const Box& box, const Visit& visit) const;
+  void add_offsets(const Group& group, const tiled::GridPoint& strides, Outside outside,
+                   std::vector<int64_t>& offsets) const;
 
   Boxes boxes_;
   tiled::GridPoint dilation_{};

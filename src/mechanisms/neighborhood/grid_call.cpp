@@ -210,26 +210,4 @@ GridCall::GridCall(const char* name, int axes, const Tensor& query_in, const Ten
   }
 }
 
-Tensor part_of(const Tensor& t, const CallPart& part, int64_t group) {
-  if (!t.defined()) return t;
-  return t.slice(kBatch, part.batch.begin, part.batch.end)
-      .slice(kHeads, part.kv_heads.begin * group, part.kv_heads.end * group);
-}
-
-Tensor part_of_additional(const Tensor& t, const CallPart& part) {
-  if (!t.defined()) return t;
-  return t.slice(0, part.batch.begin, part.batch.end)
-      .slice(1, part.kv_heads.begin, part.kv_heads.end);
-}
-
-GridCall GridCall::part(const CallPart& part) const {
-  GridCall call = *this;
-  for (Tensor* t : {&call.query, &call.out, &call.lse}) *t = part_of(*t, part, group());
-  for (Tensor* t : {&call.key, &call.value}) *t = part_of(*t, part, 1);
-  for (Tensor* t : {&call.additional_keys, &call.additional_values}) {
-    *t = part_of_additional(*t, part);
-  }
-  return call;
-}
-
 }  // namespace heed::na

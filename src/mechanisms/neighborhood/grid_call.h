@@ -16,11 +16,6 @@ Tensor six_axes_of_sums(const Tensor& lse, int rank);
 /// [B,n,H,width] with the heads in front: [B,H,n,width].
 Tensor heads_first(const Tensor& t);
 
-/// Batch entries and key heads with the query heads that read them.
-struct CallPart {
-  tiled::Interval batch, kv_heads;
-};
-
 struct GridCall {
   /// Throws Error naming `op` and the argument unless everything fits. `out` and `lse` may be
   /// undefined.
@@ -31,10 +26,6 @@ struct GridCall {
   bool has_additional() const { return additional_keys.defined() && additional_keys.size(2) > 0; }
   int64_t batch() const { return query.size(kBatch); }
   int64_t heads() const { return query.size(kHeads); }
-  /// Query heads that read one key head.
-  int64_t group() const { return heads() / key.size(kHeads); }
-  /// The same call for a part of its tensors; rpb stays whole.
-  GridCall part(const CallPart& part) const;
 
   const char* op;
   int rank;
@@ -44,10 +35,5 @@ struct GridCall {
   Tensor rpb;
   double scale;
 };
-
-/// Part of a tensor with six axes, of which each key head has `group` heads; undefined stays undefined.
-Tensor part_of(const Tensor& t, const CallPart& part, int64_t group);
-/// Part of [B,Hkv,n,width].
-Tensor part_of_additional(const Tensor& t, const CallPart& part);
 
 }  // namespace heed::na

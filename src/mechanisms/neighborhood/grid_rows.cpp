@@ -10,20 +10,13 @@ using tiled::Interval;
 using tiled::kGridAxes;
 using tiled::TilePlan;
 
-namespace {
-
-// Copies of a part for each thread: they come back from the caches when tiles are packed.
-constexpr int64_t kPartBytes = int64_t{4} << 20;
-
-}  // namespace
-
 GridRows::GridRows(const GridCall& call, const RunOptions& run)
-    : call_(call), run_(run), boxed_(call.rank > 1) {
+    : call_(call), boxed_(call.rank > 1) {
   if (call.rpb.defined()) {
     bias_.emplace(call.rpb, tiled::statistics_type(call.query.dtype()), call.grid);
   }
   if (boxed_) {
-    plan_boxes();
+    plan_boxes(run);
   } else {
     plan_lines();
   }
@@ -47,9 +40,9 @@ void GridRows::plan_lines() {
   if (bias_) terms_ = std::make_unique<LineTerms>(&*bias_, plans_);
 }
 
-void GridRows::plan_boxes() {
+void GridRows::plan_boxes(const RunOptions& run) {
   const TileCosts costs =
-      tile_costs(call_.query.size(kWidth), call_.value.size(kWidth), call_.query.dtype(), run_);
+      tile_costs(call_.query.size(kWidth), call_.value.size(kWidth), call_.query.dtype(), run);
   shapes_ = choose_tiles(call_.grid.group(0), call_.grid, costs);
   queries_.emplace(call_.grid, shapes_.queries);
   keys_.emplace(call_.grid, shapes_.keys);
@@ -74,73 +67,32 @@ void GridRows::set_tiles(tiled::Problem& problem) const {
   problem.key_tile = points_per_box(shapes_.keys);
 }
 
-std::vector<CallPart> GridRows::parts() const {
-  const int64_t batch = call_.batch(), heads = call_.key.size(kHeads);
-  if (!boxed_) return {{{0, batch}, {0, heads}}};
-  const int64_t rows = call_.group() * this->rows(Side::queries) + this->rows(Side::keys);
-  const int64_t head_bytes = rows * (call_.query.size(kWidth) + call_.value.size(kWidth)) *
-                             static_cast<int64_t>(size_of(call_.query.dtype()));
-  const int64_t budget = kPartBytes * run_.threads.value_or(default_threads());
-  const int64_t head_step = std::clamp<int64_t>(budget / head_bytes, 1, heads);
-  const int64_t batch_step =
-      head_step < heads ? 1 : std::clamp<int64_t>(budget / (heads * head_bytes), 1, batch);
-  std::vector<CallPart> parts;
-  for (int64_t b = 0; b < batch; b += batch_step) {
-    for (int64_t h = 0; h < heads; h += head_step) {
-      parts.push_back({{b, std::min(b + batch_step, batch)}, {h, std::min(h + head_step, heads)}});
-    }
-  }
-  return parts;
+GridTensor GridRows::tokens(const Tensor& tokens, Side side, Outside outside) const {
+  if (!tokens.defined()) return {};
+  const Tensor rows(
+      tokens.data(), tokens.dtype(),
+      {tokens.size(kBatch), tokens.size(kHeads), this->rows(side), tokens.size(kWidth)},
+      {tokens.stride(kBatch), tokens.stride(kHeads), boxed_ ? 0 : tokens.stride(3), 1});
+  return {rows, boxed_ ? order(side).offsets(tokens, outside) : nullptr};
 }
 
-int64_t GridRows::part_bytes(const CallPart& part) const {
-  if (!boxed_) return 0;
-  const int64_t keys = (part.batch.end - part.batch.begin) *
-                       (part.kv_heads.end - part.kv_heads.begin) * rows(Side::keys);
-  const int64_t queries = keys / rows(Side::keys) * call_.group() * rows(Side::queries);
-  const DType dtype = call_.query.dtype();
-  const auto bytes = [](DType type, int64_t rows, int64_t width) {
-    return RowMemory::bytes_of(type, rows * width);
-  };
-  const int64_t dim = call_.query.size(kWidth), value_dim = call_.value.size(kWidth);
-  return bytes(dtype, queries, dim) + bytes(dtype, queries, value_dim) +
-         bytes(DType::f64, queries, 1) + bytes(dtype, keys, dim) + bytes(dtype, keys, value_dim);
+tiled::HeadRows GridTensor::entry(int64_t b) const {
+  if (!defined()) return {};
+  tiled::HeadRows entry(rows.select(0, b));
+  entry.offsets = offsets;
+  return entry;
 }
 
-Tensor GridRows::rows_in(const Tensor& tokens, Side side, RowMemory& memory) const {
-  return memory.take(tokens.dtype(),
-                     {tokens.size(kBatch), tokens.size(kHeads), rows(side), tokens.size(kWidth)});
-}
-
-Tensor GridRows::read(const Tensor& tokens, Side side, RowMemory& memory, double outside) const {
-  if (!boxed_) {
-    return {tokens.data(),
-            tokens.dtype(),
-            {tokens.size(kBatch), tokens.size(kHeads), tokens.size(3), tokens.size(kWidth)},
-            {tokens.stride(kBatch), tokens.stride(kHeads), tokens.stride(3), 1}};
-  }
-  const Tensor rows = rows_in(tokens, side, memory);
-  order(side).gather(tokens, outside, rows, run_);
-  return rows;
-}
-
-Tensor GridRows::to_write(const Tensor& tokens, Side side, RowMemory& memory) const {
-  return boxed_ ? rows_in(tokens, side, memory) : read(tokens, side, memory);
-}
-
-void GridRows::store(const Tensor& rows, const Tensor& tokens, Side side) const {
-  if (boxed_) order(side).scatter(rows, tokens, run_);
-}
-
-Tensor GridRows::group(const Tensor& rows, int64_t g, Side side) const {
-  if (boxed_) {
-    const Interval part = order(side).group_rows(g);
-    return rows.slice(1, part.begin, part.end);
-  }
+tiled::HeadRows GridRows::group(const GridTensor& t, int64_t b, int64_t g, Side side) const {
+  if (!t.defined()) return {};
+  tiled::HeadRows rows = t.entry(b);
+  const Interval part = boxed_ ? order(side).group_rows(g) : Interval{g, g + plan(g).queries()};
   Dims shape = rows.shape(), strides = rows.strides();
-  shape[1] = plan(g).queries();
-  strides[1] *= groups();
-  return {rows.at({0, g}), rows.dtype(), shape, strides};
+  shape[1] = part.end - part.begin;
+  if (!boxed_) strides[1] *= groups();
+  tiled::HeadRows group(Tensor(rows.origin(0, part.begin), rows.dtype(), shape, strides));
+  if (t.offsets != nullptr) group.offsets = {t.offsets, t.offsets.get() + part.begin};
+  return group;
 }
 
 }  // namespace heed::na

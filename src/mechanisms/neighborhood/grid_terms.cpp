@@ -145,15 +145,20 @@ void for_each_bias(const RelativeBias& bias, const SeenPart& part, const GridPoi
 }  // namespace
 
 Visit BoxTerms::visit(const TileAt& at) const {
-  if (!one_box(at)) return Visit::masked;
   const GroupTiles& group = group_of(at);
   const GridPoint query =
       unravel(at.row / rows_each_, [&](size_t a) { return group.axes[a].query_boxes(); });
   const GridPoint key =
       unravel(at.key / keys_each_, [&](size_t a) { return group.axes[a].key_boxes(); });
-  TileUse use = TileUse::full;
-  for (size_t a = 0; a < kGridAxes; ++a) use = std::min(use, group.axes[a].use(query[a], key[a]));
-  return use == TileUse::dead ? Visit::none : use == TileUse::full ? Visit::whole : Visit::masked;
+  Visit visit = Visit::whole;
+  bool slowest = true;  // of the axes along which a box has several keys: there, a part is a range
+  for (size_t a = 0; a < kGridAxes; ++a) {
+    const TileUse use = group.axes[a].use(query[a], key[a]);
+    if (use == TileUse::dead) return Visit::none;
+    if (use == TileUse::partial) visit = std::max(visit, slowest ? Visit::ranged : Visit::masked);
+    slowest = slowest && shapes_.keys[a].side == 1;
+  }
+  return visit;
 }
 
 // each(row of the tile, what it sees, key box origin - query). Rows outside the grid see what the last
@@ -163,32 +168,28 @@ void BoxTerms::for_each_row(const TileAt& at, const Each& each) const {
   const GroupTiles& group = group_of(at);
   const GridPoint key_box =
       unravel(at.key / keys_each_, [&](size_t a) { return group.axes[a].key_boxes(); });
-  for (int64_t r = 0; r < at.rows;) {
-    const GridPoint box =
-        unravel((at.row + r) / rows_each_, [&](size_t a) { return group.axes[a].query_boxes(); });
-    int64_t skip = (at.row + r) % rows_each_;
-    SeenPart part;
-    GridPoint from_query;
-    const auto set = [&](size_t a, int64_t inside) {
-      const int64_t query =
-          std::min(box[a] * shapes_.queries[a].side + inside, group.axes[a].length() - 1);
-      const AxisBoxes keys = shapes_.keys[a];
-      const int64_t origin = key_box[a] * keys.side - keys.shift;
-      const Interval window = group.axes[a].window(query);
-      part.sides[a] = {std::clamp<int64_t>(window.begin - origin, 0, keys.side),
-                       std::clamp<int64_t>(window.end - origin, 0, keys.side)};
-      from_query[a] = origin - query;
-    };
-    for (int64_t z = 0; z < shapes_.queries[0].side; ++z) {
-      set(0, z);
-      for (int64_t y = 0; y < shapes_.queries[1].side; ++y) {
-        set(1, y);
-        for (int64_t x = 0; x < shapes_.queries[2].side; ++x) {
-          if (skip-- > 0) continue;
-          if (r == at.rows) return;
-          set(2, x);
-          each(r++, part, from_query);
-        }
+  const GridPoint box =
+      unravel(at.row / rows_each_, [&](size_t a) { return group.axes[a].query_boxes(); });
+  SeenPart part;
+  GridPoint from_query;
+  const auto set = [&](size_t a, int64_t inside) {
+    const int64_t query =
+        std::min(box[a] * shapes_.queries[a].side + inside, group.axes[a].length() - 1);
+    const AxisBoxes keys = shapes_.keys[a];
+    const int64_t origin = key_box[a] * keys.side - keys.shift;
+    const Interval window = group.axes[a].window(query);
+    part.sides[a] = {std::clamp<int64_t>(window.begin - origin, 0, keys.side),
+                     std::clamp<int64_t>(window.end - origin, 0, keys.side)};
+    from_query[a] = origin - query;
+  };
+  int64_t r = 0;
+  for (int64_t z = 0; z < shapes_.queries[0].side; ++z) {
+    set(0, z);
+    for (int64_t y = 0; y < shapes_.queries[1].side; ++y) {
+      set(1, y);
+      for (int64_t x = 0; x < shapes_.queries[2].side; ++x) {
+        set(2, x);
+        each(r++, part, from_query);
       }
     }
   }
@@ -207,10 +208,6 @@ void BoxTerms::shape_tile(const TileAt& at, Block<T> s) const {
   for_each_row(at, [&](int64_t r, const SeenPart& part, const GridPoint& from_query) {
     T* row = s.row(r);
     const kernels::KeyRange range = range_of(part, shapes_.keys);
-    if (!one_box(at)) {
-      hide(row, range.begin);
-      hide(row + range.end, keys_each_ - range.end);
-    }
     if (range.empty()) return;
     hide_between(row, part, shapes_.keys);
     if (bias == nullptr) return;

@@ -14,19 +14,16 @@ class RelativeBias {
   /// `type` is float32, or float64 in float64 calls.
   RelativeBias(const Tensor& table, DType type, const tiled::Neighborhood& grid);
 
-  /// Heads are counted from this one on.
-  void set_first_head(int64_t head) { first_head_ = head; }
   /// Index of the bias of a key right at the query, inside a head's table; steps per axis.
   int64_t centre() const { return centre_; }
   int64_t step(size_t axis) const { return steps_[axis]; }
   template <class T>
   const T* values(int64_t head) const {
-    return values_.as<T>() + (first_head_ + head) * size_;
+    return values_.as<T>() + head * size_;
   }
-  /// Gradients of further calls are added.
   void begin_gradient(int lanes);
   double* sums(int lane, int64_t head) const {
-    return sums_[static_cast<size_t>(lane)].as<double>() + (first_head_ + head) * size_;
+    return sums_[static_cast<size_t>(lane)].as<double>() + head * size_;
   }
   /// In the shape and type of the table.
   Array gradient() const;
@@ -34,7 +31,7 @@ class RelativeBias {
  private:
   Tensor table_;
   Array values_;
-  int64_t first_head_ = 0, size_ = 1, centre_ = 0;
+  int64_t size_ = 1, centre_ = 0;
   std::array<int64_t, tiled::kGridAxes> steps_{};
   std::vector<Array> sums_;  // per lane
 };
@@ -92,11 +89,6 @@ class BoxTerms final : public tiled::ScoreTerms {
  private:
   const GroupTiles& group_of(const tiled::TileAt& at) const {
     return *groups_[static_cast<size_t>(at.sequence) % groups_.size()];
-  }
-  /// Tiles are boxes but where there are so few rows that all of them are one tile. Then the engine
-  /// does not ask for ranges, and `shape` has to hide every key.
-  bool one_box(const tiled::TileAt& at) const {
-    return at.row / rows_each_ == (at.row + at.rows - 1) / rows_each_;
   }
   template <class Each>
   void for_each_row(const tiled::TileAt& at, const Each& each) const;

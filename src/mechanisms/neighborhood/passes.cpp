@@ -12,29 +12,32 @@ namespace heed::na {
 namespace {
 
 using Side = GridRows::Side;
+using Outside = GridRows::Outside;
 
 constexpr double kNothing = -std::numeric_limits<double>::infinity();
 
-/// [B,H,rows,1] as [B,H,rows]; undefined stays undefined.
-Tensor sums(const Tensor& rows) { return rows.defined() ? rows.select(3, 0) : Tensor(); }
-
-/// Rows of a call: [B,H,rows,width], lse [B,H,rows].
+/// Rows of a call; lse has a width of 1.
 struct CallRows {
-  Tensor q, k, v, out, lse;
+  GridTensor q, k, v, out, lse;
 };
 
-tiled::Problem grid_problem(const GridCall& call, const GridRows& grid, const CallRows& rows) {
+tiled::Problem empty_problem(const GridCall& call) {
   tiled::Problem problem;
   problem.op = call.op;
   problem.scale = call.scale;
+  return problem;
+}
+
+tiled::Problem grid_problem(const GridCall& call, const GridRows& grid, const CallRows& rows) {
+  tiled::Problem problem = empty_problem(call);
   for (int64_t b = 0; b < call.batch(); ++b) {
     for (int64_t g = 0; g < grid.groups(); ++g) {
       tiled::Sequence s;
-      s.q = grid.group(rows.q.select(0, b), g, Side::queries);
-      s.k = grid.group(rows.k.select(0, b), g, Side::keys);
-      s.v = grid.group(rows.v.select(0, b), g, Side::keys);
-      s.out = grid.group(rows.out.select(0, b), g, Side::queries);
-      if (rows.lse.defined()) s.lse = grid.group(rows.lse.select(0, b), g, Side::queries);
+      s.q = grid.group(rows.q, b, g, Side::queries);
+      s.k = grid.group(rows.k, b, g, Side::keys);
+      s.v = grid.group(rows.v, b, g, Side::keys);
+      s.out = grid.group(rows.out, b, g, Side::queries);
+      s.lse = grid.group(rows.lse, b, g, Side::queries);
       s.plan = grid.plan(g);
       s.batch = b;
       problem.sequences.push_back(std::move(s));
@@ -46,37 +49,48 @@ tiled::Problem grid_problem(const GridCall& call, const GridRows& grid, const Ca
 
 /// Every query against the additional keys.
 tiled::Problem additional_problem(const GridCall& call, const CallRows& rows) {
-  tiled::Problem problem;
-  problem.op = call.op;
-  problem.scale = call.scale;
-  problem.sequences = tiled::batch_sequences(
-      rows.q, call.additional_keys, call.additional_values, rows.out, rows.lse,
-      std::vector<tiled::TilePlan>(static_cast<size_t>(call.batch()),
-                                   {rows.q.size(2), call.additional_keys.size(2)}));
+  tiled::Problem problem = empty_problem(call);
+  for (int64_t b = 0; b < call.batch(); ++b) {
+    tiled::Sequence s;
+    s.q = rows.q.entry(b);
+    s.k = call.additional_keys.select(0, b);
+    s.v = call.additional_values.select(0, b);
+    s.out = rows.out.entry(b);
+    s.lse = rows.lse.entry(b);
+    s.plan = tiled::TilePlan(rows.q.rows.size(2), call.additional_keys.size(2));
+    s.batch = b;
+    problem.sequences.push_back(std::move(s));
+  }
   return problem;
 }
 
 /// to = weight_a a + weight_b b row by row, with weights(b, h, row) -> {weight_a, weight_b}. a and b
 /// are contiguous [B,H,rows,width] of T and a is lost.
 template <class T, class Weights>
-void add_rows(const Tensor& a, const Tensor& b, const Tensor& to, const RunOptions& run,
+void add_rows(const Array& a, const Array& b, const GridTensor& to, const RunOptions& run,
               const Weights& weights) {
-  const int64_t heads = a.size(1), pairs = a.size(0) * heads, width = a.size(3);
+  const Tensor sums = a, others = b;
+  const int64_t heads = sums.size(1), pairs = sums.size(0) * heads, width = sums.size(3);
   parallel_for(pairs, threads_for(run, pairs), [&](int64_t pair, int) {
-    for (int64_t r = 0; r < a.size(2); ++r) {
-      const auto [weight_a, weight_b] = weights(pair / heads, pair % heads, r);
-      T* x = reinterpret_cast<T*>(a.at({pair / heads, pair % heads, r}));
-      const T* y = reinterpret_cast<const T*>(b.at({pair / heads, pair % heads, r}));
+    const int64_t batch = pair / heads, head = pair % heads;
+    const tiled::HeadRows results = to.entry(batch);
+    for (int64_t r = 0; r < sums.size(2); ++r) {
+      std::byte* result = results.row(head, r);
+      if (result == nullptr) continue;
+      const auto [weight_a, weight_b] = weights(batch, head, r);
+      T* x = reinterpret_cast<T*>(sums.at({batch, head, r}));
+      const T* y = reinterpret_cast<const T*>(others.at({batch, head, r}));
       for (int64_t i = 0; i < width; ++i) x[i] = weight_a * x[i] + weight_b * y[i];
-      store_row(x, T{1}, to, {pair / heads, pair % heads, r});
+      store_row(x, T{1}, Tensor(result, results.dtype(), {width}), {});
     }
   });
 }
 
 /// Results of one part of the keys in the type of sums, so that a merge rounds only once.
 struct Part {
-  Part(const CallRows& rows, DType type)
-      : out(type, rows.out.shape()), lse(type, {rows.q.size(0), rows.q.size(1), rows.q.size(2)}) {}
+  Part(const GridCall& call, int64_t rows, DType type)
+      : out(type, {call.batch(), call.heads(), rows, call.value.size(kWidth)}),
+        lse(type, {call.batch(), call.heads(), rows, 1}) {}
   Array out, lse;
 };
 
@@ -88,7 +102,9 @@ void merge(const Part& a, const Part& b, const CallRows& to, const RunOptions& r
     const double y = *reinterpret_cast<const T*>(b.lse.view().at(at));
     const double most = std::max(x, y), pivot = most == kNothing ? 0 : most;
     const double total = pivot + std::log(std::exp(x - pivot) + std::exp(y - pivot));
-    if (to.lse.defined()) *reinterpret_cast<T*>(to.lse.at(at)) = static_cast<T>(total);
+    if (to.lse.defined()) {
+      *reinterpret_cast<T*>(to.lse.entry(batch).row(head, r)) = static_cast<T>(total);
+    }
     const auto weight = [total](double lse) {
       return static_cast<T>(lse == kNothing ? 0 : std::exp(lse - total));
     };
@@ -96,39 +112,18 @@ void merge(const Part& a, const Part& b, const CallRows& to, const RunOptions& r
   });
 }
 
-void forward_part(const GridCall& call, const GridRows& grid, RowMemory& memory,
-                  const RunOptions& run) {
-  CallRows rows;
-  rows.q = grid.read(call.query, Side::queries, memory);
-  rows.k = grid.read(call.key, Side::keys, memory);
-  rows.v = grid.read(call.value, Side::keys, memory);
-  rows.out = grid.to_write(call.out, Side::queries, memory);
-  Tensor lse;
-  if (call.lse.defined()) lse = grid.to_write(call.lse, Side::queries, memory);
-  rows.lse = sums(lse);
-  if (!call.has_additional()) {
-    tiled::forward(grid_problem(call, grid, rows), run);
-  } else {
-    const DType type = tiled::statistics_type(call.query.dtype());
-    const Part near(rows, type), additional(rows, type);
-    const CallRows near_rows{rows.q, rows.k, rows.v, near.out, near.lse};
-    const CallRows additional_rows{rows.q, {}, {}, additional.out, additional.lse};
-    tiled::forward(grid_problem(call, grid, near_rows), run);
-    tiled::forward(additional_problem(call, additional_rows), run);
-    if (type == DType::f64) {
-      merge<double>(near, additional, rows, run);
-    } else {
-      merge<float>(near, additional, rows, run);
-    }
-  }
-  grid.store(rows.out, call.out, Side::queries);
-  if (lse.defined()) grid.store(lse, call.lse, Side::queries);
+CallRows rows_of(const GridCall& call, const GridRows& grid) {
+  return {grid.tokens(call.query, Side::queries, Outside::nearest),
+          grid.tokens(call.key, Side::keys, Outside::nearest),
+          grid.tokens(call.value, Side::keys, Outside::nearest),
+          grid.tokens(call.out, Side::queries, Outside::no_row),
+          grid.tokens(call.lse, Side::queries, Outside::no_row)};
 }
 
 /// Gradients of the rows of a call.
 struct RowGradients {
-  Tensor out, lse;  // given
-  Tensor q, k, v;   // written
+  GridTensor out, lse;  // given
+  GridTensor q, k, v;   // written
 };
 
 void grid_backward(const GridCall& call, const GridRows& grid, const CallRows& rows,
@@ -137,15 +132,12 @@ void grid_backward(const GridCall& call, const GridRows& grid, const CallRows& r
   std::vector<tiled::SequenceGradient> parts;
   for (int64_t b = 0; b < call.batch(); ++b) {
     for (int64_t g = 0; g < grid.groups(); ++g) {
-      const auto part = [&](const Tensor& t, Side side) {
-        return t.defined() ? grid.group(t.select(0, b), g, side) : Tensor();
-      };
       tiled::SequenceGradient gradient;
-      gradient.out = part(gradients.out, Side::queries);
-      gradient.lse = part(gradients.lse, Side::queries);
-      gradient.q = part(gradients.q, Side::queries);
-      gradient.k = part(gradients.k, Side::keys);
-      gradient.v = part(gradients.v, Side::keys);
+      gradient.out = grid.group(gradients.out, b, g, Side::queries);
+      gradient.lse = grid.group(gradients.lse, b, g, Side::queries);
+      gradient.q = grid.group(gradients.q, b, g, Side::queries);
+      gradient.k = grid.group(gradients.k, b, g, Side::keys);
+      gradient.v = grid.group(gradients.v, b, g, Side::keys);
       parts.push_back(std::move(gradient));
     }
   }
@@ -157,15 +149,21 @@ void backward_with_additional(const GridCall& call, const GridRows& grid, const 
                               const RowGradients& gradients, const CallGradients& to,
                               const RunOptions& run) {
   const DType type = tiled::statistics_type(call.query.dtype());
-  const Array near(type, rows.q.shape()), additional(type, rows.q.shape());
+  const Array near(type, rows.q.rows.shape()), additional(type, rows.q.rows.shape());
   RowGradients of_grid = gradients;
-  of_grid.q = near;
+  of_grid.q = {near, nullptr};
   grid_backward(call, grid, rows, of_grid, run);
-  const tiled::Problem problem = additional_problem(call, rows);
-  tiled::backward(problem,
-                  tiled::batch_gradients(gradients.out, gradients.lse, additional,
-                                         to.additional_keys, to.additional_values),
-                  nullptr, run);
+  std::vector<tiled::SequenceGradient> parts;
+  for (int64_t b = 0; b < call.batch(); ++b) {
+    tiled::SequenceGradient gradient;
+    gradient.out = gradients.out.entry(b);
+    gradient.lse = gradients.lse.entry(b);
+    gradient.q = additional.view().select(0, b);
+    gradient.k = to.additional_keys.select(0, b);
+    gradient.v = to.additional_values.select(0, b);
+    parts.push_back(std::move(gradient));
+  }
+  tiled::backward(additional_problem(call, rows), parts, nullptr, run);
   const auto both = [](int64_t, int64_t, int64_t) { return std::pair(1, 1); };
   if (type == DType::f64) {
     add_rows<double>(near, additional, gradients.q, run, both);
@@ -174,61 +172,42 @@ void backward_with_additional(const GridCall& call, const GridRows& grid, const 
   }
 }
 
-void backward_part(const GridCall& call, const GridRows& grid, const CallGradients& to,
-                   RowMemory& memory, const RunOptions& run) {
-  CallRows rows;
-  rows.q = grid.read(call.query, Side::queries, memory);
-  rows.k = grid.read(call.key, Side::keys, memory);
-  rows.v = grid.read(call.value, Side::keys, memory);
-  rows.out = grid.read(call.out, Side::queries, memory);
-  // Rows outside the grid have no weights.
-  rows.lse = sums(grid.read(call.lse, Side::queries, memory, kNothing));
-  RowGradients gradients;
-  gradients.out = grid.read(to.out, Side::queries, memory);
-  if (to.lse.defined()) gradients.lse = sums(grid.read(to.lse, Side::queries, memory));
-  gradients.q = grid.to_write(to.query, Side::queries, memory);
-  gradients.k = grid.to_write(to.key, Side::keys, memory);
-  gradients.v = grid.to_write(to.value, Side::keys, memory);
-  if (call.has_additional()) {
-    backward_with_additional(call, grid, rows, gradients, to, run);
-  } else {
-    grid_backward(call, grid, rows, gradients, run);
-  }
-  grid.store(gradients.q, to.query, Side::queries);
-  grid.store(gradients.k, to.key, Side::keys);
-  grid.store(gradients.v, to.value, Side::keys);
-}
-
 }  // namespace
 
 void forward(const GridCall& call, const RunOptions& run) {
   if (call.empty()) return;
-  GridRows grid(call, run);
-  const std::vector<CallPart> parts = grid.parts();
-  RowMemory memory(grid.part_bytes(parts[0]));
-  for (const CallPart& part : parts) {
-    memory.reset();
-    grid.set_first_head(part.kv_heads.begin * call.group());
-    forward_part(call.part(part), grid, memory, run);
+  const GridRows grid(call, run);
+  const CallRows rows = rows_of(call, grid);
+  if (!call.has_additional()) return tiled::forward(grid_problem(call, grid, rows), run);
+  const DType type = tiled::statistics_type(call.query.dtype());
+  const int64_t count = grid.rows(Side::queries);
+  const Part near(call, count, type), additional(call, count, type);
+  const auto to = [&](const Part& part) {
+    return CallRows{rows.q, rows.k, rows.v, {part.out, nullptr}, {part.lse, nullptr}};
+  };
+  tiled::forward(grid_problem(call, grid, to(near)), run);
+  tiled::forward(additional_problem(call, to(additional)), run);
+  if (type == DType::f64) {
+    merge<double>(near, additional, rows, run);
+  } else {
+    merge<float>(near, additional, rows, run);
   }
 }
 
-Array backward(const GridCall& call, const CallGradients& gradients, const RunOptions& run) {
+Array backward(const GridCall& call, const CallGradients& to, const RunOptions& run) {
   if (call.empty()) return {};
-  GridRows grid(call, run);
-  const std::vector<CallPart> parts = grid.parts();
-  RowMemory memory(2 * grid.part_bytes(parts[0]));  // every tensor and its gradient
-  for (const CallPart& part : parts) {
-    memory.reset();
-    const auto queries = [&](const Tensor& t) { return part_of(t, part, call.group()); };
-    const auto keys = [&](const Tensor& t) { return part_of(t, part, 1); };
-    const auto additional = [&](const Tensor& t) { return part_of_additional(t, part); };
-    grid.set_first_head(part.kv_heads.begin * call.group());
-    backward_part(call.part(part), grid,
-                  {queries(gradients.out), queries(gradients.lse), queries(gradients.query),
-                   keys(gradients.key), keys(gradients.value),
-                   additional(gradients.additional_keys), additional(gradients.additional_values)},
-                  memory, run);
+  const GridRows grid(call, run);
+  CallRows rows = rows_of(call, grid);
+  rows.out = grid.tokens(call.out, Side::queries, Outside::nearest);  // read here
+  const RowGradients gradients{grid.tokens(to.out, Side::queries, Outside::nearest),
+                               grid.tokens(to.lse, Side::queries, Outside::nearest),
+                               grid.tokens(to.query, Side::queries, Outside::no_row),
+                               grid.tokens(to.key, Side::keys, Outside::no_row),
+                               grid.tokens(to.value, Side::keys, Outside::no_row)};
+  if (call.has_additional()) {
+    backward_with_additional(call, grid, rows, gradients, to, run);
+  } else {
+    grid_backward(call, grid, rows, gradients, run);
   }
   return grid.bias_gradient();
 }

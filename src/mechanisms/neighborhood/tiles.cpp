@@ -71,8 +71,6 @@ constexpr double kRow = 500;        // a row of a tile: accumulators and statist
 constexpr double kTile = 10000;     // a tile
 constexpr double kHidden = 6;       // a score of a tile that is masked
 constexpr double kHiddenRow = 500;  // a row of a tile that is masked
-constexpr double kRowBlock = 6;     // rows that the products take at once
-constexpr double kKeyStep = 16;     // keys that they take at once
 constexpr int64_t kFewestRows = 32, kMostRows = 64, kMostKeys = 256;
 
 struct AxisCount {

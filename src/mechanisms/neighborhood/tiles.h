@@ -3,6 +3,7 @@
 #include <array>
 #include <vector>
 
+#include "heed/run.h"
 #include "mechanisms/neighborhood/boxes.h"
 
 namespace heed::na {
@@ -44,6 +45,9 @@ struct GroupTiles {
   std::array<AxisTiles, tiled::kGridAxes> axes;
   tiled::TilePlan plan;  // of rows and keys in the order of boxes
 };
+
+/// Rows and keys that the products take at once (AVX-512, float32).
+inline constexpr int64_t kRowBlock = 6, kKeyStep = 16;
 
 struct TileShapes {
   Boxes queries, keys;

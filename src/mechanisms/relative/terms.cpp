@@ -344,7 +344,7 @@ Array RelativeTerms<T>::rel_key_gradient() const {
     if (first == nullptr) return;
     wide_.finish_columns({first->table.template as<T>(), band_}, rows, head_dim_,
                          static_cast<T>(inputs_.scale), total.view().at({band_begin_, head}),
-                         total.dtype(), total.view().stride(0));
+                         total.dtype(), total.view().stride(0), nullptr);
   });
   return total;
 }
