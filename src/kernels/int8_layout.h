@@ -11,14 +11,26 @@ inline constexpr int64_t kInt8Group = 32;  // columns
 inline constexpr int64_t kInt8Rows = 4;    // rows of activations side by side
 inline constexpr int64_t kInt8Panel = 32;  // rows of weights side by side
 
-/// One group of columns of kInt8Rows rows; groups follow each other along the columns, then along the
-/// rows. Rows past the last are zeros.
+/// One group of columns of kInt8Rows rows. Rows past the last are zeros.
 struct Int8Group {
   uint8_t codes[kInt8Group / 4][kInt8Rows]
                [4];  // q + 128: the instruction takes one factor unsigned
   float steps[kInt8Rows];
   float sums[kInt8Rows];  // of the float32 activations
 };
+
+/// The largest activations of kInt8Rows rows, in no order.
+struct Int8Outliers {
+  static constexpr int64_t kCount = 4;
+  int32_t columns[kCount][kInt8Rows];
+  float values[kCount][kInt8Rows];
+};
+
+/// kInt8Rows rows of activations: their outliers, then the groups along the columns.
+inline constexpr int64_t int8_block_bytes(int64_t columns) {
+  return static_cast<int64_t>(sizeof(Int8Outliers)) +
+         columns / kInt8Group * static_cast<int64_t>(sizeof(Int8Group));
+}
 
 /// One group of columns of kInt8Panel rows of weights, as offsets in bytes of arrays
 ///   int32 starts[scales][panel]  -128 times the sum of the codes, which takes the 128 of q + 128 out again

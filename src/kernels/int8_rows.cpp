@@ -15,10 +15,16 @@
 #define HEED_INT8_KERNELS_
 namespace heed {
 namespace {
+// Groups of columns, rounded up to a multiple of the lanes of any vector.
+constexpr int64_t padded_groups(int64_t columns) {
+  return round_up(columns / kernels::kInt8Group, 16);
+}
+
 // One instruction set's functions.
 struct Int8Kernels {
-  // Rounds float32 [kInt8Rows, columns] without gaps.
-  void (*round)(const float* x, int64_t columns, kernels::Int8Group* to);
+  // Rounds float32 [kInt8Rows, columns] without gaps, whose outliers become zero. `largest` is room for
+  // kInt8Rows * padded_groups(columns) numbers.
+  void (*round)(float* x, int64_t columns, float* largest, std::byte* block);
   // The codes of a row of weights around zero; scale and minimum of every 16 columns.
   std::array<void (*)(const uint8_t* row, int64_t columns, int8_t* codes, float* scales,
                       float* minima),
@@ -64,34 +70,73 @@ HWY_INLINE V join_lanes(const V (&rows)[kInt8Rows], Op op) {
   return all;
 }
 
-// One group of columns of float32 rows `columns` apart. The maximum of bits is NaN if any value is.
-HWY_INLINE void round_group(const float* x, int64_t columns, Int8Group& to) {
-  constexpr int kVectors = static_cast<int>(kInt8Group) / kLanes;
-  const auto most = [](V a, V b) HWY_ATTR {
-    return hn::BitCast(D(), hn::Max(hn::BitCast(DI(), a), hn::BitCast(DI(), b)));
-  };
-  V largest[kInt8Rows], sums[kInt8Rows];
+HWY_INLINE V larger(V a, V b) {
+  return hn::BitCast(D(), hn::Max(hn::BitCast(DI(), a), hn::BitCast(DI(), b)));
+}
+
+constexpr int kVectors = static_cast<int>(kInt8Group) / kLanes;  // of a group
+
+// Lane r of `largest` is the greatest |x| of row r in a group of columns of float32 rows `columns` apart:
+// NaN if any is, since its bits are the greatest. Lane r of `sums` is their sum.
+HWY_INLINE void measure_group(const float* x, int64_t columns, V& largest, V& sums) {
+  V most[kInt8Rows], sum[kInt8Rows];
 #pragma GCC unroll 4
   for (int r = 0; r < kInt8Rows; ++r) {
     const float* row = x + r * columns;
-    sums[r] = hn::LoadU(D(), row);
-    largest[r] = hn::Abs(sums[r]);
+    sum[r] = hn::LoadU(D(), row);
+    most[r] = hn::Abs(sum[r]);
 #pragma GCC unroll 8
     for (int i = 1; i < kVectors; ++i) {
       const V v = hn::LoadU(D(), row + i * kLanes);
-      largest[r] = most(largest[r], hn::Abs(v));
-      sums[r] = hn::Add(sums[r], v);
+      most[r] = larger(most[r], hn::Abs(v));
+      sum[r] = hn::Add(sum[r], v);
     }
   }
-  const V of_rows = join_lanes(largest, most);
-  const auto tiny = hn::Lt(of_rows, hn::Set(D(), kSmallest));
-  HWY_ALIGN float steps[kLanes], sum[kLanes], inverse[kLanes];
-  hn::Store(hn::Mul(of_rows, hn::Set(D(), 1.0f / 127.0f)), D(), steps);
-  hn::Store(join_lanes(sums, [](V a, V b) HWY_ATTR { return hn::Add(a, b); }), D(), sum);
-  hn::Store(hn::IfThenZeroElse(tiny, hn::Div(hn::Set(D(), 127.0f), of_rows)), D(), inverse);
-  std::memcpy(to.steps, steps, sizeof to.steps);
-  std::memcpy(to.sums, sum, sizeof to.sums);
+  largest = join_lanes(most, larger);
+  sums = join_lanes(sum, [](V a, V b) HWY_ATTR { return hn::Add(a, b); });
+}
 
+// Where the greatest bits of n values are, a multiple of the lanes: the first of them.
+HWY_INLINE int64_t place_of_largest(const float* values, int64_t n) {
+  V most = hn::Abs(hn::LoadU(D(), values));
+  for (int64_t i = kLanes; i < n; i += kLanes) {
+    most = larger(most, hn::Abs(hn::LoadU(D(), values + i)));
+  }
+  const VI bits = hn::MaxOfLanes(DI(), hn::BitCast(DI(), most));
+  for (int64_t i = 0;; i += kLanes) {
+    const V v = hn::Abs(hn::LoadU(D(), values + i));
+    const intptr_t found = hn::FindFirstTrue(DI(), hn::Eq(hn::BitCast(DI(), v), bits));
+    if (found >= 0) return i + found;
+  }
+}
+
+HWY_INLINE float largest_of_group(const float* x) {
+  V most = hn::Abs(hn::LoadU(D(), x));
+#pragma GCC unroll 8
+  for (int i = 1; i < kVectors; ++i) most = larger(most, hn::Abs(hn::LoadU(D(), x + i * kLanes)));
+  return hn::GetLane(hn::BitCast(D(), hn::MaxOfLanes(DI(), hn::BitCast(DI(), most))));
+}
+
+// Takes outlier i out of row r, x. `largest` holds the greatest |x| of each of its groups, then zeros.
+HWY_INLINE void take_outlier(float* x, float* largest, int64_t padded, int64_t i, int64_t r,
+                             Int8Outliers& to) {
+  const int64_t group = place_of_largest(largest, padded);
+  float* values = x + group * kInt8Group;
+  const int64_t k = place_of_largest(values, kInt8Group);
+  to.columns[i][r] = static_cast<int32_t>(group * kInt8Group + k);
+  to.values[i][r] = values[k];
+  values[k] = 0.0f;
+  largest[group] = largest_of_group(values);
+}
+
+HWY_INLINE void round_group(const float* x, int64_t columns, const float* largest, int64_t stride,
+                            Int8Group& to) {
+  float inverse[kInt8Rows];
+  for (int64_t r = 0; r < kInt8Rows; ++r) {
+    const float most = largest[r * stride];
+    to.steps[r] = most * (1.0f / 127.0f);
+    inverse[r] = most < kSmallest ? 0.0f : 127.0f / most;
+  }
   // Bytes of four columns of each row side by side, in every 16 bytes of a vector.
   constexpr uint8_t o = 0x80;  // gives zero
   alignas(16) static constexpr uint8_t kLowBytes[kInt8Rows][16] = {
@@ -115,8 +160,32 @@ HWY_INLINE void round_group(const float* x, int64_t columns, Int8Group& to) {
   }
 }
 
-void round_rows(const float* x, int64_t columns, Int8Group* to) {
-  for (int64_t k = 0; k < columns; k += kInt8Group) round_group(x + k, columns, *to++);
+// `largest`: room for kInt8Rows rows of padded_groups.
+void round_rows(float* x, int64_t columns, float* largest, std::byte* block) {
+  auto& outliers = *reinterpret_cast<Int8Outliers*>(block);
+  auto* groups = reinterpret_cast<Int8Group*>(&outliers + 1);
+  const int64_t count = columns / kInt8Group, stride = padded_groups(columns);
+  HWY_ALIGN float of_rows[kLanes];
+  for (int64_t g = 0; g < count; ++g) {
+    V most, sums;
+    measure_group(x + g * kInt8Group, columns, most, sums);
+    hn::Store(sums, D(), of_rows);
+    std::memcpy(groups[g].sums, of_rows, sizeof groups[g].sums);
+    hn::Store(most, D(), of_rows);
+    for (int64_t r = 0; r < kInt8Rows; ++r) largest[r * stride + g] = of_rows[r];
+  }
+  for (int64_t r = 0; r < kInt8Rows; ++r) {
+    std::fill(largest + r * stride + count, largest + (r + 1) * stride, 0.0f);
+  }
+  for (int64_t i = 0; i < Int8Outliers::kCount; ++i) {
+    // Rows inside: one waits for memory it has just written while the others go on.
+    for (int64_t r = 0; r < kInt8Rows; ++r) {
+      take_outlier(x + r * columns, largest + r * stride, stride, i, r, outliers);
+    }
+  }
+  for (int64_t g = 0; g < count; ++g) {
+    round_group(x + g * kInt8Group, columns, largest + g, stride, groups[g]);
+  }
 }
 
 struct Coded {
@@ -182,7 +251,6 @@ HWY_AFTER_NAMESPACE();
 namespace heed {
 namespace {
 
-using kernels::Int8Group;
 using kernels::kInt8Group;
 using kernels::kInt8Panel;
 using kernels::kInt8Rows;
@@ -257,8 +325,7 @@ bool has_int8_products(const RunOptions& run) {
 }
 
 int64_t int8_rows_bytes(int64_t rows, int64_t columns) {
-  return (rows + kInt8Rows - 1) / kInt8Rows * (columns / kInt8Group) *
-         static_cast<int64_t>(sizeof(Int8Group));
+  return (rows + kInt8Rows - 1) / kInt8Rows * kernels::int8_block_bytes(columns);
 }
 
 void fill_int8_rows(const Int8Rows& to, const RunOptions& run,
@@ -267,17 +334,19 @@ void fill_int8_rows(const Int8Rows& to, const RunOptions& run,
   constexpr int64_t kValuesPerItem = int64_t{1} << 14;
   const int64_t rows_per_item = round_up(1 + kValuesPerItem / to.columns, kInt8Rows);
   const int64_t items = (to.rows + rows_per_item - 1) / rows_per_item;
-  const int64_t groups = to.columns / kInt8Group;
-  const auto& round = *kernels_for(run).round;
+  const int64_t values = kInt8Rows * to.columns, largest = kInt8Rows * padded_groups(to.columns);
+  const auto round = kernels_for(run).round;
   parallel_for(items, threads_for(run, items), [&](int64_t item, int) {
-    Scratch scratch(static_cast<size_t>(kInt8Rows * to.columns) * sizeof(float));
-    float* x = scratch.take<float>(kInt8Rows * to.columns);
+    Scratch scratch(static_cast<size_t>(values + largest) * sizeof(float));
+    auto* x = scratch.take<float>(values);
+    auto* of_groups = scratch.take<float>(largest);
     const int64_t end = std::min(to.rows, (item + 1) * rows_per_item);
     for (int64_t m = item * rows_per_item; m < end; m += kInt8Rows) {
       const int64_t count = std::min(kInt8Rows, end - m);
       make(m, Tensor(x, DType::f32, {count, to.columns}));
-      std::fill(x + count * to.columns, x + kInt8Rows * to.columns, 0.0f);
-      round(x, to.columns, reinterpret_cast<Int8Group*>(to.data) + m / kInt8Rows * groups);
+      std::fill(x + count * to.columns, x + values, 0.0f);
+      round(x, to.columns, of_groups,
+            to.data + m / kInt8Rows * kernels::int8_block_bytes(to.columns));
     }
   });
 }

@@ -3,8 +3,10 @@
 //   y[m,n] = sum_b  scale[n,b] step[m,b] sum_{k in b} code[n,k] q[m,k]  +  minimum[n,b] sum_{k in b} x[m,k]
 //
 // over groups b of 32 columns. The weights are those of the file, W = scale * code + minimum, with codes
-// around zero. Activations are rounded: q = round(x / step) with step = max_{k in b} |x| / 127. Sums of
-// products are exact integers within a group and float32 across groups.
+// around zero. Activations are rounded: q = round(x / step) with step = max_{k in b} |x| / 127; the four
+// largest of a row are not (arXiv 2208.07339): they are multiplied in float32, and zeros stand in their
+// place where steps are found. Sums of products are exact integers within a group and float32 across
+// groups.
 #pragma once
 #include <cstddef>
 #include <cstdint>

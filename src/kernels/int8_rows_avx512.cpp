@@ -25,11 +25,15 @@ struct alignas(64) Tile {
 };
 
 // Sums of four rows of activations with a panel of weights. A group costs 8 steps of integers, and
-// conversion, scale and step (and minimum) once: 64 + 16 (+ 8) multiply-adds of 16 lanes.
+// conversion, scale and step (and minimum) once: 64 + 16 (+ 8) multiply-adds of 16 lanes; an outlier costs
+// 6 for its row.
 template <bool kHalfGroups, bool kMinima>
-__attribute__((noinline)) void sum_panel(const Int8Group* x, const std::byte* w, int64_t groups,
-                                         Tile& tile) {
+__attribute__((noinline)) void sum_panel(const std::byte* block, const std::byte* weights,
+                                         int64_t groups, Tile& tile) {
   constexpr WeightGroup at(kHalfGroups, kMinima);
+  const auto* outliers = reinterpret_cast<const Int8Outliers*>(block);
+  const auto* x = reinterpret_cast<const Int8Group*>(outliers + 1);
+  const std::byte* w = weights;
   constexpr int kScales = kHalfGroups ? 2 : 1;
   __m512 sums[kRows][kVectors];
 #pragma GCC unroll 4
@@ -89,6 +93,26 @@ __attribute__((noinline)) void sum_panel(const Int8Group* x, const std::byte* w,
       }
     }
   }
+  for (int64_t i = 0; i < Int8Outliers::kCount; ++i) {
+#pragma GCC unroll 4
+    for (int r = 0; r < kRows; ++r) {
+      const int64_t k = outliers->columns[i][r], in_group = k % kInt8Group;
+      const std::byte* group = weights + k / kInt8Group * at.bytes;
+      const std::byte* codes = group + at.codes + in_group / 4 * WeightGroup::kVector;
+      const std::byte* scales =
+          group + at.scales + (kHalfGroups ? in_group / 16 * WeightGroup::kVector : 0);
+      const __m512i one = _mm512_set1_epi32(1 << (8 * (k % 4)));
+      const __m512 value = _mm512_set1_ps(outliers->values[i][r]);
+#pragma GCC unroll 2
+      for (int v = 0; v < kVectors; ++v) {
+        const __m512i code =
+            _mm512_dpbusd_epi32(_mm512_setzero_si512(), one, _mm512_load_si512(codes + 64 * v));
+        const __m512 weight =
+            _mm512_mul_ps(_mm512_cvtepi32_ps(code), _mm512_load_ps(scales + 64 * v));
+        sums[r][v] = _mm512_fmadd_ps(weight, value, sums[r][v]);
+      }
+    }
+  }
 #pragma GCC unroll 4
   for (int r = 0; r < kRows; ++r) {
 #pragma GCC unroll 2
@@ -133,10 +157,9 @@ void int8_panel_avx512(const Int8Rows& x, const Int8Matrix& w, const Tensor& y, 
   const auto sum = w.half_groups ? (w.minima ? sum_panel<true, true> : sum_panel<true, false>)
                                  : (w.minima ? sum_panel<false, true> : sum_panel<false, false>);
   const std::byte* weights = w.data + panel * groups * WeightGroup(w.half_groups, w.minima).bytes;
-  const auto* rows = reinterpret_cast<const Int8Group*>(x.data);
   Tile tile;
   for (int64_t m = first; m < end; m += kInt8Rows) {
-    sum(rows + m / kInt8Rows * groups, weights, groups, tile);
+    sum(x.data + m / kInt8Rows * int8_block_bytes(x.columns), weights, groups, tile);
     store(tile, y, add, m, std::min(kInt8Rows, end - m), panel * kInt8Panel);
   }
 }

@@ -97,19 +97,29 @@ std::vector<float> middle_weights(const Matrix& w) {
   return values;
 }
 
-// Activations as they are rounded, in the documented way.
+// Activations [rows, columns] as they are rounded, in the documented way.
 struct Rounded {
   std::vector<double> values;
   std::vector<double> half_steps;  // of each value
-  explicit Rounded(const std::vector<float>& x) {
+  Rounded(const std::vector<float>& x, int64_t columns) : values(x.size()), half_steps(x.size()) {
+    std::vector<float> rest = x;
+    for (size_t first = 0; first < x.size(); first += static_cast<size_t>(columns)) {
+      for (int i = 0; i < 4; ++i) {
+        const auto row = rest.begin() + static_cast<int64_t>(first);
+        const auto largest = std::max_element(
+            row, row + columns, [](float a, float b) { return std::abs(a) < std::abs(b); });
+        values[static_cast<size_t>(largest - rest.begin())] += static_cast<double>(*largest);
+        *largest = 0;
+      }
+    }
     for (size_t k = 0; k < x.size(); k += 32) {
       float most = 0;
-      for (size_t i = k; i < k + 32; ++i) most = std::max(most, std::abs(x[i]));
+      for (size_t i = k; i < k + 32; ++i) most = std::max(most, std::abs(rest[i]));
       const float step = most * (1.0f / 127.0f), inverse = most < 1e-36f ? 0.0f : 127.0f / most;
       for (size_t i = k; i < k + 32; ++i) {
-        const double scaled = static_cast<double>(x[i]) * static_cast<double>(inverse);
-        values.push_back(std::nearbyint(scaled) * static_cast<double>(step));
-        half_steps.push_back(0.5000001 * static_cast<double>(step));
+        const double scaled = static_cast<double>(rest[i]) * static_cast<double>(inverse);
+        values[i] += std::nearbyint(scaled) * static_cast<double>(step);
+        half_steps[i] = 0.5000001 * static_cast<double>(step);
       }
     }
   }
@@ -166,14 +176,20 @@ TEST(Int8Rows, RoundsOnEveryInstructionSet) {
     for (int64_t columns : {32, 96, 576}) {
       for (int64_t count : {1, 3, 4, 9, 70}) {
         const std::vector<float> x = activations(count, columns, 3);
-        const Rounded needed(x);
+        const Rounded needed(x, columns);
         const Rows rows(x, columns, {.threads = 2, .isa = isa});
-        const auto* groups = reinterpret_cast<const kernels::Int8Group*>(rows.view.data);
         for (int64_t m = 0; m < (count + 3) / 4 * 4; ++m) {
+          const auto* outliers = reinterpret_cast<const kernels::Int8Outliers*>(
+              rows.view.data + m / 4 * kernels::int8_block_bytes(columns));
           for (int64_t k = 0; k < columns; ++k) {
-            const kernels::Int8Group& group = groups[m / 4 * (columns / 32) + k / 32];
+            const auto& group = reinterpret_cast<const kernels::Int8Group*>(outliers + 1)[k / 32];
             const int code = group.codes[k % 32 / 4][m % 4][k % 4] - 128;
-            const double found = code * static_cast<double>(group.steps[m % 4]);
+            double found = code * static_cast<double>(group.steps[m % 4]);
+            for (size_t i = 0; i < 4; ++i) {
+              if (outliers->columns[i][m % 4] == k) {
+                found += static_cast<double>(outliers->values[i][m % 4]);
+              }
+            }
             const auto at = static_cast<size_t>(m * columns + k);
             ASSERT_EQ(found, m < count ? needed.values[at] : 0)
                 << name_of(isa) << " " << m << " " << k;
@@ -218,7 +234,7 @@ TEST(Int8Rows, ProductsOfEveryFormat) {
         for (int64_t count : {1, 3, 4, 5, 130}) {
           const std::vector<float> x = activations(count, columns, 7);
           const std::vector<float> y = product(Rows(x, columns), weights.view);
-          const Rounded rounded(x);
+          const Rounded rounded(x, columns);
           for (size_t m = 0; m < static_cast<size_t>(count); ++m) {
             expect_row(w, middle, &x[m * static_cast<size_t>(columns)], rounded, m,
                        &y[m * static_cast<size_t>(rows)],
@@ -237,7 +253,7 @@ TEST(Int8Rows, PartsOfDifferentFormatsStacked) {
   const int64_t columns = 512, count = 6;
   const std::vector<float> x = activations(count, columns, 5);
   const Rows rows(x, columns);
-  const Rounded rounded(x);
+  const Rounded rounded(x, columns);
   for (const std::vector<size_t>& chosen :
        {std::vector<size_t>{5, 3, 8}, {3, 4}, {8, 10, 3}, {10, 4}}) {
     std::vector<Matrix> parts;
