@@ -130,6 +130,16 @@ inline __m256i to_bfloat16(__m512 x) {
   return _mm512_cvtepi32_epi16(_mm512_srli_epi32(kept, 16));
 }
 
+// What store() will touch: rows of y are too far apart for the processor to see it coming.
+void prefetch(const Tensor& y, int64_t row, int64_t rows, int64_t column) {
+  const auto value_bytes = static_cast<int64_t>(size_of(y.dtype()));
+  for (int64_t r = row; r < row + rows; ++r) {
+    const std::byte* begin =
+        static_cast<const std::byte*>(y.data()) + (r * y.stride(0) + column) * value_bytes;
+    for (int64_t at = 0; at < kInt8Panel * value_bytes; at += 64) __builtin_prefetch(begin + at, 1);
+  }
+}
+
 // The tile's rows and columns that exist, to y from (row, column) on.
 void store(const Tile& tile, const Tensor& y, bool add, int64_t row, int64_t rows, int64_t column) {
   for (int64_t r = 0; r < rows; ++r) {
@@ -159,6 +169,7 @@ void int8_panel_avx512(const Int8Rows& x, const Int8Matrix& w, const Tensor& y, 
   const std::byte* weights = w.data + panel * groups * WeightGroup(w.half_groups, w.minima).bytes;
   Tile tile;
   for (int64_t m = first; m < end; m += kInt8Rows) {
+    prefetch(y, m, std::min(kInt8Rows, end - m), panel * kInt8Panel);
     sum(x.data + m / kInt8Rows * int8_block_bytes(x.columns), weights, groups, tile);
     store(tile, y, add, m, std::min(kInt8Rows, end - m), panel * kInt8Panel);
   }
