@@ -6,6 +6,7 @@
 
 #include <algorithm>
 #include <cstring>
+#include <type_traits>
 
 // GCC 12 takes the unused operand of its own intrinsics for a variable (GCC bug 105593).
 #pragma GCC diagnostic ignored "-Wuninitialized"
@@ -130,32 +131,47 @@ inline __m256i to_bfloat16(__m512 x) {
   return _mm512_cvtepi32_epi16(_mm512_srli_epi32(kept, 16));
 }
 
-// What store() will touch: rows of y are too far apart for the processor to see it coming.
-void prefetch(const Tensor& y, int64_t row, int64_t rows, int64_t column) {
-  const auto value_bytes = static_cast<int64_t>(size_of(y.dtype()));
-  for (int64_t r = row; r < row + rows; ++r) {
-    const std::byte* begin =
-        static_cast<const std::byte*>(y.data()) + (r * y.stride(0) + column) * value_bytes;
-    for (int64_t at = 0; at < kInt8Panel * value_bytes; at += 64) __builtin_prefetch(begin + at, 1);
+inline __mmask16 first_lanes(int64_t count) {
+  return static_cast<__mmask16>((1 << std::clamp<int64_t>(count, 0, 16)) - 1);
+}
+
+// The tile's rows and columns that exist.
+template <class T, bool kAdd>
+inline void store(const Tile& tile, T* y, int64_t stride, int64_t rows, int64_t columns) {
+  const __mmask16 lanes[kVectors] = {first_lanes(columns), first_lanes(columns - 16)};
+  for (int64_t r = 0; r < rows; ++r, y += stride) {
+#pragma GCC unroll 2
+    for (int v = 0; v < kVectors; ++v) {
+      __m512 x = _mm512_load_ps(tile.sums[r] + 16 * v);
+      if constexpr (kAdd) x = _mm512_add_ps(x, _mm512_maskz_loadu_ps(lanes[v], y + 16 * v));
+      if constexpr (std::is_same_v<T, float>) {
+        _mm512_mask_storeu_ps(y + 16 * v, lanes[v], x);
+      } else {
+        _mm256_mask_storeu_epi16(y + 16 * v, lanes[v], to_bfloat16(x));
+      }
+    }
   }
 }
 
-// The tile's rows and columns that exist, to y from (row, column) on.
-void store(const Tile& tile, const Tensor& y, bool add, int64_t row, int64_t rows, int64_t column) {
-  for (int64_t r = 0; r < rows; ++r) {
-    const int64_t begin = (row + r) * y.stride(0) + column;
-    for (int64_t c = 0; c < kInt8Panel && column + c < y.size(1); c += 16) {
-      const int64_t left = std::min<int64_t>(16, y.size(1) - column - c);
-      const auto some = static_cast<__mmask16>((1 << left) - 1);
-      const __m512 x = _mm512_load_ps(tile.sums[r] + c);
-      if (y.dtype() == DType::bf16) {
-        _mm256_mask_storeu_epi16(y.as<bfloat16>() + begin + c, some, to_bfloat16(x));
-      } else {
-        float* to = y.as<float>() + begin + c;
-        _mm512_mask_storeu_ps(to, some,
-                              add ? _mm512_add_ps(x, _mm512_maskz_loadu_ps(some, to)) : x);
+template <class T, bool kAdd>
+void panel_rows(const Int8Rows& x, const Int8Matrix& w, const Tensor& y, int64_t panel,
+                int64_t first, int64_t end) {
+  const int64_t groups = x.columns / kInt8Group, column = panel * kInt8Panel;
+  const auto sum = w.half_groups ? (w.minima ? sum_panel<true, true> : sum_panel<true, false>)
+                                 : (w.minima ? sum_panel<false, true> : sum_panel<false, false>);
+  const std::byte* weights = w.data + panel * groups * WeightGroup(w.half_groups, w.minima).bytes;
+  Tile tile;
+  for (int64_t m = first; m < end; m += kInt8Rows) {
+    const int64_t rows = std::min(kInt8Rows, end - m);
+    T* to = y.as<T>() + m * y.stride(0) + column;
+    // Rows of y are too far apart for the processor to see them coming.
+    for (int64_t r = 0; r < rows; ++r) {
+      for (int64_t c = 0; c < kInt8Panel; c += 64 / static_cast<int64_t>(sizeof(T))) {
+        __builtin_prefetch(to + r * y.stride(0) + c, 1);
       }
     }
+    sum(x.data + m / kInt8Rows * int8_block_bytes(x.columns), weights, groups, tile);
+    store<T, kAdd>(tile, to, y.stride(0), rows, w.rows - column);
   }
 }
 
@@ -163,16 +179,10 @@ void store(const Tile& tile, const Tensor& y, bool add, int64_t row, int64_t row
 
 void int8_panel_avx512(const Int8Rows& x, const Int8Matrix& w, const Tensor& y, bool add,
                        int64_t panel, int64_t first, int64_t end) {
-  const int64_t groups = x.columns / kInt8Group;
-  const auto sum = w.half_groups ? (w.minima ? sum_panel<true, true> : sum_panel<true, false>)
-                                 : (w.minima ? sum_panel<false, true> : sum_panel<false, false>);
-  const std::byte* weights = w.data + panel * groups * WeightGroup(w.half_groups, w.minima).bytes;
-  Tile tile;
-  for (int64_t m = first; m < end; m += kInt8Rows) {
-    prefetch(y, m, std::min(kInt8Rows, end - m), panel * kInt8Panel);
-    sum(x.data + m / kInt8Rows * int8_block_bytes(x.columns), weights, groups, tile);
-    store(tile, y, add, m, std::min(kInt8Rows, end - m), panel * kInt8Panel);
-  }
+  const auto rows = y.dtype() == DType::bf16 ? panel_rows<bfloat16, false>
+                    : add                    ? panel_rows<float, true>
+                                             : panel_rows<float, false>;
+  rows(x, w, y, panel, first, end);
 }
 
 }  // namespace heed::kernels
