@@ -36,6 +36,7 @@ struct TransformerKernels {
 #include <hwy/contrib/math/math-inl.h>
 #include <hwy/highway.h>
 
+#include "kernels/exp-inl.h"
 #include "kernels/vector-inl.h"
 
 HWY_BEFORE_NAMESPACE();
@@ -92,13 +93,14 @@ void rms_norm_row(const From* x, const float* weight, float eps, To* out, int64_
 
 template <class From, class To>
 void swiglu_row(const From* gate, const From* up, To* out, int64_t columns) {
-  // exp(88) is finite; where it replaces a larger value the result is below 1e-35 |g u|.
-  const V one = hn::Set(D(), 1.0f), largest = hn::Set(D(), 88.0f);
+  // 2^127 is finite; where it replaces a larger value the result is below 1e-36 |g u|.
+  const V one = hn::Set(D(), 1.0f), minus_log2_e = hn::Set(D(), -1.44269504f);
   for (int64_t c = 0; c < columns; c += kLanes) {
     const int64_t n = columns - c;
     const V g = load(gate + c, n);
-    const V denominator = hn::Add(one, hn::Exp(D(), hn::Min(hn::Neg(g), largest)));
-    store(hn::Mul(hn::Div(g, denominator), load(up + c, n)), out + c, n);
+    V power[1] = {at_most(D(), 127.0f, hn::Mul(g, minus_log2_e))};
+    exp2<Exactness::full>(D(), power);
+    store(hn::Mul(hn::Div(g, hn::Add(one, power[0])), load(up + c, n)), out + c, n);
   }
 }
 
