@@ -25,6 +25,35 @@ struct alignas(64) Tile {
   float sums[kRows][kInt8Panel];
 };
 
+using Sums = __m512[kRows][kVectors];
+
+// The codes of an outlier's column are picked out of their fours by a product with one 1.
+template <bool kHalfGroups, bool kMinima>
+inline __attribute__((always_inline)) void add_outliers(const Int8Outliers& outliers,
+                                                        const std::byte* weights, Sums& sums) {
+  constexpr WeightGroup at(kHalfGroups, kMinima);
+  for (int64_t i = 0; i < Int8Outliers::kCount; ++i) {
+#pragma GCC unroll 4
+    for (int r = 0; r < kRows; ++r) {
+      const int64_t k = outliers.columns[i][r], in_group = k % kInt8Group;
+      const std::byte* group = weights + k / kInt8Group * at.bytes;
+      const std::byte* codes = group + at.codes + in_group / 4 * WeightGroup::kVector;
+      const std::byte* scales =
+          group + at.scales + (kHalfGroups ? in_group / 16 * WeightGroup::kVector : 0);
+      const __m512i one = _mm512_set1_epi32(1 << (8 * (k % 4)));
+      const __m512 value = _mm512_set1_ps(outliers.values[i][r]);
+#pragma GCC unroll 2
+      for (int v = 0; v < kVectors; ++v) {
+        const __m512i code =
+            _mm512_dpbusd_epi32(_mm512_setzero_si512(), one, _mm512_load_si512(codes + 64 * v));
+        const __m512 weight =
+            _mm512_mul_ps(_mm512_cvtepi32_ps(code), _mm512_load_ps(scales + 64 * v));
+        sums[r][v] = _mm512_fmadd_ps(weight, value, sums[r][v]);
+      }
+    }
+  }
+}
+
 // Sums of four rows of activations with a panel of weights. A group costs 8 steps of integers, and
 // conversion, scale and step (and minimum) once: 64 + 16 (+ 8) multiply-adds of 16 lanes; an outlier costs
 // 6 for its row.
@@ -36,7 +65,7 @@ __attribute__((noinline)) void sum_panel(const std::byte* block, const std::byte
   const auto* x = reinterpret_cast<const Int8Group*>(outliers + 1);
   const std::byte* w = weights;
   constexpr int kScales = kHalfGroups ? 2 : 1;
-  __m512 sums[kRows][kVectors];
+  Sums sums;
 #pragma GCC unroll 4
   for (auto& row : sums) {
 #pragma GCC unroll 2
@@ -94,26 +123,7 @@ __attribute__((noinline)) void sum_panel(const std::byte* block, const std::byte
       }
     }
   }
-  for (int64_t i = 0; i < Int8Outliers::kCount; ++i) {
-#pragma GCC unroll 4
-    for (int r = 0; r < kRows; ++r) {
-      const int64_t k = outliers->columns[i][r], in_group = k % kInt8Group;
-      const std::byte* group = weights + k / kInt8Group * at.bytes;
-      const std::byte* codes = group + at.codes + in_group / 4 * WeightGroup::kVector;
-      const std::byte* scales =
-          group + at.scales + (kHalfGroups ? in_group / 16 * WeightGroup::kVector : 0);
-      const __m512i one = _mm512_set1_epi32(1 << (8 * (k % 4)));
-      const __m512 value = _mm512_set1_ps(outliers->values[i][r]);
-#pragma GCC unroll 2
-      for (int v = 0; v < kVectors; ++v) {
-        const __m512i code =
-            _mm512_dpbusd_epi32(_mm512_setzero_si512(), one, _mm512_load_si512(codes + 64 * v));
-        const __m512 weight =
-            _mm512_mul_ps(_mm512_cvtepi32_ps(code), _mm512_load_ps(scales + 64 * v));
-        sums[r][v] = _mm512_fmadd_ps(weight, value, sums[r][v]);
-      }
-    }
-  }
+  add_outliers<kHalfGroups, kMinima>(*outliers, weights, sums);
 #pragma GCC unroll 4
   for (int r = 0; r < kRows; ++r) {
 #pragma GCC unroll 2
