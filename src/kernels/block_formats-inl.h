@@ -18,6 +18,7 @@
 
 #include <cstdint>
 #include <cstring>
+#include <type_traits>
 
 #include "kernels/vector-inl.h"
 
@@ -88,11 +89,7 @@ using NibbleMap = WideMap;
 struct Widened {
   template <int kBits>
   static HWY_INLINE auto map(float scale, float offset) {
-    if constexpr (kBits == 4) {
-      return NibbleMap(scale, offset);
-    } else {
-      return WideMap(scale, offset);
-    }
+    return std::conditional_t<kBits == 4, NibbleMap, WideMap>(scale, offset);
   }
 };
 
