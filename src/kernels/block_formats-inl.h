@@ -89,7 +89,7 @@ using NibbleMap = WideMap;
 struct Widened {
   template <int kBits>
   static HWY_INLINE auto map(float scale, float offset) {
-    return std::conditional_t<kBits == 4, NibbleMap, WideMap>(scale, offset);
+    return std::conditional_t<(kBits == 4), NibbleMap, WideMap>(scale, offset);
   }
 };
 
