@@ -1,10 +1,12 @@
-// Blocks of GGUF weights widened to float32 vectors: one struct per format, included once per
+// Blocks of GGUF weights read into vectors: one struct per format, included once per
 // instruction set. Layouts: https://github.com/ggml-org/ggml/blob/master/docs/gguf.md and the
 // block structs of ggml-common.h.
 //
-// Format::decode(block, scales, sums) calls sums.add(w0, k0, w1, k1) with vectors of weights that begin
+// Format::decode(block, scales, to) calls to.add(w0, k0, w1, k1) with vectors of weights that begin
 // at columns k0 and k1 of the block, until every column was given once. `scales` is the pair of
 // float16 values at the start of the block as float32 where kPairs says that there is one.
+// A weight of a format with codes is map(code), map = To::map<bits>(scale, offset) standing for
+// scale * code + offset: Widened below, or what else `to` makes of it. Codes of 8 bits are signed.
 #if defined(HEED_BLOCK_FORMATS_INL_H_) == defined(HWY_TARGET_TOGGLE)
 #ifdef HEED_BLOCK_FORMATS_INL_H_
 #undef HEED_BLOCK_FORMATS_INL_H_
@@ -16,6 +18,7 @@
 
 #include <cstdint>
 #include <cstring>
+#include <type_traits>
 
 #include "kernels/vector-inl.h"
 
@@ -54,28 +57,40 @@ HWY_INLINE VI load_u8(const uint8_t* p) {
   return hn::PromoteTo(DI(), hn::LoadU(hn::Rebind<uint8_t, D>(), p));
 }
 
-HWY_INLINE V load_i8(const uint8_t* p) {
-  const auto bytes = hn::LoadU(hn::Rebind<int8_t, D>(), reinterpret_cast<const int8_t*>(p));
-  return hn::ConvertTo(D(), hn::PromoteTo(DI(), bytes));
+HWY_INLINE VI load_i8(const uint8_t* p) {
+  return hn::PromoteTo(DI(),
+                       hn::LoadU(hn::Rebind<int8_t, D>(), reinterpret_cast<const int8_t*>(p)));
 }
 
 HWY_INLINE VI low_nibble(VI bytes) { return hn::And(bytes, hn::Set(DI(), 15)); }
 HWY_INLINE VI high_nibble(VI bytes) { return hn::ShiftRight<4>(bytes); }
 
-// scale * q + offset for q in 0..15: with 16 lanes a table of all values is one register.
-struct NibbleMap {
+// The float32 weights scale * q + offset.
+struct WideMap {
+  V scale, offset;
+  HWY_INLINE WideMap(float s, float o) : scale(hn::Set(D(), s)), offset(hn::Set(D(), o)) {}
+  HWY_INLINE V operator()(VI q) const { return hn::MulAdd(hn::ConvertTo(D(), q), scale, offset); }
+};
+
 #if HWY_MAX_BYTES >= 64
+// For q in 0..15 all values are one register.
+struct NibbleMap {
   V table;
   HWY_INLINE NibbleMap(float scale, float offset)
       : table(hn::MulAdd(hn::Iota(D(), 0.0f), hn::Set(D(), scale), hn::Set(D(), offset))) {}
   HWY_INLINE V operator()(VI q) const {
     return hn::TableLookupLanes(table, hn::IndicesFromVec(D(), q));
   }
+};
 #else
-  V scale, offset;
-  HWY_INLINE NibbleMap(float s, float o) : scale(hn::Set(D(), s)), offset(hn::Set(D(), o)) {}
-  HWY_INLINE V operator()(VI q) const { return hn::MulAdd(hn::ConvertTo(D(), q), scale, offset); }
+using NibbleMap = WideMap;
 #endif
+
+struct Widened {
+  template <int kBits>
+  static HWY_INLINE auto map(float scale, float offset) {
+    return std::conditional_t<(kBits == 4), NibbleMap, WideMap>(scale, offset);
+  }
 };
 
 // Plain values, 32 at a time.
@@ -83,12 +98,12 @@ struct F32 {
   static constexpr bool kPlain = true;
   static constexpr bool kPairs = false;
   static constexpr int64_t kWeights = 32, kBytes = 128;
-  template <class Sums>
-  static HWY_INLINE void decode(const uint8_t* block, const float* /*scales*/, Sums& sums) {
+  template <class To>
+  static HWY_INLINE void decode(const uint8_t* block, const float* /*scales*/, To& to) {
     const float* w = reinterpret_cast<const float*>(block);
 #pragma GCC unroll 4
     for (int i = 0; i < 16; i += kLanes) {
-      sums.add(hn::LoadU(D(), w + i), i, hn::LoadU(D(), w + i + 16), i + 16);
+      to.add(hn::LoadU(D(), w + i), i, hn::LoadU(D(), w + i + 16), i + 16);
     }
   }
 };
@@ -100,11 +115,11 @@ struct F16 {
   static HWY_INLINE V load(const uint8_t* p) {
     return Load<float, float16>::full(D(), reinterpret_cast<const float16*>(p));
   }
-  template <class Sums>
-  static HWY_INLINE void decode(const uint8_t* block, const float* /*scales*/, Sums& sums) {
+  template <class To>
+  static HWY_INLINE void decode(const uint8_t* block, const float* /*scales*/, To& to) {
 #pragma GCC unroll 4
     for (int i = 0; i < 16; i += kLanes) {
-      sums.add(load(block + 2 * i), i, load(block + 2 * i + 32), i + 16);
+      to.add(load(block + 2 * i), i, load(block + 2 * i + 32), i + 16);
     }
   }
 };
@@ -116,11 +131,11 @@ struct BF16 {
   static HWY_INLINE V load(const uint8_t* p) {
     return Load<float, bfloat16>::full(D(), reinterpret_cast<const bfloat16*>(p));
   }
-  template <class Sums>
-  static HWY_INLINE void decode(const uint8_t* block, const float* /*scales*/, Sums& sums) {
+  template <class To>
+  static HWY_INLINE void decode(const uint8_t* block, const float* /*scales*/, To& to) {
 #pragma GCC unroll 4
     for (int i = 0; i < 16; i += kLanes) {
-      sums.add(load(block + 2 * i), i, load(block + 2 * i + 32), i + 16);
+      to.add(load(block + 2 * i), i, load(block + 2 * i + 32), i + 16);
     }
   }
 };
@@ -130,23 +145,24 @@ struct Q8_0 {
   static constexpr bool kPlain = false;
   static constexpr bool kPairs = false;
   static constexpr int64_t kWeights = 32, kBytes = 34;
-  template <class Sums>
-  static HWY_INLINE void decode(const uint8_t* block, const float* /*scales*/, Sums& sums) {
-    const V d = hn::Set(D(), load_f16(block));
+  template <class To>
+  static HWY_INLINE void decode(const uint8_t* block, const float* /*scales*/, To& to) {
+    const auto map = To::template map<8>(load_f16(block), 0.0f);
 #pragma GCC unroll 4
     for (int i = 0; i < 16; i += kLanes) {
-      sums.add(hn::Mul(d, load_i8(block + 2 + i)), i, hn::Mul(d, load_i8(block + 18 + i)), i + 16);
+      to.add(map(load_i8(block + 2 + i)), i, map(load_i8(block + 18 + i)), i + 16);
     }
   }
 };
 
 // 16 bytes whose low nibbles are columns 0..15 and high nibbles columns 16..31.
-template <class Sums>
-HWY_INLINE void decode_nibbles(const uint8_t* q, NibbleMap map, Sums& sums) {
+template <class To>
+HWY_INLINE void decode_nibbles(const uint8_t* q, float scale, float offset, To& to) {
+  const auto map = To::template map<4>(scale, offset);
 #pragma GCC unroll 4
   for (int i = 0; i < 16; i += kLanes) {
     const VI bytes = load_u8(q + i);
-    sums.add(map(low_nibble(bytes)), i, map(high_nibble(bytes)), i + 16);
+    to.add(map(low_nibble(bytes)), i, map(high_nibble(bytes)), i + 16);
   }
 }
 
@@ -155,10 +171,10 @@ struct Q4_0 {
   static constexpr bool kPlain = false;
   static constexpr bool kPairs = false;
   static constexpr int64_t kWeights = 32, kBytes = 18;
-  template <class Sums>
-  static HWY_INLINE void decode(const uint8_t* block, const float* /*scales*/, Sums& sums) {
+  template <class To>
+  static HWY_INLINE void decode(const uint8_t* block, const float* /*scales*/, To& to) {
     const float d = load_f16(block);
-    decode_nibbles(block + 2, NibbleMap(d, -8.0f * d), sums);
+    decode_nibbles(block + 2, d, -8.0f * d, to);
   }
 };
 
@@ -167,30 +183,29 @@ struct Q4_1 {
   static constexpr bool kPlain = false;
   static constexpr bool kPairs = true;
   static constexpr int64_t kWeights = 32, kBytes = 20;
-  template <class Sums>
-  static HWY_INLINE void decode(const uint8_t* block, const float* scales, Sums& sums) {
-    decode_nibbles(block + 4, NibbleMap(scales[0], scales[1]), sums);
+  template <class To>
+  static HWY_INLINE void decode(const uint8_t* block, const float* scales, To& to) {
+    decode_nibbles(block + 4, scales[0], scales[1], to);
   }
 };
 
 // As decode_nibbles with a fifth bit: bit k of `bits` belongs to column k.
-template <class Sums>
+template <class To>
 HWY_INLINE void decode_five_bits(const uint8_t* bits, const uint8_t* q, float scale, float offset,
-                                 Sums& sums) {
+                                 To& to) {
   uint32_t word;
   std::memcpy(&word, bits, sizeof word);
-  const V s = hn::Set(D(), scale), o = hn::Set(D(), offset);
-  const auto fifth = [&](int k) HWY_ATTR {
+  const auto map = To::template map<5>(scale, offset);
+  const auto with_fifth = [&](VI nibble, int k) HWY_ATTR {
     const auto lane_bit = hn::Shl(hn::Set(DU(), 1u), hn::Iota(DU(), static_cast<uint32_t>(k)));
     const auto is_set = hn::Ne(hn::And(hn::Set(DU(), word), lane_bit), hn::Zero(DU()));
-    return hn::IfThenElseZero(hn::RebindMask(D(), is_set), hn::Set(D(), 16.0f));
+    return hn::Or(nibble, hn::IfThenElseZero(hn::RebindMask(DI(), is_set), hn::Set(DI(), 16)));
   };
 #pragma GCC unroll 4
   for (int i = 0; i < 16; i += kLanes) {
     const VI bytes = load_u8(q + i);
-    const V low = hn::Add(hn::ConvertTo(D(), low_nibble(bytes)), fifth(i));
-    const V high = hn::Add(hn::ConvertTo(D(), high_nibble(bytes)), fifth(i + 16));
-    sums.add(hn::MulAdd(low, s, o), i, hn::MulAdd(high, s, o), i + 16);
+    to.add(map(with_fifth(low_nibble(bytes), i)), i, map(with_fifth(high_nibble(bytes), i + 16)),
+           i + 16);
   }
 }
 
@@ -199,10 +214,10 @@ struct Q5_0 {
   static constexpr bool kPlain = false;
   static constexpr bool kPairs = false;
   static constexpr int64_t kWeights = 32, kBytes = 22;
-  template <class Sums>
-  static HWY_INLINE void decode(const uint8_t* block, const float* /*scales*/, Sums& sums) {
+  template <class To>
+  static HWY_INLINE void decode(const uint8_t* block, const float* /*scales*/, To& to) {
     const float d = load_f16(block);
-    decode_five_bits(block + 2, block + 6, d, -16.0f * d, sums);
+    decode_five_bits(block + 2, block + 6, d, -16.0f * d, to);
   }
 };
 
@@ -211,9 +226,9 @@ struct Q5_1 {
   static constexpr bool kPlain = false;
   static constexpr bool kPairs = true;
   static constexpr int64_t kWeights = 32, kBytes = 24;
-  template <class Sums>
-  static HWY_INLINE void decode(const uint8_t* block, const float* scales, Sums& sums) {
-    decode_five_bits(block + 4, block + 8, scales[0], scales[1], sums);
+  template <class To>
+  static HWY_INLINE void decode(const uint8_t* block, const float* scales, To& to) {
+    decode_five_bits(block + 4, block + 8, scales[0], scales[1], to);
   }
 };
 
@@ -236,16 +251,16 @@ struct Q4_K {
   static constexpr bool kPlain = false;
   static constexpr bool kPairs = true;
   static constexpr int64_t kWeights = 256, kBytes = 144;
-  template <class Sums>
-  static HWY_INLINE void decode(const uint8_t* block, const float* scales, Sums& sums) {
+  template <class To>
+  static HWY_INLINE void decode(const uint8_t* block, const float* scales, To& to) {
     const GroupScales groups(block + 4, scales[0], scales[1]);
     for (int j = 0; j < 4; ++j) {
-      const NibbleMap low(groups.scale[2 * j], groups.offset[2 * j]);
-      const NibbleMap high(groups.scale[2 * j + 1], groups.offset[2 * j + 1]);
+      const auto low = To::template map<4>(groups.scale[2 * j], groups.offset[2 * j]);
+      const auto high = To::template map<4>(groups.scale[2 * j + 1], groups.offset[2 * j + 1]);
 #pragma GCC unroll 8
       for (int i = 0; i < 32; i += kLanes) {
         const VI bytes = load_u8(block + 16 + 32 * j + i);
-        sums.add(low(low_nibble(bytes)), 64 * j + i, high(high_nibble(bytes)), 64 * j + 32 + i);
+        to.add(low(low_nibble(bytes)), 64 * j + i, high(high_nibble(bytes)), 64 * j + 32 + i);
       }
     }
   }
@@ -256,23 +271,22 @@ struct Q5_K {
   static constexpr bool kPlain = false;
   static constexpr bool kPairs = true;
   static constexpr int64_t kWeights = 256, kBytes = 176;
-  template <class Sums>
-  static HWY_INLINE void decode(const uint8_t* block, const float* scales, Sums& sums) {
+  template <class To>
+  static HWY_INLINE void decode(const uint8_t* block, const float* scales, To& to) {
     const GroupScales groups(block + 4, scales[0], scales[1]);
     for (int j = 0; j < 4; ++j) {
-      const V s0 = hn::Set(D(), groups.scale[2 * j]), o0 = hn::Set(D(), groups.offset[2 * j]);
-      const V s1 = hn::Set(D(), groups.scale[2 * j + 1]),
-              o1 = hn::Set(D(), groups.offset[2 * j + 1]);
+      const auto low = To::template map<5>(groups.scale[2 * j], groups.offset[2 * j]);
+      const auto high = To::template map<5>(groups.scale[2 * j + 1], groups.offset[2 * j + 1]);
       const VI bit0 = hn::Set(DI(), 1 << (2 * j)), bit1 = hn::Set(DI(), 2 << (2 * j));
-      const auto widen = [](VI nibble, VI fifth, VI bit) HWY_ATTR {
-        const auto is_set = hn::RebindMask(D(), hn::TestBit(fifth, bit));
-        return hn::Add(hn::ConvertTo(D(), nibble), hn::IfThenElseZero(is_set, hn::Set(D(), 16.0f)));
+      const auto with_fifth = [](VI nibble, VI fifth, VI bit) HWY_ATTR {
+        const auto is_set = hn::TestBit(fifth, bit);
+        return hn::Or(nibble, hn::IfThenElseZero(is_set, hn::Set(DI(), 16)));
       };
 #pragma GCC unroll 8
       for (int i = 0; i < 32; i += kLanes) {
         const VI bytes = load_u8(block + 48 + 32 * j + i), fifth = load_u8(block + 16 + i);
-        sums.add(hn::MulAdd(widen(low_nibble(bytes), fifth, bit0), s0, o0), 64 * j + i,
-                 hn::MulAdd(widen(high_nibble(bytes), fifth, bit1), s1, o1), 64 * j + 32 + i);
+        to.add(low(with_fifth(low_nibble(bytes), fifth, bit0)), 64 * j + i,
+               high(with_fifth(high_nibble(bytes), fifth, bit1)), 64 * j + 32 + i);
       }
     }
   }
@@ -285,28 +299,30 @@ struct Q6_K {
   static constexpr bool kPairs = false;
   static constexpr int64_t kWeights = 256, kBytes = 210;
 
-  static HWY_INLINE V scaled(VI low, VI high, float scale) {
-    const VI q = hn::Or(low, hn::ShiftLeft<4>(hn::And(high, hn::Set(DI(), 3))));
-    return hn::Mul(hn::ConvertTo(D(), hn::Sub(q, hn::Set(DI(), 32))), hn::Set(D(), scale));
+  static HWY_INLINE VI joined(VI low, VI high) {
+    return hn::Or(low, hn::ShiftLeft<4>(hn::And(high, hn::Set(DI(), 3))));
   }
-  template <class Sums>
-  static HWY_INLINE void decode(const uint8_t* block, const float* /*scales*/, Sums& sums) {
+  template <class To>
+  static HWY_INLINE void decode(const uint8_t* block, const float* /*scales*/, To& to) {
     const float d = load_f16(block + 208);
     for (int half = 0; half < 2; ++half) {
       const uint8_t* low = block + 64 * half;
       const uint8_t* high = block + 128 + 32 * half;
       const int8_t* group = reinterpret_cast<const int8_t*>(block + 192 + 8 * half);
       for (int part = 0; part < 2; ++part) {
-        float s[4];
-        for (int g = 0; g < 4; ++g) s[g] = d * static_cast<float>(group[2 * g + part]);
+        const auto map = [&](int g) HWY_ATTR {
+          const float scale = d * static_cast<float>(group[2 * g + part]);
+          return To::template map<6>(scale, -32.0f * scale);
+        };
+        const auto map0 = map(0), map1 = map(1), map2 = map(2), map3 = map(3);
 #pragma GCC unroll 4
         for (int i = 16 * part; i < 16 * part + 16; i += kLanes) {
           const VI a = load_u8(low + i), b = load_u8(low + 32 + i), h = load_u8(high + i);
           const int k = 128 * half + i;
-          sums.add(scaled(low_nibble(a), h, s[0]), k,
-                   scaled(low_nibble(b), hn::ShiftRight<2>(h), s[1]), k + 32);
-          sums.add(scaled(high_nibble(a), hn::ShiftRight<4>(h), s[2]), k + 64,
-                   scaled(high_nibble(b), hn::ShiftRight<6>(h), s[3]), k + 96);
+          to.add(map0(joined(low_nibble(a), h)), k,
+                 map1(joined(low_nibble(b), hn::ShiftRight<2>(h))), k + 32);
+          to.add(map2(joined(high_nibble(a), hn::ShiftRight<4>(h))), k + 64,
+                 map3(joined(high_nibble(b), hn::ShiftRight<6>(h))), k + 96);
         }
       }
     }

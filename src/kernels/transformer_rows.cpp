@@ -36,6 +36,7 @@ struct TransformerKernels {
 #include <hwy/contrib/math/math-inl.h>
 #include <hwy/highway.h>
 
+#include "kernels/exp-inl.h"
 #include "kernels/vector-inl.h"
 
 HWY_BEFORE_NAMESPACE();
@@ -90,15 +91,16 @@ void rms_norm_row(const From* x, const float* weight, float eps, To* out, int64_
   }
 }
 
-template <class T>
-void swiglu_row(const T* gate, const T* up, T* out, int64_t columns) {
-  // exp(88) is finite; where it replaces a larger value the result is below 1e-35 |g u|.
-  const V one = hn::Set(D(), 1.0f), largest = hn::Set(D(), 88.0f);
+template <class From, class To>
+void swiglu_row(const From* gate, const From* up, To* out, int64_t columns) {
+  // 2^127 is finite; where it replaces a larger value the result is below 1e-36 |g u|.
+  const V one = hn::Set(D(), 1.0f), minus_log2_e = hn::Set(D(), -1.44269504f);
   for (int64_t c = 0; c < columns; c += kLanes) {
     const int64_t n = columns - c;
     const V g = load(gate + c, n);
-    const V denominator = hn::Add(one, hn::Exp(D(), hn::Min(hn::Neg(g), largest)));
-    store(hn::Mul(hn::Div(g, denominator), load(up + c, n)), out + c, n);
+    V power[1] = {at_most(D(), 127.0f, hn::Mul(g, minus_log2_e))};
+    exp2<Exactness::full>(D(), power);
+    store(hn::Mul(hn::Div(g, hn::Add(one, power[0])), load(up + c, n)), out + c, n);
   }
 }
 
@@ -223,11 +225,10 @@ void rms_norm_rows(const Tensor& x, const float* weight, float eps, const Tensor
 }
 
 void swiglu_rows(const Tensor& gate_up, const Tensor& out, int64_t begin, int64_t end) {
-  for_types(out.dtype(), out.dtype(), [&](auto a, auto) {
-    using T = decltype(a);
+  for_types(gate_up.dtype(), out.dtype(), [&](auto a, auto b) {
     for (int64_t m = begin; m < end; ++m) {
-      const T* gate = row_of<T>(gate_up, m);
-      swiglu_row(gate, gate + out.size(1), row_of<T>(out, m), out.size(1));
+      const auto* gate = row_of<decltype(a)>(gate_up, m);
+      swiglu_row(gate, gate + out.size(1), row_of<decltype(b)>(out, m), out.size(1));
     }
   });
 }
@@ -319,6 +320,14 @@ void for_rows(const Tensor& x, const RunOptions& run,
   });
 }
 
+// Calls body(rows of x, result) for what becomes rows of `to`.
+void for_int8_rows(const Tensor& x, const Int8Rows& to, const RunOptions& run,
+                   const std::function<void(const Tensor& x, const Tensor& out)>& body) {
+  fill_int8_rows(to, run, [&](int64_t first, const Tensor& out) {
+    body(x.slice(0, first, first + out.size(0)), out);
+  });
+}
+
 }  // namespace
 
 void rms_norm(const Tensor& x, const Tensor& weight, float eps, const Tensor& out,
@@ -331,6 +340,16 @@ void rms_norm(const Tensor& x, const Tensor& weight, float eps, const Tensor& ou
   });
 }
 
+void rms_norm(const Tensor& x, const Tensor& weight, float eps, const Int8Rows& out,
+              const RunOptions& run) {
+  check_shape("rms_norm", "x", x, {out.rows, out.columns});
+  check_vector("rms_norm", "weight", weight, out.columns);
+  const auto norm = kernels_for(run).rms_norm;
+  for_int8_rows(x, out, run, [&](const Tensor& rows, const Tensor& result) {
+    norm(rows, weight.as<float>(), eps, result, 0, rows.size(0));
+  });
+}
+
 void swiglu(const Tensor& gate_up, const Tensor& out, const RunOptions& run) {
   check_matrix("swiglu", "out", out);
   check_shape("swiglu", "gate_up", gate_up, {out.size(0), 2 * out.size(1)});
@@ -340,6 +359,14 @@ void swiglu(const Tensor& gate_up, const Tensor& out, const RunOptions& run) {
   }
   for_rows(out, run,
            [&](int64_t begin, int64_t end) { kernels_for(run).swiglu(gate_up, out, begin, end); });
+}
+
+void swiglu(const Tensor& gate_up, const Int8Rows& out, const RunOptions& run) {
+  check_shape("swiglu", "gate_up", gate_up, {out.rows, 2 * out.columns});
+  const auto gate = kernels_for(run).swiglu;
+  for_int8_rows(gate_up, out, run, [&](const Tensor& rows, const Tensor& result) {
+    gate(rows, result, 0, rows.size(0));
+  });
 }
 
 void rotate(const Tensor& x, const Rotation& rotation, const RunOptions& run) {
@@ -361,6 +388,14 @@ void convert_rows(const Tensor& from, const Tensor& to, const RunOptions& run) {
   check_shape("convert_rows", "to", to, from.shape());
   for_rows(to, run,
            [&](int64_t begin, int64_t end) { kernels_for(run).convert(from, to, begin, end); });
+}
+
+void convert_rows(const Tensor& from, const Int8Rows& to, const RunOptions& run) {
+  check_shape("convert_rows", "from", from, {to.rows, to.columns});
+  const auto convert = kernels_for(run).convert;
+  for_int8_rows(from, to, run, [&](const Tensor& rows, const Tensor& result) {
+    convert(rows, result, 0, rows.size(0));
+  });
 }
 
 void add_rows(const Tensor& from, const Tensor& to, const RunOptions& run) {

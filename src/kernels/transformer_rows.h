@@ -1,13 +1,15 @@
 // The row operations of a transformer besides its products: normalisation, rotary positions, gating.
 //
 // Matrices are Tensors [rows, columns] of float32 or bfloat16 with a unit stride in the columns.
-// Arithmetic is float32; bfloat16 results are rounded to nearest even. A row of a result depends on
+// Arithmetic is float32; bfloat16 results are rounded to nearest even, those for int8 products as
+// int8_rows.h says. A row of a result depends on
 // the same row of the inputs only. Throws Error for other types or shapes that do not fit.
 #pragma once
 #include <cstdint>
 
 #include "heed/run.h"
 #include "heed/tensor.h"
+#include "kernels/int8_rows.h"
 
 namespace heed {
 
@@ -15,10 +17,13 @@ namespace heed {
 /// weight [C] float32. out may be x.
 void rms_norm(const Tensor& x, const Tensor& weight, float eps, const Tensor& out,
               const RunOptions& run = {});
+void rms_norm(const Tensor& x, const Tensor& weight, float eps, const Int8Rows& out,
+              const RunOptions& run = {});
 
 /// out[m,f] = silu(g) * u, g = gate_up[m,f], u = gate_up[m,F+f], silu(g) = g / (1 + exp -g).
 /// arXiv 2002.05202. gate_up [M,2F], out [M,F].
 void swiglu(const Tensor& gate_up, const Tensor& out, const RunOptions& run = {});
+void swiglu(const Tensor& gate_up, const Int8Rows& out, const RunOptions& run = {});
 
 /// Rotary position embedding, arXiv 2104.09864: each head of D columns has `pairs` pairs (a, b) that
 /// become (a cos - b sin, a sin + b cos); columns from 2 * pairs on stay.
@@ -37,6 +42,7 @@ void rotate(const Tensor& x, const Rotation& rotation, const RunOptions& run = {
 
 /// to[m,c] = from[m,c], converted.
 void convert_rows(const Tensor& from, const Tensor& to, const RunOptions& run = {});
+void convert_rows(const Tensor& from, const Int8Rows& to, const RunOptions& run = {});
 /// to[m,c] += from[m,c].
 void add_rows(const Tensor& from, const Tensor& to, const RunOptions& run = {});
 /// x[m,c] += bias[c], bias [C] float32.

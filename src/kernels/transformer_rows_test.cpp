@@ -127,6 +127,46 @@ TEST(TransformerRows, Swiglu) {
   });
 }
 
+// Rows for an int8 product are those of float32 results, rounded.
+TEST(TransformerRows, ResultsRoundedToInt8) {
+  const int64_t rows = 70, columns = 96;
+  std::vector<float> weight(static_cast<size_t>(columns), 0.7f);
+  const Tensor norm(weight.data(), DType::f32, {columns});
+  const size_t bytes = static_cast<size_t>(int8_rows_bytes(rows, columns));
+  for (Isa isa : available_isas()) {
+    const RunOptions run{.threads = 2, .isa = isa};
+    for (DType type : {DType::f32, DType::bf16}) {
+      Matrix x = Matrix::random(type, rows, columns, 1);
+      Matrix gate_up = Matrix::random(type, rows, 2 * columns, 2);
+      const auto expect_rounded = [&](const auto& op, const char* what) {
+        Array wide(DType::f32, {rows, columns}),
+            found(DType::f32, {static_cast<int64_t>(bytes / 4)}),
+            needed(DType::f32, {static_cast<int64_t>(bytes / 4)});
+        op(wide.view());
+        op(Int8Rows{found.as<std::byte>(), rows, columns});
+        fill_int8_rows({needed.as<std::byte>(), rows, columns}, run,
+                       [&](int64_t first, const Tensor& to) {
+                         std::memcpy(to.data(), wide.view().at({first}),
+                                     static_cast<size_t>(to.count()) * sizeof(float));
+                       });
+        EXPECT_EQ(0, std::memcmp(found.as<void>(), needed.as<void>(), bytes))
+            << what << " " << name_of(isa) << " " << name_of(type);
+      };
+      expect_rounded([&](const auto& to) { rms_norm(x.view(), norm, 1e-5f, to, run); }, "rms_norm");
+      expect_rounded([&](const auto& to) { convert_rows(x.view(), to, run); }, "convert_rows");
+      if (type == DType::f32) {
+        expect_rounded([&](const auto& to) { swiglu(gate_up.view(), to, run); }, "swiglu");
+      }
+    }
+  }
+  Matrix narrow(DType::f32, rows, 64);
+  Array memory(DType::f32, {static_cast<int64_t>(bytes / 4)});
+  const Int8Rows to{memory.as<std::byte>(), rows, columns};
+  EXPECT_THROW(convert_rows(narrow.view(), to), Error);
+  EXPECT_THROW(rms_norm(narrow.view(), norm, 1e-5f, to), Error);
+  EXPECT_THROW(swiglu(narrow.view(), to), Error);
+}
+
 TEST(TransformerRows, RotateBothPairings) {
   for_cases([](Isa isa, DType type, int64_t rows, int64_t pairs, const std::string& what) {
     for (bool interleaved : {false, true}) {

@@ -107,14 +107,13 @@ void Model::make_room(int64_t rows) {
   const auto make = [&](int64_t columns) { return Array(DType::f32, {rows, columns}); };
   const int64_t head_columns = config_.heads * config_.head_dim;
   stream_ = make(config_.width);
-  normed_ = make(config_.width);
+  input_ = make(std::max({config_.width, head_columns, config_.hidden}));
   sum_ = make(config_.width);
   qkv_ = make(config_.qkv_rows());
   heads_ = make(head_columns);
   heads_out_ = make(head_columns);
   attended_ = make(head_columns);
   gate_up_ = make(2 * config_.hidden);
-  hidden_ = make(config_.hidden);
   const int64_t stride = rotation_stride(static_cast<int64_t>(config_.rotary_frequencies.size()));
   cos_ = Array::zeros(DType::f32, {rows, stride});
   sin_ = Array::zeros(DType::f32, {rows, stride});
@@ -204,33 +203,53 @@ void Model::attend(int64_t layer, const Tensor& qkv, const Tensor& out) {
                        as_heads(out, d), states_.of(layer), run_);
 }
 
+void Model::attend(int64_t layer, const Tensor& qkv, const Int8Rows& out) {
+  const Tensor attended = buffer(attended_, qkv.dtype(), out.rows, out.columns);
+  attend(layer, qkv, attended);
+  convert_rows(attended, out, run_);
+}
+
+// y = W x, or y += W x where y is the stream, for the x that make(x) makes: a matrix of `type`, or one
+// rounded to int8.
+template <class Make>
+void Model::multiply(const WeightMatrix& w, DType type, const Make& make, const Tensor& y,
+                     bool add) {
+  const int64_t rows = y.size(0);
+  if (w.int8.data != nullptr && rows > few_rows(weights_.dense_type)) {
+    // Smaller than float32 would be.
+    const Int8Rows x{input_.as<std::byte>(), rows, w.columns};
+    make(x);
+    int8_product(x, w.int8, y, add, run_);
+    return;
+  }
+  const Tensor x = buffer(input_, type, rows, w.columns);
+  make(x);
+  const Tensor product = add ? buffer(sum_, type, rows, w.rows) : y;
+  w.multiply(x, product, run_);
+  if (add) add_rows(product, y, run_);
+}
+
 void Model::attention_block(int64_t layer, int64_t rows, DType type) {
   const LayerWeights& w = weights_.layers[static_cast<size_t>(layer)];
   const Tensor stream = buffer(stream_, DType::f32, rows, config_.width);
-  const Tensor normed = buffer(normed_, type, rows, config_.width);
   const Tensor qkv = buffer(qkv_, type, rows, config_.qkv_rows());
-  const Tensor attended = buffer(attended_, type, rows, config_.heads * config_.head_dim);
-  const Tensor sum = buffer(sum_, type, rows, config_.width);
-  rms_norm(stream, w.attention_norm, config_.norm_eps, normed, run_);
-  w.qkv.multiply(normed, qkv, run_);
+  const auto norm = [&](const auto& x) {
+    rms_norm(stream, w.attention_norm, config_.norm_eps, x, run_);
+  };
+  multiply(w.qkv, type, norm, qkv, false);
   prepare_heads(w, qkv);
-  attend(layer, qkv, attended);
-  w.out.multiply(attended, sum, run_);
-  if (w.out_bias.view().defined()) add_bias(w.out_bias, sum, run_);
-  add_rows(sum, stream, run_);
+  multiply(w.out, type, [&](const auto& x) { attend(layer, qkv, x); }, stream, true);
+  if (w.out_bias.view().defined()) add_bias(w.out_bias, stream, run_);
 }
 
 void Model::feed_forward_block(const LayerWeights& w, int64_t rows, DType type) {
   const Tensor stream = buffer(stream_, DType::f32, rows, config_.width);
-  const Tensor normed = buffer(normed_, type, rows, config_.width);
   const Tensor gate_up = buffer(gate_up_, type, rows, 2 * config_.hidden);
-  const Tensor hidden = buffer(hidden_, type, rows, config_.hidden);
-  const Tensor sum = buffer(sum_, type, rows, config_.width);
-  rms_norm(stream, w.hidden_norm, config_.norm_eps, normed, run_);
-  w.gate_up.multiply(normed, gate_up, run_);
-  swiglu(gate_up, hidden, run_);
-  w.down.multiply(hidden, sum, run_);
-  add_rows(sum, stream, run_);
+  const auto norm = [&](const auto& x) {
+    rms_norm(stream, w.hidden_norm, config_.norm_eps, x, run_);
+  };
+  multiply(w.gate_up, type, norm, gate_up, false);
+  multiply(w.down, type, [&](const auto& x) { swiglu(gate_up, x, run_); }, stream, true);
 }
 
 void Model::run_layers(std::span<const int32_t> tokens) {
@@ -264,7 +283,7 @@ void Model::append_chunk(std::span<const int32_t> tokens) {
 // Rows of the stream after the last norm, float32.
 Tensor Model::normalized_rows(int64_t first, int64_t rows) {
   const Tensor stream = buffer(stream_, DType::f32, capacity_rows_, config_.width);
-  const Tensor normed = buffer(normed_, DType::f32, rows, config_.width);
+  const Tensor normed = buffer(input_, DType::f32, rows, config_.width);
   rms_norm(stream.slice(0, first, first + rows), weights_.output_norm, config_.norm_eps, normed,
            run_);
   return normed;

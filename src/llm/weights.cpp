@@ -185,33 +185,52 @@ void unpack(const WeightMatrix& w, const Tensor& dense, const RunOptions& run) {
   }
 }
 
-void make_dense(ModelWeights& weights, ModelDtype dtype, const RunOptions& run) {
+// Where the dense copy holds the same values as the file, or those that are asked for, few rows use it too.
+void use_dense_parts(WeightMatrix& w, ModelDtype dtype) {
+  const bool plain = std::all_of(w.parts.begin(), w.parts.end(), [](const BlockMatrix& part) {
+    return part.format == BlockFormat::f32;
+  });
+  if (dtype == ModelDtype::bf16 || (dtype == ModelDtype::f32 && plain)) {
+    const BlockFormat format = dtype == ModelDtype::bf16 ? BlockFormat::bf16 : BlockFormat::f32;
+    w.parts = {{format, w.dense.as<std::byte>(), w.rows, w.columns}};
+  }
+}
+
+bool for_int8(const WeightMatrix& w, ModelDtype dtype, const RunOptions& run) {
+  return dtype == ModelDtype::int4 && has_int8_products(run) &&
+         std::all_of(w.parts.begin(), w.parts.end(),
+                     [](const BlockMatrix& part) { return has_codes(part.format); });
+}
+
+// The weights of the layers as products of many rows need them.
+void unpack_layers(ModelWeights& weights, ModelDtype dtype, const RunOptions& run) {
   std::vector<WeightMatrix*> matrices;
   for (LayerWeights& layer : weights.layers) {
     for (WeightMatrix* w : {&layer.qkv, &layer.out, &layer.gate_up, &layer.down}) {
+      if (for_int8(*w, dtype, run)) w->int8 = int8_matrix(w->parts);
       matrices.push_back(w);
     }
   }
   const size_t value_bytes = size_of(weights.dense_type);
   const auto bytes_of = [&](const WeightMatrix& w) {
-    return Scratch::rounded(static_cast<size_t>(w.rows * w.columns) * value_bytes);
+    return Scratch::rounded(w.int8.rows > 0
+                                ? static_cast<size_t>(w.int8.bytes())
+                                : static_cast<size_t>(w.rows * w.columns) * value_bytes);
   };
   size_t total = 0;
   for (const WeightMatrix* w : matrices) total += bytes_of(*w);
-  weights.dense_memory = Pages(total);
-  std::byte* next = weights.dense_memory.data();
+  weights.unpacked_memory = Pages(total);
+  std::byte* next = weights.unpacked_memory.data();
   for (WeightMatrix* w : matrices) {
-    w->dense = Tensor(next, weights.dense_type, {w->rows, w->columns});
-    next += bytes_of(*w);
-    unpack(*w, w->dense, run);
-    // Where the copy holds the same values, or those that are asked for, the file is not read again.
-    const bool plain = std::all_of(w->parts.begin(), w->parts.end(), [](const BlockMatrix& part) {
-      return part.format == BlockFormat::f32;
-    });
-    if (dtype == ModelDtype::bf16 || (dtype == ModelDtype::f32 && plain)) {
-      const BlockFormat format = dtype == ModelDtype::bf16 ? BlockFormat::bf16 : BlockFormat::f32;
-      w->parts = {{format, w->dense.as<std::byte>(), w->rows, w->columns}};
+    if (w->int8.rows > 0) {
+      w->int8.data = next;
+      pack_int8(w->parts, w->int8, run);
+    } else {
+      w->dense = Tensor(next, weights.dense_type, {w->rows, w->columns});
+      unpack(*w, w->dense, run);
+      use_dense_parts(*w, dtype);
     }
+    next += bytes_of(*w);
   }
 }
 
@@ -278,7 +297,7 @@ ModelWeights load_weights(const GgufFile& file, const ModelConfig& config, Model
   const bool bf16 =
       dtype == ModelDtype::bf16 || (dtype == ModelDtype::int4 && bf16_products_are_fast());
   weights.dense_type = bf16 ? DType::bf16 : DType::f32;
-  make_dense(weights, dtype, run);
+  unpack_layers(weights, dtype, run);
   return weights;
 }
 

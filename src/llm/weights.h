@@ -8,6 +8,7 @@
 
 #include "heed/run.h"
 #include "heed/tensor.h"
+#include "kernels/int8_rows.h"
 #include "kernels/quantized_rows.h"
 #include "llm/ggml_types.h"
 #include "llm/model_config.h"
@@ -20,8 +21,10 @@ class GgufFile;
 /// How a model is computed.
 ///   f32   exact: weights of the file widened to float32, float32 activations and cache
 ///   bf16  weights rounded to bfloat16, bfloat16 cache
-///   int4  few rows: the quantised blocks of the file with float32 activations; many rows: their
-///         values in bfloat16 (float32 where that is faster); bfloat16 cache
+///   int4  few rows: the quantised blocks of the file with float32 activations; many rows: the same
+///         with activations rounded to int8 in groups of 32 columns where the processor multiplies
+///         bytes fastest, else weights and activations in bfloat16, or float32 where that is faster;
+///         bfloat16 cache
 enum class ModelDtype { f32, bf16, int4 };
 
 const char* name_of(ModelDtype dtype);
@@ -35,9 +38,11 @@ struct WeightMatrix {
   int64_t rows = 0;
   int64_t columns = 0;
   std::vector<BlockMatrix> parts;  // for few rows
+  Int8Matrix int8;                 // for many; without memory where `dense` is used
   Tensor dense;  // [rows, columns] float32 or bfloat16, for many; may be undefined
 
   /// x [M,columns], y [M,rows], contiguous: float32, or dense's type for more than few_rows() rows.
+  /// Not for more rows where `int8` has memory: int8_product multiplies them.
   void multiply(const Tensor& x, const Tensor& y, const RunOptions& run) const;
 };
 
@@ -59,8 +64,8 @@ struct ModelWeights {
   WeightMatrix head;      // [vocab, width], as it lies in the file
   Array output_norm;      // [width]
   std::vector<LayerWeights> layers;
-  Pages dense_memory;
-  DType dense_type = DType::f32;
+  Pages unpacked_memory;          // of int8 and dense
+  DType dense_type = DType::f32;  // of activations of many rows between products, too
 
   /// The token's row of the embedding, [width].
   void embed(int32_t token, float* out) const;
