@@ -69,9 +69,11 @@ class ReadAhead {
   }
   void add(const Rows& rows) {
     if (rows.data == nullptr || rows.count <= 0 || rows.width <= 0) return;
+    const auto element = static_cast<int64_t>(size_of(rows.dtype));
     const bool together = rows.offsets == nullptr && rows.stride == rows.width;
-    const int64_t bytes = rows.width * static_cast<int64_t>(size_of(rows.dtype));
-    const Lines lines{rows, together ? 1 : rows.count, together ? rows.count * bytes : bytes};
+    const Lines lines{row_at(rows, 0), rows.stride * element, together ? 1 : rows.count,
+                      rows.width * element * (together ? rows.count : 1),
+                      rows.offsets == nullptr ? nullptr : rows.offsets + 1, element};
     assert(count_ < static_cast<int64_t>(list_.size()));
     lines_ += lines.rows * ((lines.row_bytes + kLine - 1) / kLine);
     list_[static_cast<size_t>(count_++)] = lines;
@@ -80,27 +82,32 @@ class ReadAhead {
   int64_t lines() const { return lines_; }
   void ask(int64_t lines) {
     for (lines = std::min(lines, lines_); lines > 0; --lines, --lines_) {
-      const Lines& x = list_[static_cast<size_t>(at_)];
-      prefetch_far(row_at(x.from, row_), done_);
+      Lines& x = list_[static_cast<size_t>(at_)];
+      prefetch_far(x.data, done_);
       done_ += kLine;
       if (done_ < x.row_bytes) continue;
       done_ = 0;
-      if (++row_ < x.rows) continue;
-      row_ = 0;
-      ++at_;
+      if (--x.rows == 0) {
+        ++at_;
+      } else if (x.offsets == nullptr) {
+        x.data += x.stride;
+      } else {
+        x.data += (x.offsets[0] - x.offsets[-1]) * x.element;
+        ++x.offsets;
+      }
     }
   }
 
  private:
   static constexpr int64_t kLine = 64;  // bytes
   struct Lines {
-    Rows from;
-    int64_t rows = 0, row_bytes = 0;  // rows that follow each other without a gap count as one
+    const std::byte* data = nullptr;
+    int64_t stride = 0, rows = 0, row_bytes = 0;  // bytes from row to row, rows left
+    const int64_t* offsets = nullptr;             // of the next row; null: evenly spaced
+    int64_t element = 0;                          // bytes
   };
   std::array<Lines, 4> list_;
-  int64_t count_ = 0, lines_ = 0;
-  int64_t at_ = 0, row_ = 0,
-          done_ = 0;  // what comes next: the list's entry, its row, bytes of the row
+  int64_t count_ = 0, at_ = 0, done_ = 0, lines_ = 0;  // done_: bytes of the row at hand
 };
 
 }  // namespace heed::kernels
