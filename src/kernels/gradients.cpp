@@ -111,8 +111,8 @@ void gradient_rows(Block<T> s, Block<T> dp, int64_t rows, int64_t key_count, con
     if (!range.empty()) {
       gradient_row<T, kKind, kAlibi>(row, gradient, range, s.row(r), dp.row(r));
     }
-    clear_outside<T>(s.row(r), range, {0, static_cast<int32_t>(columns)});
-    clear_outside<T>(dp.row(r), range, {0, static_cast<int32_t>(columns)});
+    clear_outside<T>(s.row(r), range, columns);
+    clear_outside<T>(dp.row(r), range, columns);
   }
 }
 
@@ -175,7 +175,7 @@ void parallax_rows(Block<T> s, Block<T> t, Block<T> a, int64_t rows, int64_t key
       row.bias -= pivot[r];
       parallax_row<T, kAlibi>(row, x, range);
     }
-    for (T* out : {x.s, x.t, x.a}) clear_outside<T>(out, range, {0, static_cast<int32_t>(columns)});
+    for (T* out : {x.s, x.t, x.a}) clear_outside<T>(out, range, columns);
   }
 }
 

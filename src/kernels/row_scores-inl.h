@@ -138,9 +138,9 @@ HWY_INLINE void for_whole_vectors(int64_t begin, int64_t end, Body&& body) {
   if constexpr (kMost > 1) for_whole_vectors<T, kMost / 2>(begin, end, body);
 }
 
-// Zeros in those of the columns `within` of one row that for_visible does not pass over.
+// Zeros in the columns of one row that for_visible does not pass over.
 template <class T, class Element>
-HWY_INLINE void clear_outside(Element* out, KeyRange range, KeyRange within) {
+HWY_INLINE void clear_outside(Element* out, KeyRange range, int64_t columns) {
   const hn::Rebind<Element, Full<T>> d;
   const auto clear = [&](int64_t from, int64_t to) HWY_ATTR {
     for (int64_t m = from; m < to; m += lanes<T>()) {
@@ -149,8 +149,8 @@ HWY_INLINE void clear_outside(Element* out, KeyRange range, KeyRange within) {
     }
   };
   const KeyRange seen = whole_vectors<T>(range);
-  clear(within.begin, seen.begin);
-  clear(HWY_MAX(seen.end, within.begin), within.end);
+  clear(0, seen.begin);
+  clear(seen.end, columns);
 }
 
 // A scale of 0 would make NaN of a score that a mask set to -inf: applied beforehand, leaving a scale

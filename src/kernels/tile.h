@@ -107,8 +107,7 @@ struct TileKernels {
   void (*scores)(const void* queries, int64_t rows, const void* keys, int64_t key_count,
                  int64_t width, const KeyRange* ranges, Block<T> s) = nullptr;
   /// Weights go to `weights` (T, may be `s` itself; or bfloat16 with half_operands), exactly 0 outside
-  /// a row's range, in the padding columns and where a score is -inf (a mask, at any scale). Columns
-  /// that no row sees are undefined, but for those beside the others in steps of 32. A NaN score
+  /// a row's range, in the padding columns and where a score is -inf (a mask, at any scale). A NaN score
   /// has weight NaN (not in a polynomial of order 0, which looks at no score). Scores outside the range
   /// may be overwritten.
   void (*weights[kWeightKinds])(Block<T> s, int64_t rows, int64_t key_count, const KeyRange* ranges,

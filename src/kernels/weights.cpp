@@ -12,7 +12,6 @@
 
 #include "kernels/exp-inl.h"
 #include "kernels/parts.h"
-#include "kernels/product_loops.h"
 #include "kernels/row_scores-inl.h"
 #include "kernels/transpose-inl.h"
 #include "kernels/vector-inl.h"
@@ -249,23 +248,12 @@ HWY_INLINE void polynomial_row(const ShapedRow<T, kAlibi>& row, KeyRange range, 
   sum += sum_of<T>(total);
 }
 
-// Columns of weights that a product may read: those that one of the rows sees, in steps of the longest
-// operand.
-KeyRange read_by_products(const KeyRange* ranges, int64_t rows, int64_t key_count,
-                          int64_t columns) {
-  const KeyRange joint = joint_range(ranges, 0, rows, key_count);
-  if (joint.empty()) return {};
-  const int64_t end = HWY_MIN(round_up(joint.end, kHalfDepth), columns);
-  return {static_cast<int32_t>(joint.begin / kHalfDepth * kHalfDepth), static_cast<int32_t>(end)};
-}
-
 template <class T, class Weights, WeightKind kKind, bool kAlibi>
 void weight_rows(Block<T> s, int64_t rows, int64_t key_count, const KeyRange* ranges,
                  const WeightShape<T>& shape, const RowState<T>& state,
                  typename Weights::Element* weights, int64_t stride) {
   const int64_t columns = round_up(key_count, kWeightMultiple<T, Weights>);
   const bool whole = ranges == nullptr && key_count == columns;
-  const KeyRange read = read_by_products(ranges, rows, key_count, columns);
   for (int64_t r = 0; r < rows && !whole; ++r) {
     hide_edges(s.row(r), range_of(ranges, r, key_count));
   }
@@ -283,7 +271,7 @@ void weight_rows(Block<T> s, int64_t rows, int64_t key_count, const KeyRange* ra
     } else if constexpr (kKind == WeightKind::polynomial) {
       polynomial_row<T, Weights, kAlibi>(row, range, shape.order, state.sum[r], out);
     }
-    clear_outside<T>(out, range, read);
+    clear_outside<T>(out, range, columns);
   }
 }
 
@@ -353,7 +341,7 @@ void second_weights(const void* weights, int64_t stride, Block<T> t, int64_t row
         }
       });
     }
-    clear_outside<T>(out, range, {0, static_cast<int32_t>(columns)});
+    clear_outside<T>(out, range, columns);
     sum[r] = carry[r] * sum[r] + sum_of<T>(total);
   }
 }
