@@ -53,8 +53,8 @@ def perplexity(arguments, folder):
     text = beginning(arguments.text, 50_000, folder)
     print("| `--attention` | perplexity | nats per token | tokens/s |\n| --- | --- | --- | --- |")
     for mix in arguments.attention or MIXES:
-        found = heed(arguments.program, "eval", "--model", arguments.model, "--text", text,
-                     "--context", 2048, "--attention", mix)  # fmt: skip
+        found = heed(arguments.program, "eval", "--model", arguments.model, "--dtype", "bf16",
+                     "--text", text, "--context", 2048, "--attention", mix)  # fmt: skip
         value = found["perplexity"]
         shown = f"{value:.2f}" if value < 1e5 else f"{value:.1e}"
         print(f"| `{mix}` | {shown} | {math.log(value):.2f} | {found['tokens_per_s']:.0f} |", flush=True)
