@@ -6,6 +6,7 @@
 #include <cstdint>
 
 #include "base/round_up.h"
+#include "heed/tensor.h"
 
 namespace heed {
 
@@ -23,5 +24,9 @@ inline void prefer_huge_pages(void* memory, size_t bytes) {
   (void)madvise(reinterpret_cast<void*>(first), static_cast<size_t>(last - first), MADV_HUGEPAGE);
 #endif
 }
+
+/// Makes all threads fetch the pages of a large contiguous result, which are else fetched at its first
+/// touch: for loops whose threads wait for each other often. Changes no contents.
+void populate(const Tensor& result, int threads);
 
 }  // namespace heed

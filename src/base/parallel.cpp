@@ -47,14 +47,20 @@ void parallel_for(int64_t items, int threads,
   }
   std::exception_ptr failure;
   std::atomic<bool> failed{false};
-#pragma omp parallel for schedule(dynamic, 1) num_threads(threads)
-  for (int64_t item = 0; item < items; ++item) {
-    if (failed.load(std::memory_order_relaxed)) continue;
+  const auto run = [&](int64_t item) {
+    if (failed.load(std::memory_order_relaxed)) return;
     try {
       body(item, omp_get_thread_num());
     } catch (...) {
       if (!failed.exchange(true)) failure = std::current_exception();
     }
+  };
+  if (items <= threads) {
+#pragma omp parallel for schedule(static, 1) num_threads(threads)
+    for (int64_t item = 0; item < items; ++item) run(item);
+  } else {
+#pragma omp parallel for schedule(dynamic, 1) num_threads(threads)
+    for (int64_t item = 0; item < items; ++item) run(item);
   }
   if (failure) std::rethrow_exception(failure);
 }

@@ -15,7 +15,9 @@ namespace heed {
 int threads_for(const RunOptions& run, int64_t items);
 
 /// Calls body(item, worker) for every item in [0, items), worker in [0, threads). Items are handed out
-/// in order, one at a time, so put the long ones first. The first exception is rethrown after the loop.
+/// in order, one at a time, so put the long ones first; no more of them than threads go each to the thread
+/// of its number, which finds in its caches what it left there. The first exception is rethrown after the
+/// loop.
 void parallel_for(int64_t items, int threads,
                   const std::function<void(int64_t item, int worker)>& body);
 

@@ -4,7 +4,7 @@
 //   pack_rows        a block of T from rows of any type, with a factor per row
 //   all_finite       what pack_values finds out, for rows that are used as they lie
 //   weigh            W[r,m] = S[r,m] decay[m-r] column[m], exactly 0 outside the ranges
-//   outer            S = decay(S) + X^T Y                        the update of a state by a chunk
+//   outer            S' = decay(S) + X^T Y                       the update of a state by a chunk
 //   read             O = factor (X S) + added                    what the rows of a chunk read of a state
 //   step             S = decay(S) + k^T v, o = q S               one token; reads and writes S once
 //   run_dots, run_add                                            sums that run along the rows
@@ -61,15 +61,17 @@ struct ChunkKernels {
   void (*weigh_half)(Block<T> s, int64_t rows, int64_t columns, const KeyRange* ranges,
                      const WeightFactors<T>& factors, void* weights, int64_t stride) = nullptr;
 
-  /// S [rows, columns] = decay(S) + X^T Y (decay null: X^T Y) with X [depth, rows], Y [depth, columns].
-  /// columns is a multiple of dim_multiple.
+  /// to [rows, columns] = decay(from) + X^T Y with X [depth, rows], Y [depth, columns]. `to` may be
+  /// `from`; `from` without data is zero. columns is a multiple of dim_multiple.
   void (*outer)(Block<const T> x, Block<const T> y, int64_t depth, int64_t rows, int64_t columns,
-                const Decay<T>* decay, Block<T> s, const ReadAhead& ahead) = nullptr;
+                const Decay<T>& decay, Block<const T> from, Block<T> to,
+                const ReadAhead& ahead) = nullptr;
   /// O [rows, columns] = X S as its rows end, with X [rows, depth], S [depth, columns]; columns as above.
   void (*read)(Block<const T> x, Block<const T> s, int64_t rows, int64_t depth, int64_t columns,
                const RowEnds<T>& ends, Block<T> o, const ReadAhead& ahead) = nullptr;
-  /// s = decay(s) + added, elementwise.
-  void (*advance)(T* s, const T* added, int64_t count, const Decay<T>& decay) = nullptr;
+  /// to = decay(from) + added, elementwise; `to` may be `from`.
+  void (*advance)(const T* from, const T* added, int64_t count, const Decay<T>& decay,
+                  T* to) = nullptr;
   /// to[c] = decay(from[c]) + k v^T and o[c] = q . to[., c] over `features` rows and the given columns
   /// (any number). `to` may be `from`; without data it is not written.
   void (*step)(const T* q, const T* k, const T* v, int64_t features, int64_t columns,

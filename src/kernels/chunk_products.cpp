@@ -23,16 +23,19 @@ HWY_INLINE V decayed_sum(Full<T> d, const Decay<T>& decay, V s, V added) {
 
 template <int MR, int NV, class T>
 HWY_NOINLINE void outer_block(const T* x, int64_t x_stride, const T* y, int64_t y_stride,
-                              int64_t depth, const Decay<T>* decay, T* s, int64_t s_stride) {
+                              int64_t depth, const Decay<T>& decay, const T* from,
+                              int64_t from_stride, T* to, int64_t to_stride) {
   const Full<T> d;
   hn::Vec<Full<T>> sum[MR][NV];
   for_block<MR, NV>([&](int r, int j) HWY_ATTR { sum[r][j] = hn::Zero(d); });
   add_product<MR, NV, T>(x, 1, x_stride, y, y_stride, depth, sum);
   for_block<MR, NV>([&](int r, int j) HWY_ATTR {
-    T* to = s + r * s_stride + j * lanes<T>();
-    hn::StoreU(
-        decay == nullptr ? sum[r][j] : decayed_sum<T>(d, *decay, hn::LoadU(d, to), sum[r][j]), d,
-        to);
+    const int64_t column = j * lanes<T>();
+    if (from != nullptr) {
+      sum[r][j] =
+          decayed_sum<T>(d, decay, hn::LoadU(d, from + r * from_stride + column), sum[r][j]);
+    }
+    hn::StoreU(sum[r][j], d, to + r * to_stride + column);
   });
 }
 
@@ -48,7 +51,7 @@ int64_t ahead_share(const ReadAhead& ahead, int64_t rows, int64_t columns) {
 
 template <class T>
 void outer(Block<const T> x, Block<const T> y, int64_t depth, int64_t rows, int64_t columns,
-           const Decay<T>* decay, Block<T> s, const ReadAhead& later) {
+           const Decay<T>& decay, Block<const T> from, Block<T> to, const ReadAhead& later) {
   ReadAhead ahead = later;
   const int64_t share = ahead_share<T>(ahead, rows, columns);
   for_even_shares(columns / lanes<T>(), kPanelVectors, [&](int64_t vector, int64_t count) {
@@ -57,7 +60,9 @@ void outer(Block<const T> x, Block<const T> y, int64_t depth, int64_t rows, int6
       for_row_blocks<vectors>(rows, [&](int64_t r, auto height) {
         ahead.ask(share);
         outer_block<height, vectors, T>(x.data + r, x.stride, y.data + column, y.stride, depth,
-                                        decay, s.row(r) + column, s.stride);
+                                        decay,
+                                        from.data == nullptr ? nullptr : from.row(r) + column,
+                                        from.stride, to.row(r) + column, to.stride);
       });
     });
   });
@@ -102,17 +107,18 @@ void read(Block<const T> x, Block<const T> s, int64_t rows, int64_t depth, int64
 }
 
 template <class T>
-void advance(T* s, const T* added, int64_t count, const Decay<T>& decay) {
+void advance(const T* from, const T* added, int64_t count, const Decay<T>& decay, T* to) {
   const Full<T> d;
   int64_t i = 0;
   for (; i + lanes<T>() <= count; i += lanes<T>()) {
-    hn::StoreU(decayed_sum<T>(d, decay, hn::LoadU(d, s + i), hn::LoadU(d, added + i)), d, s + i);
+    hn::StoreU(decayed_sum<T>(d, decay, hn::LoadU(d, from + i), hn::LoadU(d, added + i)), d,
+               to + i);
   }
   const hn::CappedTag<T, 1> one;
   for (; i < count; ++i) {
-    const auto sum =
-        hn::MulAdd(hn::Set(one, decay.factor), hn::LoadU(one, s + i), hn::LoadU(one, added + i));
-    hn::StoreU(decay.keep ? hn::Add(sum, hn::LoadU(one, s + i)) : sum, one, s + i);
+    const auto before = hn::LoadU(one, from + i);
+    const auto sum = hn::MulAdd(hn::Set(one, decay.factor), before, hn::LoadU(one, added + i));
+    hn::StoreU(decay.keep ? hn::Add(sum, before) : sum, one, to + i);
   }
 }
 

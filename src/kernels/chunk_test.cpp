@@ -76,11 +76,19 @@ TYPED_TEST(Chunks, OuterProductsWithEveryDecay) {
          {std::tuple<int64_t, int64_t, int64_t>{0, 3, 16}, {1, 1, 16}, {7, 13, 48}, {65, 40, 80}}) {
       Matrix<T> x(depth, rows, rows + 3, 1), y(depth, columns, columns, 2),
           s(rows, columns, columns, 3);
-      const Decay<T> decays[] = {{1, false}, {T(0.25), false}, {T(-0.125), true}};
-      for (const Decay<T>* decay : {&decays[0], &decays[1], &decays[2], (const Decay<T>*)nullptr}) {
-        Matrix<T> found = s;
-        k.outer(x.read(), y.read(), depth, rows, columns, decay, found.block(), {});
-        const double factor = decay == nullptr ? 0 : double(decay->factor) + (decay->keep ? 1 : 0);
+      struct Case {
+        Decay<T> decay;
+        bool in_place, from_zero;
+      };
+      for (const Case& at : {Case{{1, false}, true, false}, Case{{T(0.25), false}, false, false},
+                             Case{{T(-0.125), true}, false, false},
+                             Case{{T(-0.125), true}, true, false}, Case{{1, false}, false, true}}) {
+        Matrix<T> found = s, before = s;
+        const kernels::Block<const T> from = at.from_zero  ? kernels::Block<const T>{}
+                                             : at.in_place ? found.read()
+                                                           : before.read();
+        k.outer(x.read(), y.read(), depth, rows, columns, at.decay, from, found.block(), {});
+        const double factor = at.from_zero ? 0 : double(at.decay.factor) + (at.decay.keep ? 1 : 0);
         for (int64_t r = 0; r < rows; ++r) {
           for (int64_t c = 0; c < columns; ++c) {
             double want = factor * double(s.at(r, c));
@@ -130,9 +138,9 @@ TYPED_TEST(Chunks, OuterInParts) {
     for (const Decay<T>& decay :
          {Decay<T>{1, false}, Decay<T>{T(0.3), false}, Decay<T>{T(-0.1), true}}) {
       Matrix<T> together = s, apart = s;
-      k.outer(x.read(), y.read(), 9, 5, 32, &decay, together.block(), {});
-      k.outer(x.read(), y.read(), 9, 5, 32, nullptr, sum.block(), {});
-      k.advance(apart.memory.data(), sum.memory.data(), 5 * 32, decay);
+      k.outer(x.read(), y.read(), 9, 5, 32, decay, s.read(), together.block(), {});
+      k.outer(x.read(), y.read(), 9, 5, 32, decay, {}, sum.block(), {});
+      k.advance(s.memory.data(), sum.memory.data(), 5 * 32, decay, apart.memory.data());
       for (int64_t r = 0; r < 5; ++r) {
         for (int64_t c = 0; c < 32; ++c) {
           ASSERT_EQ(apart.at(r, c), together.at(r, c));  // every schedule has the same bits

@@ -171,9 +171,11 @@ kernels::Block<const T> ChunkCall<T>::features_after_sums(const Source<T>& sourc
 }
 
 template <class T>
-StateView<T> ChunkCall<T>::view(T* state) const {
-  StateView<T> v{{state, padded_values_}};
-  T* next = state + features_ * padded_values_;
+template <class U>
+StateView<U> ChunkCall<T>::view(U* state) const {
+  StateView<U> v{{state, padded_values_}};
+  if (state == nullptr) return v;
+  U* next = state + features_ * padded_values_;
   if (problem_.policy.key_sum) {
     v.keys = next;
     next += padded_features_;
@@ -233,7 +235,7 @@ void ChunkCall<T>::load_state(const State& from, int64_t lane, T* state) const {
 template <class T>
 void ChunkCall<T>::store_state(const T* state, const State& to, int64_t lane) const {
   const int64_t b = lane / heads_, h = lane % heads_;
-  const StateView<T> v = view(const_cast<T*>(state));
+  const StateView<const T> v = view(state);
   for (int64_t f = 0; f < features_; ++f) {
     store_row<T>(v.sums.row(f), value_dim_, to.sums, {b, h, f});
   }
@@ -258,54 +260,47 @@ typename ChunkCall<T>::UpdateMemory ChunkCall<T>::update_memory(Cutter& cut) con
 }
 
 template <class T>
-template <class Body>
-void ChunkCall<T>::for_elements(const FeatureRange& rows, const T* from, T* to,
-                                const Body& body) const {
-  const StateView<T> x = view(const_cast<T*>(from)), y = view(to);
-  body(x.sums.row(rows.first), y.sums.row(rows.first), rows.count() * padded_values_);
-  if (x.keys != nullptr) {
+void ChunkCall<T>::advance_state(const FeatureRange& rows, const Decay<T>& decay,
+                                 const StateView<const T>& from, const StateView<const T>& added,
+                                 const StateView<T>& to) const {
+  rows_.advance(from.sums.row(rows.first), added.sums.row(rows.first),
+                rows.count() * padded_values_, decay, to.sums.row(rows.first));
+  if (to.keys != nullptr) {
     const int64_t last = rows.last == features_ ? padded_features_ : rows.last;
-    body(x.keys + rows.first, y.keys + rows.first, last - rows.first);
+    rows_.advance(from.keys + rows.first, added.keys + rows.first, last - rows.first, {},
+                  to.keys + rows.first);
   }
-  if (x.values != nullptr && rows.first == 0) body(x.values, y.values, padded_values_);
+  if (to.values != nullptr && rows.first == 0) {
+    rows_.advance(from.values, added.values, padded_values_, {}, to.values);
+  }
 }
 
 template <class T>
-void ChunkCall<T>::copy_state(const FeatureRange& rows, const T* from, T* to) const {
-  for_elements(rows, from, to, [](const T* x, T* y, int64_t count) { std::copy_n(x, count, y); });
-}
-
-template <class T>
-void ChunkCall<T>::add_state(const FeatureRange& rows, const T* from, T* to) const {
-  for_elements(rows, from, to,
-               [&](const T* x, T* y, int64_t count) { rows_.advance(y, x, count, {}); });
-}
-
-template <class T>
-void ChunkCall<T>::add_half_outer(const Added& added, const FeatureRange& rows,
-                                  const Decay<T>* decay, Block sums, const UpdateMemory& m) const {
+void ChunkCall<T>::add_half_outer(const Added& added, const Decay<T>& decay,
+                                  kernels::Block<const T> from, Block to,
+                                  const UpdateMemory& m) const {
   if constexpr (sizeof(T) == 4) {
     const int64_t depth = added.y.count, stride = round_up(depth, products_.key_multiple);
-    const int64_t size = rows.count() * padded_values_;
+    const int64_t size = features_ * padded_values_;
     products_.pack_values(added.y, m.y_packed);
-    rows_.pack_transposed(columns(added.x.rows, rows.first, rows.count()), added.factor,
-                          m.x_transposed, stride);
+    rows_.pack_transposed(added.x.rows, added.factor, m.x_transposed, stride);
+    // Not into the state: products write whole blocks of rows, more than it has.
     std::fill_n(m.sums.data, size, T{0});
-    products_.accumulate(m.x_transposed, stride, rows.count(), m.y_packed, depth, value_dim_,
-                         nullptr, ones(), m.sums);
-    if (decay == nullptr) {
-      std::copy_n(m.sums.data, size, sums.row(rows.first));
+    products_.accumulate(m.x_transposed, stride, features_, m.y_packed, depth, value_dim_, nullptr,
+                         ones(), m.sums);
+    if (from.data == nullptr) {
+      std::copy_n(m.sums.data, size, to.data);
     } else {
-      rows_.advance(sums.row(rows.first), m.sums.data, size, *decay);
+      rows_.advance(from.data, m.sums.data, size, decay, to.data);
     }
   }
 }
 
 template <class T>
 void ChunkCall<T>::add_to_sum(kernels::Block<const T> x, const T* factor, int64_t count,
-                              int64_t width, bool fresh, const UpdateMemory& m, T* sum) const {
-  rows_.sum_rows(x, factor, count, width, fresh ? sum : m.row);
-  if (!fresh) rows_.advance(sum, m.row, width, {});
+                              int64_t width, const T* from, const UpdateMemory& m, T* to) const {
+  rows_.sum_rows(x, factor, count, width, from == nullptr ? to : m.row);
+  if (from != nullptr) rows_.advance(from, m.row, width, {}, to);
 }
 
 template <class T>
@@ -325,33 +320,34 @@ kernels::Block<const T> ChunkCall<T>::update_rows(const Added& added, kernels::B
 }
 
 template <class T>
-void ChunkCall<T>::update_state(const Update& at, const Added& added, const Decay<T>& decay,
-                                const StateView<T>& state, const UpdateMemory& m) const {
+void ChunkCall<T>::update_state(const Added& added, const Decay<T>& decay,
+                                const StateView<const T>& from, const StateView<T>& to,
+                                const UpdateMemory& m) const {
   const int64_t depth = added.y.count;
-  const Decay<T>* chosen = at.fresh ? nullptr : &decay;
-  // Else the use that comes next asks for rows.
-  ReadAhead ahead;
-  if (at.followed) ahead = added.ahead;
+  const auto before = [](const T* p, int64_t i) { return p == nullptr ? nullptr : p + i; };
+  ReadAhead ahead = added.ahead;
   if (half_) ahead.ask(ahead.lines());
   kernels::Block<const T> y;
-  if (!half_ || state.values != nullptr) y = whole_rows(added.y, m.y);
-  if (state.values != nullptr && at.rows.first == 0) {
-    add_to_sum(y, added.value_factor, depth, padded_values_, at.fresh, m, state.values);
+  if (!half_ || to.values != nullptr) y = whole_rows(added.y, m.y);
+  if (to.values != nullptr) {
+    add_to_sum(y, added.value_factor, depth, padded_values_, from.values, m, to.values);
   }
-  if (half_) add_half_outer(added, at.rows, chosen, state.sums, m);
+  if (half_) add_half_outer(added, decay, from.sums, to.sums, m);
   // Below, sums of keys are written up to dim_multiple; denominators read all of their padding.
-  if (at.fresh && state.keys != nullptr) std::fill_n(state.keys, padded_features_, T{0});
-  for (int64_t first = at.rows.first; first < at.rows.last; first += tile_) {
-    const int64_t count = std::min(tile_, at.rows.last - first);
+  if (to.keys != nullptr && to.keys != from.keys) std::fill_n(to.keys, padded_features_, T{0});
+  for (int64_t first = 0; first < features_; first += tile_) {
+    const int64_t count = std::min(tile_, features_ - first);
     const Block block{m.x.data, round_up(count, products_.dim_multiple)};
     kernels::Block<const T> psi;
-    if (state.keys != nullptr) {
+    if (to.keys != nullptr) {
       psi = whole_features(added.psi, first, count, block);
-      add_to_sum(psi, added.key_factor, depth, block.stride, at.fresh, m, state.keys + first);
+      add_to_sum(psi, added.key_factor, depth, block.stride, before(from.keys, first), m,
+                 to.keys + first);
     }
     if (half_) continue;
     rows_.outer(update_rows(added, psi, first, count, block), y, depth, count, padded_values_,
-                chosen, {state.sums.row(first), state.sums.stride}, ahead);
+                decay, {before(from.sums.data, first * from.sums.stride), from.sums.stride},
+                {to.sums.row(first), to.sums.stride}, ahead);
   }
 }
 
@@ -511,5 +507,9 @@ template class DecayTable<float>;
 template class DecayTable<double>;
 template class ChunkCall<float>;
 template class ChunkCall<double>;
+template StateView<float> ChunkCall<float>::view(float*) const;
+template StateView<const float> ChunkCall<float>::view(const float*) const;
+template StateView<double> ChunkCall<double>::view(double*) const;
+template StateView<const double> ChunkCall<double>::view(const double*) const;
 
 }  // namespace heed::chunked

@@ -104,12 +104,13 @@ class ChunkCall {
     T* row = nullptr;
   };
   UpdateMemory update_memory(Cutter& cut) const;
-  /// state = decay(state) + added in the rows of `at`; at.fresh: state = added.
-  void update_state(const Update& at, const Added& added, const Decay<T>& decay,
-                    const StateView<T>& state, const UpdateMemory& m) const;
-  void copy_state(const FeatureRange& rows, const T* from, T* to) const;
-  /// to += from
-  void add_state(const FeatureRange& rows, const T* from, T* to) const;
+  /// to = decay(from) + added; without data in `from`: to = added.
+  void update_state(const Added& added, const Decay<T>& decay, const StateView<const T>& from,
+                    const StateView<T>& to, const UpdateMemory& m) const;
+  /// to = decay(from) + added, for some rows; a sum of values belongs to the first one.
+  void advance_state(const FeatureRange& rows, const Decay<T>& decay,
+                     const StateView<const T>& from, const StateView<const T>& added,
+                     const StateView<T>& to) const;
   int64_t state_size() const { return state_size_; }
   /// What cuts between rows of a state are multiples of.
   int64_t rows_unit() const {
@@ -123,7 +124,8 @@ class ChunkCall {
   }
   StateView<T> totals(T* state) const;
   void transpose_totals(T* state) const;
-  StateView<T> view(T* state) const;
+  template <class U>  // T or const T
+  StateView<U> view(U* state) const;
   /// A state from, or to, the tensors of a caller.
   void load_state(const State& from, int64_t lane, T* state) const;
   void store_state(const T* state, const State& to, int64_t lane) const;
@@ -137,10 +139,15 @@ class ChunkCall {
   Chunk causal_chunk(int64_t b, int64_t i) const;
   Chunk key_chunk(int64_t b, int64_t i) const;
   Chunk query_chunk(int64_t i) const;
-  /// The chunk whose queries use a state; empty behind the last one.
+  /// The chunk whose queries use a state; -1: none.
   Chunk using_chunk(int64_t b, int64_t i) const {
-    if (i >= (problem_.causal ? causal_chunks() : query_chunks())) return {};
+    if (i < 0) return {};
     return problem_.causal ? causal_chunk(b, i) : query_chunk(i);
+  }
+  /// The chunk whose keys are added to a state; -1: none.
+  Chunk adding_chunk(int64_t b, int64_t i) const {
+    if (i < 0) return {};
+    return problem_.causal ? causal_chunk(b, i) : key_chunk(b, i);
   }
   /// First query that sees a key position: those before it see nothing.
   int64_t first_query() const {
@@ -152,6 +159,11 @@ class ChunkCall {
   }
 
   Decay<T> decay(int64_t head, int64_t tokens) const;
+  Decay<T> chunk_decay(int64_t head, int64_t chunk) const {
+    return decay(head, chunk_tokens(chunk));
+  }
+  int64_t chunk_tokens(int64_t chunk) const { return std::min(chunk_, tokens_ - chunk * chunk_); }
+  FeatureRange all_features() const { return {0, features_}; }
   const DecayTable<T>* decays(int64_t head) const {
     return decays_.empty() ? nullptr : &decays_[static_cast<size_t>(head)];
   }
@@ -304,19 +316,14 @@ class ChunkCall {
   int64_t existing(int64_t b) const {
     return problem_.lengths.empty() ? tokens_ : problem_.lengths[static_cast<size_t>(b)];
   }
-  void add_half_outer(const Added& added, const FeatureRange& rows, const Decay<T>* decay,
-                      Block sums, const UpdateMemory& m) const;
-  // sum (+)= the rows times their factors
+  void add_half_outer(const Added& added, const Decay<T>& decay, kernels::Block<const T> from,
+                      Block to, const UpdateMemory& m) const;
+  // to = from (null: 0) + the sum of the rows times their factors
   void add_to_sum(kernels::Block<const T> x, const T* factor, int64_t count, int64_t width,
-                  bool fresh, const UpdateMemory& m, T* sum) const;
+                  const T* from, const UpdateMemory& m, T* to) const;
   // Rows times factors as the left operand of an update, given the features that enter denominators.
   kernels::Block<const T> update_rows(const Added& added, kernels::Block<const T> psi,
                                       int64_t first, int64_t count, Block block) const;
-
-  // body(from, to, count) for the elements of a state that belong to some of its rows; the sum of values
-  // belongs to the first one.
-  template <class Body>
-  void for_elements(const FeatureRange& rows, const T* from, T* to, const Body& body) const;
 
   int64_t state_size_ = 0;
   std::vector<DecayTable<T>> decays_;  // per head; empty: no decay

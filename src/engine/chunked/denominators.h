@@ -34,15 +34,16 @@ class Denominators : public ChunkCall<T> {
     return m;
   }
 
-  void add_keys(int64_t b, int64_t h, const Chunk& chunk, const Update& at,
-                const StateView<T>& state, const typename Call::UpdateMemory& m) const {
+  void add_keys(int64_t b, int64_t h, const Turn& at, const StateView<const T>& from,
+                const StateView<T>& to, const typename Call::UpdateMemory& m) const {
+    const Chunk chunk = this->adding_chunk(b, at.chunk), next = this->adding_chunk(b, at.next);
     typename Call::Added added;
     added.x = this->keys(b, h, chunk);
     added.psi = this->for_sums(added.x, false);
     added.y = this->values(b, h, chunk);
-    added.ahead = {this->following(added.x.rows), this->following(added.y)};
+    added.ahead = {this->keys(b, h, next).rows, this->values(b, h, next)};
     if (const auto* table = this->decays(h)) added.factor = table->falling(chunk.tokens - 1);
-    this->update_state(at, added, this->decay(h, chunk.tokens), state, m);
+    this->update_state(added, this->chunk_decay(h, at.chunk), from, to, m);
   }
 
   /// denominators[r] = psi(q_r) . (state + the keys of the chunk that row r sees); returns psi of the keys.

@@ -35,6 +35,7 @@ class Forward : public Denominators<T>, public Sweep<T> {
     shape.last_wanted =
         last_.sums.defined() || last_.keys.defined() || last_.values.defined() || !shape.running;
     shape.threads = threads_for(this->run_, shape.lanes * std::max(shape.chunks, shape.uses));
+    shape.results = {&out_};
     Schedule<T>(shape, *this).run();
   }
 
@@ -95,28 +96,25 @@ class Forward : public Denominators<T>, public Sweep<T> {
     this->load_state(this->problem_.initial, lane, state);
   }
   void store(int64_t lane, const T* state) const override { this->store_state(state, last_, lane); }
-  void copy(const FeatureRange& rows, const T* from, T* to) const override {
-    this->copy_state(rows, from, to);
-  }
-  void add(const FeatureRange& rows, const T* from, T* to) const override {
-    this->add_state(rows, from, to);
-  }
-
-  void update(const Update& at, T* state, std::byte* memory) const override {
-    const int64_t b = at.lane / this->heads_, h = at.lane % this->heads_;
-    const Chunk chunk =
-        this->problem_.causal ? this->causal_chunk(b, at.chunk) : this->key_chunk(b, at.chunk);
-    this->add_keys(b, h, chunk, at, this->view(state), memory_at(memory).update);
-  }
-
-  void use(int64_t lane, int64_t index, T* state, std::byte* memory) const override {
+  void update(int64_t lane, const Turn& at, const T* from, T* to,
+              std::byte* memory) const override {
     const int64_t b = lane / this->heads_, h = lane % this->heads_;
-    const Chunk chunk = this->using_chunk(b, index);
+    this->add_keys(b, h, at, this->view(from), this->view(to), memory_at(memory).update);
+  }
+  void advance(int64_t lane, int64_t chunk, const FeatureRange& rows, const T* from, const T* added,
+               T* to) const override {
+    this->advance_state(rows, this->chunk_decay(lane % this->heads_, chunk), this->view(from),
+                        this->view(added), this->view(to));
+  }
+
+  void use(int64_t lane, const Turn& at, T* state, std::byte* memory) const override {
+    const int64_t b = lane / this->heads_, h = lane % this->heads_;
+    const Chunk chunk = this->using_chunk(b, at.chunk);
     if (chunk.queries == 0) return;
     Memory m = memory_at(memory);
     const StateView<T> view = this->view(state);
     if (this->reads_totals()) return read_totals(b, h, chunk, view, m);
-    const Chunk next = this->using_chunk(b, index + 1);
+    const Chunk next = this->using_chunk(b, at.next);
     ReadAhead ahead{this->queries(b, h, next).rows, this->keys(b, h, next).rows,
                     this->values(b, h, next)};
     m.ahead = &ahead;

@@ -50,6 +50,7 @@ class KeyGradients : public ChunkCall<T>, public Sweep<T> {
     shape.last_wanted =
         !causal || initial.sums.defined() || initial.keys.defined() || initial.values.defined();
     shape.threads = threads_for(this->run_, shape.lanes * std::max(shape.chunks, shape.uses));
+    shape.results = {&gradients_.k, &gradients_.v};
     Schedule<T>(shape, *this).run();
   }
 
@@ -125,17 +126,22 @@ class KeyGradients : public ChunkCall<T>, public Sweep<T> {
   void store(int64_t lane, const T* state) const override {
     this->store_state(state, gradients_.initial, lane);
   }
-  void copy(const FeatureRange& rows, const T* from, T* to) const override {
-    this->copy_state(rows, from, to);
-  }
-  void add(const FeatureRange& rows, const T* from, T* to) const override {
-    this->add_state(rows, from, to);
+
+  void advance(int64_t lane, int64_t chunk, const FeatureRange& rows, const T* from, const T* added,
+               T* to) const override {
+    this->advance_state(rows, this->chunk_decay(lane % this->heads_, chunk), this->view(from),
+                        this->view(added), this->view(to));
   }
 
-  void update(const Update& at, T* state, std::byte* memory) const override {
-    const int64_t b = at.lane / this->heads_, h = at.lane % this->heads_;
-    const Chunk chunk =
-        this->problem_.causal ? this->causal_chunk(b, at.chunk) : this->query_chunk(at.chunk);
+  // The chunk whose queries are added to a state; -1: none.
+  Chunk chunk_for_update(int64_t b, int64_t i) const {
+    if (i < 0) return {};
+    return this->problem_.causal ? this->causal_chunk(b, i) : this->query_chunk(i);
+  }
+  void update(int64_t lane, const Turn& at, const T* from, T* to,
+              std::byte* memory) const override {
+    const int64_t b = lane / this->heads_, h = lane % this->heads_;
+    const Chunk chunk = chunk_for_update(b, at.chunk), next = chunk_for_update(b, at.next);
     const Memory m = memory_at(memory);
     const T* num_scale = row_numbers(statistics_.num_scale, b, h, chunk);
     typename Call::Added added;
@@ -145,8 +151,7 @@ class KeyGradients : public ChunkCall<T>, public Sweep<T> {
     added.key_factor = row_numbers(statistics_.denominator, b, h, chunk);
     added.value_factor = row_numbers(statistics_.sum_scale, b, h, chunk);
     added.factor = num_scale;
-    const bool backwards = this->problem_.causal;
-    added.ahead = {this->following(added.x.rows, backwards), this->following(added.y, backwards)};
+    added.ahead = {this->queries(b, h, next).rows, gradient_of(b, h, next)};
     if (const auto* table = this->decays(h)) {
       const T* decays = table->rising(chunk.shift + 1);
       for (int64_t r = 0; r < chunk.queries; ++r) {
@@ -154,14 +159,14 @@ class KeyGradients : public ChunkCall<T>, public Sweep<T> {
       }
       added.factor = m.factors;
     }
-    this->update_state(at, added, this->decay(h, chunk.tokens), this->view(state), m.update);
+    this->update_state(added, this->chunk_decay(h, at.chunk), this->view(from), this->view(to),
+                       m.update);
   }
 
-  void use(int64_t group, int64_t index, T* states, std::byte* memory) const override {
+  void use(int64_t group, const Turn& at, T* states, std::byte* memory) const override {
     const int64_t key_heads = this->heads_ / this->group_;
     const int64_t b = group / key_heads, key_head = group % key_heads;
-    const Chunk chunk =
-        this->problem_.causal ? this->causal_chunk(b, index) : this->key_chunk(b, index);
+    const Chunk chunk = this->adding_chunk(b, at.chunk);
     zero_missing(b, key_head, chunk);
     if (chunk.keys == 0) return;
     Memory m = memory_at(memory);
@@ -180,7 +185,7 @@ class KeyGradients : public ChunkCall<T>, public Sweep<T> {
     const Operands operands = pack_keys(k, b, first, chunk, m);
     for (int64_t i = 0; i < this->group_; ++i) {
       const StateView<T> state = this->totals(states + i * this->totals_size());
-      ReadAhead ahead = rows_ahead(b, first + i, index, chunk);
+      ReadAhead ahead = rows_ahead(b, first + i, chunk, this->adding_chunk(b, at.next));
       m.ahead = &ahead;
       if (this->problem_.policy.polynomial) {
         use_polynomial(b, first + i, chunk, operands, state, key_sum, m);
@@ -205,16 +210,13 @@ class KeyGradients : public ChunkCall<T>, public Sweep<T> {
   }
 
   // What is read after a head's part of a use: the next head's rows, or the chunk that comes then.
-  ReadAhead rows_ahead(int64_t b, int64_t h, int64_t index, const Chunk& chunk) const {
+  ReadAhead rows_ahead(int64_t b, int64_t h, const Chunk& chunk, const Chunk& next) const {
     ReadAhead ahead;
     if ((h + 1) % this->group_ != 0) {
       ahead.add(this->queries(b, h + 1, chunk).rows);
       ahead.add(gradient_of(b, h + 1, chunk));
       return ahead;
     }
-    const bool causal = this->problem_.causal;
-    if (causal ? index == 0 : index + 1 == this->key_chunks()) return ahead;
-    const Chunk next = causal ? this->causal_chunk(b, index - 1) : this->key_chunk(b, index + 1);
     const int64_t first = h + 1 - this->group_;
     ahead.add(this->keys(b, first, next).rows);
     ahead.add(this->values(b, first, next));

@@ -61,6 +61,7 @@ class QueryGradients : public Denominators<T>, public Sweep<T> {
       per_chunk_ = shape.chunks + 1;
       slope_parts_.assign(static_cast<size_t>(shape.lanes * per_chunk_), 0);
     }
+    shape.results = {&gradients_.q};
     Schedule<T>(shape, *this).run();
     if (gradients_.slopes != nullptr) add_slopes();
     if (gradients_.scales != nullptr) add_scales();
@@ -124,11 +125,10 @@ class QueryGradients : public Denominators<T>, public Sweep<T> {
   }
   int64_t slope_size() const { return this->features_ * this->padded_values_; }
   void complete(T* state) const override { this->transpose_totals(state); }
-  StateView<T> slope_view(T* state) const {
+  template <class U>
+  StateView<U> slope_view(U* state) const {
+    if (state == nullptr) return {};
     return {{state + this->state_size(), this->padded_values_}, nullptr, nullptr};
-  }
-  Chunk chunk_for_update(int64_t b, int64_t i) const {
-    return this->problem_.causal ? this->causal_chunk(b, i) : this->key_chunk(b, i);
   }
 
   void zero_unseeing_rows() const {
@@ -145,44 +145,47 @@ class QueryGradients : public Denominators<T>, public Sweep<T> {
     if (slopes_) std::fill_n(slope_view(state).sums.data, slope_size(), T{0});
   }
 
-  // W = decay(W + tokens S) + sum_j (tokens - 1 - j) decay^(tokens-1-j) k_j^T v_j, in two steps.
-  T slope_factor(int64_t h, int64_t tokens) const {
-    const auto n = static_cast<double>(tokens);
-    return static_cast<T>(n * std::exp(-this->problem_.policy.slopes[static_cast<size_t>(h)] * n));
+  // W = decay(W + tokens S) + sum_j (tokens - 1 - j) decay^(tokens-1-j) k_j^T v_j: the part of S.
+  void add_to_slope(int64_t h, int64_t chunk, const FeatureRange& rows, const T* from,
+                    T* to) const {
+    const auto n = static_cast<double>(this->chunk_tokens(chunk));
+    const double factor = n * std::exp(-this->problem_.policy.slopes[static_cast<size_t>(h)] * n);
+    this->rows_.add_scaled(static_cast<T>(factor), this->view(from).sums.row(rows.first),
+                           rows.count() * this->padded_values_,
+                           slope_view(to).sums.row(rows.first));
   }
 
-  void update(const Update& at, T* state, std::byte* memory) const override {
-    const int64_t b = at.lane / this->heads_, h = at.lane % this->heads_;
-    const Chunk chunk = chunk_for_update(b, at.chunk);
+  void update(int64_t lane, const Turn& at, const T* from, T* to,
+              std::byte* memory) const override {
+    const int64_t b = lane / this->heads_, h = lane % this->heads_;
     const Memory m = memory_at(memory);
-    const StateView<T> view = this->view(state);
     if (slopes_) {
-      const StateView<T> slope = slope_view(state);
+      const Chunk chunk = this->adding_chunk(b, at.chunk);
       typename Call::Added added;
       added.x = this->keys(b, h, chunk);
       added.y = this->values(b, h, chunk);
       added.factor = this->decays(h)->falling_slope(chunk.tokens - 1);
-      this->update_state(at, added, this->decay(h, chunk.tokens), slope, m.update);
-      this->rows_.add_scaled(slope_factor(h, chunk.tokens), view.sums.row(at.rows.first),
-                             at.rows.count() * this->padded_values_, slope.sums.row(at.rows.first));
+      this->update_state(added, this->chunk_decay(h, at.chunk), slope_view(from), slope_view(to),
+                         m.update);
+      if (from != nullptr) add_to_slope(h, at.chunk, this->all_features(), from, to);
     }
-    this->add_keys(b, h, chunk, at, view, m.update);
+    this->add_keys(b, h, at, this->view(from), this->view(to), m.update);
   }
-
-  void copy(const FeatureRange& rows, const T* from, T* to) const override {
-    this->copy_state(rows, from, to);
-    if (!slopes_) return;
-    const int64_t first = this->state_size() + rows.first * this->padded_values_;
-    std::copy_n(from + first, rows.count() * this->padded_values_, to + first);
-  }
-  void add(const FeatureRange& rows, const T* from, T* to) const override {
-    this->add_state(rows, from, to);
+  void advance(int64_t lane, int64_t chunk, const FeatureRange& rows, const T* from, const T* added,
+               T* to) const override {
+    const int64_t h = lane % this->heads_;
+    const Decay<T> decay = this->chunk_decay(h, chunk);
+    if (slopes_) {
+      this->advance_state(rows, decay, slope_view(from), slope_view(added), slope_view(to));
+      add_to_slope(h, chunk, rows, from, to);
+    }
+    this->advance_state(rows, decay, this->view(from), this->view(added), this->view(to));
   }
 
   void store(int64_t lane, const T* state) const override {
     if (!slopes_ || !last_.sums.defined()) return;
     const int64_t b = lane / this->heads_, h = lane % this->heads_;
-    const Block slope = slope_view(const_cast<T*>(state)).sums;
+    const kernels::Block<const T> slope = slope_view(state).sums;
     double sum = 0;
     for (int64_t f = 0; f < this->features_; ++f) {
       for (int64_t c = 0; c < this->value_dim_; ++c) {
@@ -215,12 +218,12 @@ class QueryGradients : public Denominators<T>, public Sweep<T> {
     }
   }
 
-  void use(int64_t lane, int64_t index, T* state, std::byte* memory) const override {
+  void use(int64_t lane, const Turn& at, T* state, std::byte* memory) const override {
     const int64_t b = lane / this->heads_, h = lane % this->heads_;
-    const Chunk chunk = this->using_chunk(b, index);
+    const Chunk chunk = this->using_chunk(b, at.chunk);
     if (chunk.queries == 0) return;
     Memory m = memory_at(memory);
-    ReadAhead ahead = rows_ahead(b, h, index);
+    ReadAhead ahead = rows_ahead(b, h, this->using_chunk(b, at.next));
     m.ahead = &ahead;
     this->query_ranges(chunk, m.ranges);
     Block result = m.rows;
@@ -232,14 +235,13 @@ class QueryGradients : public Denominators<T>, public Sweep<T> {
       if (this->problem_.policy.maps.q == nullptr) {
         m.features = this->in_place(gradients_.q, b, h, chunk.query, chunk.queries, m.features);
       }
-      result = use_linear(lane, index, chunk, state, m);
+      result = use_linear(lane, at.chunk, chunk, state, m);
     }
     this->finish(result, gradients_.q, b, h, chunk.query, chunk.queries);
   }
 
   // What the use after this one reads.
-  ReadAhead rows_ahead(int64_t b, int64_t h, int64_t index) const {
-    const Chunk next = this->using_chunk(b, index + 1);
+  ReadAhead rows_ahead(int64_t b, int64_t h, const Chunk& next) const {
     ReadAhead ahead;
     ahead.add(gradient_of(b, h, next));
     ahead.add(this->values(b, h, next));

@@ -2,17 +2,22 @@
 // the choice, which depends on the number of threads, changes no bit:
 //
 //   serial   one thread per group of states: for every chunk, use the state, then update it
-//   shared   block by block of chunks: every thread runs some rows of the states along the block and
-//            keeps what they were before each chunk, then chunks use what was kept in parallel
+//   shared   block by block of chunks, cut into parts that threads take: the first part runs the state
+//            along its chunks, the others sum up what each of theirs adds; then each part uses states,
+//            adding on the way what it has summed up
 //
-// In both an update adds what the chunk alone sums up, from zero, to the decayed state.
+// In both an update adds what the chunk alone sums up, from zero, to the decayed state. In `shared`, rows
+// and states stay with one thread: what passes between threads is a state per part and block.
 #pragma once
 #include <algorithm>
 #include <cstddef>
 #include <cstdint>
 #include <functional>
 #include <numeric>
+#include <utility>
+#include <vector>
 
+#include "base/huge_pages.h"
 #include "base/parallel.h"
 #include "base/round_up.h"
 #include "heed/tensor.h"
@@ -25,12 +30,9 @@ struct FeatureRange {
   int64_t count() const { return last - first; }
 };
 
-/// Chunk `chunk` is added to the given rows of the state of a lane.
-struct Update {
-  int64_t lane = 0, chunk = 0;
-  FeatureRange rows;
-  bool fresh = false;     // the rows become what the chunk adds
-  bool followed = false;  // at once by the update with the next chunk
+/// The turn of a chunk, and the chunk whose rows the same thread reads after it; -1: none, or not yet.
+struct Turn {
+  int64_t chunk = 0, next = -1;
 };
 
 /// What happens to states of [size] elements. A lane is a (batch, query head) with a state of its own, a
@@ -41,12 +43,14 @@ class Sweep {
   virtual ~Sweep() = default;
   virtual void load(int64_t lane, T* state) const = 0;
   /// `states`: those of the group's lanes, one after the other.
-  virtual void use(int64_t group, int64_t chunk, T* states, std::byte* memory) const = 0;
-  /// The same bits for any cut into rows.
-  virtual void update(const Update& at, T* state, std::byte* memory) const = 0;
-  virtual void copy(const FeatureRange& rows, const T* from, T* to) const = 0;
-  /// Not running: to += from.
-  virtual void add(const FeatureRange& rows, const T* from, T* to) const = 0;
+  virtual void use(int64_t group, const Turn& at, T* states, std::byte* memory) const = 0;
+  /// `to`, which may be `from`, becomes the state behind the chunk, `from` being the one before it. Without
+  /// `from`, what the chunk adds.
+  virtual void update(int64_t lane, const Turn& at, const T* from, T* to,
+                      std::byte* memory) const = 0;
+  /// The same from what the chunk adds, for some rows. The same bits for any cut into rows.
+  virtual void advance(int64_t lane, int64_t chunk, const FeatureRange& rows, const T* from,
+                       const T* added, T* to) const = 0;
   /// Not running: a state that is complete, before its uses.
   virtual void complete(T* /*state*/) const {}
   virtual void store(int64_t lane, const T* state) const = 0;
@@ -63,6 +67,7 @@ struct SweepShape {
   bool reverse = false;             // last chunk first
   bool last_wanted = true;          // whether the state behind the last chunk is stored
   int threads = 1;
+  std::vector<const Tensor*> results;  // that uses write
   int64_t groups() const { return lanes / lanes_per_group; }
 };
 
@@ -112,6 +117,8 @@ class Schedule {
     return Scratch::rounded(static_cast<size_t>(states * shape_.size) * sizeof(T));
   }
   int64_t chunk_at(int64_t i) const { return shape_.reverse ? shape_.chunks - 1 - i : i; }
+  int64_t next_chunk(int64_t i) const { return i + 1 < shape_.chunks ? chunk_at(i + 1) : -1; }
+  int64_t next_use(int64_t u) const { return u + 1 < shape_.uses ? u + 1 : -1; }
   bool updates(int64_t i) const { return i + 1 < shape_.chunks || shape_.last_wanted; }
 
   void serial(int64_t group) const {
@@ -123,10 +130,11 @@ class Schedule {
       sweep_.load(first + i, states + i * shape_.size);
     }
     for (int64_t c = 0; c < shape_.chunks; ++c) {
-      sweep_.use(group, chunk_at(c), states, memory);
+      sweep_.use(group, {chunk_at(c), next_chunk(c)}, states, memory);
       if (!updates(c)) break;
       for (int64_t i = 0; i < shape_.lanes_per_group; ++i) {
-        sweep_.update({first + i, chunk_at(c), all_rows()}, states + i * shape_.size, memory);
+        T* state = states + i * shape_.size;
+        sweep_.update(first + i, {chunk_at(c)}, state, state, memory);
       }
     }
     store(first, states);
@@ -142,8 +150,10 @@ class Schedule {
   // What the chunks of one part add, from zero.
   void sum_part(int64_t lane, int64_t part, T* sum, std::byte* memory) const {
     const int64_t step = total_part(shape_.chunks);
+    const T* before = nullptr;
     for (int64_t c = part * step; c < std::min((part + 1) * step, shape_.chunks); ++c) {
-      sweep_.update({lane, c, all_rows(), c == part * step, true}, sum, memory);
+      sweep_.update(lane, {c, next_chunk(c)}, before, sum, memory);
+      before = sum;
     }
   }
   int64_t parts() const { return parts_of(shape_.chunks, total_part(shape_.chunks)); }
@@ -159,11 +169,11 @@ class Schedule {
       sweep_.load(first + i, state);
       for (int64_t part = 0; part < parts(); ++part) {
         sum_part(first + i, part, sum, memory);
-        sweep_.add(all_rows(), sum, state);
+        sweep_.advance(first + i, 0, all_rows(), state, sum, state);
       }
       sweep_.complete(state);
     }
-    for (int64_t u = 0; u < shape_.uses; ++u) sweep_.use(group, u, states, memory);
+    for (int64_t u = 0; u < shape_.uses; ++u) sweep_.use(group, {u, next_use(u)}, states, memory);
     store(first, states);
   }
 
@@ -202,58 +212,140 @@ class Schedule {
     for (int64_t lane = 0; lane < lanes; ++lane) sweep_.load(lane, states + lane * size);
     for_rows([&](int64_t lane, const FeatureRange& rows, std::byte*) {
       for (int64_t part = 0; part < parts(); ++part) {
-        sweep_.add(rows, sums + (part * lanes + lane) * size, states + lane * size);
+        T* state = states + lane * size;
+        sweep_.advance(lane, 0, rows, state, sums + (part * lanes + lane) * size, state);
       }
     });
     for (int64_t lane = 0; lane < lanes; ++lane) sweep_.complete(states + lane * size);
     with_memory(shape_.groups() * shape_.uses, [&](int64_t item, std::byte* scratch) {
-      const int64_t group = item / shape_.uses;
-      sweep_.use(group, item % shape_.uses, states + group * shape_.lanes_per_group * size,
-                 scratch);
+      const int64_t group = item / shape_.uses, u = item % shape_.uses;
+      sweep_.use(group, {u, next_use(u)}, states + group * shape_.lanes_per_group * size, scratch);
     });
     for (int64_t group = 0; group < shape_.groups(); ++group) {
       store(group * shape_.lanes_per_group, states + group * shape_.lanes_per_group * size);
     }
   }
 
-  // Chunks of a block: few enough for their states and rows to stay in caches, enough for all threads.
+  // Parts of each group's chunks of a block, as many as even out the groups over the threads.
+  int64_t block_parts() const {
+    return shape_.threads / std::gcd(shape_.groups(), int64_t{shape_.threads});
+  }
+  // Chunks of a block: few enough for what they add, and for their rows, to stay in caches.
   int64_t block_chunks() const {
     constexpr int64_t kBytes = int64_t{1} << 20;
     const int64_t fit = kBytes / static_cast<int64_t>(state_bytes(shape_.lanes));
-    const int64_t wanted = (4 * shape_.threads + shape_.lanes - 1) / shape_.lanes;
-    const int64_t blocks = parts_of(shape_.chunks, std::max(fit, wanted));
+    const int64_t blocks = parts_of(shape_.chunks, std::max(fit, 4 * block_parts()));
     return parts_of(shape_.chunks, blocks);
   }
 
+  // A block of chunks, and memory for it.
+  struct Block {
+    int64_t first = 0, count = 0, parts = 0;
+    T* before = nullptr;  // states before the block, [lanes, size]
+    T* behind = nullptr;  // those behind it
+    T* starts = nullptr;  // states before the parts from the third on, [parts - 2, lanes, size]
+    T* kept =
+        nullptr;  // states behind the first part's chunks; what the others add, [count, lanes, size]
+    int64_t begin(int64_t part) const { return share_begin(count, part, parts); }
+  };
+  int64_t all_states() const { return shape_.lanes * shape_.size; }
+
   void shared() const {
-    const int64_t lanes = shape_.lanes, size = shape_.size, block = block_chunks();
-    Array memory(sizeof(T) == 8 ? DType::f64 : DType::f32, {block + 1, lanes, size});
-    T* running = memory.as<T>();
-    T* kept = running + lanes * size;
-    for (int64_t lane = 0; lane < lanes; ++lane) sweep_.load(lane, running + lane * size);
-    for (int64_t first = 0; first < shape_.chunks; first += block) {
-      run_block(first, std::min(block, shape_.chunks - first), running, kept);
+    const int64_t chunks = block_chunks(), parts = block_parts(), states = all_states();
+    const int64_t starts = std::max<int64_t>(parts - 2, 0);
+    Array memory(sizeof(T) == 8 ? DType::f64 : DType::f32, {2 + starts + chunks, states});
+    for (const Tensor* result : shape_.results) populate(*result, shape_.threads);
+    Block block;
+    block.before = memory.as<T>();
+    block.behind = block.before + states;
+    block.starts = block.behind + states;
+    block.kept = block.starts + starts * states;
+    for (int64_t lane = 0; lane < shape_.lanes; ++lane) {
+      sweep_.load(lane, block.before + lane * shape_.size);
+    }
+    for (; block.first < shape_.chunks; block.first += chunks) {
+      block.count = std::min(chunks, shape_.chunks - block.first);
+      block.parts = std::min(parts, block.count);
+      sum_up(block);
+      if (block.parts > 2) find_starts(block);
+      use_and_advance(block);
+      std::swap(block.before, block.behind);
     }
     for (int64_t group = 0; group < shape_.groups(); ++group) {
-      store(group * shape_.lanes_per_group, running + group * shape_.lanes_per_group * size);
+      const int64_t first = group * shape_.lanes_per_group;
+      store(first, block.before + first * shape_.size);
     }
   }
 
-  void run_block(int64_t first, int64_t count, T* running, T* kept) const {
-    const int64_t lanes = shape_.lanes, size = shape_.size;
-    for_rows([&](int64_t lane, const FeatureRange& rows, std::byte* scratch) {
-      T* state = running + lane * size;
-      for (int64_t c = 0; c < count; ++c) {
-        sweep_.copy(rows, state, kept + (c * lanes + lane) * size);
-        if (!updates(first + c)) break;
-        sweep_.update({lane, chunk_at(first + c), rows, false, true}, state, scratch);
+  // Calls body(group, part, scratch memory).
+  template <class Body>
+  void for_parts(const Block& block, const Body& body) const {
+    with_memory(shape_.groups() * block.parts, [&](int64_t item, std::byte* scratch) {
+      body(item / block.parts, item % block.parts, scratch);
+    });
+  }
+
+  void sum_up(const Block& block) const {
+    for_parts(block, [&](int64_t group, int64_t part, std::byte* scratch) {
+      for (int64_t i = 0; i < shape_.lanes_per_group; ++i) {
+        const int64_t lane = group * shape_.lanes_per_group + i, at = lane * shape_.size;
+        const int64_t end = block.begin(part + 1);
+        const T* from = part == 0 ? block.before + at : nullptr;
+        for (int64_t c = block.begin(part); c < end && updates(block.first + c); ++c) {
+          const bool last = part == 0 && c + 1 == block.count;
+          T* to = (last ? block.behind : block.kept + c * all_states()) + at;
+          const int64_t next = c + 1 < end ? chunk_at(block.first + c + 1) : -1;
+          sweep_.update(lane, {chunk_at(block.first + c), next}, from, to, scratch);
+          if (part == 0) from = to;
+        }
       }
     });
-    const int64_t groups = shape_.groups(), per_group = shape_.lanes_per_group;
-    with_memory(groups * count, [&](int64_t item, std::byte* scratch) {
-      const int64_t c = item / groups, group = item % groups;
-      sweep_.use(group, chunk_at(first + c), kept + (c * lanes + group * per_group) * size,
-                 scratch);
+  }
+
+  // States before a part but the first: each part runs its own along its chunks.
+  T* start(const Block& block, int64_t part) const {
+    if (part == 1) return block.kept + (block.begin(1) - 1) * all_states();
+    return block.starts + (part - 2) * all_states();
+  }
+
+  void find_starts(const Block& block) const {
+    for_rows([&](int64_t lane, const FeatureRange& rows, std::byte*) {
+      const int64_t at = lane * shape_.size;
+      for (int64_t part = 1; part + 1 < block.parts; ++part) {
+        const T* from = start(block, part) + at;
+        T* to = start(block, part + 1) + at;
+        for (int64_t c = block.begin(part); c < block.begin(part + 1); ++c) {
+          sweep_.advance(lane, chunk_at(block.first + c), rows, from,
+                         block.kept + c * all_states() + at, to);
+          from = to;
+        }
+      }
+    });
+  }
+
+  void use_and_advance(const Block& block) const {
+    const int64_t behind = block.first + block.count;
+    Block next = block;
+    next.first = behind;
+    next.count = std::min(block.count, shape_.chunks - behind);
+    for_parts(block, [&](int64_t group, int64_t part, std::byte* scratch) {
+      const int64_t lane = group * shape_.lanes_per_group, at = lane * shape_.size;
+      for (int64_t c = block.begin(part); c < block.begin(part + 1); ++c) {
+        const int64_t chunk = block.first + c;
+        T* states = part > 0 ? start(block, part)
+                    : c == 0 ? block.before
+                             : block.kept + (c - 1) * all_states();
+        int64_t after = chunk;
+        if (c + 1 == block.begin(part + 1)) after = next.first + next.begin(part) - 1;
+        sweep_.use(group, {chunk_at(chunk), next_chunk(after)}, states + at, scratch);
+        if (part == 0 || !updates(chunk)) continue;
+        T* to = c + 1 == block.count ? block.behind : states;
+        for (int64_t i = 0; i < shape_.lanes_per_group; ++i) {
+          const int64_t own = at + i * shape_.size;
+          sweep_.advance(lane + i, chunk_at(chunk), all_rows(), states + own,
+                         block.kept + c * all_states() + own, to + own);
+        }
+      }
     });
   }
 
