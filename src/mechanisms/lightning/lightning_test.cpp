@@ -56,6 +56,36 @@ TEST(Lightning, SameBitsForAnyThreadCount) {
   }
 }
 
+// States of this size fill a block of chunks three thousand tokens long: the last of three is ragged.
+TEST(Lightning, SameBitsForAnyThreadCountOverBlocks) {
+  for (DType type : {DType::f32, DType::bf16}) {
+    for (const auto& [heads, kv] : {std::pair<int64_t, int64_t>{1, 1}, {3, 1}}) {
+      const Inputs in(type, heads, kv, 7001, 64, 72);
+      const Array slopes = heads == 1 ? numbers({0.001}) : numbers({0.001, 0, 0.2});
+      const LightningOptions options{slopes, in.state};
+      const auto forward = [&](int threads) {
+        return lightning_attention(in.q, in.k, in.v, options, {.threads = threads});
+      };
+      const auto backward = [&](int threads) {
+        return lightning_attention_backward(in.q, in.k, in.v, in.gradient, in.state_gradient,
+                                            options, {.threads = threads});
+      };
+      const LightningResult one = forward(1);
+      const LightningGradients first = backward(1);
+      for (int threads : {2, 5}) {
+        const LightningResult more = forward(threads);
+        EXPECT_TRUE(same_bits(one.out, more.out) && same_bits(one.state, more.state))
+            << name_of(type) << " " << threads;
+        const LightningGradients again = backward(threads);
+        EXPECT_TRUE(same_bits(first.q, again.q) && same_bits(first.k, again.k) &&
+                    same_bits(first.v, again.v) && same_bits(first.slopes, again.slopes) &&
+                    same_bits(first.initial_state, again.initial_state))
+            << name_of(type) << " " << threads;
+      }
+    }
+  }
+}
+
 TEST(Lightning, AnyCutGivesTheNumbersOfOneCall) {
   for (DType type : {DType::f64, DType::f32, DType::bf16}) {
     const Inputs in(type, 4, 2, 300, 20, 33);
