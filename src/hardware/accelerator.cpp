@@ -5,6 +5,7 @@
 #include <algorithm>
 #include <cmath>
 
+#include "base/round_up.h"
 #include "hardware/flat.h"
 #include "heed/error.h"
 
@@ -12,8 +13,6 @@ namespace heed::hardware {
 namespace {
 
 const std::string kQuery = "p", kKey = "m";  // ranks that are cut into tiles
-
-int64_t ceil_div(int64_t a, int64_t b) { return a / b + (a % b != 0); }
 
 /// Sizes of the ranks: of the layer, or rounded up to whole tiles.
 Sizes sizes_of(const Machine& machine, const Workload& w, bool padded) {

@@ -4,6 +4,7 @@
 #include <cmath>
 #include <tuple>
 
+#include "base/round_up.h"
 #include "hardware/machine.h"
 #include "heed/error.h"
 #include "mechanisms/nearest.h"
@@ -23,8 +24,6 @@ using tiled::WindowLine;
 constexpr const char* kOp = "tiles";
 constexpr int64_t kMostTiles = int64_t{1} << 26;  // of one axis
 constexpr double kMostRows = 4e9;                 // rows of keys that runs are looked up in
-
-int64_t ceil_div(int64_t a, int64_t b) { return a / b + (a % b != 0); }
 
 int64_t checked_product(int64_t a, int64_t b) {
   int64_t product = 0;

@@ -5,6 +5,7 @@
 #include <string>
 #include <vector>
 
+#include "base/round_up.h"
 #include "heed/tensor.h"
 #include "mechanisms/parameter.h"
 
@@ -46,7 +47,5 @@ template <class T>
 void copy_values(const T* values, const Tensor& to) {
   copy(Tensor(values, sizeof(T) == 8 ? DType::f64 : DType::f32, to.shape()), to);
 }
-
-inline int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
 }  // namespace heed

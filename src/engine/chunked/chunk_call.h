@@ -312,7 +312,7 @@ class ChunkCall {
   // Calls body(left operand, first row, rows).
   template <class Body>
   void by_shares(const Left& left, int64_t count, ReadAhead& ahead, const Body& body) const;
-  int64_t count(int64_t tokens) const { return (tokens + chunk_ - 1) / chunk_; }
+  int64_t count(int64_t tokens) const { return ceil_div(tokens, chunk_); }
   int64_t existing(int64_t b) const {
     return problem_.lengths.empty() ? tokens_ : problem_.lengths[static_cast<size_t>(b)];
   }

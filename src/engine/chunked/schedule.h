@@ -86,7 +86,6 @@ inline void for_neighbours(int64_t items, int threads, size_t memory_bytes,
 
 /// Parts that a sum over all chunks is cut into, so that few states use many threads.
 inline int64_t total_part(int64_t chunks) { return std::max<int64_t>(8, (chunks + 15) / 16); }
-inline int64_t parts_of(int64_t count, int64_t most) { return (count + most - 1) / most; }
 
 template <class T>
 class Schedule {
@@ -156,7 +155,7 @@ class Schedule {
       before = sum;
     }
   }
-  int64_t parts() const { return parts_of(shape_.chunks, total_part(shape_.chunks)); }
+  int64_t parts() const { return ceil_div(shape_.chunks, total_part(shape_.chunks)); }
 
   void serial_total(int64_t group) const {
     Scratch scratch(state_bytes(shape_.lanes_per_group + 1) + shape_.memory);
@@ -185,13 +184,13 @@ class Schedule {
   // Cuts of each state's rows, as many as even out the lanes over the threads.
   int64_t cuts() const {
     const int64_t even = shape_.threads / std::gcd(shape_.lanes, int64_t{shape_.threads});
-    return std::clamp<int64_t>(even, 1, parts_of(shape_.rows, shape_.rows_unit));
+    return std::clamp<int64_t>(even, 1, ceil_div(shape_.rows, shape_.rows_unit));
   }
   // Calls body(lane, rows, scratch memory) for all rows of all states.
   template <class Body>
   void for_rows(const Body& body) const {
     const int64_t cuts = this->cuts(), unit = shape_.rows_unit;
-    const int64_t units = parts_of(shape_.rows, unit);
+    const int64_t units = ceil_div(shape_.rows, unit);
     with_memory(shape_.lanes * cuts, [&](int64_t item, std::byte* scratch) {
       const int64_t cut = item % cuts;
       const auto bound = [&](int64_t i) {
@@ -234,8 +233,8 @@ class Schedule {
   int64_t block_chunks() const {
     constexpr int64_t kBytes = int64_t{1} << 20;
     const int64_t fit = kBytes / static_cast<int64_t>(state_bytes(shape_.lanes));
-    const int64_t blocks = parts_of(shape_.chunks, std::max(fit, 4 * block_parts()));
-    return parts_of(shape_.chunks, blocks);
+    const int64_t blocks = ceil_div(shape_.chunks, std::max(fit, 4 * block_parts()));
+    return ceil_div(shape_.chunks, blocks);
   }
 
   // A block of chunks, and memory for it.
@@ -244,8 +243,7 @@ class Schedule {
     T* before = nullptr;  // states before the block, [lanes, size]
     T* behind = nullptr;  // those behind it
     T* starts = nullptr;  // states before the parts from the third on, [parts - 2, lanes, size]
-    T* kept =
-        nullptr;  // states behind the first part's chunks; what the others add, [count, lanes, size]
+    T* kept = nullptr;    // behind the first part's chunks; what others add, [count, lanes, size]
     int64_t begin(int64_t part) const { return share_begin(count, part, parts); }
   };
   int64_t all_states() const { return shape_.lanes * shape_.size; }

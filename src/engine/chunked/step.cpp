@@ -28,7 +28,7 @@ class Step : public ChunkCall<T> {
     // Columns of a state are independent: a few heads share the threads by columns.
     const bool few = lanes < 2 * threads_for(this->run_, 16 * lanes);
     const int64_t columns = few ? std::min(kColumns, this->value_dim_) : this->value_dim_;
-    const int64_t cuts = (this->value_dim_ + columns - 1) / columns;
+    const int64_t cuts = ceil_div(this->value_dim_, columns);
     for_items(lanes * cuts, [&](int64_t item, const Memory& m) {
       const int64_t begin = item % cuts * columns;
       run_columns(item / cuts, begin, std::min(begin + columns, this->value_dim_), m);

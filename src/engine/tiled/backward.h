@@ -54,11 +54,9 @@ class Backward : private TileCall<T> {
 
   const SequenceGradient& gradient(int64_t s) const { return gradients_[static_cast<size_t>(s)]; }
   int64_t query_tiles(int64_t s) const {
-    return (sequence(s).plan.queries() + path_.query_tile - 1) / path_.query_tile;
+    return ceil_div(sequence(s).plan.queries(), path_.query_tile);
   }
-  int64_t key_tiles(int64_t s) const {
-    return (sequence(s).plan.keys() + tile_keys_ - 1) / tile_keys_;
-  }
+  int64_t key_tiles(int64_t s) const { return ceil_div(sequence(s).plan.keys(), tile_keys_); }
   int64_t row_index(int64_t s, int64_t head, int64_t row) const {
     return row_base_[static_cast<size_t>(s)] + head * sequence(s).plan.queries() + row;
   }

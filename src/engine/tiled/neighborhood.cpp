@@ -3,12 +3,11 @@
 #include <algorithm>
 #include <string>
 
+#include "base/round_up.h"
 #include "heed/error.h"
 
 namespace heed::tiled {
 namespace {
-
-int64_t ceil_div(int64_t a, int64_t b) { return a / b + (a % b != 0); }
 
 [[noreturn]] void fail(const char* op, const char* argument, int axis, int64_t found,
                        const std::string& needed) {

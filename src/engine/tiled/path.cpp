@@ -17,8 +17,6 @@ bool few_rows(const CallKind& call) {
   return !call.backward && !call.scattered && call.rows_per_key_head <= kFewRows;
 }
 
-int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
-
 struct TileSizes {
   int64_t query_tile, key_tile;
 };

@@ -102,8 +102,6 @@ class Convolution {
   }
 
  private:
-  static int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
-
   /// [sets, D, count] as [sets, count, padded D].
   std::vector<T> transposed(const Tensor& parameter, int64_t count) const {
     const Array plain = convert(parameter, sizeof(T) == 8 ? DType::f64 : DType::f32);
