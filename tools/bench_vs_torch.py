@@ -84,6 +84,30 @@ def mala(q, k, v, causal):
     return (1 + 1 / (z + 1e-6)) * c * both[..., :-1] - z * v_sum / seen
 
 
+def turned(x, cosine, sine):
+    """Pairs of features rotated, as the published code of MALA does."""
+    return x * cosine + torch.stack([-x[..., 1::2], x[..., ::2]], -1).flatten(-2) * sine
+
+
+def grid_turns(side, dim):
+    """Cosines and sines [side * side, dim]: half of the features turn by row, half by column."""
+    pairs = dim // 4
+    angles = 10000.0 ** (-torch.arange(pairs) / (pairs - 1))
+    place = torch.arange(side)[:, None] * angles.repeat_interleave(2)
+    rows = place[:, None].expand(side, side, -1).flatten(0, 1)
+    columns = place[None].expand(side, side, -1).flatten(0, 1)
+    turns = torch.cat([rows, columns], -1)
+    return turns.cos(), turns.sin()
+
+
+def mala_grid(q, k, v, cosine, sine):
+    fq, fk, keys = F.elu(q) + 1, F.elu(k) + 1, k.shape[2]
+    c = 1 / (math.sqrt(q.shape[3]) * keys)
+    z = c * (fq @ fk.sum(2).unsqueeze(-1))
+    sums = turned(fk, cosine, sine).transpose(-1, -2) @ v
+    return (1 + 1 / (z + 1e-6)) * c * (turned(fq, cosine, sine) @ sums) - z * v.mean(2, True)
+
+
 def relu_linear(q, k, v, temperature):
     both = q.relu() @ (k.relu().transpose(-1, -2) @ with_ones(v))
     return temperature.view(-1, 1, 1) * both[..., :-1] / both[..., -1:].clamp_min(100)
@@ -169,6 +193,12 @@ def mala_cases():
                    lambda *a, c=causal: heed.magnitude_aware_linear_attention(*a, causal=c),
                    {"chunks" if causal else "sums": lambda *a, c=causal: mala(*a, c)},
                    (0, 1, 2))  # fmt: skip
+    side = 56
+    q, k, v = (normal(1, 8, side * side, 64) for _ in range(3))
+    cosine, sine = grid_turns(side, 64)
+    yield Case("magnitude_aware_linear_attention", f"1x8x({side}x{side})x64 turned", (q, k, v),
+               lambda *a: heed.magnitude_aware_linear_attention(*a, rope=(side, side)),
+               {"sums": lambda *a: mala_grid(*a, cosine, sine)}, (0, 1, 2))  # fmt: skip
 
 
 def relu_linear_cases():

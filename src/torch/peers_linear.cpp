@@ -10,7 +10,9 @@
 #include <ATen/ops/stack.h>
 #include <ATen/ops/zeros_like.h>
 
+#include <algorithm>
 #include <cmath>
+#include <utility>
 
 #include "torch/peer_parts.h"
 
@@ -78,6 +80,42 @@ Composition linear(const Spec& options) {
           }};
 }
 
+/// Cosines and sines of the turns of MALA's features on a grid, each [tokens, dim].
+std::pair<Tensor, Tensor> grid_turns(int64_t tokens, int64_t dim, const Spec& options,
+                                     const at::TensorOptions& type) {
+  const int64_t width = *options.integer("width"), pairs = dim / 4;
+  const auto most = static_cast<double>(std::max<int64_t>(1, pairs - 1));
+  const Tensor exponents = at::arange(pairs, at::kDouble) / most;
+  const Tensor angles = (exponents * -std::log(10000.0)).exp().repeat_interleave(2);
+  const Tensor place = at::arange(tokens, at::kLong).unsqueeze(1);
+  const Tensor row = place.div(width, "floor"), column = place.remainder(width);
+  const Tensor turns = at::cat({row * angles, column * angles}, -1);
+  return {turns.cos().to(type), turns.sin().to(type)};
+}
+/// Pairs of features rotated.
+Tensor turned(const Tensor& x, const std::pair<Tensor, Tensor>& turns) {
+  const Tensor pairs = x.unflatten(-1, {-1, 2});
+  const Tensor crossed = at::stack({-pairs.select(-1, 1), pairs.select(-1, 0)}, -1).flatten(-2);
+  return x * turns.first + crossed * turns.second;
+}
+
+Composition magnitude_aware_grid(const Tensors& in, const Spec& options) {
+  const bool paper = options.text("form").value_or("code") == "paper";
+  const Tensor& q = in.at("q");
+  const double scale =
+      options.number("scale").value_or(1 / std::sqrt(static_cast<double>(q.size(3))));
+  const double eps = options.number("eps").value_or(1e-6);
+  const auto turns = grid_turns(q.size(2), q.size(3), options, q.options());
+  return {"q (k^T v) of turned features, sums of k and v", [=](const Tensors& t) {
+            const Tensor &v = t.at("v"), fq = at::elu(t.at("q")) + 1, fk = at::elu(t.at("k")) + 1;
+            const int64_t heads = fq.size(1);
+            const double c = paper ? 1 : scale / static_cast<double>(v.size(2));
+            const Tensor z = c * sums(false, fq, fk, at::ones_like(v.narrow(3, 0, 1)));
+            const Tensor read = sums(false, turned(fq, turns), turned(fk, turns), v);
+            return ((z + eps).reciprocal() + 1) * c * read - z * for_heads(v.mean(2, true), heads);
+          }};
+}
+
 Composition magnitude_aware(const Tensors& in, const Spec& options) {
   const bool causal = options.flag("causal");
   const bool paper = options.text("form").value_or("code") == "paper";
@@ -131,9 +169,9 @@ std::optional<Composition> linear_family(std::string_view mechanism, const Tenso
     return linear(options);
   }
   if (mechanism == "magnitude_aware_linear_attention" &&
-      knows(in, qkv, options, {"causal", "form", "scale", "eps"}) &&
-      (!options.flag("causal") || square(in))) {
-    return magnitude_aware(in, options);
+      knows(in, qkv, options, {"causal", "form", "scale", "eps", "height", "width"}) &&
+      (!options.flag("causal") || (square(in) && !options.has("width")))) {
+    return options.has("width") ? magnitude_aware_grid(in, options) : magnitude_aware(in, options);
   }
   if (mechanism == "relu_linear_attention" &&
       knows(in, {"q", "k", "v", "temperature"}, options, {"clamp"})) {
