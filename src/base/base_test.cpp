@@ -8,8 +8,10 @@
 #include <stdexcept>
 #include <vector>
 
+#include "base/huge_pages.h"
 #include "base/parallel.h"
 #include "base/philox.h"
+#include "base/round_up.h"
 #include "heed/error.h"
 #include "heed/tensor.h"
 
@@ -100,6 +102,47 @@ TEST(ParallelFor, VisitsEveryItemOnceAndRethrows) {
                               }),
                  Error);
   }
+}
+
+TEST(ParallelFor, FewItemsGoToTheThreadsOfTheirNumbers) {
+  for (int threads : {2, 3, 5}) {
+    for (int64_t items = 2; items <= threads; ++items) {
+      std::vector<int> workers(static_cast<size_t>(items), -1);
+      parallel_for(items, threads,
+                   [&](int64_t item, int worker) { workers[static_cast<size_t>(item)] = worker; });
+      for (int i = 0; i < items; ++i) EXPECT_EQ(workers[static_cast<size_t>(i)], i);
+    }
+    EXPECT_THROW(parallel_for(threads, threads, [](int64_t, int) { throw Error("every item"); }),
+                 Error);
+  }
+}
+
+TEST(HugePages, FetchedBeforeTheirFirstTouchOrAfter) {
+  const int64_t count = static_cast<int64_t>(5 * kHugePage / sizeof(float)) / 2 + 3;
+  const Array fresh(DType::f32, {count});
+  populate(fresh, 3);
+  Array written(DType::f32, {count + 1});
+  for (int64_t i = 0; i <= count; ++i) written.as<float>()[i] = static_cast<float>(i % 1021);
+  const auto unchanged = [&] {
+    for (int64_t i = 0; i <= count; ++i) {
+      if (written.as<float>()[i] != static_cast<float>(i % 1021)) return false;
+    }
+    return true;
+  };
+  populate(written, 2);
+  EXPECT_TRUE(unchanged());
+  populate(written.view().slice(0, 1, count), 2);  // not from the start of a page
+  EXPECT_TRUE(unchanged());
+  populate(Array(DType::f32, {0}), 2);
+}
+
+TEST(CeilDiv, OfNumbersOnBothSidesOfZero) {
+  EXPECT_EQ(ceil_div(0, 4), 0);
+  EXPECT_EQ(ceil_div(8, 4), 2);
+  EXPECT_EQ(ceil_div(9, 4), 3);
+  EXPECT_EQ(ceil_div(-3, 4), 0);
+  EXPECT_EQ(ceil_div(-4, 4), -1);
+  EXPECT_EQ(ceil_div(INT64_MAX, 2), INT64_MAX / 2 + 1);
 }
 
 TEST(Scratch, NestsWithoutSharingMemory) {

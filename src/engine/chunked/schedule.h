@@ -85,7 +85,7 @@ inline void for_neighbours(int64_t items, int threads, size_t memory_bytes,
 }
 
 /// Parts that a sum over all chunks is cut into, so that few states use many threads.
-inline int64_t total_part(int64_t chunks) { return std::max<int64_t>(8, (chunks + 15) / 16); }
+inline int64_t total_part(int64_t chunks) { return std::max<int64_t>(8, ceil_div(chunks, 16)); }
 
 template <class T>
 class Schedule {
