@@ -55,6 +55,7 @@ void parallel_for(int64_t items, int threads,
       if (!failed.exchange(true)) failure = std::current_exception();
     }
   };
+  // NOLINTNEXTLINE(bugprone-branch-clone): the schedules differ
   if (items <= threads) {
 #pragma omp parallel for schedule(static, 1) num_threads(threads)
     for (int64_t item = 0; item < items; ++item) run(item);

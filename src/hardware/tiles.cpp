@@ -12,7 +12,6 @@
 namespace heed::hardware {
 namespace {
 
-using tiled::BoxTiles;
 using tiled::GridBox;
 using tiled::GridGroup;
 using tiled::GridPoint;
