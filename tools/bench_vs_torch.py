@@ -79,9 +79,13 @@ def mala(q, k, v, causal):
         seen = torch.arange(1, keys + 1, dtype=q.dtype)[:, None]
     else:
         both, v_sum, seen = fq @ (fk.transpose(-1, -2) @ with_ones(v)), v.sum(2, True), keys
-    c = 1 / (math.sqrt(q.shape[3]) * seen)
-    z = c * both[..., -1:]
-    return (1 + 1 / (z + 1e-6)) * c * both[..., :-1] - z * v_sum / seen
+    return mala_read_out(both[..., :-1], both[..., -1:], v_sum, seen, q.shape[3])
+
+
+def mala_read_out(sums, totals, v_sum, seen, dim):
+    c = 1 / (math.sqrt(dim) * seen)
+    z = c * totals
+    return (1 + 1 / (z + 1e-6)) * c * sums - z * v_sum / seen
 
 
 def turned(x, cosine, sine):
@@ -101,11 +105,11 @@ def grid_turns(side, dim):
 
 
 def mala_grid(q, k, v, cosine, sine):
-    fq, fk, keys = F.elu(q) + 1, F.elu(k) + 1, k.shape[2]
-    c = 1 / (math.sqrt(q.shape[3]) * keys)
-    z = c * (fq @ fk.sum(2).unsqueeze(-1))
-    sums = turned(fk, cosine, sine).transpose(-1, -2) @ v
-    return (1 + 1 / (z + 1e-6)) * c * (turned(fq, cosine, sine) @ sums) - z * v.mean(2, True)
+    fq, fk = F.elu(q) + 1, F.elu(k) + 1
+    state = turned(fk, cosine, sine).transpose(-1, -2) @ v
+    totals = fq @ fk.sum(2).unsqueeze(-1)
+    return mala_read_out(turned(fq, cosine, sine) @ state, totals, v.sum(2, True), k.shape[2],
+                         q.shape[3])  # fmt: skip
 
 
 def relu_linear(q, k, v, temperature):

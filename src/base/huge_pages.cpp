@@ -1,7 +1,5 @@
 #include "base/huge_pages.h"
 
-#include <algorithm>
-
 #include "base/parallel.h"
 
 namespace heed {
@@ -10,8 +8,7 @@ void populate(const Tensor& result, int threads) {
 #ifdef MADV_POPULATE_WRITE
   if (!result.is_contiguous()) return;
   constexpr auto kPage = static_cast<int64_t>(kHugePage);
-  const int64_t bytes =
-      element_count(result.shape()) * static_cast<int64_t>(size_of(result.dtype()));
+  const int64_t bytes = result.count() * static_cast<int64_t>(size_of(result.dtype()));
   auto* data = static_cast<std::byte*>(result.data());
   const int64_t before = reinterpret_cast<intptr_t>(data) % kPage, pages = (before + bytes) / kPage;
   if (pages < 2) return;

@@ -12,6 +12,7 @@
 
 #include <algorithm>
 #include <cmath>
+#include <optional>
 #include <utility>
 
 #include "torch/peer_parts.h"
@@ -99,34 +100,28 @@ Tensor turned(const Tensor& x, const std::pair<Tensor, Tensor>& turns) {
   return x * turns.first + crossed * turns.second;
 }
 
-Composition magnitude_aware_grid(const Tensors& in, const Spec& options) {
+Composition magnitude_aware(const Tensors& in, const Spec& options) {
+  const bool causal = options.flag("causal");
   const bool paper = options.text("form").value_or("code") == "paper";
   const Tensor& q = in.at("q");
   const double scale =
       options.number("scale").value_or(1 / std::sqrt(static_cast<double>(q.size(3))));
   const double eps = options.number("eps").value_or(1e-6);
-  const auto turns = grid_turns(q.size(2), q.size(3), options, q.options());
-  return {"q (k^T v) of turned features, sums of k and v", [=](const Tensors& t) {
-            const Tensor &v = t.at("v"), fq = at::elu(t.at("q")) + 1, fk = at::elu(t.at("k")) + 1;
-            const int64_t heads = fq.size(1);
-            const double c = paper ? 1 : scale / static_cast<double>(v.size(2));
-            const Tensor z = c * sums(false, fq, fk, at::ones_like(v.narrow(3, 0, 1)));
-            const Tensor read = sums(false, turned(fq, turns), turned(fk, turns), v);
-            return ((z + eps).reciprocal() + 1) * c * read - z * for_heads(v.mean(2, true), heads);
-          }};
-}
-
-Composition magnitude_aware(const Tensors& in, const Spec& options) {
-  const bool causal = options.flag("causal");
-  const bool paper = options.text("form").value_or("code") == "paper";
-  const double scale =
-      options.number("scale").value_or(1 / std::sqrt(static_cast<double>(in.at("q").size(3))));
-  const double eps = options.number("eps").value_or(1e-6);
+  std::optional<std::pair<Tensor, Tensor>> turns;
+  if (options.has("width")) turns = grid_turns(q.size(2), q.size(3), options, q.options());
   return {causal ? "chunks of products" : "q (k^T v), sums of k and v", [=](const Tensors& t) {
             const Tensor& v = t.at("v");
             const int64_t width = v.size(3), keys = v.size(2), heads = t.at("q").size(1);
-            const Tensor both =
-                sums(causal, at::elu(t.at("q")) + 1, at::elu(t.at("k")) + 1, with_ones(v));
+            const Tensor fq = at::elu(t.at("q")) + 1, fk = at::elu(t.at("k")) + 1;
+            Tensor read, total;
+            if (turns) {  // which totals do not know
+              read = sums(causal, turned(fq, *turns), turned(fk, *turns), v);
+              total = sums(causal, fq, fk, at::ones_like(v.narrow(3, 0, 1)));
+            } else {
+              const Tensor both = sums(causal, fq, fk, with_ones(v));
+              read = both.narrow(3, 0, width);
+              total = both.narrow(3, width, 1);
+            }
             Tensor seen = at::ones({1}, v.options()) * static_cast<double>(keys);
             Tensor v_sum = v.sum(2, true);
             if (causal) {
@@ -134,9 +129,8 @@ Composition magnitude_aware(const Tensors& in, const Spec& options) {
               v_sum = v.cumsum(2);
             }
             const Tensor c = paper ? at::ones_like(seen) : scale / seen;
-            const Tensor z = c * both.narrow(3, width, 1);
-            return ((z + eps).reciprocal() + 1) * c * both.narrow(3, 0, width) -
-                   z * for_heads(v_sum, heads) / seen;
+            const Tensor z = c * total;
+            return ((z + eps).reciprocal() + 1) * c * read - z * for_heads(v_sum, heads) / seen;
           }};
 }
 
@@ -170,8 +164,8 @@ std::optional<Composition> linear_family(std::string_view mechanism, const Tenso
   }
   if (mechanism == "magnitude_aware_linear_attention" &&
       knows(in, qkv, options, {"causal", "form", "scale", "eps", "height", "width"}) &&
-      (!options.flag("causal") || (square(in) && !options.has("width")))) {
-    return options.has("width") ? magnitude_aware_grid(in, options) : magnitude_aware(in, options);
+      (!options.flag("causal") || square(in))) {
+    return magnitude_aware(in, options);
   }
   if (mechanism == "relu_linear_attention" &&
       knows(in, {"q", "k", "v", "temperature"}, options, {"clamp"})) {

@@ -84,7 +84,7 @@ template <class T>
 Chunk ChunkCall<T>::causal_chunk(int64_t b, int64_t i) const {
   const int64_t offset = tokens_ - queries_;
   Chunk chunk{.begin = i * chunk_};
-  chunk.tokens = std::min(chunk_, tokens_ - chunk.begin);
+  chunk.tokens = chunk_tokens(i);
   chunk.keys = std::clamp<int64_t>(existing(b) - chunk.begin, 0, chunk.tokens);
   chunk.query = std::max<int64_t>(chunk.begin - offset, 0);
   chunk.queries = std::max<int64_t>(0, chunk.begin + chunk.tokens - offset - chunk.query);
@@ -95,7 +95,7 @@ Chunk ChunkCall<T>::causal_chunk(int64_t b, int64_t i) const {
 template <class T>
 Chunk ChunkCall<T>::key_chunk(int64_t b, int64_t i) const {
   Chunk chunk{.begin = i * chunk_};
-  chunk.tokens = std::min(chunk_, tokens_ - chunk.begin);
+  chunk.tokens = chunk_tokens(i);
   chunk.keys = std::clamp<int64_t>(existing(b) - chunk.begin, 0, chunk.tokens);
   return chunk;
 }
@@ -260,9 +260,9 @@ typename ChunkCall<T>::UpdateMemory ChunkCall<T>::update_memory(Cutter& cut) con
 }
 
 template <class T>
-void ChunkCall<T>::advance_state(const FeatureRange& rows, const Decay<T>& decay,
-                                 const StateView<const T>& from, const StateView<const T>& added,
-                                 const StateView<T>& to) const {
+void ChunkCall<T>::advance_view(const FeatureRange& rows, const Decay<T>& decay,
+                                const StateView<const T>& from, const StateView<const T>& added,
+                                const StateView<T>& to) const {
   rows_.advance(from.sums.row(rows.first), added.sums.row(rows.first),
                 rows.count() * padded_values_, decay, to.sums.row(rows.first));
   if (to.keys != nullptr) {

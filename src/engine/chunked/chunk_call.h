@@ -108,9 +108,12 @@ class ChunkCall {
   void update_state(const Added& added, const Decay<T>& decay, const StateView<const T>& from,
                     const StateView<T>& to, const UpdateMemory& m) const;
   /// to = decay(from) + added, for some rows; a sum of values belongs to the first one.
-  void advance_state(const FeatureRange& rows, const Decay<T>& decay,
-                     const StateView<const T>& from, const StateView<const T>& added,
-                     const StateView<T>& to) const;
+  void advance_view(const FeatureRange& rows, const Decay<T>& decay, const StateView<const T>& from,
+                    const StateView<const T>& added, const StateView<T>& to) const;
+  void advance_state(int64_t lane, int64_t chunk, const FeatureRange& rows, const T* from,
+                     const T* added, T* to) const {
+    advance_view(rows, chunk_decay(lane % heads_, chunk), view(from), view(added), view(to));
+  }
   int64_t state_size() const { return state_size_; }
   /// What cuts between rows of a state are multiples of.
   int64_t rows_unit() const {
@@ -139,13 +142,13 @@ class ChunkCall {
   Chunk causal_chunk(int64_t b, int64_t i) const;
   Chunk key_chunk(int64_t b, int64_t i) const;
   Chunk query_chunk(int64_t i) const;
-  /// The chunk whose queries use a state; -1: none.
-  Chunk using_chunk(int64_t b, int64_t i) const {
+  /// Chunk i of a loop over queries; -1: none.
+  Chunk chunk_of_queries(int64_t b, int64_t i) const {
     if (i < 0) return {};
     return problem_.causal ? causal_chunk(b, i) : query_chunk(i);
   }
-  /// The chunk whose keys are added to a state; -1: none.
-  Chunk adding_chunk(int64_t b, int64_t i) const {
+  /// Chunk i of a loop over keys; -1: none.
+  Chunk chunk_of_keys(int64_t b, int64_t i) const {
     if (i < 0) return {};
     return problem_.causal ? causal_chunk(b, i) : key_chunk(b, i);
   }
@@ -163,7 +166,6 @@ class ChunkCall {
     return decay(head, chunk_tokens(chunk));
   }
   int64_t chunk_tokens(int64_t chunk) const { return std::min(chunk_, tokens_ - chunk * chunk_); }
-  FeatureRange all_features() const { return {0, features_}; }
   const DecayTable<T>* decays(int64_t head) const {
     return decays_.empty() ? nullptr : &decays_[static_cast<size_t>(head)];
   }
@@ -186,10 +188,10 @@ class ChunkCall {
   Rows rows(const Tensor& t, int64_t b, int64_t h, int64_t begin, int64_t count) const {
     return {t.at({b, h, begin}), t.dtype(), t.stride(2), count, t.size(3)};
   }
-  /// As many rows behind these, or before them.
-  static Rows following(Rows rows, bool backwards = false) {
+  /// As many rows behind these.
+  static Rows following(Rows rows) {
     const int64_t bytes = rows.count * rows.stride * static_cast<int64_t>(size_of(rows.dtype));
-    rows.data = static_cast<const std::byte*>(rows.data) + (backwards ? -bytes : bytes);
+    rows.data = static_cast<const std::byte*>(rows.data) + bytes;
     return rows;
   }
   Source<T> queries(int64_t b, int64_t h, const Chunk& chunk) const;

@@ -36,7 +36,7 @@ class Denominators : public ChunkCall<T> {
 
   void add_keys(int64_t b, int64_t h, const Turn& at, const StateView<const T>& from,
                 const StateView<T>& to, const typename Call::UpdateMemory& m) const {
-    const Chunk chunk = this->adding_chunk(b, at.chunk), next = this->adding_chunk(b, at.next);
+    const Chunk chunk = this->chunk_of_keys(b, at.chunk), next = this->chunk_of_keys(b, at.next);
     typename Call::Added added;
     added.x = this->keys(b, h, chunk);
     added.psi = this->for_sums(added.x, false);

@@ -103,18 +103,17 @@ class Forward : public Denominators<T>, public Sweep<T> {
   }
   void advance(int64_t lane, int64_t chunk, const FeatureRange& rows, const T* from, const T* added,
                T* to) const override {
-    this->advance_state(rows, this->chunk_decay(lane % this->heads_, chunk), this->view(from),
-                        this->view(added), this->view(to));
+    this->advance_state(lane, chunk, rows, from, added, to);
   }
 
   void use(int64_t lane, const Turn& at, T* state, std::byte* memory) const override {
     const int64_t b = lane / this->heads_, h = lane % this->heads_;
-    const Chunk chunk = this->using_chunk(b, at.chunk);
+    const Chunk chunk = this->chunk_of_queries(b, at.chunk);
     if (chunk.queries == 0) return;
     Memory m = memory_at(memory);
     const StateView<T> view = this->view(state);
     if (this->reads_totals()) return read_totals(b, h, chunk, view, m);
-    const Chunk next = this->using_chunk(b, at.next);
+    const Chunk next = this->chunk_of_queries(b, at.next);
     ReadAhead ahead{this->queries(b, h, next).rows, this->keys(b, h, next).rows,
                     this->values(b, h, next)};
     m.ahead = &ahead;

@@ -129,19 +129,14 @@ class KeyGradients : public ChunkCall<T>, public Sweep<T> {
 
   void advance(int64_t lane, int64_t chunk, const FeatureRange& rows, const T* from, const T* added,
                T* to) const override {
-    this->advance_state(rows, this->chunk_decay(lane % this->heads_, chunk), this->view(from),
-                        this->view(added), this->view(to));
+    this->advance_state(lane, chunk, rows, from, added, to);
   }
 
-  // The chunk whose queries are added to a state; -1: none.
-  Chunk chunk_for_update(int64_t b, int64_t i) const {
-    if (i < 0) return {};
-    return this->problem_.causal ? this->causal_chunk(b, i) : this->query_chunk(i);
-  }
   void update(int64_t lane, const Turn& at, const T* from, T* to,
               std::byte* memory) const override {
     const int64_t b = lane / this->heads_, h = lane % this->heads_;
-    const Chunk chunk = chunk_for_update(b, at.chunk), next = chunk_for_update(b, at.next);
+    const Chunk chunk = this->chunk_of_queries(b, at.chunk),
+                next = this->chunk_of_queries(b, at.next);
     const Memory m = memory_at(memory);
     const T* num_scale = row_numbers(statistics_.num_scale, b, h, chunk);
     typename Call::Added added;
@@ -166,7 +161,7 @@ class KeyGradients : public ChunkCall<T>, public Sweep<T> {
   void use(int64_t group, const Turn& at, T* states, std::byte* memory) const override {
     const int64_t key_heads = this->heads_ / this->group_;
     const int64_t b = group / key_heads, key_head = group % key_heads;
-    const Chunk chunk = this->adding_chunk(b, at.chunk);
+    const Chunk chunk = this->chunk_of_keys(b, at.chunk);
     zero_missing(b, key_head, chunk);
     if (chunk.keys == 0) return;
     Memory m = memory_at(memory);
@@ -185,7 +180,7 @@ class KeyGradients : public ChunkCall<T>, public Sweep<T> {
     const Operands operands = pack_keys(k, b, first, chunk, m);
     for (int64_t i = 0; i < this->group_; ++i) {
       const StateView<T> state = this->totals(states + i * this->totals_size());
-      ReadAhead ahead = rows_ahead(b, first + i, chunk, this->adding_chunk(b, at.next));
+      ReadAhead ahead = rows_ahead(b, first + i, chunk, this->chunk_of_keys(b, at.next));
       m.ahead = &ahead;
       if (this->problem_.policy.polynomial) {
         use_polynomial(b, first + i, chunk, operands, state, key_sum, m);

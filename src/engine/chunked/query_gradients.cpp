@@ -160,26 +160,26 @@ class QueryGradients : public Denominators<T>, public Sweep<T> {
     const int64_t b = lane / this->heads_, h = lane % this->heads_;
     const Memory m = memory_at(memory);
     if (slopes_) {
-      const Chunk chunk = this->adding_chunk(b, at.chunk);
+      const Chunk chunk = this->chunk_of_keys(b, at.chunk);
       typename Call::Added added;
       added.x = this->keys(b, h, chunk);
       added.y = this->values(b, h, chunk);
       added.factor = this->decays(h)->falling_slope(chunk.tokens - 1);
       this->update_state(added, this->chunk_decay(h, at.chunk), slope_view(from), slope_view(to),
                          m.update);
-      if (from != nullptr) add_to_slope(h, at.chunk, this->all_features(), from, to);
+      if (from != nullptr) add_to_slope(h, at.chunk, {0, this->features_}, from, to);
     }
     this->add_keys(b, h, at, this->view(from), this->view(to), m.update);
   }
   void advance(int64_t lane, int64_t chunk, const FeatureRange& rows, const T* from, const T* added,
                T* to) const override {
-    const int64_t h = lane % this->heads_;
-    const Decay<T> decay = this->chunk_decay(h, chunk);
     if (slopes_) {
-      this->advance_state(rows, decay, slope_view(from), slope_view(added), slope_view(to));
+      const int64_t h = lane % this->heads_;
+      this->advance_view(rows, this->chunk_decay(h, chunk), slope_view(from), slope_view(added),
+                         slope_view(to));
       add_to_slope(h, chunk, rows, from, to);
     }
-    this->advance_state(rows, decay, this->view(from), this->view(added), this->view(to));
+    this->advance_state(lane, chunk, rows, from, added, to);
   }
 
   void store(int64_t lane, const T* state) const override {
@@ -220,10 +220,10 @@ class QueryGradients : public Denominators<T>, public Sweep<T> {
 
   void use(int64_t lane, const Turn& at, T* state, std::byte* memory) const override {
     const int64_t b = lane / this->heads_, h = lane % this->heads_;
-    const Chunk chunk = this->using_chunk(b, at.chunk);
+    const Chunk chunk = this->chunk_of_queries(b, at.chunk);
     if (chunk.queries == 0) return;
     Memory m = memory_at(memory);
-    ReadAhead ahead = rows_ahead(b, h, this->using_chunk(b, at.next));
+    ReadAhead ahead = rows_ahead(b, h, this->chunk_of_queries(b, at.next));
     m.ahead = &ahead;
     this->query_ranges(chunk, m.ranges);
     Block result = m.rows;

@@ -125,9 +125,7 @@ class Schedule {
     T* states = scratch.take<T>(shape_.lanes_per_group * shape_.size);
     auto* memory = scratch.take<std::byte>(static_cast<int64_t>(shape_.memory));
     const int64_t first = group * shape_.lanes_per_group;
-    for (int64_t i = 0; i < shape_.lanes_per_group; ++i) {
-      sweep_.load(first + i, states + i * shape_.size);
-    }
+    load(first, shape_.lanes_per_group, states);
     for (int64_t c = 0; c < shape_.chunks; ++c) {
       sweep_.use(group, {chunk_at(c), next_chunk(c)}, states, memory);
       if (!updates(c)) break;
@@ -136,14 +134,16 @@ class Schedule {
         sweep_.update(first + i, {chunk_at(c)}, state, state, memory);
       }
     }
-    store(first, states);
+    store(first, shape_.lanes_per_group, states);
   }
 
-  void store(int64_t first, const T* states) const {
+  // States of `count` lanes from the first one on.
+  void load(int64_t first, int64_t count, T* states) const {
+    for (int64_t i = 0; i < count; ++i) sweep_.load(first + i, states + i * shape_.size);
+  }
+  void store(int64_t first, int64_t count, const T* states) const {
     if (!shape_.last_wanted) return;
-    for (int64_t i = 0; i < shape_.lanes_per_group; ++i) {
-      sweep_.store(first + i, states + i * shape_.size);
-    }
+    for (int64_t i = 0; i < count; ++i) sweep_.store(first + i, states + i * shape_.size);
   }
 
   // What the chunks of one part add, from zero.
@@ -163,9 +163,9 @@ class Schedule {
     auto* memory = scratch.take<std::byte>(static_cast<int64_t>(shape_.memory));
     T* sum = states + shape_.lanes_per_group * shape_.size;
     const int64_t first = group * shape_.lanes_per_group;
+    load(first, shape_.lanes_per_group, states);
     for (int64_t i = 0; i < shape_.lanes_per_group; ++i) {
       T* state = states + i * shape_.size;
-      sweep_.load(first + i, state);
       for (int64_t part = 0; part < parts(); ++part) {
         sum_part(first + i, part, sum, memory);
         sweep_.advance(first + i, 0, all_rows(), state, sum, state);
@@ -173,7 +173,7 @@ class Schedule {
       sweep_.complete(state);
     }
     for (int64_t u = 0; u < shape_.uses; ++u) sweep_.use(group, {u, next_use(u)}, states, memory);
-    store(first, states);
+    store(first, shape_.lanes_per_group, states);
   }
 
   void with_memory(int64_t items, const std::function<void(int64_t, std::byte*)>& body) const {
@@ -208,7 +208,7 @@ class Schedule {
     with_memory(lanes * parts(), [&](int64_t item, std::byte* scratch) {
       sum_part(item % lanes, item / lanes, sums + item * size, scratch);
     });
-    for (int64_t lane = 0; lane < lanes; ++lane) sweep_.load(lane, states + lane * size);
+    load(0, lanes, states);
     for_rows([&](int64_t lane, const FeatureRange& rows, std::byte*) {
       for (int64_t part = 0; part < parts(); ++part) {
         T* state = states + lane * size;
@@ -220,9 +220,7 @@ class Schedule {
       const int64_t group = item / shape_.uses, u = item % shape_.uses;
       sweep_.use(group, {u, next_use(u)}, states + group * shape_.lanes_per_group * size, scratch);
     });
-    for (int64_t group = 0; group < shape_.groups(); ++group) {
-      store(group * shape_.lanes_per_group, states + group * shape_.lanes_per_group * size);
-    }
+    store(0, lanes, states);
   }
 
   // Parts of each group's chunks of a block, as many as even out the groups over the threads.
@@ -258,9 +256,7 @@ class Schedule {
     block.behind = block.before + states;
     block.starts = block.behind + states;
     block.kept = block.starts + starts * states;
-    for (int64_t lane = 0; lane < shape_.lanes; ++lane) {
-      sweep_.load(lane, block.before + lane * shape_.size);
-    }
+    load(0, shape_.lanes, block.before);
     for (; block.first < shape_.chunks; block.first += chunks) {
       block.count = std::min(chunks, shape_.chunks - block.first);
       block.parts = std::min(parts, block.count);
@@ -269,10 +265,7 @@ class Schedule {
       use_and_advance(block);
       std::swap(block.before, block.behind);
     }
-    for (int64_t group = 0; group < shape_.groups(); ++group) {
-      const int64_t first = group * shape_.lanes_per_group;
-      store(first, block.before + first * shape_.size);
-    }
+    store(0, shape_.lanes, block.before);
   }
 
   // Calls body(group, part, scratch memory).
