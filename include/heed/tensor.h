@@ -114,7 +114,10 @@ class Array {
 
  private:
   struct Free {
+    Free() : Free(0) {}
+    explicit Free(size_t size) : bytes(size) {}
     void operator()(void* p) const;
+    size_t bytes;
   };
   std::unique_ptr<void, Free> memory_;
   Tensor tensor_;

@@ -3,11 +3,9 @@
 #include <bit>
 #include <cassert>
 #include <cmath>
-#include <cstdlib>
 #include <cstring>
-#include <new>
 
-#include "base/huge_pages.h"
+#include "base/blocks.h"
 #include "heed/error.h"
 
 namespace heed {
@@ -188,7 +186,7 @@ std::string describe(const char* name, const Tensor& tensor) {
   return std::string(name) + " " + to_string(tensor.shape()) + " " + name_of(tensor.dtype());
 }
 
-void Array::Free::operator()(void* p) const { std::free(p); }
+void Array::Free::operator()(void* p) const { free_block(p, bytes); }
 
 Array::Array(DType dtype, const Dims& shape) {
   int64_t count = element_count(shape);
@@ -197,13 +195,9 @@ Array::Array(DType dtype, const Dims& shape) {
       bytes > INT64_MAX - 64) {
     throw Error("shape " + to_string(shape) + " needs more memory than can be addressed");
   }
-  const size_t alignment = static_cast<size_t>(bytes) >= kHugePage ? kHugePage : 64;
-  const size_t rounded = (static_cast<size_t>(bytes) + 63) & ~size_t{63};
-  void* memory = nullptr;
-  if (posix_memalign(&memory, alignment, rounded > 0 ? rounded : 64) != 0) throw std::bad_alloc();
-  prefer_huge_pages(memory, rounded);
-  memory_.reset(memory);
-  tensor_ = Tensor(memory, dtype, shape);
+  const auto size = static_cast<size_t>(bytes);
+  memory_ = std::unique_ptr<void, Free>(allocate_block(size), Free{size});
+  tensor_ = Tensor(memory_.get(), dtype, shape);
 }
 
 Array Array::zeros(DType dtype, const Dims& shape) {

@@ -204,17 +204,31 @@ HeldMasks::HeldMasks(const char* op, bool causal, int64_t window_left, int64_t w
   }
 }
 
+namespace {
+
+// The memory of an Array where it is large: PyTorch's allocator gets fresh pages for many a result.
+at::Tensor empty_result(c10::SymIntArrayRef shape, const at::Tensor& like, at::ScalarType type) {
+  const auto sizes = c10::asIntArrayRefSlowOpt(shape);
+  const std::optional<DType> dtype = dtype_of(type);
+  if (!sizes || !dtype || !like.device().is_cpu() ||
+      c10::multiply_integers(*sizes) * static_cast<int64_t>(size_of(*dtype)) <
+          static_cast<int64_t>(kHugePage)) {
+    return at::empty_symint(shape, like.options().dtype(type));
+  }
+  return take(Array(*dtype, Dims({sizes->data(), sizes->size()})), like);
+}
+
+}  // namespace
+
 std::pair<at::Tensor, at::Tensor> empty_results(const at::Tensor& q, const at::Tensor& v) {
   const c10::SymInt shape[] = {q.sym_size(0), q.sym_size(1), q.sym_size(2), v.sym_size(3)};
-  const at::Tensor out = at::empty_symint(shape, q.options());
-  if (out.device().is_cpu()) prefer_huge_pages(out.mutable_data_ptr(), out.nbytes());
-  return {out, at::empty_symint(c10::SymIntArrayRef(shape, 3),
-                                q.options().dtype(statistics_type(q.scalar_type())))};
+  return {empty_result(shape, q, q.scalar_type()),
+          empty_statistic(q, c10::SymIntArrayRef(shape, 3))};
 }
 
 at::Tensor empty_statistic(const at::Tensor& q, c10::SymIntArrayRef shape, bool wanted) {
-  const at::TensorOptions options = q.options().dtype(statistics_type(q.scalar_type()));
-  return wanted ? at::empty_symint(shape, options) : at::empty({0}, options);
+  const at::ScalarType type = statistics_type(q.scalar_type());
+  return wanted ? empty_result(shape, q, type) : at::empty({0}, q.options().dtype(type));
 }
 
 Tensor view_wanted(const std::optional<at::Tensor>& tensor, bool wanted) {
