@@ -4,20 +4,28 @@
 
 namespace heed {
 
-void populate(const Tensor& result, int threads) {
+void populate(void* memory, size_t bytes) {
 #ifdef MADV_POPULATE_WRITE
-  if (!result.is_contiguous()) return;
-  constexpr auto kPage = static_cast<int64_t>(kHugePage);
-  const int64_t bytes = result.count() * static_cast<int64_t>(size_of(result.dtype()));
-  auto* data = static_cast<std::byte*>(result.data());
-  const int64_t before = reinterpret_cast<intptr_t>(data) % kPage, pages = (before + bytes) / kPage;
-  if (pages < 2) return;
-  parallel_for(pages - 1, threads, [&](int64_t i, int) {
-    (void)madvise(data - before + (i + 1) * kPage, kHugePage, MADV_POPULATE_WRITE);
-  });
+  constexpr int64_t kPage = 4096;
+  const auto begin = reinterpret_cast<int64_t>(memory), first = begin / kPage * kPage;
+  const int64_t last = round_up(begin + static_cast<int64_t>(bytes), kPage);
+  if (bytes == 0) return;
+  // NOLINTNEXTLINE(performance-no-int-to-ptr): whole pages with that memory
+  (void)madvise(reinterpret_cast<void*>(first), static_cast<size_t>(last - first),
+                MADV_POPULATE_WRITE);
 #else
-  (void)result, (void)threads;
+  (void)memory, (void)bytes;
 #endif
+}
+
+void populate(const Tensor& result, int threads) {
+  if (!result.is_contiguous()) return;
+  const auto bytes = static_cast<size_t>(result.count()) * size_of(result.dtype());
+  if (bytes < kHugePage) return;
+  parallel_for(static_cast<int64_t>(bytes / kHugePage), threads, [&](int64_t i, int) {
+    populate(static_cast<std::byte*>(result.data()) + static_cast<size_t>(i) * kHugePage,
+             kHugePage);
+  });
 }
 
 }  // namespace heed

@@ -25,8 +25,10 @@ inline void prefer_huge_pages(void* memory, size_t bytes) {
 #endif
 }
 
-/// Makes all threads fetch the pages of a large contiguous result, which are else fetched at its first
-/// touch: for loops whose threads wait for each other often. Changes no contents.
+/// Fetches pages, which else happens at the first touch of each. Changes no contents.
+void populate(void* memory, size_t bytes);
+/// The same of a large contiguous result by all threads: for loops whose threads wait for each other
+/// often.
 void populate(const Tensor& result, int threads);
 
 }  // namespace heed

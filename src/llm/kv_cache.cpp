@@ -5,6 +5,8 @@
 #include <string>
 #include <utility>
 
+#include "base/huge_pages.h"
+#include "base/parallel.h"
 #include "heed/error.h"
 
 namespace heed {
@@ -42,6 +44,16 @@ void KvCache::reserve(int64_t tokens) {
   }
   pages_ = std::move(grown);
   capacity_ = capacity;
+}
+
+void KvCache::populate(int64_t tokens, const RunOptions& run) const {
+  const int64_t stripes = layers_ * 2 * kv_heads_;
+  const size_t from = stripe_bytes(length_), to = stripe_bytes(std::min(tokens, capacity_));
+  if (to <= from) return;
+  parallel_for(stripes, threads_for(run, stripes), [&](int64_t s, int) {
+    heed::populate(pages_.data() + static_cast<size_t>(s) * stripe_bytes(capacity_) + from,
+                   to - from);
+  });
 }
 
 Tensor KvCache::part(int64_t layer, int64_t which, int64_t length) const {

@@ -2,6 +2,7 @@
 #pragma once
 #include <cstdint>
 
+#include "heed/run.h"
 #include "heed/tensor.h"
 #include "llm/pages.h"
 
@@ -23,6 +24,8 @@ class KvCache {
 
   /// Room for `tokens` in all. Throws Error when that is more than the context. Moves the memory.
   void reserve(int64_t tokens);
+  /// Fetches, by all threads, the memory of positions [length(), tokens) of that room.
+  void populate(int64_t tokens, const RunOptions& run) const;
   /// Keys and values for positions [0, length): [1, kv_heads, length, head_dim], length <= capacity.
   Tensor keys(int64_t layer, int64_t length) const { return part(layer, 0, length); }
   Tensor values(int64_t layer, int64_t length) const { return part(layer, 1, length); }

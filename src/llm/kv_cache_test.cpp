@@ -43,6 +43,21 @@ TEST(KvCache, GrowsAndKeepsWhatItHolds) {
   }
 }
 
+TEST(KvCache, FetchedMemoryKeepsWhatItHolds) {
+  KvCache cache(2, 3, 8, DType::f32, 5000);
+  cache.reserve(4000);
+  cache.populate(7, {.threads = 2});
+  const auto at = [&](int64_t layer, int64_t head) {
+    return reinterpret_cast<float*>(cache.values(layer, 7).at({0, head, 6, 0}));
+  };
+  for (int64_t i = 0; i < 6; ++i) *at(i / 3, i % 3) = static_cast<float>(i + 1);
+  cache.populate(9000, {.threads = 2});  // more than there is room for
+  for (int64_t i = 0; i < 6; ++i) EXPECT_EQ(*at(i / 3, i % 3), static_cast<float>(i + 1));
+  cache.advance(7);
+  cache.populate(3, {});  // nothing left to fetch
+  KvCache(0, 1, 4, DType::bf16, 10).populate(10, {});
+}
+
 TEST(KvCache, Limits) {
   KvCache cache(1, 1, 4, DType::bf16, 10);
   cache.reserve(10);

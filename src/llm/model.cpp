@@ -298,6 +298,7 @@ void Model::append(std::span<const int32_t> tokens, int64_t first,
   check_tokens(tokens);
   const int64_t count = static_cast<int64_t>(tokens.size());
   cache_.reserve(length() + count);
+  if (count > few_rows(weights_.dense_type)) cache_.populate(length() + count, run_);
   // Chunks of nearly equal size: no last chunk of a few rows.
   const int64_t chunks = count / chunk() + (count % chunk() == 0 ? 0 : 1);
   for (int64_t c = 0; c < chunks; ++c) {
