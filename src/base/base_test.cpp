@@ -1,11 +1,14 @@
 #include <gtest/gtest.h>
 
 #include <algorithm>
+#include <atomic>
 #include <bit>
+#include <chrono>
 #include <cmath>
 #include <limits>
 #include <set>
 #include <stdexcept>
+#include <thread>
 #include <vector>
 
 #include "base/huge_pages.h"
@@ -115,6 +118,41 @@ TEST(ParallelFor, FewItemsGoToTheThreadsOfTheirNumbers) {
     EXPECT_THROW(parallel_for(threads, threads, [](int64_t, int) { throw Error("every item"); }),
                  Error);
   }
+}
+
+TEST(ParallelForShares, VisitsEveryItemOnceAndRethrows) {
+  for (int threads : {1, 2, 3, 7}) {
+    for (int64_t items : {0, 1, 2, 7, 8, 1000}) {
+      std::vector<int> visits(static_cast<size_t>(items), 0);
+      parallel_for_shares(items, threads, [&](int64_t item, int worker) {
+        EXPECT_LT(worker, threads);
+        ++visits[static_cast<size_t>(item)];
+      });
+      EXPECT_EQ(std::count(visits.begin(), visits.end(), 1), items);
+    }
+    EXPECT_THROW(parallel_for_shares(100, threads,
+                                     [](int64_t item, int) {
+                                       if (item == 57) throw Error("item 57");
+                                     }),
+                 Error);
+  }
+}
+
+TEST(ParallelForShares, OthersTakeWhatAThreadHasNotBegun) {
+  const auto deadline = std::chrono::steady_clock::now() + std::chrono::seconds(60);
+  std::atomic<int> done{0};
+  int seen = 0;
+  parallel_for_shares(64, 2, [&](int64_t item, int) {
+    if (item != 0) {
+      ++done;
+      return;
+    }
+    while (done.load() < 63 && std::chrono::steady_clock::now() < deadline) {
+      std::this_thread::yield();
+    }
+    seen = done.load();
+  });
+  EXPECT_EQ(seen, 63);
 }
 
 TEST(HugePages, FetchedBeforeTheirFirstTouchOrAfter) {

@@ -9,6 +9,7 @@
 #include <exception>
 #include <limits>
 #include <string>
+#include <vector>
 
 #include "heed/error.h"
 
@@ -39,31 +40,70 @@ int threads_for(const RunOptions& run, int64_t items) {
   return static_cast<int>(std::max<int64_t>(1, std::min<int64_t>(threads, items)));
 }
 
+namespace {
+
+// Runs body for items of a parallel loop; the first exception is kept, later items are then left out.
+class Guarded {
+ public:
+  explicit Guarded(const std::function<void(int64_t item, int worker)>& body) : body_(body) {}
+  void run(int64_t item) {
+    if (failed_.load(std::memory_order_relaxed)) return;
+    try {
+      body_(item, omp_get_thread_num());
+    } catch (...) {
+      if (!failed_.exchange(true)) failure_ = std::current_exception();
+    }
+  }
+  void rethrow() const {
+    if (failure_) std::rethrow_exception(failure_);
+  }
+
+ private:
+  const std::function<void(int64_t item, int worker)>& body_;
+  std::exception_ptr failure_;
+  std::atomic<bool> failed_{false};
+};
+
+}  // namespace
+
 void parallel_for(int64_t items, int threads,
                   const std::function<void(int64_t item, int worker)>& body) {
   if (threads <= 1 || items <= 1) {
     for (int64_t item = 0; item < items; ++item) body(item, 0);
     return;
   }
-  std::exception_ptr failure;
-  std::atomic<bool> failed{false};
-  const auto run = [&](int64_t item) {
-    if (failed.load(std::memory_order_relaxed)) return;
-    try {
-      body(item, omp_get_thread_num());
-    } catch (...) {
-      if (!failed.exchange(true)) failure = std::current_exception();
-    }
-  };
+  Guarded guarded(body);
   // NOLINTNEXTLINE(bugprone-branch-clone): the schedules differ
   if (items <= threads) {
 #pragma omp parallel for schedule(static, 1) num_threads(threads)
-    for (int64_t item = 0; item < items; ++item) run(item);
+    for (int64_t item = 0; item < items; ++item) guarded.run(item);
   } else {
 #pragma omp parallel for schedule(dynamic, 1) num_threads(threads)
-    for (int64_t item = 0; item < items; ++item) run(item);
+    for (int64_t item = 0; item < items; ++item) guarded.run(item);
   }
-  if (failure) std::rethrow_exception(failure);
+  guarded.rethrow();
+}
+
+void parallel_for_shares(int64_t items, int threads,
+                         const std::function<void(int64_t item, int worker)>& body) {
+  if (threads <= 1 || items <= threads) return parallel_for(items, threads, body);
+  struct alignas(64) Share {
+    std::atomic<int64_t> next;
+    int64_t end;
+  };
+  std::vector<Share> shares(static_cast<size_t>(threads));
+  for (int t = 0; t < threads; ++t) {
+    Share& share = shares[static_cast<size_t>(t)];
+    share.next = share_begin(items, t, threads);
+    share.end = share_begin(items, t + 1, threads);
+  }
+  Guarded guarded(body);
+#pragma omp parallel num_threads(threads)
+  for (int s = 0; s < threads; ++s) {
+    Share& share = shares[static_cast<size_t>((omp_get_thread_num() + s) % threads)];
+    for (int64_t item = share.next++; item < share.end; item = share.next++) guarded.run(item);
+  }
+  guarded.rethrow();
 }
 
 namespace {

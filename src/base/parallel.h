@@ -21,6 +21,11 @@ int threads_for(const RunOptions& run, int64_t items);
 void parallel_for(int64_t items, int threads,
                   const std::function<void(int64_t item, int worker)>& body);
 
+/// The same for loops that follow each other over the same rows: every thread begins with its share of
+/// neighbours, so that it finds in its caches what it left there, and ends with what others have not begun.
+void parallel_for_shares(int64_t items, int threads,
+                         const std::function<void(int64_t item, int worker)>& body);
+
 /// Where share number `share` begins when `count` items are cut into even shares of neighbours; it ends
 /// where the next one begins.
 constexpr int64_t share_begin(int64_t count, int64_t share, int64_t shares) {

@@ -336,7 +336,7 @@ void fill_int8_rows(const Int8Rows& to, const RunOptions& run,
   const int64_t items = (to.rows + rows_per_item - 1) / rows_per_item;
   const int64_t values = kInt8Rows * to.columns, largest = kInt8Rows * padded_groups(to.columns);
   const auto round = kernels_for(run).round;
-  parallel_for(items, threads_for(run, items), [&](int64_t item, int) {
+  parallel_for_shares(items, threads_for(run, items), [&](int64_t item, int) {
     Scratch scratch(static_cast<size_t>(values + largest) * sizeof(float));
     auto* x = scratch.take<float>(values);
     auto* of_groups = scratch.take<float>(largest);
@@ -430,7 +430,7 @@ void int8_product(const Int8Rows& x, const Int8Matrix& w, const Tensor& y, bool 
   constexpr int64_t kRowsPerItem = 128;
   const int64_t panels = (w.rows + kInt8Panel - 1) / kInt8Panel;
   const int64_t items = panels * ((x.rows + kRowsPerItem - 1) / kRowsPerItem);
-  parallel_for(items, threads_for(run, items), [&](int64_t item, int) {
+  parallel_for_shares(items, threads_for(run, items), [&](int64_t item, int) {
     const int64_t first = item / panels * kRowsPerItem;
     kernels::int8_panel_avx512(x, w, y, add, item % panels, first,
                                std::min(x.rows, first + kRowsPerItem));

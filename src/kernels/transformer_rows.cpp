@@ -315,7 +315,7 @@ void for_rows(const Tensor& x, const RunOptions& run,
   const int64_t per_item = 1 + (int64_t{1} << 14) / std::max<int64_t>(1, x.size(1));
   if (rows <= per_item) return body(0, rows);
   const int64_t items = (rows + per_item - 1) / per_item;
-  parallel_for(items, threads_for(run, items), [&](int64_t item, int) {
+  parallel_for_shares(items, threads_for(run, items), [&](int64_t item, int) {
     body(item * per_item, std::min(rows, (item + 1) * per_item));
   });
 }
