@@ -97,7 +97,7 @@ int64_t most_keys(const Problem& problem) {
 // several items. Results do not depend on it.
 int64_t rows_per_item(const Problem& problem, int64_t query_tile, const RunOptions& run) {
   const Sequence& sequence = longest(problem);
-  const int64_t most = std::max<int64_t>(1, 1024 / group_of(sequence) / query_tile);
+  const int64_t most = std::max<int64_t>(1, 2048 / group_of(sequence) / query_tile);
   const int64_t tiles = ceil_div(sequence.plan.queries(), query_tile);
   const int64_t threads = run.threads.value_or(default_threads());
   const int64_t wanted_items = threads == 1 ? 1 : 6 * threads;
