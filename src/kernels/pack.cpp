@@ -37,7 +37,6 @@ void pack_queries(const Rows& q, bool negate, void* packed) {
     using From = decltype(from);
     for (int64_t r = 0; r < q.count; ++r) {
       T* to = out + r * stride;
-      prefetch_row_ahead(q, r);
       for_each_vector<T>(static_cast<const From*>(q.data) + q.offset(r), q.width,
                          [&](int64_t i, auto v)
                              HWY_ATTR { hn::StoreU(hn::Mul(v, sign), d, to + i); });
@@ -141,9 +140,7 @@ HWY_INLINE void store_row(const T* o, int64_t width, T factor, void* out, DType 
 template <class T>
 void finish(Block<T> o, int64_t rows, int64_t width, const T* sum, void* out, DType dtype,
             int64_t out_stride) {
-  const Rows to{out, dtype, out_stride, rows, width};
   for (int64_t r = 0; r < rows; ++r) {
-    prefetch_row_ahead(to, r, true);
     const T factor = sum == nullptr ? T{1} : sum[r] == 0 ? T{0} : 1 / sum[r];
     store_row<T>(
         o.row(r), width, factor,

@@ -21,7 +21,6 @@ void pack_half_queries(const Rows& q, bool negate, void* packed) {
   for (int64_t r = 0; r < q.count; ++r) {
     const auto* from = static_cast<const uint16_t*>(q.data) + q.offset(r);
     auto* to = static_cast<uint16_t*>(packed) + r * stride;
-    prefetch_row_ahead(q, r);
     for (int64_t e = 0; e < q.width; ++e) to[e] = from[e] ^ flip;
     std::memset(to + q.width, 0, static_cast<size_t>(stride - q.width) * sizeof(uint16_t));
   }

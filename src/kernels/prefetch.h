@@ -59,25 +59,6 @@ inline void prefetch_far(const void* p, int64_t ahead) {
       0, 2);
 }
 
-/// For loops over whole rows in their order that do little with each: asks for the row that is reached
-/// after some kilobytes. Evenly spaced, it may lie behind the last row, where the next call goes on.
-inline void prefetch_row_ahead(const Rows& rows, int64_t r, bool to_write = false) {
-  constexpr int64_t kLine = 64, kAheadBytes = 8192;
-  const int64_t bytes = rows.width * static_cast<int64_t>(size_of(rows.dtype));
-  const int64_t later = r + kAheadBytes / std::max<int64_t>(bytes, kLine);
-  if (rows.offsets != nullptr && later >= rows.count) return;
-  const auto row = reinterpret_cast<uintptr_t>(row_at(rows, later));
-  for (int64_t i = 0; i < bytes; i += kLine) {
-    // NOLINTNEXTLINE(performance-no-int-to-ptr): no pointer into an object
-    const auto* line = reinterpret_cast<const void*>(row + static_cast<uintptr_t>(i));
-    if (to_write) {
-      __builtin_prefetch(line, 1);
-    } else {
-      __builtin_prefetch(line);
-    }
-  }
-}
-
 /// Rows that are read later, asked for little by little between products: asked for at once, they would
 /// be waited for at once. They need not exist.
 class ReadAhead {
