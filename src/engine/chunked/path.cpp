@@ -44,13 +44,13 @@ std::string refusal(const Candidate& candidate, const CallKind& call, Isa strong
   return "";
 }
 
-// Tokens of a chunk: products inside it grow with its length; what is done once a chunk with the state
-// shrinks, and is dearer beside fast products. Multiples of the products' row blocks.
+// Tokens of a chunk: products inside it, which only causal calls have, grow with its length; what is done
+// once a chunk with the state shrinks, and is dearer beside fast products. Multiples of the products' row
+// blocks.
 int64_t chunk_tokens(const Candidate& candidate, const CallKind& call) {
   const bool wide_state = call.state_width >= 96;
-  if (!candidate.half_operands) {
-    return !call.causal && call.state_width >= 64 ? 96 : 48;  // no products inside it
-  }
+  if (!candidate.half_operands) return !call.causal && call.state_width >= 64 ? 96 : 48;
+  if (!call.causal) return 192;
   if (candidate.isa == Isa::amx) return wide_state ? 192 : 128;
   return wide_state ? 96 : 64;
 }
