@@ -30,6 +30,9 @@ struct LinearOptions {
   double eps = 1e-12;              // not negative
   Tensor lengths = {};             // [B] int32 or int64, 0..Lk; undefined: Lk
   LinearState initial_state = {};  // undefined: zero. Causal: needs Lq <= Lk
+  /// Of the backward of a call that is not causal: the state that its forward gave. Undefined: it is
+  /// computed again.
+  LinearState forward_state = {};
 };
 
 struct LinearResult {

@@ -88,6 +88,9 @@ def linear_attention(
         if normalize
         else (whole_of(op, initial_state), None)
     )
+    # Not causal, the state spares the backward a sum over all keys.
+    differentiable = torch.is_grad_enabled() and any(x.requires_grad for x in (q, k, v))
+    in_backward = differentiable and not causal
     out, s, z = torch.ops.heed.linear_attention(
         q,
         k,
@@ -98,7 +101,7 @@ def linear_attention(
         lengths=lengths,
         initial_s=s,
         initial_z=z,
-        return_state=return_state,
+        return_state=return_state or in_backward,
     )
     if not return_state:
         return out

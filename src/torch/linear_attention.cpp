@@ -32,7 +32,7 @@ void check_inputs(const at::Tensor& q, const at::Tensor& k, const at::Tensor& v,
 
 LinearOptions checked_options(HEED_LINEAR_INPUTS) {
   check_inputs(q, k, v, lengths, initial_s, initial_z);
-  return {causal, normalize, eps, view(lengths), {view(initial_s), view(initial_z)}};
+  return {causal, normalize, eps, view(lengths), {view(initial_s), view(initial_z)}, {}};
 }
 
 Results empty_linear(const at::Tensor& q, const at::Tensor& v, bool return_s, bool return_z) {
@@ -56,8 +56,9 @@ Results linear_cpu(HEED_LINEAR_INPUTS, bool return_state) {
 
 std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor> linear_backward_cpu(
     const MaybeTensor& grad_out, const MaybeTensor& grad_s, const MaybeTensor& grad_z,
-    HEED_LINEAR_INPUTS, bool return_state) {
-  const LinearOptions options = checked_options(HEED_LINEAR_NAMES);
+    const MaybeTensor& s, const MaybeTensor& z, HEED_LINEAR_INPUTS, bool return_state) {
+  LinearOptions options = checked_options(HEED_LINEAR_NAMES);
+  options.forward_state = {view_wanted(s, return_state), view_wanted(z, return_state && normalize)};
   const at::Tensor g = out_gradient(grad_out, q, v);
   LinearGradients to;
   guarded([&] {

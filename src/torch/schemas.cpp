@@ -165,8 +165,8 @@ TORCH_LIBRARY(heed, m) {
   m.def("linear_attention(Tensor q, Tensor k, Tensor v, *, " HEED_LINEAR_OPTIONS
         ") -> (Tensor out, Tensor s, Tensor z)");
   m.def(
-      "linear_attention_backward(Tensor? grad_out, Tensor? grad_s, Tensor? grad_z, Tensor q,"
-      " Tensor k, Tensor v, *, " HEED_LINEAR_OPTIONS
+      "linear_attention_backward(Tensor? grad_out, Tensor? grad_s, Tensor? grad_z, Tensor? s,"
+      " Tensor? z, Tensor q, Tensor k, Tensor v, *, " HEED_LINEAR_OPTIONS
       ") -> (Tensor grad_q, Tensor grad_k, Tensor grad_v, Tensor grad_initial_s,"
       " Tensor grad_initial_z)");
 #define HEED_TAYLOR_OPTIONS                                                               \

@@ -115,6 +115,7 @@ struct Problem {
   bool causal = true;            // aligned to the end of the keys; queries before all keys give 0
   std::vector<int64_t> lengths;  // keys that exist, per batch entry; empty: all
   State initial;
+  State total;  // what the forward of a call that is not causal gave: spares its backward a sum
   Policy<T> policy;
 };
 

@@ -29,6 +29,7 @@ class QueryGradients : public Denominators<T>, public Sweep<T> {
         gradients_(gradients),
         statistics_(statistics),
         slopes_(gradients.slopes != nullptr && !problem.policy.slopes.empty()),
+        knows_total_(!problem.causal && has_total(problem) && !slopes_),
         padded_panel_(round_up(this->tile_, this->products_.key_multiple)) {
     Cutter cut;
     memory(cut);
@@ -40,7 +41,7 @@ class QueryGradients : public Denominators<T>, public Sweep<T> {
     const bool causal = this->problem_.causal;
     SweepShape shape;
     shape.lanes = this->lanes();
-    shape.chunks = causal ? this->causal_chunks() : this->key_chunks();
+    shape.chunks = causal ? this->causal_chunks() : knows_total_ ? 0 : this->key_chunks();
     shape.uses = causal ? shape.chunks : this->query_chunks();
     shape.rows = this->features_;
     shape.rows_unit = this->rows_unit();
@@ -119,6 +120,13 @@ class QueryGradients : public Denominators<T>, public Sweep<T> {
     return memory(cut);
   }
 
+  static bool has_total(const Problem<T>& problem) {
+    const Policy<T>& policy = problem.policy;
+    const State& total = problem.total;
+    return total.sums.defined() && (!policy.key_sum || total.keys.defined()) &&
+           (!policy.value_sum || total.values.defined());
+  }
+
   // Columns that score products write at least.
   int64_t written_features() const {
     return round_up(this->features_, this->products_.dim_multiple);
@@ -141,7 +149,7 @@ class QueryGradients : public Denominators<T>, public Sweep<T> {
   }
 
   void load(int64_t lane, T* state) const override {
-    this->load_state(this->problem_.initial, lane, state);
+    this->load_state(knows_total_ ? this->problem_.total : this->problem_.initial, lane, state);
     if (slopes_) std::fill_n(slope_view(state).sums.data, slope_size(), T{0});
   }
 
@@ -486,6 +494,7 @@ class QueryGradients : public Denominators<T>, public Sweep<T> {
   const Gradients& gradients_;
   RowStatistics<T>& statistics_;
   const bool slopes_;
+  const bool knows_total_;
   const int64_t padded_panel_;
   size_t memory_bytes_ = 0;
   int64_t per_chunk_ = 0;

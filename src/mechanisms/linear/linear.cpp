@@ -39,6 +39,8 @@ void check(const Tensor& q, const Tensor& k, const Tensor& v, const LinearOption
     throw Error(std::string(kOp) + ": initial_state has " + (state.s.defined() ? "s" : "z") +
                 " alone; normalize needs both s and z");
   }
+  check_state(kOp, "forward_state s", "forward_state z", options.forward_state, q, v,
+              options.normalize);
   chunked::check_alignment(kOp, options.causal, state.s.defined(), q.size(2), k.size(2));
   if (!std::isfinite(options.eps) || options.eps < 0) {
     throw Error(std::string(kOp) + ": eps is " + std::to_string(options.eps) +
@@ -57,6 +59,7 @@ chunked::Problem<T> make_problem(const Tensor& q, const Tensor& k, const Tensor&
   problem.causal = options.causal;
   problem.lengths = chunked::check_lengths(kOp, options.lengths, q.size(0), k.size(2));
   problem.initial = {.sums = options.initial_state.s, .keys = options.initial_state.z};
+  problem.total = {.sums = options.forward_state.s, .keys = options.forward_state.z};
   problem.policy.features = q.size(3);
   if (!options.normalize) return problem;
   problem.policy.key_sum = true;

@@ -57,6 +57,46 @@ TEST(Linear, SameBitsForAnyThreadCount) {
   }
 }
 
+TEST(Linear, BackwardWithTheStateOfTheForwardHasTheSameBits) {
+  int64_t lengths[] = {1317};
+  for (DType type : {DType::f64, DType::f32, DType::bf16}) {
+    for (Isa isa : available_isas()) {
+      for (bool normalize : {false, true}) {
+        for (int threads : {1, 3}) {
+          const Inputs in(type, 4, 2, 1500, 24, 40);
+          const RunOptions run{.threads = threads, .isa = isa};
+          LinearOptions options;
+          options.normalize = normalize;
+          options.lengths = Tensor(lengths, DType::i64, {1});
+          const LinearResult result = linear_attention(in.q, in.k, in.v, options, run);
+          const auto backward = [&] {
+            return linear_attention_backward(in.q, in.k, in.v, in.gradient, {}, options, run);
+          };
+          const LinearGradients alone = backward();
+          options.forward_state = {result.s, result.z};
+          const LinearGradients given = backward();
+          EXPECT_TRUE(same_bits(alone.q, given.q) && same_bits(alone.k, given.k) &&
+                      same_bits(alone.v, given.v))
+              << name_of(type) << " " << name_of(isa) << " " << normalize << " " << threads;
+        }
+      }
+    }
+  }
+}
+
+TEST(Linear, BackwardReadsTheStateOfTheForward) {
+  const Inputs in(DType::f64, 2, 2, 40, 6, 5);
+  LinearOptions options;
+  LinearResult result = linear_attention(in.q, in.k, in.v, options);
+  options.forward_state = {result.s, result.z};
+  const Array before = linear_attention_backward(in.q, in.k, in.v, in.gradient, {}, options).q;
+  for (int64_t i = 0; i < result.s.count(); ++i) result.s.as<double>()[i] *= 2;
+  const Array behind = linear_attention_backward(in.q, in.k, in.v, in.gradient, {}, options).q;
+  EXPECT_GT(relative_error(behind, before), 0.5);
+  options.forward_state = {Array(DType::f64, {1, 2, 6, 4}), result.z};
+  EXPECT_THROW(linear_attention(in.q, in.k, in.v, options), Error);
+}
+
 TEST(Linear, AnyCutGivesTheNumbersOfOneCall) {
   for (DType type : {DType::f64, DType::f32, DType::bf16}) {
     const Inputs in(type, 4, 2, 200, 20, 33);
