@@ -8,17 +8,6 @@
 
 #include "base/huge_pages.h"
 
-#if defined(__has_feature)
-#if __has_feature(address_sanitizer)
-#define HEED_KEEPS_BLOCKS 0
-#endif
-#elif defined(__SANITIZE_ADDRESS__)
-#define HEED_KEEPS_BLOCKS 0
-#endif
-#ifndef HEED_KEEPS_BLOCKS
-#define HEED_KEEPS_BLOCKS 1  // not where a use after free shall be seen
-#endif
-
 namespace heed {
 
 namespace {
@@ -72,7 +61,7 @@ KeptBlocks& kept_blocks() {
   return blocks;
 }
 
-bool is_kept(size_t bytes) { return HEED_KEEPS_BLOCKS && bytes >= kHugePage; }
+bool is_kept(size_t bytes) { return kKeepsBlocks && bytes >= kHugePage; }
 
 }  // namespace
 

@@ -3,7 +3,22 @@
 #pragma once
 #include <cstddef>
 
+#if defined(__SANITIZE_ADDRESS__)
+#define HEED_ADDRESS_SANITIZER
+#elif defined(__has_feature)
+#if __has_feature(address_sanitizer)
+#define HEED_ADDRESS_SANITIZER
+#endif
+#endif
+
 namespace heed {
+
+/// Not beside an address sanitizer, which shall see what is used after it was freed.
+#ifdef HEED_ADDRESS_SANITIZER
+inline constexpr bool kKeepsBlocks = false;
+#else
+inline constexpr bool kKeepsBlocks = true;
+#endif
 
 /// Freed blocks hold at most this much memory together.
 inline constexpr size_t kKeptBytes = size_t{128} << 20;
