@@ -2,10 +2,8 @@
 
 #include <ATen/Parallel.h>
 #include <ATen/ops/empty.h>
-#include <ATen/ops/from_blob.h>
 #include <ATen/ops/zeros.h>
 
-#include <memory>
 #include <string>
 
 #include "base/huge_pages.h"
@@ -139,12 +137,20 @@ at::Tensor take(Array array, const at::Tensor& like) {
   if (array.shape().rank() == 0 && array.view().data() == nullptr) {
     return at::empty({0}, like.options());
   }
-  const auto shape = array.shape().span();
-  const at::IntArrayRef sizes(shape.data(), shape.size());
-  const auto kept = std::make_shared<Array>(std::move(array));
-  return at::from_blob(
-      kept->view().data(), sizes, [kept](void*) {},
-      like.options().dtype(torch_type(kept->dtype())));
+  const Dims shape = array.shape();
+  const auto type = c10::scalarTypeToTypeMeta(torch_type(array.dtype()));
+  void* data = array.view().data();
+  const size_t bytes = static_cast<size_t>(array.count()) * size_of(array.dtype());
+  at::DataPtr memory(
+      data, new Array(std::move(array)), [](void* kept) { delete static_cast<Array*>(kept); },
+      at::kCPU);
+  // With an allocator, for those who resize storages.
+  c10::Storage storage(c10::Storage::use_byte_size_t(), bytes, std::move(memory),
+                       at::getCPUAllocator(), true);
+  at::Tensor tensor = at::detail::make_tensor<c10::TensorImpl>(
+      std::move(storage), c10::DispatchKeySet(c10::DispatchKey::CPU), type);
+  tensor.unsafeGetTensorImpl()->set_sizes_contiguous({shape.span().data(), shape.span().size()});
+  return tensor;
 }
 
 std::optional<at::Tensor> held_input(const char* op, const char* name,
