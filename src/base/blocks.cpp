@@ -7,6 +7,7 @@
 #include <vector>
 
 #include "base/huge_pages.h"
+#include "base/parallel.h"
 
 namespace heed {
 
@@ -70,7 +71,7 @@ void* allocate_block(size_t bytes) {
     if (void* memory = kept_blocks().take(bytes)) return memory;
   }
   constexpr size_t kLine = 64;
-  const size_t rounded = std::max((bytes + kLine - 1) & ~(kLine - 1), kLine);
+  const size_t rounded = std::max(Scratch::rounded(bytes), kLine);
   void* memory = nullptr;
   if (posix_memalign(&memory, bytes >= kHugePage ? kHugePage : kLine, rounded) != 0) {
     throw std::bad_alloc();

@@ -6,10 +6,9 @@ namespace heed {
 
 void populate(void* memory, size_t bytes) {
 #ifdef MADV_POPULATE_WRITE
-  constexpr int64_t kPage = 4096;
+  if (bytes == 0) return;
   const auto begin = reinterpret_cast<int64_t>(memory), first = begin / kPage * kPage;
   const int64_t last = round_up(begin + static_cast<int64_t>(bytes), kPage);
-  if (bytes == 0) return;
   // NOLINTNEXTLINE(performance-no-int-to-ptr): whole pages with that memory
   (void)madvise(reinterpret_cast<void*>(first), static_cast<size_t>(last - first),
                 MADV_POPULATE_WRITE);

@@ -11,13 +11,13 @@
 namespace heed {
 
 inline constexpr size_t kHugePage = size_t{2} << 20;
+inline constexpr int64_t kPage = 4096;  // what the system counts advice in
 
 /// A wish for memory that nobody has touched yet, and that holds one at least; without huge pages
 /// everything works, a few percent slower.
 inline void prefer_huge_pages(void* memory, size_t bytes) {
 #ifdef MADV_HUGEPAGE
   if (bytes < kHugePage) return;
-  constexpr int64_t kPage = 4096;
   const auto begin = reinterpret_cast<int64_t>(memory), first = round_up(begin, kPage);
   const int64_t last = (begin + static_cast<int64_t>(bytes)) / kPage * kPage;
   // NOLINTNEXTLINE(performance-no-int-to-ptr): whole pages of the same memory
