@@ -40,7 +40,7 @@ def attention_distillation_loss(
     Source: The Hedgehog & the Porcupine (arXiv 2402.04347).
     """
     return torch.ops.heed.attention_distillation_loss(
-        detached(q), detached(k), feature_q, feature_k, causal=causal, scale=scale
+        detached(q), detached(k), feature_q, feature_k, causal, scale
     )
 
 

@@ -61,5 +61,5 @@ def kernelized_rpe_attention(
     2106.12566).
     """
     return torch.ops.heed.kernelized_rpe_attention(
-        q, k, v, rpb, projection, features=features, causal=causal, grid=grid, path=path
+        q, k, v, rpb, projection, features, causal, grid, path
     )

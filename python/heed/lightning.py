@@ -74,8 +74,8 @@ def lightning_attention(
         k,
         v,
         slopes,
-        initial_state=whole_of("lightning_attention", initial_state),
-        return_state=return_state,
+        whole_of("lightning_attention", initial_state),
+        return_state,
     )
     return (out, state) if return_state else out
 

@@ -95,13 +95,13 @@ def linear_attention(
         q,
         k,
         v,
-        causal=causal,
-        normalize=normalize,
-        eps=eps,
-        lengths=lengths,
-        initial_s=s,
-        initial_z=z,
-        return_state=return_state or in_backward,
+        causal,
+        normalize,
+        eps,
+        lengths,
+        s,
+        z,
+        return_state or in_backward,
     )
     if not return_state:
         return out

@@ -38,4 +38,4 @@ def local_linear_attention(
 
     Source: local linear attention (arXiv 2510.01450), the exact estimator behind Parallax.
     """
-    return torch.ops.heed.local_linear_attention(q, k, v, ridge=ridge, causal=causal, scale=scale)
+    return torch.ops.heed.local_linear_attention(q, k, v, ridge, causal, scale)

@@ -43,14 +43,14 @@ def _neighborhood(
         query,
         key,
         value,
-        kernel_size=_per_axis(op, "kernel_size", kernel_size, axes),
-        stride=_per_axis(op, "stride", stride, axes),
-        dilation=_per_axis(op, "dilation", dilation, axes),
-        is_causal=_per_axis(op, "is_causal", is_causal, axes),
-        scale=scale,
-        additional_keys=additional_keys,
-        additional_values=additional_values,
-        rpb=rpb,
+        _per_axis(op, "kernel_size", kernel_size, axes),
+        _per_axis(op, "stride", stride, axes),
+        _per_axis(op, "dilation", dilation, axes),
+        _per_axis(op, "is_causal", is_causal, axes),
+        scale,
+        additional_keys,
+        additional_values,
+        rpb,
     )
     return (out, lse) if return_lse else out
 

@@ -87,10 +87,10 @@ def parallax_attention(
         r,
         k,
         v,
-        causal=causal,
-        window_left=left,
-        window_right=right,
-        lengths=lengths,
-        scale=scale,
+        causal,
+        left,
+        right,
+        lengths,
+        scale,
     )
     return results if return_stats else results[0]

@@ -52,6 +52,6 @@ def relative_attention(
     Source: RCMHA (arXiv 2308.03429), Transformer-XL (arXiv 1901.02860).
     """
     out, _ = torch.ops.heed.relative_attention(
-        q, k, v, rel_key, rel_bias, content_bias, causal=causal, scale=scale
+        q, k, v, rel_key, rel_bias, content_bias, causal, scale
     )
     return out

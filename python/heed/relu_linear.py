@@ -33,4 +33,4 @@ def relu_linear_attention(
 
     Source: The Linear Attention Resurrection in Vision Transformer (arXiv 2501.16182).
     """
-    return torch.ops.heed.relu_linear_attention(q, k, v, temperature, clamp=clamp)
+    return torch.ops.heed.relu_linear_attention(q, k, v, temperature, clamp)

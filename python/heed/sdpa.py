@@ -45,36 +45,23 @@ def scaled_dot_product_attention(
     op = "scaled_dot_product_attention"
     if attn_mask is not None and is_causal:
         raise ValueError(f"{op}: attn_mask and is_causal are given, needed is one of them")
-    for name, tensor in (("query", query), ("key", key), ("value", value)):
-        if tensor.dim() < 2:
-            raise ValueError(
-                f"{op}: {name} has shape {list(tensor.shape)}, needed are 2 or more dimensions"
-            )
     lead = _leading_shape(op, query, key, value, enable_gqa)
     q, k, v = (_as_4d(t, lead, enable_gqa) for t in (query, key, value))
-    queries = q.shape[2]
-    right = -1
+    options: dict[str, Tensor | float] = {} if scale is None else {"scale": scale}
     if is_causal:
+        queries, keys = q.shape[2], k.shape[2]
         # Keys after the last query are seen by none; the rest of the top-left triangle is a window
         # that ends Lq - Lk keys to the right of the diagonal that is aligned to the end.
-        k, v = k[:, :, :queries], v[:, :, :queries]
-        right = queries - k.shape[2]
-    mask = bias = None
+        if keys > queries:
+            k, v = k[:, :, :queries], v[:, :, :queries]
+        options["window_right"] = max(queries - keys, 0)
     if attn_mask is not None:
         attn_mask = _mask_4d(op, attn_mask, lead, query.shape[-2], key.shape[-2])
-        mask, bias = (attn_mask, None) if attn_mask.dtype == torch.bool else (None, attn_mask)
-    seed = int(torch.randint(2**62, ())) if dropout_p > 0.0 else 0
-    out, _ = _ops.flash_attention(
-        q,
-        k,
-        v,
-        window_right=right,
-        scale=scale,
-        mask=mask,
-        bias=bias,
-        dropout_p=dropout_p,
-        seed=seed,
-    )
+        options["mask" if attn_mask.dtype == torch.bool else "bias"] = attn_mask
+    if dropout_p != 0.0:
+        options["dropout_p"] = dropout_p
+        options["seed"] = int(torch.randint(2**62, ()))
+    out, _ = _ops.flash_attention(q, k, v, **options)
     return out if len(lead) == 2 else out.reshape(lead + out.shape[2:])
 
 
@@ -82,7 +69,13 @@ def _leading_shape(
     op: str, query: Tensor, key: Tensor, value: Tensor, enable_gqa: bool
 ) -> torch.Size:
     """The shape of the result before its last two dimensions."""
-    shapes = [t.shape[:-2] for t in (query, key, value)]
+    tensors = {"query": query, "key": key, "value": value}
+    for name, tensor in tensors.items():
+        if tensor.dim() < 2:
+            raise ValueError(
+                f"{op}: {name} has shape {list(tensor.shape)}, needed are 2 or more dimensions"
+            )
+    shapes = [tensor.shape[:-2] for tensor in tensors.values()]
     if enable_gqa:
         if min(len(s) for s in shapes) < 1:
             raise ValueError(f"{op}: enable_gqa needs 3 or more dimensions, heads third to last")
@@ -91,10 +84,7 @@ def _leading_shape(
         same = shapes[0] == shapes[1] == shapes[2]  # the usual case, and broadcasting is slow
         lead = shapes[0] if same else torch.broadcast_shapes(*shapes)
     except RuntimeError as error:
-        shown = ", ".join(
-            f"{name} {list(t.shape)}"
-            for name, t in (("query", query), ("key", key), ("value", value))
-        )
+        shown = ", ".join(f"{name} {list(tensor.shape)}" for name, tensor in tensors.items())
         hint = "" if enable_gqa else " (different head counts need enable_gqa=True)"
         raise ValueError(f"{op}: leading dimensions do not broadcast: {shown}{hint}") from error
     return torch.Size(lead + query.shape[-3:-2]) if enable_gqa else torch.Size(lead)

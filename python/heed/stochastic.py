@@ -73,7 +73,7 @@ def stochastic_attention(
     Source: Stochastic Attention (arXiv 2604.00754).
     """
     out, lse = torch.ops.heed.stochastic_attention(
-        q, k, v, permutation, window=window, causal=causal, scale=scale
+        q, k, v, permutation, window, causal, scale
     )
     return (out, lse) if return_lse else out
 

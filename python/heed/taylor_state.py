@@ -79,10 +79,10 @@ def taylor_state_attention(
         q,
         k,
         v,
-        order=order,
-        scale=scale,
-        initial_s=s,
-        initial_z=z,
-        return_state=return_state,
+        order,
+        scale,
+        s,
+        z,
+        return_state,
     )
     return (out, (s, z)) if return_state else out

@@ -1,5 +1,6 @@
 // Every operator that PyTorch sees, one row each. python/heed gives them the signatures of the
-// documentation; here `window` is two numbers (-1 = open) and results are always complete.
+// documentation; here `window` is two numbers (-1 = open) and results are always complete. Options
+// are passed by position: PyTorch spends 0.3 us on parsing each one that comes by name.
 #include <torch/library.h>
 
 #include <string>
@@ -16,11 +17,11 @@ TORCH_LIBRARY(heed, m) {
   " float? scale=None, float softcap=0.0, Tensor? alibi_slopes=None, Tensor? mask=None,"    \
   " Tensor? bias=None, Tensor? sink=None, Tensor? block_mask=None, int block_rows=64,"      \
   " int block_keys=64, float dropout_p=0.0, int seed=0"
-  m.def("flash_attention(Tensor q, Tensor k, Tensor v, *, " HEED_FLASH_OPTIONS
+  m.def("flash_attention(Tensor q, Tensor k, Tensor v, " HEED_FLASH_OPTIONS
         ") -> (Tensor out, Tensor lse)");
   m.def(
       "flash_attention_backward(Tensor grad_out, Tensor? grad_lse, Tensor q, Tensor k, Tensor v,"
-      " Tensor out, Tensor lse, *, " HEED_FLASH_OPTIONS
+      " Tensor out, Tensor lse, " HEED_FLASH_OPTIONS
       ") -> (Tensor grad_q, Tensor grad_k, Tensor grad_v, Tensor grad_alibi_slopes,"
       " Tensor grad_bias, Tensor grad_sink)");
 #define HEED_VARLEN_OPTIONS                                                              \
@@ -28,14 +29,14 @@ TORCH_LIBRARY(heed, m) {
   " float softcap=0.0, Tensor? alibi_slopes=None"
   m.def(
       "flash_attention_varlen(Tensor q, Tensor k, Tensor v, Tensor cu_seqlens_q,"
-      " Tensor cu_seqlens_k, *, " HEED_VARLEN_OPTIONS ") -> (Tensor out, Tensor lse)");
+      " Tensor cu_seqlens_k, " HEED_VARLEN_OPTIONS ") -> (Tensor out, Tensor lse)");
   m.def(
       "flash_attention_varlen_backward(Tensor grad_out, Tensor? grad_lse, Tensor q, Tensor k,"
-      " Tensor v, Tensor out, Tensor lse, Tensor cu_seqlens_q, Tensor cu_seqlens_k, "
-      "*, " HEED_VARLEN_OPTIONS
+      " Tensor v, Tensor out, Tensor lse, Tensor cu_seqlens_q, Tensor "
+      "cu_seqlens_k, " HEED_VARLEN_OPTIONS
       ") -> (Tensor grad_q, Tensor grad_k, Tensor grad_v, Tensor grad_alibi_slopes)");
   m.def(
-      "decode_attention(Tensor q, Tensor k_cache, Tensor v_cache, Tensor lengths, *,"
+      "decode_attention(Tensor q, Tensor k_cache, Tensor v_cache, Tensor lengths,"
       " float? scale=None, SymInt window=-1, Tensor? sink=None, int splits=0)"
       " -> (Tensor out, Tensor lse)");
   m.def(
@@ -48,29 +49,29 @@ TORCH_LIBRARY(heed, m) {
 #define HEED_PARALLAX_OPTIONS                                                               \
   "bool causal=False, SymInt window_left=-1, SymInt window_right=-1, Tensor? lengths=None," \
   " float? scale=None"
-  m.def("parallax_attention(Tensor q, Tensor r, Tensor k, Tensor v, *, " HEED_PARALLAX_OPTIONS
+  m.def("parallax_attention(Tensor q, Tensor r, Tensor k, Tensor v, " HEED_PARALLAX_OPTIONS
         ") -> (Tensor out, Tensor v_mean, Tensor t_mean, Tensor lse)");
   m.def(
       "parallax_attention_backward(Tensor grad_out, Tensor? grad_lse, Tensor q, Tensor r, Tensor k,"
-      " Tensor v, Tensor out, Tensor v_mean, Tensor t_mean, Tensor lse, *, " HEED_PARALLAX_OPTIONS
+      " Tensor v, Tensor out, Tensor v_mean, Tensor t_mean, Tensor lse, " HEED_PARALLAX_OPTIONS
       ") -> (Tensor grad_q, Tensor grad_r, Tensor grad_k, Tensor grad_v)");
   m.def(
       "relative_attention(Tensor q, Tensor k, Tensor v, Tensor rel_key, Tensor rel_bias,"
-      " Tensor content_bias, *, bool causal=True, float? scale=None) -> (Tensor out, Tensor lse)");
+      " Tensor content_bias, bool causal=True, float? scale=None) -> (Tensor out, Tensor lse)");
   m.def(
       "relative_attention_backward(Tensor grad_out, Tensor? grad_lse, Tensor q, Tensor k, Tensor v,"
-      " Tensor rel_key, Tensor rel_bias, Tensor content_bias, Tensor out, Tensor lse, *,"
+      " Tensor rel_key, Tensor rel_bias, Tensor content_bias, Tensor out, Tensor lse,"
       " bool causal=True, float? scale=None) -> (Tensor grad_q, Tensor grad_k, Tensor grad_v,"
       " Tensor grad_rel_key, Tensor grad_rel_bias, Tensor grad_content_bias)");
 #define HEED_AFFINE_OPTIONS                                                                 \
   "bool causal=False, SymInt window_left=-1, SymInt window_right=-1, Tensor? lengths=None," \
   " float? scale=None"
   m.def(
-      "affine_scaled_attention(Tensor q, Tensor k, Tensor v, Tensor alpha, Tensor alpha_mean,"
-      " *, " HEED_AFFINE_OPTIONS ") -> (Tensor out, Tensor softmax_out, Tensor lse)");
+      "affine_scaled_attention(Tensor q, Tensor k, Tensor v, Tensor alpha, Tensor "
+      "alpha_mean," HEED_AFFINE_OPTIONS ") -> (Tensor out, Tensor softmax_out, Tensor lse)");
   m.def(
       "affine_scaled_attention_backward(Tensor grad_out, Tensor q, Tensor k, Tensor v,"
-      " Tensor alpha, Tensor alpha_mean, Tensor softmax_out, Tensor lse, *, " HEED_AFFINE_OPTIONS
+      " Tensor alpha, Tensor alpha_mean, Tensor softmax_out, Tensor lse, " HEED_AFFINE_OPTIONS
       ") -> (Tensor grad_q, Tensor grad_k, Tensor grad_v, Tensor grad_alpha,"
       " Tensor grad_alpha_mean)");
   m.def("depthwise_causal_conv(Tensor x, Tensor weight, Tensor? bias=None) -> Tensor out");
@@ -78,11 +79,11 @@ TORCH_LIBRARY(heed, m) {
       "depthwise_causal_conv_backward(Tensor grad_out, Tensor x, Tensor weight, Tensor? bias=None)"
       " -> (Tensor grad_x, Tensor grad_weight, Tensor grad_bias)");
 #define HEED_LOCAL_OPTIONS "float ridge=0.1, bool causal=False, float? scale=None"
-  m.def("local_linear_attention(Tensor q, Tensor k, Tensor v, *, " HEED_LOCAL_OPTIONS
+  m.def("local_linear_attention(Tensor q, Tensor k, Tensor v, " HEED_LOCAL_OPTIONS
         ") -> Tensor out");
   m.def(
-      "local_linear_attention_backward(Tensor grad_out, Tensor q, Tensor k, Tensor v,"
-      " *, " HEED_LOCAL_OPTIONS ") -> (Tensor grad_q, Tensor grad_k, Tensor grad_v)");
+      "local_linear_attention_backward(Tensor grad_out, Tensor q, Tensor k, Tensor "
+      "v," HEED_LOCAL_OPTIONS ") -> (Tensor grad_q, Tensor grad_k, Tensor grad_v)");
 #define HEED_ROUTER_ARGUMENTS                                                              \
   "Tensor x, Tensor wg, Tensor? wg_shared=None, Tensor? wg_group=None, *, int top_k, str " \
   "form='code'"
@@ -94,23 +95,22 @@ TORCH_LIBRARY(heed, m) {
 #define HEED_MASK_OPTIONS                                                                   \
   "bool causal=False, SymInt window_left=-1, SymInt window_right=-1, Tensor? lengths=None," \
   " float? scale=None"
-  m.def("head_gated_attention(Tensor q, Tensor k, Tensor v, Tensor gates, *, " HEED_MASK_OPTIONS
+  m.def("head_gated_attention(Tensor q, Tensor k, Tensor v, Tensor gates, " HEED_MASK_OPTIONS
         ") -> (Tensor out, Tensor attention, Tensor lse)");
   m.def(
       "head_gated_attention_backward(Tensor grad_out, Tensor q, Tensor k, Tensor v, Tensor gates,"
-      " Tensor attention, Tensor lse, *, " HEED_MASK_OPTIONS
+      " Tensor attention, Tensor lse, " HEED_MASK_OPTIONS
       ") -> (Tensor grad_q, Tensor grad_k, Tensor grad_v, Tensor grad_gates)");
 #define HEED_GRID_OPTIONS                                                                \
   "int[] kernel_size, int[] stride, int[] dilation, int[] is_causal, float? scale=None," \
   " Tensor? additional_keys=None, Tensor? additional_values=None, Tensor? rpb=None"
   for (const std::string name : {"na1d", "na2d", "na3d"}) {
-    const std::string forward = name +
-                                "(Tensor query, Tensor key, Tensor value, *, " HEED_GRID_OPTIONS
-                                ") -> (Tensor out, Tensor lse)";
+    const std::string forward = name + "(Tensor query, Tensor key, Tensor value, " HEED_GRID_OPTIONS
+                                       ") -> (Tensor out, Tensor lse)";
     const std::string backward =
         name +
         "_backward(Tensor grad_out, Tensor? grad_lse, Tensor query, Tensor key, Tensor value,"
-        " Tensor out, Tensor lse, *, " HEED_GRID_OPTIONS
+        " Tensor out, Tensor lse, " HEED_GRID_OPTIONS
         ") -> (Tensor grad_query, Tensor grad_key, Tensor grad_value,"
         " Tensor grad_additional_keys, Tensor grad_additional_values, Tensor grad_rpb)";
     m.def(forward.c_str());
@@ -118,35 +118,34 @@ TORCH_LIBRARY(heed, m) {
   }
 #define HEED_STOCHASTIC_OPTIONS "SymInt window, bool causal=True, float? scale=None"
   m.def(
-      "stochastic_attention(Tensor q, Tensor k, Tensor v, Tensor permutation,"
-      " *, " HEED_STOCHASTIC_OPTIONS ") -> (Tensor out, Tensor lse)");
+      "stochastic_attention(Tensor q, Tensor k, Tensor v, Tensor "
+      "permutation," HEED_STOCHASTIC_OPTIONS ") -> (Tensor out, Tensor lse)");
   m.def(
       "stochastic_attention_backward(Tensor grad_out, Tensor? grad_lse, Tensor q, Tensor k,"
-      " Tensor v, Tensor permutation, Tensor out, Tensor lse, *, " HEED_STOCHASTIC_OPTIONS
+      " Tensor v, Tensor permutation, Tensor out, Tensor lse, " HEED_STOCHASTIC_OPTIONS
       ") -> (Tensor grad_q, Tensor grad_k, Tensor grad_v)");
   // Fake tensors call every operator without tensor arguments with a device.
   m.def("random_permutation(int seed, SymInt[] shape, *, Device? device=None) -> Tensor");
 #define HEED_SIGMOID_OPTIONS                                                             \
   "float? bias_value=None, Tensor? bias=None, bool causal=False, SymInt window_left=-1," \
   " SymInt window_right=-1, Tensor? lengths=None, float? scale=None, Tensor? alibi_slopes=None"
-  m.def("sigmoid_attention(Tensor q, Tensor k, Tensor v, *, " HEED_SIGMOID_OPTIONS
-        ") -> Tensor out");
+  m.def("sigmoid_attention(Tensor q, Tensor k, Tensor v, " HEED_SIGMOID_OPTIONS ") -> Tensor out");
   m.def(
-      "sigmoid_attention_backward(Tensor grad_out, Tensor q, Tensor k, Tensor v, "
-      "*, " HEED_SIGMOID_OPTIONS
+      "sigmoid_attention_backward(Tensor grad_out, Tensor q, Tensor k, Tensor "
+      "v, " HEED_SIGMOID_OPTIONS
       ") -> (Tensor grad_q, Tensor grad_k, Tensor grad_v, Tensor grad_bias,"
       " Tensor grad_alibi_slopes)");
 #define HEED_RECURRENT_OPTIONS                                                      \
   "str normalizer='softmax', int? order=None, bool causal=True, float? scale=None," \
   " Tensor? gate=None, float? score_clamp=None, float eps=1e-06"
-  m.def("recurrent_softmax_attention(Tensor q, Tensor k, Tensor v, *, " HEED_RECURRENT_OPTIONS
+  m.def("recurrent_softmax_attention(Tensor q, Tensor k, Tensor v, " HEED_RECURRENT_OPTIONS
         ") -> (Tensor out, Tensor core, Tensor statistic)");
   m.def(
       "recurrent_softmax_attention_backward(Tensor grad_out, Tensor q, Tensor k, Tensor v,"
-      " Tensor core, Tensor statistic, *, " HEED_RECURRENT_OPTIONS
+      " Tensor core, Tensor statistic, " HEED_RECURRENT_OPTIONS
       ") -> (Tensor grad_q, Tensor grad_k, Tensor grad_v, Tensor grad_gate)");
-#define HEED_LIGHTNING_ARGUMENTS                                                            \
-  "Tensor q, Tensor k, Tensor v, Tensor? slopes=None, *, Tensor? initial_state=None, bool " \
+#define HEED_LIGHTNING_ARGUMENTS                                                         \
+  "Tensor q, Tensor k, Tensor v, Tensor? slopes=None, Tensor? initial_state=None, bool " \
   "return_state=False"
   // A running state is empty where return_state does not ask for it.
   m.def("lightning_attention(" HEED_LIGHTNING_ARGUMENTS ") -> (Tensor out, Tensor state)");
@@ -162,21 +161,21 @@ TORCH_LIBRARY(heed, m) {
 #define HEED_LINEAR_OPTIONS                                                                 \
   "bool causal=False, bool normalize=True, float eps=1e-12, Tensor? lengths=None, Tensor? " \
   "initial_s=None, Tensor? initial_z=None, bool return_state=False"
-  m.def("linear_attention(Tensor q, Tensor k, Tensor v, *, " HEED_LINEAR_OPTIONS
+  m.def("linear_attention(Tensor q, Tensor k, Tensor v, " HEED_LINEAR_OPTIONS
         ") -> (Tensor out, Tensor s, Tensor z)");
   m.def(
       "linear_attention_backward(Tensor? grad_out, Tensor? grad_s, Tensor? grad_z, Tensor? s,"
-      " Tensor? z, Tensor q, Tensor k, Tensor v, *, " HEED_LINEAR_OPTIONS
+      " Tensor? z, Tensor q, Tensor k, Tensor v, " HEED_LINEAR_OPTIONS
       ") -> (Tensor grad_q, Tensor grad_k, Tensor grad_v, Tensor grad_initial_s,"
       " Tensor grad_initial_z)");
 #define HEED_TAYLOR_OPTIONS                                                               \
   "int order=2, float? scale=None, Tensor? initial_s=None, Tensor? initial_z=None, bool " \
   "return_state=False"
-  m.def("taylor_state_attention(Tensor q, Tensor k, Tensor v, *, " HEED_TAYLOR_OPTIONS
+  m.def("taylor_state_attention(Tensor q, Tensor k, Tensor v, " HEED_TAYLOR_OPTIONS
         ") -> (Tensor out, Tensor s, Tensor z)");
   m.def(
       "taylor_state_attention_backward(Tensor? grad_out, Tensor? grad_s, Tensor? grad_z, Tensor q,"
-      " Tensor k, Tensor v, *, " HEED_TAYLOR_OPTIONS
+      " Tensor k, Tensor v, " HEED_TAYLOR_OPTIONS
       ") -> (Tensor grad_q, Tensor grad_k, Tensor grad_v, Tensor grad_initial_s,"
       " Tensor grad_initial_z)");
 #define HEED_MAGNITUDE_AWARE_OPTIONS                                                             \
@@ -184,13 +183,12 @@ TORCH_LIBRARY(heed, m) {
   " Tensor? initial_s=None, Tensor? initial_k_sum=None, Tensor? initial_v_sum=None,"             \
   " Tensor? initial_count=None, bool return_state=False"
   m.def(
-      "magnitude_aware_linear_attention(Tensor q, Tensor k, Tensor v, "
-      "*, " HEED_MAGNITUDE_AWARE_OPTIONS
+      "magnitude_aware_linear_attention(Tensor q, Tensor k, Tensor v, " HEED_MAGNITUDE_AWARE_OPTIONS
       ") -> (Tensor out, Tensor s, Tensor k_sum, Tensor v_sum, Tensor count)");
   m.def(
       "magnitude_aware_linear_attention_backward(Tensor? grad_out, Tensor? grad_s,"
-      " Tensor? grad_k_sum, Tensor? grad_v_sum, Tensor q, Tensor k, Tensor v, "
-      "*, " HEED_MAGNITUDE_AWARE_OPTIONS
+      " Tensor? grad_k_sum, Tensor? grad_v_sum, Tensor q, Tensor k, Tensor "
+      "v, " HEED_MAGNITUDE_AWARE_OPTIONS
       ") -> (Tensor grad_q, Tensor grad_k, Tensor grad_v, Tensor grad_initial_s,"
       " Tensor grad_initial_k_sum, Tensor grad_initial_v_sum)");
 #define HEED_FEATURE_ARGUMENTS "Tensor x, str kind, Tensor? weight=None, Tensor? bias=None"
@@ -203,19 +201,19 @@ TORCH_LIBRARY(heed, m) {
   m.def(
       "performer_projection(SymInt heads, SymInt features, SymInt dim, int seed,"
       " bool orthogonal=True, *, Device? device=None) -> Tensor");
-#define HEED_DISTILLATION_ARGUMENTS                                                             \
-  "Tensor q, Tensor k, Tensor feature_q, Tensor feature_k, *, bool causal=False, float? scale=" \
+#define HEED_DISTILLATION_ARGUMENTS                                                          \
+  "Tensor q, Tensor k, Tensor feature_q, Tensor feature_k, bool causal=False, float? scale=" \
   "None"
   m.def("attention_distillation_loss(" HEED_DISTILLATION_ARGUMENTS ") -> Tensor loss");
   m.def("attention_distillation_loss_backward(Tensor grad_loss, " HEED_DISTILLATION_ARGUMENTS
         ") -> (Tensor grad_feature_q, Tensor grad_feature_k)");
 #define HEED_RELU_LINEAR_ARGUMENTS \
-  "Tensor q, Tensor k, Tensor v, Tensor temperature, *, float clamp=100.0"
+  "Tensor q, Tensor k, Tensor v, Tensor temperature, float clamp=100.0"
   m.def("relu_linear_attention(" HEED_RELU_LINEAR_ARGUMENTS ") -> Tensor out");
   m.def("relu_linear_attention_backward(Tensor grad_out, " HEED_RELU_LINEAR_ARGUMENTS
         ") -> (Tensor grad_q, Tensor grad_k, Tensor grad_v, Tensor grad_temperature)");
-#define HEED_RPE_ARGUMENTS                                                                      \
-  "Tensor q, Tensor k, Tensor v, Tensor rpb, Tensor? projection, *, str features='nprf', bool " \
+#define HEED_RPE_ARGUMENTS                                                                   \
+  "Tensor q, Tensor k, Tensor v, Tensor rpb, Tensor? projection, str features='nprf', bool " \
   "causal=False, SymInt[]? grid=None, str path='auto'"
   m.def("kernelized_rpe_attention(" HEED_RPE_ARGUMENTS ") -> Tensor out");
   m.def("kernelized_rpe_attention_backward(Tensor grad_out, " HEED_RPE_ARGUMENTS
