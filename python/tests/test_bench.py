@@ -66,6 +66,35 @@ def test_several_mechanisms_in_one_table():
     assert "did you mean 'sigmoid'" in error_of("flash", "sigmod")
 
 
+def test_inputs_beside_queries_follow_their_shape():
+    rows = bench_json("stochastic", "--q", "2,3,40,8")["rows"]
+    assert rows and all(row["shapes"]["permutation"] == [40] for row in rows)
+    rows = bench_json("feature_map", "--q", "1,5,20,16")["rows"]
+    assert [5, 16, 16] in [row["shapes"].get("weight") for row in rows]
+    rows = bench_json("affine_scaled", "--q", "2,3,40,8")["rows"]
+    assert rows and all(row["shapes"]["alpha_mean"] == [3] for row in rows)
+
+
+def test_every_mechanism_takes_other_shapes_or_says_what_it_needs():
+    for mechanism in program.heed_json("list"):
+        arguments = ["bench", mechanism["name"], "--backward", "--q", "2,3,20,8", *QUICK]
+        done = subprocess.run(
+            [program.PROGRAM, *arguments],
+            capture_output=True,
+            text=True,
+            env=program.ENVIRONMENT,
+            timeout=300,
+        )
+        assert done.returncode in (0, 2), (arguments, done.stderr)
+        assert done.returncode == 0 or done.stderr.startswith("heed: ")
+        assert done.stderr.count("\n") <= 1
+
+
+def test_what_a_kernel_refuses_is_one_error():
+    assert "at most 16" in error_of("decode", "--q", "2,6,77,16")
+    assert "it takes window, scale, splits" in error_of("decode", "--options", "windw=3")
+
+
 @pytest.mark.parametrize("name", ["na2d", "na3d", "stochastic", "relative", "magnitude_aware_linear"])
 def test_checks_of_large_cases_are_small(name):
     """The quick check of a call that takes seconds in float64 runs on a twin of it."""

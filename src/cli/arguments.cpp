@@ -16,18 +16,20 @@ const Dims* shape_of(const ExampleCase& example, std::string_view name) {
   return nullptr;
 }
 
-// Extents of inputs other than q, k, v: [B,H,L(,D)] by position, one extent by its meaning.
+// An input other than q, k, v: its axes are some of those of q, in their order, or its own. From the last
+// one on, an axis of the same extent is taken for the same; of one axis, heads come first.
 Dims resized(const std::string& input, Dims shape, const Dims& old_q, const Dims& q) {
-  if (shape.rank() == 1) {
-    if (input == "lengths") {
-      shape[0] = q[0];
-    } else if (shape[0] == old_q[1]) {
-      shape[0] = q[1];
-    }
+  if (shape.rank() == 1 && (input == "lengths" || shape[0] == old_q[1])) {
+    shape[0] = input == "lengths" ? q[0] : q[1];
     return shape;
   }
-  for (int axis = 0; axis < std::min(shape.rank(), 4); ++axis) {
-    if (shape[axis] == old_q[axis]) shape[axis] = q[axis];
+  int end = old_q.rank() - 1;
+  for (int axis = shape.rank() - 1; axis >= 0; --axis) {
+    int same = end;
+    while (same >= 0 && old_q[same] != shape[axis]) --same;
+    if (same < 0) continue;
+    shape[axis] = q[same];
+    end = same;
   }
   return shape;
 }

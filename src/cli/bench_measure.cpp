@@ -98,8 +98,8 @@ void QuickChecks::check(BenchRow& row) {
     for (const CheckRow& checked : check_kernel(reference, isa_, Layout::contiguous)) {
       found.error_over_bound = std::max(found.error_over_bound, checked.difference.ratio);
       if (checked.ok() || !found.wrong.empty()) continue;
-      found.wrong = checked.result + ": " +
-                    (checked.failure.empty() ? checked.difference.where : checked.failure);
+      if (!checked.failure.empty()) throw Error(checked.failure);
+      found.wrong = checked.result + ": " + checked.difference.where;
     }
   }
   row.error_over_bound = found.error_over_bound;

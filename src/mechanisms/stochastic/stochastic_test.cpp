@@ -271,6 +271,11 @@ TEST(Stochastic, ErrorsNameTheArgumentWhatItWasAndWhatIsNeeded) {
   twice.as<int64_t>()[4] = -1;
   says(call(twice), {"slot -1"});
   says(call(identity(6), 0), {"window is 0", ">= 1"});
+  const Array five = identity(5);
+  const NamedTensors inputs{{"q", x.q}, {"k", x.k}, {"v", x.v}, {"permutation", five}};
+  says(
+      error_of([&] { find_mechanism("stochastic").bind(inputs, Spec::parse_options("window=4")); }),
+      {"permutation [5] int64", "[6]"});
   const Array longer = random_array(DType::f32, {2, 2, 7, 8}, 1);
   says(error_of([&] { stochastic_attention(x.q, longer, longer, identity(6), {4, true, {}}); }),
        {"k has 7 tokens but q has 6"});
