@@ -93,6 +93,13 @@ def test_every_mechanism_takes_other_shapes_or_says_what_it_needs():
 def test_what_a_kernel_refuses_is_one_error():
     assert "at most 16" in error_of("decode", "--q", "2,6,77,16")
     assert "it takes window, scale, splits" in error_of("decode", "--options", "windw=3")
+    assert "stride=0" in error_of("na1d", "--options", "stride=0")
+    assert "width=0" in error_of("magnitude_aware_linear", "--options", "width=0")
+
+
+def test_options_choose_the_definition_that_has_them():
+    rows = bench_json("flash", "--backward", "--q", "1,2,20,8", "--options", "softcap=0.5")["rows"]
+    assert len(rows) == 2 and all(0 < row["max_error_over_bound"] <= 1 for row in rows)
 
 
 @pytest.mark.parametrize("name", ["na2d", "na3d", "stochastic", "relative", "magnitude_aware_linear"])

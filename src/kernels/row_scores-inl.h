@@ -9,6 +9,7 @@
 
 #include <hwy/highway.h>
 
+#include <cmath>
 #include <limits>
 #include <type_traits>
 
@@ -127,6 +128,36 @@ HWY_INLINE void hide_edges(T* s, KeyRange range) {
     const auto seen = hn::FirstN(d, static_cast<size_t>(range.end - last));
     hn::BlendedStore(nothing, hn::Not(seen), d, s + last);
   }
+}
+
+// From here on half a unit in the last place of a pivot is more than exponents hold, nearly.
+template <class T>
+inline constexpr T kLargePivot = sizeof(T) == 8 ? T{0x1p59} : T{0x1p29};
+
+// A row of large scores, shaped in place. Elsewhere a product and a sum are rounded together, which is
+// nearer to the truth, but as far from a rounded pivot as that is. Here scores are rounded before the
+// pivot is taken away, which leaves exactly 0 of the largest. What is within `noise` of it becomes 0.
+template <class T, bool kAlibi>
+void settle(ShapedRow<T, kAlibi>& row, KeyRange range, T noise, T* s) {
+  const Full<T> d;
+  const auto zero = hn::Zero(d), bias = hn::Set(d, row.bias);
+  row.bias = 0;
+  const KeyRange whole = whole_vectors<T>(range);
+  for (int64_t m = whole.begin; m < whole.end; m += lanes<T>()) {
+    hn::Vec<Full<T>> t[1];
+    row.load(m, t);
+    const auto x = hn::Add(t[0], bias);
+    hn::StoreU(hn::IfThenElse(hn::Ge(x, hn::Set(d, -noise)), zero, x), d, s + m);
+  }
+  row.scale = 1;
+  row.slope = 0;
+}
+
+// Relative to a pivot made of a rounded log-sum-exp.
+template <class T, bool kAlibi>
+void settle_backward(ShapedRow<T, kAlibi>& row, KeyRange range, T* s) {
+  const T size = std::abs(row.bias);
+  if (size >= kLargePivot<T>) settle(row, range, size * 4 * hwy::Epsilon<T>(), s);
 }
 
 // Calls body(m, number of vectors as a constant) for groups of kMost whole vectors of a range, then for

@@ -35,11 +35,36 @@ BackwardCall prepare_backward(const Mechanism& mechanism, const NamedTensors& in
   };
 }
 
-const CascadeText& definition_of(const Mechanism& mechanism, const ExampleCase& example) {
-  for (const CascadeText& text : mechanism.cascades) {
-    if (text.name == example.definition) return text;
+namespace {
+
+// The definition that cases name which have one of these options, where no case without has it; or none.
+std::string definition_of_options(const Mechanism& mechanism, const Spec& options) {
+  const auto has = [](const ExampleCase& example, const std::string& key) {
+    return Spec::parse_options(example.options).has(key);
+  };
+  for (const std::string& key : options.keys()) {
+    std::string definition;
+    bool plain = false;
+    for (const ExampleCase& example : mechanism.cases) {
+      if (!has(example, key)) continue;
+      plain |= example.definition.empty();
+      definition = example.definition;
+    }
+    if (!plain && !definition.empty()) return definition;
   }
-  return *cascades_for(mechanism, Spec::parse_options(example.options)).front();
+  return "";
+}
+
+}  // namespace
+
+const CascadeText& definition_of(const Mechanism& mechanism, const ExampleCase& example) {
+  const Spec options = Spec::parse_options(example.options);
+  const std::string name =
+      example.definition.empty() ? definition_of_options(mechanism, options) : example.definition;
+  for (const CascadeText& text : mechanism.cascades) {
+    if (text.name == name) return text;
+  }
+  return *cascades_for(mechanism, options).front();
 }
 
 bool defines_further_options(const Mechanism& mechanism, const CascadeText& text) {

@@ -113,7 +113,7 @@ struct Mechanism {
   std::function<ExampleCase(const ExampleCase& example)> shrink;
 };
 
-/// The cascade that defines a case: the one it names, else the first.
+/// The cascade that defines a case: the one it names, else the one that its options need, else the first.
 const CascadeText& definition_of(const Mechanism& mechanism, const ExampleCase& example);
 
 /// Whether a cascade is there for cases that name it as their definition, with options that the record's

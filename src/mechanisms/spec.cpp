@@ -75,6 +75,12 @@ Spec Spec::parse_options(std::string_view text) {
 
 bool Spec::has(std::string_view key) const { return values_.find(key) != values_.end(); }
 
+std::vector<std::string> Spec::keys() const {
+  std::vector<std::string> names;
+  for (const auto& [key, value] : values_) names.push_back(key);
+  return names;
+}
+
 std::optional<std::string> Spec::text(std::string_view key) const {
   const auto found = values_.find(key);
   if (found == values_.end()) return std::nullopt;

@@ -19,6 +19,7 @@ class Spec {
 
   const std::string& name() const { return name_; }
   bool has(std::string_view key) const;
+  std::vector<std::string> keys() const;
   /// Values by key; the fallback when absent; Error naming the key when the text is no such value.
   bool flag(std::string_view key, bool fallback = false) const;
   std::optional<int64_t> integer(std::string_view key) const;

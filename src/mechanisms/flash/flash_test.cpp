@@ -156,6 +156,58 @@ TEST(Flash, HugeAndGrowingScoresStayExact) {
   }
 }
 
+// Half a unit in the last place of such scores is more than an exponent holds.
+TEST(Flash, ScoresBeyondTheRangeOfExponentsChooseOneKey) {
+  for (DType type : {DType::f64, DType::f32, DType::bf16}) {
+    const double size = type == DType::f64 ? 1e11 : 1e6;
+    for (const auto& [queries, keys] :
+         {std::pair<int64_t, int64_t>{1, 50}, {3, 700}, {100, 130}, {70, 900}}) {
+      const Array q = random(type, {1, 2, queries, 24}, 1, size);
+      const Array k = random(type, {1, 1, keys, 24}, 2, size), v = random(type, {1, 1, keys, 8}, 3);
+      const Array g = random(type, {1, 2, queries, 8}, 4);
+      const Array slopes = random(type == DType::f64 ? DType::f64 : DType::f32, {2}, 5);
+      // Of each query: the key of the largest score.
+      const Array wide_q = convert(q, DType::f64), wide_k = convert(k, DType::f64);
+      Array needed = Array::zeros(DType::f64, {1, 2, queries, 8});
+      Array needed_v = Array::zeros(DType::f64, {1, 1, keys, 8});
+      const Array wide_v = convert(v, DType::f64), wide_g = convert(g, DType::f64);
+      for (int64_t r = 0; r < 2 * queries; ++r) {
+        double most = -std::numeric_limits<double>::infinity();
+        int64_t best = 0;
+        for (int64_t m = 0; m < keys; ++m) {
+          double score = 0;
+          for (int64_t e = 0; e < 24; ++e) {
+            score += wide_q.as<double>()[r * 24 + e] * wide_k.as<double>()[m * 24 + e];
+          }
+          if (score > most) most = score, best = m;
+        }
+        for (int64_t f = 0; f < 8; ++f) {
+          needed.as<double>()[r * 8 + f] = wide_v.as<double>()[best * 8 + f];
+          needed_v.as<double>()[best * 8 + f] += wide_g.as<double>()[r * 8 + f];
+        }
+      }
+      for (Isa isa : available_isas()) {
+        for (bool alibi : {false, true}) {
+          FlashOptions options;
+          if (alibi) options.alibi_slopes = slopes;
+          RunOptions run;
+          run.isa = isa;
+          const std::string what = std::string(name_of(isa)) + " " + name_of(type) + " " +
+                                   std::to_string(queries) + (alibi ? " alibi" : "");
+          const AttentionResult found = flash_attention(q, k, v, options, run);
+          EXPECT_LT(largest_difference(found.out, needed), 1e-5) << what;
+          const FlashGradients gradients =
+              flash_attention_backward(g, {}, q, k, v, found.out, found.lse, options, run);
+          EXPECT_LT(largest_difference(gradients.v, needed_v), type == DType::bf16 ? 0.1 : 1e-5)
+              << what;
+          const Array nothing = Array::zeros(DType::f64, {1, 2, queries, 24});
+          EXPECT_TRUE(std::isfinite(largest_difference(gradients.q, nothing))) << what;
+        }
+      }
+    }
+  }
+}
+
 TEST(Flash, OneKeyGivesItsValueAndEqualKeysTheMean) {
   Array q = random(DType::f32, {1, 1, 5, 8}, 1), k = random(DType::f32, {1, 1, 1, 8}, 2);
   Array v = random(DType::f32, {1, 1, 1, 8}, 3);

@@ -1,5 +1,6 @@
 #include <cmath>
 
+#include "heed/error.h"
 #include "heed/magnitude_aware_linear_attention.h"
 #include "mechanisms/chunked_case.h"
 #include "mechanisms/embedded.h"
@@ -20,6 +21,10 @@ MagnitudeAwareOptions mala_options(const NamedTensors& in, const Spec& options) 
   chosen.form = parse_magnitude_aware_form(options.text("form").value_or("code"));
   if (options.has("width")) {
     chosen.rope = Grid{options.integer("height").value_or(1), *options.integer("width")};
+    if (chosen.rope->height < 1 || chosen.rope->width < 1) {
+      throw Error("height=" + std::to_string(chosen.rope->height) +
+                  ",width=" + std::to_string(chosen.rope->width) + ": 1 or more is needed of both");
+    }
   }
   chosen.scale = options.number("scale");
   chosen.eps = options.number("eps").value_or(chosen.eps);

@@ -15,7 +15,8 @@ namespace heed {
 namespace {
 
 /// "3" or "3x5": one number for all axes or one each.
-std::vector<int64_t> numbers(const Spec& options, const char* key, const char* fallback) {
+std::vector<int64_t> numbers(const Spec& options, const char* key, const char* fallback,
+                             int64_t least = 1) {
   const std::string text = options.text(key).value_or(fallback);
   std::vector<int64_t> values;
   const char *at = text.data(), *const end = at + text.size();
@@ -24,6 +25,10 @@ std::vector<int64_t> numbers(const Spec& options, const char* key, const char* f
     const auto [next, error] = std::from_chars(at, end, value);
     if (error != std::errc() || (next != end && *next != 'x')) {
       throw Error(std::string(key) + "=" + text + ": one number or one per axis is needed, as 3x5");
+    }
+    if (value < least) {
+      throw Error(std::string(key) + "=" + text + ": " + std::to_string(least) +
+                  " or more is needed on every axis");
     }
     values.push_back(value);
     if (next == end) return values;
@@ -37,7 +42,7 @@ NeighborhoodOptions options_of(const NamedTensors& in, const Spec& spec) {
   options.kernel_size = numbers(spec, "kernel_size", "3");
   options.stride = numbers(spec, "stride", "1");
   options.dilation = numbers(spec, "dilation", "1");
-  const std::vector<int64_t> causal = numbers(spec, "is_causal", "0");
+  const std::vector<int64_t> causal = numbers(spec, "is_causal", "0", 0);
   options.is_causal.assign(causal.begin(), causal.end());
   options.scale = spec.number("scale");
   const auto given = [&](const char* name) {
