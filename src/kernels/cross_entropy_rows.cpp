@@ -20,6 +20,13 @@ namespace heed::kernels::HWY_NAMESPACE {
 namespace {
 namespace hn = hwy::HWY_NAMESPACE;
 
+// factor * s - pivot, rounded before the subtraction as the pivot was: of large scores one rounding would
+// leave what exponents cannot hold. (A plain product would be joined with it again by the compiler.)
+template <class V>
+HWY_INLINE V relative(V factor, V s, V pivot) {
+  return hn::Sub(hn::MulAdd(factor, s, hn::Zero(hn::DFromV<V>())), pivot);
+}
+
 template <class T>
 void statistics(const T* s, const T* r, int64_t n, T scale, EntropyRow<T>& row) {
   constexpr T kNothing = -std::numeric_limits<T>::infinity();
@@ -37,7 +44,7 @@ void statistics(const T* s, const T* r, int64_t n, T scale, EntropyRow<T>& row) 
   const auto pivot = hn::Set(d, maximum == kNothing ? T{0} : maximum);
   auto sum = hn::Zero(d);
   for_each_vector<T>(n, [&](int64_t i, auto all) HWY_ATTR {
-    const auto e = exp_of<T>(hn::MulSub(factor, load_some<T>(all, s + i), pivot));
+    const auto e = exp_of<T>(relative(factor, load_some<T>(all, s + i), pivot));
     sum = hn::Add(sum, covered_or<T>(all, e, T{0}));
   });
   const T carry = row.maximum == kNothing ? T{0} : std::exp(row.maximum - maximum);
@@ -74,7 +81,7 @@ T loss(const T* s, const T* r, int64_t n, T scale, T floor, const EntropyFactors
   const auto total = hn::Set(d, *row.total), least = hn::Set(d, floor);
   auto entropy = hn::Zero(d), kept = hn::Zero(d);
   for_each_vector<T>(n, [&](int64_t i, auto all) HWY_ATTR {
-    const auto e = exp_of<T>(hn::MulSub(factor, load_some<T>(all, s + i), pivot));
+    const auto e = exp_of<T>(relative(factor, load_some<T>(all, s + i), pivot));
     const auto p = covered_or<T>(all, hn::Mul(e, inverse_sum), T{0});
     const auto a = hn::Div(load_some<T>(all, r + i), total);  // exactly 1 where it is alone
     const auto below = hn::Lt(a, least);                      // false for NaN
@@ -91,7 +98,7 @@ void gradient_row(const T* s, T* r, int64_t n, T scale, T floor, T weight, const
   const auto factor = hn::Set(d, scale), least = hn::Set(d, floor), w = hn::Set(d, weight);
   for_each_vector<T>(n, [&](int64_t i, auto all) HWY_ATTR {
     const auto pivot = f.get(all, f.rows.maximum, i);
-    const auto e = exp_of<T>(hn::MulSub(factor, load_some<T>(all, s + i), pivot));
+    const auto e = exp_of<T>(relative(factor, load_some<T>(all, s + i), pivot));
     const auto p = hn::Mul(e, f.get(all, f.rows.inverse_sum, i));
     const auto x = load_some<T>(all, r + i);
     const auto total = f.get(all, f.rows.total, i);

@@ -71,6 +71,18 @@ TEST(Distillation, ConstantFeaturesGiveTheLogarithmOfTheNumberOfKeys) {
   EXPECT_NEAR(call.loss({.causal = true}), mean, 1e-13);
 }
 
+// Half a unit in the last place of such scores is more than an exponent holds.
+TEST(Distillation, ScoresBeyondTheRangeOfExponents) {
+  Call call(DType::f32, 40, 40);
+  std::fill_n(call.fq.as<float>(), call.fq.count(), 0.7f);
+  std::fill_n(call.fk.as<float>(), call.fk.count(), 1.3f);
+  for (Isa isa : available_isas()) {
+    RunOptions run;
+    run.isa = isa;
+    EXPECT_NEAR(call.loss({.scale = 1e12}, run), std::log(40.0), 1e-5) << name_of(isa);
+  }
+}
+
 TEST(Distillation, IsTheEntropyOfTheTeacherWhereTheStudentIsTheTeacher) {
   // Taylor features are exact to second order: with tiny scores student and teacher agree, the loss is
   // at its least, and the gradient vanishes.
