@@ -181,6 +181,9 @@ def test_bad_arguments_of_check():
     assert "portable, avx2, avx512, amx" in error_of("check", "--isa", "sse")
     error_of("check", "--threads", "0")
     error_of("check", "--seed", "many")
+    assert "found '-1', needed a whole number" in error_of("check", "--seed", "-1")
+    assert "needed a whole number" in error_of("run", "--seed", "99999999999999999999")
+    assert "needed a whole number" in error_of("run", "--max-tokens", "-1")
 
 
 def test_explain():

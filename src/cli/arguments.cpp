@@ -1,5 +1,6 @@
 #include "cli/arguments.h"
 
+#include <CLI/CLI.hpp>
 #include <algorithm>
 #include <charconv>
 
@@ -70,6 +71,17 @@ DType parse_dtype(std::string_view text) {
   }
   throw Error("unknown type '" + std::string(text) + "'" + did_you_mean(text, known) +
               "; known: " + joined(known));
+}
+
+CLI::Validator whole_number() {
+  return {[](std::string& text) -> std::string {
+            int64_t value = 0;
+            const auto [stop, error] =
+                std::from_chars(text.data(), text.data() + text.size(), value);
+            if (error == std::errc{} && stop == text.data() + text.size() && value >= 0) return "";
+            return "found '" + text + "', needed a whole number from 0 to 2^63 - 1";
+          },
+          ""};
 }
 
 std::vector<Isa> isas_to_use(const std::string& text) {

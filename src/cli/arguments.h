@@ -7,12 +7,18 @@
 
 #include "mechanisms/registry.h"
 
+namespace CLI {
+class Validator;
+}
+
 namespace heed::cli {
 
 /// "B,H,L,D" of four positive numbers; throws Error naming `option`.
 Dims parse_shape(std::string_view option, std::string_view text);
 /// Long and short names: float32 or f32; throws Error naming the nearest.
 DType parse_dtype(std::string_view text);
+/// For options that count: refuses what is no whole number from 0 to 2^63 - 1.
+CLI::Validator whole_number();
 /// All instruction sets for none; throws Error where this machine cannot run the one asked for.
 std::vector<Isa> isas_to_use(const std::string& text);
 /// Applies --threads where it was given; throws Error below 1.

@@ -182,7 +182,9 @@ void add_check(CLI::App& app, Outcome& outcome) {
   command
       ->add_option("--layout", arguments->layouts, "Only these: contiguous, tokens_first, padded")
       ->delimiter(',');
-  command->add_option("--seed", arguments->seed, "Seed of the inputs")->capture_default_str();
+  command->add_option("--seed", arguments->seed, "Seed of the inputs")
+      ->check(whole_number())
+      ->capture_default_str();
   command->add_option("--threads", arguments->threads, "Threads of a call");
   command->add_flag("--all", arguments->all,
                     "Every result and layout instead of the worst of them");

@@ -4,6 +4,7 @@
 #include <iostream>
 #include <memory>
 
+#include "cli/arguments.h"
 #include "cli/commands.h"
 #include "cli/language_model.h"
 #include "cli/terminal.h"
@@ -201,7 +202,7 @@ void add_run(CLI::App& app, Outcome& outcome) {
   add_model_options(*command, arguments->model,
                     "Tokens of prompt and answer; without it the model's");
   command->add_option("--max-tokens", arguments->generate.max_tokens, "Longest answer")
-      ->check(CLI::NonNegativeNumber)
+      ->check(whole_number())
       ->capture_default_str();
   command->add_option("--temperature", sampler.temperature, "0: always the most probable token")
       ->capture_default_str();
@@ -210,7 +211,9 @@ void add_run(CLI::App& app, Outcome& outcome) {
       ->capture_default_str();
   command->add_option("--min-p", sampler.min_p, "Draw among tokens of this share of the best's")
       ->capture_default_str();
-  command->add_option("--seed", sampler.seed, "Seed of the draws")->capture_default_str();
+  command->add_option("--seed", sampler.seed, "Seed of the draws")
+      ->check(whole_number())
+      ->capture_default_str();
   command->add_flag("--json", arguments->json, "JSON at the end instead of words as they come");
   command->footer("After Ctrl-C the statistics are printed and the exit code is 130.");
   command->callback([arguments, &outcome] { outcome.exit_code = run(*arguments); });
