@@ -106,7 +106,7 @@ void gradient_rows(Block<T> s, Block<T> dp, int64_t rows, int64_t key_count, con
     if constexpr (kKind == WeightKind::softmax) {
       if (std::isinf(pivot[r])) range = {};
       row.bias -= pivot[r];
-      settle_backward(row, range, s.row(r));
+      row = settled_backward(row, range, s.row(r));
     }
     if constexpr (kKind != WeightKind::sigmoid) gradient.shift = shift[r];
     if (!range.empty()) {
@@ -174,7 +174,7 @@ void parallax_rows(Block<T> s, Block<T> t, Block<T> a, int64_t rows, int64_t key
     if (!range.empty()) {
       ShapedRow<T, kAlibi> row(s, r, shape);
       row.bias -= pivot[r];
-      settle_backward(row, range, s.row(r));
+      row = settled_backward(row, range, s.row(r));
       parallax_row<T, kAlibi>(row, x, range);
     }
     for (T* out : {x.s, x.t, x.a}) clear_outside<T>(out, range, columns);

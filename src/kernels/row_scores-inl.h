@@ -137,8 +137,9 @@ inline constexpr T kLargePivot = sizeof(T) == 8 ? T{0x1p59} : T{0x1p29};
 // A row of large scores, shaped in place. Elsewhere a product and a sum are rounded together, which is
 // nearer to the truth, but as far from a rounded pivot as that is. Here scores are rounded before the
 // pivot is taken away, which leaves exactly 0 of the largest. What is within `noise` of it becomes 0.
+// (By value: a row whose address is taken would not stay in registers.)
 template <class T, bool kAlibi>
-void settle(ShapedRow<T, kAlibi>& row, KeyRange range, T noise, T* s) {
+HWY_NOINLINE ShapedRow<T, kAlibi> settled(ShapedRow<T, kAlibi> row, KeyRange range, T noise, T* s) {
   const Full<T> d;
   const auto zero = hn::Zero(d), bias = hn::Set(d, row.bias);
   row.bias = 0;
@@ -151,13 +152,15 @@ void settle(ShapedRow<T, kAlibi>& row, KeyRange range, T noise, T* s) {
   }
   row.scale = 1;
   row.slope = 0;
+  return row;
 }
 
 // Relative to a pivot made of a rounded log-sum-exp.
 template <class T, bool kAlibi>
-void settle_backward(ShapedRow<T, kAlibi>& row, KeyRange range, T* s) {
+HWY_INLINE ShapedRow<T, kAlibi> settled_backward(const ShapedRow<T, kAlibi>& row, KeyRange range,
+                                                 T* s) {
   const T size = std::abs(row.bias);
-  if (size >= kLargePivot<T>) settle(row, range, size * 4 * hwy::Epsilon<T>(), s);
+  return size < kLargePivot<T> ? row : settled(row, range, size * 4 * hwy::Epsilon<T>(), s);
 }
 
 // Calls body(m, number of vectors as a constant) for groups of kMost whole vectors of a range, then for
