@@ -73,9 +73,7 @@ def decode_attention(
 
     Forward only. Source: FlashAttention-2 (arXiv 2307.08691), split keys of its decoding kernel.
     """
-    out, lse = _ops.decode_attention(
-        q, k_cache, v_cache, lengths, scale, window, sink, splits
-    )
+    out, lse = _ops.decode_attention(q, k_cache, v_cache, lengths, scale, window, sink, splits)
     return (out, lse) if return_lse else out
 
 

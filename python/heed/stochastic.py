@@ -72,9 +72,7 @@ def stochastic_attention(
 
     Source: Stochastic Attention (arXiv 2604.00754).
     """
-    out, lse = torch.ops.heed.stochastic_attention(
-        q, k, v, permutation, window, causal, scale
-    )
+    out, lse = torch.ops.heed.stochastic_attention(q, k, v, permutation, window, causal, scale)
     return (out, lse) if return_lse else out
 
 

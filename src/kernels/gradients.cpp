@@ -17,6 +17,9 @@ HWY_BEFORE_NAMESPACE();
 namespace heed::kernels::HWY_NAMESPACE {
 namespace hn = hwy::HWY_NAMESPACE;
 
+// Of a pivot that was a log-sum-exp, rounded twice, in its last place.
+constexpr int kPivotUnits = 4;
+
 // t becomes the weight W, dp the gradient of the shaped score; the caller zeroes that where a mask set
 // the score to -inf. Softmax: t is relative to the pivot.
 template <class T>
@@ -106,7 +109,7 @@ void gradient_rows(Block<T> s, Block<T> dp, int64_t rows, int64_t key_count, con
     if constexpr (kKind == WeightKind::softmax) {
       if (std::isinf(pivot[r])) range = {};
       row.bias -= pivot[r];
-      row = settled_backward(row, range, s.row(r));
+      row = settled(row, range, kPivotUnits, s.row(r));
     }
     if constexpr (kKind != WeightKind::sigmoid) gradient.shift = shift[r];
     if (!range.empty()) {
@@ -174,7 +177,7 @@ void parallax_rows(Block<T> s, Block<T> t, Block<T> a, int64_t rows, int64_t key
     if (!range.empty()) {
       ShapedRow<T, kAlibi> row(s, r, shape);
       row.bias -= pivot[r];
-      row = settled_backward(row, range, s.row(r));
+      row = settled(row, range, kPivotUnits, s.row(r));
       parallax_row<T, kAlibi>(row, x, range);
     }
     for (T* out : {x.s, x.t, x.a}) clear_outside<T>(out, range, columns);

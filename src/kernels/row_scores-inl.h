@@ -134,12 +134,11 @@ HWY_INLINE void hide_edges(T* s, KeyRange range) {
 template <class T>
 inline constexpr T kLargePivot = sizeof(T) == 8 ? T{0x1p59} : T{0x1p29};
 
-// A row of large scores, shaped in place. Elsewhere a product and a sum are rounded together, which is
-// nearer to the truth, but as far from a rounded pivot as that is. Here scores are rounded before the
-// pivot is taken away, which leaves exactly 0 of the largest. What is within `noise` of it becomes 0.
-// (By value: a row whose address is taken would not stay in registers.)
+// A row shaped in place, relative to its pivot in row.bias: what is within `noise` of 0 becomes 0. (By
+// value: a row whose address is taken would not stay in registers.)
 template <class T, bool kAlibi>
-HWY_NOINLINE ShapedRow<T, kAlibi> settled(ShapedRow<T, kAlibi> row, KeyRange range, T noise, T* s) {
+HWY_NOINLINE ShapedRow<T, kAlibi> shaped_in_place(ShapedRow<T, kAlibi> row, KeyRange range, T noise,
+                                                  T* s) {
   const Full<T> d;
   const auto zero = hn::Zero(d), bias = hn::Set(d, row.bias);
   row.bias = 0;
@@ -155,12 +154,16 @@ HWY_NOINLINE ShapedRow<T, kAlibi> settled(ShapedRow<T, kAlibi> row, KeyRange ran
   return row;
 }
 
-// Relative to a pivot made of a rounded log-sum-exp.
+// The row as it is, or settled where its scores are large. Elsewhere a product and a sum are rounded
+// together, which is nearer to the truth, but as far from a rounded pivot as that is. Here scores are
+// rounded before the pivot is taken away, which leaves exactly 0 of the largest; within `units` in the
+// last place, where the pivot was made of a rounded log-sum-exp.
 template <class T, bool kAlibi>
-HWY_INLINE ShapedRow<T, kAlibi> settled_backward(const ShapedRow<T, kAlibi>& row, KeyRange range,
-                                                 T* s) {
+HWY_INLINE ShapedRow<T, kAlibi> settled(const ShapedRow<T, kAlibi>& row, KeyRange range, int units,
+                                        T* s) {
   const T size = std::abs(row.bias);
-  return size < kLargePivot<T> ? row : settled(row, range, size * 4 * hwy::Epsilon<T>(), s);
+  if (!(size >= kLargePivot<T>)) return row;
+  return shaped_in_place(row, range, size * static_cast<T>(units) * hwy::Epsilon<T>(), s);
 }
 
 // Calls body(m, number of vectors as a constant) for groups of kMost whole vectors of a range, then for

@@ -178,9 +178,7 @@ void softmax_rows(Block<T> s, int64_t rows, int64_t key_count, const KeyRange* r
       const int64_t r = first + i, later = r + kRows;
       Row row(s, r, shape);
       row.bias = x.bias[i];
-      if (std::abs(row.bias) >= kLargePivot<T>) {
-        row = settled(row, vectors(r), T{0}, s.row(r));
-      }
+      row = settled(row, vectors(r), 0, s.row(r));
       softmax_row<T, Weights>(row, vectors(r), weights + r * stride, x.sums + i * kRows,
                               Row(s, later, shape), vectors(later), x.maxima + i * kRows);
     }

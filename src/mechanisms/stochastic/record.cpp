@@ -26,6 +26,7 @@ StochasticOptions options_of(const Spec& spec, const std::vector<std::string>& m
 struct Orders {
   Orders(const Tensor& permutation, int64_t batch, int64_t heads, int64_t length)
       : heads_(heads), length_(length) {
+    // For its errors alone: the definition does not share what the kernel makes of a permutation.
     const SlotOrder checked("stochastic_attention", permutation, batch, heads, length);
     const std::vector<double> given = to_nd(permutation).values;
     slots_.resize(static_cast<size_t>(batch * heads * length));
