@@ -206,8 +206,10 @@ TEST(LayerStates, TruncateGoesToTheMarkOrToNothing) {
     }
     Model fresh(file, options);
     fresh.append(std::span(tokens).first(40));
+    fresh.append(others);
     const Rows found{{model.logits().begin(), model.logits().end()}};
-    EXPECT_EQ(relative_difference(found, {all_logits(fresh, others).back()}), 0) << pattern;
+    EXPECT_EQ(relative_difference(found, {{fresh.logits().begin(), fresh.logits().end()}}), 0)
+        << pattern;
 
     EXPECT_EQ(model.truncate(39), 0) << "in front of the mark";
     const Rows again = all_logits(model, std::span(tokens).first(45));
@@ -264,6 +266,36 @@ TEST(LayerStates, PromptsThatPartInTheAnswerAreReadFromTheirEnd) {
   EXPECT_EQ(generator.generate(third, generate).reused_tokens,
             static_cast<int64_t>(third.size()) - 1);
   EXPECT_EQ(generator.generate(prompt, generate).reused_tokens, 0);
+}
+
+TEST(Model, TheLastLayerKeepsWhatLaterTokensNeed) {
+  // Rows without logits leave the last layer early; what follows them must not notice.
+  const GgufFile file = stories_file();
+  const std::vector<int32_t> tokens = some_tokens(3 * Model::kChunk + 5);
+  const auto prompt = std::span(tokens).first(tokens.size() - 9), rest = std::span(tokens).last(9);
+  for (const char* pattern : {"flash", "flash:window=100", "stochastic:window=64", "lightning",
+                              "magnitude_aware_linear", "4xlightning/flash", "4xflash/lightning"}) {
+    ModelOptions options = with_attention(file, pattern);
+    options.context = static_cast<int64_t>(tokens.size());
+    Model all(file, options), few(file, options);
+    const Rows expected = all_logits(all, prompt);
+    Rows found;
+    const int64_t first = static_cast<int64_t>(prompt.size()) - 30;
+    few.append(prompt, first, [&](int64_t i, std::span<const float> logits) {
+      EXPECT_EQ(i, first + static_cast<int64_t>(found.size()));
+      found.emplace_back(logits.begin(), logits.end());
+    });
+    EXPECT_LT(relative_difference(found, {expected.end() - 30, expected.end()}), 1e-5) << pattern;
+    Model none(file, options);
+    none.append(prompt);
+    EXPECT_LT(
+        relative_difference({{none.logits().begin(), none.logits().end()}}, {expected.back()}),
+        1e-5)
+        << pattern;
+    const Rows next = all_logits(all, rest);
+    EXPECT_LT(relative_difference(all_logits(few, rest), next), 1e-5) << pattern;
+    EXPECT_LT(relative_difference(all_logits(none, rest), next), 1e-5) << pattern;
+  }
 }
 
 TEST(Model, WholePromptsPassInOneChunk) {

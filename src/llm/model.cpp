@@ -111,7 +111,6 @@ void Model::make_room(int64_t rows) {
   sum_ = make(config_.width);
   qkv_ = make(config_.qkv_rows());
   heads_ = make(head_columns);
-  heads_out_ = make(head_columns);
   attended_ = make(head_columns);
   gate_up_ = make(2 * config_.hidden);
   const int64_t stride = rotation_stride(static_cast<int64_t>(config_.rotary_frequencies.size()));
@@ -159,61 +158,62 @@ void Model::prepare_heads(const LayerWeights& w, const Tensor& qkv) {
          run_);
 }
 
-// Stores the keys and values behind those of the cache and attends to all of them.
-void Model::attend_over_cache(int64_t layer, const Tensor& qkv, const Tensor& out) {
+// Keys and values of the next tokens, behind those that the cache holds.
+void Model::store(int64_t layer, const Tensor& qkv) {
   const int64_t d = config_.head_dim, rows = qkv.size(0), past = length();
   const int64_t place = cache_layer_[static_cast<size_t>(layer)];
   const Tensor k = cache_.keys(place, past + rows), v = cache_.values(place, past + rows);
   for (int64_t h = 0; h < config_.kv_heads; ++h) {
-    const auto store = [&](int64_t head, const Tensor& cache) {
+    const auto store_head = [&](int64_t head, const Tensor& cache) {
       convert_rows(columns_of(qkv, head * d, d),
                    cache.select(0, 0).select(0, h).slice(0, past, past + rows), run_);
     };
-    store(config_.heads + h, k);
-    store(config_.heads + config_.kv_heads + h, v);
+    store_head(config_.heads + h, k);
+    store_head(config_.heads + config_.kv_heads + h, v);
   }
-  Tensor q = columns_of(qkv, 0, config_.heads * d);
-  Tensor result = out;
-  if (!has_cache_type(qkv.dtype())) {
-    const Tensor converted = buffer(heads_, cache_.dtype(), rows, config_.heads * d);
+}
+
+// Attention of the last `wanted` rows of qkv; the cache and the states know all rows afterwards. Valid
+// until the next call.
+Tensor Model::attend(int64_t layer, const Tensor& qkv, int64_t wanted) {
+  const ModelAttention& attention = attention_[static_cast<size_t>(layer)];
+  const int64_t d = config_.head_dim, queries = config_.heads * d, keys = config_.kv_heads * d;
+  const int64_t rows = qkv.size(0);
+  if (attention.over_state) {
+    Stopwatch watch(attention_seconds_);
+    const auto part = [&](int64_t begin, int64_t columns) {
+      return as_heads(columns_of(qkv, begin, columns), d);
+    };
+    const Tensor out = buffer(attended_, qkv.dtype(), rows, queries);
+    attention.over_state(part(0, queries), part(queries, keys), part(queries + keys, keys),
+                         as_heads(out, d), states_.of(layer), run_);
+    return out.slice(0, rows - wanted, rows);
+  }
+  store(layer, qkv);
+  const int64_t run_rows = attention.whole_prompt ? rows : wanted;
+  const Tensor out = buffer(attended_, cache_.dtype(), run_rows, queries);
+  if (run_rows == 0) return out;
+  Tensor q = columns_of(qkv, 0, queries).slice(0, rows - run_rows, rows);
+  if (q.dtype() != cache_.dtype()) {
+    const Tensor converted = buffer(heads_, cache_.dtype(), run_rows, queries);
     convert_rows(q, converted, run_);
     q = converted;
-    result = buffer(heads_out_, cache_.dtype(), rows, config_.heads * d);
-  }
-  {
-    Stopwatch watch(attention_seconds_);
-    attention_[static_cast<size_t>(layer)].over_cache(as_heads(q, d), k, v, as_heads(result, d),
-                                                      run_);
-  }
-  if (!has_cache_type(qkv.dtype())) convert_rows(result, out, run_);
-}
-
-void Model::attend(int64_t layer, const Tensor& qkv, const Tensor& out) {
-  const ModelAttention& attention = attention_[static_cast<size_t>(layer)];
-  if (attention.over_cache) {
-    attend_over_cache(layer, qkv, out);
-    return;
   }
   Stopwatch watch(attention_seconds_);
-  const int64_t d = config_.head_dim, queries = config_.heads * d, keys = config_.kv_heads * d;
-  const auto part = [&](int64_t begin, int64_t columns) {
-    return as_heads(columns_of(qkv, begin, columns), d);
-  };
-  attention.over_state(part(0, queries), part(queries, keys), part(queries + keys, keys),
-                       as_heads(out, d), states_.of(layer), run_);
+  const int64_t place = cache_layer_[static_cast<size_t>(layer)], length = this->length() + rows;
+  attention.over_cache(as_heads(q, d), cache_.keys(place, length), cache_.values(place, length),
+                       as_heads(out, d), run_);
+  return out.slice(0, run_rows - wanted, run_rows);
 }
 
-void Model::attend(int64_t layer, const Tensor& qkv, const Int8Rows& out) {
-  const Tensor attended = buffer(attended_, qkv.dtype(), out.rows, out.columns);
-  attend(layer, qkv, attended);
-  convert_rows(attended, out, run_);
+DType Model::activation_type(int64_t rows) const {
+  return rows > few_rows(weights_.dense_type) ? weights_.dense_type : DType::f32;
 }
 
-// y = W x, or y += W x where y is the stream, for the x that make(x) makes: a matrix of `type`, or one
-// rounded to int8.
+// y = W x, or y += W x where y is the stream, for the x that make(x) makes: a matrix of the type that
+// so many rows have, or one rounded to int8.
 template <class Make>
-void Model::multiply(const WeightMatrix& w, DType type, const Make& make, const Tensor& y,
-                     bool add) {
+void Model::multiply(const WeightMatrix& w, const Make& make, const Tensor& y, bool add) {
   const int64_t rows = y.size(0);
   if (w.int8.data != nullptr && rows > few_rows(weights_.dense_type)) {
     // Smaller than float32 would be.
@@ -222,6 +222,7 @@ void Model::multiply(const WeightMatrix& w, DType type, const Make& make, const 
     int8_product(x, w.int8, y, add, run_);
     return;
   }
+  const DType type = activation_type(rows);
   const Tensor x = buffer(input_, type, rows, w.columns);
   make(x);
   const Tensor product = add ? buffer(sum_, type, rows, w.rows) : y;
@@ -229,30 +230,34 @@ void Model::multiply(const WeightMatrix& w, DType type, const Make& make, const 
   if (add) add_rows(product, y, run_);
 }
 
-void Model::attention_block(int64_t layer, int64_t rows, DType type) {
+void Model::attention_block(int64_t layer, const Tensor& stream, int64_t wanted) {
   const LayerWeights& w = weights_.layers[static_cast<size_t>(layer)];
-  const Tensor stream = buffer(stream_, DType::f32, rows, config_.width);
-  const Tensor qkv = buffer(qkv_, type, rows, config_.qkv_rows());
+  const int64_t rows = stream.size(0);
+  const Tensor qkv = buffer(qkv_, activation_type(rows), rows, config_.qkv_rows());
   const auto norm = [&](const auto& x) {
     rms_norm(stream, w.attention_norm, config_.norm_eps, x, run_);
   };
-  multiply(w.qkv, type, norm, qkv, false);
+  multiply(w.qkv, norm, qkv, false);
   prepare_heads(w, qkv);
-  multiply(w.out, type, [&](const auto& x) { attend(layer, qkv, x); }, stream, true);
-  if (w.out_bias.view().defined()) add_bias(w.out_bias, stream, run_);
+  const Tensor attended = attend(layer, qkv, wanted);
+  if (wanted == 0) return;
+  const Tensor to = stream.slice(0, rows - wanted, rows);
+  multiply(w.out, [&](const auto& x) { convert_rows(attended, x, run_); }, to, true);
+  if (w.out_bias.view().defined()) add_bias(w.out_bias, to, run_);
 }
 
-void Model::feed_forward_block(const LayerWeights& w, int64_t rows, DType type) {
-  const Tensor stream = buffer(stream_, DType::f32, rows, config_.width);
-  const Tensor gate_up = buffer(gate_up_, type, rows, 2 * config_.hidden);
+void Model::feed_forward_block(const LayerWeights& w, const Tensor& stream) {
+  const int64_t rows = stream.size(0);
+  const Tensor gate_up = buffer(gate_up_, activation_type(rows), rows, 2 * config_.hidden);
   const auto norm = [&](const auto& x) {
     rms_norm(stream, w.hidden_norm, config_.norm_eps, x, run_);
   };
-  multiply(w.gate_up, type, norm, gate_up, false);
-  multiply(w.down, type, [&](const auto& x) { swiglu(gate_up, x, run_); }, stream, true);
+  multiply(w.gate_up, norm, gate_up, false);
+  multiply(w.down, [&](const auto& x) { swiglu(gate_up, x, run_); }, stream, true);
 }
 
-void Model::run_layers(std::span<const int32_t> tokens) {
+// The stream of the last `wanted` rows; of the others the layers keep what later tokens need.
+void Model::run_layers(std::span<const int32_t> tokens, int64_t wanted) {
   const int64_t rows = static_cast<int64_t>(tokens.size());
   make_room(rows);
   make_rotation_table(length(), rows);
@@ -260,24 +265,26 @@ void Model::run_layers(std::span<const int32_t> tokens) {
   for (int64_t m = 0; m < rows; ++m) {
     weights_.embed(tokens[static_cast<size_t>(m)], reinterpret_cast<float*>(stream.at({m})));
   }
-  const DType type = rows > few_rows(weights_.dense_type) ? weights_.dense_type : DType::f32;
   for (int64_t layer = 0; layer < config_.layers; ++layer) {
-    attention_block(layer, rows, type);
-    feed_forward_block(weights_.layers[static_cast<size_t>(layer)], rows, type);
+    const int64_t outputs = layer == config_.layers - 1 ? wanted : rows;
+    attention_block(layer, stream, outputs);
+    if (outputs == 0) return;
+    feed_forward_block(weights_.layers[static_cast<size_t>(layer)],
+                       stream.slice(0, rows - outputs, rows));
   }
 }
 
-void Model::append_chunk(std::span<const int32_t> tokens) {
+void Model::append_chunk(std::span<const int32_t> tokens, int64_t wanted) {
   last_row_ = -1;
   try {
-    run_layers(tokens);
+    run_layers(tokens, wanted);
   } catch (...) {
     // States of the first layers know these tokens already, the others do not.
     cache_.truncate(states_.go_back(length() + 1, length()));
     throw;
   }
   cache_.advance(static_cast<int64_t>(tokens.size()));
-  last_row_ = static_cast<int64_t>(tokens.size()) - 1;
+  if (wanted > 0) last_row_ = static_cast<int64_t>(tokens.size()) - 1;
 }
 
 // Rows of the stream after the last norm, float32.
@@ -303,9 +310,12 @@ void Model::append(std::span<const int32_t> tokens, int64_t first,
   const int64_t chunks = count / chunk() + (count % chunk() == 0 ? 0 : 1);
   for (int64_t c = 0; c < chunks; ++c) {
     const int64_t begin = count * c / chunks, end = count * (c + 1) / chunks;
+    // logits() may ask for the last token's.
+    const int64_t wanted = end - std::clamp(first, begin, c == chunks - 1 ? end - 1 : end);
     {
       Stopwatch watch(total_seconds_);
-      append_chunk(tokens.subspan(static_cast<size_t>(begin), static_cast<size_t>(end - begin)));
+      append_chunk(tokens.subspan(static_cast<size_t>(begin), static_cast<size_t>(end - begin)),
+                   wanted);
     }
     for (int64_t i = std::max(first, begin); i < end; i += kLogitRows) {
       const int64_t rows = std::min(kLogitRows, end - i);

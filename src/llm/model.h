@@ -76,21 +76,20 @@ class Model {
 
  private:
   void check_tokens(std::span<const int32_t> tokens) const;
-  void append_chunk(std::span<const int32_t> tokens);
+  void append_chunk(std::span<const int32_t> tokens, int64_t wanted);
   void make_room(int64_t rows);
   void make_rotation_table(int64_t first, int64_t rows);
-  void attention_block(int64_t layer, int64_t rows, DType type);
-  void feed_forward_block(const LayerWeights& w, int64_t rows, DType type);
+  DType activation_type(int64_t rows) const;
+  void attention_block(int64_t layer, const Tensor& stream, int64_t wanted);
+  void feed_forward_block(const LayerWeights& w, const Tensor& stream);
   void prepare_heads(const LayerWeights& w, const Tensor& qkv);
-  void attend(int64_t layer, const Tensor& qkv, const Tensor& out);
-  void attend(int64_t layer, const Tensor& qkv, const Int8Rows& out);
-  void attend_over_cache(int64_t layer, const Tensor& qkv, const Tensor& out);
-  void run_layers(std::span<const int32_t> tokens);
+  void store(int64_t layer, const Tensor& qkv);
+  Tensor attend(int64_t layer, const Tensor& qkv, int64_t wanted);
+  void run_layers(std::span<const int32_t> tokens, int64_t wanted);
   template <class Make>
-  void multiply(const WeightMatrix& w, DType type, const Make& make, const Tensor& y, bool add);
+  void multiply(const WeightMatrix& w, const Make& make, const Tensor& y, bool add);
   Tensor normalized_rows(int64_t first, int64_t rows);
   Tensor buffer(Array& memory, DType type, int64_t rows, int64_t columns) const;
-  bool has_cache_type(DType type) const { return type == cache_.dtype(); }
 
   ModelConfig config_;
   ModelDtype dtype_;
@@ -106,7 +105,7 @@ class Model {
   // Activations of up to capacity_rows_ tokens. The stream is float32 [rows, width].
   int64_t capacity_rows_ = 0;
   int64_t last_row_ = -1;  // of the stream: the last token appended; -1 = none
-  Array stream_, input_, qkv_, heads_, heads_out_, attended_, gate_up_,
+  Array stream_, input_, qkv_, heads_, attended_, gate_up_,
       sum_;          // input_: of products
   Array cos_, sin_;  // [rows, rotation_stride(pairs)]
   Array logits_;     // [some rows, vocab]
