@@ -97,6 +97,24 @@ def test_what_a_kernel_refuses_is_one_error():
     assert "width=0" in error_of("magnitude_aware_linear", "--options", "width=0")
 
 
+def test_grids_and_matrices_take_shapes_of_their_own_rank():
+    (row,) = bench_json("na2d", "--q", "1,9,7,2,8", "--options", "kernel_size=3")["rows"]
+    assert row["shapes"]["query"] == row["shapes"]["key"] == [1, 9, 7, 2, 8]
+    assert bench_json("moh_router", "--q", "2,5,12")["rows"][0]["shapes"]["x"] == [2, 5, 12]
+    message = error_of("na2d", "--q", "1,9,7,2")
+    assert "--q: found 4 numbers, needed 5" in message
+    assert "found '3', needed positive numbers" in error_of("flash", "--q", "3")
+
+
+def test_without_a_name_what_does_not_fit_is_left_out():
+    done = bench("--q", "1,2,20,8", "--json", *QUICK)
+    measured = {row["op"] for row in json.loads(done.stdout)["rows"]}
+    assert "flash_attention" in measured and "na2d" not in measured
+    assert "heed: na2d is left out: --q: found 4 numbers, needed 5" in done.stderr
+    done = bench("--options", "nothing=1", code=2)
+    assert done.stderr.endswith("heed: no mechanism takes these arguments\n")
+
+
 def test_options_choose_the_definition_that_has_them():
     rows = bench_json("flash", "--backward", "--q", "1,2,20,8", "--options", "softcap=0.5")["rows"]
     assert len(rows) == 2 and all(0 < row["max_error_over_bound"] <= 1 for row in rows)

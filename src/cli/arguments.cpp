@@ -20,6 +20,7 @@ const Dims* shape_of(const ExampleCase& example, std::string_view name) {
 // An input other than q, k, v: its axes are some of those of q, in their order, or its own. From the last
 // one on, an axis of the same extent is taken for the same; of one axis, heads come first.
 Dims resized(const std::string& input, Dims shape, const Dims& old_q, const Dims& q) {
+  if (shape == old_q) return q;
   if (shape.rank() == 1 && (input == "lengths" || shape[0] == old_q[1])) {
     shape[0] = input == "lengths" ? q[0] : q[1];
     return shape;
@@ -39,6 +40,7 @@ Dims resized(const std::string& input, Dims shape, const Dims& old_q, const Dims
 
 Dims parse_shape(std::string_view option, std::string_view text) {
   constexpr int64_t kMostElements = int64_t{1} << 32;
+  constexpr size_t kMostAxes = 6;  // a grid of three
   std::vector<int64_t> extents;
   int64_t count = 1;
   bool good = true;
@@ -52,9 +54,9 @@ Dims parse_shape(std::string_view option, std::string_view text) {
     extents.push_back(value);
     begin = comma + 1;
   }
-  if (!good || extents.size() != 4) {
+  if (!good || extents.size() < 2 || extents.size() > kMostAxes) {
     throw Error(std::string(option) + ": found '" + std::string(text) +
-                "', needed four positive numbers B,H,L,D (at most 2^32 elements)");
+                "', needed positive numbers B,H,L,D (at most 2^32 elements)");
   }
   return Dims(std::span<const int64_t>(extents));
 }
@@ -111,10 +113,13 @@ ExampleCase with_shapes(const ExampleCase& like, const ShapeArguments& shapes) {
   const Dims* old_k = shape_of(like, "k");
   if (!shapes.q && !shapes.k && !shapes.v) return like;
   if (old_q == nullptr && !like.inputs.empty()) old_q = &like.inputs.front().second;
-  if (old_q == nullptr || old_q->rank() != 4) {
-    throw Error("case " + like.name + " has no input of shape B,H,L,D; --q does not apply");
-  }
+  if (old_q == nullptr) throw Error("case " + like.name + " has no inputs; --q does not apply");
   const Dims q = shapes.q.value_or(*old_q);
+  if (q.rank() != old_q->rank()) {
+    throw Error("--q: found " + std::to_string(q.rank()) + " numbers, needed " +
+                std::to_string(old_q->rank()) + " as in the case " + like.name + ": " +
+                to_string(*old_q));
+  }
   const Dims k = shapes.k ? *shapes.k : shapes.q || old_k == nullptr ? q : *old_k;
   const Dims v = shapes.v.value_or(k);
   ExampleCase out = like;

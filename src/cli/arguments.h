@@ -13,7 +13,7 @@ class Validator;
 
 namespace heed::cli {
 
-/// "B,H,L,D" of four positive numbers; throws Error naming `option`.
+/// "B,H,L,D", or as many positive numbers as a mechanism's inputs have; throws Error naming `option`.
 Dims parse_shape(std::string_view option, std::string_view text);
 /// Long and short names: float32 or f32; throws Error naming the nearest.
 DType parse_dtype(std::string_view text);
@@ -31,7 +31,8 @@ std::vector<const Mechanism*> chosen_mechanisms(const std::string& name);
 struct ShapeArguments {
   std::optional<Dims> q, k, v;
 };
-/// A case like `like` for other shapes: q, k and v as given, every other input resized with them.
+/// A case like `like` for other shapes: q, k and v as given, every other input resized with them. Throws
+/// Error where its queries have another number of axes.
 ExampleCase with_shapes(const ExampleCase& like, const ShapeArguments& shapes);
 
 /// Views of the shapes and types of a case, for questions that read no element.

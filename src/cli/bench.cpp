@@ -1,6 +1,8 @@
 // heed bench: how fast the kernels are on this machine, alone or side by side with PyTorch.
 #include "cli/bench.h"
 
+#include <fmt/format.h>
+
 #include <algorithm>
 #include <memory>
 #include <set>
@@ -53,24 +55,39 @@ std::vector<ExampleCase> cases_of(const Mechanism& mechanism, const BenchArgumen
   return resized;
 }
 
+void leave_out(const Mechanism& mechanism, const BenchArguments& arguments, const Error& error) {
+  if (!arguments.names.empty()) throw error;
+  fmt::print(stderr, "heed: {} is left out: {}\n", mechanism.name, error.what());
+}
+
 std::vector<BenchRow> planned_rows(const BenchArguments& arguments) {
   std::vector<const Mechanism*> chosen;
   chosen.reserve(arguments.names.size());
   for (const std::string& name : arguments.names) chosen.push_back(&find_mechanism(name));
   if (chosen.empty()) chosen = chosen_mechanisms("");
+  for (const std::string& q : arguments.q) (void)parse_shape("--q", q);
+  if (!arguments.k.empty()) (void)parse_shape("--k", arguments.k);
+  if (arguments.options) (void)Spec::parse_options(*arguments.options);
+  std::vector<DType> types;
+  for (const std::string& dtype : arguments.dtypes) types.push_back(parse_dtype(dtype));
   std::vector<BenchRow> rows;
   for (const Mechanism* mechanism : chosen) {
-    for (const std::string& dtype : arguments.dtypes) {
-      for (const ExampleCase& example : cases_of(*mechanism, arguments)) {
-        BenchRow row;
-        row.mechanism = mechanism;
-        row.example = example;
-        row.dtype = parse_dtype(dtype);
-        rows.push_back(row);
-        if (!arguments.backward || !mechanism->backward) continue;
-        row.pass = Pass::backward;
-        rows.push_back(row);
+    try {
+      const std::vector<ExampleCase> cases = cases_of(*mechanism, arguments);
+      for (DType type : types) {
+        for (const ExampleCase& example : cases) {
+          BenchRow row;
+          row.mechanism = mechanism;
+          row.example = example;
+          row.dtype = type;
+          rows.push_back(row);
+          if (!arguments.backward || !mechanism->backward) continue;
+          row.pass = Pass::backward;
+          rows.push_back(row);
+        }
       }
+    } catch (const Error& error) {
+      leave_out(*mechanism, arguments, error);
     }
   }
   return rows;
@@ -105,6 +122,7 @@ int bench(const BenchArguments& arguments) {
   std::vector<BenchRow> rows = planned_rows(arguments);
   Rooflines rooflines(arguments.run());
   const int wrong = measure(rows, arguments, rooflines);
+  if (rows.empty()) throw Error("no mechanism takes these arguments");
   if (!arguments.plot.empty()) {
     write_text("--plot", arguments.plot, bench_roofline(rows, rooflines));
   }

@@ -7,6 +7,7 @@
 #include "cli/bench_roofline.h"
 #include "cli/measure.h"
 #include "cli/terminal.h"
+#include "heed/error.h"
 #include "mechanisms/registry.h"
 
 namespace heed::cli {
@@ -52,8 +53,12 @@ struct BenchRow {
 std::vector<ExampleCase> cases_of(const Mechanism& mechanism, const BenchArguments& arguments);
 /// Every call that will be measured; mistakes in the arguments show before the first one runs.
 std::vector<BenchRow> planned_rows(const BenchArguments& arguments);
+/// What refuses the arguments: one of the mechanisms that were named throws the error, where none was named
+/// it gets a line on standard error.
+void leave_out(const Mechanism& mechanism, const BenchArguments& arguments, const Error& error);
 
-/// Checks and times the rows; returns how many are wrong, each with a line on standard error.
+/// Checks and times the rows, and removes those that are left out; returns how many are wrong, each with a
+/// line on standard error.
 int measure(std::vector<BenchRow>& rows, const BenchArguments& arguments, Rooflines& rooflines);
 
 /// Kernels against their cascades on small twins of the cases; each twin is computed once.

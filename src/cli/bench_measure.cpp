@@ -116,19 +116,26 @@ int measure(std::vector<BenchRow>& rows, const BenchArguments& arguments, Roofli
   QuickChecks checks(chosen_isa(run), arguments.backward);
   Progress progress("measuring");
   int wrong = 0;
-  for (size_t i = 0; i < rows.size(); ++i) {
-    BenchRow& row = rows[i];
-    progress.show(static_cast<int64_t>(i), static_cast<int64_t>(rows.size()),
-                  row.mechanism->name + " " + row.example.options);
-    checks.check(row);
-    if (row.wrong.empty()) {
-      time_row(row, arguments, run, rooflines);
-      continue;
+  int64_t done = 0;
+  const auto count = static_cast<int64_t>(rows.size());
+  std::erase_if(rows, [&](BenchRow& row) {
+    progress.show(done++, count, row.mechanism->name + " " + row.example.options);
+    try {
+      checks.check(row);
+      if (row.wrong.empty()) {
+        time_row(row, arguments, run, rooflines);
+        return false;
+      }
+    } catch (const Error& error) {
+      progress.clear();
+      leave_out(*row.mechanism, arguments, error);
+      return true;
     }
     ++wrong;
     progress.clear();
     report_wrong(row);
-  }
+    return false;
+  });
   progress.clear();
   return wrong;
 }

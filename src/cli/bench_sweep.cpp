@@ -49,12 +49,17 @@ std::vector<BenchRow> rows_of(const BenchArguments& arguments) {
   BenchArguments a = arguments;
   if (a.names.empty()) a.names = {"flash_attention", "lightning_attention"};
   const Dims shape = a.q.empty() ? Dims{1, 8, 1, 64} : parse_shape("--q", a.q[0]);
-  if (a.q.size() > 1) throw Error("--q: --sweep length takes one shape and sets its length");
+  if (a.q.size() > 1 || shape.rank() != 4) {
+    throw Error("--q: --sweep length takes one shape B,H,L,D and sets its length");
+  }
   a.q.clear();
   std::vector<BenchRow> rows;
   for (const std::string& name : a.names) {
     const Mechanism& mechanism = find_mechanism(name);
     const ExampleCase like = case_for(mechanism, a);
+    if (like.inputs.empty() || like.inputs.front().second.rank() != 4) {
+      throw Error(mechanism.name + ": --sweep length needs queries B,H,L,D");
+    }
     for (const std::string& dtype : a.dtypes) {
       for (Pass pass : {Pass::forward, Pass::backward}) {
         if (pass == Pass::backward && (!a.backward || !mechanism.backward)) continue;
