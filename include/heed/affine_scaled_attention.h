@@ -10,7 +10,8 @@
 //
 // alpha [B,H,Lq], alpha_mean [H] of q's type or float32 (float64 beside float64), any strides; q, k, v,
 // out, types and masks as in flash_attention.h. A row that sees no key: out = 0. Memory beyond the
-// results: O(threads x tile), in the backward O(threads x L) and one more array like grad_out.
+// results: O(threads x tile), beside 16-bit types the softmax result in float32; in the backward
+// O(threads x L) and one more array like grad_out.
 #pragma once
 #include <optional>
 
@@ -28,7 +29,7 @@ struct AffineScaledOptions {
 Array affine_scaled_attention(const Tensor& q, const Tensor& k, const Tensor& v,
                               const Tensor& alpha, const Tensor& alpha_mean,
                               const AffineScaledOptions& options = {}, const RunOptions& run = {});
-/// The same into caller memory. softmax_out (like out) and lse [B,H,Lq] (float32, float64 for float64)
+/// The same into caller memory. softmax_out [B,H,Lq,Dv] and lse [B,H,Lq] (float32, float64 for float64)
 /// receive the plain softmax attention that the backward needs; either may be undefined.
 void affine_scaled_attention(const Tensor& q, const Tensor& k, const Tensor& v, const Tensor& alpha,
                              const Tensor& alpha_mean, const Tensor& out, const Tensor& softmax_out,

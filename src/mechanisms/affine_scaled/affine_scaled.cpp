@@ -1,7 +1,7 @@
 #include "engine/tiled/problem.h"
 #include "heed/affine_scaled_attention.h"
 #include "mechanisms/affine_scaled/mean_mix.h"
-#include "mechanisms/parameter.h"
+#include "mechanisms/operands.h"
 
 namespace heed {
 
@@ -14,18 +14,23 @@ struct Call {
   tiled::Problem problem;
 };
 
-// `softmax` and `lse` are where the engine writes, or wrote.
+// `out` is the result or its gradient; `softmax` (undefined: `out`) and `lse` are where the engine writes,
+// or wrote.
 Call make_call(const Tensor& q, const Tensor& k, const Tensor& v, const Tensor& alpha,
-               const Tensor& alpha_mean, const Tensor& softmax, const Tensor& lse,
-               const AffineScaledOptions& options, const RunOptions& run) {
-  tiled::check_operands(kOp, q, k, v, softmax, lse);
+               const Tensor& alpha_mean, const Tensor& out, const Tensor& softmax,
+               const Tensor& lse, const AffineScaledOptions& options, const RunOptions& run) {
+  tiled::check_operands(kOp, q, k, v, out, lse);
+  if (softmax.defined()) {
+    check_rows_like(kOp, "softmax_out", softmax, out.shape(), tiled::statistics_type(q.dtype()));
+  }
   check_parameter(kOp, "alpha", alpha, {q.size(0), q.size(1), q.size(2)}, q.dtype());
   check_parameter(kOp, "alpha_mean", alpha_mean, {q.size(1)}, q.dtype());
   Call call{{q, k, v, alpha, alpha_mean, {}, run}, {}};
   call.inputs.plans =
       tiled::TilePlan::from_masks(kOp, options.masks, q.size(0), q.size(2), k.size(2));
   call.problem.op = kOp;
-  call.problem.sequences = tiled::batch_sequences(q, k, v, softmax, lse, call.inputs.plans);
+  call.problem.sequences =
+      tiled::batch_sequences(q, k, v, softmax.defined() ? softmax : out, lse, call.inputs.plans);
   call.problem.scale = tiled::resolve_scale(kOp, options.scale, q.size(3));
   return call;
 }
@@ -40,7 +45,8 @@ AffineScaledGradients gradients(const Tensor& grad_out, const Call& call, const 
   to.v = Array(in.v.dtype(), in.v.shape());
   affine_scaled::MeanMix<T> mix(in);
   const DType wide = sizeof(T) == 8 ? DType::f64 : DType::f32;
-  Array scaled(in.q.dtype(), grad_out.shape());
+  // The engine multiplies bfloat16 rows with bfloat16 rows; float16 might overflow where float32 does not.
+  Array scaled(in.q.dtype() == DType::bf16 ? DType::bf16 : wide, grad_out.shape());
   mix.scale_gradients(grad_out, softmax_out, scaled);
   // The two parts of v's gradient may cancel: they meet before they are rounded.
   Array wide_v;
@@ -60,14 +66,17 @@ void affine_scaled_attention(const Tensor& q, const Tensor& k, const Tensor& v, 
                              const Tensor& alpha_mean, const Tensor& out, const Tensor& softmax_out,
                              const Tensor& lse, const AffineScaledOptions& options,
                              const RunOptions& run) {
-  if (softmax_out.defined()) tiled::check_operands(kOp, q, k, v, out, lse);
-  const Tensor softmax = softmax_out.defined() ? softmax_out : out;
-  const Call call = make_call(q, k, v, alpha, alpha_mean, softmax, lse, options, run);
+  // Near the mean of the values their difference has few bits left: it meets the mean before it is rounded.
+  Array own;
+  if (!softmax_out.defined() && is_half(out.dtype())) own = Array(DType::f32, out.shape());
+  const Tensor softmax = softmax_out.defined() ? softmax_out : own.view();
+  const Call call = make_call(q, k, v, alpha, alpha_mean, out, softmax, lse, options, run);
   tiled::forward(call.problem, run);
+  const Tensor& mixed = softmax.defined() ? softmax : out;
   if (q.dtype() == DType::f64) {
-    affine_scaled::MeanMix<double>(call.inputs).mix(softmax, out);
+    affine_scaled::MeanMix<double>(call.inputs).mix(mixed, out);
   } else {
-    affine_scaled::MeanMix<float>(call.inputs).mix(softmax, out);
+    affine_scaled::MeanMix<float>(call.inputs).mix(mixed, out);
   }
 }
 
@@ -86,8 +95,14 @@ AffineScaledGradients affine_scaled_attention_backward(
     const Tensor& grad_out, const Tensor& q, const Tensor& k, const Tensor& v, const Tensor& alpha,
     const Tensor& alpha_mean, const Tensor& softmax_out, const Tensor& lse,
     const AffineScaledOptions& options, const RunOptions& run) {
-  const Call call = make_call(q, k, v, alpha, alpha_mean, softmax_out, lse, options, run);
-  tiled::check_backward(kOp, grad_out, {}, softmax_out, lse);
+  if (!softmax_out.defined() || !lse.defined()) {
+    fail(kOp, "softmax_out or lse is missing", "the backward needs what the forward returned");
+  }
+  if (q.rank() == 4 && v.rank() == 4) {
+    check_rows_like(kOp, "grad_out", grad_out, {q.size(0), q.size(1), q.size(2), v.size(3)},
+                    q.dtype());
+  }
+  const Call call = make_call(q, k, v, alpha, alpha_mean, grad_out, softmax_out, lse, options, run);
   return q.dtype() == DType::f64 ? gradients<double>(grad_out, call, softmax_out, run)
                                  : gradients<float>(grad_out, call, softmax_out, run);
 }

@@ -136,11 +136,59 @@ TEST(AffineScaled, SeparateSoftmaxOutGivesTheSameResult) {
     const Inputs in = inputs(type, 70, 90);
     const Array together =
         affine_scaled_attention(in.q, in.k, in.v, in.alpha, in.alpha_mean, causal());
-    Array out(type, together.shape()), softmax_out(type, together.shape());
+    Array out(type, together.shape());
+    Array softmax_out(type == DType::f64 ? type : DType::f32, together.shape());
     affine_scaled_attention(in.q, in.k, in.v, in.alpha, in.alpha_mean, out, softmax_out, {},
                             causal());
     EXPECT_TRUE(same_bits(together, out)) << name_of(type);
-    EXPECT_TRUE(same_bits(softmax_out, flash_attention(in.q, in.k, in.v, causal_flash()).out));
+    EXPECT_TRUE(same_bits(convert(softmax_out, type),
+                          flash_attention(in.q, in.k, in.v, causal_flash()).out));
+  }
+}
+
+TEST(AffineScaled, AlmostUniformAttentionKeepsItsContrast) {
+  // alpha_mean = 0, as in a layer's first step: nothing but the difference from the mean is left, and
+  // that is a hundredth of the values.
+  for (DType type : {DType::bf16, DType::f16}) {
+    Inputs in = inputs(type, 64, 64);
+    Array values = convert(in.v, DType::f64), queries = convert(in.q, DType::f64);
+    for (int64_t i = 0; i < values.count(); ++i) values.as<double>()[i] += 1;
+    for (int64_t i = 0; i < queries.count(); ++i) queries.as<double>()[i] *= 0.02;
+    in.q = convert(queries, type);
+    in.v = convert(values, type);
+    in.alpha = convert(filled({2, 4, 64}, 0.5), DType::f32);
+    in.alpha_mean = convert(filled({4}, 0), DType::f32);
+    const auto exact = [](const Array& x) { return convert(x, DType::f64); };
+    const Array q = exact(in.q), k = exact(in.k), v = exact(in.v), alpha = exact(in.alpha);
+    const Array mean = exact(in.alpha_mean), g = random_array(type, {2, 4, 64, 12}, 9);
+    const auto run = [](const Tensor& grad_out, const Tensor& rows, const Tensor& keys,
+                        const Tensor& values_, const Tensor& a, const Tensor& m) {
+      const DType wide = rows.dtype() == DType::f64 ? DType::f64 : DType::f32;
+      Array out(rows.dtype(), grad_out.shape()), softmax(wide, grad_out.shape());
+      Array lse(wide, {2, 4, 64});
+      affine_scaled_attention(rows, keys, values_, a, m, out, softmax, lse, {});
+      AffineScaledGradients to =
+          affine_scaled_attention_backward(grad_out, rows, keys, values_, a, m, softmax, lse, {});
+      return std::pair(std::move(out), convert(to.alpha, DType::f64));
+    };
+    const auto [out, grad_alpha] = run(g, in.q, in.k, in.v, in.alpha, in.alpha_mean);
+    const auto [want, want_alpha] = run(exact(g), q, k, v, alpha, mean);
+    const auto distance = [](const Array& got, const Array& needed) {
+      const Array x = convert(got, DType::f64);
+      double error = 0, size = 0;
+      for (int64_t i = 0; i < needed.count(); ++i) {
+        const double y = needed.as<double>()[i];
+        error += (x.as<double>()[i] - y) * (x.as<double>()[i] - y);
+        size += y * y;
+      }
+      return std::sqrt(error / size);
+    };
+    // Weights are still multiplied in 16 bits; results rounded there would be 0.5 (0.06) away.
+    const double bound = type == DType::bf16 ? 0.15 : 0.02;
+    const Array alone = affine_scaled_attention(in.q, in.k, in.v, in.alpha, in.alpha_mean);
+    EXPECT_LT(distance(alone, want), bound) << name_of(type);
+    EXPECT_LT(distance(out, want), bound) << name_of(type);
+    EXPECT_LT(distance(grad_alpha, want_alpha), bound) << name_of(type);
   }
 }
 

@@ -5,6 +5,7 @@
 #include "heed/error.h"
 #include "heed/local_linear_attention.h"
 #include "mechanisms/local_linear/estimator.h"
+#include "mechanisms/operands.h"
 
 namespace heed {
 
@@ -53,13 +54,8 @@ LocalLinearGradients local_linear_attention_backward(const Tensor& grad_out, con
                                                      const LocalLinearOptions& options,
                                                      const RunOptions& run) {
   if (q.rank() == 4 && v.rank() == 4) {
-    const Dims shape{q.size(0), q.size(1), q.size(2), v.size(3)};
-    const bool unit = grad_out.rank() == 4 && (shape[3] <= 1 || grad_out.stride(3) == 1);
-    if (!unit || !(grad_out.shape() == shape) || grad_out.dtype() != q.dtype()) {
-      throw Error(std::string(kOp) + ": " + describe("grad_out", grad_out) + "; " +
-                  to_string(shape) + " " + name_of(q.dtype()) +
-                  " with a unit stride in its last dimension is needed");
-    }
+    check_rows_like(kOp, "grad_out", grad_out, {q.size(0), q.size(1), q.size(2), v.size(3)},
+                    q.dtype());
   }
   const local_linear::Call call = checked(q, k, v, grad_out, options, run);
   LocalLinearGradients gradients{Array(q.dtype(), q.shape()), Array(k.dtype(), k.shape()),

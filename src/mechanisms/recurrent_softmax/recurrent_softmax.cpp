@@ -12,7 +12,7 @@
 #include "heed/error.h"
 #include "heed/recurrent_softmax_attention.h"
 #include "kernels/row_maps.h"
-#include "mechanisms/parameter.h"
+#include "mechanisms/operands.h"
 #include "mechanisms/recurrent_softmax/row_result.h"
 
 namespace heed {
@@ -111,10 +111,11 @@ class RowPass {
       double dots[kItemRows], sums[kItemRows];
       maps_.dots(rows_of(grad_out, block), rows_of(core_, block), dots);
       maps_.sums(rows_of(grad_out, block), sums);
-      T of_gradient[kItemRows], of_row[kItemRows], constant[kItemRows];
+      T of_gradient[kItemRows], of_row[kItemRows], constant[kItemRows], scale[kItemRows];
       for (int64_t r = 0; r < block.count; ++r) {
         const recurrent::RowResult result = recurrent::row_result(kind_, rows.row[r]);
         const double gate = gate_of(block, r, rows.row[r]);
+        scale[r] = static_cast<T>(result.scale);
         if (gated()) {
           const double gradient = result.scale * dots[r] + result.shift * sums[r];
           *reinterpret_cast<T*>(at(grad_gate, block, r)) =
@@ -127,9 +128,15 @@ class RowPass {
         constant[r] = static_cast<T>(g.constant);
         *reinterpret_cast<T*>(at(grad_statistic, block, r)) = static_cast<T>(g.statistic);
       }
-      const kernels::Rows core = rows_of(core_, block);
-      maps_.combine(rows_of(grad_out, block), of_gradient, &core, of_row, constant,
-                    out_rows(grad_core, block));
+      const kernels::Rows gradient = rows_of(grad_out, block);
+      const kernels::RowsOut to = out_rows(grad_core, block);
+      if (!kind_.needs_square()) {
+        maps_.combine(gradient, of_gradient, nullptr, nullptr, constant, to);
+        return;
+      }
+      mapped(block, scale, nullptr, [&](const kernels::Rows& normalized) {
+        maps_.combine(gradient, of_gradient, &normalized, of_row, constant, to);
+      });
     });
     return grad_gate;
   }
@@ -172,13 +179,21 @@ class RowPass {
     return static_cast<double>(*reinterpret_cast<const T*>(at(gate_, block, r)));
   }
 
+  /// Calls body(rows a[r] core[r] + c[r]); c may be null.
+  template <class Body>
+  void mapped(const Block& block, const T* a, const T* c, const Body& body) const {
+    const kernels::Rows core = rows_of(core_, block);
+    const int64_t stride = round_up(core.width, 16);
+    Scratch scratch(static_cast<size_t>(kItemRows * stride) * sizeof(T) + 64);
+    T* rows = scratch.take<T>(kItemRows * stride);
+    maps_.combine(core, a, nullptr, nullptr, c, {rows, kType, stride, block.count, core.width});
+    body(kernels::Rows{rows, kType, stride, block.count, core.width});
+  }
+
   void measure(const Block& block, Rows& rows) const {
     double squares[kItemRows] = {}, means[kItemRows] = {};
     const kernels::Rows core = rows_of(core_, block);
     if (kind_.needs_mean()) {
-      const int64_t stride = round_up(core.width, 16);
-      Scratch scratch(static_cast<size_t>(kItemRows * stride) * sizeof(T) + 64);
-      T* centred = scratch.take<T>(kItemRows * stride);
       T ones[kItemRows], shift[kItemRows];
       maps_.sums(core, means);
       for (int64_t r = 0; r < block.count; ++r) {
@@ -187,10 +202,8 @@ class RowPass {
         shift[r] = static_cast<T>(-means[r]);
         means[r] = -static_cast<double>(shift[r]);
       }
-      maps_.combine(core, ones, nullptr, nullptr, shift,
-                    {centred, kType, stride, block.count, core.width});
-      const kernels::Rows from{centred, kType, stride, block.count, core.width};
-      maps_.dots(from, from, squares);
+      mapped(block, ones, shift,
+             [&](const kernels::Rows& centred) { maps_.dots(centred, centred, squares); });
     } else if (kind_.needs_square()) {
       maps_.dots(core, core, squares);
     }
@@ -291,13 +304,8 @@ RecurrentSoftmaxGradients recurrent_softmax_attention_backward(
     const Tensor& grad_out, const Tensor& q, const Tensor& k, const Tensor& v, const Tensor& core,
     const Tensor& statistic, const RecurrentSoftmaxOptions& options, const RunOptions& run) {
   if (q.rank() == 4 && v.rank() == 4) {
-    const Dims shape{q.size(0), q.size(1), q.size(2), v.size(3)};
-    const bool unit = grad_out.rank() == 4 && (shape[3] <= 1 || grad_out.stride(3) == 1);
-    if (!unit || !(grad_out.shape() == shape) || grad_out.dtype() != q.dtype()) {
-      throw Error(std::string(kOp) + ": " + describe("grad_out", grad_out) + "; " +
-                  to_string(shape) + " " + name_of(q.dtype()) +
-                  " with a unit stride in its last dimension is needed");
-    }
+    check_rows_like(kOp, "grad_out", grad_out, {q.size(0), q.size(1), q.size(2), v.size(3)},
+                    q.dtype());
   }
   tiled::check_operands(kOp, q, k, v, grad_out, {});
   check_options(options, q);

@@ -79,20 +79,20 @@ RowGradient row_gradient(const RowKind& kind, const Row& row, double gradient_do
       return {scale, 0, 0, std::abs(t) >= kLeastDenominator ? -scale * scale * dot : 0};
     case Normalizer::l2: {
       const double norm = std::sqrt(row.square);
-      if (norm_counts(kind, row, norm)) return {scale, -scale * scale * scale * dot, 0, 0};
+      if (norm_counts(kind, row, norm)) return {scale, -scale * (scale * dot), 0, 0};
       const double least = unit_of(kind, row) / kLeastNorm;
       return {least, 0, 0, kind.polynomial ? 0 : least * dot};
     }
     case Normalizer::rms: {
       const Root root = root_of(kind, row);
-      const double pull = scale * scale * scale * dot / kind.width;
+      const double pull = scale * (scale * dot) / kind.width;
       return {scale, -pull, 0, kind.polynomial ? 0 : scale * root.eps_share * dot};
     }
     case Normalizer::layer: {
       const Root root = root_of(kind, row);
       const double centred = dot - row.mean * gradient_sum;
-      const double pull = scale * scale * scale * centred / kind.width;
-      return {scale, -pull, pull * row.mean - scale * gradient_sum / kind.width,
+      const double pull = scale * (scale * centred) / kind.width;
+      return {scale, -pull, pull * (scale * row.mean) - scale * gradient_sum / kind.width,
               kind.polynomial ? 0 : scale * root.eps_share * centred};
     }
     case Normalizer::divide_by_count:
