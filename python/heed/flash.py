@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from heed._masks import Window, window_sides
+from heed._seeds import signed_seed
 
 _ops = torch.ops.heed
 
@@ -102,7 +103,7 @@ def flash_attention(
         dropout_p: probability from 0 up to, not including, 1 that a weight is dropped; the others
             are scaled up. Which ones is a function of ``seed`` and the weight's place alone, so
             the backward drops the same.
-        seed: of the dropout.
+        seed: of the dropout; any 64-bit number.
         return_lse: also return the natural logarithm of the sum of ``exp(score)`` of each query.
 
     Returns:
@@ -138,7 +139,7 @@ def flash_attention(
         block_size[0],
         block_size[1],
         dropout_p,
-        seed,
+        signed_seed(seed),
     )
     return (out, lse) if return_lse else out
 

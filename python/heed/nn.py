@@ -7,6 +7,7 @@ same numbers on every machine.
 import torch
 from torch import Tensor
 
+from heed._seeds import signed_seed
 from heed.lightning import lightning_slopes
 
 __all__ = ["hedgehog_identity", "lightning_slopes", "random_projection"]
@@ -56,4 +57,4 @@ def random_projection(
 
     Source: Rethinking Attention with Performers (arXiv 2009.14794).
     """
-    return torch.ops.heed.performer_projection(num_heads, num_features, dim, seed, orthogonal)
+    return torch.ops.heed.performer_projection(num_heads, num_features, dim, signed_seed(seed), orthogonal)

@@ -6,6 +6,8 @@ from typing import Literal, overload
 import torch
 from torch import Tensor
 
+from heed._seeds import signed_seed
+
 
 @overload
 def stochastic_attention(
@@ -80,7 +82,7 @@ def random_permutation(seed: int, shape: int | Sequence[int]) -> Tensor:
     """Uniformly random permutations along the last axis, a function of seed and shape alone.
 
     Args:
-        seed: any whole number; give every layer and training step its own.
+        seed: any 64-bit number; give every layer and training step its own.
         shape: ``L``, ``[L]``, ``[H, L]`` or ``[B, H, L]``, as in :func:`heed.stochastic_attention`.
 
     Returns:
@@ -92,4 +94,4 @@ def random_permutation(seed: int, shape: int | Sequence[int]) -> Tensor:
     Source: Stochastic Attention (arXiv 2604.00754); random numbers by Philox 4x32-10.
     """
     sizes = list(shape) if isinstance(shape, (tuple, list)) else [shape]
-    return torch.ops.heed.random_permutation(seed, sizes)
+    return torch.ops.heed.random_permutation(signed_seed(seed), sizes)

@@ -85,6 +85,36 @@ def test_a_closed_pipe_ends_the_program_quietly():
     assert program.stderr.read() == b""
 
 
+STORY = ["--model", "models/stories260K.gguf"]
+ONCE = ["run", *STORY, "--no-chat", "-p", "Once", "--max-tokens", "3"]
+
+
+def shell(command):
+    words = " ".join(map(str, [PROGRAM, *command]))
+    return subprocess.run(
+        ["bash", "-c", words], capture_output=True, text=True, cwd=ROOT, env=ENVIRONMENT
+    )
+
+
+@pytest.mark.parametrize(
+    "command", [["list"], ["--version"], ["show", "flash", "--json"], ["hardware", "passes"], ONCE]
+)
+@pytest.mark.parametrize("place", ["> /dev/full", ">&-"])
+def test_output_that_cannot_be_written_is_an_error(command, place):
+    done = shell([*command, place])
+    assert done.returncode == 3
+    assert done.stderr.endswith("heed: cannot write to standard output\n")
+    assert "internal error" not in done.stderr
+
+
+@pytest.mark.parametrize("place", ["2> /dev/full", "2>&-"])
+def test_messages_that_cannot_be_written_change_nothing_else(place):
+    assert shell(["nothing", place]).returncode == 2
+    assert shell(["show", "nothing", place]).returncode == 2
+    done = shell([*ONCE, place])
+    assert done.returncode == 0 and done.stdout.startswith(" upon a")
+
+
 def test_no_colours_outside_a_terminal():
     for arguments in (["show", "flash"], ["cpu"], ["check", "merge"]):
         done = heed(*arguments)
@@ -197,6 +227,12 @@ def test_explain():
     portable = heed_json("explain", "flash", "--q", "1,8,512,80", "--isa", "portable")
     assert next(a for a in portable if a["chosen"])["path"].startswith("portable")
     assert "chosen" in heed("explain", "flash", "--q", "1,8,512,80", "--k", "1,2,64,80").stdout
+
+
+def test_explain_refuses_what_the_operator_refuses():
+    assert "1 to 256 is supported" in error_of("explain", "flash", "--q", "1,2,64,512")
+    message = error_of("explain", "flash", "--q", "1,2,64,32", "--k", "1,3,64,32")
+    assert "q has 2 heads, k has 3" in message
 
 
 @pytest.mark.parametrize(

@@ -180,6 +180,18 @@ def test_backward_is_an_error_that_names_the_operator():
         out.sum().backward()
 
 
+@pytest.mark.parametrize("requires_grad", [False, True])
+def test_forward_mode_is_refused(requires_grad):
+    # A tangent that got lost would say that the derivative is zero.
+    def lightning(q):
+        return heed.lightning_attention(q, q, q)
+
+    for call in (flash, sigmoid, lightning):
+        q = random(2, 4, 5, 8).requires_grad_(requires_grad)
+        with pytest.raises(RuntimeError, match="forward-mode derivatives are not offered"):
+            torch.func.jvp(call, (q,), (q.detach(),))
+
+
 @pytest.mark.parametrize("name", CALLS)
 @pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode])
 def test_without_gradients(name, mode):
@@ -226,6 +238,32 @@ def test_compile(dynamic):
         lengths = torch.full((b,), lk)
         for found, expected in zip(compiled(q, k, v, lengths), everything(q, k, v, lengths)):
             assert torch.equal(found, expected)
+
+
+def test_one_graph_serves_all_seeds():
+    torch.compiler.reset()
+    compiled = torch.compile(
+        lambda q, seed: heed.flash_attention(q, q, q, dropout_p=0.5, seed=seed),
+        fullgraph=True,
+        dynamic=True,
+        backend="aot_eager",
+    )
+    with torch._dynamo.config.patch(error_on_recompile=True):
+        for seed in (11, 12, 2**62):
+            expected = heed.flash_attention(Q, Q, Q, dropout_p=0.5, seed=seed)
+            assert torch.equal(compiled(Q, seed), expected)
+
+
+@pytest.mark.parametrize("seed", [-1, 2**63, 2**64 - 1])
+def test_seeds_are_any_64_bits(seed):
+    same = seed + 2**64 if seed < 0 else seed - 2**64
+    for draw in (
+        lambda s: heed.random_permutation(s, 50),
+        lambda s: heed.nn.random_projection(1, 4, 4, seed=s),
+        lambda s: heed.flash_attention(Q, Q, Q, dropout_p=0.5, seed=s),
+    ):
+        assert torch.equal(draw(seed), draw(same))
+        assert not torch.equal(draw(seed), draw(7))
 
 
 def test_compile_to_code():

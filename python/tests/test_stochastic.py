@@ -53,6 +53,11 @@ def test_random_permutations(shape):
     assert not torch.equal(heed.random_permutation(-7, (100,)), heed.random_permutation(7, (100,)))
 
 
+def test_random_permutation_names_a_negative_extent():
+    with pytest.raises(ValueError, match=r"random_permutation: shape is \[-3\]"):
+        heed.random_permutation(1, (-3,))
+
+
 def test_random_permutation_as_an_operator():
     opcheck(torch.ops.heed.random_permutation.default, (7, [3, 5]))
 

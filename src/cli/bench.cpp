@@ -57,7 +57,7 @@ std::vector<ExampleCase> cases_of(const Mechanism& mechanism, const BenchArgumen
 
 void leave_out(const Mechanism& mechanism, const BenchArguments& arguments, const Error& error) {
   if (!arguments.names.empty()) throw error;
-  fmt::print(stderr, "heed: {} is left out: {}\n", mechanism.name, error.what());
+  say("heed: {} is left out: {}\n", mechanism.name, error.what());
 }
 
 std::vector<BenchRow> planned_rows(const BenchArguments& arguments) {

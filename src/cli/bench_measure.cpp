@@ -107,8 +107,8 @@ void QuickChecks::check(BenchRow& row) {
 }
 
 void report_wrong(const BenchRow& row) {
-  fmt::print(stderr, "heed: {} {} {}: not measured, it disagrees with its cascade: {}\n",
-             row.mechanism->name, row.example.options, heed::name_of(row.dtype), row.wrong);
+  say("heed: {} {} {}: not measured, it disagrees with its cascade: {}\n", row.mechanism->name,
+      row.example.options, heed::name_of(row.dtype), row.wrong);
 }
 
 int measure(std::vector<BenchRow>& rows, const BenchArguments& arguments, Rooflines& rooflines) {

@@ -151,13 +151,13 @@ int check(const Arguments& arguments) {
   } else {
     print_table(arguments.all ? rows : summarised(rows));
   }
-  std::fflush(stdout);
+  flush_output();
   size_t wrong = 0;
   for (const CheckRow& row : rows) {
     if (row.ok()) continue;
     ++wrong;
-    fmt::print(stderr, "heed: {} {} {} {}: {}\n  {}\n", row.mechanism, row.example, row.path,
-               row.result, row.failure.empty() ? row.difference.where : row.failure, row.replay);
+    say("heed: {} {} {} {}: {}\n  {}\n", row.mechanism, row.example, row.path, row.result,
+        row.failure.empty() ? row.difference.where : row.failure, row.replay);
   }
   if (!arguments.json) {
     fmt::print("{}\n", wrong == 0

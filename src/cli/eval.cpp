@@ -57,10 +57,9 @@ int eval(const Arguments& arguments) {
   } else {
     fmt::print("perplexity {:.4f}  ({} tokens scored, context {}, {:.4f} nats per token)\n",
                result.perplexity, result.scored, loaded.model->context(), result.mean_nll);
-    std::fflush(stdout);
-    fmt::print(stderr, "[{:.1f} s, {:.1f} tokens/s, {:.0f} % of the time in attention{}]\n",
-               result.total_seconds, rate, 100 * share,
-               complete ? "" : "; interrupted, the rest of the text is not in it");
+    flush_output();
+    say("[{:.1f} s, {:.1f} tokens/s, {:.0f} % of the time in attention{}]\n", result.total_seconds,
+        rate, 100 * share, complete ? "" : "; interrupted, the rest of the text is not in it");
   }
   return complete ? kOk : kInterrupted;
 }

@@ -6,6 +6,7 @@
 #include "cli/arguments.h"
 #include "cli/commands.h"
 #include "cli/terminal.h"
+#include "mechanisms/operands.h"
 
 namespace heed::cli {
 namespace {
@@ -30,7 +31,11 @@ void explain(const Arguments& arguments) {
   const ExampleCase example = example_of(mechanism, arguments);
   RunOptions run;
   if (!arguments.isa.empty()) run.isa = isas_to_use(arguments.isa).front();
-  const auto answers = mechanism.explain(shapes_only(example, parse_dtype(arguments.dtype)), run);
+  const NamedTensors tensors = shapes_only(example, parse_dtype(arguments.dtype));
+  if (mechanism.engine == "tiled" && tensors.count("k") > 0 && tensors.count("v") > 0) {
+    check_attention(mechanism.name.c_str(), tensors.at("q"), tensors.at("k"), tensors.at("v"));
+  }
+  const auto answers = mechanism.explain(tensors, run);
   bool chosen = false;
   Json list = Json::array();
   Table table({{"path"}, {"can run"}, {""}});

@@ -10,6 +10,7 @@
 #include <fstream>
 #include <sstream>
 
+#include "cli/terminal.h"
 #include "heed/error.h"
 
 namespace heed::cli {
@@ -90,7 +91,7 @@ void add_hardware(CLI::App& app, Outcome& outcome) {
   add_hardware_files(*hardware);
   hardware->callback([hardware, &outcome] {
     if (!hardware->get_subcommands().empty()) return;
-    fmt::print(stderr, "{}", hardware->help());
+    say("{}", hardware->help());
     outcome.exit_code = kUsageError;
   });
 }

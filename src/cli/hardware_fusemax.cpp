@@ -74,7 +74,7 @@ std::vector<Row> rows_of(const Plan& plan) {
     }
   }
   if (rows.empty()) throw Error("no configuration runs on this machine: " + refused);
-  fmt::print(stderr, "{}", refused);
+  say("{}", refused);
   return rows;
 }
 

@@ -87,7 +87,7 @@ void add_mechanism(const Mechanism& mechanism, const Machine& machine, const Siz
       lines.push_back(line);
     }
   }
-  for (const std::string& text : left_out) fmt::print(stderr, "heed: left out: {}\n", text);
+  for (const std::string& text : left_out) say("heed: left out: {}\n", text);
 }
 
 bool is_file(const std::string& name) {

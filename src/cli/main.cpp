@@ -8,6 +8,7 @@
 #include <string_view>
 
 #include "cli/commands.h"
+#include "cli/terminal.h"
 #include "cli/wait_policy.h"
 #include "heed/error.h"
 #include "heed/version.h"
@@ -78,7 +79,7 @@ std::string leftover_message(const CLI::App& app) {
 
 int report(const std::string& message, int exit_code) {
   std::fflush(stdout);
-  fmt::print(stderr, "heed: {}\n", message);
+  say("heed: {}\n", message);
   return exit_code;
 }
 
@@ -97,7 +98,7 @@ int run_program(int argc, char** argv) {
   try {
     app.parse(argc, argv);
     if (app.get_subcommands().empty()) {
-      fmt::print(stderr, "{}", app.help());
+      say("{}", app.help());
       return kUsageError;
     }
   } catch (const CLI::ParseError& error) {
@@ -121,9 +122,11 @@ int main(int argc, char** argv) {
   } catch (const std::bad_alloc&) {
     code = report("not enough memory", kInternalError);
   } catch (const std::exception& error) {
-    code = report(std::string("internal error: ") + error.what(), kInternalError);
+    if (std::ferror(stdout) == 0) {
+      code = report(std::string("internal error: ") + error.what(), kInternalError);
+    }
   }
-  if (std::fflush(stdout) != 0) {
+  if (std::fflush(stdout) != 0 || std::ferror(stdout) != 0) {
     code = report("cannot write to standard output", kInternalError);
   }
   return code;

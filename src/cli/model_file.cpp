@@ -86,6 +86,9 @@ std::optional<fs::path> find_smollm2() {
 
 fs::path find_model(const std::string& name) {
   if (is_file(name)) return name;
+  if (std::error_code error; fs::is_directory(name, error)) {
+    throw Error("--model: '" + name + "' is a folder, a GGUF file is needed");
+  }
   std::vector<std::string> known = {kSmolLm};
   for (const fs::path& folder : model_folders()) {
     if (is_file(folder / (name + ".gguf"))) return folder / (name + ".gguf");

@@ -63,7 +63,7 @@ void print_statistics(const GenerateResult& result, const Model& model) {
   if (result.stop == StopReason::context) line += "; stopped: the context is full";
   if (result.stop == StopReason::max_tokens) line += "; stopped at --max-tokens";
   if (result.stop == StopReason::cancelled) line += "; interrupted";
-  fmt::print(stderr, "[{}]\n", line);
+  say("[{}]\n", line);
 }
 
 /// A model that answers prompts and shows the words as they come.
@@ -85,7 +85,7 @@ class Speaker {
       answer.text += text;
       if (arguments_.json) return;
       std::fwrite(text.data(), 1, text.size(), stdout);
-      std::fflush(stdout);
+      flush_output();
     };
     const InterruptGuard guard;
     Progress progress("reading the prompt");
@@ -133,7 +133,7 @@ int answer_once(LanguageModel& loaded, const Arguments& arguments, const std::st
     print_json(result_json(answer.result, answer.text, *loaded.model));
   } else {
     fmt::print("\n");
-    std::fflush(stdout);
+    flush_output();
     print_statistics(answer.result, *loaded.model);
   }
   return answer.result.stop == StopReason::cancelled ? kInterrupted : kOk;
@@ -141,7 +141,7 @@ int answer_once(LanguageModel& loaded, const Arguments& arguments, const std::st
 
 std::optional<std::string> next_line() {
   fmt::print("{}", bold("> "));
-  std::fflush(stdout);
+  flush_output();
   std::string line;
   if (!std::getline(std::cin, line)) return std::nullopt;
   return line;
@@ -151,7 +151,7 @@ int converse(LanguageModel& loaded, const Arguments& arguments) {
   const ChatTemplate chat(*loaded.file, *loaded.tokenizer);
   Speaker speaker(loaded, arguments);
   std::vector<ChatMessage> messages = opening(arguments);
-  fmt::print(stderr, "/reset starts a new conversation, Ctrl-C stops an answer, Ctrl-D ends\n");
+  say("/reset starts a new conversation, Ctrl-C stops an answer, Ctrl-D ends\n");
   while (const auto line = next_line()) {
     if (line->find_first_not_of(" \t") == std::string::npos) continue;
     if (*line == "/reset") {
@@ -162,12 +162,12 @@ int converse(LanguageModel& loaded, const Arguments& arguments) {
     try {
       const auto answer = speaker.answer(chat.render(messages), chat.stop_tokens(), true);
       fmt::print("\n");
-      std::fflush(stdout);
+      flush_output();
       print_statistics(answer.result, *loaded.model);
       messages.push_back({"assistant", answer.text});
     } catch (const Error& error) {
       messages.pop_back();
-      fmt::print(stderr, "heed: {}; /reset starts a new conversation\n", error.what());
+      say("heed: {}; /reset starts a new conversation\n", error.what());
     }
   }
   fmt::print("\n");

@@ -6,6 +6,7 @@
 #include <algorithm>
 #include <cmath>
 #include <cstdlib>
+#include <stdexcept>
 
 namespace heed::cli {
 namespace {
@@ -16,6 +17,12 @@ std::string painted(std::string_view text, int code) {
 }
 
 }  // namespace
+
+void flush_output() {
+  if (std::fflush(stdout) != 0 || std::ferror(stdout) != 0) {
+    throw std::runtime_error("cannot write to standard output");
+  }
+}
 
 bool is_terminal(std::FILE* stream) { return isatty(fileno(stream)) == 1; }
 
@@ -84,14 +91,14 @@ void Progress::show(int64_t done, int64_t total, std::string_view note) {
   drawn_ = true;
   constexpr int kWidth = 30;
   const auto filled = static_cast<int>(std::clamp<int64_t>(done * kWidth / total, 0, kWidth));
-  fmt::print(stderr, "\r\x1b[K{} [{:#<{}}{:.<{}}] {:3d} %  {}", label_, "", filled, "",
-             kWidth - filled, done * 100 / total, note);
+  say("\r\x1b[K{} [{:#<{}}{:.<{}}] {:3d} %  {}", label_, "", filled, "", kWidth - filled,
+      done * 100 / total, note);
   std::fflush(stderr);
 }
 
 void Progress::clear() {
   if (!drawn_) return;
-  fmt::print(stderr, "\r\x1b[K");
+  say("\r\x1b[K");
   std::fflush(stderr);
   drawn_ = false;
 }

@@ -1,11 +1,14 @@
 // What the commands print with: colours where a person reads, tables, numbers, a progress bar.
 #pragma once
+#include <fmt/format.h>
+
 #include <chrono>
 #include <cstdint>
 #include <cstdio>
 #include <nlohmann/json.hpp>
 #include <string>
 #include <string_view>
+#include <utility>
 #include <vector>
 
 namespace heed::cli {
@@ -19,6 +22,14 @@ bool is_terminal(std::FILE* stream);
 std::string bold(std::string_view text);  // for standard output
 std::string green(std::string_view text);
 std::string red(std::string_view text);
+
+/// Prints on standard error; what cannot be written there is lost, and nothing else.
+template <class... Args>
+void say(fmt::format_string<Args...> text, Args&&... args) {
+  std::fputs(fmt::format(text, std::forward<Args>(args)...).c_str(), stderr);
+}
+/// Hands standard output over to its reader. Throws when it cannot be written.
+void flush_output();
 
 /// Prints one JSON value and a newline; bytes that are not UTF-8 become U+FFFD.
 void print_json(const Json& json);

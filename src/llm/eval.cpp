@@ -14,8 +14,10 @@ namespace {
 
 int64_t in_range(const char* name, int64_t value, int64_t least, int64_t most) {
   if (value < least || value > most) {
-    throw Error(std::string(name) + " is " + std::to_string(value) + ", " + std::to_string(least) +
-                " to " + std::to_string(most) + " is needed");
+    throw Error(std::string(name) + " is " + std::to_string(value) + ", " +
+                (most < least ? "at least " + std::to_string(least)
+                              : std::to_string(least) + " to " + std::to_string(most)) +
+                " is needed");
   }
   return value;
 }

@@ -3,6 +3,7 @@
 #include <algorithm>
 #include <cmath>
 #include <limits>
+#include <sstream>
 #include <string>
 
 #include "heed/error.h"
@@ -11,8 +12,9 @@ namespace heed {
 namespace {
 
 [[noreturn]] void bad(const char* name, double found, const char* needed) {
-  throw Error(std::string("sampler: ") + name + " is " + std::to_string(found) + ", needed " +
-              needed);
+  std::ostringstream text;
+  text << "sampler: " << name << " is " << found << ", needed " << needed;
+  throw Error(text.str());
 }
 
 // The largest logit that is not -inf and its lowest id; every logit is checked.

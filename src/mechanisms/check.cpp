@@ -40,6 +40,19 @@ double perturbation_step(DType dtype) {
 // Half the distance between the smallest numbers of a type.
 double least_error(DType type) { return type == DType::f16 ? 0x1p-24 : 0; }
 
+double largest_finite(DType type) {
+  switch (type) {
+    case DType::f16:
+      return 65504;
+    case DType::bf16:
+      return 0x1.fep127;
+    case DType::f32:
+      return std::numeric_limits<float>::max();
+    default:
+      return std::numeric_limits<double>::max();
+  }
+}
+
 double largest(const NdArray& array) {
   double most = 0;
   for (double x : array.values) {
@@ -267,7 +280,8 @@ Arranged arrange(const NamedArrays& inputs, Layout layout) {
 Bound allowed_error(DType dtype, DType result, double sensitivity, const NdArray& want) {
   return {
       .relative = unit_roundoff(result),
-      .absolute = 3 * sensitivity + perturbation_step(dtype) * largest(want) + least_error(result)};
+      .absolute = 3 * sensitivity + perturbation_step(dtype) * largest(want) + least_error(result),
+      .largest = largest_finite(result)};
 }
 
 Reference make_reference(const Mechanism& mechanism, const ExampleCase& example, DType dtype,

@@ -1,5 +1,6 @@
 // One comparison for all checks: a result against its float64 reference under an elementwise bound.
 #pragma once
+#include <limits>
 #include <string>
 #include <vector>
 
@@ -7,10 +8,12 @@
 
 namespace heed {
 
-/// Allowed |got - want| of an element: relative * |want| + absolute.
+/// Allowed |got - want| of an element: relative * |want| + absolute. Where `want` may round to an infinity
+/// of the result's type, whose largest finite value is `largest`, that is right as well.
 struct Bound {
   double relative = 0;
   double absolute = 0;
+  double largest = std::numeric_limits<double>::infinity();
   double at(double want) const;
 };
 

@@ -55,6 +55,15 @@ TEST(Compare, InfinitiesMustBeEqual) {
   EXPECT_FALSE(run({kInf}, {kNan}, {1, 1}).ok());
 }
 
+TEST(Compare, OverflowOfTheResultIsRight) {
+  const Bound half{1e-3, 0, 65504};
+  EXPECT_TRUE(run({kInf, -kInf, kInf}, {365312, -1e6, 65500}, half).ok());
+  EXPECT_FALSE(run({kInf}, {-365312}, half).ok());
+  EXPECT_FALSE(run({kInf}, {60000}, half).ok());
+  EXPECT_FALSE(run({65504}, {365312}, half).ok());
+  EXPECT_FALSE(run({kNan}, {365312}, half).ok());
+}
+
 TEST(Compare, NanBoundFails) { EXPECT_FALSE(run({1}, {2}, {0, kNan}).ok()); }
 
 TEST(Compare, ZeroBoundAsksForEquality) {

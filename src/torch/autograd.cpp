@@ -14,6 +14,7 @@
 #include <ATen/ops/zeros_like.h>
 #include <torch/csrc/autograd/autograd_not_implemented_fallback.h>
 #include <torch/csrc/autograd/custom_function.h>
+#include <torch/csrc/autograd/functions/utils.h>
 #include <torch/library.h>
 
 #include <algorithm>
@@ -191,6 +192,9 @@ void differentiate(const OperatorHandle& op, Stack* stack) {
   for (auto value = first; value != stack->end(); ++value) {
     if (!is_tensor(*value)) continue;
     tensors.push_back(value->toTensor());
+    // Below this kernel a tangent would be lost, which says that it is zero.
+    TORCH_CHECK(!torch::autograd::isFwGradDefined(tensors.back()), op.schema().name(),
+                ": forward-mode derivatives are not offered; needed is a backward");
     wanted = wanted || tensors.back().requires_grad();
   }
   if (!wanted || !at::GradMode::is_enabled()) {

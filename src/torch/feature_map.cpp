@@ -93,7 +93,7 @@ at::Tensor identity_meta(c10::SymInt heads, c10::SymInt dim, c10::SymInt width,
 }
 
 at::Tensor projection_meta(c10::SymInt heads, c10::SymInt features, c10::SymInt dim,
-                           int64_t /*seed*/, bool /*orthogonal*/,
+                           const c10::SymInt& /*seed*/, bool /*orthogonal*/,
                            std::optional<c10::Device> /*device*/) {
   return empty_parameter({std::move(heads), std::move(features), std::move(dim)});
 }

@@ -99,7 +99,7 @@ Results flash_meta(const at::Tensor& q, const at::Tensor& k, const at::Tensor& v
                    c10::SymInt, const MaybeTensor& lengths, std::optional<double>, double,
                    const MaybeTensor& alibi_slopes, const MaybeTensor&, const MaybeTensor&,
                    const MaybeTensor& sink, const MaybeTensor& block_mask, int64_t, int64_t, double,
-                   int64_t) {
+                   c10::SymInt) {
   const Arg args[] = {{kFlash, "q", q}, {kFlash, "k", k}, {kFlash, "v", v}};
   check_qkv(args[0], args[1], args[2]);
   check_qkv_shapes(args[0], args[1], args[2]);

@@ -16,7 +16,7 @@ TORCH_LIBRARY(heed, m) {
   "bool causal=False, SymInt window_left=-1, SymInt window_right=-1, Tensor? lengths=None," \
   " float? scale=None, float softcap=0.0, Tensor? alibi_slopes=None, Tensor? mask=None,"    \
   " Tensor? bias=None, Tensor? sink=None, Tensor? block_mask=None, int block_rows=64,"      \
-  " int block_keys=64, float dropout_p=0.0, int seed=0"
+  " int block_keys=64, float dropout_p=0.0, SymInt seed=0"
   m.def("flash_attention(Tensor q, Tensor k, Tensor v, " HEED_FLASH_OPTIONS
         ") -> (Tensor out, Tensor lse)");
   m.def(
@@ -125,7 +125,7 @@ TORCH_LIBRARY(heed, m) {
       " Tensor v, Tensor permutation, Tensor out, Tensor lse, " HEED_STOCHASTIC_OPTIONS
       ") -> (Tensor grad_q, Tensor grad_k, Tensor grad_v)");
   // Fake tensors call every operator without tensor arguments with a device.
-  m.def("random_permutation(int seed, SymInt[] shape, *, Device? device=None) -> Tensor");
+  m.def("random_permutation(SymInt seed, SymInt[] shape, *, Device? device=None) -> Tensor");
 #define HEED_SIGMOID_OPTIONS                                                             \
   "float? bias_value=None, Tensor? bias=None, bool causal=False, SymInt window_left=-1," \
   " SymInt window_right=-1, Tensor? lengths=None, float? scale=None, Tensor? alibi_slopes=None"
@@ -199,7 +199,7 @@ TORCH_LIBRARY(heed, m) {
       "hedgehog_identity(SymInt heads, SymInt dim, SymInt width, *, Device? device=None) -> "
       "Tensor");
   m.def(
-      "performer_projection(SymInt heads, SymInt features, SymInt dim, int seed,"
+      "performer_projection(SymInt heads, SymInt features, SymInt dim, SymInt seed,"
       " bool orthogonal=True, *, Device? device=None) -> Tensor");
 #define HEED_DISTILLATION_ARGUMENTS                                                          \
   "Tensor q, Tensor k, Tensor feature_q, Tensor feature_k, bool causal=False, float? scale=" \

@@ -76,7 +76,7 @@ at::Tensor permutation_cpu(int64_t seed, at::IntArrayRef shape, std::optional<c1
   return take(std::move(slots), at::empty({0}, at::kLong));
 }
 
-at::Tensor permutation_meta(int64_t /*seed*/, c10::SymIntArrayRef shape,
+at::Tensor permutation_meta(const c10::SymInt& /*seed*/, c10::SymIntArrayRef shape,
                             std::optional<c10::Device> /*device*/) {
   return empty_parameter(shape, at::kLong);
 }

@@ -104,6 +104,9 @@ class Uniform {
 Array random_permutation(uint64_t seed, const Dims& shape) {
   constexpr const char* kOp = "random_permutation";
   if (shape.rank() == 0) fail(kOp, "shape is []", "at least one axis is needed: [L]");
+  for (int axis = 0; axis < shape.rank(); ++axis) {
+    if (shape[axis] < 0) fail(kOp, "shape is " + to_string(shape), "no extent may be negative");
+  }
   const int64_t length = shape.back(), count = element_count(shape);
   if (length > std::numeric_limits<int32_t>::max()) {
     fail(kOp, "shape is " + to_string(shape), "at most 2^31 - 1 tokens are supported");
