@@ -1,5 +1,6 @@
 """Neighborhood attention on grids of one, two or three axes."""
 
+import operator
 from collections.abc import Sequence
 from typing import Literal, overload
 
@@ -7,7 +8,7 @@ import torch
 from torch import Tensor
 
 PerAxis = int | Sequence[int]
-CausalPerAxis = bool | Sequence[bool]
+CausalPerAxis = bool | Sequence[bool] | None  # None: False
 
 
 def _per_axis(op: str, name: str, value: PerAxis | CausalPerAxis, axes: int) -> list[int]:
@@ -17,10 +18,12 @@ def _per_axis(op: str, name: str, value: PerAxis | CausalPerAxis, axes: int) -> 
         raise ValueError(
             f"{op}: {name} is {value!r}, needed is one value or one for each of the {axes} axes"
         )
-    for one in values:
-        if not isinstance(one, (int, torch.SymInt)):
-            raise TypeError(f"{op}: {name} is {value!r}, needed are whole numbers")
-    return [int(one) for one in values]
+    if all(isinstance(one, (int, torch.SymInt)) for one in values):
+        return [int(one) for one in values]
+    try:
+        return [operator.index(one) for one in values]
+    except TypeError:
+        raise TypeError(f"{op}: {name} is {value!r}, needed are whole numbers") from None
 
 
 def _neighborhood(
@@ -46,7 +49,7 @@ def _neighborhood(
         _per_axis(op, "kernel_size", kernel_size, axes),
         _per_axis(op, "stride", stride, axes),
         _per_axis(op, "dilation", dilation, axes),
-        _per_axis(op, "is_causal", is_causal, axes),
+        _per_axis(op, "is_causal", False if is_causal is None else is_causal, axes),
         scale,
         additional_keys,
         additional_values,

@@ -37,7 +37,8 @@ def recurrent_softmax_attention(
     ``none``             ``num``
     ===================  ==========================================================================
 
-    times ``gate``. Under the norms no exponential overflows, whatever the scores are.
+    times ``gate``. Under the norms no exponential overflows, whatever the scores
+    are; a polynomial of ``order`` does when the scores to that power do.
 
     Args:
         q: ``[B, H, Lq, D]``; shapes, types and strides as in :func:`heed.flash_attention`.

@@ -4,6 +4,7 @@ import itertools
 import math
 
 import heed
+import numpy as np
 import pytest
 import torch
 from reference import DTYPES, assert_accurate, assert_lse, random, repeat_heads
@@ -240,6 +241,11 @@ def test_same_bits_on_any_thread_count(dtype):
 
 Q, K, V = inputs((6, 7))
 EXTRA = random(2, 3, 2, 8)
+
+
+def test_numbers_may_be_those_of_numpy_and_causal_none():
+    expected = heed.na2d(Q, K, V, 3, 2)
+    assert torch.equal(heed.na2d(Q, K, V, np.int64(3), [np.int32(2), 2], is_causal=None), expected)
 
 
 @pytest.mark.parametrize(
