@@ -165,6 +165,9 @@ def test_show_counts_as_numbers():
     products = sum(row["multiply-adds"] for row in counts)
     assert products >= 2 * (1 * 2 * 8 * 16 * 4)
     assert "rank" in error_of("show", "sigmoid", "--sizes", "b=1")
+    # One complaint names the ranks of all cascades of a mechanism.
+    assert error_of("show", "lightning", "--sizes", "b=1").endswith("b, e, h, m, p, f, j, i, t\n")
+    assert "'zz'" in error_of("show", "lightning", "--sizes", "zz=1")
     assert "key=value" in error_of("show", "sigmoid", "--sizes", "b")
 
 

@@ -43,18 +43,27 @@ std::string cell(const Polynomial& polynomial, const std::optional<Sizes>& sizes
   return sizes ? fmt::format("{:.0f}", polynomial.at(*sizes)) : polynomial.text();
 }
 
-std::optional<Sizes> parse_sizes(const std::string& text, const std::vector<StatementCount>& rows) {
+// The sizes of all ranks that the counts of the mechanism's cascades have.
+std::optional<Sizes> parse_sizes(const std::string& text, const Mechanism& m) {
   if (text.empty()) return std::nullopt;
   const Spec given = Spec::parse_options(text);
   Sizes sizes;
   std::vector<std::string> needed;
-  for (const StatementCount& row : rows) {
-    for (const CountColumn& column : kCountColumns) {
-      for (const auto& [ranks, factor] : (row.*column.counted).terms) {
-        for (const std::string& rank : ranks) {
-          if (sizes.emplace(rank, 0).second) needed.push_back(rank);
+  for (const CascadeText& cascade : m.cascades) {
+    for (const StatementCount& row : cascade::count(cascade::parse(cascade.text, cascade.name))) {
+      for (const CountColumn& column : kCountColumns) {
+        for (const auto& [ranks, factor] : (row.*column.counted).terms) {
+          for (const std::string& rank : ranks) {
+            if (sizes.emplace(rank, 0).second) needed.push_back(rank);
+          }
         }
       }
+    }
+  }
+  for (const std::string& key : given.keys()) {
+    if (sizes.count(key) == 0) {
+      throw Error("--sizes: found '" + key + "', which no count of " + m.name + " has; needed " +
+                  joined(needed));
     }
   }
   for (auto& [rank, size] : sizes) {
@@ -67,9 +76,8 @@ std::optional<Sizes> parse_sizes(const std::string& text, const std::vector<Stat
   return sizes;
 }
 
-void print_counts(const Program& program, const std::string& sizes_text) {
+void print_counts(const Program& program, const std::optional<Sizes>& sizes) {
   const auto rows = cascade::count(program);
-  const auto sizes = parse_sizes(sizes_text, rows);
   std::vector<Table::Column> columns = {{"tensor"}};
   for (const CountColumn& column : kCountColumns)
     columns.push_back({column.name, Table::Align::right});
@@ -94,7 +102,7 @@ void print_passes(const cascade::PassReport& report, const std::string& rank) {
   table.print(2);
 }
 
-void print_text(const Mechanism& m, const Arguments& arguments) {
+void print_text(const Mechanism& m, const std::optional<Sizes>& sizes) {
   fmt::print("{}\n{}\n", bold(m.name), m.title);
   for (const std::string& paper : m.arxiv)
     fmt::print("arXiv {0}  https://arxiv.org/abs/{0}\n", paper);
@@ -107,13 +115,13 @@ void print_text(const Mechanism& m, const Arguments& arguments) {
     fmt::print("\n");
     if (const auto report = passes_of(m, text)) print_passes(*report, m.pass_rank);
     fmt::print("\n{}\n", bold("Counts"));
-    print_counts(program, arguments.sizes);
+    print_counts(program, sizes);
   }
   fmt::print("\n{}", m.card);
   if (!m.card.ends_with('\n')) fmt::print("\n");
 }
 
-Json cascade_json(const CascadeText& text, const Mechanism& m, const std::string& sizes_text) {
+Json cascade_json(const CascadeText& text, const Mechanism& m, const std::optional<Sizes>& sizes) {
   const Program program = cascade::parse(text.text, text.name);
   const auto report = passes_of(m, text).value_or(cascade::PassReport{});
   Json passes = Json::array(), counts = Json::array();
@@ -121,7 +129,6 @@ Json cascade_json(const CascadeText& text, const Mechanism& m, const std::string
     passes.push_back({{"tensor", row.tensor}, {"pass", row.pass}, {"line", row.line}});
   }
   const auto rows = cascade::count(program);
-  const auto sizes = parse_sizes(sizes_text, rows);
   for (const StatementCount& row : rows) {
     Json entry = {{"tensor", row.tensor}, {"line", row.line}};
     for (const CountColumn& column : kCountColumns) {
@@ -134,10 +141,10 @@ Json cascade_json(const CascadeText& text, const Mechanism& m, const std::string
           {"passes", report.passes}, {"statements", passes}, {"counts", counts}};
 }
 
-void print_show_json(const Mechanism& m, const Arguments& arguments) {
+void print_show_json(const Mechanism& m, const std::optional<Sizes>& sizes) {
   Json cascades = Json::array();
   for (const CascadeText& text : m.cascades) {
-    cascades.push_back(cascade_json(text, m, arguments.sizes));
+    cascades.push_back(cascade_json(text, m, sizes));
   }
   print_json({{"name", m.name},
               {"title", m.title},
@@ -150,23 +157,11 @@ void print_show_json(const Mechanism& m, const Arguments& arguments) {
               {"card", m.card}});
 }
 
-// Mistakes in --sizes show before anything is printed.
-void check_sizes(const Mechanism& m, const std::string& text) {
-  if (text.empty()) return;
-  std::vector<std::string> known;
-  for (const CascadeText& cascade : m.cascades) {
-    const auto rows = cascade::count(cascade::parse(cascade.text, cascade.name));
-    const Sizes sizes = parse_sizes(text, rows).value_or(Sizes{});
-    for (const auto& [rank, size] : sizes) known.push_back(rank);
-  }
-  Spec::parse_options(text).require_known(known);
-}
-
 void show(const Arguments& arguments) {
   const Mechanism& m = find_mechanism(arguments.name);
-  check_sizes(m, arguments.sizes);
-  if (arguments.json) return print_show_json(m, arguments);
-  if (!arguments.latex && !arguments.html) return print_text(m, arguments);
+  const std::optional<Sizes> sizes = parse_sizes(arguments.sizes, m);
+  if (arguments.json) return print_show_json(m, sizes);
+  if (!arguments.latex && !arguments.html) return print_text(m, sizes);
   for (const CascadeText& text : m.cascades) {
     const Program program = cascade::parse(text.text, text.name);
     fmt::print("{}\n", arguments.latex ? cascade::to_latex(program) : cascade::to_html(program));
