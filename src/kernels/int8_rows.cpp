@@ -426,13 +426,17 @@ void int8_product(const Int8Rows& x, const Int8Matrix& w, const Tensor& y, bool 
                              std::to_string(w.columns) + "]");
   }
 #if HWY_ARCH_X86
-  // So many rows share a panel of weights while it stays in the first or second cache.
   constexpr int64_t kRowsPerItem = 128;
   const int64_t panels = (w.rows + kInt8Panel - 1) / kInt8Panel;
-  const int64_t items = panels * ((x.rows + kRowsPerItem - 1) / kRowsPerItem);
-  parallel_for_shares(items, threads_for(run, items), [&](int64_t item, int) {
-    const int64_t first = item / panels * kRowsPerItem;
-    kernels::int8_panel_avx512(x, w, y, add, item % panels, first,
+  const int64_t parts = (x.rows + kRowsPerItem - 1) / kRowsPerItem, items = panels * parts;
+  const int threads = threads_for(run, items);
+  // Rows of y stay with one thread. Among its rows, a panel of weights stays in the first two caches.
+  const int64_t own = (parts + threads - 1) / threads;
+  parallel_for_shares(items, threads, [&](int64_t item, int) {
+    const int64_t begin = item / (own * panels) * own, count = std::min(own, parts - begin);
+    const int64_t place = item - begin * panels;
+    const int64_t first = (begin + place % count) * kRowsPerItem;
+    kernels::int8_panel_avx512(x, w, y, add, place / count, first,
                                std::min(x.rows, first + kRowsPerItem));
   });
 #endif
