@@ -2,8 +2,12 @@
 
 import torch
 from torch import Tensor
+from torch.nn.attention.bias import CausalBias, CausalVariant
+
+from heed._autocast import autocast
 
 _ops = torch.ops.heed
+_STRIDED = torch.strided
 
 
 def scaled_dot_product_attention(
@@ -23,8 +27,9 @@ def scaled_dot_product_attention(
         query: ``[..., H, Lq, D]`` with any number of leading dimensions, none included.
         key: ``[..., Hkv, Lk, D]``; leading dimensions broadcast as in PyTorch.
         value: ``[..., Hkv, Lk, Dv]``.
-        attn_mask: broadcastable to ``[..., H, Lq, Lk]``: boolean (True = attend) or of the type of
-            ``query``, added to the scores. Not together with ``is_causal``.
+        attn_mask: broadcastable to ``[..., H, Lq, Lk]``: boolean (True = attend) or floating,
+            added to the scores; or a ``torch.nn.attention.bias.CausalBias`` of ``[Lq, Lk]``. Not
+            together with ``is_causal``.
         dropout_p: probability that a weight is dropped; the seed comes from PyTorch's generator.
         is_causal: query ``i`` sees keys ``j <= i``: aligned to the **start** of the keys, as
             PyTorch does it. :func:`heed.flash_attention` aligns to the end.
@@ -32,12 +37,14 @@ def scaled_dot_product_attention(
         enable_gqa: allow ``H`` to be a multiple of ``Hkv``.
 
     Returns:
-        ``[..., H, Lq, Dv]`` of the type of ``query``. A query that sees no key gives 0.
+        ``[..., H, Lq, Dv]`` of the type of ``query``, or of ``torch.autocast`` where that is on for
+        the CPU (float64 stays float64). A query that sees no key gives 0.
 
     Tensors whose last dimension has no unit stride, and leading dimensions that no view can join
     into one, are copied, as PyTorch does it.
 
     Raises:
+        TypeError: a tensor is nested or sparse; ``attn_mask`` is neither boolean nor floating.
         ValueError, TypeError, RuntimeError: as :func:`heed.flash_attention`.
 
     Source: FlashAttention (arXiv 2205.14135); semantics of PyTorch.
@@ -45,9 +52,17 @@ def scaled_dot_product_attention(
     op = "scaled_dot_product_attention"
     if attn_mask is not None and is_causal:
         raise ValueError(f"{op}: attn_mask and is_causal are given, needed is one of them")
+    query, key, value = autocast(query, key, value)
     lead = _leading_shape(op, query, key, value, enable_gqa)
     q, k, v = (_as_4d(t, lead, enable_gqa) for t in (query, key, value))
     options: dict[str, Tensor | float] = {} if scale is None else {"scale": scale}
+    if attn_mask is not None and isinstance(attn_mask, CausalBias):
+        # The object is a recipe: as a tensor it has memory that nobody wrote.
+        _check_causal_bias(op, attn_mask, query.shape[-2], key.shape[-2])
+        is_causal = attn_mask.variant == CausalVariant.UPPER_LEFT
+        if not is_causal:
+            options["causal"] = True
+        attn_mask = None
     if is_causal:
         queries, keys = q.shape[2], k.shape[2]
         # Keys after the last query are seen by none; the rest of the top-left triangle is a window
@@ -56,13 +71,30 @@ def scaled_dot_product_attention(
             k, v = k[:, :, :queries], v[:, :, :queries]
         options["window_right"] = max(queries - keys, 0)
     if attn_mask is not None:
+        boolean = attn_mask.dtype == torch.bool
+        if not boolean and not attn_mask.is_floating_point():
+            found = str(attn_mask.dtype).removeprefix("torch.")
+            raise TypeError(f"{op}: attn_mask has type {found}, needed is bool or a floating type")
         attn_mask = _mask_4d(op, attn_mask, lead, query.shape[-2], key.shape[-2])
-        options["mask" if attn_mask.dtype == torch.bool else "bias"] = attn_mask
+        options["mask" if boolean else "bias"] = attn_mask
     if dropout_p != 0.0:
         options["dropout_p"] = dropout_p
         options["seed"] = int(torch.randint(2**62, ()))
     out, _ = _ops.flash_attention(q, k, v, **options)
     return out if len(lead) == 2 else out.reshape(lead + out.shape[2:])
+
+
+def _not_dense(op: str, name: str, tensor: Tensor) -> TypeError:
+    kind = "a nested tensor" if tensor.is_nested else f"of layout {tensor.layout}"
+    return TypeError(f"{op}: {name} is {kind}, needed is a dense tensor")
+
+
+def _check_causal_bias(op: str, bias: CausalBias, queries: int, keys: int) -> None:
+    if (bias.seq_len_q, bias.seq_len_kv) != (queries, keys):
+        raise ValueError(
+            f"{op}: attn_mask is a causal bias of [{bias.seq_len_q}, {bias.seq_len_kv}], needed is "
+            f"one of [{queries}, {keys}]"
+        )
 
 
 def _leading_shape(
@@ -71,6 +103,8 @@ def _leading_shape(
     """The shape of the result before its last two dimensions."""
     tensors = {"query": query, "key": key, "value": value}
     for name, tensor in tensors.items():
+        if tensor.is_nested or tensor.layout is not _STRIDED:
+            raise _not_dense(op, name, tensor)
         if tensor.dim() < 2:
             raise ValueError(
                 f"{op}: {name} has shape {list(tensor.shape)}, needed are 2 or more dimensions"
@@ -92,11 +126,11 @@ def _leading_shape(
 
 def _mask_4d(op: str, mask: Tensor, lead: torch.Size, queries: int, keys: int) -> Tensor:
     """``[B, H, Lq, Lk]`` or what broadcasts to it."""
+    if mask.is_nested or mask.layout is not _STRIDED:
+        raise _not_dense(op, "attn_mask", mask)
     full = torch.Size(lead + (queries, keys))
-    try:
-        fits = torch.broadcast_shapes(mask.shape, full) == full
-    except RuntimeError:
-        fits = False
+    sizes = zip(reversed(mask.shape), reversed(full))
+    fits = mask.dim() <= len(full) and all(size in (1, needed) for size, needed in sizes)
     if not fits:
         raise ValueError(
             f"{op}: attn_mask has shape {list(mask.shape)}, needed is one that broadcasts to "

@@ -4,6 +4,7 @@ import heed
 import pytest
 import torch
 from reference import DTYPES, assert_accurate, random
+from torch.nn.attention.bias import causal_lower_right, causal_upper_left
 from torch.nn.functional import scaled_dot_product_attention as torch_sdpa
 
 
@@ -90,6 +91,56 @@ def test_positional_arguments_as_in_pytorch():
     torch.testing.assert_close(found, torch_sdpa(q, k, v, None, 0.0, True))
 
 
+@pytest.mark.parametrize("lq, lk", [(33, 33), (5, 33), (33, 5)])
+@pytest.mark.parametrize("bias", [causal_upper_left, causal_lower_right])
+@pytest.mark.filterwarnings("ignore:Lower right causal bias")
+def test_causal_bias(bias, lq, lk):
+    q = random(2, 3, lq, 16, seed=1)
+    k, v = (random(2, 3, lk, 16, seed=s) for s in (2, 3))
+    mask = bias(lq, lk)
+    found = heed.scaled_dot_product_attention(q, k, v, mask)
+    assert type(found) is torch.Tensor
+    # Rows without a key are NaN or not with the release of PyTorch; here they are 0.
+    expected = torch_sdpa(q, k, v, mask._materialize()).nan_to_num(0.0)
+    torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_autocast(dtype):
+    q, k, v = (random(2, 3, 9, 16, seed=s).requires_grad_() for s in (1, 2, 3))
+    mask = random(9, 9, seed=4)
+    with torch.autocast("cpu", dtype):
+        for inputs in ((q, k, v), (q, k, v.to(dtype)), (q.half(), k.bfloat16(), v)):
+            found = heed.scaled_dot_product_attention(*inputs, mask)
+            cast = [t.to(dtype) for t in inputs]
+            assert found.dtype == torch_sdpa(*inputs, mask).dtype == dtype
+            assert torch.equal(found, heed.scaled_dot_product_attention(*cast, mask))
+        doubles = [t.double() for t in (q, k, v)]
+        assert heed.scaled_dot_product_attention(*doubles).dtype == torch_sdpa(*doubles).dtype
+        with torch.autocast("cpu", enabled=False):
+            assert heed.scaled_dot_product_attention(q, k, v).dtype == torch.float32
+    found.sum().backward()
+    assert q.grad.dtype == torch.float32 and q.grad.abs().sum() > 0
+
+
+def test_autocast_compiled():
+    torch.compiler.reset()
+    q = random(2, 3, 9, 16)
+    compiled = torch.compile(
+        lambda q: heed.scaled_dot_product_attention(q, q, q, is_causal=True),
+        fullgraph=True,
+        backend="aot_eager",
+    )
+    plain = compiled(q)
+    assert plain.dtype == torch.float32
+    with torch.autocast("cpu", torch.bfloat16):
+        cast = compiled(q)
+    assert cast.dtype == torch.bfloat16
+    low = q.bfloat16()
+    expected = heed.scaled_dot_product_attention(low, low, low, is_causal=True)
+    assert torch.equal(cast, expected)
+
+
 Q = random(2, 4, 5, 8)
 
 
@@ -103,12 +154,41 @@ Q = random(2, 4, 5, 8)
         (lambda f: f(Q, Q[:, :2], Q[:, :2]), ["key [2, 2, 5, 8]", "enable_gqa"]),
         (lambda f: f(Q, Q[:, :3], Q[:, :3], enable_gqa=True), ["4", "3"]),
         (lambda f: f(Q[0, 0], Q[0, 0], Q[0, 0], enable_gqa=True), ["enable_gqa", "3"]),
+        (lambda f: f(Q, Q, Q, causal_upper_left(5, 4)), ["attn_mask", "[5, 4]", "[5, 5]"]),
+        (lambda f: f(Q, Q, Q, causal_upper_left(5, 5), is_causal=True), ["attn_mask", "is_causal"]),
         (lambda f: f(Q, Q, Q[:, :, :2]), ["v "]),
         (lambda f: f(Q, Q[..., :3], Q), ["k "]),
     ],
 )
 def test_errors_name_the_argument(call, words):
     with pytest.raises(ValueError) as caught:
+        call(heed.scaled_dot_product_attention)
+    for word in words:
+        assert word in str(caught.value)
+
+
+def nested(layout):
+    parts = [random(4, 3, 8), random(4, 5, 8)]
+    return torch.nested.nested_tensor(parts, layout=layout)
+
+
+@pytest.mark.filterwarnings("ignore:The PyTorch API of nested tensors")
+@pytest.mark.parametrize(
+    "call, words",
+    [
+        (lambda f: f(*[nested(torch.strided)] * 3), ["query", "nested", "dense"]),
+        (lambda f: f(*[nested(torch.jagged)] * 3), ["query", "nested", "dense"]),
+        (lambda f: f(Q, nested(torch.jagged), Q), ["key", "nested", "dense"]),
+        (lambda f: f(Q, Q, nested(torch.strided)), ["value", "nested", "dense"]),
+        (lambda f: f(Q.to_sparse(), Q, Q), ["query", "sparse_coo", "dense"]),
+        (lambda f: f(Q, Q, Q.to_sparse()), ["value", "sparse_coo", "dense"]),
+        (lambda f: f(Q, Q, Q, torch.ones(5, 5).bool().to_sparse()), ["attn_mask", "sparse_coo"]),
+        (lambda f: f(Q, Q, Q, torch.ones(5, 5, dtype=torch.int32)), ["attn_mask", "int32", "bool"]),
+        (lambda f: f(Q, Q, Q, torch.ones(5, 5) + 0j), ["attn_mask", "complex64", "floating"]),
+    ],
+)
+def test_type_errors_name_the_argument(call, words):
+    with pytest.raises(TypeError) as caught:
         call(heed.scaled_dot_product_attention)
     for word in words:
         assert word in str(caught.value)
