@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 import heed
+from heed._autocast import autocast
 
 _Result = tuple[Tensor, None]
 
@@ -19,17 +20,23 @@ def register(
     """Makes heed's mechanisms values of ``attn_implementation``, and returns their names.
 
     ``"heed"``
-        Exact softmax attention; every mask, grouped queries, softcap and sinks of the model, with
-        gradients. Same results as ``"sdpa"`` up to rounding.
+        Exact softmax attention; every mask, grouped queries, position biases, packed sequences,
+        softcap and sinks of the model, with gradients. Same results as ``"sdpa"`` up to rounding.
     ``"heed_sigmoid"``
         Sigmoid attention (:func:`heed.sigmoid_attention`).
     ``"heed_stochastic"``
         Stochastic attention (:func:`heed.stochastic_attention`): each layer attends inside windows
         of a random order of the tokens, drawn from the seed and the layer's number; calls with
-        fewer queries than keys (decoding) see the whole cache. Causal models, no padding.
+        fewer queries than keys (decoding) see the whole cache. Causal models, no padding, no
+        sliding window that is shorter than the tokens.
 
-    The last two take padding and sliding windows of the model, no other masks: they are not
-    softmax attention, and a model has to be trained with them (or the change to be wanted).
+    The last two are not softmax attention, and a model has to be trained with them (or the change
+    to be wanted). ``"heed_sigmoid"`` takes padding and sliding windows of the model. Whatever else
+    a model asks of them (other masks, packed sequences, softcap, sinks, position biases, dropout)
+    is a ``ValueError`` when it runs. So are models whose attention does not go through
+    transformers' attention interface, for all three names, when they are made or changed.
+
+    All run under ``torch.autocast`` on the CPU, in its type.
 
     Args:
         sigmoid_bias: bias of ``"heed_sigmoid"``; ``None`` is ``-log(number of keys)``.
@@ -41,11 +48,9 @@ def register(
     """
     try:
         from transformers import AttentionInterface
-        from transformers.masking_utils import (
-            AttentionMaskInterface,
-            flash_attention_mask,
-            sdpa_mask,
-        )
+        from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
+
+        from heed.integrations._transformers import plain_mask, refuse_models_without_interface
     except ImportError as error:
         raise ImportError(
             f"heed.integrations.transformers needs transformers 5 or newer: {error}"
@@ -60,14 +65,16 @@ def register(
             module, query, key, value, attention_mask, stochastic_window, seed, **options
         )
 
-    for name, function, mask in (
-        ("heed", _softmax, sdpa_mask),
-        ("heed_sigmoid", sigmoid, flash_attention_mask),
-        ("heed_stochastic", stochastic, flash_attention_mask),
-    ):
+    implementations = {
+        "heed": (_softmax, sdpa_mask),
+        "heed_sigmoid": (sigmoid, plain_mask("heed_sigmoid")),
+        "heed_stochastic": (stochastic, plain_mask("heed_stochastic")),
+    }
+    for name, (function, mask) in implementations.items():
         AttentionInterface.register(name, function)
         AttentionMaskInterface.register(name, mask)
-    return ["heed", "heed_sigmoid", "heed_stochastic"]
+    refuse_models_without_interface(list(implementations))
+    return list(implementations)
 
 
 def _is_causal(module, query: Tensor, is_causal: bool | None) -> bool:
@@ -87,6 +94,30 @@ def _seed(dropout: float) -> int:
     return int(torch.randint(2**62, ())) if dropout > 0.0 else 0
 
 
+# Attention that only PyTorch code of the model itself can compute.
+_NEVER_OFFERED = frozenset(("sinks", "indices", "block_indices"))
+_SOFTMAX_ONLY = _NEVER_OFFERED | {"position_bias", "softcap", "s_aux"}
+
+
+def _refuse(name: str, options: dict, keywords: frozenset[str]) -> None:
+    for keyword in keywords.intersection(options):
+        if options[keyword] is not None:
+            raise ValueError(
+                f"{name}: the model gives {keyword}, needed is a model without: it is not offered"
+            )
+
+
+def _same_sequence(query: Tensor, key: Tensor, ends_q: Tensor, ends_k: Tensor) -> Tensor:
+    """bool ``[Lq, Lk]``: the pairs inside one of the packed sequences."""
+    if query.shape[0] != 1:
+        raise ValueError(
+            f"cu_seq_lens_q is given for a batch of {query.shape[0]}, needed is a batch of 1"
+        )
+    of_query = torch.bucketize(torch.arange(query.shape[2]), ends_q, right=True)
+    of_key = torch.bucketize(torch.arange(key.shape[2]), ends_k, right=True)
+    return of_query[:, None] == of_key
+
+
 def _softmax(
     module,
     query: Tensor,
@@ -99,8 +130,11 @@ def _softmax(
     position_bias: Tensor | None = None,
     softcap: float | None = None,
     s_aux: Tensor | None = None,
-    **_,
+    cu_seq_lens_q: Tensor | None = None,
+    cu_seq_lens_k: Tensor | None = None,
+    **options,
 ) -> _Result:
+    _refuse("heed", options, _NEVER_OFFERED)
     causal = _is_causal(module, query, is_causal) and attention_mask is None
     if causal and key.shape[2] > query.shape[2]:
         # The first part of an empty static cache: transformers aligns to the start of the keys.
@@ -112,7 +146,11 @@ def _softmax(
         mask = attention_mask
     elif attention_mask is not None:
         bias = attention_mask if bias is None else bias + attention_mask
-    query, key, value = _unit_stride(query, key, value)
+    if cu_seq_lens_q is not None and cu_seq_lens_q.shape[0] > 2:
+        ends_k = cu_seq_lens_q if cu_seq_lens_k is None else cu_seq_lens_k
+        same = _same_sequence(query, key, cu_seq_lens_q, ends_k)
+        mask = same if mask is None else mask & same
+    query, key, value = _unit_stride(*autocast(query, key, value))
     out = heed.flash_attention(
         query,
         key,
@@ -129,20 +167,37 @@ def _softmax(
     return _result(out)
 
 
-def _padding(attention_mask: Tensor | None, key: Tensor) -> Tensor | None:
-    """bool ``[B, Lk]`` or None; True is a token."""
+def _check_options(name: str, dropout: float, cu_seq_lens_q: Tensor | None, options: dict) -> None:
+    """Errors for what the mechanisms that are not softmax cannot do."""
+    if dropout > 0.0:
+        raise ValueError(f"{name}: dropout is {dropout}, needed is 0: it is not offered")
+    if cu_seq_lens_q is not None and cu_seq_lens_q.shape[0] > 2:
+        sequences = cu_seq_lens_q.shape[0] - 1
+        raise ValueError(f"{name}: cu_seq_lens_q packs {sequences} sequences, needed is one")
+    _refuse(name, options, _SOFTMAX_ONLY)
+
+
+def _real_keys(
+    attention_mask: Tensor | None, key: Tensor, value: Tensor
+) -> tuple[Tensor | None, Tensor, Tensor]:
+    """The padding mask, bool ``[B, Lk]`` or None (True is a token), and the keys that it covers.
+
+    A static cache hands over keys of its whole capacity, of which the mask covers the used ones.
+    """
     if attention_mask is None:
-        return None
+        return None, key, value
     if attention_mask.dim() != 2:
         raise ValueError(
             f"attention_mask has shape {list(attention_mask.shape)}, needed is a padding mask "
             "[batch, tokens]; attn_implementation='heed' takes any mask"
         )
-    return attention_mask[:, -key.shape[2] :].bool()
+    keys = min(attention_mask.shape[1], key.shape[2])
+    return attention_mask[:, -keys:].bool(), key[:, :, :keys], value[:, :, :keys]
 
 
 def _window(sliding_window: int | None) -> tuple[int, int]:
-    return (-1, -1) if sliding_window is None else (sliding_window - 1, -1)
+    # Without causal it is symmetric; with causal the keys to the right are gone anyway.
+    return (-1, -1) if sliding_window is None else (sliding_window - 1, sliding_window - 1)
 
 
 def _sigmoid(
@@ -156,15 +211,15 @@ def _sigmoid(
     dropout: float = 0.0,
     is_causal: bool | None = None,
     sliding_window: int | None = None,
-    **_,
+    cu_seq_lens_q: Tensor | None = None,
+    **options,
 ) -> _Result:
-    if dropout > 0.0:
-        raise ValueError(f"heed_sigmoid: dropout is {dropout}, needed is 0: it is not offered")
-    padding = _padding(attention_mask, key)
+    _check_options("heed_sigmoid", dropout, cu_seq_lens_q, options)
+    padding, key, value = _real_keys(attention_mask, key, value)
     if padding is not None:
         # No row sum: a key without a value is a key that is not there.
         value = value.masked_fill(~padding[:, None, :, None], 0.0)
-    query, key, value = _unit_stride(query, key, value)
+    query, key, value = _unit_stride(*autocast(query, key, value))
     out = heed.sigmoid_attention(
         query,
         key,
@@ -188,17 +243,32 @@ def _stochastic(
     scaling: float | None = None,
     dropout: float = 0.0,
     is_causal: bool | None = None,
-    **_,
+    sliding_window: int | None = None,
+    cu_seq_lens_q: Tensor | None = None,
+    **options,
 ) -> _Result:
-    if dropout > 0.0:
-        raise ValueError(f"heed_stochastic: dropout is {dropout}, needed is 0: it is not offered")
-    padding = _padding(attention_mask, key)
+    _check_options("heed_stochastic", dropout, cu_seq_lens_q, options)
+    padding, key, value = _real_keys(attention_mask, key, value)
     if padding is not None and not bool(padding.all()):
         raise ValueError("heed_stochastic: the batch is padded, needed are sequences of one length")
     causal = _is_causal(module, query, is_causal)
-    query, key, value = _unit_stride(query, key, value)
+    query, key, value = _unit_stride(*autocast(query, key, value))
     if query.shape[2] < key.shape[2]:
-        return _result(heed.flash_attention(query, key, value, causal=causal, scale=scaling))
+        return _result(
+            heed.flash_attention(
+                query,
+                key,
+                value,
+                causal=causal,
+                window=_window(sliding_window),
+                scale=scaling,
+            )
+        )
+    if sliding_window is not None and sliding_window < key.shape[2]:
+        raise ValueError(
+            f"heed_stochastic: sliding_window is {sliding_window}, needed is one of at least the "
+            f"{key.shape[2]} tokens: shorter ones are not offered"
+        )
     permutation = heed.random_permutation(seed, (query.shape[2],))
     return _result(
         heed.stochastic_attention(
