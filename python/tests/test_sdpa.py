@@ -192,3 +192,18 @@ def test_type_errors_name_the_argument(call, words):
         call(heed.scaled_dot_product_attention)
     for word in words:
         assert word in str(caught.value)
+
+
+def test_dropout_in_one_graph():
+    torch.compiler.reset()
+
+    def attend(x):
+        return heed.scaled_dot_product_attention(x, x, x, dropout_p=0.5)
+
+    compiled = torch.compile(attend, fullgraph=True, backend="aot_eager")
+    x = random(2, 3, 5, 8)
+    torch.manual_seed(3)
+    found, next_found = compiled(x), compiled(x)
+    torch.manual_seed(3)
+    assert torch.equal(found, attend(x)) and torch.equal(next_found, attend(x))
+    assert not torch.equal(found, next_found)
