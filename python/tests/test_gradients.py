@@ -135,6 +135,37 @@ def test_sigmoid_parameters():
     )
 
 
+PER_HEAD = {
+    "flash": lambda q, k, v, x: heed.flash_attention(
+        q, k, v, alibi_slopes=x, sink=x, bias=x[:, None, None]
+    ),
+    "sigmoid": lambda q, k, v, x: heed.sigmoid_attention(q, k, v, bias=x, alibi_slopes=x),
+    "affine": lambda q, k, v, x: heed.affine_scaled_attention(q, k, v, q[..., 0], x),
+    "relu_linear": lambda q, k, v, x: heed.relu_linear_attention(q, k, v, x),
+    "lightning": lambda q, k, v, x: heed.lightning_attention(q, k, v, x),
+}
+
+
+@pytest.mark.parametrize("name", PER_HEAD)
+@pytest.mark.parametrize("b, h, l", [(0, 2, 4), (2, 2, 0), (2, 0, 4), (0, 0, 0)])
+def test_nothing_to_attend_to_leaves_gradients_of_zero(name, b, h, l):
+    values = torch.rand(h, requires_grad=True)
+    inputs = wanted(*random_qkv(b, h, h, l, l, 8))
+    PER_HEAD[name](*inputs, values).sum().backward()
+    for x in (*inputs, values):
+        assert torch.equal(x.grad, torch.zeros_like(x))
+
+
+@pytest.mark.parametrize("cu", [[0], [0, 0, 0]])
+def test_no_packed_tokens_leave_gradients_of_zero(cu):
+    slopes = torch.rand(2, requires_grad=True)
+    tokens = torch.randn(0, 2, 8, requires_grad=True)
+    cu = torch.tensor(cu)
+    out = heed.flash_attention_varlen(tokens, tokens, tokens, cu, cu, alibi_slopes=slopes)
+    out.sum().backward()
+    assert torch.equal(slopes.grad, torch.zeros(2))
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("causal", [False, True])
 @pytest.mark.parametrize("shape", [(2, 3, 70, 90, 33, 17), (1, 2, 300, 300, 64, 64)])

@@ -273,13 +273,25 @@ HeadGradients Backward<T>::head_gradients() const {
   return sums;
 }
 
+namespace {
+
+// Without sequences the number of heads is known from the numbers per head.
+HeadGradients nothing_summed(const Policy& policy) {
+  const auto zeros = [](const std::vector<double>& like) {
+    return std::vector<double>(like.size());
+  };
+  return {zeros(policy.head_bias), zeros(policy.alibi_slope), zeros(policy.sink)};
+}
+
+}  // namespace
+
 template class Backward<float>;
 template class Backward<double>;
 
 HeadGradients backward(const Problem& problem, const std::vector<SequenceGradient>& gradients,
                        ScoreTerms* terms, const RunOptions& run) {
   const bool no_heads = problem.sequences.empty() || problem.sequences[0].k.size(0) == 0;
-  if (no_heads) return {};
+  if (no_heads) return nothing_summed(problem.policy);
   if (problem.sequences[0].q.dtype() == DType::f64) {
     return Backward<double>(problem, gradients, terms, run).run();
   }

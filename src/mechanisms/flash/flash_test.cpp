@@ -6,6 +6,7 @@
 #include <cstring>
 #include <limits>
 #include <random>
+#include <tuple>
 #include <vector>
 
 #include "heed/heed.h"
@@ -315,6 +316,41 @@ TEST(Empty, TensorsWithoutElements) {
   EXPECT_EQ(flash_attention(no_batch, no_batch, no_batch).out.count(), 0);
   const Array sums = sigmoid_attention(k, none, none);
   for (int64_t i = 0; i < sums.count(); ++i) EXPECT_EQ(sums.as<float>()[i], 0);
+}
+
+TEST(Empty, NumbersPerHeadHaveGradientsOfZero) {
+  const Array slopes = random(DType::f32, {2}, 3);
+  const auto expect_zeros = [](const Array& found, const std::string& what) {
+    ASSERT_EQ(found.shape(), Dims({2})) << what;
+    for (int64_t i = 0; i < 2; ++i) EXPECT_EQ(found.as<float>()[i], 0) << what;
+  };
+  for (const auto& [batch, queries, keys] :
+       {std::tuple<int64_t, int64_t, int64_t>{0, 5, 5}, {2, 0, 5}, {2, 5, 0}}) {
+    const std::string what =
+        std::to_string(batch) + "," + std::to_string(queries) + "," + std::to_string(keys);
+    const Array q = random(DType::f32, {batch, 2, queries, 8}, 1);
+    const Array k = random(DType::f32, {batch, 2, keys, 8}, 2);
+    FlashOptions options;
+    options.alibi_slopes = slopes;
+    options.sink = slopes;
+    const AttentionResult result = flash_attention(q, k, k, options);
+    const FlashGradients flash =
+        flash_attention_backward(q, {}, q, k, k, result.out, result.lse, options);
+    expect_zeros(flash.alibi_slopes, "flash slopes " + what);
+    expect_zeros(flash.sink, "flash sink " + what);
+    const SigmoidGradients sigmoid =
+        sigmoid_attention_backward(q, q, k, k, {{}, {}, slopes.view(), slopes});
+    expect_zeros(sigmoid.bias, "sigmoid bias " + what);
+    expect_zeros(sigmoid.alibi_slopes, "sigmoid slopes " + what);
+  }
+  const Array tokens = random(DType::f32, {0, 2, 8}, 1), lse = random(DType::f32, {2, 0}, 2);
+  const int32_t boundary = 0;
+  const Tensor cu(&boundary, DType::i32, {1});
+  VarlenOptions options;
+  options.alibi_slopes = slopes;
+  const FlashGradients packed = flash_attention_varlen_backward(tokens, {}, tokens, tokens, tokens,
+                                                                tokens, lse, cu, cu, options);
+  expect_zeros(packed.alibi_slopes, "varlen slopes");
 }
 
 }  // namespace
