@@ -27,8 +27,10 @@ struct FlashOptions {
   double softcap = 0;                // c > 0: scores become c * tanh(score / c)
   Tensor alibi_slopes = {};          // [H]
   Tensor mask = {};                  // boolean, broadcastable to [B,H,Lq,Lk]; true = attend
-  Tensor bias = {};                  // floating, broadcastable to [B,H,Lq,Lk]
-  Tensor sink = {};                  // [H], a logit per head that only enters the row's sum
+  /// Floating, broadcastable to [B,H,Lq,Lk]. -inf hides a key; finite numbers beyond 2/3 of the largest
+  /// float32 (float64 for float64), such as the least one, count as that.
+  Tensor bias = {};
+  Tensor sink = {};  // [H], a logit per head that only enters the row's sum
   /// Boolean [H or 1, ceil(Lq/rows), ceil(Lk/keys)] over blocks of block_size = {rows, keys}; a false
   /// block is not computed.
   Tensor block_mask = {};

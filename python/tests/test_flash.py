@@ -108,6 +108,37 @@ def test_large_scores_stay_finite():
     assert out.isfinite().all() and lse.isfinite().all()
 
 
+@pytest.mark.parametrize("dtype", [d for d in DTYPES if d != torch.float16])
+@pytest.mark.parametrize("lq", [3, 50])
+@pytest.mark.parametrize("share", [-1, -0.71, 0.71, 1])
+def test_extreme_finite_bias(dtype, lq, share):
+    q, k, v = random_qkv(1, 2, 2, lq, 40, 8, dtype=dtype)
+    bias = torch.full((lq, 40), share * torch.finfo(dtype).max, dtype=dtype)
+    out, lse = heed.flash_attention(q, k, v, bias=bias, return_lse=True)
+    mean = v.double().mean(2, keepdim=True).expand(out.shape)
+    tolerance = {torch.float64: 1e-12, torch.float32: 1e-6, torch.bfloat16: 4e-3}[dtype]
+    torch.testing.assert_close(out.double(), mean, rtol=tolerance, atol=tolerance)
+    assert lse.isfinite().all() and (lse.sign() == math.copysign(1, share)).all()
+
+    inputs = [x.clone().requires_grad_() for x in (q, k, v, bias)]
+    out = heed.flash_attention(*inputs[:3], bias=inputs[3])
+    for gradient in torch.autograd.grad(out.sum(), inputs):
+        assert gradient.isfinite().all()
+
+
+@pytest.mark.parametrize("dtype", [d for d in DTYPES if d != torch.float16])
+@pytest.mark.parametrize("lq", [3, 50])
+def test_the_least_number_hides_keys_beside_others(dtype, lq):
+    q, k, v = random_qkv(1, 2, 2, lq, 40, 8, dtype=dtype)
+    hidden = torch.rand(lq, 40) < 0.4
+    hidden[:, 7] = False
+    least = torch.zeros(lq, 40, dtype=dtype).masked_fill(hidden, torch.finfo(dtype).min)
+    infinite = torch.zeros(lq, 40, dtype=dtype).masked_fill(hidden, -math.inf)
+    found = heed.flash_attention(q, k, v, bias=least, return_lse=True)
+    expected = heed.flash_attention(q, k, v, bias=infinite, return_lse=True)
+    assert all(map(torch.equal, found, expected))
+
+
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize(
     "b, h, hkv, lq, lk", [(0, 2, 1, 3, 4), (2, 2, 1, 0, 4), (2, 2, 1, 3, 0), (2, 0, 1, 3, 4)]

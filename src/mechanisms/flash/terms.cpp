@@ -1,8 +1,10 @@
 #include "mechanisms/flash/terms.h"
 
 #include <algorithm>
+#include <cmath>
 #include <limits>
 #include <string>
+#include <type_traits>
 
 #include "heed/error.h"
 
@@ -40,13 +42,27 @@ Tensor broadcast(const char* name, const Tensor& t, const Dims& shape) {
 
 int64_t blocks_of(int64_t count, int64_t block) { return (count + block - 1) / block; }
 
+// Weights are powers of two: a score times log2(e) stays finite, with room for what lies beside the bias.
+template <class T>
+constexpr T kMostBias = std::numeric_limits<T>::max() * static_cast<T>(0.675);
+
+template <class T, class Wide>
+T bounded(Wide bias) {
+  using Common = std::common_type_t<T, Wide>;
+  constexpr auto most = static_cast<Common>(kMostBias<T>);
+  const Common x = bias;
+  // What is infinite or NaN passes.
+  const bool finite = std::abs(bias) <= std::numeric_limits<Wide>::max();
+  return static_cast<T>(finite && x > most ? most : finite && x < -most ? -most : x);
+}
+
 template <class From, class T>
 void add_bias_row(const From* bias, int64_t stride, int64_t count, T* s) {
   for (int64_t m = 0; m < count; ++m) {
     if constexpr (std::is_same_v<From, bfloat16> || std::is_same_v<From, float16>) {
-      s[m] += static_cast<T>(to_float(bias[m * stride]));
+      s[m] += bounded<T>(to_float(bias[m * stride]));
     } else {
-      s[m] += static_cast<T>(bias[m * stride]);
+      s[m] += bounded<T>(bias[m * stride]);
     }
   }
 }
