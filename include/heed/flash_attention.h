@@ -52,7 +52,13 @@ void flash_attention(const Tensor& q, const Tensor& k, const Tensor& v, const Te
                      const Tensor& lse, const FlashOptions& options = {},
                      const RunOptions& run = {});
 
-/// Gradients of q, k, v in their type; of the options' tensors in theirs, empty where there is none.
+/// Gradients of options that are computed; each costs a pass over the scores.
+struct FlashWanted {
+  bool bias = true, alibi_slopes = true;
+};
+
+/// Gradients of q, k, v in their type; of the options' tensors in theirs, empty where there is none or
+/// it is not wanted.
 struct FlashGradients {
   Array q, k, v;
   Array bias;          // the shape of bias: summed where it was broadcast
@@ -65,7 +71,7 @@ FlashGradients flash_attention_backward(const Tensor& grad_out, const Tensor& gr
                                         const Tensor& q, const Tensor& k, const Tensor& v,
                                         const Tensor& out, const Tensor& lse,
                                         const FlashOptions& options = {},
-                                        const RunOptions& run = {});
+                                        const RunOptions& run = {}, const FlashWanted& wanted = {});
 
 /// Sequences packed one behind the other: sequence b has rows [cu[b], cu[b+1]) and its own causal
 /// alignment. cu_seqlens_* [B+1] int32 or int64, from 0 to the number of tokens.

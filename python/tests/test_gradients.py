@@ -6,6 +6,7 @@ import torch
 from reference import error, random, random_qkv
 from torch.autograd import gradcheck
 from torch.nn.functional import scaled_dot_product_attention as torch_sdpa
+from torch.utils._python_dispatch import TorchDispatchMode
 
 
 def wanted(*tensors):
@@ -70,6 +71,37 @@ def test_numbers_per_head(name):
         return heed.flash_attention(q, k, v, causal=True, return_lse=True, **{name: x})
 
     assert gradcheck(call, (*small(), values))
+
+
+class SizesOfResults(TorchDispatchMode):
+    """Numbers of elements of what an operator returned."""
+
+    def __init__(self, op):
+        super().__init__()
+        self.op, self.sizes = op, None
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        results = func(*args, **(kwargs or {}))
+        if func is self.op:
+            self.sizes = [result.numel() for result in results]
+        return results
+
+
+@pytest.mark.parametrize("name, shape, place", [("bias", (2, 4, 6), 4), ("alibi_slopes", (2,), 3)])
+def test_no_gradient_of_an_option_that_is_constant(name, shape, place):
+    inputs = small()
+    option = random(*shape, dtype=torch.float64, seed=3).abs()
+
+    def gradients(x):
+        out = heed.flash_attention(*inputs, **{name: x})
+        with SizesOfResults(torch.ops.heed.flash_attention_backward.default) as seen:
+            return torch.autograd.grad(out.sum(), [*inputs, x][: 3 + x.requires_grad]), seen.sizes
+
+    expected, sizes = gradients(option.clone().requires_grad_())
+    assert sizes[place] == option.numel()
+    found, sizes = gradients(option)
+    assert sizes[place] == 0
+    assert all(map(torch.equal, found, expected))
 
 
 def test_varlen():

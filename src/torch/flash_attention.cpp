@@ -4,6 +4,7 @@
 #include <ATen/ops/empty.h>
 #include <torch/library.h>
 
+#include <array>
 #include <tuple>
 
 #include "torch/adapt.h"
@@ -68,15 +69,10 @@ Results flash_cpu(const at::Tensor& q, const at::Tensor& k, const at::Tensor& v,
 using Gradients =
     std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor>;
 
-// A gradient in the type of the parameter, which kernels may have read wider.
-at::Tensor take_as(Array gradient, const MaybeTensor& parameter, const at::Tensor& q) {
-  if (!parameter || !parameter->defined()) return take({}, q);
-  return take(std::move(gradient), *parameter).to(parameter->scalar_type());
-}
-
 Gradients flash_backward_cpu(const at::Tensor& grad_out, const MaybeTensor& grad_lse,
                              const at::Tensor& q, const at::Tensor& k, const at::Tensor& v,
-                             const at::Tensor& out, const at::Tensor& lse, HEED_FLASH_ARGS) {
+                             const at::Tensor& out, const at::Tensor& lse, HEED_FLASH_ARGS,
+                             std::array<bool, 6> output_mask) {
   check_qkv({kFlash, "q", q}, {kFlash, "k", k}, {kFlash, "v", v});
   const HeldFlash held(q, HEED_FLASH_NAMES);
   const at::Tensor g = gradient_input(grad_out);
@@ -84,14 +80,15 @@ Gradients flash_backward_cpu(const at::Tensor& grad_out, const MaybeTensor& grad
   FlashGradients to;
   guarded([&] {
     to = flash_attention_backward(view(g), view(g_lse), view(q), view(k), view(v), view(out),
-                                  view(lse), held.options, run_options());
+                                  view(lse), held.options, run_options(),
+                                  {.bias = output_mask[4], .alibi_slopes = output_mask[3]});
   });
   return {take(std::move(to.q), q),
           take(std::move(to.k), k),
           take(std::move(to.v), v),
-          take_as(std::move(to.alibi_slopes), alibi_slopes, q),
-          take_as(std::move(to.bias), bias, q),
-          take_as(std::move(to.sink), sink, q)};
+          take_gradient(std::move(to.alibi_slopes), alibi_slopes, q),
+          take_gradient(std::move(to.bias), bias, q),
+          take_gradient(std::move(to.sink), sink, q)};
 }
 
 // NOLINTBEGIN(performance-unnecessary-value-param): the dispatcher passes SymInt by value
@@ -171,7 +168,7 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor> varlen_backward_cpu(
                                          held.options, run_options());
   });
   return {take(std::move(to.q), q), take(std::move(to.k), k), take(std::move(to.v), v),
-          take_as(std::move(to.alibi_slopes), alibi_slopes, q)};
+          take_gradient(std::move(to.alibi_slopes), alibi_slopes, q)};
 }
 
 // NOLINTBEGIN(performance-unnecessary-value-param): the dispatcher passes SymInt by value

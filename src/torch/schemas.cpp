@@ -22,7 +22,8 @@ TORCH_LIBRARY(heed, m) {
   m.def(
       "flash_attention_backward(Tensor grad_out, Tensor? grad_lse, Tensor q, Tensor k, Tensor v,"
       " Tensor out, Tensor lse, " HEED_FLASH_OPTIONS
-      ") -> (Tensor grad_q, Tensor grad_k, Tensor grad_v, Tensor grad_alibi_slopes,"
+      ", bool[6] output_mask=[True, True, True, True, True, True]) -> (Tensor grad_q, Tensor "
+      "grad_k, Tensor grad_v, Tensor grad_alibi_slopes,"
       " Tensor grad_bias, Tensor grad_sink)");
 #define HEED_VARLEN_OPTIONS                                                              \
   "bool causal=False, SymInt window_left=-1, SymInt window_right=-1, float? scale=None," \

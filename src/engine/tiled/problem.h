@@ -139,7 +139,8 @@ struct HeadGradients {
 };
 
 /// Writes the gradients; `sequences` of the problem hold what forward wrote (softmax: out and lse,
-/// second stream also v_mean and t_mean). terms->begin_gradient is called by the engine.
+/// second stream also v_mean and t_mean). `terms` receive dS, and begin_gradient before; null where
+/// nobody wants what they would make of it.
 HeadGradients backward(const Problem& problem, const std::vector<SequenceGradient>& gradients,
                        ScoreTerms* terms, const RunOptions& run);
 

@@ -97,21 +97,24 @@ AttentionResult flash_attention(const Tensor& q, const Tensor& k, const Tensor& 
 FlashGradients flash_attention_backward(const Tensor& grad_out, const Tensor& grad_lse,
                                         const Tensor& q, const Tensor& k, const Tensor& v,
                                         const Tensor& out, const Tensor& lse,
-                                        const FlashOptions& options, const RunOptions& run) {
+                                        const FlashOptions& options, const RunOptions& run,
+                                        const FlashWanted& wanted) {
   const auto call = make_call(q, k, v, out, lse, options);
   tiled::Problem& problem = call->problem;
   tiled::check_backward(kFlash, grad_out, grad_lse, out, lse);
-  problem.head_gradients = options.alibi_slopes.defined();
+  const bool slopes_wanted = wanted.alibi_slopes && options.alibi_slopes.defined();
+  const bool bias_wanted = wanted.bias && options.bias.defined();
+  problem.head_gradients = slopes_wanted;
   FlashGradients to;
   to.q = Array(q.dtype(), q.shape());
   to.k = Array::zeros(k.dtype(), k.shape());
   to.v = Array::zeros(v.dtype(), v.shape());
   const tiled::HeadGradients heads =
       tiled::backward(problem, tiled::batch_gradients(grad_out, grad_lse, to.q, to.k, to.v),
-                      problem.terms != nullptr ? &call->terms : nullptr, run);
-  to.alibi_slopes = head_gradient(heads.alibi_slope, options.alibi_slopes);
+                      bias_wanted ? &call->terms : nullptr, run);
+  if (slopes_wanted) to.alibi_slopes = head_gradient(heads.alibi_slope, options.alibi_slopes);
   to.sink = head_gradient(heads.sink, options.sink);
-  if (options.bias.defined()) to.bias = call->terms.bias_gradient();
+  if (bias_wanted) to.bias = call->terms.bias_gradient();
   return to;
 }
 

@@ -328,6 +328,33 @@ TEST(Flash, OneKeyGivesItsValueAndEqualKeysTheMean) {
   }
 }
 
+TEST(Flash, GradientsThatAreNotWantedAreLeftOut) {
+  const Array q = random(DType::f32, {1, 2, 60, 16}, 1), slopes = random(DType::f32, {2}, 2);
+  const Array bias = random(DType::f32, {2, 60, 60}, 3);
+  FlashOptions options;
+  options.bias = bias;
+  options.alibi_slopes = slopes;
+  const AttentionResult result = flash_attention(q, q, q, options);
+  const auto backward = [&](const FlashWanted& wanted) {
+    return flash_attention_backward(q, {}, q, q, q, result.out, result.lse, options, {}, wanted);
+  };
+  const FlashGradients all = backward({});
+  for (const FlashWanted& wanted : {FlashWanted{false, true}, {true, false}, {false, false}}) {
+    const FlashGradients some = backward(wanted);
+    EXPECT_TRUE(same_bits(some.q, all.q));
+    EXPECT_TRUE(same_bits(some.k, all.k));
+    EXPECT_TRUE(same_bits(some.v, all.v));
+    EXPECT_EQ(some.bias.view().defined(), wanted.bias);
+    EXPECT_EQ(some.alibi_slopes.view().defined(), wanted.alibi_slopes);
+    if (wanted.bias) {
+      EXPECT_TRUE(same_bits(some.bias, all.bias));
+    }
+    if (wanted.alibi_slopes) {
+      EXPECT_TRUE(same_bits(some.alibi_slopes, all.alibi_slopes));
+    }
+  }
+}
+
 TEST(Flash, MergeOfAnyPartitionIsTheWhole) {
   Array q = random(DType::f32, {2, 3, 33, 16}, 1), k = random(DType::f32, {2, 3, 120, 16}, 2);
   Array v = random(DType::f32, {2, 3, 120, 16}, 3);
