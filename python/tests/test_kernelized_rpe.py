@@ -120,6 +120,26 @@ def test_masked_offsets(features):
     assert all(not t.grad.any() for t in tensors)
 
 
+@pytest.mark.parametrize("path", ["auto", "fft"])
+@pytest.mark.parametrize("features", FEATURES)
+def test_nan_reaches_gradients_of_what_sees_it(features, path):
+    *tensors, rpb, w = inputs(1, 2, 2, 9, 4, 3, 5, features)
+    q, k, v = (t.requires_grad_() for t in tensors)
+
+    def gradients(q, k, v, rows):
+        out = RPE(q, k, v, rpb, w, features=features, causal=True, path=path)
+        found = torch.autograd.grad(out[:, :, rows].sum(), (q, k, v))
+        return [t.isnan().any(-1)[0, 0].tolist() for t in found]
+
+    bad = torch.zeros_like(k)
+    bad[:, :, 6] = math.nan
+    only = [i == 6 for i in range(9)]
+    assert gradients(q, k + bad, v, slice(0, 6))[0][:6] == [False] * 6
+    assert gradients(q + bad, k, v, slice(0, 6))[0] == only
+    for found in gradients(q + bad, k, v, slice(6, 9))[1:]:
+        assert found == [i <= 6 for i in range(9)]
+
+
 def test_identities():
     q, k, v, rpb, w = inputs(1, 2, 2, 40, 6, 5, 16, "nprf", F64)
     expected = RPE(q, k, v, rpb, w)

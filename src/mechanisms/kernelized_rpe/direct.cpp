@@ -107,19 +107,24 @@ class Direct {
     int64_t first, count;
     TokenRows<T> keys, values;        // features of keys by query head; values and 1 by key head
     std::vector<T> largest;           // exponents of keys, by query head and tile
-    std::vector<char> finite;         // values, by key head and tile
+    std::vector<char> finite_values;  // by key head and tile
+    std::vector<char> finite_keys;    // by query head and tile
     TokenRows<T> queries, gradients;  // backward: features; gradients of the sums
+    std::vector<char> finite_queries, finite_gradients;  // by query head and tile
     Flight(const Direct& owner, int64_t first_head, int64_t heads, bool backward)
         : first(first_head),
           count(heads),
           keys(owner.kernels_, heads * owner.group_, owner.l_, owner.call_.features, true),
           values(owner.kernels_, heads, owner.l_, owner.e_ + 1, backward),
           largest(static_cast<size_t>(heads * owner.group_ * owner.tiles_)),
-          finite(static_cast<size_t>(heads * owner.tiles_)),
+          finite_values(static_cast<size_t>(heads * owner.tiles_)),
+          finite_keys(largest.size()),
           queries(owner.kernels_, backward ? heads * owner.group_ : 0, owner.l_,
                   owner.call_.features, backward),
           gradients(owner.kernels_, backward ? heads * owner.group_ : 0, owner.l_, owner.e_ + 1,
-                    backward) {}
+                    backward),
+          finite_queries(largest.size()),
+          finite_gradients(largest.size()) {}
   };
 
   /// Scratch of one thread.
@@ -196,6 +201,8 @@ class Direct {
       const T* first = flight.largest.data() + head * tiles_;
       features_.finish_keys(rows, *std::max_element(first, first + tiles_),
                             flight.keys.at(head, begin));
+      flight.finite_keys[static_cast<size_t>(item)] =
+          all_finite(flight.keys.at(head, begin), rows, call_.features);
       flight.keys.transpose(kernels_, head, begin, rows);
     });
   }
@@ -206,13 +213,19 @@ class Direct {
     const Block<T> to = flight.values.at(key_head, begin);
     const Tensor& v = call_.v;
     kernels_.load_rows({v.at({b, kv, begin}), v.dtype(), v.stride(2), rows, e_}, to);
-    T sum = 0;
+    flight.finite_values[static_cast<size_t>(key_head * tiles_ + tile)] = all_finite(to, rows, e_);
     for (int64_t r = 0; r < rows; ++r) {
-      for (int64_t f = 0; f < e_; ++f) sum += 0 * to.row(r)[f];
       std::fill(to.row(r) + e_, to.row(r) + to.stride, T{0});
       to.row(r)[e_] = 1;
     }
-    flight.finite[static_cast<size_t>(key_head * tiles_ + tile)] = sum == 0;
+  }
+
+  static bool all_finite(Block<T> x, int64_t rows, int64_t width) {
+    T sum = 0;
+    for (int64_t r = 0; r < rows; ++r) {
+      for (int64_t i = 0; i < width; ++i) sum += 0 * x.row(r)[i];
+    }
+    return sum == 0;
   }
 
   int64_t last_key(int64_t query) const { return call_.options.causal ? query + 1 : l_; }
@@ -247,7 +260,9 @@ class Direct {
       const int64_t count = std::min(kPiece, end - first);
       const Block<T> scores = scores_of(work, first);
       weighed_scores(flight, head, h, begin, first, count, rows, phi, scores);
-      add_values(flight, key_head, begin, first, count, rows, scores, work);
+      add_keys(scores, flight.values.at(key_head, first), first, count, work.sums, begin, rows,
+               e_ + 1,
+               flight.finite_values[static_cast<size_t>(key_head * tiles_ + begin / kTile)]);
     }
   }
 
@@ -264,22 +279,46 @@ class Direct {
     }
   }
 
-  void add_values(Flight& flight, int64_t key_head, int64_t begin, int64_t first, int64_t count,
-                  int64_t rows, Block<T> scores, Work& work) {
-    const Block<const T> values = readable(flight.values.at(key_head, first));
-    const int64_t tile = begin / kTile;
-    const bool partly_visible = call_.options.causal && first + count > begin;
-    if (!partly_visible || flight.finite[static_cast<size_t>(key_head * tiles_ + tile)] != 0) {
-      kernels_.multiply({scores.data, scores.stride, 1}, values, count, work.sums, rows, e_ + 1,
+  // to[r] += sum over `count` tokens of weights[r] x, where row r sees those of seen(r) and its other
+  // weights are 0. 0 times a NaN would be NaN: unless all of x is `finite`, every row reads its own
+  // tokens only.
+  template <class Visible>
+  void add_products(Block<T> weights, Block<T> x, int64_t count, Block<T> to, int64_t rows,
+                    int64_t width, bool finite, Visible&& seen) {
+    if (finite) {
+      kernels_.multiply({weights.data, weights.stride, 1}, readable(x), count, to, rows, width,
                         true);
       return;
     }
-    // 0 times a NaN in a later value would be NaN: every row reads its own values only.
     for (int64_t r = 0; r < rows; ++r) {
-      const int64_t visible = std::min(last_key(begin + r) - first, count);
-      kernels_.multiply({scores.row(r), scores.stride, 1}, values, visible,
-                        {work.sums.row(r), work.sums.stride}, 1, e_ + 1, true);
+      const auto [begin, end] = seen(r);
+      kernels_.multiply({weights.row(r) + begin, weights.stride, 1},
+                        {x.data + begin * x.stride, x.stride}, end - begin, {to.row(r), to.stride},
+                        1, width, true);
     }
+  }
+
+  struct Range {
+    int64_t begin, end;
+  };
+
+  // The same for queries [begin, begin + rows) and keys [first, first + count). Only keys of the queries'
+  // own tile are seen by some of them and not by others: `finite` is about that tile.
+  void add_keys(Block<T> weights, Block<T> keys, int64_t first, int64_t count, Block<T> to,
+                int64_t begin, int64_t rows, int64_t width, char finite) {
+    const bool all_seen = !call_.options.causal || first + count <= begin;
+    add_products(weights, keys, count, to, rows, width, all_seen || finite != 0, [&](int64_t r) {
+      return Range{0, std::clamp<int64_t>(last_key(begin + r) - first, 0, count)};
+    });
+  }
+
+  // The same for keys [begin, begin + rows) and queries [first, first + count) from `begin` on.
+  void add_queries(Block<T> weights, Block<T> queries, int64_t first, int64_t count, Block<T> to,
+                   int64_t begin, int64_t rows, int64_t width, char finite) {
+    const bool all_seen = !call_.options.causal || first >= begin + rows;
+    add_products(weights, queries, count, to, rows, width, all_seen || finite != 0, [&](int64_t r) {
+      return Range{std::clamp<int64_t>(first_query(begin + r) - first, 0, count), count};
+    });
   }
 
   // sums become results; returns 1 / denominator, 0 where nothing is visible.
@@ -344,6 +383,9 @@ class Direct {
     features_.queries(at.b, at.h, begin, rows, work.features, phi);
     sums(flight, head, at.h, begin, rows, work, phi);
     sum_gradients(grad_out, at, begin, rows, work, g);
+    const auto tile = static_cast<size_t>(head * tiles_ + begin / kTile);
+    flight.finite_queries[tile] = all_finite(phi, rows, call_.features);
+    flight.finite_gradients[tile] = all_finite(g, rows, e_ + 1);
     flight.queries.transpose(kernels_, head, begin, rows);
     flight.gradients.transpose(kernels_, head, begin, rows);
     for (int64_t r = 0; r < rows; ++r) std::fill_n(work.dphi.row(r), work.dphi.stride, T{0});
@@ -364,9 +406,8 @@ class Direct {
         });
         weigh(weights_.of(at.h), token, 0, last_key(token), first, count, work.weights.row(r));
       }
-      kernels_.multiply({work.weights.data, work.weights.stride, 1},
-                        readable(flight.keys.at(head, first)), count, work.dphi, rows,
-                        call_.features, true);
+      add_keys(work.weights, flight.keys.at(head, first), first, count, work.dphi, begin, rows,
+               call_.features, flight.finite_keys[tile]);
     }
     features_.gradient(false, at.b, at.h, begin, rows, readable(phi), readable(work.dphi),
                        work.features);
@@ -405,9 +446,9 @@ class Direct {
     for (int64_t r = 0; r < rows; ++r) std::fill_n(work.dphi.row(r), work.dphi.stride, T{0});
     const Block<T> phi = flight.keys.at(head, begin),
                    values = flight.values.at(head / group_, begin);
-    const int64_t start = first_query(begin) / kPiece * kPiece;
-    for (int64_t first = start; first < l_; first += kPiece) {
-      const int64_t count = std::min(kPiece, l_ - first);
+    const auto tile = static_cast<size_t>(head * tiles_ + begin / kTile);
+    for (int64_t first = first_query(begin), count = 0; first < l_; first += count) {
+      count = std::min(kPiece - first % kPiece, l_ - first);
       piece_scores(phi, flight.queries, head, first, count, rows, work.scores);
       piece_scores(values, flight.gradients, head, first, count, rows, work.weights);
       for (int64_t r = 0; r < rows; ++r) {
@@ -416,12 +457,10 @@ class Direct {
                 block->row(r));
         }
       }
-      kernels_.multiply({work.weights.data, work.weights.stride, 1},
-                        readable(flight.queries.at(head, first)), count, work.dphi, rows,
-                        call_.features, true);
-      kernels_.multiply({work.scores.data, work.scores.stride, 1},
-                        readable(flight.gradients.at(head, first)), count, work.sums, rows, e_,
-                        true);
+      add_queries(work.weights, flight.queries.at(head, first), first, count, work.dphi, begin,
+                  rows, call_.features, flight.finite_queries[tile]);
+      add_queries(work.scores, flight.gradients.at(head, first), first, count, work.sums, begin,
+                  rows, e_, flight.finite_gradients[tile]);
     }
   }
 

@@ -294,6 +294,53 @@ TEST(KernelizedRpe, NanStaysWithTheRowsThatSeeIt) {
   }
 }
 
+// A causal loss over rows that do not see the NaN: its gradients are those without it.
+TEST(KernelizedRpe, NanStaysWithTheGradientsThatSeeIt) {
+  constexpr int64_t kTokens = 300, kBad = 277;
+  const float nan = std::numeric_limits<float>::quiet_NaN();
+  const auto part_is = [](const Array& found, const Array& want, int64_t width, int64_t begin,
+                          int64_t end, bool same) {
+    for (int64_t i = begin * width; i < end * width; ++i) {
+      const float x = found.as<float>()[i];
+      if (same ? x != want.as<float>()[i] : !std::isnan(x)) return false;
+    }
+    return true;
+  };
+  for (RpePath path : kPaths) {
+    for (Isa isa : available_isas()) {
+      const RunOptions run{.isa = isa};
+      Call clean(DType::f32, kTokens, 1, 1);
+      clean.options.causal = true;
+      const Array gradient = random_array(DType::f32, {2, 1, kTokens, 6}, 9);
+      const KernelizedRpeGradients want = clean.backward(gradient, RpePath::direct, run);
+      const auto with_nan = [&](int which) {
+        Call call(DType::f32, kTokens, 1, 1);
+        call.options.causal = true;
+        Array changed = convert(gradient, DType::f32);
+        Array* const places[] = {&call.q, &call.k, &call.v, &changed};
+        places[which]->as<float>()[kBad * (which < 2 ? 8 : 6)] = nan;
+        return call.backward(changed, path, run);
+      };
+      for (int which : {1, 2}) {  // k, v: read by the queries from kBad on
+        const KernelizedRpeGradients g = with_nan(which);
+        EXPECT_TRUE(part_is(g.q, want.q, 8, 0, kBad, true)) << which;
+        EXPECT_TRUE(part_is(g.q, want.q, 8, kBad, kTokens, false)) << which;
+      }
+      for (int which : {0, 3}) {  // q, gradient: read by the keys up to kBad
+        const KernelizedRpeGradients g = with_nan(which);
+        for (const auto& [at, width] : {std::pair{0, 8}, {1, 8}, {2, 6}}) {
+          const Array& found = at == 0 ? g.q : at == 1 ? g.k : g.v;
+          const Array& expected = at == 0 ? want.q : at == 1 ? want.k : want.v;
+          EXPECT_TRUE(part_is(found, expected, width, kBad + 1, kTokens, true)) << which << at;
+          EXPECT_TRUE(std::isnan(found.as<float>()[kBad * width])) << which << at;
+        }
+        EXPECT_TRUE(part_is(g.q, want.q, 8, 0, kBad, true)) << which;
+        EXPECT_TRUE(part_is(g.k, want.k, 8, 0, kBad + 1, false)) << which;
+      }
+    }
+  }
+}
+
 TEST(KernelizedRpe, TheCheaperPathIsChosen) {
   const auto cost = [](int64_t tokens, int64_t width) {
     return kernelized_rpe_cost(tokens, tokens, width, width, false, DType::f32, Isa::avx512);
