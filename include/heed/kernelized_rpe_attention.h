@@ -22,8 +22,9 @@
 //
 // Two ways to the same numbers. direct: all pairs, in tiles. fft: products with Toeplitz matrices,
 // O(L log L) a feature and value channel, in float64 (long double for float64). Its error is relative to
-// the largest exp(rpb), so it is refused (and not chosen) where those of a head differ by more than 1e6,
-// and inputs that are not finite are always computed directly. Memory: O(L (M + Dv)) for the heads in
+// the largest sums of a head, so it is refused (by auto replaced) where the exp(rpb) of a head differ by more
+// than 1e6, or a bound of the error exceeds 1e-6 (float64: 1e-10) of what some token sees; inputs that are
+// not finite are always computed directly. Memory: O(L (M + Dv)) for the heads in
 // flight, never [L,L] and never [L,M,Dv].
 #pragma once
 #include <array>

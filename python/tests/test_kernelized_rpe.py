@@ -159,8 +159,43 @@ def test_zero_vectors_and_large_tokens(path):
     q[:, :, 3], k[:, :, 5] = 0, 0
     check((q * 100, k * 100, v, rpb, w), path=path)
     q, k, v, rpb, w = inputs(1, 2, 2, 12, 4, 3, 5, "prf")
-    out = RPE(q * 100, k * 100, v, rpb, w, features="prf", path=path)
+    out = RPE(q * 100, k * 100, v, rpb, w, features="prf", path="direct" if path == "direct" else "auto")
     assert out.isfinite().all()
+
+
+@pytest.mark.parametrize("change", ["keys", "window", "prf", "values"])
+def test_rows_that_see_small_numbers_only(change):
+    """4096 tokens and few features, where auto would take the transform."""
+    q, k, v, rpb, w = inputs(1, 1, 1, 4096, 4, 1, 2, "prf")
+    options = dict(features="prf" if change == "prf" else "elu1", causal=change != "window")
+    w = w if change == "prf" else None
+    rpb = torch.zeros_like(rpb)
+    if change in ("keys", "window"):
+        k[:, :, :100] -= 40
+    if change == "window":
+        rpb[:, : 4095 - 8], rpb[:, 4095 + 9 :] = -math.inf, -math.inf
+    if change == "prf":
+        q, k = q * 12, k * 12
+    if change == "values":
+        v[:, :, 3000] = 1e15
+    tensors = [t.requires_grad_() for t in (q, k, v, rpb)]
+    found, expected = (RPE(*tensors, w, path=path, **options) for path in ("auto", "direct"))
+    assert torch.equal(found, expected)
+    if change == "keys":
+        ones = RPE(q, k, torch.ones_like(v), rpb, w, **options)
+        torch.testing.assert_close(ones, torch.ones_like(v))
+    grad = torch.ones_like(found)
+    for a, b in zip(*(torch.autograd.grad(out, tensors, grad) for out in (found, expected))):
+        assert torch.equal(a, b)
+    with pytest.raises(ValueError, match="path is fft.*lie so far apart.*at most 1e-06"):
+        RPE(*tensors, w, path="fft", **options)
+
+
+def test_float64_by_transform_keeps_its_digits_or_is_refused():
+    q, k, v, rpb, w = inputs(1, 1, 1, 257, 128, 16, 16, "prf", F64)
+    check((q, k, v, rpb, w), features="prf", causal=True, path="fft")
+    with pytest.raises(ValueError, match="path is fft.*lie so far apart.*at most 1e-10"):
+        RPE(q * 3, k * 3, v, rpb, w, features="prf", causal=True, path="fft")
 
 
 Q, K, V, B, W = inputs(2, 4, 2, 6, 8, 5, 7, "nprf")

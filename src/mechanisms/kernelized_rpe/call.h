@@ -66,9 +66,12 @@ void for_runs(const Call& call, int64_t token, int64_t begin, int64_t end, Body&
 void forward_direct(const Call& call, bool in_double, const Tensor& out, const RunOptions& run);
 void backward_direct(const Call& call, bool in_double, const Tensor& grad_out,
                      const KernelizedRpeGradientViews& gradients, const RunOptions& run);
-void forward_fft(const Call& call, const Tensor& out, const RunOptions& run);
-void backward_fft(const Call& call, const Tensor& grad_out,
-                  const KernelizedRpeGradientViews& gradients, const RunOptions& run);
+/// Both return a bound of their error relative to the values, or gradients, that a token sees. Above the
+/// limit they stop, and what they wrote is of no use.
+double forward_fft(const Call& call, const Tensor& out, const RunOptions& run);
+double backward_fft(const Call& call, const Tensor& grad_out,
+                    const KernelizedRpeGradientViews& gradients, const RunOptions& run);
+inline double fft_error_limit(DType dtype) { return dtype == DType::f64 ? 1e-10 : 1e-6; }
 
 /// Rounds the sums [H, offsets] into the gradient of rpb, 0 where there is no offset.
 void store_rpb_gradient(const Call& call, const std::vector<double>& sums, const Tensor& to);

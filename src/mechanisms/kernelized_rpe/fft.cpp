@@ -4,46 +4,24 @@
 //   N[f] = sum_r phi_q[r] (T x),   (T x)[p] = sum_m c[m - p] x[m]
 // and a channel of ones beside the values makes the denominators. Two channels share a complex transform
 // as its real and imaginary part. Tokens lie along rows here: [channel][token].
-#include "kernels/fft.h"
-
+//
+// A transform's rounding is spread over all tokens, in proportion to the norms of what it multiplies. So sums
+// that are small beside these drown in it: fft_error.h has the bound that every call is held to.
 #include <algorithm>
+#include <cmath>
 #include <complex>
+#include <limits>
 #include <memory>
 #include <vector>
 
 #include "base/parallel.h"
 #include "mechanisms/kernelized_rpe/features.h"
+#include "mechanisms/kernelized_rpe/fft_error.h"
+#include "mechanisms/kernelized_rpe/toeplitz.h"
 
 namespace heed::rpe {
 
 namespace {
-
-using Row = const double*;
-
-constexpr int64_t kTile = 64;  // tokens whose features are computed together
-
-template <class Real>
-std::complex<Real> times(std::complex<Real> a,
-                         std::complex<Real> b) {  // without the operator's care for infinities
-  return {a.real() * b.real() - a.imag() * b.imag(), a.real() * b.imag() + a.imag() * b.real()};
-}
-
-/// Rows of numbers for every token: [matrix][channel][token].
-struct Channels {
-  int64_t count = 0, stride = 0;
-  std::vector<double> values;
-  Channels() = default;
-  Channels(int64_t matrices, int64_t channels, int64_t row_stride)
-      : count(channels),
-        stride(row_stride),
-        values(static_cast<size_t>(matrices * channels * row_stride)) {}
-  double* row(int64_t matrix, int64_t channel) {
-    return values.data() + (matrix * count + channel) * stride;
-  }
-  Block<double> from_token(int64_t matrix, int64_t token) {
-    return {row(matrix, 0) + token, stride};
-  }
-};
 
 template <class Real>
 class Spectral {
@@ -56,8 +34,10 @@ class Spectral {
         kernels_(kernels::matrix_kernels<double>(chosen_isa(run))),
         features_(call, kernels_, chosen_isa(run)),
         weights_(offset_weights<double>(call)),
-        // Sums reach over offsets -span .. span of positions 0 .. span: no wrap meets them.
-        fft_(2 * call.span + 1),
+        toeplitz_(call),
+        unit_(static_cast<double>(std::numeric_limits<Real>::epsilon()) / 2 *
+              std::max(1.0, std::log2(static_cast<double>(toeplitz_.fft().length())))),
+        limit_(fft_error_limit(call.q.dtype())),
         l_(call.tokens),
         e_(call.sizes.value_dim),
         channels_(e_ + 1),
@@ -66,30 +46,40 @@ class Spectral {
         stride_(kernels::row_stride(kernels_, l_)),
         key_heads_(call.sizes.batch * call.sizes.kv_heads) {}
 
-  void forward(const Tensor& out) {
+  // Both return a bound of the error; above the limit there is no result.
+  double forward(const Tensor& out) {
     for_flights(false, [&](Flight& flight) {
       add_sums(flight);
+      check_sums(flight);
+      if (error_ > limit_) return;
       parallel(flight.heads * tiles_, [&](int64_t item, Work& work) {
         const int64_t head = item / tiles_, begin = item % tiles_ * kTile;
         const auto [b, h] = place(flight, head);
         const int64_t rows = std::min(kTile, l_ - begin);
         results(flight, head, begin, rows, work);
+        scale_rows(work.sums, rows, 1 / flight.scales[static_cast<size_t>(head / group_)]);
         kernels_.store_rows({work.sums.data, work.sums.stride},
                             {out.at({b, h, begin}), out.dtype(), out.stride(2), rows, e_});
       });
     });
+    return error_;
   }
 
-  void backward(const Tensor& grad_out, const KernelizedRpeGradientViews& gradients) {
+  double backward(const Tensor& grad_out, const KernelizedRpeGradientViews& gradients) {
     std::vector<double> drpb(static_cast<size_t>(call_.sizes.heads * call_.offsets()));
     for_flights(true, [&](Flight& flight) {
       add_sums(flight);
+      check_sums(flight);
+      if (error_ > limit_) return;
       sum_gradients(flight, grad_out);
+      check_gradients(flight, grad_out);
+      if (error_ > limit_) return;
       feature_gradients(flight, drpb);
       value_gradients(flight);
       store_gradients(flight, gradients);
     });
-    store_rpb_gradient(call_, drpb, gradients.rpb);
+    if (error_ <= limit_) store_rpb_gradient(call_, drpb, gradients.rpb);
+    return error_;
   }
 
  private:
@@ -101,15 +91,19 @@ class Spectral {
     std::vector<double> largest;               // exponents of keys, by query head and tile
     std::vector<Complex> spectra;              // of the weights, over the length, by query head
     std::vector<std::vector<char>> visible;    // by query head and token; empty: all see something
+    std::vector<Sizes> sizes;                  // of values, by key head
+    std::vector<double> scales;                // powers of 2 that bring values to 1, by key head
+    std::vector<double> key_norms;             // over tokens, by query head and feature
+    Channels masses;  // trf, by query head: its sums of weights had all features one sign
   };
 
   /// Scratch of one thread.
-  struct Work {
+  struct Work : Toeplitz<Real>::Scratch {
     Features<double>::Work features;
     std::vector<double> phi_values, dphi_values, sum_values, gradient_values;
     Block<double> phi, dphi, sums, gradients;
-    std::vector<Complex> input, other;  // 0 between tokens
-    std::vector<Complex> first, second, third, correlation;
+    std::vector<Complex> other;  // 0 between tokens
+    std::vector<Complex> third, correlation;
     explicit Work(const Spectral& owner) : features(owner.features_, kTile) {
       const auto block = [&](std::vector<double>& values, int64_t width) {
         const int64_t stride = kernels::row_stride(owner.kernels_, width);
@@ -120,8 +114,9 @@ class Spectral {
       dphi = block(dphi_values, owner.call_.features);
       sums = block(sum_values, owner.channels_);
       gradients = block(gradient_values, owner.channels_);
-      for (auto* buffer : {&input, &other, &first, &second, &third, &correlation}) {
-        buffer->resize(static_cast<size_t>(owner.fft_.length()));
+      for (auto* buffer :
+           {&this->input, &other, &this->first, &this->second, &third, &correlation}) {
+        buffer->resize(static_cast<size_t>(owner.toeplitz_.fft().length()));
       }
     }
   };
@@ -146,21 +141,13 @@ class Spectral {
     });
   }
 
-  // Calls body(token, position) for all tokens.
-  template <class Body>
-  void for_tokens(Body&& body) const {
-    for (int64_t token = 0, row = 0; token < l_; row += call_.pitch) {
-      for (int64_t x = 0; x < call_.columns; ++x, ++token) body(token, row + x);
-    }
-  }
-
   // As many heads at a time as keep all threads busy.
   template <class Body>
   void for_flights(bool backward, Body&& body) {
     const int64_t threads = threads_for(run_, 1 << 20);
     const int64_t step =
         std::clamp<int64_t>(ceil_div(4 * threads, ceil_div(channels_, 2) * group_), 1, key_heads_);
-    for (int64_t first = 0; first < key_heads_; first += step) {
+    for (int64_t first = 0; first < key_heads_ && error_ <= limit_; first += step) {
       Flight flight;
       flight.first = first;
       flight.count = std::min(step, key_heads_ - first);
@@ -178,8 +165,12 @@ class Spectral {
     flight.values = {flight.count, channels_, stride_};
     flight.sums = {flight.heads, channels_, stride_};
     flight.largest.resize(static_cast<size_t>(flight.heads * tiles_));
-    flight.spectra.resize(static_cast<size_t>(flight.heads * fft_.length()));
+    flight.spectra.resize(static_cast<size_t>(flight.heads * toeplitz_.fft().length()));
     flight.visible.resize(static_cast<size_t>(flight.heads));
+    flight.sizes.resize(static_cast<size_t>(flight.count));
+    flight.scales.resize(static_cast<size_t>(flight.count));
+    flight.key_norms.resize(static_cast<size_t>(flight.heads * f));
+    if (signed_features()) flight.masses = {flight.heads, 1, stride_};
     if (!backward) return;
     flight.dqueries = {flight.heads, f, stride_};
     flight.dkeys = {flight.heads, f, stride_};
@@ -188,6 +179,7 @@ class Spectral {
   }
 
   void load(Flight& flight) {
+    value_sizes(flight);
     parallel(flight.heads * tiles_, [&](int64_t item, Work& work) {
       const int64_t head = item / tiles_, begin = item % tiles_ * kTile;
       const auto [b, h] = place(flight, head);
@@ -220,58 +212,128 @@ class Spectral {
                    int64_t rows, Work& work) {
     const Tensor& v = call_.v;
     kernels_.load_rows({v.at({b, kv, begin}), v.dtype(), v.stride(2), rows, e_}, work.sums);
+    scale_rows(work.sums, rows, flight.scales[static_cast<size_t>(key_head)]);
     for (int64_t r = 0; r < rows; ++r) work.sums.row(r)[e_] = 1;
     to_channels(work.sums, rows, channels_, flight.values.from_token(key_head, begin));
   }
 
-  // The spectrum of the weights as a kernel: entry -o of a circle holds c[o]; 1 / length goes with it.
-  void weight_spectrum(const double* weights, bool only_where, Work& work, Complex* spectrum) {
-    const int64_t n = fft_.length(), span = call_.span;
-    std::vector<Complex> circle(static_cast<size_t>(n));
-    for (int64_t o = -span; o <= span; ++o) {
-      const double c = weights[span + o];
-      circle[static_cast<size_t>(o <= 0 ? -o : n - o)] =
-          only_where ? (c == 0 ? Real{0} : Real{1}) : Real{c};
+  bool signed_features() const { return call_.options.features == RpeFeatures::trf; }
+
+  bool sees_something(const Flight& flight, int64_t head, int64_t token) const {
+    const auto& visible = flight.visible[static_cast<size_t>(head)];
+    return visible.empty() || visible[static_cast<size_t>(token)] != 0;
+  }
+
+  void scale_rows(Block<double> x, int64_t rows, double factor) const {
+    for (int64_t r = 0; r < rows; ++r) {
+      for (int64_t i = 0; i < e_; ++i) x.row(r)[i] *= factor;
     }
-    fft_.forward(circle.data(), work.first.data());
-    const Real factor = 1 / static_cast<Real>(n);
-    for (int64_t i = 0; i < n; ++i) spectrum[i] = factor * work.first[static_cast<size_t>(i)];
+  }
+
+  void value_sizes(Flight& flight) {
+    parallel(flight.count, [&](int64_t item, Work&) {
+      const auto [b, h] = place(flight, item * group_);
+      Sizes& all = flight.sizes[static_cast<size_t>(item)];
+      for (const Sizes& block : block_sizes(call_.v, b, h / group_, kernels_)) all.add(block);
+      flight.scales[static_cast<size_t>(item)] = all.scale();
+    });
+  }
+
+  void load_masses(Flight& flight, int64_t head, Work& work) {
+    const std::vector<double> ones(static_cast<size_t>(call_.features), 1);
+    toeplitz_.convolve_row(sizes_of_tokens(flight.keys, head, ones.data(), l_).data(),
+                           flight.spectra.data() + head * toeplitz_.fft().length(), false, work,
+                           flight.masses.row(head, 0));
+  }
+
+  void raise_error(const std::vector<double>& errors) {
+    for (double error : errors) error_ = std::max(error_, error);
+  }
+
+  // How far sums over values that some row sees may lie below those of the largest: at most as far as the
+  // values do, and as the weights.
+  double value_spread(const Flight& flight, int64_t head) const {
+    return std::min(flight.sizes[static_cast<size_t>(head / group_)].spread(),
+                    weight_spread(call_, weights_.of(place(flight, head).h)));
+  }
+
+  void check_sums(Flight& flight) {
+    std::vector<double> errors(static_cast<size_t>(flight.heads));
+    parallel(flight.heads, [&](int64_t head, Work&) {
+      const double* weights = weights_.of(place(flight, head).h);
+      const double* norms = flight.key_norms.data() + head * call_.features;
+      std::vector<double> noise = sizes_of_tokens(flight.queries, head, norms, l_), sums;
+      if (signed_features()) {
+        const std::vector<double> even(static_cast<size_t>(call_.features),
+                                       1 / static_cast<double>(call_.features));
+        sums = sizes_of_tokens(flight.queries, head, even.data(), l_);
+        kernels_.scale(sums.data(), flight.masses.row(head, 0), l_);
+      } else {
+        sums.assign(flight.sums.row(head, e_), flight.sums.row(head, e_) + l_);
+      }
+      double worst = 0;
+      for (int64_t i = 0; i < l_; ++i) {
+        if (!sees_something(flight, head, i)) continue;
+        worst = std::max(worst,
+                         error_ratio(noise[static_cast<size_t>(i)], sums[static_cast<size_t>(i)]));
+      }
+      errors[static_cast<size_t>(head)] =
+          unit_ * weight_norm(call_, weights) * worst * value_spread(flight, head);
+    });
+    raise_error(errors);
+  }
+
+  // Of the sums over queries. What a query adds is about as large as its neighbours' largest.
+  void check_gradients(Flight& flight, const Tensor& grad_out) {
+    std::vector<double> errors(static_cast<size_t>(flight.heads));
+    parallel(flight.heads, [&](int64_t head, Work& work) {
+      const auto [b, h] = place(flight, head);
+      std::vector<double> sizes = query_sizes(flight.queries, flight.dsums, head, l_);
+      const double norm = std::sqrt(kernels_.dot(sizes.data(), sizes.data(), l_));
+      widen(sizes);
+      std::vector<double> sums(sizes.size());
+      double spread = 1;  // of the channels of grad_out
+      for (const Sizes& block : block_sizes(grad_out, b, h, kernels_)) {
+        spread = std::max(spread, block.spread());
+      }
+      const std::vector<char> reached = reached_keys(h, sizes, work);
+      toeplitz_.convolve_row(sizes.data(), flight.spectra.data() + head * toeplitz_.fft().length(),
+                             true, work, sums.data());
+      const double noise = unit_ * weight_norm(call_, weights_.of(h)) * norm;
+      double worst = 0;
+      for (size_t i = 0; i < sums.size(); ++i) {
+        if (!reached.empty() && reached[i] == 0) continue;
+        worst = std::max(worst, error_ratio(noise, sums[i]));
+      }
+      errors[static_cast<size_t>(head)] =
+          worst * spread * value_spread(flight, head) / kGradientSlack;
+    });
+    raise_error(errors);
+  }
+
+  // Keys that a query with a gradient sees; empty: all.
+  std::vector<char> reached_keys(int64_t h, const std::vector<double>& sizes, Work& work) {
+    const bool all = std::find(sizes.begin(), sizes.end(), 0.0) == sizes.end();
+    if (all && weights_.some_zero[static_cast<size_t>(h)] == 0) return {};
+    std::vector<double> some(sizes.size());
+    for (size_t i = 0; i < sizes.size(); ++i) some[i] = sizes[i] == 0 ? 0 : 1;
+    return toeplitz_.meet(weights_.of(h), std::move(some), true, work);
   }
 
   void load_weights(Flight& flight, int64_t head, Work& work) {
     const int64_t h = place(flight, head).h;
-    Complex* spectrum = flight.spectra.data() + head * fft_.length();
-    if (weights_.some_zero[static_cast<size_t>(h)] != 0) {  // count the keys that a query sees
-      weight_spectrum(weights_.of(h), true, work, spectrum);
+    Complex* spectrum = flight.spectra.data() + head * toeplitz_.fft().length();
+    if (weights_.some_zero[static_cast<size_t>(h)] != 0) {
       const std::vector<double> ones(static_cast<size_t>(l_), 1);
-      fill(ones.data(), ones.data(), nullptr, work.input);
-      fft_.forward(work.input.data(), work.first.data());
-      convolve(spectrum, false, work.first, work.second);
-      auto& visible = flight.visible[static_cast<size_t>(head)];
-      visible.resize(static_cast<size_t>(l_));
-      for_tokens([&](int64_t token, int64_t at) {
-        visible[static_cast<size_t>(token)] = work.second[static_cast<size_t>(at)].real() > 0.5;
-      });
+      flight.visible[static_cast<size_t>(head)] = toeplitz_.meet(weights_.of(h), ones, false, work);
     }
-    weight_spectrum(weights_.of(h), false, work, spectrum);
-  }
-
-  // to[position] = a (b + i c) of every token; c may be null.
-  void fill(Row a, Row b, Row c, std::vector<Complex>& to) const {
-    for_tokens([&](int64_t token, int64_t at) {
-      to[static_cast<size_t>(at)] = {Real{a[token]} * b[token],
-                                     c == nullptr ? Real{0} : Real{a[token]} * c[token]};
-    });
-  }
-
-  // to = T x (or T^T x) from the transform of x, which is overwritten.
-  void convolve(const Complex* spectrum, bool transposed, std::vector<Complex>& transform,
-                std::vector<Complex>& to) const {
-    for (int64_t i = 0; i < fft_.length(); ++i) {
-      Complex& x = transform[static_cast<size_t>(i)];
-      x = times(x, transposed ? std::conj(spectrum[i]) : spectrum[i]);
+    toeplitz_.weight_spectrum(weights_.of(h), false, spectrum);
+    for (int64_t r = 0; r < call_.features; ++r) {
+      Row k = flight.keys.row(head, r);
+      flight.key_norms[static_cast<size_t>(head * call_.features + r)] =
+          std::sqrt(kernels_.dot(k, k, l_));
     }
-    fft_.inverse(transform.data(), to.data());
+    if (signed_features()) load_masses(flight, head, work);
   }
 
   int64_t channel_pairs() const { return ceil_div(channels_, 2); }
@@ -287,11 +349,12 @@ class Spectral {
       Row v0 = flight.values.row(key_head, f), v1 = second_row(flight.values, key_head, f);
       double *n0 = flight.sums.row(head, f), *n1 = second_row(flight.sums, head, f);
       for (int64_t r = 0; r < call_.features; ++r) {
-        fill(flight.keys.row(head, r), v0, v1, work.input);
-        fft_.forward(work.input.data(), work.first.data());
-        convolve(flight.spectra.data() + head * fft_.length(), false, work.first, work.second);
+        toeplitz_.fill(flight.keys.row(head, r), v0, v1, work.input);
+        toeplitz_.fft().forward(work.input.data(), work.first.data());
+        toeplitz_.convolve(flight.spectra.data() + head * toeplitz_.fft().length(), false,
+                           work.first, work.second);
         Row q = flight.queries.row(head, r);
-        for_tokens([&](int64_t token, int64_t at) {
+        toeplitz_.for_tokens([&](int64_t token, int64_t at) {
           const Complex u = work.second[static_cast<size_t>(at)];
           n0[token] += static_cast<double>(q[token] * u.real());
           if (n1 != nullptr) n1[token] += static_cast<double>(q[token] * u.imag());
@@ -303,11 +366,9 @@ class Spectral {
   // work.sums = rows of results with 1 / D behind them, 0 where nothing is visible.
   void results(Flight& flight, int64_t head, int64_t begin, int64_t rows, Work& work) {
     to_rows(flight.sums.from_token(head, begin), rows, channels_, work.sums);
-    const auto& visible = flight.visible[static_cast<size_t>(head)];
     for (int64_t r = 0; r < rows; ++r) {
       double* row = work.sums.row(r);
-      const bool dead =
-          row[e_] == 0 || (!visible.empty() && visible[static_cast<size_t>(begin + r)] == 0);
+      const bool dead = row[e_] == 0 || !sees_something(flight, head, begin + r);
       row[e_] = dead ? 0 : 1 / row[e_];
       for (int64_t i = 0; i < e_; ++i) row[i] *= row[e_];
     }
@@ -322,6 +383,7 @@ class Spectral {
       kernels_.load_rows(
           {grad_out.at({b, h, begin}), grad_out.dtype(), grad_out.stride(2), rows, e_},
           work.gradients);
+      scale_rows(work.gradients, rows, 1 / flight.scales[static_cast<size_t>(head / group_)]);
       for (int64_t r = 0; r < rows; ++r) {
         double* g = work.gradients.row(r);
         const double inverse = work.sums.row(r)[e_];
@@ -344,10 +406,10 @@ class Spectral {
       const int64_t end = share_begin(call_.features, share + 1, shares);
       for (int64_t r = share_begin(call_.features, share, shares); r < end; ++r)
         feature_gradient(flight, head, r, work);
-      fft_.inverse(work.correlation.data(), work.first.data());
-      const Real factor = 1 / static_cast<Real>(fft_.length());
+      toeplitz_.fft().inverse(work.correlation.data(), work.first.data());
+      const Real factor = 1 / static_cast<Real>(toeplitz_.fft().length());
       for (int64_t o = -call_.span; o <= call_.span; ++o) {
-        const auto at = static_cast<size_t>(o < 0 ? fft_.length() + o : o);
+        const auto at = static_cast<size_t>(o < 0 ? toeplitz_.fft().length() + o : o);
         parts[static_cast<size_t>(item * n + call_.span + o)] =
             static_cast<double>(factor * work.first[at].real());
       }
@@ -363,16 +425,16 @@ class Spectral {
 
   void feature_gradient(Flight& flight, int64_t head, int64_t r, Work& work) {
     const int64_t key_head = head / group_;
-    const Complex* spectrum = flight.spectra.data() + head * fft_.length();
+    const Complex* spectrum = flight.spectra.data() + head * toeplitz_.fft().length();
     Row q = flight.queries.row(head, r), k = flight.keys.row(head, r);
     double *dq = flight.dqueries.row(head, r), *dk = flight.dkeys.row(head, r);
     for (int64_t f = 0; f < channels_; f += 2) {
       Row v0 = flight.values.row(key_head, f), v1 = second_row(flight.values, key_head, f);
       Row g0 = flight.dsums.row(head, f), g1 = second_row(flight.dsums, head, f);
-      fill(k, v0, v1, work.input);
-      fill(q, g0, g1, work.other);
-      fft_.forward(work.input.data(), work.first.data());
-      fft_.forward(work.other.data(), work.second.data());
+      toeplitz_.fill(k, v0, v1, work.input);
+      toeplitz_.fill(q, g0, g1, work.other);
+      toeplitz_.fft().forward(work.input.data(), work.first.data());
+      toeplitz_.fft().forward(work.other.data(), work.second.data());
       for (size_t i = 0; i < work.correlation.size(); ++i) {
         work.correlation[i] += times(std::conj(work.second[i]), work.first[i]);
       }
@@ -384,8 +446,8 @@ class Spectral {
   // to += Re(T x) a + Im(T x) b from the transform of x
   void add_products(const Complex* spectrum, bool transposed, std::vector<Complex>& transform,
                     Row a, Row b, Work& work, double* to) const {
-    convolve(spectrum, transposed, transform, work.third);
-    for_tokens([&](int64_t token, int64_t at) {
+    toeplitz_.convolve(spectrum, transposed, transform, work.third);
+    toeplitz_.for_tokens([&](int64_t token, int64_t at) {
       const Complex u = work.third[static_cast<size_t>(at)];
       to[token] +=
           static_cast<double>(u.real() * a[token] + (b == nullptr ? Real{0} : u.imag() * b[token]));
@@ -399,11 +461,12 @@ class Spectral {
       for (int64_t head = key_head * group_; head < (key_head + 1) * group_; ++head) {
         Row g0 = flight.dsums.row(head, f), g1 = second_row(flight.dsums, head, f);
         for (int64_t r = 0; r < call_.features; ++r) {
-          fill(flight.queries.row(head, r), g0, g1, work.input);
-          fft_.forward(work.input.data(), work.first.data());
-          convolve(flight.spectra.data() + head * fft_.length(), true, work.first, work.second);
+          toeplitz_.fill(flight.queries.row(head, r), g0, g1, work.input);
+          toeplitz_.fft().forward(work.input.data(), work.first.data());
+          toeplitz_.convolve(flight.spectra.data() + head * toeplitz_.fft().length(), true,
+                             work.first, work.second);
           Row k = flight.keys.row(head, r);
-          for_tokens([&](int64_t token, int64_t at) {
+          toeplitz_.for_tokens([&](int64_t token, int64_t at) {
             const Complex u = work.second[static_cast<size_t>(at)];
             d0[token] += static_cast<double>(k[token] * u.real());
             if (d1 != nullptr) d1[token] += static_cast<double>(k[token] * u.imag());
@@ -444,6 +507,7 @@ class Spectral {
       const auto [b, h] = place(flight, key_head * group_);
       store(sum, gradients.k, b, h / group_, begin, rows, dim);
       to_rows(flight.dvalues.from_token(key_head, begin), rows, channels_, work.sums);
+      scale_rows(work.sums, rows, flight.scales[static_cast<size_t>(key_head)]);
       store(work.sums, gradients.v, b, h / group_, begin, rows, e_);
     });
   }
@@ -453,28 +517,26 @@ class Spectral {
   const kernels::MatrixKernels<double>& kernels_;
   Features<double> features_;
   OffsetWeights<double> weights_;
-  kernels::Fft<Real> fft_;
+  Toeplitz<Real> toeplitz_;
+  double unit_, limit_;  // rounding of a product by FFT, relative to the norms; of a result
+  double error_ = 0;
   int64_t l_, e_, channels_, group_, tiles_, stride_, key_heads_;
   std::vector<std::unique_ptr<Work>> works_;
 };
 
 }  // namespace
 
-void forward_fft(const Call& call, const Tensor& out, const RunOptions& run) {
-  if (call.q.dtype() == DType::f64) {
-    Spectral<long double>(call, run).forward(out);
-  } else {
-    Spectral<double>(call, run).forward(out);
-  }
+double forward_fft(const Call& call, const Tensor& out, const RunOptions& run) {
+  if (call.q.dtype() == DType::f64) return Spectral<long double>(call, run).forward(out);
+  return Spectral<double>(call, run).forward(out);
 }
 
-void backward_fft(const Call& call, const Tensor& grad_out,
-                  const KernelizedRpeGradientViews& gradients, const RunOptions& run) {
+double backward_fft(const Call& call, const Tensor& grad_out,
+                    const KernelizedRpeGradientViews& gradients, const RunOptions& run) {
   if (call.q.dtype() == DType::f64) {
-    Spectral<long double>(call, run).backward(grad_out, gradients);
-  } else {
-    Spectral<double>(call, run).backward(grad_out, gradients);
+    return Spectral<long double>(call, run).backward(grad_out, gradients);
   }
+  return Spectral<double>(call, run).backward(grad_out, gradients);
 }
 
 }  // namespace heed::rpe

@@ -1,5 +1,6 @@
 // Arguments, and the choice between the two ways.
 #include <cmath>
+#include <cstdio>
 #include <limits>
 #include <string>
 #include <vector>
@@ -175,7 +176,22 @@ Chosen choose(const Call& call, const Tensor& grad_out, const RunOptions& run) {
                       all_finite(call.v, run) &&
                       (!call.projection.defined() || all_finite(call.projection)) &&
                       (!grad_out.defined() || all_finite(grad_out, run));
-  return finite ? Chosen{RpePath::fft, true} : direct;
+  return {finite ? RpePath::fft : RpePath::direct, direct.in_double};
+}
+
+// Whether results of the transform with this error stand; if not they are to be computed directly.
+bool stands(const Call& call, double error) {
+  const double limit = rpe::fft_error_limit(call.q.dtype());
+  if (error <= limit) return true;
+  if (call.options.path == RpePath::automatic) return false;
+  char found[32], most[32];
+  std::snprintf(found, sizeof found, "%.2g", error);
+  std::snprintf(most, sizeof most, "%.2g", limit);
+  fail(kOp,
+       std::string("path is fft but key features, values or gradients of one head lie so far apart "
+                   "that its error may reach ") +
+           found,
+       std::string("at most ") + most + " is needed; path direct or auto has no limit");
 }
 
 }  // namespace
@@ -227,11 +243,8 @@ void kernelized_rpe_attention(const Tensor& q, const Tensor& k, const Tensor& v,
   check_rows_like(kOp, "out", out, call.sizes.out_shape(), q.dtype());
   if (empty(call)) return;
   const Chosen chosen = choose(call, {}, run);
-  if (chosen.path == RpePath::fft) {
-    rpe::forward_fft(call, out, run);
-  } else {
-    rpe::forward_direct(call, chosen.in_double, out, run);
-  }
+  if (chosen.path == RpePath::fft && stands(call, rpe::forward_fft(call, out, run))) return;
+  rpe::forward_direct(call, chosen.in_double, out, run);
 }
 
 Array kernelized_rpe_attention(const Tensor& q, const Tensor& k, const Tensor& v, const Tensor& rpb,
@@ -263,11 +276,11 @@ void kernelized_rpe_attention_backward(const Tensor& grad_out, const Tensor& q, 
     return;
   }
   const Chosen chosen = choose(call, grad_out, run);
-  if (chosen.path == RpePath::fft) {
-    rpe::backward_fft(call, grad_out, gradients, run);
-  } else {
-    rpe::backward_direct(call, chosen.in_double, grad_out, gradients, run);
+  if (chosen.path == RpePath::fft &&
+      stands(call, rpe::backward_fft(call, grad_out, gradients, run))) {
+    return;
   }
+  rpe::backward_direct(call, chosen.in_double, grad_out, gradients, run);
 }
 
 KernelizedRpeGradients kernelized_rpe_attention_backward(

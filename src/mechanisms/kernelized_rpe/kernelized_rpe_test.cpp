@@ -4,6 +4,8 @@
 
 #include <algorithm>
 #include <array>
+#include <cmath>
+#include <functional>
 #include <limits>
 #include <vector>
 
@@ -227,6 +229,113 @@ TEST(KernelizedRpe, WeightsFarApartStayExactDirectlyAndAreRefusedByTheTransform)
   const std::string message = error_of([&] { call.run(RpePath::fft); });
   EXPECT_NE(message.find("path is fft"), std::string::npos) << message;
   EXPECT_NE(message.find("1e6"), std::string::npos) << message;
+}
+
+// A transform's rounding is as large for a row that sees small sums as for the others. These are computed
+// directly (auto) or refused (fft), the gradients too.
+TEST(KernelizedRpe, WhatWouldDrownInTheTransformIsComputedDirectly) {
+  constexpr int64_t kTokens = 1200;
+  const RunOptions portable{.isa = Isa::portable};
+  const auto scale = [](Array& a, int64_t first, int64_t count, float factor, float shift) {
+    for (int64_t i = first; i < first + count; ++i) {
+      a.as<float>()[i] = a.as<float>()[i] * factor + shift;
+    }
+  };
+  struct Case {
+    const char* name;
+    RpeFeatures features;
+    bool causal, forward;  // forward: the result would suffer too, not only gradients
+    std::function<void(Call&, Array&)> change;
+  };
+  const Case cases[] = {
+      {"small first keys", RpeFeatures::elu1, true, true,
+       [&](Call& call, Array&) { scale(call.k, 0, 100 * 8, 1, -40); }},
+      {"small keys in a window", RpeFeatures::elu1, false, true,
+       [&](Call& call, Array&) {
+         scale(call.k, 0, 100 * 8, 1, -40);
+         for (int64_t i = 0; i < call.rpb.count(); ++i) {
+           if (std::abs(i - (kTokens - 1)) > 8) call.rpb.as<float>()[i] = -HUGE_VALF;
+         }
+       }},
+      {"wide features", RpeFeatures::prf, true, true,
+       [&](Call& call, Array&) {
+         for (Array* a : {&call.q, &call.k}) scale(*a, 0, a->count(), 10, 0);
+       }},
+      {"one large value", RpeFeatures::nprf, true, true,
+       [&](Call& call, Array&) { scale(call.v, 900 * 6, 1, 0, 1e15F); }},
+      {"one large channel", RpeFeatures::nprf, true, true,
+       [&](Call& call, Array&) {
+         for (int64_t i = 0; i < 2 * kTokens; ++i) scale(call.v, i * 6, 1, 1e15F, 0);
+       }},
+      {"large first gradients", RpeFeatures::nprf, true, false,
+       [&](Call&, Array& gradient) { scale(gradient, 0, 64 * 6, 1e15F, 0); }},
+  };
+  for (const Case& c : cases) {
+    Call call(DType::f32, kTokens, 1, 1);
+    call.options.features = c.features;
+    call.options.causal = c.causal;
+    Array gradient = random_array(DType::f32, {2, 1, kTokens, 6}, 9);
+    const RpeCost cost =
+        kernelized_rpe_cost(kTokens, kTokens, 12, 6, true, DType::f32, Isa::portable);
+    ASSERT_LT(cost.fft, cost.direct);
+    EXPECT_EQ(error_of([&] { call.run(RpePath::fft); }), "") << c.name;
+    EXPECT_EQ(error_of([&] { call.backward(gradient, RpePath::fft); }), "") << c.name;
+
+    c.change(call, gradient);
+    EXPECT_EQ(error_of([&] { call.run(RpePath::fft); }) == "", !c.forward) << c.name;
+    const std::string message = error_of([&] { call.backward(gradient, RpePath::fft); });
+    EXPECT_NE(message.find("path is fft but key features, values or gradients"), std::string::npos)
+        << c.name << message;
+    EXPECT_NE(message.find("at most 1e-06"), std::string::npos) << message;
+    if (c.forward) {
+      EXPECT_TRUE(
+          same_bits(call.run(RpePath::automatic, portable), call.run(RpePath::direct, portable)))
+          << c.name;
+    }
+    const KernelizedRpeGradients a = call.backward(gradient, RpePath::automatic, portable);
+    const KernelizedRpeGradients b = call.backward(gradient, RpePath::direct, portable);
+    EXPECT_TRUE(same_bits(a.q, b.q) && same_bits(a.k, b.k)) << c.name;
+    EXPECT_TRUE(same_bits(a.v, b.v) && same_bits(a.rpb, b.rpb)) << c.name;
+  }
+}
+
+// Values share transforms with the ones of the denominators.
+TEST(KernelizedRpe, TheScaleOfValuesDoesNotMatter) {
+  for (double scale : {1e-20, 1e15}) {
+    Call call(DType::f64, 90, 2, 1);
+    call.options.causal = true;
+    call.v = random_array(DType::f64, {2, 1, 90, 5}, 3, scale);
+    const Array gradient = random_array(DType::f64, {2, 2, 90, 5}, 9);
+    EXPECT_LT(largest_difference(call.run(RpePath::fft), call.run(RpePath::direct)), 1e-12 * scale);
+    const KernelizedRpeGradients a = call.backward(gradient, RpePath::fft);
+    const KernelizedRpeGradients b = call.backward(gradient, RpePath::direct);
+    EXPECT_LT(largest_difference(a.q, b.q), 1e-11 * scale);
+    EXPECT_LT(largest_difference(a.k, b.k), 1e-11 * scale);
+    EXPECT_LT(largest_difference(a.v, b.v), 1e-11);
+    EXPECT_LT(largest_difference(a.rpb, b.rpb), 1e-11 * scale);
+  }
+}
+
+// A loss that reads a few rows or channels: keys that get no gradient are not small sums.
+TEST(KernelizedRpe, TheTransformTakesGradientsThatAreZero) {
+  for (bool causal : {false, true}) {
+    Call call(DType::f64, 300, 1, 1);
+    call.options.causal = causal;
+    for (int which = 0; which < 3; ++which) {
+      Array gradient = random_array(DType::f64, {2, 1, 300, 6}, 9);
+      for (int64_t i = 0; i < gradient.count(); ++i) {
+        const int64_t row = i / 6 % 300;
+        if (which == 0 ? row >= 100 : which == 1 ? row < 299 : i % 6 != 0) {
+          gradient.as<double>()[i] = 0;
+        }
+      }
+      const KernelizedRpeGradients a = call.backward(gradient, RpePath::fft);
+      const KernelizedRpeGradients b = call.backward(gradient, RpePath::direct);
+      EXPECT_LT(largest_difference(a.q, b.q), 1e-11) << which;
+      EXPECT_LT(largest_difference(a.k, b.k), 1e-11) << which;
+      EXPECT_LT(largest_difference(a.v, b.v), 1e-11) << which;
+    }
+  }
 }
 
 TEST(KernelizedRpe, LongVectorsDoNotOverflow) {
