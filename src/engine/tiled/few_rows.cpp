@@ -1,91 +1,75 @@
 // Few query rows against many keys: memory is the bound, so keys and values are read in place, once for
 // all rows of a group and both streams, whose rows lie behind one another.
+#include <algorithm>
 #include <limits>
 
 #include "engine/tiled/forward.h"
 
 namespace heed::tiled {
 
-namespace {
-
-// The keys that a row sees of a tile, as runs.
-template <class T>
-std::vector<kernels::KeyRange> seen_runs(const T* s, const Seen& seen, int64_t r, int64_t keys) {
-  const kernels::KeyRange all =
-      seen.ranges != nullptr ? seen.ranges[r] : kernels::KeyRange{0, static_cast<int32_t>(keys)};
-  if (!seen.masked) return {all};
-  std::vector<kernels::KeyRange> runs;
-  for (int32_t m = all.begin; m < all.end; ++m) {
-    if (s[m] == -std::numeric_limits<T>::infinity()) continue;
-    if (!runs.empty() && runs.back().end == m) {
-      ++runs.back().end;
-    } else {
-      runs.push_back({m, m + 1});
-    }
-  }
-  return runs;
-}
-
-}  // namespace
-
 template <class T>
 void Forward<T>::run_few_rows(const Item& item, const std::vector<QueryTile>& tiles, Interval keys,
                               const Memory& m) const {
   const Sequence& s = sequence(item.sequence);
-  const int64_t rows = m.second;
+  const int64_t rows = m.second, count = keys.end - keys.begin;
   const Rows k = rows_of(s.k, item.kv_head, keys.begin, keys.end);
   const Rows v = rows_of(s.v, item.kv_head, keys.begin, keys.end);
   wide_.dot_rows({reinterpret_cast<const T*>(m.queries), padded_dim_}, streams_ * rows, k,
                  m.scores);
-  std::vector<std::vector<KeyRange>> runs(static_cast<size_t>(rows));
+  std::vector<Seen> all_seen;
   bool partial = false;
   for (const QueryTile& tile : tiles) {
+    all_seen.push_back(this->look(tile_at(item, tile, keys), m.ranges + tile.slot));
+    partial = partial || !all_seen.back().any || all_seen.back().partial();
+  }
+  // Hidden keys have a weight of 0: enough where their values are finite.
+  FiniteRows finite;
+  if (partial && !all_finite(v)) finite = finite_rows(v);
+  std::vector<SeenElement> special;
+  for (size_t t = 0; t < tiles.size(); ++t) {
+    const QueryTile& tile = tiles[t];
     const TileAt at = tile_at(item, tile, keys);
-    const Seen seen = this->look(at, m.ranges + tile.slot);
+    const Seen& seen = all_seen[t];
     const Block scores{m.scores.row(tile.slot), m.scores.stride};
-    partial = partial || !seen.any || seen.partial();
+    const Block second{m.scores.row(rows + tile.slot), m.scores.stride};
     std::fill_n(m.carry + tile.slot, tile.rows(), T{1});
-    if (!seen.any) continue;
+    if (!seen.any) {
+      for (int64_t r = 0; r < tile.rows(); ++r) {
+        std::fill_n(scores.row(r), count, T{0});
+        if (second_) std::fill_n(second.row(r), count, T{0});
+      }
+      continue;
+    }
     this->shape_scores(at, seen, scores, {});
-    for (int64_t r = 0; r < tile.rows(); ++r) {
-      runs[static_cast<size_t>(tile.slot + r)] = seen_runs(scores.row(r), seen, r, at.keys);
+    for (const SeenElement& e : seen_elements(finite.rows, at, seen, scores)) {
+      special.push_back({tile.slot + e.row, e.key});
     }
     wide_.weights[static_cast<int>(problem_.policy.weight)](
         scores, at.rows, at.keys, seen.ranges, this->weight_shape(at), state_of(tile, m),
         scores.data, scores.stride);
     if (problem_.policy.dropout > 0) drop_out(problem_.policy, s.batch, at, scores);
     if (second_) {
-      const Block second{m.scores.row(rows + tile.slot), m.scores.stride};
       wide_.second_weights(scores.data, scores.stride, second, at.rows, at.keys, seen.ranges,
                            m.carry + tile.slot, m.pivot + rows + tile.slot,
                            m.sum + rows + tile.slot, second.data);
     }
   }
   if (second_) std::copy_n(m.carry, rows, m.carry + rows);
-  if (!partial) {
-    wide_.add_rows({m.scores.data, m.scores.stride}, streams_ * rows, v, m.carry, m.out);
-    return;
-  }
-  for (int64_t row = 0; row < streams_ * rows; ++row) {
-    add_seen(m.scores, row, v, runs[static_cast<size_t>(row % rows)], m);
+  wide_.add_rows({m.scores.data, m.scores.stride}, streams_ * rows,
+                 finite.rows.empty() ? v : finite.view(), m.carry, m.out);
+  for (const SeenElement& e : special) {
+    for (int64_t row = e.row; row < streams_ * rows; row += rows) {
+      add_row(v, e.key, m.scores.row(row)[e.key], m.out.row(row), 1);
+    }
   }
 }
 
-// One row of the result: values that the row does not see are not read.
+// Zero times anything else is NaN.
 template <class T>
-void Forward<T>::add_seen(Block weights, int64_t row, const Rows& v,
-                          const std::vector<KeyRange>& runs, const Memory& m) const {
-  const auto element = static_cast<int64_t>(size_of(v.dtype));
-  const T* carry = m.carry + row;
-  for (const KeyRange& run : runs) {
-    if (run.empty()) continue;
-    Rows seen = v;
-    seen.data = static_cast<const std::byte*>(v.data) + run.begin * v.stride * element;
-    seen.count = run.end - run.begin;
-    wide_.add_rows({weights.row(row) + run.begin, weights.stride}, 1, seen, carry,
-                   {m.out.row(row), m.out.stride});
-    carry = nullptr;
-  }
+bool Forward<T>::all_finite(const Rows& v) const {
+  std::vector<T> weights(static_cast<size_t>(v.count)), sum(static_cast<size_t>(padded_values_));
+  wide_.add_rows({weights.data(), v.count}, 1, v, nullptr, {sum.data(), padded_values_});
+  return std::all_of(sum.begin(), sum.begin() + v.width, [](T x) { return x == 0; });
 }
 
 template <class T>

@@ -105,8 +105,7 @@ class Forward : private TileCall<T> {
   // few_rows.cpp
   void run_few_rows(const Item& item, const std::vector<QueryTile>& tiles, Interval keys,
                     const Memory& m) const;
-  void add_seen(Block weights, int64_t row, const Rows& v, const std::vector<KeyRange>& runs,
-                const Memory& m) const;
+  bool all_finite(const Rows& v) const;
   void keep_part(int64_t part, const QueryTile& tile, const Memory& m) const;
   void merge_parts() const;
   void merge_group(size_t first, size_t last) const;

@@ -56,6 +56,16 @@ T bounded(Wide bias) {
   return static_cast<T>(finite && x > most ? most : finite && x < -most ? -most : x);
 }
 
+// Loops over the usual stride of 1 become vector code.
+template <class Body>
+void for_stride(int64_t stride, const Body& body) {
+  if (stride == 1) {
+    body(std::integral_constant<int64_t, 1>());
+  } else {
+    body(stride);
+  }
+}
+
 template <class From, class T>
 void add_bias_row(const From* bias, int64_t stride, int64_t count, T* s) {
   for (int64_t m = 0; m < count; ++m) {
@@ -72,11 +82,7 @@ void add_bias(const Tensor& bias, const TileAt& at, Block<T> s) {
   for (int64_t r = 0; r < at.rows; ++r) {
     const auto* row =
         reinterpret_cast<const From*>(bias.at({at.sequence, at.head, at.row + r, at.key}));
-    if (bias.stride(3) == 1) {
-      add_bias_row(row, 1, at.keys, s.row(r));
-    } else {
-      add_bias_row(row, bias.stride(3), at.keys, s.row(r));
-    }
+    for_stride(bias.stride(3), [&](auto stride) { add_bias_row(row, stride, at.keys, s.row(r)); });
   }
 }
 
@@ -146,14 +152,20 @@ Visit FlashTerms::visit_blocks(const TileAt& at) const {
 
 Visit FlashTerms::visit_mask(const TileAt& at) const {
   bool any = false, all = true;
-  for (int64_t r = 0; r < at.rows && (all || !any); ++r) {
+  const bool alike = mask_.stride(2) == 0;
+  for (int64_t r = 0; r < (alike ? 1 : at.rows) && (all || !any); ++r) {
     const auto* row =
         reinterpret_cast<const uint8_t*>(mask_.at({at.sequence, at.head, at.row + r, at.key}));
-    for (int64_t m = 0; m < at.keys; ++m) {
-      const bool seen = row[m * mask_.stride(3)] != 0;
-      any = any || seen;
-      all = all && seen;
-    }
+    const auto look = [&](auto stride) {
+      uint8_t seen = 0, hidden = 0;
+      for (int64_t m = 0; m < at.keys; ++m) {
+        seen |= row[m * stride];
+        hidden |= row[m * stride] == 0;
+      }
+      any = any || seen != 0;
+      all = all && hidden == 0;
+    };
+    for_stride(mask_.stride(3), look);
   }
   return !any ? Visit::none : all ? Visit::whole : Visit::masked;
 }
@@ -185,12 +197,13 @@ void FlashTerms::shape_tile(const TileAt& at, Block<T> s) const {
     }
   }
   if (mask_.defined()) {
-    const int64_t stride = mask_.stride(3);
     for (int64_t r = 0; r < at.rows; ++r) {
       const auto* seen =
           reinterpret_cast<const uint8_t*>(mask_.at({at.sequence, at.head, at.row + r, at.key}));
       T* row = s.row(r);
-      for (int64_t m = 0; m < at.keys; ++m) row[m] = seen[m * stride] != 0 ? row[m] : kHidden;
+      for_stride(mask_.stride(3), [&](auto stride) {
+        for (int64_t m = 0; m < at.keys; ++m) row[m] = seen[m * stride] != 0 ? row[m] : kHidden;
+      });
     }
   }
   if (!block_mask_.defined()) return;
