@@ -239,11 +239,15 @@ def test_explain_refuses_what_the_operator_refuses():
 
 
 @pytest.mark.parametrize(
-    "shape",
-    [",", "1,2,3", "1,2,3,4,5", "1,2,3,x", "1,2,0,4", "-1,2,3,4", "1,,3,4", "99999999,9999,99,99"],
+    "shape", [",", "3", "1,2,3,x", "1,2,0,4", "-1,2,3,4", "1,,3,4", "99999999,9999,99,99"]
 )
 def test_bad_shapes(shape):
     assert "B,H,L,D" in error_of("explain", "flash", f"--q={shape}")
+
+
+@pytest.mark.parametrize("shape, count", [("1,2,3", 3), ("1,2,3,4,5", 5)])
+def test_shapes_of_another_rank(shape, count):
+    assert f"found {count} numbers, needed 4" in error_of("explain", "flash", f"--q={shape}")
 
 
 def test_cpu():

@@ -6,6 +6,7 @@
 #include <hwy/foreach_target.h>
 // After foreach_target.
 #include <algorithm>
+#include <limits>
 #include <type_traits>
 
 #include "kernels/by_isa.h"
@@ -222,8 +223,29 @@ void sums(const Rows& x, double* results) {
 }
 
 template <class T>
+void add_bounded(const Rows& x, T bound, Block<T> to) {
+  const Full<T> d;
+  const auto most = hn::Set(d, bound), least = hn::Set(d, -bound);
+  const auto largest = hn::Set(d, std::numeric_limits<T>::max());
+  with_element_type<T>(x.dtype, [&](auto from) HWY_ATTR {
+    using From = decltype(from);
+    for (int64_t r = 0; r < x.count; ++r) {
+      const From* row = static_cast<const From*>(x.data) + r * x.stride;
+      T* sums = to.row(r);
+      for (int64_t i = 0; i < x.width; i += lanes<T>()) {
+        const auto v = load_elements<T>(row + i, x.width - i);
+        const auto bounded = hn::Min(hn::Max(v, least), most);
+        const auto added = hn::IfThenElse(hn::Le(hn::Abs(v), largest), bounded, v);
+        const auto sum = hn::Add(load_elements<T>(sums + i, x.width - i), added);
+        store_elements<T>(sum, sums + i, x.width - i);
+      }
+    }
+  });
+}
+
+template <class T>
 RowMapKernels<T> table() {
-  return {window_sums<T>, mix<T>, combine<T>, dots<T>, sums<T>};
+  return {window_sums<T>, mix<T>, combine<T>, dots<T>, sums<T>, add_bounded<T>};
 }
 
 }  // namespace

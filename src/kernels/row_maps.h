@@ -30,6 +30,8 @@ struct RowMapKernels {
   void (*dots)(const Rows& x, const Rows& y, double* dots) = nullptr;
   /// sums[r] = sum of the elements of x[r] in float64
   void (*sums)(const Rows& x, double* sums) = nullptr;
+  /// to[r] += x[r], where finite numbers beyond `most` count as that; what is not finite is added as it is.
+  void (*add_bounded)(const Rows& x, T most, Block<T> to) = nullptr;
 };
 
 template <class T>

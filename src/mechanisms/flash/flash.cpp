@@ -38,11 +38,12 @@ struct Call {
 };
 
 std::unique_ptr<Call> make_call(const Tensor& q, const Tensor& k, const Tensor& v,
-                                const Tensor& out, const Tensor& lse, const FlashOptions& options) {
+                                const Tensor& out, const Tensor& lse, const FlashOptions& options,
+                                const RunOptions& run) {
   tiled::check_operands(kFlash, q, k, v, out, lse);
   const int64_t heads = q.size(1);
   auto call = std::make_unique<Call>(
-      Call{{}, FlashTerms(options, {q.size(0), heads, q.size(2), k.size(2)})});
+      Call{{}, FlashTerms(options, {q.size(0), heads, q.size(2), k.size(2)}, run)});
   tiled::Problem& problem = call->problem;
   problem.op = kFlash;
   problem.sequences = tiled::batch_sequences(
@@ -84,7 +85,7 @@ Array head_gradient(const std::vector<double>& sums, const Tensor& like) {
 
 void flash_attention(const Tensor& q, const Tensor& k, const Tensor& v, const Tensor& out,
                      const Tensor& lse, const FlashOptions& options, const RunOptions& run) {
-  tiled::forward(make_call(q, k, v, out, lse, options)->problem, run);
+  tiled::forward(make_call(q, k, v, out, lse, options, run)->problem, run);
 }
 
 AttentionResult flash_attention(const Tensor& q, const Tensor& k, const Tensor& v,
@@ -99,7 +100,7 @@ FlashGradients flash_attention_backward(const Tensor& grad_out, const Tensor& gr
                                         const Tensor& out, const Tensor& lse,
                                         const FlashOptions& options, const RunOptions& run,
                                         const FlashWanted& wanted) {
-  const auto call = make_call(q, k, v, out, lse, options);
+  const auto call = make_call(q, k, v, out, lse, options, run);
   tiled::Problem& problem = call->problem;
   tiled::check_backward(kFlash, grad_out, grad_lse, out, lse);
   const bool slopes_wanted = wanted.alibi_slopes && options.alibi_slopes.defined();

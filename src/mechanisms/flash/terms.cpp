@@ -7,6 +7,7 @@
 #include <type_traits>
 
 #include "heed/error.h"
+#include "kernels/row_maps.h"
 
 namespace heed {
 
@@ -67,28 +68,25 @@ void for_stride(int64_t stride, const Body& body) {
 }
 
 template <class From, class T>
-void add_bias_row(const From* bias, int64_t stride, int64_t count, T* s) {
-  for (int64_t m = 0; m < count; ++m) {
-    if constexpr (std::is_same_v<From, bfloat16> || std::is_same_v<From, float16>) {
-      s[m] += bounded<T>(to_float(bias[m * stride]));
-    } else {
-      s[m] += bounded<T>(bias[m * stride]);
-    }
-  }
-}
-
-template <class From, class T>
-void add_bias(const Tensor& bias, const TileAt& at, Block<T> s) {
+void add_strided(const Tensor& bias, const TileAt& at, Block<T> s) {
   for (int64_t r = 0; r < at.rows; ++r) {
     const auto* row =
         reinterpret_cast<const From*>(bias.at({at.sequence, at.head, at.row + r, at.key}));
-    for_stride(bias.stride(3), [&](auto stride) { add_bias_row(row, stride, at.keys, s.row(r)); });
+    for (int64_t m = 0; m < at.keys; ++m) {
+      const From& x = row[m * bias.stride(3)];
+      if constexpr (std::is_floating_point_v<From>) {
+        s.row(r)[m] += bounded<T>(x);
+      } else {
+        s.row(r)[m] += bounded<T>(to_float(x));
+      }
+    }
   }
 }
 
 }  // namespace
 
-FlashTerms::FlashTerms(const FlashOptions& options, const Dims& scores) {
+FlashTerms::FlashTerms(const FlashOptions& options, const Dims& scores, const RunOptions& run)
+    : isa_(chosen_isa(run)) {
   const std::string op = std::string(kOp) + ": ";
   if (options.mask.defined()) {
     if (options.mask.dtype() != DType::boolean) {
@@ -179,23 +177,31 @@ Visit FlashTerms::visit(const TileAt& at) const {
 }
 
 template <class T>
+void FlashTerms::add_bias(const TileAt& at, Block<T> s) const {
+  constexpr DType kType = sizeof(T) == 8 ? DType::f64 : DType::f32;
+  const DType type = bias_.dtype();
+  if (bias_.stride(3) == 1 && (type == kType || (kType == DType::f32 && is_half(type)))) {
+    const kernels::Rows rows{bias_.at({at.sequence, at.head, at.row, at.key}), type,
+                             bias_.stride(2), at.rows, at.keys};
+    kernels::row_map_kernels<T>(isa_).add_bounded(rows, kMostBias<T>, s);
+    return;
+  }
+  switch (type) {
+    case DType::f64:
+      return add_strided<double>(bias_, at, s);
+    case DType::bf16:
+      return add_strided<bfloat16>(bias_, at, s);
+    case DType::f16:
+      return add_strided<float16>(bias_, at, s);
+    default:
+      return add_strided<float>(bias_, at, s);
+  }
+}
+
+template <class T>
 void FlashTerms::shape_tile(const TileAt& at, Block<T> s) const {
   constexpr T kHidden = -std::numeric_limits<T>::infinity();
-  if (bias_.defined()) {
-    switch (bias_.dtype()) {
-      case DType::f64:
-        add_bias<double>(bias_, at, s);
-        break;
-      case DType::bf16:
-        add_bias<bfloat16>(bias_, at, s);
-        break;
-      case DType::f16:
-        add_bias<float16>(bias_, at, s);
-        break;
-      default:
-        add_bias<float>(bias_, at, s);
-    }
-  }
+  if (bias_.defined()) add_bias(at, s);
   if (mask_.defined()) {
     for (int64_t r = 0; r < at.rows; ++r) {
       const auto* seen =

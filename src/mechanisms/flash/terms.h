@@ -10,7 +10,7 @@ namespace heed {
 class FlashTerms final : public tiled::ScoreTerms {
  public:
   /// Throws Error unless the options' tensors fit [B,H,Lq,Lk].
-  FlashTerms(const FlashOptions& options, const Dims& scores);
+  FlashTerms(const FlashOptions& options, const Dims& scores, const RunOptions& run);
 
   bool needed() const;
   tiled::Visit visit(const tiled::TileAt& at) const override;
@@ -28,6 +28,8 @@ class FlashTerms final : public tiled::ScoreTerms {
 
  private:
   template <class T>
+  void add_bias(const tiled::TileAt& at, kernels::Block<T> s) const;
+  template <class T>
   void shape_tile(const tiled::TileAt& at, kernels::Block<T> s) const;
   template <class T>
   void add_tile(int lane, const tiled::TileAt& at, kernels::Block<const T> ds) const;
@@ -35,6 +37,7 @@ class FlashTerms final : public tiled::ScoreTerms {
   tiled::Visit visit_blocks(const tiled::TileAt& at) const;
   bool block_alive(int64_t head, int64_t row_block, int64_t key_block) const;
 
+  Isa isa_;
   Tensor mask_, bias_;  // [B,H,Lq,Lk] with stride 0 where broadcast
   Tensor block_mask_;   // [H,row blocks,key blocks], likewise
   int64_t block_rows_ = 1, block_keys_ = 1;
