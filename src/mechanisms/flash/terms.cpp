@@ -5,6 +5,7 @@
 #include <limits>
 #include <string>
 #include <type_traits>
+#include <utility>
 
 #include "heed/error.h"
 #include "kernels/row_maps.h"
@@ -268,7 +269,11 @@ void FlashTerms::add_gradient(int lane, const TileAt& at, Block<const double> ds
   add_tile(lane, at, ds);
 }
 
-Array FlashTerms::bias_gradient() const {
+Array FlashTerms::bias_gradient() {
+  if (sums_.size() == 1) {
+    if (sums_[0].dtype() == bias_.dtype()) return std::move(sums_[0]);
+    return convert(sums_[0], bias_.dtype());
+  }
   Array total = Array::zeros(DType::f64, bias_shape_);
   for (const Array& sums : sums_) {
     for (int64_t i = 0; i < total.count(); ++i) {

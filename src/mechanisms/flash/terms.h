@@ -23,8 +23,8 @@ class FlashTerms final : public tiled::ScoreTerms {
                     kernels::Block<float> dq) const override;
   void add_gradient(int lane, const tiled::TileAt& at, kernels::Block<const double> ds,
                     kernels::Block<double> dq) const override;
-  /// The gradient of the bias, in its shape and type.
-  Array bias_gradient() const;
+  /// The gradient of the bias, in its shape and type; once.
+  Array bias_gradient();
 
  private:
   template <class T>
