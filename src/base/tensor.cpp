@@ -4,6 +4,7 @@
 #include <cassert>
 #include <cmath>
 #include <cstring>
+#include <type_traits>
 
 #include "base/blocks.h"
 #include "heed/error.h"
@@ -208,59 +209,72 @@ Array Array::zeros(DType dtype, const Dims& shape) {
 
 namespace {
 
-double load_element(const std::byte* p, DType dtype) {
+// Calls body(T{}) with the element type.
+template <class Body>
+void with_type(DType dtype, const Body& body) {
   switch (dtype) {
     case DType::f64:
-      return *reinterpret_cast<const double*>(p);
+      return body(double{});
     case DType::f32:
-      return *reinterpret_cast<const float*>(p);
+      return body(float{});
     case DType::bf16:
-      return to_float(*reinterpret_cast<const bfloat16*>(p));
+      return body(bfloat16{});
     case DType::f16:
-      return to_float(*reinterpret_cast<const float16*>(p));
+      return body(float16{});
     case DType::i64:
-      return static_cast<double>(*reinterpret_cast<const int64_t*>(p));
+      return body(int64_t{});
     case DType::i32:
-      return *reinterpret_cast<const int32_t*>(p);
+      return body(int32_t{});
     case DType::boolean:
-      return *reinterpret_cast<const bool*>(p);
+      return body(bool{});
   }
-  return 0;
 }
 
-void store_element(std::byte* p, DType dtype, double value) {
-  switch (dtype) {
-    case DType::f64:
-      *reinterpret_cast<double*>(p) = value;
-      return;
-    case DType::f32:
-      *reinterpret_cast<float*>(p) = static_cast<float>(value);
-      return;
-    case DType::bf16:
-      *reinterpret_cast<bfloat16*>(p) = to_bfloat16(static_cast<float>(value));
-      return;
-    case DType::f16:
-      *reinterpret_cast<float16*>(p) = to_float16(static_cast<float>(value));
-      return;
-    default:
-      throw Error(std::string("copy: cannot convert to ") + name_of(dtype) +
-                  ", a floating type is needed");
+template <class From>
+double load(From x) {
+  if constexpr (std::is_arithmetic_v<From>) {
+    return static_cast<double>(x);
+  } else {
+    return to_float(x);
   }
+}
+
+template <class To>
+To store(double x) {
+  if constexpr (std::is_same_v<To, bfloat16>) {
+    return to_bfloat16(static_cast<float>(x));
+  } else if constexpr (std::is_same_v<To, float16>) {
+    return to_float16(static_cast<float>(x));
+  } else {
+    return static_cast<To>(x);
+  }
+}
+
+void copy_row(const Tensor& from, const Tensor& to) {
+  const int64_t count = from.size(0), read = from.stride(0), write = to.stride(0);
+  with_type(from.dtype(), [&](auto of_from) {
+    with_type(to.dtype(), [&](auto of_to) {
+      using From = decltype(of_from);
+      using To = decltype(of_to);
+      if constexpr (!std::is_integral_v<To>) {
+        const From* source = from.as<From>();
+        To* target = to.as<To>();
+        for (int64_t i = 0; i < count; ++i) target[i * write] = store<To>(load(source[i * read]));
+      } else {
+        throw Error(std::string("copy: cannot convert to ") + name_of(to.dtype()) +
+                    ", a floating type is needed");
+      }
+    });
+  });
 }
 
 void copy_axis(const Tensor& from, const Tensor& to) {
+  if (from.rank() == 1) return copy_row(from, to);
   if (from.rank() == 0) {
-    store_element(static_cast<std::byte*>(to.data()), to.dtype(),
-                  load_element(static_cast<const std::byte*>(from.data()), from.dtype()));
-    return;
+    const Tensor source(from.data(), from.dtype(), {1}), target(to.data(), to.dtype(), {1});
+    return copy_row(source, target);
   }
-  for (int64_t i = 0; i < from.size(0); ++i) {
-    if (from.rank() == 1) {
-      store_element(to.at({i}), to.dtype(), load_element(from.at({i}), from.dtype()));
-    } else {
-      copy_axis(from.select(0, i), to.select(0, i));
-    }
-  }
+  for (int64_t i = 0; i < from.size(0); ++i) copy_axis(from.select(0, i), to.select(0, i));
 }
 
 }  // namespace
