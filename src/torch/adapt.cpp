@@ -232,6 +232,12 @@ std::pair<at::Tensor, at::Tensor> empty_results(const at::Tensor& q, const at::T
           empty_statistic(q, c10::SymIntArrayRef(shape, 3))};
 }
 
+std::tuple<at::Tensor, at::Tensor, at::Tensor> empty_wide_results(const at::Tensor& q,
+                                                                  const at::Tensor& v) {
+  auto [out, statistic] = empty_results(q, v);
+  return {out, empty_statistic(q, out.sym_sizes()), statistic};
+}
+
 at::Tensor empty_statistic(const at::Tensor& q, c10::SymIntArrayRef shape, bool wanted) {
   const at::ScalarType type = statistics_type(q.scalar_type());
   return wanted ? empty_result(shape, q, type) : at::empty({0}, q.options().dtype(type));

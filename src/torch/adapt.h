@@ -5,6 +5,7 @@
 
 #include <array>
 #include <optional>
+#include <tuple>
 #include <utility>
 
 #include "heed/error.h"
@@ -86,6 +87,9 @@ std::optional<int64_t> window_side(const char* op, const char* side, int64_t val
 
 /// Results of softmax attention: out [B,H,Lq,Dv], lse [B,H,Lq]; also for symbolic shapes.
 std::pair<at::Tensor, at::Tensor> empty_results(const at::Tensor& q, const at::Tensor& v);
+/// The same with one like out in the type of statistics between them: what out is made of, unrounded.
+std::tuple<at::Tensor, at::Tensor, at::Tensor> empty_wide_results(const at::Tensor& q,
+                                                                  const at::Tensor& v);
 
 /// A result of the statistics type beside inputs like q, [0] where it is not wanted; also for symbolic
 /// shapes. view_wanted is undefined there.

@@ -1,7 +1,6 @@
 // affine_scaled_attention for PyTorch, real and fake.
 #include "heed/affine_scaled_attention.h"
 
-#include <ATen/ops/empty.h>
 #include <torch/library.h>
 
 #include <tuple>
@@ -26,16 +25,11 @@ void check_inputs(HEED_AFFINE_INPUTS) {
   check_tensor({kAffine, "alpha_mean", alpha_mean}, 1, q.device());
 }
 
-Results empty_affine(const at::Tensor& q, const at::Tensor& v) {
-  const auto [out, lse] = empty_results(q, v);
-  return {out, at::empty_symint(out.sym_sizes(), lse.options()), lse};
-}
-
 Results affine_cpu(HEED_AFFINE_INPUTS, bool causal, int64_t window_left, int64_t window_right,
                    const MaybeTensor& lengths, std::optional<double> scale) {
   check_inputs(q, k, v, alpha, alpha_mean);
   const HeldMasks held(kAffine, causal, window_left, window_right, lengths, q.device());
-  const Results results = empty_affine(q, v);
+  const Results results = empty_wide_results(q, v);
   guarded([&] {
     const auto& [out, softmax_out, lse] = results;
     affine_scaled_attention(view(q), view(k), view(v), view(alpha), view(alpha_mean), view(out),
@@ -67,7 +61,7 @@ Results affine_meta(HEED_AFFINE_INPUTS, bool, c10::SymInt, c10::SymInt, const Ma
   check_inputs(q, k, v, alpha, alpha_mean);
   check_qkv_shapes({kAffine, "q", q}, {kAffine, "k", k}, {kAffine, "v", v});
   check_optional(kAffine, "lengths", lengths, 1, q.device());
-  return empty_affine(q, v);
+  return empty_wide_results(q, v);
 }
 // NOLINTEND(performance-unnecessary-value-param)
 

@@ -1,7 +1,6 @@
 // parallax_attention for PyTorch, real and fake.
 #include "heed/parallax_attention.h"
 
-#include <ATen/ops/empty.h>
 #include <torch/library.h>
 
 #include <tuple>
@@ -27,9 +26,8 @@ void check_inputs(const at::Tensor& q, const at::Tensor& r, const at::Tensor& k,
 }
 
 FourTensors empty_parallax(const at::Tensor& q, const at::Tensor& v) {
-  auto [out, lse] = empty_results(q, v);
-  return {out, at::empty_symint(out.sym_sizes(), lse.options()),
-          at::empty_symint(lse.sym_sizes(), lse.options()), lse};
+  auto [out, v_mean, lse] = empty_wide_results(q, v);
+  return {out, v_mean, empty_statistic(q, lse.sym_sizes()), lse};
 }
 
 FourTensors parallax_cpu(const at::Tensor& q, const at::Tensor& r, const at::Tensor& k,

@@ -1,7 +1,6 @@
 // recurrent_softmax_attention for PyTorch, real and fake.
 #include "heed/recurrent_softmax_attention.h"
 
-#include <ATen/ops/empty.h>
 #include <torch/library.h>
 
 #include <string>
@@ -51,17 +50,11 @@ RecurrentSoftmaxOptions options_of(const at::Tensor& q, HEED_RECURRENT_ARGS) {
           .eps = eps};
 }
 
-Results empty_recurrent(const at::Tensor& q, const at::Tensor& v) {
-  const auto [out, statistic] = empty_results(q, v);
-  const at::Tensor core = at::empty_symint(out.sym_sizes(), statistic.options());
-  return {out, core, statistic};
-}
-
 Results recurrent_cpu(const at::Tensor& q, const at::Tensor& k, const at::Tensor& v,
                       HEED_RECURRENT_ARGS) {
   check_qkv({kRecurrent, "q", q}, {kRecurrent, "k", k}, {kRecurrent, "v", v});
   const RecurrentSoftmaxOptions options = options_of(q, HEED_RECURRENT_NAMES);
-  const Results results = empty_recurrent(q, v);
+  const Results results = empty_wide_results(q, v);
   guarded([&] {
     const auto& [out, core, statistic] = results;
     recurrent_softmax_attention(view(q), view(k), view(v), view(out), view(core), view(statistic),
@@ -94,7 +87,7 @@ Results recurrent_meta(const at::Tensor& q, const at::Tensor& k, const at::Tenso
   check_qkv_shapes({kRecurrent, "q", q}, {kRecurrent, "k", k}, {kRecurrent, "v", v});
   check_optional(kRecurrent, "gate", gate, 3, q.device());
   parse_normalizer(normalizer);
-  return empty_recurrent(q, v);
+  return empty_wide_results(q, v);
 }
 // NOLINTEND(performance-unnecessary-value-param)
 
