@@ -183,6 +183,17 @@ def test_sweep_of_lengths(tmp_path):
     assert "Tokens a second" in text and "flash_attention" in text
 
 
+def test_only_what_a_call_needs_counts():
+    """Closed gates and an absent layer cost nothing, so the bound has nothing of them either."""
+    rows = {r["data"]: r for r in bench_json("head_gated", "--q", "1,4,64,16")["rows"] if not r["options"]}
+    assert set(rows) == {"all gates open", "half of the heads open", "half of the gates open"}
+    operations = {data: row["roofline"]["operations"] for data, row in rows.items()}
+    assert operations["half of the heads open"] == operations["all gates open"] / 2
+    assert 0.4 < operations["half of the gates open"] / operations["all gates open"] < 0.6
+    row = next(r for r in bench_json("feature_map", "--q", "1,4,64,16")["rows"] if r["options"] == "kind=elu1")
+    assert row["roofline"]["operations"] <= 8 * math.prod(row["shapes"]["x"])
+
+
 def test_sweep_of_named_mechanisms_and_passes():
     found = bench_json("sigmoid", "flash", "--sweep", "length", "--lengths", "16,48",
                        "--q", "2,2,1,8", "--backward")  # fmt: skip

@@ -41,9 +41,9 @@ std::vector<ExampleCase> cases_of(const Mechanism& mechanism, const BenchArgumen
   }
   if (arguments.q.empty() && arguments.k.empty()) return cases;
   std::vector<ExampleCase> resized;
-  std::set<std::string> options;
+  std::set<std::pair<std::string, std::string>> modes;
   for (const ExampleCase& like : cases) {
-    if (!options.insert(like.options).second) continue;
+    if (!modes.insert({like.options, like.data}).second) continue;
     ShapeArguments shapes;
     if (!arguments.k.empty()) shapes.k = parse_shape("--k", arguments.k);
     if (arguments.q.empty()) resized.push_back(with_shapes(like, shapes));

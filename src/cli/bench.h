@@ -84,6 +84,8 @@ void report_wrong(const BenchRow& row);
 std::string bench_header(const BenchArguments& arguments);
 Json bench_header_json(const BenchArguments& arguments);
 std::string spread(const Samples& samples);  // "1.2-1.4", the 20th and 80th percentile
+/// What tells a row from others of its shape: "causal=1, half of the heads open".
+std::string mode_of(const ExampleCase& example);
 Json samples_json(const Samples& samples);
 Json row_json(const BenchRow& row);
 void print_rows(const std::vector<BenchRow>& rows, const BenchArguments& arguments);

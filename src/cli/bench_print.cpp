@@ -57,8 +57,7 @@ std::vector<Table::Column> columns(bool versus) {
 }
 
 std::vector<std::string> cells_of(const BenchRow& row, bool versus) {
-  std::vector<std::string> cells = {row.mechanism->name, name_of(row.pass),
-                                    row.example.options.empty() ? "full" : row.example.options,
+  std::vector<std::string> cells = {row.mechanism->name, name_of(row.pass), mode_of(row.example),
                                     heed::name_of(row.dtype), row.path};
   for (int axis : {0, 1, 2}) cells.push_back(query_extent(row.example, axis));
   cells.push_back(extent(row.example, {"k", "k_cache"}, 2));
@@ -106,10 +105,16 @@ std::string row_title(const BenchRow& row) {
   if (tokens != "-") title += " " + tokens + "x" + query_extent(row.example, 3);
   if (row.dtype != DType::f32) title += std::string(" ") + heed::name_of(row.dtype);
   if (!row.example.options.empty()) title += " " + row.example.options;
+  if (!row.example.data.empty()) title += " " + row.example.data;
   return title;
 }
 
 }  // namespace
+
+std::string mode_of(const ExampleCase& example) {
+  const std::string options = example.options.empty() ? "full" : example.options;
+  return example.data.empty() ? options : options + ", " + example.data;
+}
 
 std::string spread(const Samples& samples) {
   return short_number(quantile(samples, 0.2)) + "-" + short_number(quantile(samples, 0.8));
@@ -159,6 +164,7 @@ Json row_json(const BenchRow& row) {
                  {"bound_by", limit_of(row.roof)},
                  {"bytes", row.bytes},
                  {"operations", row.operations}}}};
+  if (!row.example.data.empty()) json["data"] = row.example.data;
   if (row.tokens() > 0) {
     json["tokens_per_s"] = static_cast<double>(row.tokens()) * 1e3 / row.median_ms();
   }

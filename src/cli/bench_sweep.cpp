@@ -171,8 +171,7 @@ void print(const std::vector<Curve>& curves, const std::vector<Crossing>& crossi
   for (const Curve& curve : curves) {
     for (const BenchRow* row : curve.rows) {
       const Dims& q = *input_shape(row->example, {"q", "x"});
-      std::vector<std::string> cells = {curve.name,
-                                        row->example.options.empty() ? "-" : row->example.options};
+      std::vector<std::string> cells = {curve.name, mode_of(row->example)};
       for (int axis = 0; axis < 4; ++axis) cells.push_back(std::to_string(q[axis]));
       cells.push_back(short_number(row->median_ms()));
       cells.push_back(spread(row->heed));

@@ -72,9 +72,10 @@ double largest_mask(const cascade::Program& program, const Sizes& sizes) {
   return most;
 }
 
-/// 2 x multiply-adds; terms over the ranks of a mask only for the pairs that the mask keeps.
+/// 2 x multiply-adds of the needed part of each rank; terms over the ranks of a mask only for the pairs
+/// that the mask keeps.
 double operations_of(const cascade::Program& program, const cascade::Bindings& bindings,
-                     const Sizes& sizes) {
+                     const Sizes& sizes, const Sizes& needed) {
   const cascade::Ast& ast = program.ast();
   std::map<std::string, double> shares;
   for (const auto& declared : ast.predicates) {
@@ -86,7 +87,7 @@ double operations_of(const cascade::Program& program, const cascade::Bindings& b
   for (const cascade::StatementCount& row : cascade::count(program)) {
     for (const auto& [ranks, factor] : row.multiply_adds.terms) {
       double term = 2 * factor;
-      for (const std::string& rank : ranks) term *= static_cast<double>(sizes.at(rank));
+      for (const std::string& rank : ranks) term *= static_cast<double>(needed.at(rank));
       for (const auto& declared : ast.predicates) {
         const auto share = shares.find(declared.name);
         if (share != shares.end() && runs_over(ast, ranks, declared.ranks)) term *= share->second;
@@ -156,7 +157,9 @@ double visible_operations(const Mechanism& mechanism, const NamedTensors& in, co
     const Sizes sizes = rank_sizes(program, bindings);
     // A form with a mask over many pairs does no less than the definition, and takes long to count.
     if (!first && largest_mask(program, sizes) > kMostPairs) continue;
-    const double operations = operations_of(program, bindings, sizes);
+    Sizes needed = mechanism.needed_sizes ? mechanism.needed_sizes(in) : Sizes();
+    needed.insert(sizes.begin(), sizes.end());
+    const double operations = operations_of(program, bindings, sizes, needed);
     least = first ? operations : std::min(least, operations);
     first = false;
   }

@@ -21,7 +21,8 @@ double quantile(Samples samples, double fraction);
 std::string compiler_name();
 
 /// 2 x the multiply-adds of this call by its definition or, where that does fewer, by a form it is
-/// computed in (running sums); terms over the ranks of a mask only for the pairs that the mask keeps.
+/// computed in (running sums); terms over the ranks of a mask only for the pairs that the mask keeps, of
+/// closed gates and absent layers nothing.
 double visible_operations(const Mechanism& mechanism, const NamedTensors& in, const Spec& options);
 
 /// The shape of the first of these inputs that the case has; nullptr for none.

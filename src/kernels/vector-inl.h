@@ -110,16 +110,15 @@ HWY_INLINE hn::Vec<hn::RebindToUnsigned<DF>> bfloat16_bits(DF /*d*/, V x) {
   const hn::RebindToUnsigned<DF> du;
   const auto bits = hn::BitCast(du, x);
   const auto odd = hn::And(hn::ShiftRight<16>(bits), hn::Set(du, 1));
-  const auto rounded = hn::ShiftRight<16>(hn::Add(bits, hn::Add(odd, hn::Set(du, 0x7fff))));
-  const auto quiet = hn::ShiftRight<16>(hn::Or(bits, hn::Set(du, 0x400000)));
-  return hn::IfThenElse(hn::RebindMask(du, hn::IsNaN(x)), quiet, rounded);
+  const auto rounded = hn::Add(bits, hn::Add(odd, hn::Set(du, 0x7fff)));
+  const auto quiet = hn::Or(bits, hn::Set(du, 0x400000));
+  return hn::ShiftRight<16>(hn::IfThenElse(hn::RebindMask(du, hn::IsNaN(x)), quiet, rounded));
 }
 
 template <class DF, class V>
 HWY_INLINE void store_bfloat16(DF d, V x, uint16_t* p) {
-  const hn::Rebind<int32_t, DF> di;
   const hn::Rebind<uint16_t, DF> du16;
-  hn::StoreU(hn::DemoteTo(du16, hn::BitCast(di, bfloat16_bits(d, x))), du16, p);
+  hn::StoreU(hn::TruncateTo(du16, bfloat16_bits(d, x)), du16, p);
 }
 
 // As operands of bfloat16 products. On AVX-512 only for tables of processors with AVX512-BF16, which are
@@ -130,9 +129,7 @@ HWY_INLINE hn::Vec<hn::Rebind<uint16_t, Full<float>>> half_operands(hn::Vec<Full
   __asm__("vcvtneps2bf16 %1, %0" : "=v"(rounded) : "v"(x.raw));
   return hn::Vec<hn::Rebind<uint16_t, Full<float>>>{rounded};
 #else
-  const Full<float> d;
-  const hn::Rebind<int32_t, Full<float>> di;
-  return hn::DemoteTo(hn::Rebind<uint16_t, Full<float>>(), hn::BitCast(di, bfloat16_bits(d, x)));
+  return hn::TruncateTo(hn::Rebind<uint16_t, Full<float>>(), bfloat16_bits(Full<float>(), x));
 #endif
 }
 

@@ -28,6 +28,8 @@ struct ExampleCase {
   std::map<std::string, DType> types = {};
   /// The cascade that defines this case, for options that the record's first one leaves out.
   std::string definition = {};
+  /// Where inputs of one shape are filled in several ways: "all heads open".
+  std::string data = {};
 };
 
 struct CascadeText {
@@ -98,6 +100,9 @@ struct Mechanism {
       forward_for_backward;
   /// Everything the cascades need for this case: tensors in float64, sizes, scalars, predicates.
   std::function<cascade::Bindings(const NamedTensors& in, const Spec& options)> bind;
+  /// Sizes of ranks where a call need not do all that the cascade says (closed gates, an absent layer):
+  /// how much of them counts. Empty: all do.
+  std::function<std::map<std::string, int64_t>(const NamedTensors& in)> needed_sizes;
   /// Empty where the mechanism cannot stand in for causal attention of a model.
   std::function<ModelAttention(const Spec& options, const ModelLayer& at)> model_attention;
   /// Paths in order of preference; the first that can run is chosen.

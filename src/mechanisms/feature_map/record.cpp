@@ -173,6 +173,10 @@ Mechanism feature_map_record() {
     return arrays;
   };
   m.bind = bind;
+  m.needed_sizes = [](const NamedTensors& in) {  // without a layer: one product an element
+    return in.contains("weight") ? std::map<std::string, int64_t>()
+                                 : std::map<std::string, int64_t>{{"c", 1}};
+  };
   m.explain = [](const NamedTensors&, const RunOptions& run) { return explain_isas(run); };
   m.fill = fill;
   return m;

@@ -1,3 +1,4 @@
+#include <algorithm>
 #include <memory>
 
 #include "base/philox.h"
@@ -21,18 +22,24 @@ ExampleCase with_gates(ExampleCase example, DType type = DType::f64) {
   return example;
 }
 
-ExampleCase gated_case(const char* name, const AttentionShape& shape, const char* options) {
-  return with_gates(attention_case(name, shape, options));
+constexpr const char kAllOpen[] = "all gates open", kNoneOpen[] = "no gate open";
+constexpr const char kHalfOfHeads[] = "half of the heads open",
+                     kHalfOpen[] = "half of the gates open";
+
+ExampleCase gated_case(const char* name, const AttentionShape& shape, const char* options,
+                       const char* gates) {
+  ExampleCase example = with_gates(attention_case(name, shape, options));
+  example.data = gates;
+  return example;
 }
 
-/// Gates about as large as those of a router, half of them zero or as the case's name says.
+/// Gates about as large as those of a router, half of them zero where the case does not say.
 void fill(const ExampleCase& example, const std::string& input, uint64_t seed,
           const Tensor& to_fill) {
   fill_lengths(example, input, seed, to_fill);
   if (input != "gates") return;
-  const auto named = [&](const char* part) { return example.name.find(part) != std::string::npos; };
-  const bool all = named("all_active"), none = named("none_active");
-  const bool whole_heads = named("half_of_the_heads");
+  const bool all = example.data == kAllOpen, none = example.data == kNoneOpen;
+  const bool whole_heads = example.data == kHalfOfHeads;
   Array gates = convert(to_fill, DType::f64);
   for (int64_t n = 0; n < gates.count(); ++n) {
     const bool half = whole_heads ? n / to_fill.size(2) % 2 == 1
@@ -42,12 +49,21 @@ void fill(const ExampleCase& example, const std::string& input, uint64_t seed,
   copy(gates, to_fill);
 }
 
+/// Queries with an open gate, a head of a sequence on average.
+std::map<std::string, int64_t> open_queries(const NamedTensors& in) {
+  const Array gates = convert(in.at("gates"), DType::f64);
+  const double* values = gates.as<double>();
+  const int64_t open = gates.count() - std::count(values, values + gates.count(), 0.0);
+  const int64_t heads = std::max<int64_t>(1, in.at("gates").size(0) * in.at("gates").size(1));
+  return {{"p", (open + heads - 1) / heads}};
+}
+
 std::vector<ExampleCase> cases() {
   std::vector<ExampleCase> all;
   for (const ExampleCase& example : common_attention_cases()) all.push_back(with_gates(example));
-  all.push_back(gated_case("all_active", {2, 4, 2, 60, 70, 16, 16}, "causal=1"));
-  all.push_back(gated_case("none_active", {1, 2, 1, 20, 30, 8, 8}, ""));
-  all.push_back(gated_case("half_of_the_heads", {1, 6, 2, 40, 50, 12, 12}, ""));
+  all.push_back(gated_case("all_active", {2, 4, 2, 60, 70, 16, 16}, "causal=1", kAllOpen));
+  all.push_back(gated_case("none_active", {1, 2, 1, 20, 30, 8, 8}, "", kNoneOpen));
+  all.push_back(gated_case("half_of_the_heads", {1, 6, 2, 40, 50, 12, 12}, "", kHalfOfHeads));
   all.push_back(with_gates(attention_case("gates_in_float32", {1, 4, 4, 33, 33, 8, 8}, "causal=1"),
                            DType::f32));
   return all;
@@ -71,11 +87,11 @@ Mechanism record() {
   m.outputs = {{"out", "O"}};
   m.cases = cases();
   const AttentionShape large{1, 8, 8, 4096, 4096, 64, 64};
-  m.bench_cases = {gated_case("n4096_all_active", large, ""),
-                   gated_case("n4096_half_of_the_heads", large, ""),
-                   gated_case("n4096_half_of_the_rows", large, ""),
-                   gated_case("n4096_causal_all_active", large, "causal=1"),
-                   gated_case("n4096_causal_half_of_the_rows", large, "causal=1")};
+  m.bench_cases = {gated_case("n4096_all_active", large, "", kAllOpen),
+                   gated_case("n4096_half_of_the_heads", large, "", kHalfOfHeads),
+                   gated_case("n4096_half_of_the_rows", large, "", kHalfOpen),
+                   gated_case("n4096_causal_all_active", large, "causal=1", kAllOpen),
+                   gated_case("n4096_causal_half_of_the_rows", large, "causal=1", kHalfOpen)};
   m.forward = [](const NamedTensors& in, const Spec& spec, const RunOptions& run) {
     const Tensor &q = in.at("q"), &k = in.at("k"), &v = in.at("v");
     Array out(q.dtype(), {q.size(0), q.size(1), q.size(2), v.size(3)});
@@ -106,6 +122,7 @@ Mechanism record() {
     bindings.tensors["Gates"] = to_nd(in.at("gates"));
     return bindings;
   };
+  m.needed_sizes = open_queries;
   m.explain = explain_attention;
   m.fill = fill;
   m.random_case = random_gated_case;
