@@ -6,7 +6,7 @@
 #include "cli/arguments.h"
 #include "cli/commands.h"
 #include "cli/terminal.h"
-#include "mechanisms/operands.h"
+#include "engine/operands.h"
 
 namespace heed::cli {
 namespace {

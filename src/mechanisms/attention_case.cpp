@@ -77,11 +77,7 @@ void fill_lengths(const ExampleCase& example, const std::string& input, uint64_t
 std::vector<PathAnswer> explain_attention(const NamedTensors& in, const RunOptions& run) {
   const Tensor &q = in.at("q"), &v = in.at("v");
   const int64_t group = q.size(1) / v.size(1);
-  std::vector<PathAnswer> answers;
-  for (const auto& choice : tiled::explain({group * q.size(2), q.dtype()}, run)) {
-    answers.push_back({choice.path, choice.can_run, choice.reason});
-  }
-  return answers;
+  return tiled::explain({group * q.size(2), q.dtype()}, run);
 }
 
 ExampleCase attention_case(std::string name, const AttentionShape& s, std::string options) {

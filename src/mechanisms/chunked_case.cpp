@@ -14,12 +14,8 @@ cascade::Bindings bind_chunked(const NamedTensors& in) {
 
 std::vector<PathAnswer> explain_chunked(const NamedTensors& in, bool mapped,
                                         const RunOptions& run) {
-  std::vector<PathAnswer> answers;
-  for (const auto& choice : chunked::explain(
-           {.dtype = in.at("q").dtype(), .tokens = in.at("k").size(2), .mapped = mapped}, run)) {
-    answers.push_back({choice.path, choice.can_run, choice.reason});
-  }
-  return answers;
+  return chunked::explain(
+      {.dtype = in.at("q").dtype(), .tokens = in.at("k").size(2), .mapped = mapped}, run);
 }
 
 AttentionShape random_chunked_shape(CaseRandom& random) {

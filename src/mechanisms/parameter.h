@@ -2,13 +2,11 @@
 #pragma once
 #include <string>
 
+#include "engine/operands.h"
 #include "heed/error.h"
 #include "heed/tensor.h"
 
 namespace heed {
-
-/// The type of scores, statistics and parameters beside inputs of `dtype`.
-inline DType wide_type(DType dtype) { return dtype == DType::f64 ? DType::f64 : DType::f32; }
 
 /// Throws Error unless `t` has the shape and the type `dtype` or wide_type(dtype).
 inline void check_parameter(const char* op, const char* name, const Tensor& t, const Dims& shape,

@@ -10,6 +10,7 @@
 #include <vector>
 
 #include "cascade/cascade.h"
+#include "engine/candidates.h"
 #include "heed/run.h"
 #include "heed/tensor.h"
 #include "mechanisms/spec.h"
@@ -62,13 +63,6 @@ struct ModelAttention {
   std::vector<Dims> state_shapes = {};
   /// A first call with all tokens of a prompt is another function than calls with parts of them.
   bool whole_prompt = false;
-};
-
-/// One line of `heed explain`: can this path run the call, and if not, why.
-struct PathAnswer {
-  std::string path;  // "amx", "avx512", ...
-  bool can_run = false;
-  std::string reason;  // empty when it can
 };
 
 /// Gradients by input name, from those of the results.

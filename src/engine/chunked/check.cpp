@@ -8,41 +8,6 @@ namespace heed::chunked {
 
 namespace {
 
-[[noreturn]] void fail(const char* op, const std::string& found, const std::string& needed) {
-  throw Error(std::string(op) + ": " + found + "; " + needed);
-}
-
-void check_rows(const char* op, const char* name, const Tensor& t, DType dtype) {
-  if (!t.defined()) fail(op, std::string(name) + " is missing", "a tensor [B,H,L,D] is needed");
-  if (t.rank() != 4) {
-    fail(op, describe(name, t) + " has " + std::to_string(t.rank()) + " dimensions",
-         "4 are needed: [batch, heads, tokens, head dim]");
-  }
-  if (!is_floating(t.dtype())) {
-    fail(op, describe(name, t), "float64, float32, bfloat16 or float16 is needed");
-  }
-  if (t.dtype() != dtype) {
-    fail(op, describe(name, t) + " but q is " + name_of(dtype), "give all of them one type");
-  }
-  if (t.size(3) > 1 && t.stride(3) != 1) {
-    fail(
-        op,
-        std::string(name) + " has stride " + std::to_string(t.stride(3)) + " in its last dimension",
-        "a unit stride is needed there (other dimensions may have any)");
-  }
-  if (t.size(3) < 1) fail(op, describe(name, t) + " has head dim 0", "at least 1 is needed");
-}
-
-void check_equal(const char* op, const Tensor& a, const char* a_name, const Tensor& b,
-                 const char* b_name, int axis, const char* what) {
-  if (a.size(axis) == b.size(axis)) return;
-  fail(op,
-       std::string(b_name) + " has " + what + " " + std::to_string(b.size(axis)) + " but " +
-           a_name + " has " + std::to_string(a.size(axis)) + " (" + describe(a_name, a) + ", " +
-           describe(b_name, b) + ")",
-       std::string("give ") + a_name + " and " + b_name + " the same " + what);
-}
-
 std::string in_brackets(const char* axis, int64_t size) {
   return std::string("[") + axis + "] = [" + std::to_string(size) + "]";
 }
@@ -54,22 +19,6 @@ int64_t whole_number(const Tensor& t, int64_t i) {
 }
 
 }  // namespace
-
-void check_inputs(const char* op, const Tensor& q, const Tensor& k, const Tensor& v) {
-  check_rows(op, "q", q, q.dtype());
-  check_rows(op, "k", k, q.dtype());
-  check_rows(op, "v", v, q.dtype());
-  check_equal(op, q, "q", k, "k", 0, "batch size");
-  check_equal(op, q, "q", k, "k", 3, "head dim");
-  check_equal(op, k, "k", v, "v", 0, "batch size");
-  check_equal(op, k, "k", v, "v", 1, "number of heads");
-  check_equal(op, k, "k", v, "v", 2, "number of keys");
-  const int64_t heads = q.size(1), kv_heads = k.size(1);
-  if (kv_heads == 0 ? heads != 0 : heads % kv_heads != 0) {
-    fail(op, "q has " + std::to_string(heads) + " heads, k and v have " + std::to_string(kv_heads),
-         "the heads of q must be a multiple of those of k and v");
-  }
-}
 
 void check_result(const char* op, const char* name, const Tensor& given, const Dims& shape,
                   DType type) {

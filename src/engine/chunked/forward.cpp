@@ -147,7 +147,7 @@ class Forward : public Denominators<T>, public Sweep<T> {
     std::byte* out = out_.at({b, h, chunk.query});
     const Rows result = this->rows(out_, b, h, chunk.query, chunk.queries);
     const bool whole =
-        out_.dtype() == state_type(out_.dtype()) && this->value_dim_ == this->padded_values_;
+        out_.dtype() == wide_type(out_.dtype()) && this->value_dim_ == this->padded_values_;
     const Block to = whole ? Block{reinterpret_cast<T*>(out), out_.stride(2)} : m.out;
     this->rows_.read(x, {state.sums.data, state.sums.stride}, chunk.queries, this->features_,
                      this->padded_values_, ends, to,

@@ -3,6 +3,7 @@
 #include <string>
 #include <vector>
 
+#include "engine/candidates.h"
 #include "heed/run.h"
 #include "heed/tensor.h"
 
@@ -25,11 +26,6 @@ struct Path {
 Path choose_path(const CallKind& call, const RunOptions& run);
 
 /// The list that choose_path takes the first possible entry of, with reasons.
-struct PathChoice {
-  std::string path;
-  bool can_run = false;
-  std::string reason;  // empty when it can
-};
-std::vector<PathChoice> explain(const CallKind& call, const RunOptions& run);
+std::vector<PathAnswer> explain(const CallKind& call, const RunOptions& run);
 
 }  // namespace heed::chunked

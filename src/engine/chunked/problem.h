@@ -16,6 +16,7 @@
 #include <string>
 #include <vector>
 
+#include "engine/operands.h"
 #include "heed/run.h"
 #include "heed/tensor.h"
 #include "kernels/tile.h"
@@ -135,8 +136,6 @@ template <class T>
 void backward(const Problem<T>& problem, const Tensor& out, const State& last,
               const Gradients& gradients, const RunOptions& run);
 
-/// Throws Error unless q, k, v fit together.
-void check_inputs(const char* op, const Tensor& q, const Tensor& k, const Tensor& v);
 /// Throws Error unless `given`, if it is defined, has this shape and type.
 void check_result(const char* op, const char* name, const Tensor& given, const Dims& shape,
                   DType type);
@@ -151,7 +150,5 @@ std::vector<int64_t> check_lengths(const char* op, const Tensor& lengths, int64_
 /// Throws Error where a state is given to a causal call with more queries than keys: what the first
 /// queries see of it is unknown.
 void check_alignment(const char* op, bool causal, bool has_state, int64_t queries, int64_t keys);
-/// Type of states and denominators beside tensors of `dtype`.
-inline DType state_type(DType dtype) { return dtype == DType::f64 ? DType::f64 : DType::f32; }
 
 }  // namespace heed::chunked

@@ -1,10 +1,8 @@
-// One visible list of paths; `explain` reads it back.
 #include "engine/tiled/path.h"
 
 #include <algorithm>
 
 #include "base/round_up.h"
-#include "kernels/tile.h"
 
 namespace heed::tiled {
 
@@ -37,43 +35,11 @@ TileSizes tile_sizes(const Path& path, bool backward, const Sequence& sequence, 
   return {48, std::clamp<int64_t>(budget / key_bytes / 64 * 64, 64, most)};
 }
 
-// A way to run a call, best first.
-struct Candidate {
-  Isa isa;
-  bool half_operands;
-};
-constexpr Candidate kCandidates[] = {{Isa::amx, true},
-                                     {Isa::avx512, true},
-                                     {Isa::avx512, false},
-                                     {Isa::avx2, false},
-                                     {Isa::portable, false}};
-
-// Why a candidate cannot run a call; empty if it can.
-std::string refusal(const Candidate& candidate, const CallKind& call, Isa strongest) {
-  const auto& available = available_isas();
-  if (std::find(available.begin(), available.end(), candidate.isa) == available.end()) {
-    return "this machine does not have it";
-  }
-  if (candidate.isa > strongest) return std::string(name_of(strongest)) + " is forced";
-  if (!candidate.half_operands) return "";
-  if (kernels::half_tile_kernels(candidate.isa) == nullptr) {
-    return "this processor multiplies bfloat16 no faster than float32";
-  }
-  if (call.dtype != DType::bf16) {
-    return std::string("it multiplies bfloat16, the call is ") + name_of(call.dtype);
-  }
-  if (few_rows(call)) {
-    return std::to_string(call.rows_per_key_head) +
-           " query rows per key head: reading the keys is the bound, not products";
-  }
-  return "";
-}
-
-std::string name_of_candidate(const Candidate& candidate, const CallKind& call) {
-  std::string text = name_of(candidate.isa);
-  if (candidate.half_operands && candidate.isa != Isa::amx) text += ", bfloat16 products";
-  if (!candidate.half_operands && few_rows(call)) text += ", few rows";
-  return text;
+// Why bfloat16 products are not for a call.
+std::string no_half_operands(const CallKind& call) {
+  if (!few_rows(call)) return "";
+  return std::to_string(call.rows_per_key_head) +
+         " query rows per key head: reading the keys is the bound, not products";
 }
 
 // The longest sequence stands for all.
@@ -114,14 +80,11 @@ Path choose_path(const Problem& problem, const RunOptions& run, bool backward) {
   const Sequence& sequence = longest(problem);
   const CallKind call{group_of(sequence) * sequence.plan.queries(), sequence.q.dtype(), backward,
                       sequence.q.offsets != nullptr};
-  const Isa strongest = chosen_isa(run);
-  const auto* chosen = std::find_if(
-      std::begin(kCandidates), std::end(kCandidates),
-      [&](const Candidate& candidate) { return refusal(candidate, call, strongest).empty(); });
+  const Candidate chosen = choose_candidate(call.dtype, no_half_operands(call), run);
   const int64_t queries = std::max<int64_t>(1, sequence.plan.queries());
   Path path;
-  path.isa = chosen->isa;  // the portable candidate refuses nothing
-  path.half_operands = chosen->half_operands;
+  path.isa = chosen.isa;
+  path.half_operands = chosen.half_operands;
   path.few_rows = few_rows(call);
   const size_t element = path.half_operands ? 2 : call.dtype == DType::f64 ? 8 : 4;
   const TileSizes sizes = tile_sizes(path, backward, sequence, element);
@@ -136,14 +99,9 @@ Path choose_path(const Problem& problem, const RunOptions& run, bool backward) {
   return path;
 }
 
-std::vector<PathChoice> explain(const CallKind& call, const RunOptions& run) {
-  const Isa strongest = chosen_isa(run);
-  std::vector<PathChoice> choices;
-  for (const Candidate& candidate : kCandidates) {
-    const std::string reason = refusal(candidate, call, strongest);
-    choices.push_back({name_of_candidate(candidate, call), reason.empty(), reason});
-  }
-  return choices;
+std::vector<PathAnswer> explain(const CallKind& call, const RunOptions& run) {
+  return explain_candidates(call.dtype, no_half_operands(call), few_rows(call) ? ", few rows" : "",
+                            run);
 }
 
 }  // namespace heed::tiled

@@ -3,6 +3,7 @@
 #include <string>
 #include <vector>
 
+#include "engine/candidates.h"
 #include "engine/tiled/problem.h"
 
 namespace heed::tiled {
@@ -26,11 +27,6 @@ struct Path {
 Path choose_path(const Problem& problem, const RunOptions& run, bool backward);
 
 /// The list that choose_path takes the first possible entry of, with reasons.
-struct PathChoice {
-  std::string path;
-  bool can_run = false;
-  std::string reason;  // empty when it can
-};
-std::vector<PathChoice> explain(const CallKind& call, const RunOptions& run);
+std::vector<PathAnswer> explain(const CallKind& call, const RunOptions& run);
 
 }  // namespace heed::tiled

@@ -10,6 +10,7 @@
 #include <optional>
 #include <vector>
 
+#include "engine/operands.h"
 #include "engine/tiled/plan.h"
 #include "heed/run.h"
 #include "heed/tensor.h"
@@ -156,11 +157,6 @@ std::vector<SequenceGradient> batch_gradients(const Tensor& out, const Tensor& l
 /// 1 / (1 - p) where the weight of (batch entry, head, query, key) is kept, 0 where it is dropped.
 double dropout_factor(const Policy& policy, int64_t batch, int64_t head, int64_t row, int64_t key);
 
-/// What a caller calls the keys and values.
-struct OperandNames {
-  const char* k = "k";
-  const char* v = "v";
-};
 /// Throws Error unless q [B,H,Lq,D], k, v, out and (if defined) lse fit together.
 void check_operands(const char* op, const Tensor& q, const Tensor& k, const Tensor& v,
                     const Tensor& out, const Tensor& lse, OperandNames names = {});
@@ -169,8 +165,6 @@ void check_backward(const char* op, const Tensor& grad_out, const Tensor& grad_l
                     const Tensor& out, const Tensor& lse);
 /// scale, or 1/sqrt(D). Throws Error if it is not finite.
 double resolve_scale(const char* op, const std::optional<double>& scale, int64_t head_dim);
-/// Type of statistics and states beside tensors of `dtype`.
-inline DType statistics_type(DType dtype) { return dtype == DType::f64 ? DType::f64 : DType::f32; }
 /// A tensor [H] of a floating type as numbers; throws Error naming it otherwise.
 std::vector<double> per_head(const char* op, const char* name, const Tensor& values, int64_t heads);
 

@@ -1,7 +1,8 @@
+#include "engine/operands.h"
 #include "engine/tiled/problem.h"
 #include "heed/affine_scaled_attention.h"
 #include "mechanisms/affine_scaled/mean_mix.h"
-#include "mechanisms/operands.h"
+#include "mechanisms/parameter.h"
 
 namespace heed {
 
@@ -21,7 +22,7 @@ Call make_call(const Tensor& q, const Tensor& k, const Tensor& v, const Tensor& 
                const Tensor& lse, const AffineScaledOptions& options, const RunOptions& run) {
   tiled::check_operands(kOp, q, k, v, out, lse);
   if (softmax.defined()) {
-    check_rows_like(kOp, "softmax_out", softmax, out.shape(), tiled::statistics_type(q.dtype()));
+    check_rows_like(kOp, "softmax_out", softmax, out.shape(), wide_type(q.dtype()));
   }
   check_parameter(kOp, "alpha", alpha, {q.size(0), q.size(1), q.size(2)}, q.dtype());
   check_parameter(kOp, "alpha_mean", alpha_mean, {q.size(1)}, q.dtype());

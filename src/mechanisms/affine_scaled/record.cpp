@@ -61,7 +61,7 @@ BackwardCall forward_for_backward(const NamedTensors& in, const Spec& spec, cons
   const Dims shape{q.size(0), q.size(1), q.size(2), v.size(3)};
   Array out(q.dtype(), shape);
   const auto saved = std::make_shared<Saved>();
-  const DType type = tiled::statistics_type(q.dtype());
+  const DType type = wide_type(q.dtype());
   saved->softmax_out = Array(type, shape);
   saved->lse = Array(type, {q.size(0), q.size(1), q.size(2)});
   affine_scaled_attention(q, k, v, alpha, alpha_mean, out, saved->softmax_out, saved->lse, options,

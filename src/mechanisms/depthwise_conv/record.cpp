@@ -1,7 +1,7 @@
+#include "engine/candidates.h"
 #include "heed/depthwise_conv.h"
 #include "mechanisms/attention_case.h"
 #include "mechanisms/embedded.h"
-#include "mechanisms/isa_paths.h"
 
 namespace heed {
 

@@ -6,10 +6,10 @@
 #include <vector>
 
 #include "base/parallel.h"
+#include "engine/operands.h"
 #include "heed/attention_distillation_loss.h"
 #include "kernels/cross_entropy_rows.h"
 #include "kernels/matrix.h"
-#include "mechanisms/operands.h"
 
 namespace heed {
 

@@ -1,8 +1,8 @@
 #include <cmath>
 
+#include "engine/candidates.h"
 #include "heed/attention_distillation_loss.h"
 #include "mechanisms/embedded.h"
-#include "mechanisms/isa_paths.h"
 #include "mechanisms/registry.h"
 
 namespace heed {

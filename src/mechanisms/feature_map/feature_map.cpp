@@ -6,9 +6,10 @@
 #include <vector>
 
 #include "base/parallel.h"
+#include "engine/operands.h"
 #include "kernels/feature_rows.h"
 #include "kernels/matrix.h"
-#include "mechanisms/operands.h"
+#include "mechanisms/parameter.h"
 
 namespace heed {
 

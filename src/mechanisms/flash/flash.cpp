@@ -17,7 +17,7 @@ AttentionResult make_result(const Tensor& q, const Tensor& v) {
   if (q.rank() != 4 || v.rank() != 4) return {};  // the checks of the call explain it
   AttentionResult result;
   result.out = Array(q.dtype(), {q.size(0), q.size(1), q.size(2), v.size(3)});
-  result.lse = Array(tiled::statistics_type(q.dtype()), {q.size(0), q.size(1), q.size(2)});
+  result.lse = Array(wide_type(q.dtype()), {q.size(0), q.size(1), q.size(2)});
   return result;
 }
 

@@ -21,7 +21,7 @@ void check_merge_side(const char* out_name, const Tensor& out, const char* lse_n
                 "; give both results the same shape and type");
   }
   const Dims rows{like.size(0), like.size(1), like.size(2)};
-  const DType statistics = tiled::statistics_type(like.dtype());
+  const DType statistics = wide_type(like.dtype());
   if (!(lse.shape() == rows) || lse.dtype() != statistics) {
     throw Error(op + describe(lse_name, lse) + "; " + to_string(rows) + " " + name_of(statistics) +
                 " is needed");
@@ -152,8 +152,7 @@ AttentionResult merge_attention(const Tensor& out_a, const Tensor& lse_a, const 
   AttentionResult result;
   if (out_a.rank() == 4) {  // the checks of the call explain anything else
     result.out = Array(out_a.dtype(), out_a.shape());
-    result.lse =
-        Array(tiled::statistics_type(out_a.dtype()), {out_a.size(0), out_a.size(1), out_a.size(2)});
+    result.lse = Array(wide_type(out_a.dtype()), {out_a.size(0), out_a.size(1), out_a.size(2)});
   }
   merge_attention(out_a, lse_a, out_b, lse_b, result.out, result.lse, run);
   return result;

@@ -116,7 +116,7 @@ AttentionResult flash_attention_varlen(const Tensor& q, const Tensor& k, const T
   AttentionResult result;
   if (q.rank() == 3 && v.rank() == 3) {
     result.out = Array(q.dtype(), {q.size(0), q.size(1), v.size(2)});
-    result.lse = Array(tiled::statistics_type(q.dtype()), {q.size(1), q.size(0)});
+    result.lse = Array(wide_type(q.dtype()), {q.size(1), q.size(0)});
   }
   const Packed p = pack(q, k, v, result.out, result.lse, cu_seqlens_q, cu_seqlens_k);
   tiled::forward(make_problem(p, options), run);

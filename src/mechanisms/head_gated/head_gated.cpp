@@ -5,9 +5,10 @@
 #include <string>
 
 #include "base/parallel.h"
+#include "engine/operands.h"
 #include "engine/tiled/problem.h"
 #include "heed/head_gated_attention.h"
-#include "mechanisms/operands.h"
+#include "mechanisms/parameter.h"
 #include "mechanisms/row_memory.h"
 #include "mechanisms/row_values.h"
 
@@ -37,7 +38,7 @@ struct Call {
   double gate(int64_t b, int64_t h, int64_t p) const {
     return gates.as<double>()[(b * q.size(1) + h) * q.size(2) + p];
   }
-  DType wide() const { return tiled::statistics_type(q.dtype()); }
+  DType wide() const { return wide_type(q.dtype()); }
 
   const char* op;
   Tensor q, k, v;
@@ -350,7 +351,7 @@ HeadGatedResult head_gated_attention(const Tensor& q, const Tensor& k, const Ten
     const Dims shape{q.size(0), q.size(1), q.size(2), v.size(3)};
     result.out = Array(q.dtype(), shape);
     result.attention = Array(q.dtype(), shape);
-    result.lse = Array(tiled::statistics_type(q.dtype()), {q.size(0), q.size(1), q.size(2)});
+    result.lse = Array(wide_type(q.dtype()), {q.size(0), q.size(1), q.size(2)});
   }
   head_gated_attention(q, k, v, gates, result.out, result.attention, result.lse, options, run);
   return result;

@@ -5,8 +5,8 @@
 #include <cstdint>
 #include <vector>
 
+#include "engine/operands.h"
 #include "heed/kernelized_rpe_attention.h"
-#include "mechanisms/operands.h"
 
 namespace heed::rpe {
 

@@ -12,6 +12,7 @@
 #include "kernels/matrix.h"
 #include "mechanisms/kernelized_rpe/call.h"
 #include "mechanisms/nearest.h"
+#include "mechanisms/parameter.h"
 
 namespace heed {
 

@@ -2,9 +2,9 @@
 #include <limits>
 
 #include "base/philox.h"
+#include "engine/candidates.h"
 #include "heed/kernelized_rpe_attention.h"
 #include "mechanisms/embedded.h"
-#include "mechanisms/isa_paths.h"
 #include "mechanisms/registry.h"
 
 namespace heed {

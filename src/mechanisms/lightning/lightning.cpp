@@ -13,9 +13,9 @@ Dims state_shape(const Tensor& q, const Tensor& v) {
 }
 
 void check(const Tensor& q, const Tensor& k, const Tensor& v, const LightningOptions& options) {
-  chunked::check_inputs(kOp, q, k, v);
+  check_attention(kOp, q, k, v, {}, kAnyHeadDim);
   chunked::check_result(kOp, "initial_state", options.initial_state, state_shape(q, v),
-                        chunked::state_type(q.dtype()));
+                        wide_type(q.dtype()));
   chunked::check_alignment(kOp, true, options.initial_state.defined(), q.size(2), k.size(2));
 }
 
@@ -62,7 +62,7 @@ void lightning_attention(const Tensor& q, const Tensor& k, const Tensor& v, cons
   check(q, k, v, options);
   if (!out.defined()) throw Error(std::string(kOp) + ": out is missing");
   chunked::check_out(kOp, "out", out, {q.size(0), q.size(1), q.size(2), v.size(3)}, q.dtype());
-  chunked::check_result(kOp, "state", state, state_shape(q, v), chunked::state_type(q.dtype()));
+  chunked::check_result(kOp, "state", state, state_shape(q, v), wide_type(q.dtype()));
   if (q.dtype() == DType::f64) {
     run_forward<double>(q, k, v, out, state, options, run);
   } else {
@@ -74,7 +74,7 @@ LightningResult lightning_attention(const Tensor& q, const Tensor& k, const Tens
                                     const LightningOptions& options, const RunOptions& run) {
   check(q, k, v, options);
   LightningResult result{Array(q.dtype(), {q.size(0), q.size(1), q.size(2), v.size(3)}),
-                         Array(chunked::state_type(q.dtype()), state_shape(q, v))};
+                         Array(wide_type(q.dtype()), state_shape(q, v))};
   lightning_attention(q, k, v, result.out, result.state, options, run);
   return result;
 }
@@ -85,7 +85,7 @@ void lightning_attention_backward(const Tensor& q, const Tensor& k, const Tensor
                                   const LightningOptions& options, const RunOptions& run) {
   constexpr const char* kBackward = "lightning_attention_backward";
   check(q, k, v, options);
-  const DType state = chunked::state_type(q.dtype());
+  const DType state = wide_type(q.dtype());
   if (!out_gradient.defined()) throw Error(std::string(kBackward) + ": out_gradient is missing");
   chunked::check_out(kBackward, "out_gradient", out_gradient,
                      {q.size(0), q.size(1), q.size(2), v.size(3)}, q.dtype());
@@ -109,7 +109,7 @@ LightningGradients lightning_attention_backward(const Tensor& q, const Tensor& k
                                                 const LightningOptions& options,
                                                 const RunOptions& run) {
   check(q, k, v, options);
-  const DType state = chunked::state_type(q.dtype());
+  const DType state = wide_type(q.dtype());
   LightningGradients result{Array(q.dtype(), q.shape()),
                             Array(k.dtype(), k.shape()),
                             Array(v.dtype(), v.shape()),

@@ -22,7 +22,7 @@ Dims z_shape(const Tensor& q) { return {q.size(0), q.size(1), q.size(3)}; }
 
 void check_state(const char* op, const char* s_name, const char* z_name, const LinearState& state,
                  const Tensor& q, const Tensor& v, bool normalize) {
-  const DType type = chunked::state_type(q.dtype());
+  const DType type = wide_type(q.dtype());
   chunked::check_result(op, s_name, state.s, s_shape(q, v), type);
   chunked::check_result(op, z_name, state.z, z_shape(q), type);
   if (!normalize && state.z.defined()) {
@@ -32,7 +32,7 @@ void check_state(const char* op, const char* s_name, const char* z_name, const L
 }
 
 void check(const Tensor& q, const Tensor& k, const Tensor& v, const LinearOptions& options) {
-  chunked::check_inputs(kOp, q, k, v);
+  check_attention(kOp, q, k, v, {}, kAnyHeadDim);
   const LinearState& state = options.initial_state;
   check_state(kOp, "initial_state s", "initial_state z", state, q, v, options.normalize);
   if (options.normalize && state.s.defined() != state.z.defined()) {
@@ -108,7 +108,7 @@ void linear_attention(const Tensor& q, const Tensor& k, const Tensor& v, const T
 LinearResult linear_attention(const Tensor& q, const Tensor& k, const Tensor& v,
                               const LinearOptions& options, const RunOptions& run) {
   check(q, k, v, options);
-  const DType type = chunked::state_type(q.dtype());
+  const DType type = wide_type(q.dtype());
   LinearResult result{Array(q.dtype(), out_shape(q, v)), Array(type, s_shape(q, v)), {}};
   if (options.normalize) result.z = Array(type, z_shape(q));
   linear_attention(q, k, v, result.out, {result.s, result.z}, options, run);
@@ -141,7 +141,7 @@ LinearGradients linear_attention_backward(const Tensor& q, const Tensor& k, cons
                                           const LinearState& state_gradient,
                                           const LinearOptions& options, const RunOptions& run) {
   check(q, k, v, options);
-  const DType type = chunked::state_type(q.dtype());
+  const DType type = wide_type(q.dtype());
   LinearGradients result{Array(q.dtype(), q.shape()),
                          Array(k.dtype(), k.shape()),
                          Array(v.dtype(), v.shape()),

@@ -1,11 +1,11 @@
 #include <cmath>
 #include <string>
 
+#include "engine/operands.h"
 #include "engine/tiled/problem.h"
 #include "heed/error.h"
 #include "heed/local_linear_attention.h"
 #include "mechanisms/local_linear/estimator.h"
-#include "mechanisms/operands.h"
 
 namespace heed {
 

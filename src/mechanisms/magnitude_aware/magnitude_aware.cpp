@@ -39,7 +39,7 @@ bool any_of(const State& state) {
 
 void check_sums(const char* op, const std::string& of, const State& state, const Tensor& q,
                 const Tensor& v) {
-  const DType type = chunked::state_type(q.dtype());
+  const DType type = wide_type(q.dtype());
   chunked::check_result(op, (of + " s").c_str(), state.s, s_shape(q, v), type);
   chunked::check_result(op, (of + " k_sum").c_str(), state.k_sum, k_sum_shape(q), type);
   chunked::check_result(op, (of + " v_sum").c_str(), state.v_sum, v_sum_shape(q, v), type);
@@ -103,7 +103,7 @@ void check_numbers(const Options& options) {
 }
 
 void check(const Tensor& q, const Tensor& k, const Tensor& v, const Options& options) {
-  chunked::check_inputs(kOp, q, k, v);
+  check_attention(kOp, q, k, v, {}, kAnyHeadDim);
   if (q.size(3) > kMaxHeadDim) {
     fail(describe("q", q) + " has head dim " + std::to_string(q.size(3)), "1 to 256 is supported");
   }
@@ -227,8 +227,7 @@ void check_last(const State& state, const Tensor& q, const Tensor& v, const Opti
   if (any_of(state) && !options.causal)
     fail("a state is wanted without causal", "only causal calls have one");
   check_sums(kOp, "state", state, q, v);
-  chunked::check_result(kOp, "state count", state.count, {q.size(0)},
-                        chunked::state_type(q.dtype()));
+  chunked::check_result(kOp, "state count", state.count, {q.size(0)}, wide_type(q.dtype()));
 }
 
 }  // namespace
@@ -257,7 +256,7 @@ MagnitudeAwareResult magnitude_aware_linear_attention(const Tensor& q, const Ten
                                                       const Tensor& v, const Options& options,
                                                       const RunOptions& run) {
   check(q, k, v, options);
-  const DType type = chunked::state_type(q.dtype());
+  const DType type = wide_type(q.dtype());
   MagnitudeAwareResult result;
   result.out = Array(q.dtype(), out_shape(q, v));
   if (options.causal) {
@@ -299,7 +298,7 @@ MagnitudeAwareGradients magnitude_aware_linear_attention_backward(
     const Tensor& q, const Tensor& k, const Tensor& v, const Tensor& out_gradient,
     const State& state_gradient, const Options& options, const RunOptions& run) {
   check(q, k, v, options);
-  const DType type = chunked::state_type(q.dtype());
+  const DType type = wide_type(q.dtype());
   MagnitudeAwareGradients result;
   result.q = Array(q.dtype(), q.shape());
   result.k = Array(k.dtype(), k.shape());

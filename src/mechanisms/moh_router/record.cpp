@@ -1,8 +1,8 @@
+#include "engine/candidates.h"
 #include "heed/error.h"
 #include "heed/moh_router.h"
 #include "mechanisms/attention_case.h"
 #include "mechanisms/embedded.h"
-#include "mechanisms/isa_paths.h"
 
 namespace heed {
 

@@ -3,8 +3,8 @@
 #include <cmath>
 #include <string>
 
+#include "engine/operands.h"
 #include "engine/tiled/problem.h"
-#include "mechanisms/operands.h"
 
 namespace heed::na {
 
@@ -88,7 +88,7 @@ void check_grid_operands(const char* op, int rank, const Tensor& query, const Te
   }
   if (!lse.defined()) return;
   const Dims rows(query.shape().span().first(static_cast<size_t>(rank + 2)));
-  const DType statistics = tiled::statistics_type(query.dtype());
+  const DType statistics = wide_type(query.dtype());
   if (!(lse.shape() == rows) || lse.dtype() != statistics) {
     fail(op, describe("lse", lse), to_string(rows) + " " + name_of(statistics) + " is needed");
   }

@@ -13,7 +13,7 @@ using tiled::TilePlan;
 GridRows::GridRows(const GridCall& call, const RunOptions& run)
     : call_(call), boxed_(call.rank > 1) {
   if (call.rpb.defined()) {
-    bias_.emplace(call.rpb, tiled::statistics_type(call.query.dtype()), call.grid);
+    bias_.emplace(call.rpb, wide_type(call.query.dtype()), call.grid);
   }
   if (boxed_) {
     plan_boxes(run);

@@ -52,8 +52,7 @@ AttentionResult run_allocating(const char* op, int rank, const Tensor& query, co
   Dims shape = query.shape();
   const Dims rows(shape.span().first(static_cast<size_t>(rank + 2)));
   shape[rank + 2] = value.size(rank + 2);
-  AttentionResult result{Array(query.dtype(), shape),
-                         Array(tiled::statistics_type(query.dtype()), rows)};
+  AttentionResult result{Array(query.dtype(), shape), Array(wide_type(query.dtype()), rows)};
   run_forward(op, rank, query, key, value, result.out, result.lse, options, run);
   return result;
 }

@@ -148,7 +148,7 @@ void grid_backward(const GridCall& call, const GridRows& grid, const CallRows& r
 void backward_with_additional(const GridCall& call, const GridRows& grid, const CallRows& rows,
                               const RowGradients& gradients, const CallGradients& to,
                               const RunOptions& run) {
-  const DType type = tiled::statistics_type(call.query.dtype());
+  const DType type = wide_type(call.query.dtype());
   const Array near(type, rows.q.rows.shape()), additional(type, rows.q.rows.shape());
   RowGradients of_grid = gradients;
   of_grid.q = {near, nullptr};
@@ -179,7 +179,7 @@ void forward(const GridCall& call, const RunOptions& run) {
   const GridRows grid(call, run);
   const CallRows rows = rows_of(call, grid);
   if (!call.has_additional()) return tiled::forward(grid_problem(call, grid, rows), run);
-  const DType type = tiled::statistics_type(call.query.dtype());
+  const DType type = wide_type(call.query.dtype());
   const int64_t count = grid.rows(Side::queries);
   const Part near(call, count, type), additional(call, count, type);
   const auto to = [&](const Part& part) {

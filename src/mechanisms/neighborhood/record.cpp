@@ -346,11 +346,7 @@ std::vector<PathAnswer> explain(int rank, const NamedTensors& in, const RunOptio
   const Tensor &query = in.at("query"), &key = in.at("key");
   int64_t rows = query.size(rank + 1) / std::max<int64_t>(1, key.size(rank + 1));
   for (int a = 1; a <= rank; ++a) rows *= query.size(a);
-  std::vector<PathAnswer> answers;
-  for (const auto& choice : tiled::explain({rows, query.dtype(), false, rank > 1}, run)) {
-    answers.push_back({choice.path, choice.can_run, choice.reason});
-  }
-  return answers;
+  return tiled::explain({rows, query.dtype(), false, rank > 1}, run);
 }
 
 int64_t at_least_one(const Spec& spec, const char* key, int64_t fallback) {

@@ -1,6 +1,6 @@
+#include "engine/operands.h"
 #include "engine/tiled/problem.h"
 #include "heed/parallax_attention.h"
-#include "mechanisms/operands.h"
 
 namespace heed {
 
@@ -23,7 +23,7 @@ tiled::Problem make_problem(const Tensor& q, const Tensor& r, const Tensor& k, c
                             const ParallaxOptions& options) {
   tiled::check_operands(kOp, q, k, v, out, statistics.lse);
   check_rows_like(kOp, "r", r, q.shape(), q.dtype());
-  const DType type = tiled::statistics_type(q.dtype());
+  const DType type = wide_type(q.dtype());
   if (statistics.v_mean.defined()) check_statistic("v_mean", statistics.v_mean, out.shape(), type);
   if (statistics.t_mean.defined()) {
     check_statistic("t_mean", statistics.t_mean, {q.size(0), q.size(1), q.size(2)}, type);
@@ -55,7 +55,7 @@ ParallaxResult parallax_attention(const Tensor& q, const Tensor& r, const Tensor
                                   const RunOptions& run) {
   ParallaxResult result;
   if (q.rank() == 4 && v.rank() == 4) {  // else the checks of the call explain it
-    const DType type = tiled::statistics_type(q.dtype());
+    const DType type = wide_type(q.dtype());
     const Dims rows{q.size(0), q.size(1), q.size(2)};
     const Dims shape{rows[0], rows[1], rows[2], v.size(3)};
     result.out = Array(q.dtype(), shape);

@@ -121,7 +121,7 @@ BackwardCall forward_for_backward(const NamedTensors& in, const Spec& spec, cons
   const RecurrentSoftmaxOptions options = recurrent_options(in, spec);
   const Tensor q = in.at("q"), k = in.at("k"), v = in.at("v");
   const Dims shape{q.size(0), q.size(1), q.size(2), v.size(3)};
-  const DType type = tiled::statistics_type(q.dtype());
+  const DType type = wide_type(q.dtype());
   Array out(q.dtype(), shape);
   const auto saved = std::make_shared<Saved>();
   saved->core = Array(type, shape);

@@ -8,11 +8,12 @@
 
 #include "base/parallel.h"
 #include "base/round_up.h"
+#include "engine/operands.h"
 #include "engine/tiled/problem.h"
 #include "heed/error.h"
 #include "heed/recurrent_softmax_attention.h"
 #include "kernels/row_maps.h"
-#include "mechanisms/operands.h"
+#include "mechanisms/parameter.h"
 #include "mechanisms/recurrent_softmax/row_result.h"
 
 namespace heed {
@@ -224,7 +225,7 @@ class RowPass {
 };
 
 void check_saved(const Tensor& q, const Tensor& v, const Tensor& core, const Tensor& statistic) {
-  const DType type = tiled::statistics_type(q.dtype());
+  const DType type = wide_type(q.dtype());
   const Dims rows{q.size(0), q.size(1), q.size(2)};
   const Dims full{rows[0], rows[1], rows[2], v.size(3)};
   const auto check = [&](const char* name, const Tensor& t, const Dims& shape) {
@@ -264,7 +265,7 @@ void recurrent_softmax_attention(const Tensor& q, const Tensor& k, const Tensor&
                                  const RecurrentSoftmaxOptions& options, const RunOptions& run) {
   tiled::check_operands(kOp, q, k, v, out, {});
   check_options(options, q);
-  const DType type = tiled::statistics_type(q.dtype());
+  const DType type = wide_type(q.dtype());
   const bool plain =
       options.normalizer == Normalizer::softmax && !options.order && !options.gate.defined();
   const bool saved = core.defined() || statistic.defined();

@@ -1,8 +1,9 @@
 #include <string>
 #include <tuple>
 
+#include "engine/operands.h"
 #include "heed/relative_attention.h"
-#include "mechanisms/operands.h"
+#include "mechanisms/parameter.h"
 #include "mechanisms/relative/terms.h"
 
 namespace heed {
@@ -95,7 +96,7 @@ RelativeGradients run_backward(Call& call, const Tensor& v, const Tensor& grad_o
   const DType type = call.in.q.dtype();
   RelativeGradients to;
   to.q = Array(type, call.in.q.shape());
-  to.k = Array(tiled::statistics_type(type), call.in.k.shape());  // the content bias adds to it
+  to.k = Array(wide_type(type), call.in.k.shape());  // the content bias adds to it
   to.v = Array(type, v.shape());
   tiled::backward(call.problem, tiled::batch_gradients(grad_out, grad_lse, to.q, to.k, to.v),
                   &terms, run);
@@ -126,7 +127,7 @@ RelativeResult relative_attention(const Tensor& q, const Tensor& k, const Tensor
   RelativeResult result;
   if (q.rank() == 4 && v.rank() == 4) {  // else the checks of the call explain it
     result.out = Array(q.dtype(), {q.size(0), q.size(1), q.size(2), v.size(3)});
-    result.lse = Array(tiled::statistics_type(q.dtype()), {q.size(0), q.size(1), q.size(2)});
+    result.lse = Array(wide_type(q.dtype()), {q.size(0), q.size(1), q.size(2)});
   }
   relative_attention(q, k, v, rel_key, rel_bias, content_bias, result.out, result.lse, options,
                      run);

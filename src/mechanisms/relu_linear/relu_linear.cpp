@@ -4,9 +4,10 @@
 #include <string>
 #include <vector>
 
+#include "engine/operands.h"
 #include "heed/relu_linear_attention.h"
 #include "mechanisms/element_map.h"
-#include "mechanisms/operands.h"
+#include "mechanisms/parameter.h"
 
 namespace heed {
 

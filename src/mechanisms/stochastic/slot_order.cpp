@@ -6,8 +6,8 @@
 #include <string>
 
 #include "base/philox.h"
+#include "engine/operands.h"
 #include "heed/stochastic_attention.h"
-#include "mechanisms/operands.h"
 
 namespace heed {
 

@@ -3,9 +3,9 @@
 #include <string>
 
 #include "base/parallel.h"
+#include "engine/operands.h"
 #include "engine/tiled/problem.h"
 #include "heed/stochastic_attention.h"
-#include "mechanisms/operands.h"
 #include "mechanisms/row_memory.h"
 #include "mechanisms/stochastic/slot_order.h"
 
@@ -85,9 +85,7 @@ struct Call {
   /// Copies of the keys for each key head: as many as there are orders.
   int64_t key_copies() const { return order.per_head() ? group() : 1; }
   /// Gradients of several copies are summed in the type of sums.
-  DType key_gradient_type() const {
-    return key_copies() > 1 ? tiled::statistics_type(q.dtype()) : q.dtype();
-  }
+  DType key_gradient_type() const { return key_copies() > 1 ? wide_type(q.dtype()) : q.dtype(); }
 
   Tensor q, k, v, out, lse;
   SlotOrder order;
@@ -207,7 +205,7 @@ int64_t part_bytes(const Call& call, const Part& part) {
   const auto bytes = [](DType dtype, int64_t rows, int64_t width) {
     return RowMemory::bytes_of(dtype, rows * width);
   };
-  const DType wide = tiled::statistics_type(call.q.dtype());
+  const DType wide = wide_type(call.q.dtype());
   return bytes(call.q.dtype(), queries, call.q.size(3)) +
          bytes(call.q.dtype(), queries, call.v.size(3)) + bytes(wide, queries, 1) +
          bytes(call.key_gradient_type(), keys, call.q.size(3)) +
@@ -222,7 +220,7 @@ SlotRows read_part(const Call& call, const Mover& mover, RowMemory& memory) {
   rows.k = memory.take(dtype, {mover.key_heads(), tokens, dim});
   rows.v = memory.take(dtype, {mover.key_heads(), tokens, value_dim});
   rows.out = memory.take(dtype, {mover.query_heads(), tokens, value_dim});
-  rows.lse = memory.take(tiled::statistics_type(dtype), {mover.query_heads(), tokens});
+  rows.lse = memory.take(wide_type(dtype), {mover.query_heads(), tokens});
   mover.to_slots(mover.queries(call.q), rows.q);
   mover.to_slots(mover.keys(call.k), rows.k);
   mover.to_slots(mover.keys(call.v), rows.v);
@@ -286,7 +284,7 @@ AttentionResult stochastic_attention(const Tensor& q, const Tensor& k, const Ten
   AttentionResult result;
   if (q.rank() == 4 && v.rank() == 4) {  // else the checks explain it
     result.out = Array(q.dtype(), {q.size(0), q.size(1), q.size(2), v.size(3)});
-    result.lse = Array(tiled::statistics_type(q.dtype()), {q.size(0), q.size(1), q.size(2)});
+    result.lse = Array(wide_type(q.dtype()), {q.size(0), q.size(1), q.size(2)});
   }
   stochastic_attention(q, k, v, permutation, result.out, result.lse, options, run);
   return result;

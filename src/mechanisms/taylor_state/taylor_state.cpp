@@ -28,14 +28,14 @@ Dims z_shape(const Tensor& q, const TaylorOptions& options) {
 
 void check_state(const char* op, const char* s_name, const char* z_name, const TaylorState& state,
                  const Tensor& q, const Tensor& v, const TaylorOptions& options) {
-  const DType type = chunked::state_type(q.dtype());
+  const DType type = wide_type(q.dtype());
   chunked::check_result(op, s_name, state.s, s_shape(q, v, options), type);
   chunked::check_result(op, z_name, state.z, z_shape(q, options), type);
 }
 
 void check(const Tensor& q, const Tensor& k, const Tensor& v, const TaylorOptions& options) {
   const std::string op = std::string(kOp) + ": ";
-  chunked::check_inputs(kOp, q, k, v);
+  check_attention(kOp, q, k, v, {}, kAnyHeadDim);
   if (q.size(3) > kMaxHeadDim) {
     throw Error(op + describe("q", q) + " has head dim " + std::to_string(q.size(3)) +
                 "; 1 to 256 is supported");
@@ -164,7 +164,7 @@ void taylor_state_attention(const Tensor& q, const Tensor& k, const Tensor& v, c
 TaylorResult taylor_state_attention(const Tensor& q, const Tensor& k, const Tensor& v,
                                     const TaylorOptions& options, const RunOptions& run) {
   check(q, k, v, options);
-  const DType type = chunked::state_type(q.dtype());
+  const DType type = wide_type(q.dtype());
   TaylorResult result{Array(q.dtype(), out_shape(q, v)), Array(type, s_shape(q, v, options)),
                       Array(type, z_shape(q, options))};
   taylor_state_attention(q, k, v, result.out, {result.s, result.z}, options, run);
@@ -197,7 +197,7 @@ TaylorGradients taylor_state_attention_backward(const Tensor& q, const Tensor& k
                                                 const TaylorOptions& options,
                                                 const RunOptions& run) {
   check(q, k, v, options);
-  const DType type = chunked::state_type(q.dtype());
+  const DType type = wide_type(q.dtype());
   TaylorGradients result{Array(q.dtype(), q.shape()),
                          Array(k.dtype(), k.shape()),
                          Array(v.dtype(), v.shape()),

@@ -1,10 +1,10 @@
-#include "mechanisms/operands.h"
+#include "engine/operands.h"
 
 namespace heed {
 
-namespace {
-
-constexpr int64_t kMaxHeadDim = 256;
+void fail(const char* op, const std::string& found, const std::string& needed) {
+  throw Error(std::string(op) + ": " + found + "; " + needed);
+}
 
 void check_equal(const char* op, const char* a_name, const Tensor& a, const char* b_name,
                  const Tensor& b, int axis, const char* what) {
@@ -14,12 +14,6 @@ void check_equal(const char* op, const char* a_name, const Tensor& a, const char
            a_name + " has " + std::to_string(a.size(axis)) + " (" + describe(a_name, a) + ", " +
            describe(b_name, b) + ")",
        std::string("give ") + a_name + " and " + b_name + " the same " + what);
-}
-
-}  // namespace
-
-void fail(const char* op, const std::string& found, const std::string& needed) {
-  throw Error(std::string(op) + ": " + found + "; " + needed);
 }
 
 void check_rows(const char* op, const char* name, const Tensor& t) {
@@ -39,12 +33,12 @@ void check_rows(const char* op, const char* name, const Tensor& t) {
   }
 }
 
-void check_head_rows(const char* op, const char* name, const Tensor& t) {
+void check_head_rows(const char* op, const char* name, const Tensor& t, int64_t most) {
   check_rows(op, name, t);
-  if (t.size(3) < 1 || t.size(3) > kMaxHeadDim) {
-    fail(op, describe(name, t) + " has head dim " + std::to_string(t.size(3)),
-         "1 to " + std::to_string(kMaxHeadDim) + " is supported");
-  }
+  if (t.size(3) >= 1 && t.size(3) <= most) return;
+  fail(op, describe(name, t) + " has head dim " + std::to_string(t.size(3)),
+       most == kAnyHeadDim ? "at least 1 is needed"
+                           : "1 to " + std::to_string(most) + " is supported");
 }
 
 void check_rows_like(const char* op, const char* name, const Tensor& t, const Dims& shape,
@@ -75,20 +69,20 @@ void check_heads(const char* op, const char* name, const Tensor& t, const Tensor
        std::string("the heads of q must be a multiple of those of ") + name);
 }
 
-AttentionSizes check_attention(const char* op, const Tensor& q, const Tensor& k, const Tensor& v) {
-  check_head_rows(op, "q", q);
-  check_head_rows(op, "k", k);
-  check_head_rows(op, "v", v);
-  for (const auto& [name, t] : {std::pair{"k", &k}, std::pair{"v", &v}}) {
+AttentionSizes check_attention(const char* op, const Tensor& q, const Tensor& k, const Tensor& v,
+                               OperandNames names, int64_t most_dim) {
+  check_head_rows(op, "q", q, most_dim);
+  for (const auto& [name, t] : {std::pair{names.k, &k}, std::pair{names.v, &v}}) {
+    check_head_rows(op, name, *t, most_dim);
     if (t->dtype() == q.dtype()) continue;
     fail(op, describe(name, *t) + " but q is " + name_of(q.dtype()), "give all of them one type");
   }
-  check_equal(op, "q", q, "k", k, 0, "batch size");
-  check_equal(op, "q", q, "k", k, 3, "head dim");
-  check_equal(op, "k", k, "v", v, 0, "batch size");
-  check_equal(op, "k", k, "v", v, 1, "number of heads");
-  check_equal(op, "k", k, "v", v, 2, "number of keys");
-  check_heads(op, "k", k, q);
+  check_equal(op, "q", q, names.k, k, 0, "batch size");
+  check_equal(op, "q", q, names.k, k, 3, "head dim");
+  check_equal(op, names.k, k, names.v, v, 0, "batch size");
+  check_equal(op, names.k, k, names.v, v, 1, "number of heads");
+  check_equal(op, names.k, k, names.v, v, 2, "number of keys");
+  check_heads(op, names.k, k, q);
   return {q.size(0), q.size(1), k.size(1), q.size(2), k.size(2), q.size(3), v.size(3)};
 }
 

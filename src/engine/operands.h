@@ -1,22 +1,28 @@
-// Checks of arguments that mechanisms without a tiled engine share. Each throws Error that names the
-// operation, the argument, what was found and what is needed.
+// What operands of attention must be, and their values. Each check throws Error that names the operation,
+// the argument, what was found and what is needed.
 #pragma once
 #include <cstdint>
+#include <limits>
 #include <string>
 #include <vector>
 
 #include "base/round_up.h"
+#include "heed/error.h"
 #include "heed/tensor.h"
-#include "mechanisms/parameter.h"
 
 namespace heed {
+
+/// The type of scores, statistics, states and parameters beside tensors of `dtype`.
+inline DType wide_type(DType dtype) { return dtype == DType::f64 ? DType::f64 : DType::f32; }
 
 [[noreturn]] void fail(const char* op, const std::string& found, const std::string& needed);
 
 /// [B,H,L,D] of a floating type with a unit stride in the last dimension.
 void check_rows(const char* op, const char* name, const Tensor& t);
-/// The above with 1 to 256 in the last dimension.
-void check_head_rows(const char* op, const char* name, const Tensor& t);
+inline constexpr int64_t kMaxHeadDim = 256;
+inline constexpr int64_t kAnyHeadDim = std::numeric_limits<int64_t>::max();
+/// The above with 1 to `most` in the last dimension.
+void check_head_rows(const char* op, const char* name, const Tensor& t, int64_t most = kMaxHeadDim);
 /// check_rows, and the shape and type asked for.
 void check_rows_like(const char* op, const char* name, const Tensor& t, const Dims& shape,
                      DType dtype);
@@ -30,8 +36,17 @@ struct AttentionSizes {
   int64_t group() const { return kv_heads == 0 ? 1 : heads / kv_heads; }
   Dims out_shape() const { return {batch, heads, queries, value_dim}; }
 };
+/// What a caller calls the keys and values.
+struct OperandNames {
+  const char* k = "k";
+  const char* v = "v";
+};
 /// Checks q, k and v for themselves and against each other.
-AttentionSizes check_attention(const char* op, const Tensor& q, const Tensor& k, const Tensor& v);
+AttentionSizes check_attention(const char* op, const Tensor& q, const Tensor& k, const Tensor& v,
+                               OperandNames names = {}, int64_t most_dim = kMaxHeadDim);
+/// That a and b have one size along an axis, the `what` of both.
+void check_equal(const char* op, const char* a_name, const Tensor& a, const char* b_name,
+                 const Tensor& b, int axis, const char* what);
 /// That the heads of `t` divide those of q.
 void check_heads(const char* op, const char* name, const Tensor& t, const Tensor& q);
 

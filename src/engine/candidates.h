@@ -1,0 +1,36 @@
+// Ways to run a call, best first, and why one of them cannot.
+#pragma once
+#include <string>
+#include <string_view>
+#include <vector>
+
+#include "heed/run.h"
+#include "heed/tensor.h"
+
+namespace heed {
+
+/// One line of `heed explain`: can this path run the call, and if not, why.
+struct PathAnswer {
+  std::string path;  // "amx", "avx512", ...
+  bool can_run = false;
+  std::string reason;  // empty when it can
+};
+
+struct Candidate {
+  Isa isa = Isa::portable;
+  bool half_operands = false;  // bfloat16 products
+};
+
+/// The first one that can run a call on tensors of this type. `no_half`: why bfloat16 products are not for
+/// this call; empty if they are.
+Candidate choose_candidate(DType dtype, const std::string& no_half, const RunOptions& run);
+
+/// The list that choose_candidate takes the first possible entry of, with reasons. `wide_name` follows the
+/// names of those without bfloat16 products.
+std::vector<PathAnswer> explain_candidates(DType dtype, const std::string& no_half,
+                                           std::string_view wide_name, const RunOptions& run);
+
+/// The list of what runs alike on every instruction set but for its vectors.
+std::vector<PathAnswer> explain_isas(const RunOptions& run);
+
+}  // namespace heed
