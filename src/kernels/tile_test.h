@@ -130,6 +130,44 @@ double weight_at(const TileKernels<T>& k, const std::vector<std::byte>& weights,
 // Scores that tests set to -inf.
 inline bool is_masked(int64_t r, int64_t m) { return r == 3 || (31 * r + 7 * m) % 5 == 2; }
 
+// A block of random numbers, some of them -inf, junk where no row sees a key.
+template <class T>
+Buffer<T> random_block(int64_t rows, int64_t keys, const std::vector<KeyRange>* ranges, bool masked,
+                       uint32_t seed) {
+  const int64_t stride = round_up(keys, 64) + 16;
+  const Matrix x(dtype_of<T>(), rows, keys, stride, seed);
+  Buffer<T> block(rows, stride, static_cast<T>(kNaN));
+  for (int64_t r = 0; r < rows; ++r) {
+    for (int64_t m = 0; m < keys; ++m) {
+      if (!sees(ranges, r, m)) continue;
+      block.block().row(r)[m] = static_cast<T>(masked && is_masked(r, m) ? -kInf : x.at(r, m));
+    }
+  }
+  return block;
+}
+
+template <class T>
+std::vector<T> random_row(int64_t n, uint32_t seed) {
+  const Matrix x(dtype_of<T>(), 1, n, n, seed);
+  return {x.exact.begin(), x.exact.end()};
+}
+
+inline const std::vector<KeyRange>* const kNoRanges = nullptr;
+
+template <class Body>
+void for_row_cases(Body&& body) {
+  for (int64_t rows : {1, 7, 30}) {
+    for (int64_t keys : {1, 5, 16, 31, 64, 200}) {
+      const auto ranges = slanted_ranges(rows, keys);
+      for (const auto* range : {kNoRanges, &ranges}) body(rows, keys, range);
+    }
+  }
+}
+
+inline const KeyRange* data_of(const std::vector<KeyRange>* ranges) {
+  return ranges == nullptr ? nullptr : ranges->data();
+}
+
 // The shaped score t of row r and key m; -inf stays -inf.
 template <class T>
 double shaped(const WeightShape<T>& shape, const T* s, int64_t r, int64_t m) {
