@@ -1,16 +1,12 @@
 #include "engine/chunked/chunk_call.h"
 
 #include <cmath>
-#include <limits>
 
 #include "kernels/matrix.h"
 
 namespace heed::chunked {
 
 namespace {
-
-// Columns behind a block: whole panels, and rows that do not fall on the same cache sets.
-constexpr int64_t kPad = 64 + 16;
 
 template <class T>
 CallKind kind_of(const Problem<T>& problem) {
@@ -29,23 +25,6 @@ const kernels::TileKernels<T>& product_kernels(const Path& path) {
 }
 
 }  // namespace
-
-template <class T>
-DecayTable<T>::DecayTable(double slope, int64_t chunk) : chunk_(chunk), pad_(chunk + kPad) {
-  const auto size = static_cast<size_t>(chunk + 1 + 2 * pad_);
-  rising_.resize(size);
-  falling_.resize(size);
-  falling_slope_.resize(size);
-  for (int64_t i = 0; i <= chunk; ++i) {
-    double power = std::exp(-slope * static_cast<double>(i));
-    // Subnormal factors would stall products.
-    if (power < static_cast<double>(std::numeric_limits<T>::min())) power = 0;
-    rising_[static_cast<size_t>(pad_ + i)] = static_cast<T>(power);
-    falling_[static_cast<size_t>(pad_ + chunk - i)] = static_cast<T>(power);
-    falling_slope_[static_cast<size_t>(pad_ + chunk - i)] =
-        static_cast<T>(static_cast<double>(i) * power);
-  }
-}
 
 template <class T>
 ChunkCall<T>::ChunkCall(const Problem<T>& problem, const RunOptions& run, bool decay_tables)
@@ -71,8 +50,8 @@ ChunkCall<T>::ChunkCall(const Problem<T>& problem, const RunOptions& run, bool d
       chunk_(std::min(path_.chunk, round_up(std::max({queries_, tokens_, int64_t{1}}), 16))),
       tile_(problem.policy.polynomial ? std::min(features_, kFeatureTile) : features_),
       tile_rows_(round_up(chunk_, products_.row_multiple)),
-      score_stride_(round_up(chunk_, products_.key_multiple) + kPad),
-      ones_(static_cast<size_t>(std::max(chunk_, tile_) + kPad), T{1}) {
+      score_stride_(round_up(chunk_, products_.key_multiple) + kBlockPad),
+      ones_(static_cast<size_t>(std::max(chunk_, tile_) + kBlockPad), T{1}) {
   state_size_ = features_ * padded_values_;
   if (problem.policy.key_sum) state_size_ += padded_features_;
   if (problem.policy.value_sum) state_size_ += padded_values_;
@@ -503,8 +482,6 @@ void ChunkCall<T>::key_ranges(const Chunk& chunk, KeyRange* ranges) const {
   }
 }
 
-template class DecayTable<float>;
-template class DecayTable<double>;
 template class ChunkCall<float>;
 template class ChunkCall<double>;
 template StateView<float> ChunkCall<float>::view(float*) const;

@@ -3,6 +3,7 @@
 #include <vector>
 
 #include "base/round_up.h"
+#include "engine/chunked/decay_table.h"
 #include "engine/chunked/path.h"
 #include "engine/chunked/problem.h"
 #include "engine/chunked/schedule.h"
@@ -42,26 +43,6 @@ class Cutter {
  private:
   std::byte* base_;
   size_t used_ = 0;
-};
-
-/// Powers of exp(-slope) for distances up to a chunk, in both directions, with zeros around them so that
-/// kernels may read whole vectors.
-template <class T>
-class DecayTable {
- public:
-  DecayTable(double slope, int64_t chunk);
-  /// p[x] = decay^(distance + x)
-  const T* rising(int64_t distance) const { return rising_.data() + pad_ + distance; }
-  /// p[x] = decay^(distance - x)
-  const T* falling(int64_t distance) const { return falling_.data() + pad_ + chunk_ - distance; }
-  /// p[x] = (distance - x) decay^(distance - x)
-  const T* falling_slope(int64_t distance) const {
-    return falling_slope_.data() + pad_ + chunk_ - distance;
-  }
-
- private:
-  int64_t chunk_, pad_;
-  std::vector<T> rising_, falling_, falling_slope_;
 };
 
 /// A state in memory: a matrix with padded rows and the two row vectors.

@@ -1,5 +1,7 @@
 // What forward and the gradient of queries share: states of keys and values, and denominators.
 #pragma once
+#include <cstring>
+
 #include "engine/chunked/chunk_call.h"
 
 namespace heed::chunked {
@@ -32,6 +34,17 @@ class Denominators : public ChunkCall<T> {
       m.key_rows = {cut.take<T>(rows * width), width};
     }
     return m;
+  }
+
+  /// Rows of the result [B,H,Lq,...] of queries that come before all keys.
+  void zero_unseeing_rows(const Tensor& result) const {
+    const auto bytes = static_cast<size_t>(result.size(3)) * size_of(result.dtype());
+    const int64_t rows = this->first_query();
+    for (int64_t lane = 0; rows > 0 && lane < this->lanes(); ++lane) {
+      for (int64_t i = 0; i < rows; ++i) {
+        std::memset(result.at({lane / this->heads_, lane % this->heads_, i}), 0, bytes);
+      }
+    }
   }
 
   void add_keys(int64_t b, int64_t h, const Turn& at, const StateView<const T>& from,

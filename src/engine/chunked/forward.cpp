@@ -1,5 +1,3 @@
-#include <cstring>
-
 #include "engine/chunked/chunk_call.h"
 #include "engine/chunked/denominators.h"
 #include "engine/chunked/step.h"
@@ -22,7 +20,7 @@ class Forward : public Denominators<T>, public Sweep<T> {
   }
 
   void run() {
-    zero_unseeing_rows();
+    this->zero_unseeing_rows(out_);
     SweepShape shape;
     shape.lanes = this->lanes();
     shape.chunks = this->problem_.causal ? this->causal_chunks() : this->key_chunks();
@@ -79,17 +77,6 @@ class Forward : public Denominators<T>, public Sweep<T> {
   Memory memory_at(std::byte* base) const {
     Cutter cut(base);
     return memory(cut);
-  }
-
-  // Queries before all keys.
-  void zero_unseeing_rows() const {
-    const int64_t rows = this->first_query();
-    const auto bytes = static_cast<size_t>(this->value_dim_) * size_of(out_.dtype());
-    for (int64_t lane = 0; rows > 0 && lane < this->lanes(); ++lane) {
-      for (int64_t i = 0; i < rows; ++i) {
-        std::memset(out_.at({lane / this->heads_, lane % this->heads_, i}), 0, bytes);
-      }
-    }
   }
 
   void load(int64_t lane, T* state) const override {

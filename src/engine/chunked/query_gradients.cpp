@@ -2,34 +2,28 @@
 //   G . num = phi(q) . (gradient of phi(q) for a = 1), as num is linear in phi(q),
 //   e = num_slope (G . num) - sum_slope (G . vs)
 // and  d phi(q_i) = a_i (sum_j decay (G_i . v_j) phi(k_j) + decay G_i S^T),  d psi(q_i) = e_i z_i.
-// Slopes: the derivative of a state by -slope is W = sum_j (t - j) decay^(t-j) k_j^T v_j, which runs
-// beside S.
-#include <cmath>
-#include <cstring>
+// Slopes: slope_states.h.
 #include <numeric>
 
-#include "engine/chunked/denominators.h"
-#include "engine/chunked/gradients.h"
+#include "engine/chunked/slope_states.h"
 
 namespace heed::chunked {
 
 namespace {
 
 template <class T>
-class QueryGradients : public Denominators<T>, public Sweep<T> {
+class QueryGradients : public SlopeStates<T>, public Sweep<T> {
   using Call = ChunkCall<T>;
   using typename Call::Block;
 
  public:
   QueryGradients(const Problem<T>& problem, const Tensor& out, const State& last,
                  const Gradients& gradients, RowStatistics<T>& statistics, const RunOptions& run)
-      : Denominators<T>(problem, run),
+      : SlopeStates<T>(problem, last, gradients, run),
         out_(out),
-        last_(last),
         gradients_(gradients),
         statistics_(statistics),
-        slopes_(gradients.slopes != nullptr && !problem.policy.slopes.empty()),
-        knows_total_(!problem.causal && has_total(problem) && !slopes_),
+        knows_total_(!problem.causal && has_total(problem) && !this->slopes_),
         padded_panel_(round_up(this->tile_, this->products_.key_multiple)) {
     Cutter cut;
     memory(cut);
@@ -37,7 +31,7 @@ class QueryGradients : public Denominators<T>, public Sweep<T> {
   }
 
   void run() {
-    zero_unseeing_rows();
+    this->zero_unseeing_rows(gradients_.q);
     const bool causal = this->problem_.causal;
     SweepShape shape;
     shape.lanes = this->lanes();
@@ -45,10 +39,10 @@ class QueryGradients : public Denominators<T>, public Sweep<T> {
     shape.uses = causal ? shape.chunks : this->query_chunks();
     shape.rows = this->features_;
     shape.rows_unit = this->rows_unit();
-    shape.size = this->totals_size() + (slopes_ ? slope_size() : 0);
+    shape.size = this->totals_size() + this->slope_size();
     shape.memory = memory_bytes_;
     shape.running = causal;
-    shape.last_wanted = !causal || (slopes_ && last_.sums.defined());
+    shape.last_wanted = !causal || this->reads_last_slope();
     shape.threads = threads_for(this->run_, shape.lanes * std::max(shape.chunks, shape.uses));
     if (this->problem_.policy.read_out) {
       const auto rows = static_cast<size_t>(shape.lanes * this->queries_ + 64);
@@ -58,13 +52,10 @@ class QueryGradients : public Denominators<T>, public Sweep<T> {
       }
       if (gradients_.scales != nullptr) scale_parts_.assign(rows, T{0});
     }
-    if (slopes_) {
-      per_chunk_ = shape.chunks + 1;
-      slope_parts_.assign(static_cast<size_t>(shape.lanes * per_chunk_), 0);
-    }
+    this->start_slopes(shape.chunks);
     shape.results = {&gradients_.q};
     Schedule<T>(shape, *this).run();
-    if (gradients_.slopes != nullptr) add_slopes();
+    this->finish_slopes();
     if (gradients_.scales != nullptr) add_scales();
   }
 
@@ -131,90 +122,27 @@ class QueryGradients : public Denominators<T>, public Sweep<T> {
   int64_t written_features() const {
     return round_up(this->features_, this->products_.dim_multiple);
   }
-  int64_t slope_size() const { return this->features_ * this->padded_values_; }
   void complete(T* state) const override { this->transpose_totals(state); }
-  template <class U>
-  StateView<U> slope_view(U* state) const {
-    if (state == nullptr) return {};
-    return {{state + this->state_size(), this->padded_values_}, nullptr, nullptr};
-  }
-
-  void zero_unseeing_rows() const {
-    const auto bytes = static_cast<size_t>(this->width_) * size_of(gradients_.q.dtype());
-    for (int64_t lane = 0; lane < this->lanes(); ++lane) {
-      for (int64_t i = 0; i < this->first_query(); ++i) {
-        std::memset(gradients_.q.at({lane / this->heads_, lane % this->heads_, i}), 0, bytes);
-      }
-    }
-  }
 
   void load(int64_t lane, T* state) const override {
     this->load_state(knows_total_ ? this->problem_.total : this->problem_.initial, lane, state);
-    if (slopes_) std::fill_n(slope_view(state).sums.data, slope_size(), T{0});
-  }
-
-  // W = decay(W + tokens S) + sum_j (tokens - 1 - j) decay^(tokens-1-j) k_j^T v_j: the part of S.
-  void add_to_slope(int64_t h, int64_t chunk, const FeatureRange& rows, const T* from,
-                    T* to) const {
-    const auto n = static_cast<double>(this->chunk_tokens(chunk));
-    const double factor = n * std::exp(-this->problem_.policy.slopes[static_cast<size_t>(h)] * n);
-    this->rows_.add_scaled(static_cast<T>(factor), this->view(from).sums.row(rows.first),
-                           rows.count() * this->padded_values_,
-                           slope_view(to).sums.row(rows.first));
+    this->clear_slope(state);
   }
 
   void update(int64_t lane, const Turn& at, const T* from, T* to,
               std::byte* memory) const override {
     const int64_t b = lane / this->heads_, h = lane % this->heads_;
     const Memory m = memory_at(memory);
-    if (slopes_) {
-      const Chunk chunk = this->chunk_of_keys(b, at.chunk);
-      typename Call::Added added;
-      added.x = this->keys(b, h, chunk);
-      added.y = this->values(b, h, chunk);
-      added.factor = this->decays(h)->falling_slope(chunk.tokens - 1);
-      this->update_state(added, this->chunk_decay(h, at.chunk), slope_view(from), slope_view(to),
-                         m.update);
-      if (from != nullptr) add_to_slope(h, at.chunk, {0, this->features_}, from, to);
-    }
+    this->update_slope(lane, at, from, to, m.update);
     this->add_keys(b, h, at, this->view(from), this->view(to), m.update);
   }
   void advance(int64_t lane, int64_t chunk, const FeatureRange& rows, const T* from, const T* added,
                T* to) const override {
-    if (slopes_) {
-      const int64_t h = lane % this->heads_;
-      this->advance_view(rows, this->chunk_decay(h, chunk), slope_view(from), slope_view(added),
-                         slope_view(to));
-      add_to_slope(h, chunk, rows, from, to);
-    }
+    this->advance_slope(lane, chunk, rows, from, added, to);
     this->advance_state(lane, chunk, rows, from, added, to);
   }
 
-  void store(int64_t lane, const T* state) const override {
-    if (!slopes_ || !last_.sums.defined()) return;
-    const int64_t b = lane / this->heads_, h = lane % this->heads_;
-    const kernels::Block<const T> slope = slope_view(state).sums;
-    double sum = 0;
-    for (int64_t f = 0; f < this->features_; ++f) {
-      for (int64_t c = 0; c < this->value_dim_; ++c) {
-        sum += static_cast<double>(*reinterpret_cast<const T*>(last_.sums.at({b, h, f, c}))) *
-               static_cast<double>(slope.row(f)[c]);
-      }
-    }
-    slope_parts_[static_cast<size_t>((lane + 1) * per_chunk_ - 1)] = sum;
-  }
-
-  void add_slopes() const {
-    std::fill(gradients_.slopes->begin(), gradients_.slopes->end(), 0.0);
-    if (!slopes_) return;
-    for (int64_t lane = 0; lane < this->lanes(); ++lane) {
-      double sum = 0;
-      for (int64_t c = 0; c < per_chunk_; ++c) {
-        sum += slope_parts_[static_cast<size_t>(lane * per_chunk_ + c)];
-      }
-      (*gradients_.slopes)[static_cast<size_t>(lane % this->heads_)] -= sum;
-    }
-  }
+  void store(int64_t lane, const T* state) const override { this->store_last_slope(lane, state); }
 
   void add_scales() const {
     std::vector<double>& scales = *gradients_.scales;
@@ -254,7 +182,7 @@ class QueryGradients : public Denominators<T>, public Sweep<T> {
     ahead.add(gradient_of(b, h, next));
     ahead.add(this->values(b, h, next));
     ahead.add(this->keys(b, h, next).rows);
-    if (this->problem_.policy.read_out || slopes_) ahead.add(this->queries(b, h, next).rows);
+    if (this->problem_.policy.read_out || this->slopes_) ahead.add(this->queries(b, h, next).rows);
     return ahead;
   }
 
@@ -276,16 +204,13 @@ class QueryGradients : public Denominators<T>, public Sweep<T> {
     const StateView<T> view = this->view(state);
     const Policy<T>& policy = this->problem_.policy;
     const Source<T> q = this->queries(b, h, chunk), k = this->keys(b, h, chunk);
-    if (policy.read_out || slopes_) this->features(q, 0, this->features_, m.query_rows);
+    if (policy.read_out || this->slopes_) this->features(q, 0, this->features_, m.query_rows);
     const auto gradient = this->left(gradient_of(b, h, chunk), this->queries_ - chunk.query,
                                      m.gradient_rows, m.gradient);
     this->scores(gradient, chunk.queries, this->state_keys(view.sums, this->features_, m.state),
                  this->features_, this->value_dim_, nullptr, m.features, *m.ahead);
     if (chunk.keys > 0) value_scores(b, h, chunk, gradient, m.weights.scores, m);
-    if (slopes_) {
-      slope_parts_[static_cast<size_t>(lane * per_chunk_ + index)] =
-          slope_part(b, h, chunk, gradient, state, m);
-    }
+    if (this->slopes_) this->slope_part(lane, index) = slopes_of(b, h, chunk, gradient, state, m);
     if (chunk.keys > 0) {
       if (k.map != nullptr) this->features(k, 0, this->features_, m.key_rows);
       kernels::WeightFactors<T> factors;
@@ -340,8 +265,8 @@ class QueryGradients : public Denominators<T>, public Sweep<T> {
   }
 
   // Minus the part of the slope's gradient that a chunk's rows give.
-  double slope_part(int64_t b, int64_t h, const Chunk& chunk, const typename Call::Left& gradient,
-                    T* state, const Memory& m) const {
+  double slopes_of(int64_t b, int64_t h, const Chunk& chunk, const typename Call::Left& gradient,
+                   T* state, const Memory& m) const {
     const DecayTable<T>& table = *this->decays(h);
     const auto state_part = [&](Block gradients, bool distance) {
       std::fill_n(m.dots, chunk.queries, T{0});
@@ -359,7 +284,7 @@ class QueryGradients : public Denominators<T>, public Sweep<T> {
     };
     double sum = state_part(m.features, true);
     this->scores(gradient, chunk.queries,
-                 this->state_keys(slope_view(state).sums, this->features_, m.state),
+                 this->state_keys(this->slope_view(state).sums, this->features_, m.state),
                  this->features_, this->value_dim_, nullptr, m.more_features, *m.ahead);
     sum += state_part(m.more_features, false);
     const Source<T> q = this->queries(b, h, chunk), k = this->keys(b, h, chunk);
@@ -490,16 +415,12 @@ class QueryGradients : public Denominators<T>, public Sweep<T> {
   }
 
   const Tensor& out_;
-  const State& last_;
   const Gradients& gradients_;
   RowStatistics<T>& statistics_;
-  const bool slopes_;
   const bool knows_total_;
   const int64_t padded_panel_;
   size_t memory_bytes_ = 0;
-  int64_t per_chunk_ = 0;
-  mutable std::vector<double> slope_parts_;  // per lane: chunks, and the last state
-  mutable std::vector<T> scale_parts_;       // per query
+  mutable std::vector<T> scale_parts_;  // per query
 };
 
 }  // namespace
