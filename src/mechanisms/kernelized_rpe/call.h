@@ -10,6 +10,10 @@
 
 namespace heed::rpe {
 
+struct Place {
+  int64_t b, h;  // batch and query head
+};
+
 /// Tokens lie on a line of positions on which every offset between two tokens has one number, also on a
 /// grid: there a row takes 2 Gx - 1 positions, of which Gx are used. An offset o from -span to span then
 /// has the entry first_entry + span + o of a head's rpb, and causal means o <= 0.
@@ -27,7 +31,15 @@ struct Call {
 
   int64_t position(int64_t token) const { return token / columns * pitch + token % columns; }
   int64_t offsets() const { return 2 * span + 1; }
+  /// Features may be below 0.
+  bool signed_features() const { return options.features == RpeFeatures::trf; }
   bool masked(int64_t offset) const { return options.causal && offset > 0; }
+  /// Of a flight, some key heads with the query heads that read them, all in memory together. A query head
+  /// of it is numbered member of key head * group + member; `first`: its first key head, over all batches.
+  Place place(int64_t first, int64_t head) const {
+    const int64_t group = sizes.group(), key_head = first + head / group;
+    return {key_head / sizes.kv_heads, key_head % sizes.kv_heads * group + head % group};
+  }
 };
 
 /// exp(rpb) of the offsets of all heads over its largest, and 0 where masked.

@@ -74,7 +74,7 @@ class Direct {
       parallel(flight.count * group_ * tiles_, [&](int64_t item, Work& work) {
         const int64_t head = item / tiles_, begin = item % tiles_ * kTile;
         const int64_t rows = std::min(kTile, l_ - begin);
-        const auto [b, h] = place(flight, head);
+        const auto [b, h] = call_.place(flight.first, head);
         features_.queries(b, h, begin, rows, work.features, work.phi);
         sums(flight, head, h, begin, rows, work, work.phi);
         for (int64_t r = 0; r < rows; ++r) divide(h, begin + r, work.sums.row(r));
@@ -101,8 +101,6 @@ class Direct {
  private:
   static constexpr T kSmallest = sizeof(T) == 4 ? static_cast<T>(1e-30) : T{0};
 
-  /// Some key heads with the query heads that read them, all in memory together. A query head of the
-  /// flight is numbered member of key head * group + member.
   struct Flight {
     int64_t first, count;
     TokenRows<T> keys, values;        // features of keys by query head; values and 1 by key head
@@ -146,15 +144,6 @@ class Direct {
     }
   };
 
-  struct Place {
-    int64_t b, h;
-  };
-  Place place(const Flight& flight, int64_t head) const {
-    const int64_t key_head = flight.first + head / group_;
-    const int64_t kv = key_head % call_.sizes.kv_heads;
-    return {key_head / call_.sizes.kv_heads, kv * group_ + head % group_};
-  }
-
   template <class Body>
   void parallel(int64_t items, Body&& body) {
     const int threads = threads_for(run_, items);
@@ -188,7 +177,7 @@ class Direct {
       const int64_t rows = std::min(kTile, l_ - begin);
       for (int64_t member = 0; member < group_; ++member) {
         const int64_t head = key_head * group_ + member;
-        const auto [b, h] = place(flight, head);
+        const auto [b, h] = call_.place(flight.first, head);
         flight.largest[static_cast<size_t>(head * tiles_ + tile)] =
             features_.key_exponents(b, h, begin, rows, work.features, flight.keys.at(head, begin));
       }
@@ -369,7 +358,7 @@ class Direct {
       }
     });
     for (int64_t item = 0; item < heads * shares; ++item) {
-      double* to = drpb.data() + place(flight, item / shares).h * n;
+      double* to = drpb.data() + call_.place(flight.first, item / shares).h * n;
       const T* from = parts.data() + item * n;
       for (int64_t i = 0; i < n; ++i) to[i] += static_cast<double>(from[i]);
     }
@@ -377,7 +366,7 @@ class Direct {
 
   void query_tile(Flight& flight, int64_t head, int64_t begin, const Tensor& grad_out,
                   const Tensor& dq, T* drpb, Work& work) {
-    const Place at = place(flight, head);
+    const Place at = call_.place(flight.first, head);
     const int64_t rows = std::min(kTile, l_ - begin), key_head = head / group_;
     const Block<T> phi = flight.queries.at(head, begin), g = flight.gradients.at(head, begin);
     features_.queries(at.b, at.h, begin, rows, work.features, phi);
@@ -425,13 +414,13 @@ class Direct {
       for (int64_t r = 0; r < rows; ++r) std::fill_n(work.sums.row(r), work.sums.stride, T{0});
       for (int64_t member = 0; member < group_; ++member) {
         const int64_t head = key_head * group_ + member;
-        const Place at = place(flight, head);
+        const Place at = call_.place(flight.first, head);
         key_tile(flight, head, at.h, begin, rows, work);
         features_.gradient(true, at.b, at.h, begin, rows, readable(flight.keys.at(head, begin)),
                            readable(work.dphi), work.features);
         for (int64_t r = 0; r < rows; ++r) kernels_.add(sum.row(r), work.features.dx.row(r), dim);
       }
-      const auto [b, h] = place(flight, key_head * group_);
+      const auto [b, h] = call_.place(flight.first, key_head * group_);
       const int64_t kv = h / group_;
       const Tensor &to_k = gradients.k, &to_v = gradients.v;
       kernels_.store_rows(readable(sum),

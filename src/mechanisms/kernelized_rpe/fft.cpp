@@ -17,6 +17,7 @@
 #include "base/parallel.h"
 #include "mechanisms/kernelized_rpe/features.h"
 #include "mechanisms/kernelized_rpe/fft_error.h"
+#include "mechanisms/kernelized_rpe/spectral_flight.h"
 #include "mechanisms/kernelized_rpe/toeplitz.h"
 
 namespace heed::rpe {
@@ -26,6 +27,7 @@ namespace {
 template <class Real>
 class Spectral {
   using Complex = std::complex<Real>;
+  using Flight = SpectralFlight<Real>;
 
  public:
   Spectral(const Call& call, const RunOptions& run)
@@ -54,7 +56,7 @@ class Spectral {
       if (error_ > limit_) return;
       parallel(flight.heads * tiles_, [&](int64_t item, Work& work) {
         const int64_t head = item / tiles_, begin = item % tiles_ * kTile;
-        const auto [b, h] = place(flight, head);
+        const auto [b, h] = call_.place(flight.first, head);
         const int64_t rows = std::min(kTile, l_ - begin);
         results(flight, head, begin, rows, work);
         scale_rows(work.sums, rows, 1 / flight.scales[static_cast<size_t>(head / group_)]);
@@ -83,20 +85,6 @@ class Spectral {
   }
 
  private:
-  /// Some key heads with the query heads that read them; see direct.cpp.
-  struct Flight {
-    int64_t first, count, heads;
-    Channels queries, keys, values, sums;      // features; values and 1; N and D
-    Channels dsums, dqueries, dkeys, dvalues;  // their gradients
-    std::vector<double> largest;               // exponents of keys, by query head and tile
-    std::vector<Complex> spectra;              // of the weights, over the length, by query head
-    std::vector<std::vector<char>> visible;    // by query head and token; empty: all see something
-    std::vector<Sizes> sizes;                  // of values, by key head
-    std::vector<double> scales;                // powers of 2 that bring values to 1, by key head
-    std::vector<double> key_norms;             // over tokens, by query head and feature
-    Channels masses;  // trf, by query head: its sums of weights had all features one sign
-  };
-
   /// Scratch of one thread.
   struct Work : Toeplitz<Real>::Scratch {
     Features<double>::Work features;
@@ -121,15 +109,6 @@ class Spectral {
     }
   };
 
-  struct Place {
-    int64_t b, h;
-  };
-  Place place(const Flight& flight, int64_t head) const {
-    const int64_t key_head = flight.first + head / group_;
-    return {key_head / call_.sizes.kv_heads,
-            key_head % call_.sizes.kv_heads * group_ + head % group_};
-  }
-
   template <class Body>
   void parallel(int64_t items, Body&& body) {
     const int threads = threads_for(run_, items);
@@ -148,48 +127,25 @@ class Spectral {
     const int64_t step =
         std::clamp<int64_t>(ceil_div(4 * threads, ceil_div(channels_, 2) * group_), 1, key_heads_);
     for (int64_t first = 0; first < key_heads_ && error_ <= limit_; first += step) {
-      Flight flight;
-      flight.first = first;
-      flight.count = std::min(step, key_heads_ - first);
-      flight.heads = flight.count * group_;
-      allocate(flight, backward);
+      Flight flight(call_, first, std::min(step, key_heads_ - first), stride_,
+                    toeplitz_.fft().length(), backward);
       load(flight);
       body(flight);
     }
-  }
-
-  void allocate(Flight& flight, bool backward) const {
-    const int64_t f = call_.features;
-    flight.queries = {flight.heads, f, stride_};
-    flight.keys = {flight.heads, f, stride_};
-    flight.values = {flight.count, channels_, stride_};
-    flight.sums = {flight.heads, channels_, stride_};
-    flight.largest.resize(static_cast<size_t>(flight.heads * tiles_));
-    flight.spectra.resize(static_cast<size_t>(flight.heads * toeplitz_.fft().length()));
-    flight.visible.resize(static_cast<size_t>(flight.heads));
-    flight.sizes.resize(static_cast<size_t>(flight.count));
-    flight.scales.resize(static_cast<size_t>(flight.count));
-    flight.key_norms.resize(static_cast<size_t>(flight.heads * f));
-    if (signed_features()) flight.masses = {flight.heads, 1, stride_};
-    if (!backward) return;
-    flight.dqueries = {flight.heads, f, stride_};
-    flight.dkeys = {flight.heads, f, stride_};
-    flight.dvalues = {flight.count, channels_, stride_};
-    flight.dsums = {flight.heads, channels_, stride_};
   }
 
   void load(Flight& flight) {
     value_sizes(flight);
     parallel(flight.heads * tiles_, [&](int64_t item, Work& work) {
       const int64_t head = item / tiles_, begin = item % tiles_ * kTile;
-      const auto [b, h] = place(flight, head);
+      const auto [b, h] = call_.place(flight.first, head);
       flight.largest[static_cast<size_t>(item)] = features_.key_exponents(
           b, h, begin, std::min(kTile, l_ - begin), work.features, work.phi);
     });
     parallel(flight.heads * tiles_, [&](int64_t item, Work& work) {
       const int64_t head = item / tiles_, begin = item % tiles_ * kTile;
       const int64_t rows = std::min(kTile, l_ - begin), f = call_.features;
-      const auto [b, h] = place(flight, head);
+      const auto [b, h] = call_.place(flight.first, head);
       const double* first = flight.largest.data() + head * tiles_;
       features_.key_exponents(b, h, begin, rows, work.features, work.phi);
       features_.finish_keys(rows, *std::max_element(first, first + tiles_), work.phi);
@@ -217,13 +173,6 @@ class Spectral {
     to_channels(work.sums, rows, channels_, flight.values.from_token(key_head, begin));
   }
 
-  bool signed_features() const { return call_.options.features == RpeFeatures::trf; }
-
-  bool sees_something(const Flight& flight, int64_t head, int64_t token) const {
-    const auto& visible = flight.visible[static_cast<size_t>(head)];
-    return visible.empty() || visible[static_cast<size_t>(token)] != 0;
-  }
-
   void scale_rows(Block<double> x, int64_t rows, double factor) const {
     for (int64_t r = 0; r < rows; ++r) {
       for (int64_t i = 0; i < e_; ++i) x.row(r)[i] *= factor;
@@ -232,7 +181,7 @@ class Spectral {
 
   void value_sizes(Flight& flight) {
     parallel(flight.count, [&](int64_t item, Work&) {
-      const auto [b, h] = place(flight, item * group_);
+      const auto [b, h] = call_.place(flight.first, item * group_);
       Sizes& all = flight.sizes[static_cast<size_t>(item)];
       for (const Sizes& block : block_sizes(call_.v, b, h / group_, kernels_)) all.add(block);
       flight.scales[static_cast<size_t>(item)] = all.scale();
@@ -242,8 +191,7 @@ class Spectral {
   void load_masses(Flight& flight, int64_t head, Work& work) {
     const std::vector<double> ones(static_cast<size_t>(call_.features), 1);
     toeplitz_.convolve_row(sizes_of_tokens(flight.keys, head, ones.data(), l_).data(),
-                           flight.spectra.data() + head * toeplitz_.fft().length(), false, work,
-                           flight.masses.row(head, 0));
+                           flight.spectrum(head), false, work, flight.masses.row(head, 0));
   }
 
   void raise_error(const std::vector<double>& errors) {
@@ -254,16 +202,16 @@ class Spectral {
   // values do, and as the weights.
   double value_spread(const Flight& flight, int64_t head) const {
     return std::min(flight.sizes[static_cast<size_t>(head / group_)].spread(),
-                    weight_spread(call_, weights_.of(place(flight, head).h)));
+                    weight_spread(call_, weights_.of(call_.place(flight.first, head).h)));
   }
 
   void check_sums(Flight& flight) {
     std::vector<double> errors(static_cast<size_t>(flight.heads));
     parallel(flight.heads, [&](int64_t head, Work&) {
-      const double* weights = weights_.of(place(flight, head).h);
+      const double* weights = weights_.of(call_.place(flight.first, head).h);
       const double* norms = flight.key_norms.data() + head * call_.features;
       std::vector<double> noise = sizes_of_tokens(flight.queries, head, norms, l_), sums;
-      if (signed_features()) {
+      if (call_.signed_features()) {
         const std::vector<double> even(static_cast<size_t>(call_.features),
                                        1 / static_cast<double>(call_.features));
         sums = sizes_of_tokens(flight.queries, head, even.data(), l_);
@@ -273,7 +221,7 @@ class Spectral {
       }
       double worst = 0;
       for (int64_t i = 0; i < l_; ++i) {
-        if (!sees_something(flight, head, i)) continue;
+        if (!flight.sees_something(head, i)) continue;
         worst = std::max(worst,
                          error_ratio(noise[static_cast<size_t>(i)], sums[static_cast<size_t>(i)]));
       }
@@ -287,7 +235,7 @@ class Spectral {
   void check_gradients(Flight& flight, const Tensor& grad_out) {
     std::vector<double> errors(static_cast<size_t>(flight.heads));
     parallel(flight.heads, [&](int64_t head, Work& work) {
-      const auto [b, h] = place(flight, head);
+      const auto [b, h] = call_.place(flight.first, head);
       std::vector<double> sizes = query_sizes(flight.queries, flight.dsums, head, l_);
       const double norm = std::sqrt(kernels_.dot(sizes.data(), sizes.data(), l_));
       widen(sizes);
@@ -297,8 +245,7 @@ class Spectral {
         spread = std::max(spread, block.spread());
       }
       const std::vector<char> reached = reached_keys(h, sizes, work);
-      toeplitz_.convolve_row(sizes.data(), flight.spectra.data() + head * toeplitz_.fft().length(),
-                             true, work, sums.data());
+      toeplitz_.convolve_row(sizes.data(), flight.spectrum(head), true, work, sums.data());
       const double noise = unit_ * weight_norm(call_, weights_.of(h)) * norm;
       double worst = 0;
       for (size_t i = 0; i < sums.size(); ++i) {
@@ -321,8 +268,8 @@ class Spectral {
   }
 
   void load_weights(Flight& flight, int64_t head, Work& work) {
-    const int64_t h = place(flight, head).h;
-    Complex* spectrum = flight.spectra.data() + head * toeplitz_.fft().length();
+    const int64_t h = call_.place(flight.first, head).h;
+    Complex* spectrum = flight.spectrum(head);
     if (weights_.some_zero[static_cast<size_t>(h)] != 0) {
       const std::vector<double> ones(static_cast<size_t>(l_), 1);
       flight.visible[static_cast<size_t>(head)] = toeplitz_.meet(weights_.of(h), ones, false, work);
@@ -333,7 +280,7 @@ class Spectral {
       flight.key_norms[static_cast<size_t>(head * call_.features + r)] =
           std::sqrt(kernels_.dot(k, k, l_));
     }
-    if (signed_features()) load_masses(flight, head, work);
+    if (call_.signed_features()) load_masses(flight, head, work);
   }
 
   int64_t channel_pairs() const { return ceil_div(channels_, 2); }
@@ -351,8 +298,7 @@ class Spectral {
       for (int64_t r = 0; r < call_.features; ++r) {
         toeplitz_.fill(flight.keys.row(head, r), v0, v1, work.input);
         toeplitz_.fft().forward(work.input.data(), work.first.data());
-        toeplitz_.convolve(flight.spectra.data() + head * toeplitz_.fft().length(), false,
-                           work.first, work.second);
+        toeplitz_.convolve(flight.spectrum(head), false, work.first, work.second);
         Row q = flight.queries.row(head, r);
         toeplitz_.for_tokens([&](int64_t token, int64_t at) {
           const Complex u = work.second[static_cast<size_t>(at)];
@@ -368,7 +314,7 @@ class Spectral {
     to_rows(flight.sums.from_token(head, begin), rows, channels_, work.sums);
     for (int64_t r = 0; r < rows; ++r) {
       double* row = work.sums.row(r);
-      const bool dead = row[e_] == 0 || !sees_something(flight, head, begin + r);
+      const bool dead = row[e_] == 0 || !flight.sees_something(head, begin + r);
       row[e_] = dead ? 0 : 1 / row[e_];
       for (int64_t i = 0; i < e_; ++i) row[i] *= row[e_];
     }
@@ -378,7 +324,7 @@ class Spectral {
     parallel(flight.heads * tiles_, [&](int64_t item, Work& work) {
       const int64_t head = item / tiles_, begin = item % tiles_ * kTile;
       const int64_t rows = std::min(kTile, l_ - begin);
-      const auto [b, h] = place(flight, head);
+      const auto [b, h] = call_.place(flight.first, head);
       results(flight, head, begin, rows, work);
       kernels_.load_rows(
           {grad_out.at({b, h, begin}), grad_out.dtype(), grad_out.stride(2), rows, e_},
@@ -415,7 +361,7 @@ class Spectral {
       }
     });
     for (int64_t item = 0; item < flight.heads * shares; ++item) {
-      const int64_t h = place(flight, item / shares).h;
+      const int64_t h = call_.place(flight.first, item / shares).h;
       for (int64_t i = 0; i < n; ++i) {  // of b from that of c = exp b
         drpb[static_cast<size_t>(h * n + i)] +=
             weights_.of(h)[i] * parts[static_cast<size_t>(item * n + i)];
@@ -425,7 +371,7 @@ class Spectral {
 
   void feature_gradient(Flight& flight, int64_t head, int64_t r, Work& work) {
     const int64_t key_head = head / group_;
-    const Complex* spectrum = flight.spectra.data() + head * toeplitz_.fft().length();
+    const Complex* spectrum = flight.spectrum(head);
     Row q = flight.queries.row(head, r), k = flight.keys.row(head, r);
     double *dq = flight.dqueries.row(head, r), *dk = flight.dkeys.row(head, r);
     for (int64_t f = 0; f < channels_; f += 2) {
@@ -463,8 +409,7 @@ class Spectral {
         for (int64_t r = 0; r < call_.features; ++r) {
           toeplitz_.fill(flight.queries.row(head, r), g0, g1, work.input);
           toeplitz_.fft().forward(work.input.data(), work.first.data());
-          toeplitz_.convolve(flight.spectra.data() + head * toeplitz_.fft().length(), true,
-                             work.first, work.second);
+          toeplitz_.convolve(flight.spectrum(head), true, work.first, work.second);
           Row k = flight.keys.row(head, r);
           toeplitz_.for_tokens([&](int64_t token, int64_t at) {
             const Complex u = work.second[static_cast<size_t>(at)];
@@ -479,7 +424,7 @@ class Spectral {
   void store_gradients(Flight& flight, const KernelizedRpeGradientViews& gradients) {
     const int64_t f = call_.features, dim = call_.sizes.dim;
     const auto gradient = [&](bool is_key, int64_t head, int64_t begin, int64_t rows, Work& work) {
-      const auto [b, h] = place(flight, head);
+      const auto [b, h] = call_.place(flight.first, head);
       Channels& of = is_key ? flight.keys : flight.queries;
       Channels& dof = is_key ? flight.dkeys : flight.dqueries;
       to_rows(of.from_token(head, begin), rows, f, work.phi);
@@ -498,13 +443,13 @@ class Spectral {
       std::vector<double> dk(static_cast<size_t>(kTile * work.features.dx.stride));
       const Block<double> sum{dk.data(), work.features.dx.stride};
       for (int64_t head = key_head * group_; head < (key_head + 1) * group_; ++head) {
-        const auto [b, h] = place(flight, head);
+        const auto [b, h] = call_.place(flight.first, head);
         gradient(false, head, begin, rows, work);
         store(work.features.dx, gradients.q, b, h, begin, rows, dim);
         gradient(true, head, begin, rows, work);
         for (int64_t r = 0; r < rows; ++r) kernels_.add(sum.row(r), work.features.dx.row(r), dim);
       }
-      const auto [b, h] = place(flight, key_head * group_);
+      const auto [b, h] = call_.place(flight.first, key_head * group_);
       store(sum, gradients.k, b, h / group_, begin, rows, dim);
       to_rows(flight.dvalues.from_token(key_head, begin), rows, channels_, work.sums);
       scale_rows(work.sums, rows, flight.scales[static_cast<size_t>(key_head)]);
