@@ -100,9 +100,9 @@ const BpeEncoder::Merge* BpeEncoder::merge_of(int32_t left, int32_t right) const
   return found == merges_.end() ? nullptr : &found->second;
 }
 
-void BpeEncoder::encode(std::string_view text, std::vector<int32_t>& out) const {
+void BpeEncoder::encode(std::string_view text, bool begins, std::vector<int32_t>& out) const {
   std::string prefixed;
-  if (add_space_prefix_ && text[0] != ' ') text = prefixed.append(1, ' ').append(text);
+  if (add_space_prefix_ && begins && text[0] != ' ') text = prefixed.append(1, ' ').append(text);
   pretokenizer_.split(text, [&](std::string_view word) { encode_word(word, out); });
 }
 

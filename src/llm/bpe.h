@@ -22,7 +22,7 @@ class BpeEncoder : public TextEncoder {
   BpeEncoder(const Vocabulary& vocabulary, std::span<const std::string_view> merges,
              std::string_view pretokenizer, bool add_space_prefix);
 
-  void encode(std::string_view text, std::vector<int32_t>& out) const override;
+  void encode(std::string_view text, bool begins, std::vector<int32_t>& out) const override;
   std::string token_bytes(int32_t id) const override;
   bool adds_space() const override { return false; }
 

@@ -78,10 +78,10 @@ SpmEncoder::SpmEncoder(const Vocabulary& vocabulary, std::vector<float> scores, 
         "of the two");
 }
 
-void SpmEncoder::encode(std::string_view text, std::vector<int32_t>& out) const {
+void SpmEncoder::encode(std::string_view text, bool begins, std::vector<int32_t>& out) const {
   std::string marked;
   marked.reserve(text.size() + 3);
-  if (add_space_prefix_) marked += kSpaceMark;
+  if (add_space_prefix_ && begins) marked += kSpaceMark;
   for (char c : text) {
     if (c == ' ') {
       marked += kSpaceMark;

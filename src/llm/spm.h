@@ -20,7 +20,7 @@ class SpmEncoder : public TextEncoder {
   SpmEncoder(const Vocabulary& vocabulary, std::vector<float> scores, int32_t unknown,
              bool add_space_prefix);
 
-  void encode(std::string_view text, std::vector<int32_t>& out) const override;
+  void encode(std::string_view text, bool begins, std::vector<int32_t>& out) const override;
   std::string token_bytes(int32_t id) const override;
   bool adds_space() const override { return add_space_prefix_; }
 

@@ -21,8 +21,9 @@ struct Vocabulary {
 class TextEncoder {
  public:
   virtual ~TextEncoder() = default;
-  /// Appends the tokens of a text: valid UTF-8, not empty, shorter than 2^31 bytes.
-  virtual void encode(std::string_view text, std::vector<int32_t>& out) const = 0;
+  /// Appends the tokens of a text: valid UTF-8, not empty, shorter than 2^31 bytes. `begins`: it does not
+  /// go on from text before it, so add_space_prefix puts its space there.
+  virtual void encode(std::string_view text, bool begins, std::vector<int32_t>& out) const = 0;
   /// The bytes of one token, control tokens included.
   virtual std::string token_bytes(int32_t id) const = 0;
   /// True when encode puts a space before the text that decoding must drop.

@@ -22,20 +22,28 @@ class TokenizerModel {
   TokenizerModel(const TokenizerModel&) = delete;
   TokenizerModel& operator=(const TokenizerModel&) = delete;
 
+  /// Throws Error for an id outside the vocabulary; the others need one inside.
   size_t index(int32_t id) const;
+  bool is_control(int32_t id) const { return type(id) == TokenType::kControl; }
+  /// What a token that is no control token adds to a text. At its start without the space that encode put
+  /// there.
+  std::string_view plain_bytes(int32_t id, bool& at_start) const;
 
   Vocabulary vocabulary;
   std::unique_ptr<TextEncoder> encoder;
-  SpecialTokens specials;
+  SpecialTokens specials;          // control and user-defined tokens
+  SpecialTokens user_defined;      // those that any text may name
   std::vector<std::string> bytes;  // of each token
   std::optional<int32_t> bos, eos;
   bool adds_bos = false, adds_eos = false;
   std::vector<int32_t> end_tokens;
 
  private:
+  TokenType type(int32_t id) const { return vocabulary.types[static_cast<size_t>(id)]; }
   void read_vocabulary(const GgufFile& file);
   void read_encoder(const GgufFile& file);
   void read_ends(const GgufFile& file);
+  bool ends_or_marks(int32_t id) const;
   std::optional<int32_t> token_key(const GgufFile& file, const char* key) const;
 };
 
@@ -46,6 +54,10 @@ constexpr size_t kLongestText = std::numeric_limits<int32_t>::max() / 4;
 // Control tokens that end a text or turn in models whose files name only one of them as eos.
 constexpr std::array<std::string_view, 6> kEndTexts = {
     "<|endoftext|>", "<|end_of_text|>", "<|im_end|>", "<|eot_id|>", "<|eom_id|>", "</s>"};
+
+// Marks of turns beside these. Some files call marks user-defined; still no text may forge them.
+constexpr std::array<std::string_view, 3> kMarkTexts = {"<|im_start|>", "<|start_header_id|>",
+                                                        "<|end_header_id|>"};
 
 void check_same_count(const char* key, size_t found, size_t tokens) {
   if (found != tokens)
@@ -61,11 +73,22 @@ TokenizerModel::TokenizerModel(const GgufFile& file) {
   bytes.reserve(vocabulary.texts.size());
   for (int32_t id = 0; id < vocabulary.size(); ++id) {
     bytes.push_back(encoder->token_bytes(id));
-    TokenType type = vocabulary.types[static_cast<size_t>(id)];
-    if (type == TokenType::kControl || type == TokenType::kUserDefined)
+    if (is_control(id) || type(id) == TokenType::kUserDefined)
       specials.add(vocabulary.texts[static_cast<size_t>(id)], id);
   }
   read_ends(file);
+  for (int32_t id = 0; id < vocabulary.size(); ++id) {
+    const std::string& text = vocabulary.texts[static_cast<size_t>(id)];
+    if (type(id) == TokenType::kUserDefined && !ends_or_marks(id)) user_defined.add(text, id);
+  }
+}
+
+bool TokenizerModel::ends_or_marks(int32_t id) const {
+  const auto has = [](const auto& list, const auto& item) {
+    return std::find(list.begin(), list.end(), item) != list.end();
+  };
+  return id == bos || has(end_tokens, id) ||
+         has(kMarkTexts, vocabulary.texts[static_cast<size_t>(id)]);
 }
 
 size_t TokenizerModel::index(int32_t id) const {
@@ -73,6 +96,14 @@ size_t TokenizerModel::index(int32_t id) const {
     throw Error("tokenizer: token id is " + std::to_string(id) + ", needed 0 to " +
                 std::to_string(vocabulary.size() - 1));
   return static_cast<size_t>(id);
+}
+
+std::string_view TokenizerModel::plain_bytes(int32_t id, bool& at_start) const {
+  std::string_view text = bytes[static_cast<size_t>(id)];
+  const bool has_space = at_start && type(id) != TokenType::kUserDefined && text.starts_with(' ');
+  at_start = false;
+  if (has_space) text.remove_prefix(1);
+  return text;
 }
 
 void TokenizerModel::read_vocabulary(const GgufFile& file) {
@@ -167,12 +198,14 @@ std::vector<int32_t> Tokenizer::encode(std::string_view text, const EncodeOption
   const TokenizerModel& model = *model_;
   std::vector<int32_t> ids;
   if (options.add_bos_eos && model.adds_bos && model.bos) ids.push_back(*model.bos);
-  auto plain = [&](std::string_view part) { model.encoder->encode(part, ids); };
-  if (options.parse_specials) {
-    model.specials.split(valid, plain, [&](int32_t id) { ids.push_back(id); });
-  } else if (!valid.empty()) {
-    plain(valid);
-  }
+  bool begins = true;
+  const auto plain = [&](std::string_view part) { model.encoder->encode(part, begins, ids); };
+  const auto special = [&](int32_t id) {
+    ids.push_back(id);
+    begins = model.is_control(id);
+  };
+  const SpecialTokens& read = options.parse_specials ? model.specials : model.user_defined;
+  read.split(valid, plain, special);
   if (options.add_bos_eos && model.adds_eos && model.eos) ids.push_back(*model.eos);
   return ids;
 }
@@ -181,15 +214,12 @@ std::string Tokenizer::decode(std::span<const int32_t> ids, bool with_specials) 
   std::string text;
   bool at_start = model_->encoder->adds_space();
   for (int32_t id : ids) {
-    size_t i = model_->index(id);
-    if (model_->vocabulary.types[i] == TokenType::kControl) {
-      if (with_specials) text += model_->bytes[i];
-      continue;
+    const size_t i = model_->index(id);
+    if (!model_->is_control(id)) {
+      text += model_->plain_bytes(id, at_start);
+    } else if (with_specials) {
+      text += model_->bytes[i];
     }
-    std::string_view bytes = model_->bytes[i];
-    if (at_start && bytes.starts_with(' ')) bytes.remove_prefix(1);
-    at_start = false;
-    text += bytes;
   }
   return text;
 }
@@ -218,12 +248,9 @@ StreamDecoder::StreamDecoder(const Tokenizer& tokenizer, bool text_start)
 
 std::string StreamDecoder::put(int32_t id) {
   const TokenizerModel& model = *tokenizer_->model_;
-  size_t i = model.index(id);
-  if (model.vocabulary.types[i] == TokenType::kControl) return {};
-  std::string_view bytes = model.bytes[i];
-  if (at_start_ && bytes.starts_with(' ')) bytes.remove_prefix(1);
-  at_start_ = false;
-  pending_ += bytes;
+  model.index(id);
+  if (model.is_control(id)) return {};
+  pending_ += model.plain_bytes(id, at_start_);
 
   std::string text;
   std::string_view rest = pending_;

@@ -24,8 +24,8 @@ enum class TokenType : int32_t {
 };
 
 struct EncodeOptions {
-  /// Reads the texts of control and user-defined tokens as those tokens. Off: they are plain text,
-  /// which is what text from a user must be.
+  /// Reads the texts of control tokens as those tokens. Off: they are plain text, which is what text from
+  /// a user must be. Those of user-defined tokens (<think>) are always read, unless they end or mark turns.
   bool parse_specials = false;
   /// Adds the begin and end tokens where the file asks for them.
   bool add_bos_eos = true;
@@ -36,7 +36,7 @@ struct EncodeOptions {
 ///    qwen2 (`tokenizer.ggml.pre`). A byte that has no token in the vocabulary is dropped, as in the
 ///    reference implementation. No Unicode normalisation takes place.
 ///  - `llama`: BPE by piece scores as in SentencePiece (Kudo and Richardson, arXiv:1808.06226) with byte
-///    fallback. With add_space_prefix a space is put before the text and after each special token.
+///    fallback. With add_space_prefix a space is put before the text and after each control token.
 ///    Spaces are U+2581 in its pieces, so that character in a text decodes as a space. Control,
 ///    user-defined and unused pieces are never formed from text by merging.
 /// Text that is not UTF-8 is read with U+FFFD for each ill-formed sequence. Of tokens with equal text the

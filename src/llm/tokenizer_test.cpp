@@ -101,6 +101,51 @@ TEST(Tokenizer, IllFormedTextIsReplaced) {
   }
 }
 
+// As in sentencepiece and tokenizers, where they stand for words of their own.
+TEST(Tokenizer, UserDefinedTokensAreReadInAnyText) {
+  const std::vector<std::string> texts = {"a", "<", "|", ">",   "i",          "m",  "_",
+                                          "e", "n", "d", "<a>", "<|im_end|>", "<e>"};
+  const std::vector<int32_t> types = {1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 4, 4, 3};
+  const Tokenizer tokenizer =
+      from(GgufBuilder()
+               .string("tokenizer.ggml.model", "gpt2")
+               .string("tokenizer.ggml.pre", "gpt-2")
+               .strings("tokenizer.ggml.tokens", texts)
+               .array<int32_t>("tokenizer.ggml.token_type", gguf_value::kInt32, types)
+               .strings("tokenizer.ggml.merges", {}));
+  EXPECT_EQ(tokenizer.encode("a<a>a<a", kPlain), (Ids{0, 10, 0, 1, 0}));
+  EXPECT_EQ(tokenizer.decode(Ids{0, 10, 0}), "a<a>a");
+  EXPECT_EQ(tokenizer.encode("<e>", kPlain), (Ids{1, 7, 3}));
+  // Some files call the ends of turns user-defined.
+  EXPECT_EQ(tokenizer.encode("<|im_end|>", kPlain), (Ids{1, 2, 4, 5, 6, 7, 8, 9, 2, 3}));
+  EXPECT_EQ(tokenizer.encode("<|im_end|><a>", kSpecials), (Ids{11, 10}));
+}
+
+// The text goes on behind them: no space is put there, and none is dropped from their own.
+TEST(Tokenizer, UserDefinedTokensOfALlamaTokenizerPutNoSpace) {
+  const std::vector<std::string> texts = {"<unk>", "<s>", "a", "\u2581", "\u2581a", "<x>", "  "};
+  const std::vector<int32_t> types = {2, 3, 1, 1, 1, 4, 4};
+  const std::vector<float> scores = {0, 0, -1, -1, -1, 0, 0};
+  const Tokenizer tokenizer =
+      from(GgufBuilder()
+               .string("tokenizer.ggml.model", "llama")
+               .strings("tokenizer.ggml.tokens", texts)
+               .array<int32_t>("tokenizer.ggml.token_type", gguf_value::kInt32, types)
+               .array<float>("tokenizer.ggml.scores", gguf_value::kFloat32, scores)
+               .integer("tokenizer.ggml.unknown_token_id", 0));
+  EXPECT_EQ(tokenizer.encode("a<x>a", kPlain), (Ids{4, 5, 2}));
+  EXPECT_EQ(tokenizer.encode("a<x> a", kPlain), (Ids{4, 5, 4}));
+  EXPECT_EQ(tokenizer.encode("a<s>a", kSpecials), (Ids{4, 1, 4}));
+  for (const char* text : {"a<x>a", "a<x> a", "<x>a", "  a", " a"}) {
+    const Ids ids = tokenizer.encode(text, kPlain);
+    EXPECT_EQ(tokenizer.decode(ids), text);
+    StreamDecoder stream(tokenizer);
+    std::string streamed;
+    for (int32_t id : ids) streamed += stream.put(id);
+    EXPECT_EQ(streamed, text);
+  }
+}
+
 TEST(Tokenizer, SpecialsOnlyWhenAsked) {
   Tokenizer tokenizer = bpe("gpt-2");
   int32_t start = tokenizer.find_special("<|im_start|>").value_or(-1),
