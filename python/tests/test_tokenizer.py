@@ -171,10 +171,19 @@ LLAMA3 = (
     "{% endfor %}{% if add_generation_prompt %}"
     "{{ '<|start_header_id|>assistant<|end_header_id|>\n\n' }}{% endif %}"
 )
+THINKING = (  # Qwen 3: thoughts of answers before the last question are dropped
+    "{% set ns = namespace(last=0) %}{% for m in messages %}{% if m.role == 'user' %}"
+    "{% set ns.last = loop.index0 %}{% endif %}{% endfor %}{% for m in messages %}{% set text = m.content %}"
+    "{% if m.role == 'assistant' and loop.index0 < ns.last and '</think>' in text %}"
+    "{% set text = text.split('</think>')[-1].lstrip('\n') %}{% endif %}"
+    "{{ '<|im_start|>' + m.role + '\n' + text + '<|im_end|>\n' }}{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
+)
 CONVERSATIONS = (
     [("user", "What is the capital of France?")],
     [("system", "Answer in verse."), ("user", "  Why?  "), ("assistant", "Because.\n"), ("user", "1 2 3")],
     [("user", ""), ("assistant", "x"), ("user", "Zwei Zeilen\n\nund mehr\n")],
+    [("user", "\u3000\x1c你好\u00a0 "), ("assistant", "<think>\nx\n</think>\n\ny\u2003"), ("user", "</think>")],
 )
 
 
@@ -192,7 +201,7 @@ def check_chat(model, template, oracle):
     assert [ids for ids, _ in found] == expected
 
 
-@pytest.mark.parametrize("pre,template", [("smollm", CHATML), ("llama-bpe", LLAMA3)])
+@pytest.mark.parametrize("pre,template", [("smollm", CHATML), ("qwen2", THINKING), ("llama-bpe", LLAMA3)])
 def test_chat_forms(tmp_path, pre, template):
     vocabulary = oracles.train_bpe(1000)
     model = tmp_path / "chat.gguf"

@@ -1,6 +1,7 @@
 #include "llm/chat.h"
 
 #include <algorithm>
+#include <array>
 #include <optional>
 #include <string_view>
 
@@ -65,11 +66,33 @@ std::string find_default_system(std::string_view text) {
   return {};
 }
 
+// What str.strip() of Python removes, which templates call: White_Space of Unicode and U+001C to U+001F.
+constexpr std::array<std::string_view, 29> kSpaces = {
+    " ",      "\t",     "\n",     "\v",     "\f",     "\r",     "\x1c",   "\x1d",
+    "\x1e",   "\x1f",   "\u0085", "\u00a0", "\u1680", "\u2000", "\u2001", "\u2002",
+    "\u2003", "\u2004", "\u2005", "\u2006", "\u2007", "\u2008", "\u2009", "\u200a",
+    "\u2028", "\u2029", "\u202f", "\u205f", "\u3000"};
+
 std::string_view trimmed(std::string_view text) {
-  constexpr std::string_view kSpaces = " \t\n\v\f\r";
-  size_t begin = text.find_first_not_of(kSpaces);
-  if (begin == std::string_view::npos) return {};
-  return text.substr(begin, text.find_last_not_of(kSpaces) - begin + 1);
+  const auto space_at = [&](auto is_at) {
+    const auto found = std::find_if(kSpaces.begin(), kSpaces.end(), is_at);
+    return found == kSpaces.end() ? size_t{0} : found->size();
+  };
+  const auto begins = [&](std::string_view space) { return text.starts_with(space); };
+  const auto ends = [&](std::string_view space) { return text.ends_with(space); };
+  while (const size_t bytes = space_at(begins)) text.remove_prefix(bytes);
+  while (const size_t bytes = space_at(ends)) text.remove_suffix(bytes);
+  return text;
+}
+
+// An answer without what the model thought before it.
+std::string_view without_thoughts(std::string_view text) {
+  constexpr std::string_view kEnd = "</think>";
+  const size_t end = text.rfind(kEnd);
+  if (end == std::string_view::npos) return text;
+  text.remove_prefix(end + kEnd.size());
+  text.remove_prefix(std::min(text.find_first_not_of('\n'), text.size()));
+  return text;
 }
 
 [[noreturn]] void bad_message(size_t index, const std::string& what) {
@@ -152,6 +175,7 @@ ChatTemplate::ChatTemplate(const GgufFile& file, const Tokenizer& tokenizer)
       open_ = marker("<|im_start|>");
       turn_end_ = marker("<|im_end|>");
       default_system_ = find_default_system(*text);
+      drops_thoughts_ = text->find("split('</think>')") != std::string_view::npos;
       break;
     case ChatFormat::kLlama2:
       bos_ = end(tokenizer.bos(), "tokenizer.ggml.bos_token_id");
@@ -194,7 +218,14 @@ void ChatTemplate::render_chatml(std::span<const ChatMessage> messages, bool pro
     out.token(open_).text(role).text("\n").text(content).token(turn_end_).text("\n");
   };
   if (messages[0].role != "system" && !default_system_.empty()) turn("system", default_system_);
-  for (const ChatMessage& message : messages) turn(message.role, message.content);
+  const auto question = std::find_if(messages.rbegin(), messages.rend(),
+                                     [](const ChatMessage& m) { return m.role == "user"; });
+  const auto answered = static_cast<size_t>(messages.rend() - question);  // messages up to it
+  for (size_t i = 0; i < messages.size(); ++i) {
+    const auto& [role, content] = messages[i];
+    const bool drops = drops_thoughts_ && role == "assistant" && i < answered;
+    turn(role, drops ? without_thoughts(content) : content);
+  }
   if (prompt) out.token(open_).text("assistant\n");
 }
 

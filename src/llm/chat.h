@@ -18,7 +18,8 @@ struct ChatMessage {
 enum class ChatFormat { kChatMl, kLlama2, kLlama3 };
 
 /// The chat form of a model, recognised from `tokenizer.chat_template` in its file by the markers it
-/// uses. The template's own default system message is used when a conversation has none.
+/// uses. The template's own default system message is used when a conversation has none; where it drops
+/// what the model thought (<think>...</think>) from answers before the last question, so does this.
 /// Markers are control tokens; roles and contents never are, whatever they say.
 class ChatTemplate {
  public:
@@ -49,6 +50,7 @@ class ChatTemplate {
   ChatFormat format_;
   std::string default_system_;   // empty: none
   std::string system_preamble_;  // Llama 3.1 and later: dates before the system message
+  bool drops_thoughts_ = false;
   std::vector<int32_t> stop_tokens_;
   // Token ids, -1 where the form has none. Roles stand between open and role_end in Llama 3.
   int32_t bos_ = -1;
