@@ -5,6 +5,7 @@
 
 #include "heed/error.h"
 #include "llm/gguf.h"
+#include "llm/shown.h"
 
 namespace heed {
 
@@ -46,11 +47,11 @@ class Keys {
 };
 
 double linear_scale(const GgufFile& file, const Keys& keys) {
-  const std::string type(file.string(keys.name("rope.scaling.type")).value_or(""));
-  // Files from before 2023-10 name the factor only.
-  if (type.empty()) return keys.positive("rope.scale_linear", 1.0);
-  if (type == "none") return 1.0;
-  if (type != "linear") keys.fail("rope.scaling.type", "\"" + type + "\"", "none or linear");
+  const auto type = file.string(keys.name("rope.scaling.type"));
+  // Files that name the factor only mean linear; those from before 2023-10 use another key.
+  if (!type) return keys.positive("rope.scaling.factor", keys.positive("rope.scale_linear", 1.0));
+  if (*type == "none") return 1.0;
+  if (*type != "linear") keys.fail("rope.scaling.type", shown(*type), "none or linear");
   return keys.positive("rope.scaling.factor");
 }
 

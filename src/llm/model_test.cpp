@@ -9,6 +9,7 @@
 
 #include "heed/error.h"
 #include "llm/gguf_builder.h"
+#include "llm/model_config.h"
 #include "llm/test_models.h"
 #include "llm/tokenizer.h"
 
@@ -254,6 +255,28 @@ std::string refusal(const std::function<void(TinyFile&)>& change) {
 
 TEST(Model, TinyFileWorks) {
   EXPECT_EQ(refusal([](TinyFile&) {}), "");
+}
+
+TEST(Model, PositionsAreScaledByAnyOfTheKeysForIt) {
+  const auto frequency = [](std::function<void(GgufBuilder&)> more) {
+    TinyFile tiny;
+    tiny.more = std::move(more);
+    const std::string bytes = tiny.build();
+    return read_model_config(parse_gguf(bytes)).rotary_frequencies[0];
+  };
+  const auto number = [](GgufBuilder& b, const char* key, float value) {
+    b.value(std::string("llama.rope.") + key, gguf_value::kFloat32, value);
+  };
+  EXPECT_EQ(frequency([](GgufBuilder&) {}), 1);
+  EXPECT_EQ(frequency([&](GgufBuilder& b) { number(b, "scale_linear", 4); }), 0.25);
+  EXPECT_EQ(frequency([&](GgufBuilder& b) { number(b, "scaling.factor", 2); }), 0.5);
+  for (const auto& [type, expected] : {std::pair{"linear", 0.5}, {"none", 1.0}}) {
+    EXPECT_EQ(frequency([&, name = type](GgufBuilder& b) {
+                b.string("llama.rope.scaling.type", name);
+                number(b, "scaling.factor", 2);
+              }),
+              expected);
+  }
 }
 
 TEST(Model, RefusalsNameWhatIsWrong) {
