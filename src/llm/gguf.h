@@ -1,4 +1,4 @@
-// Reader of GGUF version 3 files (little-endian), memory-mapped.
+// Reader of GGUF files, versions 2 and 3 (little-endian), memory-mapped.
 // Source: https://github.com/ggml-org/ggml/blob/master/docs/gguf.md
 #pragma once
 #include <cstddef>

@@ -32,7 +32,7 @@ constexpr std::array<ValueType, 13> kValueTypes = {{
     {"float64", 8},
 }};
 
-constexpr uint32_t kVersion = 3;
+constexpr uint32_t kVersion = 3, kOldVersion = 2;  // 3 only added big-endian files
 constexpr uint64_t kDefaultAlignment = 32;
 constexpr uint32_t kMaxRank = 4;
 constexpr uint64_t kMaxKeyBytes = 65535;  // from the specification
@@ -107,9 +107,9 @@ void GgufParser::parse_header() {
   position_ = 4;
   auto version = read<uint32_t>("the version");
   if (version == kVersion << 24) fail("is a big-endian GGUF file, needed little-endian");
-  if (version != kVersion)
+  if (version != kVersion && version != kOldVersion)
     fail("is GGUF version " + std::to_string(version) + ", needed version " +
-         std::to_string(kVersion));
+         std::to_string(kOldVersion) + " or " + std::to_string(kVersion));
   tensor_count_ = read<uint64_t>("the number of tensors");
   pair_count_ = read<uint64_t>("the number of metadata pairs");
   check_count(pair_count_, kLeastPairBytes, "metadata pairs");
