@@ -7,9 +7,10 @@
 // q and k are features already (heed/feature_map.h makes them); no scale. Query head h reads key head
 // h / (H/Hkv); a state belongs to a query head. causal: query i sees keys j <= i + Lk - Lq, else all.
 // lengths [B]: keys of sequence b at and after lengths[b] do not exist. A row that sees no key and no
-// state gives 0, and so does a denominator of exactly 0. Any F and Dv from 1, any strides with a unit
-// stride in the last dimension. float64, float32, bfloat16, float16; out has q's type. States, sums and
-// denominators are float32 (float64 for float64, where everything is).
+// state gives 0, and so does a denominator of 0 or one so small that its inverse is infinite (float32:
+// below 2.9e-39). Any F and Dv from 1, any strides with a unit stride in the last dimension. float64,
+// float32, bfloat16, float16; out has q's type. States, sums and denominators are float32 (float64 for
+// float64, where everything is).
 // A denominator d near 0, where features of both signs cancel, divides what it is: its relative error is
 // about u |q| . |z| / |d|, u = 6e-8 (float64: 1e-16).
 // The state is the one after the last token: it is the initial_state of the tokens that follow.

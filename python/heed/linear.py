@@ -59,7 +59,8 @@ def linear_attention(
         v: ``[B, Hkv, Lk, Dv]``, same type, any ``Dv``.
         causal: query ``i`` sees the keys ``j <= i + Lk - Lq``, else all.
         normalize: divide by ``q_i . z + eps``; ``False`` gives ``q_i S``.
-        eps: added to the denominator, not negative. A denominator of exactly 0 gives 0.
+        eps: added to the denominator, not negative. A denominator that is 0, or too small for its
+            inverse to be finite (below 2.9e-39 in float32), gives 0.
         lengths: ``[B]`` int32 or int64: keys of sequence ``b`` at and after ``lengths[b]`` do not
             exist.
         initial_state: what ``return_state`` gave for the tokens before these; ``None`` is zero.

@@ -65,9 +65,11 @@ chunked::Problem<T> make_problem(const Tensor& q, const Tensor& k, const Tensor&
   problem.policy.key_sum = true;
   problem.policy.read_out =
       chunked::each_row<T>([eps = options.eps](int64_t, int64_t, double denominator) {
-        const double divisor = denominator + eps;
+        const double inverse = 1 / (denominator + eps);
+        // Infinite in T: of the products that the denominator is made of, hardly a bit was left.
+        const bool vanishes = std::isinf(static_cast<T>(inverse));
         chunked::ReadOut row;
-        row.num_scale = divisor == 0 ? 0 : 1 / divisor;
+        row.num_scale = vanishes ? 0 : inverse;
         row.num_slope = -row.num_scale * row.num_scale;
         return row;
       });

@@ -213,6 +213,30 @@ TEST(Linear, DenominatorsOfExactlyZeroGiveZeroRows) {
   for (const Array* x : {&g.q, &g.k, &g.v}) EXPECT_TRUE(std::isfinite(x->as<double>()[0]));
 }
 
+// 1e-40 is a float32 but 1e40, its inverse, is none.
+TEST(Linear, DenominatorsWithoutAnInverseGiveZeroRows) {
+  for (int64_t tokens : {1, 3, 70}) {
+    const Array q = features(DType::f32, {1, 2, tokens, 4}, 1);
+    const Array v = random_array(DType::f32, {1, 2, tokens, 4}, 2);
+    const Array k(DType::f32, {1, 2, tokens, 4});
+    for (int64_t i = 0; i < k.count(); ++i) k.as<float>()[i] = 1e-42F * (1 + i % 3);
+    for (Isa isa : available_isas()) {
+      RunOptions run;
+      run.isa = isa;
+      for (bool causal : {false, true}) {
+        LinearOptions options;
+        options.causal = causal;
+        options.eps = 0;
+        const LinearResult r = linear_attention(q, k, v, options, run);
+        const LinearGradients g = linear_attention_backward(q, k, v, v, {}, options, run);
+        for (const Array* x : std::initializer_list<const Array*>{&r.out, &g.q, &g.k, &g.v}) {
+          for (int64_t i = 0; i < x->count(); ++i) ASSERT_EQ(x->as<float>()[i], 0);
+        }
+      }
+    }
+  }
+}
+
 TEST(Linear, TensorsWithoutElements) {
   const auto run = [](const Dims& q, const Dims& k, bool is_causal) {
     LinearOptions options;
