@@ -50,25 +50,39 @@ void store(const Tensor& t, std::initializer_list<int64_t> index, double value) 
   }
 }
 
+struct AttentionView {
+  const Tensor &out, &lse;
+};
+
+// Shares of two sides in their merged result, which keep what a sum of large logarithms would lose.
+struct Shares {
+  Shares(double a, double b) {
+    constexpr double kNothing = -std::numeric_limits<double>::infinity();
+    const double most = std::max(a, b), pivot = most == kNothing ? 0 : most;
+    const double a_part = std::exp(a - pivot), b_part = std::exp(b - pivot);
+    const double sum = a_part + b_part;
+    lse = pivot + std::log(sum);
+    side_a = a == kNothing ? 0 : a_part / sum;
+    side_b = b == kNothing ? 0 : b_part / sum;
+  }
+  double side_a, side_b, lse;
+};
+
 // One row: T is the type of out, S of lse.
 template <class T, class S>
 void merge_row(const Tensor& out_a, const Tensor& lse_a, const Tensor& out_b, const Tensor& lse_b,
                const Tensor& out, const Tensor& lse, int64_t b, int64_t h, int64_t i) {
   constexpr double kNothing = -std::numeric_limits<double>::infinity();
   const double a_sum = load<S>(lse_a, {b, h, i}), b_sum = load<S>(lse_b, {b, h, i});
-  const double most = std::max(a_sum, b_sum);
-  const double pivot = most == kNothing ? 0 : most;
-  const double total = pivot + std::log(std::exp(a_sum - pivot) + std::exp(b_sum - pivot));
-  const double weight_a = a_sum == kNothing ? 0 : std::exp(a_sum - total);
-  const double weight_b = b_sum == kNothing ? 0 : std::exp(b_sum - total);
+  const Shares shares(a_sum, b_sum);
   for (int64_t f = 0; f < out.size(3); ++f) {
     // A side that saw no key has out = 0 by contract; it is left out whatever it holds.
     double value = 0;
-    if (a_sum != kNothing) value += weight_a * load<T>(out_a, {b, h, i, f});
-    if (b_sum != kNothing) value += weight_b * load<T>(out_b, {b, h, i, f});
+    if (a_sum != kNothing) value += shares.side_a * load<T>(out_a, {b, h, i, f});
+    if (b_sum != kNothing) value += shares.side_b * load<T>(out_b, {b, h, i, f});
     store<T>(out, {b, h, i, f}, value);
   }
-  if (lse.defined()) store<S>(lse, {b, h, i}, total);
+  if (lse.defined()) store<S>(lse, {b, h, i}, shares.lse);
 }
 
 template <class T, class S>
@@ -82,39 +96,37 @@ void merge_all(const Tensor& out_a, const Tensor& lse_a, const Tensor& out_b, co
   });
 }
 
-// Row by row: with w = exp(lse_side - lse), d out_side = w dout and
-// d lse_side = w (dlse + dout . (out_side - out)).
+// One side of one row: with shares w, d out_side = w dout and
+// d lse_side = w (dlse + w_other dout . (out_side - out_other)).
 template <class T, class S>
-void merge_row_backward(const Tensor& grad_out, const Tensor& grad_lse, const Tensor& out_side,
-                        const Tensor& lse_side, const Tensor& out, const Tensor& lse,
-                        const Tensor& to_out, const Tensor& to_lse, int64_t b, int64_t h,
-                        int64_t i) {
-  constexpr double kNothing = -std::numeric_limits<double>::infinity();
-  const double side = load<S>(lse_side, {b, h, i});
-  const double weight = side == kNothing ? 0 : std::exp(side - load<S>(lse, {b, h, i}));
-  double sum = grad_lse.defined() ? load<S>(grad_lse, {b, h, i}) : 0;
-  for (int64_t f = 0; f < out.size(3); ++f) {
+void merge_row_backward(const Tensor& grad_out, const Tensor& grad_lse, const AttentionView& side,
+                        const AttentionView& other, const Tensor& to_out, const Tensor& to_lse,
+                        int64_t b, int64_t h, int64_t i) {
+  const Shares shares(load<S>(side.lse, {b, h, i}), load<S>(other.lse, {b, h, i}));
+  const double weight = shares.side_a;
+  double dot = 0;
+  for (int64_t f = 0; f < to_out.size(3); ++f) {
     const double g = load<T>(grad_out, {b, h, i, f});
-    if (side != kNothing) {
-      sum += g * (load<T>(out_side, {b, h, i, f}) - load<T>(out, {b, h, i, f}));
+    // A side without weight may hold anything.
+    if (weight != 0 && shares.side_b != 0) {
+      dot += g * (load<T>(side.out, {b, h, i, f}) - load<T>(other.out, {b, h, i, f}));
     }
-    store<T>(to_out, {b, h, i, f}, side == kNothing ? 0 : weight * g);
+    store<T>(to_out, {b, h, i, f}, weight == 0 ? 0 : weight * g);
   }
-  store<S>(to_lse, {b, h, i}, side == kNothing ? 0 : weight * sum);
+  const double from_lse = grad_lse.defined() ? load<S>(grad_lse, {b, h, i}) : 0;
+  const double sum = from_lse + shares.side_b * dot;
+  store<S>(to_lse, {b, h, i}, weight == 0 ? 0 : weight * sum);
 }
 
 template <class T, class S>
-void merge_all_backward(const Tensor& grad_out, const Tensor& grad_lse, const Tensor& out_a,
-                        const Tensor& lse_a, const Tensor& out_b, const Tensor& lse_b,
-                        const Tensor& out, const Tensor& lse, const MergeGradients& to,
-                        const RunOptions& run) {
-  const int64_t heads = out.size(1), pairs = out.size(0) * heads;
+void merge_all_backward(const Tensor& grad_out, const Tensor& grad_lse, const AttentionView& a,
+                        const AttentionView& b, const MergeGradients& to, const RunOptions& run) {
+  const int64_t heads = grad_out.size(1), pairs = grad_out.size(0) * heads;
   parallel_for(pairs, threads_for(run, pairs), [&](int64_t pair, int) {
-    for (int64_t i = 0; i < out.size(2); ++i) {
-      merge_row_backward<T, S>(grad_out, grad_lse, out_a, lse_a, out, lse, to.out_a, to.lse_a,
-                               pair / heads, pair % heads, i);
-      merge_row_backward<T, S>(grad_out, grad_lse, out_b, lse_b, out, lse, to.out_b, to.lse_b,
-                               pair / heads, pair % heads, i);
+    const int64_t sequence = pair / heads, h = pair % heads;
+    for (int64_t i = 0; i < grad_out.size(2); ++i) {
+      merge_row_backward<T, S>(grad_out, grad_lse, a, b, to.out_a, to.lse_a, sequence, h, i);
+      merge_row_backward<T, S>(grad_out, grad_lse, b, a, to.out_b, to.lse_b, sequence, h, i);
     }
   });
 }
@@ -169,8 +181,8 @@ MergeGradients merge_attention_backward(const Tensor& grad_out, const Tensor& gr
   MergeGradients to{Array(out_a.dtype(), out_a.shape()), Array(lse_a.dtype(), lse_a.shape()),
                     Array(out_a.dtype(), out_a.shape()), Array(lse_a.dtype(), lse_a.shape())};
   with_types(out.dtype(), [&](auto t, auto s) {
-    merge_all_backward<decltype(t), decltype(s)>(grad_out, grad_lse, out_a, lse_a, out_b, lse_b,
-                                                 out, lse, to, run);
+    merge_all_backward<decltype(t), decltype(s)>(grad_out, grad_lse, {out_a, lse_a},
+                                                 {out_b, lse_b}, to, run);
   });
   return to;
 }

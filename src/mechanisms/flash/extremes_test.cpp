@@ -1,0 +1,144 @@
+// Finite biases and sums near the ends of their types.
+#include <gtest/gtest.h>
+
+#include <algorithm>
+#include <cmath>
+#include <limits>
+#include <utility>
+#include <vector>
+
+#include "heed/heed.h"
+#include "mechanisms/test_arrays.h"
+
+namespace heed {
+namespace {
+
+constexpr float kNaN = std::numeric_limits<float>::quiet_NaN();
+constexpr float kInf = std::numeric_limits<float>::infinity();
+
+Array filled(DType type, const Dims& shape, double value) {
+  Array wide(DType::f64, shape);
+  std::fill_n(wide.as<double>(), wide.count(), value);
+  return convert(wide, type);
+}
+
+bool finite(const Tensor& t) {
+  const Array wide = convert(t, DType::f64);
+  return std::all_of(wide.as<double>(), wide.as<double>() + wide.count(),
+                     [](double x) { return std::isfinite(x); });
+}
+
+double least_of(DType type) {
+  return type == DType::f64    ? std::numeric_limits<double>::lowest()
+         : type == DType::bf16 ? -0x1.fep127
+                               : std::numeric_limits<float>::lowest();
+}
+
+TEST(Flash, ExtremeFiniteBiasesStayFinite) {
+  const std::pair<DType, DType> types[] = {{DType::f32, DType::f32},
+                                           {DType::f32, DType::bf16},
+                                           {DType::f32, DType::f64},
+                                           {DType::bf16, DType::bf16},
+                                           {DType::f64, DType::f64}};
+  for (const auto& [type, bias_type] : types) {
+    for (int64_t queries : {1, 5, 40}) {
+      const Array q = random_array(type, {1, 2, queries, 24}, 1), k = random_array(type, {1, 2, 70, 24}, 2);
+      const Array v = random_array(type, {1, 2, 70, 8}, 3), g = random_array(type, {1, 2, queries, 8}, 4);
+      const Array slopes = random_array(type == DType::f64 ? DType::f64 : DType::f32, {2}, 5);
+      for (Isa isa : available_isas()) {
+        RunOptions run;
+        run.isa = isa;
+        for (bool combined : {false, true}) {
+          FlashOptions options;
+          if (combined) {
+            options.scale = -0.3;
+            options.softcap = 2;
+            options.alibi_slopes = slopes;
+          }
+          const std::string what = std::string(name_of(type)) + " + " + name_of(bias_type) + " " +
+                                   std::to_string(queries) + " " + name_of(isa);
+          // Equal biases that leave nothing of the scores: the mean of the values.
+          const Array mean = flash_attention(filled(type, {1, 2, queries, 24}, 0), k, v).out;
+          for (double value : {least_of(bias_type), -0.71 * least_of(bias_type)}) {
+            const Array bias = filled(bias_type, {70}, value);
+            options.bias = bias;
+            const AttentionResult found = flash_attention(q, k, v, options, run);
+            EXPECT_LT(largest_difference(found.out, mean), type == DType::bf16 ? 2e-2 : 1e-5)
+                << what << " " << value;
+            EXPECT_TRUE(finite(found.lse)) << what;
+            EXPECT_EQ(std::signbit(*convert(found.lse, DType::f64).as<double>()), value < 0);
+            // The log of the sum is lost in such an lse, so no more can be said of gradients.
+            const FlashGradients to =
+                flash_attention_backward(g, {}, q, k, v, found.out, found.lse, options, run);
+            for (const Array* x : {&to.q, &to.k, &to.v, &to.bias}) {
+              EXPECT_TRUE(finite(*x)) << what << " " << value;
+            }
+          }
+          // Beside other keys the least number hides as well as -inf does.
+          const Array least = filled(bias_type, {70}, 0), hidden = filled(bias_type, {70}, 0);
+          for (int64_t m : {0, 3, 4, 33, 69}) {
+            copy(filled(bias_type, {1}, least_of(bias_type)), least.view().slice(0, m, m + 1));
+            copy(filled(bias_type, {1}, -kInf), hidden.view().slice(0, m, m + 1));
+          }
+          options.bias = least;
+          const AttentionResult found = flash_attention(q, k, v, options, run);
+          const FlashGradients to =
+              flash_attention_backward(g, {}, q, k, v, found.out, found.lse, options, run);
+          options.bias = hidden;
+          const AttentionResult wanted = flash_attention(q, k, v, options, run);
+          const FlashGradients wanted_to =
+              flash_attention_backward(g, {}, q, k, v, wanted.out, wanted.lse, options, run);
+          EXPECT_TRUE(same_bits(found.out, wanted.out)) << what;
+          EXPECT_TRUE(same_bits(found.lse, wanted.lse)) << what;
+          EXPECT_TRUE(same_bits(to.q, wanted_to.q)) << what;
+          EXPECT_TRUE(same_bits(to.v, wanted_to.v)) << what;
+          EXPECT_TRUE(same_bits(to.bias, wanted_to.bias)) << what;
+        }
+      }
+    }
+  }
+}
+
+TEST(Flash, InfiniteAndNaNBiasesKeepTheirMeaning) {
+  const Array q = random_array(DType::f32, {1, 1, 2, 8}, 1), k = random_array(DType::f32, {1, 1, 20, 8}, 2);
+  for (DType type : {DType::f64, DType::f32, DType::bf16, DType::f16}) {
+    FlashOptions options;
+    const Array hidden = filled(type, {1}, -kInf);
+    options.bias = hidden;
+    const AttentionResult none = flash_attention(q, k, k, options);
+    EXPECT_EQ(none.lse.as<float>()[0], -kInf);
+    EXPECT_EQ(none.out.as<float>()[0], 0);
+    for (float bad : {kInf, kNaN}) {
+      Array bias = filled(type, {20}, 0);
+      copy(filled(type, {1}, bad), bias.view().slice(0, 7, 8));
+      options.bias = bias;
+      EXPECT_TRUE(std::isnan(flash_attention(q, k, k, options).out.as<float>()[0]));
+    }
+  }
+}
+
+// Of a sum as large as these the logarithm of 2 is lost, in float32 or in float64.
+TEST(Flash, MergeOfLargeSumsKeepsTheShares) {
+  for (DType type : {DType::f32, DType::f64}) {
+    const Array a = random_array(type, {1, 1, 3, 8}, 1), b = random_array(type, {1, 1, 3, 8}, 2);
+    const Array g = random_array(type, {1, 1, 3, 8}, 3), lse_gradient = random_array(type, {1, 1, 3}, 4);
+    const auto merge = [&](double size, AttentionResult& r) {
+      const Array lse = filled(type, {1, 1, 3}, size);
+      r = merge_attention(a, lse, b, lse);
+      return merge_attention_backward(g, lse_gradient, a, lse, b, lse, r.out, r.lse, RunOptions());
+    };
+    AttentionResult plain, large;
+    const MergeGradients want = merge(0, plain);
+    for (double size : {1e9, -1e9, 1e20, -1e20, 1e37}) {
+      const MergeGradients to = merge(size, large);
+      EXPECT_TRUE(same_bits(large.out, plain.out)) << size;
+      EXPECT_TRUE(same_bits(to.out_a, want.out_a)) << size;
+      EXPECT_TRUE(same_bits(to.out_b, want.out_b)) << size;
+      EXPECT_TRUE(same_bits(to.lse_a, want.lse_a)) << size;
+      EXPECT_TRUE(same_bits(to.lse_b, want.lse_b)) << size;
+    }
+  }
+}
+
+}  // namespace
+}  // namespace heed
