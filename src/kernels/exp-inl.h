@@ -128,14 +128,6 @@ HWY_INLINE void exp2(D d, V (&t)[N]) {
   for (int j = 0; j < N; ++j) t[j] = hn::Mul(p[j], power[j]);
 }
 
-// 2^t in place for every t: infinite from 127.5 (double: 1023.5) on.
-template <int N, class D, class V>
-HWY_INLINE void exp2_any(D d, V (&t)[N]) {
-#pragma GCC unroll 4
-  for (int j = 0; j < N; ++j) t[j] = at_most(d, sizeof(hn::TFromD<D>) == 8 ? 1024 : 128, t[j]);
-  exp2<Exactness::full>(d, t);
-}
-
 }  // namespace heed::kernels::HWY_NAMESPACE
 HWY_AFTER_NAMESPACE();
 #endif

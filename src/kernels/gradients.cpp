@@ -17,8 +17,21 @@ HWY_BEFORE_NAMESPACE();
 namespace heed::kernels::HWY_NAMESPACE {
 namespace hn = hwy::HWY_NAMESPACE;
 
-// Of a pivot that was a log-sum-exp, rounded twice, in its last place.
-constexpr int kPivotUnits = 4;
+// 2^t in place for scores relative to a row's log-sum-exp.
+template <class T, int N>
+HWY_INLINE void softmax_weights(hn::Vec<Full<T>> (&t)[N]) {
+  const Full<T> d;
+#pragma GCC unroll 4
+  for (int j = 0; j < N; ++j) t[j] = at_most(d, T{0}, t[j]);
+  exp2<Exactness::full>(d, t);
+}
+
+template <class T, bool kAlibi>
+HWY_INLINE ShapedRow<T, kAlibi> relative_to_pivot(ShapedRow<T, kAlibi> row, T pivot, KeyRange range,
+                                                  T* s) {
+  row.bias -= pivot;
+  return settled(row, range, RoundedPivot<T>::kLarge, RoundedPivot<T>::kError, s);
+}
 
 // t becomes the weight W, dp the gradient of the shaped score; the caller zeroes that where a mask set
 // the score to -inf. Softmax: t is relative to the pivot.
@@ -31,7 +44,7 @@ struct Gradient {
   template <int N>
   HWY_INLINE void softmax(V (&t)[N], V (&dp)[N]) const {
     const Full<T> d;
-    exp2_any(d, t);
+    softmax_weights<T>(t);
 #pragma GCC unroll 4
     for (int j = 0; j < N; ++j) dp[j] = hn::Mul(t[j], hn::Add(dp[j], hn::Set(d, shift)));
   }
@@ -108,8 +121,7 @@ void gradient_rows(Block<T> s, Block<T> dp, int64_t rows, int64_t key_count, con
     Gradient<T> gradient{shape.order, 0};
     if constexpr (kKind == WeightKind::softmax) {
       if (std::isinf(pivot[r])) range = {};
-      row.bias -= pivot[r];
-      row = settled(row, range, kPivotUnits, s.row(r));
+      row = relative_to_pivot(row, pivot[r], range, s.row(r));
     }
     if constexpr (kKind != WeightKind::sigmoid) gradient.shift = shift[r];
     if (!range.empty()) {
@@ -147,7 +159,7 @@ HWY_INLINE void parallax_row(const ShapedRow<T, kAlibi>& row, const ParallaxRow<
     constexpr int kCount = decltype(count)::value;
     hn::Vec<Full<T>> p[kCount];
     row.load(m, p);
-    exp2_any(d, p);
+    softmax_weights<T>(p);
 #pragma GCC unroll 4
     for (int j = 0; j < kCount; ++j) {
       const int64_t at = m + j * lanes<T>();
@@ -175,10 +187,8 @@ void parallax_rows(Block<T> s, Block<T> t, Block<T> a, int64_t rows, int64_t key
     if (std::isinf(pivot[r])) range = {};
     const ParallaxRow<T> x{s.row(r), t.row(r), a.row(r), t_mean[r], dot_out[r], dot_mean[r]};
     if (!range.empty()) {
-      ShapedRow<T, kAlibi> row(s, r, shape);
-      row.bias -= pivot[r];
-      row = settled(row, range, kPivotUnits, s.row(r));
-      parallax_row<T, kAlibi>(row, x, range);
+      const ShapedRow<T, kAlibi> row(s, r, shape);
+      parallax_row<T, kAlibi>(relative_to_pivot(row, pivot[r], range, s.row(r)), x, range);
     }
     for (T* out : {x.s, x.t, x.a}) clear_outside<T>(out, range, columns);
   }

@@ -130,10 +130,6 @@ HWY_INLINE void hide_edges(T* s, KeyRange range) {
   }
 }
 
-// From here on half a unit in the last place of a pivot is more than exponents hold, nearly.
-template <class T>
-inline constexpr T kLargePivot = sizeof(T) == 8 ? T{0x1p59} : T{0x1p29};
-
 // A row shaped in place, relative to its pivot in row.bias: what is within `noise` of 0 becomes 0. (By
 // value: a row whose address is taken would not stay in registers.)
 template <class T, bool kAlibi>
@@ -154,16 +150,16 @@ HWY_NOINLINE ShapedRow<T, kAlibi> shaped_in_place(ShapedRow<T, kAlibi> row, KeyR
   return row;
 }
 
-// The row as it is, or settled where its scores are large. Elsewhere a product and a sum are rounded
+// The row as it is, or settled where its pivot is `large`. Elsewhere a product and a sum are rounded
 // together, which is nearer to the truth, but as far from a rounded pivot as that is. Here scores are
-// rounded before the pivot is taken away, which leaves exactly 0 of the largest; within `units` in the
-// last place, where the pivot was made of a rounded log-sum-exp.
+// rounded before the pivot is taken away, which leaves exactly 0 of the largest; within `error` of the
+// pivot's size.
 template <class T, bool kAlibi>
-HWY_INLINE ShapedRow<T, kAlibi> settled(const ShapedRow<T, kAlibi>& row, KeyRange range, int units,
-                                        T* s) {
+HWY_INLINE ShapedRow<T, kAlibi> settled(const ShapedRow<T, kAlibi>& row, KeyRange range, T large,
+                                        T error, T* s) {
   const T size = std::abs(row.bias);
-  if (!(size >= kLargePivot<T>)) return row;
-  return shaped_in_place(row, range, size * static_cast<T>(units) * hwy::Epsilon<T>(), s);
+  if (!(size >= large)) return row;
+  return shaped_in_place(row, range, size * error, s);
 }
 
 // Calls body(m, number of vectors as a constant) for groups of kMost whole vectors of a range, then for

@@ -84,6 +84,16 @@ struct RowState {
   T* carry = nullptr;
 };
 
+/// Pivots of a backward were log-sum-exps of T, rounded twice: they are wrong by a few units in the last
+/// place, and so is every weight. No weight is more than 1. From `kLarge` on, where a unit is an eighth of
+/// a power of two, all that lies within the error of a pivot has weight 1: one key far above the others,
+/// as it mostly is there, is met exactly.
+template <class T>
+struct RoundedPivot {
+  static constexpr T kLarge = sizeof(T) == 8 ? T{0x1p49} : T{0x1p20};
+  static constexpr T kError = 4 * std::numeric_limits<T>::epsilon();  // relative
+};
+
 template <class T>
 struct TileKernels {
   const char* name = "";
@@ -136,11 +146,11 @@ struct TileKernels {
   void (*finish)(Block<T> o, int64_t rows, int64_t width, const T* sum, void* out, DType out_dtype,
                  int64_t out_stride) = nullptr;
 
-  /// Backward. s holds raw scores and becomes W (softmax: 2^(t - pivot[r]), an infinite pivot: all 0),
-  /// dp becomes dS in natural units of the shaped score: softmax W (dp + shift[r]); sigmoid
-  /// W (1 - W) dp; polynomial W' (dp + shift[r]) with the derivative W'. Both exactly 0 outside the
-  /// ranges, where s is -inf whatever dp is, and in the padding columns (half_operands: those of the
-  /// rounded operands).
+  /// Backward. s holds raw scores and becomes W (softmax: 2^(t - pivot[r]), at most 1, see RoundedPivot;
+  /// an infinite pivot: all 0), dp becomes dS in natural units of the shaped score: softmax
+  /// W (dp + shift[r]); sigmoid W (1 - W) dp; polynomial W' (dp + shift[r]) with the derivative W'. Both
+  /// exactly 0 outside the ranges, where s is -inf whatever dp is, and in the padding columns
+  /// (half_operands: those of the rounded operands).
   void (*gradients[kWeightKinds])(Block<T> s, Block<T> dp, int64_t rows, int64_t key_count,
                                   const KeyRange* ranges, const WeightShape<T>& shape,
                                   const T* pivot, const T* shift) = {};

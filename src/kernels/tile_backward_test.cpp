@@ -14,6 +14,12 @@ double slope_of(WeightKind kind, int order, double t, double weight) {
                                        : taylor(t, order - 1);
 }
 
+// Pivots of a backward are log-sum-exps: a weight above 1 is their rounding.
+double backward_weight(WeightKind kind, int order, double t, double pivot) {
+  const double weight = weight_of(kind, order, t, pivot);
+  return kind == WeightKind::softmax && weight > 1 ? 1 : weight;
+}
+
 template <class T>
 void check_gradients(const TileKernels<T>& k, WeightKind kind, const WeightShape<T>& shape,
                      int64_t rows, int64_t keys, const std::vector<KeyRange>* ranges) {
@@ -45,7 +51,7 @@ void check_gradients(const TileKernels<T>& k, WeightKind kind, const WeightShape
         ASSERT_EQ(ds, 0) << k.name << " row " << r << " key " << m;
         continue;
       }
-      const double want = weight_of(kind, shape.order, t, softmax ? double{pivot[row]} : 0);
+      const double want = backward_weight(kind, shape.order, t, softmax ? double{pivot[row]} : 0);
       const double factor = given.block().row(r)[m] + (sigmoid ? 0 : double{shift[row]});
       const double bound = unit * weight_magnitude(kind, shape, start.block().row(r), r, m, want,
                                                    softmax ? double{pivot[row]} : 0);
@@ -97,7 +103,7 @@ void check_extreme_gradients(const TileKernels<T>& k) {
           continue;
         }
         const double want =
-            extreme == -kInf ? 0 : double{static_cast<T>(weight_of(kind, 2, extreme, 0))};
+            extreme == -kInf ? 0 : double{static_cast<T>(backward_weight(kind, 2, extreme, 0))};
         ASSERT_EQ(std::isinf(w), std::isinf(want)) << k.name << " " << extreme;
         if (!std::isinf(want)) {
           ASSERT_NEAR(w, want, 1e-5 * want + 1e-37) << k.name << " " << extreme;
@@ -134,7 +140,7 @@ void check_parallax(const TileKernels<T>& k, const WeightShape<T>& shape, int64_
       const double got[] = {s.block().row(r)[m], a.block().row(r)[m], t.block().row(r)[m]};
       double want[3] = {}, p = 0, size = 0;
       if (score != -kInf && !std::isinf(pivot[row])) {
-        p = std::exp2(score - pivot[row]);
+        p = backward_weight(WeightKind::softmax, 0, score, pivot[row]);
         const double lag = double{mean[row]} - probes.block().row(r)[m];
         const double dot = dots.block().row(r)[m], above = dot - dot_mean[row];
         want[0] = p * (1 + lag);

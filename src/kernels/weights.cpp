@@ -157,6 +157,10 @@ HWY_INLINE void move_pivots(RowVectors<T>& rows, T scale, T bias, int64_t count,
   hn::Store(hn::Sub(hn::Set(d, bias), shift), d, rows.bias);
 }
 
+// From here on half a unit in the last place of a pivot is more than exponents hold, nearly.
+template <class T>
+inline constexpr T kLargePivot = sizeof(T) == 8 ? T{0x1p59} : T{0x1p29};
+
 template <class T, class Weights, bool kAlibi>
 void softmax_rows(Block<T> s, int64_t rows, int64_t key_count, const KeyRange* ranges,
                   const WeightShape<T>& shape, const RowState<T>& state,
@@ -178,7 +182,7 @@ void softmax_rows(Block<T> s, int64_t rows, int64_t key_count, const KeyRange* r
       const int64_t r = first + i, later = r + kRows;
       Row row(s, r, shape);
       row.bias = x.bias[i];
-      row = settled(row, vectors(r), 0, s.row(r));
+      row = settled(row, vectors(r), kLargePivot<T>, T{0}, s.row(r));
       softmax_row<T, Weights>(row, vectors(r), weights + r * stride, x.sums + i * kRows,
                               Row(s, later, shape), vectors(later), x.maxima + i * kRows);
     }

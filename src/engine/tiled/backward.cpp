@@ -32,6 +32,16 @@ bool all_finite(const T* x, int64_t n) {
   return std::all_of(bad, bad + 16, [](T b) { return b == 0; });
 }
 
+// The weight of a logit, in units of log2, as the kernels have it.
+template <class T>
+double weight_of(double logit, T pivot) {
+  using Pivot = kernels::RoundedPivot<T>;
+  const T size = std::abs(pivot);
+  const double error = size >= Pivot::kLarge ? static_cast<double>(size * Pivot::kError) : 0;
+  const double t = logit - pivot;
+  return t >= -error ? 1 : std::exp2(t);
+}
+
 }  // namespace
 
 template <class T>
@@ -263,9 +273,11 @@ HeadGradients Backward<T>::head_gradients() const {
   if (policy.sink.empty()) return sums;
   for (int64_t s = 0; s < static_cast<int64_t>(problem_.sequences.size()); ++s) {
     for (size_t head = 0; head < heads; ++head) {
+      const double sink = policy.sink[head] * kLog2E;
+      if (sink == -std::numeric_limits<double>::infinity()) continue;
       for (int64_t row = 0; row < sequence(s).plan.queries(); ++row) {
         const int64_t at = row_index(s, static_cast<int64_t>(head), row);
-        const double weight = std::exp2(policy.sink[head] * kLog2E - pivot_.template as<T>()[at]);
+        const double weight = weight_of<T>(sink, pivot_.template as<T>()[at]);
         sums.sink[head] += weight * shift_.template as<T>()[at];
       }
     }

@@ -1,4 +1,4 @@
-// Finite biases and sums near the ends of their types.
+// Finite biases, scores and sums near the ends of their types.
 #include <gtest/gtest.h>
 
 #include <algorithm>
@@ -113,6 +113,43 @@ TEST(Flash, InfiniteAndNaNBiasesKeepTheirMeaning) {
       copy(filled(type, {1}, bad), bias.view().slice(0, 7, 8));
       options.bias = bias;
       EXPECT_TRUE(std::isnan(flash_attention(q, k, k, options).out.as<float>()[0]));
+    }
+  }
+}
+
+// One key, or the sink, far above the others: whatever a log-sum-exp of float32 has lost, its weight is 1.
+TEST(Flash, GradientsOfLargeScoresAreThoseOfTheKeyOnTop) {
+  for (DType type : {DType::f32, DType::bf16, DType::f16}) {
+    for (int64_t queries : {2, 40}) {
+      for (double size : {1e3, 3e3, 1e4}) {
+        const Array q = random_array(type, {1, 2, queries, 24}, 1, size);
+        const Array k = random_array(type, {1, 2, 70, 24}, 2, size);
+        const Array v = random_array(type, {1, 2, 70, 8}, 3), g = random_array(type, {1, 2, queries, 8}, 4);
+        Array sinks(DType::f32, {2});
+        sinks.as<float>()[0] = static_cast<float>(0.9 * size * size);
+        sinks.as<float>()[1] = static_cast<float>(30 * size * size);
+        const Array lse_gradient = random_array(DType::f32, {1, 2, queries}, 5);
+        FlashOptions options;
+        options.sink = sinks;
+        const auto exact = [&](const Array& x) { return convert(x, DType::f64); };
+        const Array wide_q = exact(q), wide_k = exact(k), wide_v = exact(v), wide_g = exact(g);
+        const Array wide_lse_gradient = exact(lse_gradient);
+        const AttentionResult wide = flash_attention(wide_q, wide_k, wide_v, options);
+        const FlashGradients want = flash_attention_backward(
+            wide_g, wide_lse_gradient, wide_q, wide_k, wide_v, wide.out, wide.lse, options,
+            RunOptions());
+        for (Isa isa : available_isas()) {
+          RunOptions run;
+          run.isa = isa;
+          const AttentionResult r = flash_attention(q, k, v, options, run);
+          const FlashGradients to =
+              flash_attention_backward(g, lse_gradient, q, k, v, r.out, r.lse, options, run);
+          EXPECT_LT(largest_difference(to.v, want.v), type == DType::f32 ? 1e-4 : 0.2)
+              << name_of(type) << " " << name_of(isa) << " " << size << " " << queries;
+          EXPECT_LT(largest_difference(to.sink, want.sink), type == DType::f32 ? 1e-4 : 0.2)
+              << name_of(type) << " " << name_of(isa) << " " << size << " " << queries;
+        }
+      }
     }
   }
 }
