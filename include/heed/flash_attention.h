@@ -25,12 +25,13 @@ struct FlashOptions {
   Masks masks = {};
   std::optional<double> scale = {};  // none: 1/sqrt(D)
   double softcap = 0;                // c > 0: scores become c * tanh(score / c)
-  Tensor alibi_slopes = {};          // [H]
+  /// [H]. Finite slopes that would make scores infinite count as large ones that do not.
+  Tensor alibi_slopes = {};
   Tensor mask = {};                  // boolean, broadcastable to [B,H,Lq,Lk]; true = attend
   /// Floating, broadcastable to [B,H,Lq,Lk]. -inf hides a key; finite numbers beyond 2/3 of the largest
   /// float32 (float64 for float64), such as the least one, count as that.
   Tensor bias = {};
-  Tensor sink = {};  // [H], a logit per head that only enters the row's sum
+  Tensor sink = {};  // [H], a logit per head that only enters the row's sum; bounded as bias is
   /// Boolean [H or 1, ceil(Lq/rows), ceil(Lk/keys)] over blocks of block_size = {rows, keys}; a false
   /// block is not computed.
   Tensor block_mask = {};

@@ -273,7 +273,7 @@ HeadGradients Backward<T>::head_gradients() const {
   if (policy.sink.empty()) return sums;
   for (int64_t s = 0; s < static_cast<int64_t>(problem_.sequences.size()); ++s) {
     for (size_t head = 0; head < heads; ++head) {
-      const double sink = policy.sink[head] * kLog2E;
+      const double sink = this->sink(static_cast<int64_t>(head));
       if (sink == -std::numeric_limits<double>::infinity()) continue;
       for (int64_t row = 0; row < sequence(s).plan.queries(); ++row) {
         const int64_t at = row_index(s, static_cast<int64_t>(head), row);

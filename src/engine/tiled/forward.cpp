@@ -199,7 +199,7 @@ typename Forward<T>::Memory Forward<T>::cut(Scratch& scratch, const Item& item,
 template <class T>
 void Forward<T>::place_sinks(const std::vector<QueryTile>& tiles, const Memory& m) const {
   for (const QueryTile& tile : tiles) {
-    const T sink = static_cast<T>(problem_.policy.sink[static_cast<size_t>(tile.head)] * kLog2E);
+    const T sink = static_cast<T>(this->sink(tile.head));
     if (sink == -std::numeric_limits<T>::infinity()) continue;
     std::fill_n(m.pivot + tile.slot, tile.rows(), sink);
     std::fill_n(m.sum + tile.slot, tile.rows(), T{1});

@@ -6,6 +6,7 @@
 //   out = W v, divided by the row's sum (softmax)
 // The second stream (Parallax) adds T = r k^T and sums W T beside W.
 #pragma once
+#include <limits>
 #include <memory>
 #include <optional>
 #include <vector>
@@ -17,6 +18,11 @@
 #include "kernels/tile.h"
 
 namespace heed::tiled {
+
+/// Finite terms of scores beyond this count as this: weights are powers of two, and a score times
+/// log2(e) has to stay finite, with room for what lies beside the term.
+template <class T>
+inline constexpr T kMostTerm = std::numeric_limits<T>::max() * static_cast<T>(0.675);
 
 /// A tile of one query head: rows [row, row + rows) against keys [key, key + keys).
 struct TileAt {

@@ -15,6 +15,13 @@ namespace heed::tiled {
 
 inline constexpr double kLog2E = 1.4426950408889634;
 
+/// A number that scores get, as scores hold it: a finite one stays finite, also `times` times it.
+template <class T>
+double bounded_term(double x, int64_t times = 1) {
+  const double most = static_cast<double>(kMostTerm<T>) / static_cast<double>(times);
+  return std::isfinite(x) ? std::clamp(x, -most, most) : x;
+}
+
 /// Rows of one head: t [heads, rows, width].
 inline kernels::Rows rows_of(const HeadRows& t, int64_t head, int64_t begin, int64_t end) {
   const int64_t* offsets = t.offsets == nullptr ? nullptr : t.offsets.get() + begin;
@@ -148,14 +155,23 @@ class TileCall {
     const Policy& policy = problem_.policy;
     const double unit = policy.weight == kernels::WeightKind::polynomial ? 1 : kLog2E;
     kernels::WeightShape<T> shape;
-    shape.scale = static_cast<T>((shaped_ ? 1 : std::abs(problem_.scale)) * unit);
+    const TilePlan& plan = sequence(at.sequence).plan;
+    shape.scale = static_cast<T>((shaped_ ? 1 : bounded_term<T>(std::abs(problem_.scale))) * unit);
     shape.order = policy.order;
-    if (!policy.head_bias.empty()) shape.bias = static_cast<T>(policy.head_bias[head] * unit);
-    if (!policy.alibi_slope.empty()) {
-      shape.slope = static_cast<T>(policy.alibi_slope[head] * unit);
+    if (!policy.head_bias.empty()) {
+      shape.bias = static_cast<T>(bounded_term<T>(policy.head_bias[head]) * unit);
     }
-    shape.distance = sequence(at.sequence).plan.position(at.row) - at.key;
+    if (!policy.alibi_slope.empty()) {
+      const int64_t farthest = plan.queries() + plan.keys();
+      shape.slope = static_cast<T>(bounded_term<T>(policy.alibi_slope[head], farthest) * unit);
+    }
+    shape.distance = plan.position(at.row) - at.key;
     return shape;
+  }
+
+  /// The logit of a head's sink, in units of log2.
+  double sink(int64_t head) const {
+    return bounded_term<T>(problem_.policy.sink[static_cast<size_t>(head)]) * kLog2E;
   }
 
   // Elements from row to row of score blocks: whole panels, pairs of keys, and rows that do not fall on

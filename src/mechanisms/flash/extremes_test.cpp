@@ -1,4 +1,4 @@
-// Finite biases, scores and sums near the ends of their types.
+// Finite biases, sinks, slopes and scores near the ends of their types.
 #include <gtest/gtest.h>
 
 #include <algorithm>
@@ -113,6 +113,127 @@ TEST(Flash, InfiniteAndNaNBiasesKeepTheirMeaning) {
       copy(filled(type, {1}, bad), bias.view().slice(0, 7, 8));
       options.bias = bias;
       EXPECT_TRUE(std::isnan(flash_attention(q, k, k, options).out.as<float>()[0]));
+    }
+  }
+}
+
+// The largest finite number of a type, and one that a factor of log2(e) alone carries beyond it.
+std::vector<double> extremes(DType type) {
+  const double most = type == DType::f64    ? std::numeric_limits<double>::max()
+                      : type == DType::bf16 ? 0x1.fep127
+                                            : std::numeric_limits<float>::max();
+  return {1e30, 0.7 * most, most};
+}
+
+TEST(Flash, ExtremeFiniteSinksTakeAllOrNothing) {
+  for (DType type : {DType::f64, DType::f32, DType::bf16}) {
+    for (int64_t queries : {1, 5, 40}) {
+      const Array q = random_array(type, {1, 2, queries, 24}, 1), k = random_array(type, {1, 2, 70, 24}, 2);
+      const Array v = random_array(type, {1, 2, 70, 8}, 3), g = random_array(type, {1, 2, queries, 8}, 4);
+      const Array lse_gradient =
+          filled(type == DType::f64 ? DType::f64 : DType::f32, {1, 2, queries}, 1);
+      for (Isa isa : available_isas()) {
+        RunOptions run;
+        run.isa = isa;
+        const AttentionResult without = flash_attention(q, k, v, {}, run);
+        for (double size : extremes(type)) {
+          const std::string what = std::string(name_of(type)) + " " + std::to_string(queries) +
+                                   " " + name_of(isa) + " " + std::to_string(size);
+          FlashOptions options;
+          const Array most = filled(type, {2}, size), least = filled(type, {2}, -size);
+          options.sink = most;
+          const AttentionResult all = flash_attention(q, k, v, options, run);
+          FlashGradients to =
+              flash_attention_backward(g, lse_gradient, q, k, v, all.out, all.lse, options, run);
+          for (const Array* x : std::initializer_list<const Array*>{&all.out, &to.q, &to.k, &to.v}) {
+            EXPECT_EQ(largest_difference(*x, filled(x->dtype(), x->shape(), 0)), 0) << what;
+          }
+          EXPECT_TRUE(finite(all.lse)) << what;
+          EXPECT_EQ(largest_difference(to.sink, filled(type, {2}, queries)), 0) << what;
+
+          options.sink = least;
+          const AttentionResult none = flash_attention(q, k, v, options, run);
+          to = flash_attention_backward(g, lse_gradient, q, k, v, none.out, none.lse, options, run);
+          EXPECT_TRUE(same_bits(none.out, without.out)) << what;
+          EXPECT_TRUE(same_bits(none.lse, without.lse)) << what;
+          EXPECT_EQ(largest_difference(to.sink, filled(type, {2}, 0)), 0) << what;
+        }
+        if (queries > 16) continue;
+        const Array lengths(DType::i64, {1});
+        *lengths.as<int64_t>() = 70;
+        DecodeOptions decode;
+        const Array most = filled(type, {2}, extremes(type).back());
+        decode.sink = most;
+        const AttentionResult all = decode_attention(q, k, v, lengths, decode, run);
+        EXPECT_EQ(largest_difference(all.out, filled(type, all.out.shape(), 0)), 0);
+      }
+    }
+  }
+}
+
+TEST(Flash, AHiddenSinkOfRowsWithoutKeysHasNoGradient) {
+  const Array q = random_array(DType::f32, {1, 2, 3, 8}, 1), k = random_array(DType::f32, {1, 2, 0, 8}, 2);
+  const Array sink = filled(DType::f32, {2}, -kInf);
+  FlashOptions options;
+  options.sink = sink;
+  const AttentionResult r = flash_attention(q, k, k, options);
+  const FlashGradients to =
+      flash_attention_backward(q, {}, q, k, k, r.out, r.lse, options, RunOptions());
+  EXPECT_EQ(largest_difference(to.sink, filled(DType::f32, {2}, 0)), 0);
+}
+
+// The key of each query that wins when scores fall, or rise, with the distance. Keys are even in number:
+// none ties with another.
+int64_t winner(int64_t query, int64_t queries, int64_t keys, bool falls) {
+  const int64_t position = query + keys - queries;
+  return falls ? position : position >= keys / 2 ? 0 : keys - 1;
+}
+
+TEST(Flash, ExtremeFiniteSlopesChooseTheNearestOrFarthestKey) {
+  constexpr int64_t kKeys = 70;
+  for (DType type : {DType::f64, DType::f32, DType::bf16}) {
+    const DType slope_type = type == DType::f64 ? DType::f64 : DType::f32;
+    for (int64_t queries : {1, 5, 70}) {
+      const Array q = random_array(type, {1, 2, queries, 24}, 1), k = random_array(type, {1, 2, kKeys, 24}, 2);
+      const Array v = random_array(type, {1, 2, kKeys, 8}, 3), g = random_array(type, {1, 2, queries, 8}, 4);
+      for (double size : extremes(slope_type)) {
+        const Array slopes(DType::f64, {2});
+        slopes.as<double>()[0] = size;
+        slopes.as<double>()[1] = -size;
+        const Array rounded = convert(slopes, slope_type);
+        const Array want = filled(DType::f64, {1, 2, queries, 8}, 0);
+        const Array want_v = filled(DType::f64, {1, 2, kKeys, 8}, 0);
+        const Array wide_v = convert(v, DType::f64), wide_g = convert(g, DType::f64);
+        for (int64_t h = 0; h < 2; ++h) {
+          for (int64_t i = 0; i < queries; ++i) {
+            const int64_t m = winner(i, queries, kKeys, h == 0);
+            for (int64_t f = 0; f < 8; ++f) {
+              want.as<double>()[(h * queries + i) * 8 + f] =
+                  wide_v.as<double>()[(h * kKeys + m) * 8 + f];
+              want_v.as<double>()[(h * kKeys + m) * 8 + f] +=
+                  wide_g.as<double>()[(h * queries + i) * 8 + f];
+            }
+          }
+        }
+        for (Isa isa : available_isas()) {
+          RunOptions run;
+          run.isa = isa;
+          const std::string what = std::string(name_of(type)) + " " + std::to_string(queries) +
+                                   " " + name_of(isa) + " " + std::to_string(size);
+          FlashOptions options;
+          options.alibi_slopes = rounded;
+          const AttentionResult r = flash_attention(q, k, v, options, run);
+          EXPECT_LT(largest_difference(r.out, want), type == DType::bf16 ? 2e-2 : 1e-6) << what;
+          EXPECT_TRUE(finite(r.lse)) << what;
+          const FlashGradients to =
+              flash_attention_backward(g, {}, q, k, v, r.out, r.lse, options, run);
+          EXPECT_LT(largest_difference(to.v, want_v), type == DType::bf16 ? 0.1 : 1e-5) << what;
+          for (const Array* x : {&to.q, &to.k, &to.alibi_slopes}) {
+            EXPECT_LT(largest_difference(*x, filled(x->dtype(), x->shape(), 0)),
+                      type == DType::f64 ? 1e-9 : type == DType::f32 ? 1e-2 : 2) << what;
+          }
+        }
+      }
     }
   }
 }

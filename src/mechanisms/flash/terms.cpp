@@ -44,14 +44,10 @@ Tensor broadcast(const char* name, const Tensor& t, const Dims& shape) {
 
 int64_t blocks_of(int64_t count, int64_t block) { return (count + block - 1) / block; }
 
-// Weights are powers of two: a score times log2(e) stays finite, with room for what lies beside the bias.
-template <class T>
-constexpr T kMostBias = std::numeric_limits<T>::max() * static_cast<T>(0.675);
-
 template <class T, class Wide>
 T bounded(Wide bias) {
   using Common = std::common_type_t<T, Wide>;
-  constexpr auto most = static_cast<Common>(kMostBias<T>);
+  constexpr auto most = static_cast<Common>(tiled::kMostTerm<T>);
   const Common x = bias;
   // What is infinite or NaN passes.
   const bool finite = std::abs(bias) <= std::numeric_limits<Wide>::max();
@@ -184,7 +180,7 @@ void FlashTerms::add_bias(const TileAt& at, Block<T> s) const {
   if (bias_.stride(3) == 1 && (type == kType || (kType == DType::f32 && is_half(type)))) {
     const kernels::Rows rows{bias_.at({at.sequence, at.head, at.row, at.key}), type,
                              bias_.stride(2), at.rows, at.keys};
-    kernels::row_map_kernels<T>(isa_).add_bounded(rows, kMostBias<T>, s);
+    kernels::row_map_kernels<T>(isa_).add_bounded(rows, tiled::kMostTerm<T>, s);
     return;
   }
   switch (type) {

@@ -1,0 +1,70 @@
+// Biases and slopes near the ends of float32, which a comparison with the cascade does not draw.
+#include <gtest/gtest.h>
+
+#include <limits>
+
+#include "heed/heed.h"
+#include "mechanisms/test_arrays.h"
+
+namespace heed {
+namespace {
+
+constexpr int64_t kTokens = 37, kValues = 8;
+
+// Row i is the sum of the values that it gives a weight of 1, the others have one of 0.
+template <class Counts>
+Array sums_of(const Array& v, Counts&& counts) {
+  Array sums = Array::zeros(DType::f32, {1, 1, kTokens, kValues});
+  for (int64_t i = 0; i < kTokens; ++i) {
+    for (int64_t m = 0; m < kTokens; ++m) {
+      for (int64_t f = 0; f < kValues && counts(i, m); ++f) {
+        sums.as<float>()[i * kValues + f] += v.as<float>()[m * kValues + f];
+      }
+    }
+  }
+  return sums;
+}
+
+TEST(Sigmoid, ExtremeFiniteBiasesAndSlopesGiveWeightsOfZeroAndOne) {
+  const Array q = random_array(DType::f32, {1, 1, kTokens, 12}, 1);
+  const Array k = random_array(DType::f32, {1, 1, kTokens, 12}, 2);
+  const Array v = random_array(DType::f32, {1, 1, kTokens, kValues}, 3);
+  const auto causal = [](int64_t i, int64_t m) { return m <= i; };
+  const auto other = [](int64_t i, int64_t m) { return m < i; };
+  const auto none = [](int64_t, int64_t) { return false; };
+  for (Isa isa : available_isas()) {
+    RunOptions run;
+    run.isa = isa;
+    const auto expect = [&](const SigmoidOptions& options, const Array& want, const char* what) {
+      EXPECT_LT(largest_difference(sigmoid_attention(q, k, v, options, run), want), 1e-5)
+          << what << " " << name_of(isa);
+      const SigmoidGradients to = sigmoid_attention_backward(v, q, k, v, options, run);
+      for (const Array* x : {&to.q, &to.k, &to.bias, &to.alibi_slopes}) {
+        if (!x->view().defined()) continue;
+        EXPECT_LT(largest_difference(*x, Array::zeros(x->dtype(), x->shape())), 1e-30)
+            << what << " " << name_of(isa);
+      }
+    };
+    for (float size : {1e30F, 3e38F, std::numeric_limits<float>::max()}) {
+      Array value(DType::f32, {1});
+      SigmoidOptions options;
+      options.masks.causal = true;
+      options.bias = value.view();
+      *value.as<float>() = size;
+      expect(options, sums_of(v, causal), "bias");
+      *value.as<float>() = -size;
+      expect(options, sums_of(v, none), "-bias");
+      // At a distance of 0 the bias, far below, decides.
+      options.bias = -1e6;
+      options.alibi_slopes = value.view();
+      expect(options, sums_of(v, other), "-slopes");
+      *value.as<float>() = size;
+      expect(options, sums_of(v, none), "slopes");
+      options.bias = 1e6;
+      expect(options, sums_of(v, [](int64_t i, int64_t m) { return m == i; }), "slopes, bias");
+    }
+  }
+}
+
+}  // namespace
+}  // namespace heed
