@@ -142,7 +142,7 @@ class TileCall {
   void shape_scores(const TileAt& at, const Seen& seen, Block s, Block slope) const {
     if (shaped_) {
       kernels::ScoreCaps<T> caps;
-      caps.softcap = static_cast<T>(problem_.policy.softcap);
+      if (problem_.policy.softcap > 0) caps.softcap = in_range(problem_.policy.softcap);
       if (problem_.policy.most) caps.most = static_cast<T>(*problem_.policy.most);
       wide_.cap_scores(s, at.rows, at.keys, seen.ranges, static_cast<T>(std::abs(problem_.scale)),
                        caps, slope);
@@ -172,6 +172,12 @@ class TileCall {
   /// The logit of a head's sink, in units of log2.
   double sink(int64_t head) const {
     return bounded_term<T>(problem_.policy.sink[static_cast<size_t>(head)]) * kLog2E;
+  }
+
+  // The nearest number that is neither 0, which would be no cap at all, nor infinite.
+  static T in_range(double positive) {
+    using Limits = std::numeric_limits<T>;
+    return static_cast<T>(std::clamp(positive, double{Limits::min()}, double{Limits::max()}));
   }
 
   // Elements from row to row of score blocks: whole panels, pairs of keys, and rows that do not fall on

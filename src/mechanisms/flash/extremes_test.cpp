@@ -117,6 +117,30 @@ TEST(Flash, InfiniteAndNaNBiasesKeepTheirMeaning) {
   }
 }
 
+TEST(Flash, SoftcapsBeyondFloat32StillCapOrLeaveScores) {
+  for (int64_t queries : {1, 40}) {
+    const Array q = random_array(DType::f32, {1, 2, queries, 24}, 1);
+    const Array k = random_array(DType::f32, {1, 2, 70, 24}, 2);
+    const Array v = random_array(DType::f32, {1, 2, 70, 8}, 3);
+    const Array plain = flash_attention(q, k, v).out;
+    const Array mean = flash_attention(filled(DType::f32, {1, 2, queries, 24}, 0), k, v).out;
+    for (Isa isa : available_isas()) {
+      RunOptions run;
+      run.isa = isa;
+      for (double softcap : {1e-300, 1e-45, 1e39, 1e300}) {
+        FlashOptions options;
+        options.softcap = softcap;
+        const AttentionResult r = flash_attention(q, k, v, options, run);
+        EXPECT_LT(largest_difference(r.out, softcap < 1 ? mean : plain), 1e-5) << softcap;
+        const FlashGradients to =
+            flash_attention_backward(v.view().slice(2, 0, queries), {}, q, k, v, r.out, r.lse,
+                                     options, run);
+        for (const Array* x : {&to.q, &to.k, &to.v}) EXPECT_TRUE(finite(*x)) << softcap;
+      }
+    }
+  }
+}
+
 // The largest finite number of a type, and one that a factor of log2(e) alone carries beyond it.
 std::vector<double> extremes(DType type) {
   const double most = type == DType::f64    ? std::numeric_limits<double>::max()
