@@ -27,7 +27,7 @@ struct FlashOptions {
   double softcap = 0;                // c > 0: scores become c * tanh(score / c)
   /// [H]. Finite slopes that would make scores infinite count as large ones that do not.
   Tensor alibi_slopes = {};
-  Tensor mask = {};                  // boolean, broadcastable to [B,H,Lq,Lk]; true = attend
+  Tensor mask = {};  // boolean, broadcastable to [B,H,Lq,Lk]; true = attend
   /// Floating, broadcastable to [B,H,Lq,Lk]. -inf hides a key; finite numbers beyond 2/3 of the largest
   /// float32 (float64 for float64), such as the least one, count as that.
   Tensor bias = {};

@@ -42,8 +42,10 @@ TEST(Flash, ExtremeFiniteBiasesStayFinite) {
                                            {DType::f64, DType::f64}};
   for (const auto& [type, bias_type] : types) {
     for (int64_t queries : {1, 5, 40}) {
-      const Array q = random_array(type, {1, 2, queries, 24}, 1), k = random_array(type, {1, 2, 70, 24}, 2);
-      const Array v = random_array(type, {1, 2, 70, 8}, 3), g = random_array(type, {1, 2, queries, 8}, 4);
+      const Array q = random_array(type, {1, 2, queries, 24}, 1),
+                  k = random_array(type, {1, 2, 70, 24}, 2);
+      const Array v = random_array(type, {1, 2, 70, 8}, 3),
+                  g = random_array(type, {1, 2, queries, 8}, 4);
       const Array slopes = random_array(type == DType::f64 ? DType::f64 : DType::f32, {2}, 5);
       for (Isa isa : available_isas()) {
         RunOptions run;
@@ -100,7 +102,8 @@ TEST(Flash, ExtremeFiniteBiasesStayFinite) {
 }
 
 TEST(Flash, InfiniteAndNaNBiasesKeepTheirMeaning) {
-  const Array q = random_array(DType::f32, {1, 1, 2, 8}, 1), k = random_array(DType::f32, {1, 1, 20, 8}, 2);
+  const Array q = random_array(DType::f32, {1, 1, 2, 8}, 1),
+              k = random_array(DType::f32, {1, 1, 20, 8}, 2);
   for (DType type : {DType::f64, DType::f32, DType::bf16, DType::f16}) {
     FlashOptions options;
     const Array hidden = filled(type, {1}, -kInf);
@@ -132,9 +135,8 @@ TEST(Flash, SoftcapsBeyondFloat32StillCapOrLeaveScores) {
         options.softcap = softcap;
         const AttentionResult r = flash_attention(q, k, v, options, run);
         EXPECT_LT(largest_difference(r.out, softcap < 1 ? mean : plain), 1e-5) << softcap;
-        const FlashGradients to =
-            flash_attention_backward(v.view().slice(2, 0, queries), {}, q, k, v, r.out, r.lse,
-                                     options, run);
+        const FlashGradients to = flash_attention_backward(v.view().slice(2, 0, queries), {}, q, k,
+                                                           v, r.out, r.lse, options, run);
         for (const Array* x : {&to.q, &to.k, &to.v}) EXPECT_TRUE(finite(*x)) << softcap;
       }
     }
@@ -152,8 +154,10 @@ std::vector<double> extremes(DType type) {
 TEST(Flash, ExtremeFiniteSinksTakeAllOrNothing) {
   for (DType type : {DType::f64, DType::f32, DType::bf16}) {
     for (int64_t queries : {1, 5, 40}) {
-      const Array q = random_array(type, {1, 2, queries, 24}, 1), k = random_array(type, {1, 2, 70, 24}, 2);
-      const Array v = random_array(type, {1, 2, 70, 8}, 3), g = random_array(type, {1, 2, queries, 8}, 4);
+      const Array q = random_array(type, {1, 2, queries, 24}, 1),
+                  k = random_array(type, {1, 2, 70, 24}, 2);
+      const Array v = random_array(type, {1, 2, 70, 8}, 3),
+                  g = random_array(type, {1, 2, queries, 8}, 4);
       const Array lse_gradient =
           filled(type == DType::f64 ? DType::f64 : DType::f32, {1, 2, queries}, 1);
       for (Isa isa : available_isas()) {
@@ -169,7 +173,8 @@ TEST(Flash, ExtremeFiniteSinksTakeAllOrNothing) {
           const AttentionResult all = flash_attention(q, k, v, options, run);
           FlashGradients to =
               flash_attention_backward(g, lse_gradient, q, k, v, all.out, all.lse, options, run);
-          for (const Array* x : std::initializer_list<const Array*>{&all.out, &to.q, &to.k, &to.v}) {
+          for (const Array* x :
+               std::initializer_list<const Array*>{&all.out, &to.q, &to.k, &to.v}) {
             EXPECT_EQ(largest_difference(*x, filled(x->dtype(), x->shape(), 0)), 0) << what;
           }
           EXPECT_TRUE(finite(all.lse)) << what;
@@ -196,7 +201,8 @@ TEST(Flash, ExtremeFiniteSinksTakeAllOrNothing) {
 }
 
 TEST(Flash, AHiddenSinkOfRowsWithoutKeysHasNoGradient) {
-  const Array q = random_array(DType::f32, {1, 2, 3, 8}, 1), k = random_array(DType::f32, {1, 2, 0, 8}, 2);
+  const Array q = random_array(DType::f32, {1, 2, 3, 8}, 1),
+              k = random_array(DType::f32, {1, 2, 0, 8}, 2);
   const Array sink = filled(DType::f32, {2}, -kInf);
   FlashOptions options;
   options.sink = sink;
@@ -218,8 +224,10 @@ TEST(Flash, ExtremeFiniteSlopesChooseTheNearestOrFarthestKey) {
   for (DType type : {DType::f64, DType::f32, DType::bf16}) {
     const DType slope_type = type == DType::f64 ? DType::f64 : DType::f32;
     for (int64_t queries : {1, 5, 70}) {
-      const Array q = random_array(type, {1, 2, queries, 24}, 1), k = random_array(type, {1, 2, kKeys, 24}, 2);
-      const Array v = random_array(type, {1, 2, kKeys, 8}, 3), g = random_array(type, {1, 2, queries, 8}, 4);
+      const Array q = random_array(type, {1, 2, queries, 24}, 1),
+                  k = random_array(type, {1, 2, kKeys, 24}, 2);
+      const Array v = random_array(type, {1, 2, kKeys, 8}, 3),
+                  g = random_array(type, {1, 2, queries, 8}, 4);
       for (double size : extremes(slope_type)) {
         const Array slopes(DType::f64, {2});
         slopes.as<double>()[0] = size;
@@ -254,7 +262,10 @@ TEST(Flash, ExtremeFiniteSlopesChooseTheNearestOrFarthestKey) {
           EXPECT_LT(largest_difference(to.v, want_v), type == DType::bf16 ? 0.1 : 1e-5) << what;
           for (const Array* x : {&to.q, &to.k, &to.alibi_slopes}) {
             EXPECT_LT(largest_difference(*x, filled(x->dtype(), x->shape(), 0)),
-                      type == DType::f64 ? 1e-9 : type == DType::f32 ? 1e-2 : 2) << what;
+                      type == DType::f64   ? 1e-9
+                      : type == DType::f32 ? 1e-2
+                                           : 2)
+                << what;
           }
         }
       }
@@ -269,7 +280,8 @@ TEST(Flash, GradientsOfLargeScoresAreThoseOfTheKeyOnTop) {
       for (double size : {1e3, 3e3, 1e4}) {
         const Array q = random_array(type, {1, 2, queries, 24}, 1, size);
         const Array k = random_array(type, {1, 2, 70, 24}, 2, size);
-        const Array v = random_array(type, {1, 2, 70, 8}, 3), g = random_array(type, {1, 2, queries, 8}, 4);
+        const Array v = random_array(type, {1, 2, 70, 8}, 3),
+                    g = random_array(type, {1, 2, queries, 8}, 4);
         Array sinks(DType::f32, {2});
         sinks.as<float>()[0] = static_cast<float>(0.9 * size * size);
         sinks.as<float>()[1] = static_cast<float>(30 * size * size);
@@ -280,9 +292,9 @@ TEST(Flash, GradientsOfLargeScoresAreThoseOfTheKeyOnTop) {
         const Array wide_q = exact(q), wide_k = exact(k), wide_v = exact(v), wide_g = exact(g);
         const Array wide_lse_gradient = exact(lse_gradient);
         const AttentionResult wide = flash_attention(wide_q, wide_k, wide_v, options);
-        const FlashGradients want = flash_attention_backward(
-            wide_g, wide_lse_gradient, wide_q, wide_k, wide_v, wide.out, wide.lse, options,
-            RunOptions());
+        const FlashGradients want =
+            flash_attention_backward(wide_g, wide_lse_gradient, wide_q, wide_k, wide_v, wide.out,
+                                     wide.lse, options, RunOptions());
         for (Isa isa : available_isas()) {
           RunOptions run;
           run.isa = isa;
@@ -303,7 +315,8 @@ TEST(Flash, GradientsOfLargeScoresAreThoseOfTheKeyOnTop) {
 TEST(Flash, MergeOfLargeSumsKeepsTheShares) {
   for (DType type : {DType::f32, DType::f64}) {
     const Array a = random_array(type, {1, 1, 3, 8}, 1), b = random_array(type, {1, 1, 3, 8}, 2);
-    const Array g = random_array(type, {1, 1, 3, 8}, 3), lse_gradient = random_array(type, {1, 1, 3}, 4);
+    const Array g = random_array(type, {1, 1, 3, 8}, 3),
+                lse_gradient = random_array(type, {1, 1, 3}, 4);
     const auto merge = [&](double size, AttentionResult& r) {
       const Array lse = filled(type, {1, 1, 3}, size);
       r = merge_attention(a, lse, b, lse);

@@ -181,8 +181,8 @@ MergeGradients merge_attention_backward(const Tensor& grad_out, const Tensor& gr
   MergeGradients to{Array(out_a.dtype(), out_a.shape()), Array(lse_a.dtype(), lse_a.shape()),
                     Array(out_a.dtype(), out_a.shape()), Array(lse_a.dtype(), lse_a.shape())};
   with_types(out.dtype(), [&](auto t, auto s) {
-    merge_all_backward<decltype(t), decltype(s)>(grad_out, grad_lse, {out_a, lse_a},
-                                                 {out_b, lse_b}, to, run);
+    merge_all_backward<decltype(t), decltype(s)>(grad_out, grad_lse, {out_a, lse_a}, {out_b, lse_b},
+                                                 to, run);
   });
   return to;
 }
