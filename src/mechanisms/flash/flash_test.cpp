@@ -207,6 +207,25 @@ TEST(Flash, GradientsThatAreNotWantedAreLeftOut) {
   }
 }
 
+TEST(FlashVarlen, SlopeGradientsThatAreNotWantedAreLeftOut) {
+  const Array q = random(DType::f32, {70, 2, 16}, 1), slopes = random(DType::f32, {2}, 2);
+  const int32_t boundaries[] = {0, 30, 70};
+  const Tensor cu(boundaries, DType::i32, {3});
+  VarlenOptions options;
+  options.alibi_slopes = slopes;
+  const AttentionResult result = flash_attention_varlen(q, q, q, cu, cu, options);
+  const auto backward = [&](const FlashWanted& wanted) {
+    return flash_attention_varlen_backward(q, {}, q, q, q, result.out, result.lse, cu, cu, options,
+                                           {}, wanted);
+  };
+  const FlashGradients all = backward({}), some = backward({.alibi_slopes = false});
+  EXPECT_TRUE(same_bits(some.q, all.q));
+  EXPECT_TRUE(same_bits(some.k, all.k));
+  EXPECT_TRUE(same_bits(some.v, all.v));
+  EXPECT_TRUE(all.alibi_slopes.view().defined());
+  EXPECT_FALSE(some.alibi_slopes.view().defined());
+}
+
 TEST(Flash, MergeOfAnyPartitionIsTheWhole) {
   Array q = random_array(DType::f32, {2, 3, 33, 16}, 1),
         k = random_array(DType::f32, {2, 3, 120, 16}, 2);
