@@ -92,7 +92,8 @@ AttentionResult flash_attention_varlen(const Tensor& q, const Tensor& k, const T
 FlashGradients flash_attention_varlen_backward(
     const Tensor& grad_out, const Tensor& grad_lse, const Tensor& q, const Tensor& k,
     const Tensor& v, const Tensor& out, const Tensor& lse, const Tensor& cu_seqlens_q,
-    const Tensor& cu_seqlens_k, const VarlenOptions& options = {}, const RunOptions& run = {});
+    const Tensor& cu_seqlens_k, const VarlenOptions& options = {}, const RunOptions& run = {},
+    const FlashWanted& wanted = {});
 
 struct DecodeOptions {
   std::optional<double> scale = {};    // none: 1/sqrt(D)

@@ -28,7 +28,13 @@ Array sigmoid_attention(const Tensor& q, const Tensor& k, const Tensor& v,
 void sigmoid_attention(const Tensor& q, const Tensor& k, const Tensor& v, const Tensor& out,
                        const SigmoidOptions& options = {}, const RunOptions& run = {});
 
-/// Gradients of q, k, v in their type, of the options' tensors in theirs, empty where there is none.
+/// Gradients of options that are computed; the two together cost a pass over the scores.
+struct SigmoidWanted {
+  bool bias = true, alibi_slopes = true;
+};
+
+/// Gradients of q, k, v in their type, of the options' tensors in theirs, empty where there is none or
+/// it is not wanted.
 struct SigmoidGradients {
   Array q, k, v;
   Array bias, alibi_slopes;  // [H]
@@ -36,6 +42,7 @@ struct SigmoidGradients {
 SigmoidGradients sigmoid_attention_backward(const Tensor& grad_out, const Tensor& q,
                                             const Tensor& k, const Tensor& v,
                                             const SigmoidOptions& options = {},
-                                            const RunOptions& run = {});
+                                            const RunOptions& run = {},
+                                            const SigmoidWanted& wanted = {});
 
 }  // namespace heed

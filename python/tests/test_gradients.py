@@ -87,14 +87,31 @@ class SizesOfResults(TorchDispatchMode):
         return results
 
 
-@pytest.mark.parametrize("name, shape, place", [("bias", (2, 4, 6), 4), ("alibi_slopes", (2,), 3)])
-def test_no_gradient_of_an_option_that_is_constant(name, shape, place):
+def flash_varlen(q, k, v, **options):
+    tokens = [t[0].transpose(0, 1) for t in (q, k, v)]
+    ends = [torch.tensor([0, t.shape[0] - 1, t.shape[0]]) for t in tokens]
+    return heed.flash_attention_varlen(*tokens, ends[0], ends[1], **options)
+
+
+@pytest.mark.parametrize(
+    "call, op, name, shape, place",
+    [
+        (heed.flash_attention, "flash_attention", "bias", (2, 4, 6), 4),
+        (heed.flash_attention, "flash_attention", "alibi_slopes", (2,), 3),
+        (heed.flash_attention, "flash_attention", "sink", (2,), 5),
+        (flash_varlen, "flash_attention_varlen", "alibi_slopes", (2,), 3),
+        (heed.sigmoid_attention, "sigmoid_attention", "bias", (2,), 3),
+        (heed.sigmoid_attention, "sigmoid_attention", "alibi_slopes", (2,), 4),
+    ],
+)
+def test_no_gradient_of_an_option_that_is_constant(call, op, name, shape, place):
     inputs = small()
     option = random(*shape, dtype=torch.float64, seed=3).abs()
+    backward = getattr(torch.ops.heed, f"{op}_backward").default
 
     def gradients(x):
-        out = heed.flash_attention(*inputs, **{name: x})
-        with SizesOfResults(torch.ops.heed.flash_attention_backward.default) as seen:
+        out = call(*inputs, **{name: x})
+        with SizesOfResults(backward) as seen:
             return torch.autograd.grad(out.sum(), [*inputs, x][: 3 + x.requires_grad]), seen.sizes
 
     expected, sizes = gradients(option.clone().requires_grad_())

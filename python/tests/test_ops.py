@@ -172,6 +172,39 @@ def test_opcheck_where_gradients_are_wanted(name):
     opcheck(op, args, options, test_utils=tests)
 
 
+BACKWARDS = {
+    "flash_attention": (OPS.flash_attention, (), {"alibi_slopes": (4,), "bias": (7,), "sink": (4,)}),
+    "flash_attention_varlen": (
+        OPS.flash_attention_varlen,
+        (torch.tensor([0, 2, 5]), torch.tensor([0, 4, 7])),
+        {"alibi_slopes": (4,)},
+    ),
+    "sigmoid_attention": (OPS.sigmoid_attention, (), {"bias": (4,), "alibi_slopes": (4,)}),
+}
+
+
+@pytest.mark.parametrize("name", BACKWARDS)
+def test_opcheck_of_backwards_whose_results_are_not_all_wanted(name):
+    op, boundaries, shapes = BACKWARDS[name]
+    backward = getattr(OPS, f"{name}_backward").default
+    inputs = [t.bfloat16() for t in (Q, K, V)]
+    if boundaries:
+        inputs = [t[0].transpose(0, 1) for t in inputs]
+    options = {option: random(*shape) for option, shape in shapes.items()}
+    results = op(*inputs, *boundaries, **options)
+    if isinstance(results, tuple):  # the backward reads them, and no gradient of lse arrives
+        arguments = (results[0], None, *inputs, *results, *boundaries)
+    else:
+        arguments = (results, *inputs)
+    every = backward(*arguments, **options)
+    for unwanted in range(len(every)):
+        mask = [place != unwanted for place in range(len(every))]
+        some = backward(*arguments, **options, output_mask=mask)
+        assert some[unwanted].numel() == 0
+        assert all(torch.equal(s, e) for s, e, given in zip(some, every, mask) if given)
+        opcheck(backward, arguments, {**options, "output_mask": mask})
+
+
 def test_backward_is_an_error_that_names_the_operator():
     op, (first, *rest), options = CALLS["decode_attention"]
     out, _ = op(first.clone().requires_grad_(), *rest, **options)

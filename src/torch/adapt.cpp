@@ -61,6 +61,10 @@ const char* type_name(at::ScalarType type) {
   return dtype ? name_of(*dtype) : c10::toString(type);
 }
 
+bool holds_nothing(const Array& array) {
+  return array.shape().rank() == 0 && array.view().data() == nullptr;
+}
+
 }  // namespace
 
 void check_given(const Arg& arg) {
@@ -134,7 +138,7 @@ Tensor view(const std::optional<at::Tensor>& tensor) {
 }
 
 at::Tensor take(Array array, const at::Tensor& like) {
-  if (array.shape().rank() == 0 && array.view().data() == nullptr) {
+  if (holds_nothing(array)) {
     return at::empty({0}, like.options());
   }
   const Dims shape = array.shape();
@@ -178,9 +182,13 @@ at::Tensor out_gradient(const std::optional<at::Tensor>& gradient, const at::Ten
   return at::zeros({q.size(0), q.size(1), q.size(2), v.size(3)}, q.options());
 }
 
+at::Tensor take_wanted(Array gradient, bool wanted, const at::Tensor& like) {
+  return take(wanted ? std::move(gradient) : Array(), like);
+}
+
 at::Tensor take_gradient(Array gradient, const std::optional<at::Tensor>& input,
                          const at::Tensor& like) {
-  if (!input || !input->defined()) return take({}, like);
+  if (!input || !input->defined() || holds_nothing(gradient)) return take({}, like);
   return take(std::move(gradient), *input).to(input->scalar_type());
 }
 

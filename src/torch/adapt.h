@@ -67,7 +67,11 @@ std::optional<at::Tensor> gradient_input(const std::optional<at::Tensor>& gradie
 at::Tensor out_gradient(const std::optional<at::Tensor>& gradient, const at::Tensor& q,
                         const at::Tensor& v);
 
-/// take, in the type of the optional input whose gradient it is; [0] where that was not given.
+/// take of a gradient that is wanted, [0] of one that is not.
+at::Tensor take_wanted(Array gradient, bool wanted, const at::Tensor& like);
+
+/// take, in the type of the optional input whose gradient it is; [0] of q's type, as `like`, where that
+/// was not given or its gradient not computed.
 at::Tensor take_gradient(Array gradient, const std::optional<at::Tensor>& input,
                          const at::Tensor& like);
 

@@ -83,12 +83,12 @@ Gradients flash_backward_cpu(const at::Tensor& grad_out, const MaybeTensor& grad
                                   view(lse), held.options, run_options(),
                                   {.bias = output_mask[4], .alibi_slopes = output_mask[3]});
   });
-  return {take(std::move(to.q), q),
-          take(std::move(to.k), k),
-          take(std::move(to.v), v),
+  return {take_wanted(std::move(to.q), output_mask[0], q),
+          take_wanted(std::move(to.k), output_mask[1], k),
+          take_wanted(std::move(to.v), output_mask[2], v),
           take_gradient(std::move(to.alibi_slopes), alibi_slopes, q),
           take_gradient(std::move(to.bias), bias, q),
-          take_gradient(std::move(to.sink), sink, q)};
+          take_gradient(output_mask[5] ? std::move(to.sink) : Array(), sink, q)};
 }
 
 // NOLINTBEGIN(performance-unnecessary-value-param): the dispatcher passes SymInt by value
@@ -156,18 +156,21 @@ Results varlen_cpu(const at::Tensor& q, const at::Tensor& k, const at::Tensor& v
 std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor> varlen_backward_cpu(
     const at::Tensor& grad_out, const MaybeTensor& grad_lse, const at::Tensor& q,
     const at::Tensor& k, const at::Tensor& v, const at::Tensor& out, const at::Tensor& lse,
-    const at::Tensor& cu_seqlens_q, const at::Tensor& cu_seqlens_k, HEED_VARLEN_ARGS) {
+    const at::Tensor& cu_seqlens_q, const at::Tensor& cu_seqlens_k, HEED_VARLEN_ARGS,
+    std::array<bool, 4> output_mask) {
   check_packed(q, k, v);
   const HeldVarlen held(q, cu_seqlens_q, cu_seqlens_k, HEED_VARLEN_NAMES);
   const at::Tensor g = gradient_input(grad_out);
   const MaybeTensor g_lse = gradient_input(grad_lse);
   FlashGradients to;
   guarded([&] {
-    to = flash_attention_varlen_backward(view(g), view(g_lse), view(q), view(k), view(v), view(out),
-                                         view(lse), view(held.queries), view(held.keys),
-                                         held.options, run_options());
+    to = flash_attention_varlen_backward(
+        view(g), view(g_lse), view(q), view(k), view(v), view(out), view(lse), view(held.queries),
+        view(held.keys), held.options, run_options(), {.alibi_slopes = output_mask[3]});
   });
-  return {take(std::move(to.q), q), take(std::move(to.k), k), take(std::move(to.v), v),
+  return {take_wanted(std::move(to.q), output_mask[0], q),
+          take_wanted(std::move(to.k), output_mask[1], k),
+          take_wanted(std::move(to.v), output_mask[2], v),
           take_gradient(std::move(to.alibi_slopes), alibi_slopes, q)};
 }
 

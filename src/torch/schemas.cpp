@@ -35,7 +35,8 @@ TORCH_LIBRARY(heed, m) {
       "flash_attention_varlen_backward(Tensor grad_out, Tensor? grad_lse, Tensor q, Tensor k,"
       " Tensor v, Tensor out, Tensor lse, Tensor cu_seqlens_q, Tensor "
       "cu_seqlens_k, " HEED_VARLEN_OPTIONS
-      ") -> (Tensor grad_q, Tensor grad_k, Tensor grad_v, Tensor grad_alibi_slopes)");
+      ", bool[4] output_mask=[True, True, True, True]) -> (Tensor grad_q, Tensor grad_k, Tensor "
+      "grad_v, Tensor grad_alibi_slopes)");
   m.def(
       "decode_attention(Tensor q, Tensor k_cache, Tensor v_cache, Tensor lengths,"
       " float? scale=None, SymInt window=-1, Tensor? sink=None, int splits=0)"
@@ -134,7 +135,8 @@ TORCH_LIBRARY(heed, m) {
   m.def(
       "sigmoid_attention_backward(Tensor grad_out, Tensor q, Tensor k, Tensor "
       "v, " HEED_SIGMOID_OPTIONS
-      ") -> (Tensor grad_q, Tensor grad_k, Tensor grad_v, Tensor grad_bias,"
+      ", bool[5] output_mask=[True, True, True, True, True]) -> (Tensor grad_q, Tensor grad_k, "
+      "Tensor grad_v, Tensor grad_bias,"
       " Tensor grad_alibi_slopes)");
 #define HEED_RECURRENT_OPTIONS                                                      \
   "str normalizer='softmax', int? order=None, bool causal=True, float? scale=None," \

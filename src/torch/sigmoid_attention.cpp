@@ -3,6 +3,7 @@
 
 #include <torch/library.h>
 
+#include <array>
 #include <tuple>
 
 #include "torch/adapt.h"
@@ -60,16 +61,18 @@ at::Tensor sigmoid_cpu(const at::Tensor& q, const at::Tensor& k, const at::Tenso
 
 std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor> sigmoid_backward_cpu(
     const at::Tensor& grad_out, const at::Tensor& q, const at::Tensor& k, const at::Tensor& v,
-    HEED_SIGMOID_ARGS) {
+    HEED_SIGMOID_ARGS, std::array<bool, 5> output_mask) {
   check_qkv({kSigmoid, "q", q}, {kSigmoid, "k", k}, {kSigmoid, "v", v});
   const HeldSigmoid held(q, HEED_SIGMOID_NAMES);
   const at::Tensor g = gradient_input(grad_out);
   SigmoidGradients to;
   guarded([&] {
-    to =
-        sigmoid_attention_backward(view(g), view(q), view(k), view(v), held.options, run_options());
+    to = sigmoid_attention_backward(view(g), view(q), view(k), view(v), held.options, run_options(),
+                                    {.bias = output_mask[3], .alibi_slopes = output_mask[4]});
   });
-  return {take(std::move(to.q), q), take(std::move(to.k), k), take(std::move(to.v), v),
+  return {take_wanted(std::move(to.q), output_mask[0], q),
+          take_wanted(std::move(to.k), output_mask[1], k),
+          take_wanted(std::move(to.v), output_mask[2], v),
           take_gradient(std::move(to.bias), bias, q),
           take_gradient(std::move(to.alibi_slopes), alibi_slopes, q)};
 }

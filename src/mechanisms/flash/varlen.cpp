@@ -123,15 +123,18 @@ AttentionResult flash_attention_varlen(const Tensor& q, const Tensor& k, const T
   return result;
 }
 
-FlashGradients flash_attention_varlen_backward(
-    const Tensor& grad_out, const Tensor& grad_lse, const Tensor& q, const Tensor& k,
-    const Tensor& v, const Tensor& out, const Tensor& lse, const Tensor& cu_seqlens_q,
-    const Tensor& cu_seqlens_k, const VarlenOptions& options, const RunOptions& run) {
+FlashGradients flash_attention_varlen_backward(const Tensor& grad_out, const Tensor& grad_lse,
+                                               const Tensor& q, const Tensor& k, const Tensor& v,
+                                               const Tensor& out, const Tensor& lse,
+                                               const Tensor& cu_seqlens_q,
+                                               const Tensor& cu_seqlens_k,
+                                               const VarlenOptions& options, const RunOptions& run,
+                                               const FlashWanted& wanted) {
   const Packed p = pack(q, k, v, out, lse, cu_seqlens_q, cu_seqlens_k);
   // Gradients are checked as results are.
   const Packed g = pack(q, k, v, grad_out, grad_lse, cu_seqlens_q, cu_seqlens_k);
   tiled::Problem problem = make_problem(p, options);
-  problem.head_gradients = options.alibi_slopes.defined();
+  problem.head_gradients = wanted.alibi_slopes && options.alibi_slopes.defined();
   FlashGradients to;
   to.q = Array(q.dtype(), q.shape());
   to.k = Array::zeros(k.dtype(), k.shape());
@@ -144,7 +147,7 @@ FlashGradients flash_attention_varlen_backward(
                          p.key_rows(to_k, b), p.key_rows(to_v, b), Tensor()});
   }
   const tiled::HeadGradients heads = tiled::backward(problem, gradients, nullptr, run);
-  if (options.alibi_slopes.defined()) {
+  if (problem.head_gradients) {
     to.alibi_slopes =
         convert(Tensor(heads.alibi_slope.data(), DType::f64, options.alibi_slopes.shape()),
                 options.alibi_slopes.dtype());

@@ -67,21 +67,22 @@ Array sigmoid_attention(const Tensor& q, const Tensor& k, const Tensor& v,
 
 SigmoidGradients sigmoid_attention_backward(const Tensor& grad_out, const Tensor& q,
                                             const Tensor& k, const Tensor& v,
-                                            const SigmoidOptions& options, const RunOptions& run) {
+                                            const SigmoidOptions& options, const RunOptions& run,
+                                            const SigmoidWanted& wanted) {
   // The gradient of the result looks like the result, and is checked as it.
   tiled::Problem problem = make_problem(q, k, v, grad_out, options);
   const auto* bias = std::get_if<Tensor>(&options.bias);
-  problem.head_gradients = bias != nullptr || options.alibi_slopes.defined();
+  const bool bias_wanted = wanted.bias && bias != nullptr;
+  const bool slopes_wanted = wanted.alibi_slopes && options.alibi_slopes.defined();
+  problem.head_gradients = bias_wanted || slopes_wanted;
   SigmoidGradients to;
   to.q = Array(q.dtype(), q.shape());
   to.k = Array::zeros(k.dtype(), k.shape());
   to.v = Array::zeros(v.dtype(), v.shape());
   const tiled::HeadGradients heads = tiled::backward(
       problem, tiled::batch_gradients(grad_out, {}, to.q, to.k, to.v), nullptr, run);
-  if (bias != nullptr) to.bias = head_gradient(heads.bias, *bias);
-  if (options.alibi_slopes.defined()) {
-    to.alibi_slopes = head_gradient(heads.alibi_slope, options.alibi_slopes);
-  }
+  if (bias_wanted) to.bias = head_gradient(heads.bias, *bias);
+  if (slopes_wanted) to.alibi_slopes = head_gradient(heads.alibi_slope, options.alibi_slopes);
   return to;
 }
 

@@ -1,4 +1,4 @@
-// Biases and slopes near the ends of float32, which a comparison with the cascade does not draw.
+// What a comparison with the cascade does not draw.
 #include <gtest/gtest.h>
 
 #include <limits>
@@ -62,6 +62,30 @@ TEST(Sigmoid, ExtremeFiniteBiasesAndSlopesGiveWeightsOfZeroAndOne) {
       expect(options, sums_of(v, none), "slopes");
       options.bias = 1e6;
       expect(options, sums_of(v, [](int64_t i, int64_t m) { return m == i; }), "slopes, bias");
+    }
+  }
+}
+
+TEST(Sigmoid, GradientsThatAreNotWantedAreLeftOut) {
+  const Array q = random_array(DType::f32, {1, 2, 60, 16}, 1);
+  const Array slopes = random_array(DType::f32, {2}, 2), bias = random_array(DType::f32, {2}, 3);
+  const SigmoidOptions options{{}, {}, bias.view(), slopes};
+  const auto backward = [&](const SigmoidWanted& wanted) {
+    return sigmoid_attention_backward(q, q, q, q, options, {}, wanted);
+  };
+  const SigmoidGradients all = backward({});
+  for (const SigmoidWanted& wanted : {SigmoidWanted{false, true}, {true, false}, {false, false}}) {
+    const SigmoidGradients some = backward(wanted);
+    EXPECT_TRUE(same_bits(some.q, all.q));
+    EXPECT_TRUE(same_bits(some.k, all.k));
+    EXPECT_TRUE(same_bits(some.v, all.v));
+    EXPECT_EQ(some.bias.view().defined(), wanted.bias);
+    EXPECT_EQ(some.alibi_slopes.view().defined(), wanted.alibi_slopes);
+    if (wanted.bias) {
+      EXPECT_TRUE(same_bits(some.bias, all.bias));
+    }
+    if (wanted.alibi_slopes) {
+      EXPECT_TRUE(same_bits(some.alibi_slopes, all.alibi_slopes));
     }
   }
 }
