@@ -461,3 +461,34 @@ def test_compiled_sigmoid():
     expected = model(TOKENS, use_cache=False).logits
     compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
     torch.testing.assert_close(compiled(TOKENS, use_cache=False).logits, expected)
+
+
+@pytest.mark.parametrize("name", ["heed_sigmoid", "heed_stochastic"])
+def test_compiled_models_refuse_packed_sequences(name):
+    torch.compiler.reset()
+    model = tiny_llama(name)
+    compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
+    positions = torch.arange(14)[None]
+    found = compiled(TOKENS[:1], position_ids=positions, use_cache=False).logits
+    expected = model(TOKENS[:1], position_ids=positions, use_cache=False).logits
+    torch.testing.assert_close(found, expected)
+    with pytest.raises(RuntimeError, match=f"{name}.*packed sequences"):
+        compiled(TOKENS[:1], position_ids=PACKED, use_cache=False)
+
+
+def test_compiled_models_know_padding(fixed_bias):
+    torch.compiler.reset()
+    model = tiny_llama("heed_sigmoid")
+    compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
+    for mask in (padding("left"), torch.ones_like(TOKENS)):
+        found = compiled(TOKENS, attention_mask=mask, use_cache=False).logits
+        expected = model(TOKENS, attention_mask=mask, use_cache=False).logits
+        torch.testing.assert_close(found, expected)
+    torch.compiler.reset()
+    model = tiny_llama("heed_stochastic")
+    compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
+    mask = torch.ones_like(TOKENS)
+    found = compiled(TOKENS, attention_mask=mask, use_cache=False).logits
+    torch.testing.assert_close(found, model(TOKENS, use_cache=False).logits)
+    with pytest.raises(RuntimeError, match="heed_stochastic.*padded"):
+        compiled(TOKENS, attention_mask=padding("left"), use_cache=False)

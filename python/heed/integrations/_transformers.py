@@ -63,7 +63,8 @@ def plain_mask(name: str) -> Callable[..., Tensor | None]:
 
     It gives bool ``[B, keys]``, True at tokens, or None where all keys are. Fewer ``keys`` than the
     layer hands over mean that the rest of them is the unused part of a static cache. It raises a
-    ValueError where the model asks for any other mask.
+    ValueError where the model asks for any other mask. A compiled model raises it when it is
+    compiled, or a RuntimeError when it runs and its tokens turn out to be packed.
     """
 
     def mask(
@@ -78,7 +79,12 @@ def plain_mask(name: str) -> Callable[..., Tensor | None]:
     ) -> Tensor | None:
         keys = kv_length
         compiling = torch.compiler.is_compiling()
-        causal = _told_causal(name, **hints) if compiling else _is_causal(name, mask_function)
+        if compiling:
+            causal = _told_causal(name, **hints)
+            positions = torch.arange(q_length) + q_offset
+            _assert_neighbours(name, mask_function, causal, batch_size, positions, **hints)
+        else:
+            causal = _is_causal(name, mask_function)
         if causal and kv_length != q_length:
             keys = min(kv_length, int(q_offset) + q_length - int(kv_offset))
         if attention_mask is None:
@@ -87,7 +93,9 @@ def plain_mask(name: str) -> Callable[..., Tensor | None]:
             return torch.ones(batch_size, keys, dtype=torch.bool)
         attention_mask = prepare_padding_mask(attention_mask, keys, kv_offset)
         attention_mask = attention_mask[:, kv_offset : kv_offset + keys]
-        return None if keys == kv_length and attention_mask.all() else attention_mask
+        if keys == kv_length and not compiling and attention_mask.all():
+            return None
+        return attention_mask
 
     return mask
 
@@ -100,13 +108,36 @@ def _told_causal(
     allow_is_bidirectional_skip: bool | None = None,
     **_,
 ) -> bool:
-    """As :func:`_is_causal` by what goes along with the mask: torch.compile cannot look inside it.
-
-    Whether sequences are packed is not among it.
-    """
+    """As :func:`_is_causal` by what goes along with the mask: torch.compile cannot look inside it."""
     if use_vmap or local_size not in (None, getattr(config, "sliding_window", None)):
         raise _not_offered(name, "that is neither causal nor a sliding window")
     return allow_is_bidirectional_skip is None
+
+
+def _assert_neighbours(
+    name: str,
+    function: Callable,
+    causal: bool,
+    batch_size: int,
+    positions: Tensor,
+    local_size: int | None = None,
+    **_,
+) -> None:
+    """Fails, when the compiled model runs, where two neighbours see each other otherwise than told.
+
+    That is at every border of packed sequences, of chunks and of blocks that see their future,
+    without a mask of all pairs.
+    """
+    told = causal_mask_function if causal else bidirectional_mask_function
+    if local_size is not None:
+        window = sliding_window_overlay if causal else sliding_window_bidirectional_overlay
+        told = and_masks(window(local_size), told)
+    batch = torch.arange(batch_size)[:, None]
+    head = torch.zeros((), dtype=torch.int64)
+    before, after = positions[None, :-1], positions[None, 1:]
+    for query, key in ((after, before), (before, after)):
+        same = function(batch, head, query, key) == told(batch, head, query, key)
+        torch._assert_async(same.all(), str(_not_offered(name, "of packed sequences or blocks")))
 
 
 def _not_offered(name: str, mask: str) -> ValueError:

@@ -33,7 +33,8 @@ def register(
     The last two are not softmax attention, and a model has to be trained with them (or the change
     to be wanted). ``"heed_sigmoid"`` takes padding and sliding windows of the model. Whatever else
     a model asks of them (other masks, packed sequences, softcap, sinks, position biases, dropout)
-    is a ``ValueError`` when it runs. So are models whose attention does not go through
+    is a ``ValueError`` when it runs (of packed sequences and padding a ``RuntimeError`` where
+    ``torch.compile`` made it). So are models whose attention does not go through
     transformers' attention interface, for all three names, when they are made or changed.
 
     All run under ``torch.autocast`` on the CPU, in its type.
@@ -232,6 +233,14 @@ def _sigmoid(
     return _result(out)
 
 
+def _check_unpadded(padding: Tensor) -> None:
+    message = "heed_stochastic: the batch is padded, needed are sequences of one length"
+    if torch.compiler.is_compiling():
+        torch._assert_async(padding.all(), message)
+    elif not bool(padding.all()):
+        raise ValueError(message)
+
+
 def _stochastic(
     module,
     query: Tensor,
@@ -249,8 +258,8 @@ def _stochastic(
 ) -> _Result:
     _check_options("heed_stochastic", dropout, cu_seq_lens_q, options)
     padding, key, value = _real_keys(attention_mask, key, value)
-    if padding is not None and not bool(padding.all()):
-        raise ValueError("heed_stochastic: the batch is padded, needed are sequences of one length")
+    if padding is not None:
+        _check_unpadded(padding)
     causal = _is_causal(module, query, is_causal)
     query, key, value = _unit_stride(*autocast(query, key, value))
     if query.shape[2] < key.shape[2]:
