@@ -350,6 +350,39 @@ def test_vmap():
     assert torch.equal(found, expected)
 
 
+def test_gradients_of_torch_func():
+    q = random(3, 2, 4, 5, 8)
+
+    for op in (heed.flash_attention, heed.sigmoid_attention):
+
+        def loss(x, op=op):
+            return op(x, K, V).square().sum()
+
+        found = torch.vmap(torch.func.grad(loss))(q)
+        for f, x in zip(found, q):
+            x.requires_grad_()
+            assert torch.equal(f, torch.autograd.grad(loss(x), x)[0])
+        _, back = torch.func.vjp(loss, Q)
+        assert torch.equal(back(torch.ones(()))[0], torch.func.grad(loss)(Q))
+        with pytest.raises(RuntimeError, match=f"derivative for heed::{op.__name__}_backward"):
+            torch.func.grad(lambda x, f=loss: torch.func.grad(f)(x).sum())(Q)
+
+
+def test_compiled_autograd():
+    torch.compiler.reset()
+    grads = []
+    for compiler in (None, torch.compile(backend="aot_eager")):
+        q = Q.clone().requires_grad_()
+        loss = heed.flash_attention(q, K, V).square().sum()
+        if compiler is None:
+            loss.backward()
+        else:
+            with torch._dynamo.compiled_autograd._enable(compiler):
+                loss.backward()
+        grads.append(q.grad)
+    assert torch.equal(*grads)
+
+
 def test_negated_view_of_memory():
     imaginary = torch.complex(Q, Q).conj().imag
     assert imaginary.is_neg()

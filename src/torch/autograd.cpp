@@ -19,6 +19,7 @@
 
 #include <algorithm>
 #include <string>
+#include <utility>
 #include <vector>
 
 namespace {
@@ -98,38 +99,6 @@ bool backward_uses(const OperatorHandle& backward_op, const std::string& result)
 }
 
 struct Differentiable : torch::autograd::Function<Differentiable> {
-  // `tensors` are the tensors among `arguments`, in order.
-  static variable_list forward(AutogradContext* ctx, at::TensorList tensors,
-                               const OperatorHandle& op, const Stack& arguments) {
-    Stack stack = arguments;
-    {
-      const at::AutoDispatchBelowADInplaceOrView below;
-      op.callBoxed(stack);
-    }
-    variable_list results, saved(tensors.begin(), tensors.end());
-    for (const IValue& value : stack) results.push_back(value.toTensor());
-    const OperatorHandle backward_op = backward_of(op);
-    for (size_t i = 0; i < results.size(); ++i) {
-      const bool used = backward_uses(backward_op, op.schema().returns()[i].name());
-      saved.push_back(used ? results[i] : at::Tensor());
-    }
-    ctx->save_for_backward(saved);
-    ctx->set_materialize_grads(false);
-    ctx->saved_data["op"] = op.schema().name();
-    for (size_t i = 0; i < arguments.size(); ++i) {
-      // A tensor is kept among the saved ones; here only that it was given.
-      const bool given = is_tensor(arguments[i]);
-      ctx->saved_data[op.schema().arguments()[i].name()] = given ? IValue(true) : arguments[i];
-    }
-    variable_list constant;
-    for (size_t i = 0; i < results.size(); ++i) {
-      const std::string gradient = "grad_" + op.schema().returns()[i].name();
-      if (find(backward_op.schema().arguments(), gradient) < 0) constant.push_back(results[i]);
-    }
-    ctx->mark_non_differentiable(constant);
-    return results;
-  }
-
   static variable_list backward(AutogradContext* ctx, const variable_list& gradients) {
     const OperatorHandle op = c10::Dispatcher::singleton().findSchemaOrThrow(
         ctx->saved_data["op"].toStringRef().c_str(), "");
@@ -173,8 +142,7 @@ struct Differentiable : torch::autograd::Function<Differentiable> {
       }
     }
     backward_op.callBoxed(stack);
-    // One for each tensor, then none for the operator and its arguments.
-    variable_list found(tensors + 2);
+    variable_list found(tensors);
     for (size_t i = 0; i < stack.size(); ++i) {
       const int64_t tensor = tensor_of_result[i];
       const bool given = tensor >= 0 && ctx->needs_input_grad(static_cast<size_t>(tensor));
@@ -183,6 +151,55 @@ struct Differentiable : torch::autograd::Function<Differentiable> {
     return found;
   }
 };
+
+// What the backward finds again: tensors in order, then the results that it reads; by name, the other
+// arguments.
+void save(AutogradContext& ctx, const OperatorHandle& op, const Stack& arguments,
+          variable_list tensors, const Stack& results) {
+  const OperatorHandle backward_op = backward_of(op);
+  for (size_t i = 0; i < results.size(); ++i) {
+    const bool used = backward_uses(backward_op, op.schema().returns()[i].name());
+    tensors.push_back(used ? results[i].toTensor() : at::Tensor());
+  }
+  ctx.save_for_backward(std::move(tensors));
+  ctx.set_materialize_grads(false);
+  ctx.saved_data["op"] = op.schema().name();
+  for (size_t i = 0; i < arguments.size(); ++i) {
+    // A tensor is kept among the saved ones; here only that it was given.
+    const bool given = is_tensor(arguments[i]);
+    ctx.saved_data[op.schema().arguments()[i].name()] = given ? IValue(true) : arguments[i];
+  }
+}
+
+// The call as a node of the graph. Function::apply would make the same one, but refuses torch.func: as
+// it runs forward without gradients, the levels of torch.func below this one would lose theirs.
+void record(const OperatorHandle& op, const Stack& arguments, const variable_list& tensors,
+            Stack* stack) {
+  const auto node = c10::make_intrusive<torch::autograd::CppNode<Differentiable>>();
+  node->set_ctx_grad_fn(node);
+  node->set_next_edges(torch::autograd::collect_next_edges(tensors));
+  node->is_variable_input_.assign(tensors.size(), true);
+  for (const at::Tensor& tensor : tensors) node->input_info_.emplace_back(tensor);
+  stack->erase(stack->end() - static_cast<std::ptrdiff_t>(arguments.size()), stack->end());
+  Stack results = arguments;
+  {
+    const at::AutoDispatchBelowADInplaceOrView below;
+    op.callBoxed(results);
+  }
+  const auto& gradients = backward_of(op).schema().arguments();
+  for (size_t i = 0; i < results.size(); ++i) {
+    const at::Tensor& result = results[i].toTensor();
+    if (find(gradients, "grad_" + op.schema().returns()[i].name()) >= 0) {
+      torch::autograd::set_history(result, node);
+    } else {
+      node->add_input_metadata(torch::autograd::Node::undefined_input());
+    }
+    node->output_info_.emplace_back(result);
+  }
+  save(node->ctx_, op, arguments, tensors, results);
+  node->save_variables_to_ctx();
+  for (IValue& result : results) stack->push_back(std::move(result));
+}
 
 void differentiate(const OperatorHandle& op, Stack* stack) {
   const size_t count = op.schema().arguments().size();
@@ -197,15 +214,11 @@ void differentiate(const OperatorHandle& op, Stack* stack) {
                 ": forward-mode derivatives are not offered; needed is a backward");
     wanted = wanted || tensors.back().requires_grad();
   }
-  if (!wanted || !at::GradMode::is_enabled()) {
+  if (wanted && at::GradMode::is_enabled()) {
+    record(op, Stack(first, stack->end()), tensors, stack);
+  } else {
     const at::AutoDispatchBelowADInplaceOrView below;
     op.callBoxed(stack);
-    return;
-  }
-  const Stack arguments(first, stack->end());
-  stack->erase(first, stack->end());
-  for (at::Tensor& result : Differentiable::apply(at::TensorList(tensors), op, arguments)) {
-    stack->emplace_back(std::move(result));
   }
 }
 
