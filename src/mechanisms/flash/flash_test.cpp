@@ -208,7 +208,8 @@ TEST(Flash, GradientsThatAreNotWantedAreLeftOut) {
 }
 
 TEST(FlashVarlen, SlopeGradientsThatAreNotWantedAreLeftOut) {
-  const Array q = random(DType::f32, {70, 2, 16}, 1), slopes = random(DType::f32, {2}, 2);
+  const Array q = random_array(DType::f32, {70, 2, 16}, 1),
+              slopes = random_array(DType::f32, {2}, 2);
   const int32_t boundaries[] = {0, 30, 70};
   const Tensor cu(boundaries, DType::i32, {3});
   VarlenOptions options;
