@@ -6,6 +6,12 @@ import torch
 from reference import random, random_qkv
 from torch.nn.attention.flex_attention import create_block_mask, flex_attention
 
+# That it is not compiled is meant, and its older keyword for the log-sum-exp serves all versions.
+pytestmark = [
+    pytest.mark.filterwarnings("ignore:flex_attention called without torch.compile"),
+    pytest.mark.filterwarnings("ignore:return_lse is deprecated"),
+]
+
 LQ, LK, HEADS = 37, 37, 4
 DOCUMENT = torch.tensor([0] * 5 + [1] * 20 + [2] * 12)
 ENDS = torch.tensor([0, 5, 25, 37])
