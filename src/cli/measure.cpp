@@ -149,6 +149,7 @@ double visible_operations(const Mechanism& mechanism, const NamedTensors& in, co
   if (const auto tile = bindings.sizes.find("M0"); tile != bindings.sizes.end()) {
     tile->second = kTileKeys;
   }
+  const Sizes less = mechanism.needed_sizes ? mechanism.needed_sizes(in) : Sizes();
   double least = 0;
   bool first = true;
   for (const CascadeText* text : cascades_for(mechanism, options)) {
@@ -157,7 +158,7 @@ double visible_operations(const Mechanism& mechanism, const NamedTensors& in, co
     const Sizes sizes = rank_sizes(program, bindings);
     // A form with a mask over many pairs does no less than the definition, and takes long to count.
     if (!first && largest_mask(program, sizes) > kMostPairs) continue;
-    Sizes needed = mechanism.needed_sizes ? mechanism.needed_sizes(in) : Sizes();
+    Sizes needed = less;
     needed.insert(sizes.begin(), sizes.end());
     const double operations = operations_of(program, bindings, sizes, needed);
     least = first ? operations : std::min(least, operations);

@@ -6,47 +6,70 @@ void fail(const char* op, const std::string& found, const std::string& needed) {
   throw Error(std::string(op) + ": " + found + "; " + needed);
 }
 
-void check_equal(const char* op, const char* a_name, const Tensor& a, const char* b_name,
-                 const Tensor& b, int axis, const char* what) {
-  if (a.size(axis) == b.size(axis)) return;
+void check_equal(const char* op, const char* a_name, const Tensor& a, int a_axis,
+                 const char* b_name, const Tensor& b, int b_axis, std::string_view what) {
+  if (a.size(a_axis) == b.size(b_axis)) return;
+  const std::string kind(what);
   fail(op,
-       std::string(b_name) + " has " + what + " " + std::to_string(b.size(axis)) + " but " +
-           a_name + " has " + std::to_string(a.size(axis)) + " (" + describe(a_name, a) + ", " +
+       std::string(b_name) + " has " + kind + " " + std::to_string(b.size(b_axis)) + " but " +
+           a_name + " has " + std::to_string(a.size(a_axis)) + " (" + describe(a_name, a) + ", " +
            describe(b_name, b) + ")",
-       std::string("give ") + a_name + " and " + b_name + " the same " + what);
+       std::string("give ") + a_name + " and " + b_name + " the same " + kind);
 }
 
-void check_rows(const char* op, const char* name, const Tensor& t) {
-  if (!t.defined()) fail(op, std::string(name) + " is missing", "a tensor [B,H,L,D] is needed");
-  if (t.rank() != 4) {
+void check_operand(const char* op, const char* name, const Tensor& t, int rank,
+                   std::string_view axes, std::string_view axes_in_words) {
+  if (!t.defined()) {
+    fail(op, std::string(name) + " is missing", "a tensor " + std::string(axes) + " is needed");
+  }
+  if (t.rank() != rank) {
     fail(op, describe(name, t) + " has " + std::to_string(t.rank()) + " dimensions",
-         "4 are needed: [batch, heads, tokens, head dim]");
+         std::to_string(rank) + " are needed: " + std::string(axes_in_words));
   }
   if (!is_floating(t.dtype())) {
     fail(op, describe(name, t), "float64, float32, bfloat16 or float16 is needed");
   }
-  if (t.size(3) > 1 && t.stride(3) != 1) {
-    fail(
-        op,
-        std::string(name) + " has stride " + std::to_string(t.stride(3)) + " in its last dimension",
-        "a unit stride is needed there (other dimensions may have any)");
+  const int64_t stride = t.strides().back();
+  if (t.shape().back() > 1 && stride != 1) {
+    fail(op, std::string(name) + " has stride " + std::to_string(stride) + " in its last dimension",
+         "a unit stride is needed there (other dimensions may have any)");
   }
+}
+
+void check_rows(const char* op, const char* name, const Tensor& t) {
+  check_operand(op, name, t, 4, "[B,H,L,D]", "[batch, heads, tokens, head dim]");
+}
+
+void check_head_dim(const char* op, const char* name, const Tensor& t, int64_t most) {
+  const int64_t dim = t.shape().back();
+  if (dim >= 1 && dim <= most) return;
+  fail(op, describe(name, t) + " has head dim " + std::to_string(dim),
+       most == kAnyHeadDim ? "at least 1 is needed"
+                           : "1 to " + std::to_string(most) + " is supported");
 }
 
 void check_head_rows(const char* op, const char* name, const Tensor& t, int64_t most) {
   check_rows(op, name, t);
-  if (t.size(3) >= 1 && t.size(3) <= most) return;
-  fail(op, describe(name, t) + " has head dim " + std::to_string(t.size(3)),
-       most == kAnyHeadDim ? "at least 1 is needed"
-                           : "1 to " + std::to_string(most) + " is supported");
+  check_head_dim(op, name, t, most);
+}
+
+void check_same_type(const char* op, const char* name, const Tensor& t, const char* like,
+                     DType dtype) {
+  if (t.dtype() == dtype) return;
+  fail(op, describe(name, t) + " but " + like + " is " + name_of(dtype),
+       "give all of them one type");
+}
+
+void check_result(const char* op, const char* name, const Tensor& given, const Dims& shape,
+                  DType dtype) {
+  if (!given.defined() || (given.shape() == shape && given.dtype() == dtype)) return;
+  fail(op, describe(name, given), to_string(shape) + " " + name_of(dtype) + " is needed");
 }
 
 void check_rows_like(const char* op, const char* name, const Tensor& t, const Dims& shape,
                      DType dtype) {
   check_rows(op, name, t);
-  if (!(t.shape() == shape) || t.dtype() != dtype) {
-    fail(op, describe(name, t), to_string(shape) + " " + name_of(dtype) + " is needed");
-  }
+  check_result(op, name, t, shape, dtype);
 }
 
 void check_parameter_gradient(const char* op, const char* name, const Tensor& gradient,
@@ -74,14 +97,13 @@ AttentionSizes check_attention(const char* op, const Tensor& q, const Tensor& k,
   check_head_rows(op, "q", q, most_dim);
   for (const auto& [name, t] : {std::pair{names.k, &k}, std::pair{names.v, &v}}) {
     check_head_rows(op, name, *t, most_dim);
-    if (t->dtype() == q.dtype()) continue;
-    fail(op, describe(name, *t) + " but q is " + name_of(q.dtype()), "give all of them one type");
+    check_same_type(op, name, *t, "q", q.dtype());
   }
-  check_equal(op, "q", q, names.k, k, 0, "batch size");
-  check_equal(op, "q", q, names.k, k, 3, "head dim");
-  check_equal(op, names.k, k, names.v, v, 0, "batch size");
-  check_equal(op, names.k, k, names.v, v, 1, "number of heads");
-  check_equal(op, names.k, k, names.v, v, 2, "number of keys");
+  check_equal(op, "q", q, 0, names.k, k, 0, "batch size");
+  check_equal(op, "q", q, 3, names.k, k, 3, "head dim");
+  check_equal(op, names.k, k, 0, names.v, v, 0, "batch size");
+  check_equal(op, names.k, k, 1, names.v, v, 1, "number of heads");
+  check_equal(op, names.k, k, 2, names.v, v, 2, "number of keys");
   check_heads(op, names.k, k, q);
   return {q.size(0), q.size(1), k.size(1), q.size(2), k.size(2), q.size(3), v.size(3)};
 }

@@ -4,6 +4,7 @@
 #include <cstdint>
 #include <limits>
 #include <string>
+#include <string_view>
 #include <vector>
 
 #include "base/round_up.h"
@@ -17,13 +18,25 @@ inline DType wide_type(DType dtype) { return dtype == DType::f64 ? DType::f64 : 
 
 [[noreturn]] void fail(const char* op, const std::string& found, const std::string& needed);
 
+/// `rank` dimensions of a floating type, a unit stride in the last one; `axes` say in messages what is
+/// needed, `axes_in_words` where another number of them was found.
+void check_operand(const char* op, const char* name, const Tensor& t, int rank,
+                   std::string_view axes, std::string_view axes_in_words);
 /// [B,H,L,D] of a floating type with a unit stride in the last dimension.
 void check_rows(const char* op, const char* name, const Tensor& t);
 inline constexpr int64_t kMaxHeadDim = 256;
 inline constexpr int64_t kAnyHeadDim = std::numeric_limits<int64_t>::max();
-/// The above with 1 to `most` in the last dimension.
+/// 1 to `most` in the last dimension.
+void check_head_dim(const char* op, const char* name, const Tensor& t, int64_t most = kMaxHeadDim);
+/// check_rows and check_head_dim.
 void check_head_rows(const char* op, const char* name, const Tensor& t, int64_t most = kMaxHeadDim);
-/// check_rows, and the shape and type asked for.
+/// The type of another operand.
+void check_same_type(const char* op, const char* name, const Tensor& t, const char* like,
+                     DType dtype);
+/// The shape and type asked for, if it is given at all.
+void check_result(const char* op, const char* name, const Tensor& given, const Dims& shape,
+                  DType dtype);
+/// check_rows and check_result.
 void check_rows_like(const char* op, const char* name, const Tensor& t, const Dims& shape,
                      DType dtype);
 /// The gradient of a parameter: its shape and type, unit stride in the last dimension.
@@ -44,9 +57,9 @@ struct OperandNames {
 /// Checks q, k and v for themselves and against each other.
 AttentionSizes check_attention(const char* op, const Tensor& q, const Tensor& k, const Tensor& v,
                                OperandNames names = {}, int64_t most_dim = kMaxHeadDim);
-/// That a and b have one size along an axis, the `what` of both.
-void check_equal(const char* op, const char* a_name, const Tensor& a, const char* b_name,
-                 const Tensor& b, int axis, const char* what);
+/// That a and b have one size along an axis of each, the `what` of both.
+void check_equal(const char* op, const char* a_name, const Tensor& a, int a_axis,
+                 const char* b_name, const Tensor& b, int b_axis, std::string_view what);
 /// That the heads of `t` divide those of q.
 void check_heads(const char* op, const char* name, const Tensor& t, const Tensor& q);
 

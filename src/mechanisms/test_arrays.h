@@ -1,5 +1,6 @@
 // Arrays and comparisons that the tests of the mechanisms share.
 #pragma once
+#include <algorithm>
 #include <cmath>
 #include <cstring>
 #include <random>
@@ -18,10 +19,22 @@ inline Array random_array(DType type, const Dims& shape, uint32_t seed, double s
   return convert(wide, type);
 }
 
+inline Array filled(DType type, const Dims& shape, double value) {
+  Array wide(DType::f64, shape);
+  std::fill_n(wide.as<double>(), wide.count(), value);
+  return convert(wide, type);
+}
+
 inline bool same_bits(const Tensor& a, const Tensor& b) {
   return a.shape() == b.shape() && a.dtype() == b.dtype() && a.is_contiguous() &&
          b.is_contiguous() &&
          std::memcmp(a.data(), b.data(), static_cast<size_t>(a.count()) * size_of(a.dtype())) == 0;
+}
+
+/// A gradient that only some calls want: as in a call that wants all, or left out.
+inline bool same_bits_if(bool wanted, const Array& some, const Array& all) {
+  if (!wanted || !some.view().defined()) return wanted == some.view().defined();
+  return same_bits(some, all);
 }
 
 /// NaN where either has one, infinite where the shapes differ.

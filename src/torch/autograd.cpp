@@ -154,9 +154,8 @@ struct Differentiable : torch::autograd::Function<Differentiable> {
 
 // What the backward finds again: tensors in order, then the results that it reads; by name, the other
 // arguments.
-void save(AutogradContext& ctx, const OperatorHandle& op, const Stack& arguments,
-          variable_list tensors, const Stack& results) {
-  const OperatorHandle backward_op = backward_of(op);
+void save(AutogradContext& ctx, const OperatorHandle& op, const OperatorHandle& backward_op,
+          const Stack& arguments, variable_list tensors, at::ArrayRef<IValue> results) {
   for (size_t i = 0; i < results.size(); ++i) {
     const bool used = backward_uses(backward_op, op.schema().returns()[i].name());
     tensors.push_back(used ? results[i].toTensor() : at::Tensor());
@@ -174,31 +173,25 @@ void save(AutogradContext& ctx, const OperatorHandle& op, const Stack& arguments
 // The call as a node of the graph. Function::apply would make the same one, but refuses torch.func: as
 // it runs forward without gradients, the levels of torch.func below this one would lose theirs.
 void record(const OperatorHandle& op, const Stack& arguments, const variable_list& tensors,
-            Stack* stack) {
+            at::ArrayRef<IValue> results) {
+  const OperatorHandle backward_op = backward_of(op);
   const auto node = c10::make_intrusive<torch::autograd::CppNode<Differentiable>>();
   node->set_ctx_grad_fn(node);
   node->set_next_edges(torch::autograd::collect_next_edges(tensors));
   node->is_variable_input_.assign(tensors.size(), true);
   for (const at::Tensor& tensor : tensors) node->input_info_.emplace_back(tensor);
-  stack->erase(stack->end() - static_cast<std::ptrdiff_t>(arguments.size()), stack->end());
-  Stack results = arguments;
-  {
-    const at::AutoDispatchBelowADInplaceOrView below;
-    op.callBoxed(results);
-  }
-  const auto& gradients = backward_of(op).schema().arguments();
   for (size_t i = 0; i < results.size(); ++i) {
     const at::Tensor& result = results[i].toTensor();
-    if (find(gradients, "grad_" + op.schema().returns()[i].name()) >= 0) {
+    const std::string gradient = "grad_" + op.schema().returns()[i].name();
+    if (find(backward_op.schema().arguments(), gradient) >= 0) {
       torch::autograd::set_history(result, node);
     } else {
       node->add_input_metadata(torch::autograd::Node::undefined_input());
     }
     node->output_info_.emplace_back(result);
   }
-  save(node->ctx_, op, arguments, tensors, results);
+  save(node->ctx_, op, backward_op, arguments, tensors, results);
   node->save_variables_to_ctx();
-  for (IValue& result : results) stack->push_back(std::move(result));
 }
 
 void differentiate(const OperatorHandle& op, Stack* stack) {
@@ -214,12 +207,14 @@ void differentiate(const OperatorHandle& op, Stack* stack) {
                 ": forward-mode derivatives are not offered; needed is a backward");
     wanted = wanted || tensors.back().requires_grad();
   }
-  if (wanted && at::GradMode::is_enabled()) {
-    record(op, Stack(first, stack->end()), tensors, stack);
-  } else {
+  const bool records = wanted && at::GradMode::is_enabled();
+  const Stack arguments = records ? Stack(first, stack->end()) : Stack();
+  {
     const at::AutoDispatchBelowADInplaceOrView below;
     op.callBoxed(stack);
   }
+  if (!records) return;
+  record(op, arguments, tensors, torch::jit::last(*stack, op.schema().returns().size()));
 }
 
 // Gradients look like what they are gradients of.

@@ -20,14 +20,6 @@ int64_t whole_number(const Tensor& t, int64_t i) {
 
 }  // namespace
 
-void check_result(const char* op, const char* name, const Tensor& given, const Dims& shape,
-                  DType type) {
-  if (!given.defined()) return;
-  if (!(given.shape() == shape) || given.dtype() != type) {
-    fail(op, describe(name, given), to_string(shape) + " " + name_of(type) + " is needed");
-  }
-}
-
 void check_out(const char* op, const char* name, const Tensor& given, const Dims& shape,
                DType type) {
   check_result(op, name, given, shape, type);

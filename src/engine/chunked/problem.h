@@ -136,10 +136,7 @@ template <class T>
 void backward(const Problem<T>& problem, const Tensor& out, const State& last,
               const Gradients& gradients, const RunOptions& run);
 
-/// Throws Error unless `given`, if it is defined, has this shape and type.
-void check_result(const char* op, const char* name, const Tensor& given, const Dims& shape,
-                  DType type);
-/// And a unit stride in its last dimension.
+/// check_result, and a unit stride in its last dimension.
 void check_out(const char* op, const char* name, const Tensor& given, const Dims& shape,
                DType type);
 /// A tensor [H] of finite numbers that are not negative.

@@ -10,12 +10,7 @@ void check_operands(const char* op, const Tensor& q, const Tensor& k, const Tens
                     const Tensor& out, const Tensor& lse, OperandNames names) {
   const AttentionSizes sizes = check_attention(op, q, k, v, names);
   check_rows_like(op, "out", out, sizes.out_shape(), q.dtype());
-  if (!lse.defined()) return;
-  const Dims rows{sizes.batch, sizes.heads, sizes.queries};
-  if (!(lse.shape() == rows) || lse.dtype() != wide_type(q.dtype())) {
-    fail(op, describe("lse", lse),
-         to_string(rows) + " " + name_of(wide_type(q.dtype())) + " is needed");
-  }
+  check_result(op, "lse", lse, {sizes.batch, sizes.heads, sizes.queries}, wide_type(q.dtype()));
 }
 
 void check_backward(const char* op, const Tensor& grad_out, const Tensor& grad_lse,

@@ -12,12 +12,6 @@
 namespace heed {
 namespace {
 
-Array filled(DType type, const Dims& shape, double value) {
-  Array wide(DType::f64, shape);
-  std::fill_n(wide.as<double>(), wide.count(), value);
-  return convert(wide, type);
-}
-
 TEST(Flash, HugeAndGrowingScoresStayExact) {
   for (DType type : {DType::f32, DType::bf16}) {
     for (Isa isa : available_isas()) {

@@ -16,12 +16,6 @@ namespace {
 constexpr float kNaN = std::numeric_limits<float>::quiet_NaN();
 constexpr float kInf = std::numeric_limits<float>::infinity();
 
-Array filled(DType type, const Dims& shape, double value) {
-  Array wide(DType::f64, shape);
-  std::fill_n(wide.as<double>(), wide.count(), value);
-  return convert(wide, type);
-}
-
 bool finite(const Tensor& t) {
   const Array wide = convert(t, DType::f64);
   return std::all_of(wide.as<double>(), wide.as<double>() + wide.count(),

@@ -23,12 +23,6 @@ struct Inputs {
   Array q, k, v, gates;
 };
 
-Array filled(DType type, const Dims& shape, double value) {
-  Array wide(DType::f64, shape);
-  std::fill_n(wide.as<double>(), wide.count(), value);
-  return convert(wide, type);
-}
-
 TEST(HeadGated, GatesOfOneAreFlashAttention) {
   const Inputs x(DType::f64, 2, 6, 2, 70);
   HeadGatedOptions options;

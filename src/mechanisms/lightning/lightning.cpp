@@ -14,8 +14,8 @@ Dims state_shape(const Tensor& q, const Tensor& v) {
 
 void check(const Tensor& q, const Tensor& k, const Tensor& v, const LightningOptions& options) {
   check_attention(kOp, q, k, v, {}, kAnyHeadDim);
-  chunked::check_result(kOp, "initial_state", options.initial_state, state_shape(q, v),
-                        wide_type(q.dtype()));
+  check_result(kOp, "initial_state", options.initial_state, state_shape(q, v),
+               wide_type(q.dtype()));
   chunked::check_alignment(kOp, true, options.initial_state.defined(), q.size(2), k.size(2));
 }
 
@@ -62,7 +62,7 @@ void lightning_attention(const Tensor& q, const Tensor& k, const Tensor& v, cons
   check(q, k, v, options);
   if (!out.defined()) throw Error(std::string(kOp) + ": out is missing");
   chunked::check_out(kOp, "out", out, {q.size(0), q.size(1), q.size(2), v.size(3)}, q.dtype());
-  chunked::check_result(kOp, "state", state, state_shape(q, v), wide_type(q.dtype()));
+  check_result(kOp, "state", state, state_shape(q, v), wide_type(q.dtype()));
   if (q.dtype() == DType::f64) {
     run_forward<double>(q, k, v, out, state, options, run);
   } else {
@@ -89,13 +89,13 @@ void lightning_attention_backward(const Tensor& q, const Tensor& k, const Tensor
   if (!out_gradient.defined()) throw Error(std::string(kBackward) + ": out_gradient is missing");
   chunked::check_out(kBackward, "out_gradient", out_gradient,
                      {q.size(0), q.size(1), q.size(2), v.size(3)}, q.dtype());
-  chunked::check_result(kBackward, "state_gradient", state_gradient, state_shape(q, v), state);
+  check_result(kBackward, "state_gradient", state_gradient, state_shape(q, v), state);
   chunked::check_out(kBackward, "gradient of q", gradients.q, q.shape(), q.dtype());
   chunked::check_out(kBackward, "gradient of k", gradients.k, k.shape(), k.dtype());
   chunked::check_out(kBackward, "gradient of v", gradients.v, v.shape(), v.dtype());
-  chunked::check_result(kBackward, "gradient of slopes", gradients.slopes, {q.size(1)}, state);
-  chunked::check_result(kBackward, "gradient of initial_state", gradients.initial_state,
-                        state_shape(q, v), state);
+  check_result(kBackward, "gradient of slopes", gradients.slopes, {q.size(1)}, state);
+  check_result(kBackward, "gradient of initial_state", gradients.initial_state, state_shape(q, v),
+               state);
   if (q.dtype() == DType::f64) {
     run_backward<double>(q, k, v, out_gradient, state_gradient, gradients, options, run);
   } else {

@@ -23,8 +23,8 @@ Dims z_shape(const Tensor& q) { return {q.size(0), q.size(1), q.size(3)}; }
 void check_state(const char* op, const char* s_name, const char* z_name, const LinearState& state,
                  const Tensor& q, const Tensor& v, bool normalize) {
   const DType type = wide_type(q.dtype());
-  chunked::check_result(op, s_name, state.s, s_shape(q, v), type);
-  chunked::check_result(op, z_name, state.z, z_shape(q), type);
+  check_result(op, s_name, state.s, s_shape(q, v), type);
+  check_result(op, z_name, state.z, z_shape(q), type);
   if (!normalize && state.z.defined()) {
     throw Error(std::string(op) + ": " + describe(z_name, state.z) +
                 " without normalize; only s belongs to that state");

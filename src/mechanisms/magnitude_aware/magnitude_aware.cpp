@@ -40,9 +40,9 @@ bool any_of(const State& state) {
 void check_sums(const char* op, const std::string& of, const State& state, const Tensor& q,
                 const Tensor& v) {
   const DType type = wide_type(q.dtype());
-  chunked::check_result(op, (of + " s").c_str(), state.s, s_shape(q, v), type);
-  chunked::check_result(op, (of + " k_sum").c_str(), state.k_sum, k_sum_shape(q), type);
-  chunked::check_result(op, (of + " v_sum").c_str(), state.v_sum, v_sum_shape(q, v), type);
+  check_result(op, (of + " s").c_str(), state.s, s_shape(q, v), type);
+  check_result(op, (of + " k_sum").c_str(), state.k_sum, k_sum_shape(q), type);
+  check_result(op, (of + " v_sum").c_str(), state.v_sum, v_sum_shape(q, v), type);
 }
 
 /// Tokens before this call, per batch entry.
@@ -227,7 +227,7 @@ void check_last(const State& state, const Tensor& q, const Tensor& v, const Opti
   if (any_of(state) && !options.causal)
     fail("a state is wanted without causal", "only causal calls have one");
   check_sums(kOp, "state", state, q, v);
-  chunked::check_result(kOp, "state count", state.count, {q.size(0)}, wide_type(q.dtype()));
+  check_result(kOp, "state count", state.count, {q.size(0)}, wide_type(q.dtype()));
 }
 
 }  // namespace

@@ -12,47 +12,16 @@ namespace {
 
 using tiled::kGridAxes;
 
-constexpr int64_t kMaxHeadDim = 256;
-
 std::string layout(int rank) {
   constexpr const char* kGrids[] = {"X", "Y,X", "Z,Y,X"};
   return std::string("[B,") + kGrids[rank - 1] + ",H,D]";
 }
 
-void check_operand(const char* op, const char* name, const Tensor& t, int rank,
-                   const std::string& axes, DType dtype) {
-  if (!t.defined()) fail(op, std::string(name) + " is missing", "a tensor " + axes + " is needed");
-  if (t.rank() != rank) {
-    fail(op, describe(name, t) + " has " + std::to_string(t.rank()) + " dimensions",
-         std::to_string(rank) + " are needed: " + axes);
-  }
-  if (!is_floating(t.dtype())) {
-    fail(op, describe(name, t), "float64, float32, bfloat16 or float16 is needed");
-  }
-  if (t.dtype() != dtype) {
-    fail(op, describe(name, t) + " but query is " + name_of(dtype), "give all of them one type");
-  }
-  const int64_t width = t.shape().back();
-  if (width > 1 && t.strides().back() != 1) {
-    fail(op,
-         std::string(name) + " has stride " + std::to_string(t.strides().back()) +
-             " in its last dimension",
-         "a unit stride is needed there (other dimensions may have any)");
-  }
-  if (width < 1 || width > kMaxHeadDim) {
-    fail(op, describe(name, t) + " has head dim " + std::to_string(width),
-         "1 to " + std::to_string(kMaxHeadDim) + " is supported");
-  }
-}
-
-void check_equal(const char* op, const Tensor& a, const char* a_name, const Tensor& b,
-                 const char* b_name, int a_axis, int b_axis, const std::string& what) {
-  if (a.size(a_axis) == b.size(b_axis)) return;
-  fail(op,
-       std::string(b_name) + " has " + what + " " + std::to_string(b.size(b_axis)) + " but " +
-           a_name + " has " + std::to_string(a.size(a_axis)) + " (" + describe(a_name, a) + ", " +
-           describe(b_name, b) + ")",
-       std::string("give ") + a_name + " and " + b_name + " the same " + what);
+void check_grid_rows(const char* op, const char* name, const Tensor& t, int rank,
+                     const std::string& axes, DType dtype) {
+  check_operand(op, name, t, rank, axes, axes);
+  check_same_type(op, name, t, "query", dtype);
+  check_head_dim(op, name, t);
 }
 
 void check_heads(const char* op, const Tensor& query, const Tensor& key, int axis) {
@@ -66,32 +35,28 @@ void check_heads(const char* op, const Tensor& query, const Tensor& key, int axi
 
 void check_grid_operands(const char* op, int rank, const Tensor& query, const Tensor& key,
                          const Tensor& value, const Tensor& out, const Tensor& lse) {
-  check_operand(op, "query", query, rank + 3, layout(rank), query.dtype());
-  check_operand(op, "key", key, rank + 3, layout(rank), query.dtype());
-  check_operand(op, "value", value, rank + 3, layout(rank), query.dtype());
+  check_grid_rows(op, "query", query, rank + 3, layout(rank), query.dtype());
+  check_grid_rows(op, "key", key, rank + 3, layout(rank), query.dtype());
+  check_grid_rows(op, "value", value, rank + 3, layout(rank), query.dtype());
   for (int axis = 0; axis <= rank; ++axis) {
     const std::string what =
         axis == 0 ? "batch size" : "length of grid axis " + std::to_string(axis - 1);
-    check_equal(op, query, "query", key, "key", axis, axis, what);
-    check_equal(op, query, "query", value, "value", axis, axis, what);
+    check_equal(op, "query", query, axis, "key", key, axis, what);
+    check_equal(op, "query", query, axis, "value", value, axis, what);
     if (out.defined() && out.rank() == rank + 3) {
-      check_equal(op, query, "query", out, "out", axis, axis, what);
+      check_equal(op, "query", query, axis, "out", out, axis, what);
     }
   }
-  check_equal(op, key, "key", value, "value", rank + 1, rank + 1, "number of heads");
-  check_equal(op, query, "query", key, "key", rank + 2, rank + 2, "head dim");
+  check_equal(op, "key", key, rank + 1, "value", value, rank + 1, "number of heads");
+  check_equal(op, "query", query, rank + 2, "key", key, rank + 2, "head dim");
   check_heads(op, query, key, rank + 1);
   if (out.defined()) {
-    check_operand(op, "out", out, rank + 3, layout(rank), query.dtype());
-    check_equal(op, query, "query", out, "out", rank + 1, rank + 1, "number of heads");
-    check_equal(op, value, "value", out, "out", rank + 2, rank + 2, "head dim");
+    check_grid_rows(op, "out", out, rank + 3, layout(rank), query.dtype());
+    check_equal(op, "query", query, rank + 1, "out", out, rank + 1, "number of heads");
+    check_equal(op, "value", value, rank + 2, "out", out, rank + 2, "head dim");
   }
-  if (!lse.defined()) return;
   const Dims rows(query.shape().span().first(static_cast<size_t>(rank + 2)));
-  const DType statistics = wide_type(query.dtype());
-  if (!(lse.shape() == rows) || lse.dtype() != statistics) {
-    fail(op, describe("lse", lse), to_string(rows) + " " + name_of(statistics) + " is needed");
-  }
+  check_result(op, "lse", lse, rows, wide_type(query.dtype()));
 }
 
 void check_additional(const char* op, int rank, const Tensor& query, const Tensor& key,
@@ -102,15 +67,15 @@ void check_additional(const char* op, int rank, const Tensor& query, const Tenso
     fail(op, std::string(keys.defined() ? kValues : kKeys) + " is missing",
          std::string(kKeys) + " and " + kValues + " are given together or not at all");
   }
-  check_operand(op, kKeys, keys, 4, "[B,n,Hkv,D]", query.dtype());
-  check_operand(op, kValues, values, 4, "[B,n,Hkv,Dv]", query.dtype());
-  check_equal(op, query, "query", keys, kKeys, 0, 0, "batch size");
-  check_equal(op, query, "query", values, kValues, 0, 0, "batch size");
-  check_equal(op, keys, kKeys, values, kValues, 1, 1, "number of keys");
-  check_equal(op, key, "key", keys, kKeys, rank + 1, 2, "number of heads");
-  check_equal(op, key, "key", values, kValues, rank + 1, 2, "number of heads");
-  check_equal(op, query, "query", keys, kKeys, rank + 2, 3, "head dim");
-  check_equal(op, value, "value", values, kValues, rank + 2, 3, "head dim");
+  check_grid_rows(op, kKeys, keys, 4, "[B,n,Hkv,D]", query.dtype());
+  check_grid_rows(op, kValues, values, 4, "[B,n,Hkv,Dv]", query.dtype());
+  check_equal(op, "query", query, 0, kKeys, keys, 0, "batch size");
+  check_equal(op, "query", query, 0, kValues, values, 0, "batch size");
+  check_equal(op, kKeys, keys, 1, kValues, values, 1, "number of keys");
+  check_equal(op, "key", key, rank + 1, kKeys, keys, 2, "number of heads");
+  check_equal(op, "key", key, rank + 1, kValues, values, 2, "number of heads");
+  check_equal(op, "query", query, rank + 2, kKeys, keys, 3, "head dim");
+  check_equal(op, "value", value, rank + 2, kValues, values, 3, "head dim");
 }
 
 template <class T>

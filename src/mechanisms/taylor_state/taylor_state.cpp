@@ -29,8 +29,8 @@ Dims z_shape(const Tensor& q, const TaylorOptions& options) {
 void check_state(const char* op, const char* s_name, const char* z_name, const TaylorState& state,
                  const Tensor& q, const Tensor& v, const TaylorOptions& options) {
   const DType type = wide_type(q.dtype());
-  chunked::check_result(op, s_name, state.s, s_shape(q, v, options), type);
-  chunked::check_result(op, z_name, state.z, z_shape(q, options), type);
+  check_result(op, s_name, state.s, s_shape(q, v, options), type);
+  check_result(op, z_name, state.z, z_shape(q, options), type);
 }
 
 void check(const Tensor& q, const Tensor& k, const Tensor& v, const TaylorOptions& options) {
