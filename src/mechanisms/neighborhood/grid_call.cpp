@@ -13,8 +13,8 @@ namespace {
 using tiled::kGridAxes;
 
 std::string layout(int rank) {
-  constexpr const char* kGrids[] = {"X", "Y,X", "Z,Y,X"};
-  return std::string("[B,") + kGrids[rank - 1] + ",H,D]";
+  const char* grid = rank == 1 ? "X" : rank == 2 ? "Y,X" : "Z,Y,X";
+  return std::string("[B,") + grid + ",H,D]";
 }
 
 void check_grid_rows(const char* op, const char* name, const Tensor& t, int rank,
