@@ -154,20 +154,20 @@ template <class T>
 void finish_columns(Block<T> c, int64_t keys, int64_t width, T factor, void* out, DType dtype,
                     int64_t out_stride, const int64_t* out_offsets) {
   const Full<T> d;
-  constexpr int64_t kGroup = 16 / sizeof(T), kDepth = 64;
+  constexpr int64_t kDepth = 64;
   const auto element = static_cast<int64_t>(size_of(dtype));
   HWY_ALIGN T block[hn::MaxLanes(d)][kDepth];
   for (int64_t m = 0; m < keys; m += lanes<T>()) {
     const int64_t count = HWY_MIN(lanes<T>(), keys - m);
     for (int64_t start = 0; start < width; start += kDepth) {
       const int64_t depth = HWY_MIN(kDepth, width - start);
-      for (int64_t f = 0; f < depth; f += kGroup) {
-        hn::Vec<Full<T>> rows[kGroup];
-        for (int64_t i = 0; i < kGroup; ++i) {
+      for (int64_t f = 0; f < depth; f += lanes<T>()) {
+        hn::Vec<Full<T>> rows[hn::MaxLanes(Full<T>())];
+        for (int64_t i = 0; i < lanes<T>(); ++i) {
           rows[i] = f + i < depth ? hn::LoadU(d, c.row(start + f + i) + m) : hn::Zero(d);
         }
-        transpose_group<T>(rows, [&](int64_t key, const T* group)
-                                     HWY_ATTR { hwy::CopyBytes<16>(group, &block[key][f]); });
+        transpose_square<T>(
+            rows, [&](int64_t key, auto column) HWY_ATTR { hn::Store(column, d, &block[key][f]); });
       }
       for (int64_t key = 0; key < count; ++key) {
         const int64_t offset =

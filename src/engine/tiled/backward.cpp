@@ -243,11 +243,13 @@ void Backward<T>::finish_rows_of(const HeadRows& to, int64_t s, int64_t kv_head,
     const int64_t rows = std::min(path_.query_tile, queries - begin);
     const int64_t offset = i * tile_rows_ * padded_dim_;
     const Block sum{parts[0] + offset, padded_dim_};
-    for (int64_t x = 0; x < rows * padded_dim_; ++x) {
-      T value = sum.data[x];
-      for (size_t part = 1; part < parts.size(); ++part) value += parts[part][offset + x];
-      sum.data[x] = value * static_cast<T>(factor);
+    const int64_t elements = rows * padded_dim_;
+    for (size_t part = 1; part < parts.size(); ++part) {
+      const T* more = parts[part] + offset;
+      for (int64_t x = 0; x < elements; ++x) sum.data[x] += more[x];
     }
+    const T scale = static_cast<T>(factor);
+    for (int64_t x = 0; x < elements; ++x) sum.data[x] *= scale;
     const int64_t head = kv_head * group_ + i / tiles;
     for_each_run(to, begin, begin + rows, [&](int64_t row, int64_t run, int64_t stride) {
       wide_.finish({sum.row(row - begin), sum.stride}, run, head_dim_, nullptr, to.row(head, row),
