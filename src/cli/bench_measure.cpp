@@ -36,43 +36,54 @@ NamedArrays gradients_of(const NamedArrays& results, DType dtype) {
   return make_inputs(Mechanism{}, gradients, dtype, kSeed);
 }
 
+/// One call as it was asked for. Bad arguments are found here: with the shapes that were given, and
+/// before PyTorch's composition, which may not look at them, is tried.
+struct Call {
+  Call(const BenchRow& row, const RunOptions& options_of_run)
+      : inputs(make_inputs(*row.mechanism, row.example, row.dtype, 1)),
+        in(views(inputs)),
+        options(Spec::parse_options(row.example.options)),
+        run(options_of_run),
+        results(row.mechanism->forward(in, options, run)) {}
+
+  const NamedArrays inputs;
+  const NamedTensors in;
+  const Spec options;
+  const RunOptions& run;
+  const NamedArrays results;
+};
+
 /// The two calls to time: heed's, and PyTorch's where it has one.
 struct Calls {
   std::function<void()> heed, peer;
 };
 
-Calls forward_calls(BenchRow& row, const NamedTensors& in, const Spec& options,
-                    const RunOptions& run, const std::optional<Peer>& peer) {
-  row.bytes = bytes_of(in) + bytes_of(row.mechanism->forward(in, options, run));
-  return {[&row, &in, &options, &run] { row.mechanism->forward(in, options, run); },
+Calls forward_calls(BenchRow& row, const Call& call, const std::optional<Peer>& peer) {
+  row.bytes = bytes_of(call.in) + bytes_of(call.results);
+  return {[&row, &call] { row.mechanism->forward(call.in, call.options, call.run); },
           peer ? peer->compute : std::function<void()>()};
 }
 
-Calls backward_calls(BenchRow& row, const NamedTensors& in, const Spec& options,
-                     const RunOptions& run, const std::optional<Peer>& peer) {
-  const NamedArrays results = row.mechanism->forward(in, options, run);
-  const auto gradients = std::make_shared<const NamedArrays>(gradients_of(results, row.dtype));
+Calls backward_calls(BenchRow& row, const Call& call, const std::optional<Peer>& peer) {
+  const auto gradients = std::make_shared<const NamedArrays>(gradients_of(call.results, row.dtype));
   NamedTensors given = views(*gradients);
-  for (const auto& [name, array] : results) given.emplace(name, Tensor());  // undefined: zero
-  const BackwardCall call = prepare_backward(*row.mechanism, in, options, run);
+  for (const auto& [name, array] : call.results) given.emplace(name, Tensor());  // undefined: zero
+  const BackwardCall backward = prepare_backward(*row.mechanism, call.in, call.options, call.run);
   row.operations *= 2;  // each product has two gradients
-  row.bytes = bytes_of(in) + bytes_of(given) + bytes_of(call(given));
+  row.bytes = bytes_of(call.in) + bytes_of(given) + bytes_of(backward(given));
   if (peer) peer->prepare_backward(given.at("out"));  // all that PyTorch composes have one
-  return {[call, given, gradients] { call(given); },
+  return {[backward, given, gradients] { backward(given); },
           peer ? peer->backward : std::function<void()>()};
 }
 
-void time_row(BenchRow& row, const BenchArguments& arguments, const RunOptions& run,
+void time_row(BenchRow& row, const Call& call, const BenchArguments& arguments,
               Rooflines& rooflines) {
-  const NamedArrays inputs = make_inputs(*row.mechanism, row.example, row.dtype, 1);
-  const NamedTensors in = views(inputs);
-  const Spec options = Spec::parse_options(row.example.options);
-  row.path = chosen_path(*row.mechanism, in, run);
-  row.operations = visible_operations(*row.mechanism, in, options);
+  row.path = chosen_path(*row.mechanism, call.in, call.run);
+  row.operations = visible_operations(*row.mechanism, call.in, call.options);
   std::optional<Peer> peer;
-  if (!arguments.versus.empty()) peer = find_peer(*row.mechanism, in, options, run);
+  if (!arguments.versus.empty()) peer = find_peer(*row.mechanism, call.in, call.options, call.run);
   const auto make = row.pass == Pass::forward ? forward_calls : backward_calls;
-  const Calls calls = make(row, in, options, run, peer);
+  const Calls calls = make(row, call, peer);
   row.roof = rooflines.roof(row.dtype, row.operations, row.bytes);
   if (!peer) {
     row.heed = time_calls({calls.heed}, arguments.seconds)[0];
@@ -121,9 +132,10 @@ int measure(std::vector<BenchRow>& rows, const BenchArguments& arguments, Roofli
   std::erase_if(rows, [&](BenchRow& row) {
     progress.show(done++, count, row.mechanism->name + " " + row.example.options);
     try {
+      const Call call(row, run);
       checks.check(row);
       if (row.wrong.empty()) {
-        time_row(row, arguments, run, rooflines);
+        time_row(row, call, arguments, rooflines);
         return false;
       }
     } catch (const Error& error) {

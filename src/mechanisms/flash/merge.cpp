@@ -1,10 +1,14 @@
+#include <algorithm>
 #include <cmath>
 #include <limits>
+#include <utility>
 
 #include "base/parallel.h"
-#include "engine/tiled/problem.h"
+#include "base/round_up.h"
+#include "engine/operands.h"
 #include "heed/error.h"
 #include "heed/flash_attention.h"
+#include "kernels/row_maps.h"
 
 namespace heed {
 
@@ -13,9 +17,7 @@ namespace {
 void check_merge_side(const char* out_name, const Tensor& out, const char* lse_name,
                       const Tensor& lse, const Tensor& like) {
   const std::string op = "merge_attention: ";
-  if (out.rank() != 4 || !is_floating(out.dtype())) {
-    throw Error(op + describe(out_name, out) + "; [B,H,L,Dv] of a floating type is needed");
-  }
+  check_operand("merge_attention", out_name, out, 4, "[B,H,L,Dv]", "[B,H,L,Dv]");
   if (!(out.shape() == like.shape()) || out.dtype() != like.dtype()) {
     throw Error(op + describe(out_name, out) + " but " + describe("out_a", like) +
                 "; give both results the same shape and type");
@@ -28,27 +30,9 @@ void check_merge_side(const char* out_name, const Tensor& out, const char* lse_n
   }
 }
 
+// The log-sum-exp of a row that saw no key.
 template <class T>
-double load(const Tensor& t, std::initializer_list<int64_t> index) {
-  const std::byte* p = t.at(index);
-  if constexpr (std::is_same_v<T, bfloat16> || std::is_same_v<T, float16>) {
-    return to_float(*reinterpret_cast<const T*>(p));
-  } else {
-    return *reinterpret_cast<const T*>(p);
-  }
-}
-
-template <class T>
-void store(const Tensor& t, std::initializer_list<int64_t> index, double value) {
-  std::byte* p = t.at(index);
-  if constexpr (std::is_same_v<T, bfloat16>) {
-    *reinterpret_cast<T*>(p) = to_bfloat16(static_cast<float>(value));
-  } else if constexpr (std::is_same_v<T, float16>) {
-    *reinterpret_cast<T*>(p) = to_float16(static_cast<float>(value));
-  } else {
-    *reinterpret_cast<T*>(p) = static_cast<T>(value);
-  }
-}
+constexpr T kNothing = -std::numeric_limits<T>::infinity();
 
 struct AttentionView {
   const Tensor &out, &lse;
@@ -57,93 +41,138 @@ struct AttentionView {
 // Shares of two sides in their merged result, which keep what a sum of large logarithms would lose.
 struct Shares {
   Shares(double a, double b) {
-    constexpr double kNothing = -std::numeric_limits<double>::infinity();
-    const double most = std::max(a, b), pivot = most == kNothing ? 0 : most;
-    const double a_part = std::exp(a - pivot), b_part = std::exp(b - pivot);
-    const double sum = a_part + b_part;
-    lse = pivot + std::log(sum);
-    side_a = a == kNothing ? 0 : a_part / sum;
-    side_b = b == kNothing ? 0 : b_part / sum;
+    // Of the larger and the smaller sum, in units of the larger.
+    const double small = a == b ? 1 : std::exp(-std::abs(a - b)), sum = 1 + small;
+    side_a = a == kNothing<double> ? 0 : (a < b ? small : 1) / sum;
+    side_b = b == kNothing<double> ? 0 : (b < a ? small : 1) / sum;
+    lse = std::max(a, b) + std::log(sum);
   }
   double side_a, side_b, lse;
 };
 
-// One row: T is the type of out, S of lse.
-template <class T, class S>
-void merge_row(const Tensor& out_a, const Tensor& lse_a, const Tensor& out_b, const Tensor& lse_b,
-               const Tensor& out, const Tensor& lse, int64_t b, int64_t h, int64_t i) {
-  constexpr double kNothing = -std::numeric_limits<double>::infinity();
-  const double a_sum = load<S>(lse_a, {b, h, i}), b_sum = load<S>(lse_b, {b, h, i});
-  const Shares shares(a_sum, b_sum);
-  for (int64_t f = 0; f < out.size(3); ++f) {
-    // A side that saw no key has out = 0 by contract; it is left out whatever it holds.
-    double value = 0;
-    if (a_sum != kNothing) value += shares.side_a * load<T>(out_a, {b, h, i, f});
-    if (b_sum != kNothing) value += shares.side_b * load<T>(out_b, {b, h, i, f});
-    store<T>(out, {b, h, i, f}, value);
+// T is the type of a computation: double for float64, else float.
+template <class T>
+class Merge {
+ public:
+  Merge(const Tensor& like, const RunOptions& run)
+      : like_(like), run_(run), maps_(kernels::row_map_kernels<T>(chosen_isa(run))) {}
+
+  void forward(const AttentionView& a, const AttentionView& b, const Tensor& out,
+               const Tensor& lse) const {
+    for_blocks([&](const Block& block) {
+      T of_a[kBlockRows], of_b[kBlockRows];
+      for (int64_t r = 0; r < block.count; ++r) {
+        const double a_sum = statistic(a.lse, block, r), b_sum = statistic(b.lse, block, r);
+        const Shares shares(a_sum, b_sum);
+        of_a[r] = static_cast<T>(shares.side_a);
+        of_b[r] = static_cast<T>(shares.side_b);
+        if (lse.defined()) statistic(lse, block, r) = static_cast<T>(shares.lse);
+      }
+      // A side that saw no key has out = 0 by contract; it is left out whatever it holds.
+      const auto seen = [&](const Tensor& side_lse) {
+        return [&](int64_t r) { return statistic(side_lse, block, r) != kNothing<T>; };
+      };
+      const auto a_seen = seen(a.lse), b_seen = seen(b.lse);
+      const auto both = [&](int64_t r) { return std::pair(a_seen(r), b_seen(r)); };
+      for_each_run(block, both, [&](const Block& run, int64_t first) {
+        const kernels::Rows x = a_seen(first) ? rows_of(a.out, run) : zeros(run);
+        const kernels::Rows y = b_seen(first) ? rows_of(b.out, run) : zeros(run);
+        maps_.combine(x, of_a + first, &y, of_b + first, nullptr, rows_out(out, run));
+      });
+    });
   }
-  if (lse.defined()) store<S>(lse, {b, h, i}, shares.lse);
-}
 
-template <class T, class S>
-void merge_all(const Tensor& out_a, const Tensor& lse_a, const Tensor& out_b, const Tensor& lse_b,
-               const Tensor& out, const Tensor& lse, const RunOptions& run) {
-  const int64_t heads = out.size(1), pairs = out.size(0) * heads;
-  parallel_for(pairs, threads_for(run, pairs), [&](int64_t pair, int) {
-    for (int64_t i = 0; i < out.size(2); ++i) {
-      merge_row<T, S>(out_a, lse_a, out_b, lse_b, out, lse, pair / heads, pair % heads, i);
-    }
-  });
-}
-
-// One side of one row: with shares w, d out_side = w dout and
-// d lse_side = w (dlse + w_other dout . (out_side - out_other)).
-template <class T, class S>
-void merge_row_backward(const Tensor& grad_out, const Tensor& grad_lse, const AttentionView& side,
-                        const AttentionView& other, const Tensor& to_out, const Tensor& to_lse,
-                        int64_t b, int64_t h, int64_t i) {
-  const Shares shares(load<S>(side.lse, {b, h, i}), load<S>(other.lse, {b, h, i}));
-  const double weight = shares.side_a;
-  double dot = 0;
-  for (int64_t f = 0; f < to_out.size(3); ++f) {
-    const double g = load<T>(grad_out, {b, h, i, f});
-    // A side without weight may hold anything.
-    if (weight != 0 && shares.side_b != 0) {
-      dot += g * (load<T>(side.out, {b, h, i, f}) - load<T>(other.out, {b, h, i, f}));
-    }
-    store<T>(to_out, {b, h, i, f}, weight == 0 ? 0 : weight * g);
+  // With shares w of the sides, d out_side = w dout and
+  // d lse_side = w (dlse + w_other dout . (out_side - out_other)).
+  void backward(const Tensor& grad_out, const Tensor& grad_lse, const AttentionView& a,
+                const AttentionView& b, const MergeGradients& to) const {
+    for_blocks([&](const Block& block) {
+      double with_a[kBlockRows], with_b[kBlockRows];
+      maps_.dots(rows_of(grad_out, block), rows_of(a.out, block), with_a);
+      maps_.dots(rows_of(grad_out, block), rows_of(b.out, block), with_b);
+      T of_a[kBlockRows], of_b[kBlockRows];
+      for (int64_t r = 0; r < block.count; ++r) {
+        const Shares shares(statistic(a.lse, block, r), statistic(b.lse, block, r));
+        of_a[r] = static_cast<T>(shares.side_a);
+        of_b[r] = static_cast<T>(shares.side_b);
+        // A side without weight may hold anything, and has no gradient.
+        const bool both = shares.side_a != 0 && shares.side_b != 0;
+        const double difference = both ? with_a[r] - with_b[r] : 0;
+        const double from_lse = grad_lse.defined() ? statistic(grad_lse, block, r) : 0;
+        const auto gradient = [&](double share, double other, double side) {
+          return static_cast<T>(share == 0 ? 0 : share * (from_lse + other * side));
+        };
+        statistic(to.lse_a, block, r) = gradient(shares.side_a, shares.side_b, difference);
+        statistic(to.lse_b, block, r) = gradient(shares.side_b, shares.side_a, -difference);
+      }
+      scale_rows(block, grad_out, of_a, to.out_a);
+      scale_rows(block, grad_out, of_b, to.out_b);
+    });
   }
-  const double from_lse = grad_lse.defined() ? load<S>(grad_lse, {b, h, i}) : 0;
-  const double sum = from_lse + shares.side_b * dot;
-  store<S>(to_lse, {b, h, i}, weight == 0 ? 0 : weight * sum);
-}
 
-template <class T, class S>
-void merge_all_backward(const Tensor& grad_out, const Tensor& grad_lse, const AttentionView& a,
-                        const AttentionView& b, const MergeGradients& to, const RunOptions& run) {
-  const int64_t heads = grad_out.size(1), pairs = grad_out.size(0) * heads;
-  parallel_for(pairs, threads_for(run, pairs), [&](int64_t pair, int) {
-    const int64_t sequence = pair / heads, h = pair % heads;
-    for (int64_t i = 0; i < grad_out.size(2); ++i) {
-      merge_row_backward<T, S>(grad_out, grad_lse, a, b, to.out_a, to.lse_a, sequence, h, i);
-      merge_row_backward<T, S>(grad_out, grad_lse, b, a, to.out_b, to.lse_b, sequence, h, i);
+ private:
+  static constexpr int64_t kBlockRows = 64;
+
+  /// Rows [begin, begin + count) of one head.
+  struct Block {
+    int64_t batch, head, begin, count;
+  };
+
+  template <class Body>
+  void for_blocks(const Body& body) const {
+    const int64_t heads = like_.size(1), rows = like_.size(2);
+    const int64_t per_head = ceil_div(rows, kBlockRows);
+    const int64_t blocks = like_.size(0) * heads * per_head;
+    parallel_for(blocks, threads_for(run_, blocks), [&](int64_t i, int) {
+      const int64_t pair = i / per_head, begin = i % per_head * kBlockRows;
+      body(Block{pair / heads, pair % heads, begin, std::min(kBlockRows, rows - begin)});
+    });
+  }
+
+  /// Calls body(run, first row of it in the block) for neighbours of the same kind.
+  template <class Kind, class Body>
+  static void for_each_run(const Block& block, const Kind& kind, const Body& body) {
+    for (int64_t first = 0, next; first < block.count; first = next) {
+      next = first + 1;
+      while (next < block.count && kind(next) == kind(first)) ++next;
+      body(Block{block.batch, block.head, block.begin + first, next - first}, first);
     }
-  });
-}
+  }
 
-// Calls body with the types of out and lse.
+  /// Rows with a share of 0 become 0, whatever x holds.
+  void scale_rows(const Block& block, const Tensor& x, const T* shares, const Tensor& to) const {
+    const auto weighs = [&](int64_t r) { return shares[r] != 0; };
+    for_each_run(block, weighs, [&](const Block& run, int64_t first) {
+      maps_.combine(weighs(first) ? rows_of(x, run) : zeros(run), shares + first, nullptr, nullptr,
+                    nullptr, rows_out(to, run));
+    });
+  }
+
+  static T& statistic(const Tensor& t, const Block& block, int64_t r) {
+    return *reinterpret_cast<T*>(t.at({block.batch, block.head, block.begin + r}));
+  }
+  static kernels::Rows rows_of(const Tensor& t, const Block& block) {
+    return {t.at({block.batch, block.head, block.begin, 0}), t.dtype(), t.stride(2), block.count,
+            t.size(3)};
+  }
+  static kernels::RowsOut rows_out(const Tensor& t, const Block& block) {
+    const kernels::Rows rows = rows_of(t, block);
+    return {const_cast<void*>(rows.data), rows.dtype, rows.stride, rows.count, rows.width};
+  }
+  kernels::Rows zeros(const Block& block) const {
+    return {zeros_.view().data(), zeros_.dtype(), 0, block.count, like_.size(3)};
+  }
+
+  const Tensor& like_;
+  const RunOptions& run_;
+  const kernels::RowMapKernels<T>& maps_;
+  const Array zeros_ = Array::zeros(like_.dtype(), {like_.size(3)});
+};
+
+// Calls body with the type of the computation.
 template <class Body>
-void with_types(DType dtype, Body&& body) {
-  switch (dtype) {
-    case DType::f64:
-      return body(double{}, double{});
-    case DType::f32:
-      return body(float{}, float{});
-    case DType::bf16:
-      return body(bfloat16{}, float{});
-    default:
-      return body(float16{}, float{});
-  }
+void with_type(DType dtype, Body&& body) {
+  return dtype == DType::f64 ? body(double{}) : body(float{});
 }
 
 }  // namespace
@@ -154,8 +183,8 @@ void merge_attention(const Tensor& out_a, const Tensor& lse_a, const Tensor& out
   check_merge_side("out_a", out_a, "lse_a", lse_a, out_a);
   check_merge_side("out_b", out_b, "lse_b", lse_b, out_a);
   check_merge_side("out", out, "lse", lse.defined() ? lse : lse_a, out_a);
-  with_types(out.dtype(), [&](auto t, auto s) {
-    merge_all<decltype(t), decltype(s)>(out_a, lse_a, out_b, lse_b, out, lse, run);
+  with_type(out.dtype(), [&](auto type) {
+    Merge<decltype(type)>(out, run).forward({out_a, lse_a}, {out_b, lse_b}, out, lse);
   });
 }
 
@@ -180,9 +209,9 @@ MergeGradients merge_attention_backward(const Tensor& grad_out, const Tensor& gr
   check_merge_side("grad_out", grad_out, "grad_lse", grad_lse.defined() ? grad_lse : lse, out_a);
   MergeGradients to{Array(out_a.dtype(), out_a.shape()), Array(lse_a.dtype(), lse_a.shape()),
                     Array(out_a.dtype(), out_a.shape()), Array(lse_a.dtype(), lse_a.shape())};
-  with_types(out.dtype(), [&](auto t, auto s) {
-    merge_all_backward<decltype(t), decltype(s)>(grad_out, grad_lse, {out_a, lse_a}, {out_b, lse_b},
-                                                 to, run);
+  with_type(out.dtype(), [&](auto type) {
+    Merge<decltype(type)>(out, run).backward(grad_out, grad_lse, {out_a, lse_a}, {out_b, lse_b},
+                                             to);
   });
   return to;
 }

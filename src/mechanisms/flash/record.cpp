@@ -436,9 +436,7 @@ Mechanism merge_record() {
                         {"LSE_B", to_nd(in.at("lse_b"))}};
     return bindings;
   };
-  m.explain = [](const NamedTensors&, const RunOptions&) {
-    return std::vector<PathAnswer>{{"portable", true, ""}};
-  };
+  m.explain = [](const NamedTensors&, const RunOptions& run) { return explain_isas(run); };
   return m;
 }
 
