@@ -60,23 +60,22 @@ class Merge {
   void forward(const AttentionView& a, const AttentionView& b, const Tensor& out,
                const Tensor& lse) const {
     for_blocks([&](const Block& block) {
+      const Statistics a_lse(a.lse, block), b_lse(b.lse, block), to_lse(lse, block);
       T of_a[kBlockRows], of_b[kBlockRows];
       for (int64_t r = 0; r < block.count; ++r) {
-        const double a_sum = statistic(a.lse, block, r), b_sum = statistic(b.lse, block, r);
-        const Shares shares(a_sum, b_sum);
+        const Shares shares(a_lse[r], b_lse[r]);
         of_a[r] = static_cast<T>(shares.side_a);
         of_b[r] = static_cast<T>(shares.side_b);
-        if (lse.defined()) statistic(lse, block, r) = static_cast<T>(shares.lse);
+        if (to_lse) to_lse[r] = static_cast<T>(shares.lse);
       }
       // A side that saw no key has out = 0 by contract; it is left out whatever it holds.
-      const auto seen = [&](const Tensor& side_lse) {
-        return [&](int64_t r) { return statistic(side_lse, block, r) != kNothing<T>; };
+      const auto both = [&](int64_t r) {
+        return std::pair(a_lse[r] != kNothing<T>, b_lse[r] != kNothing<T>);
       };
-      const auto a_seen = seen(a.lse), b_seen = seen(b.lse);
-      const auto both = [&](int64_t r) { return std::pair(a_seen(r), b_seen(r)); };
       for_each_run(block, both, [&](const Block& run, int64_t first) {
-        const kernels::Rows x = a_seen(first) ? rows_of(a.out, run) : zeros(run);
-        const kernels::Rows y = b_seen(first) ? rows_of(b.out, run) : zeros(run);
+        const auto [a_seen, b_seen] = both(first);
+        const kernels::Rows x = a_seen ? rows_of(a.out, run) : zeros(run);
+        const kernels::Rows y = b_seen ? rows_of(b.out, run) : zeros(run);
         maps_.combine(x, of_a + first, &y, of_b + first, nullptr, rows_out(out, run));
       });
     });
@@ -90,20 +89,22 @@ class Merge {
       double with_a[kBlockRows], with_b[kBlockRows];
       maps_.dots(rows_of(grad_out, block), rows_of(a.out, block), with_a);
       maps_.dots(rows_of(grad_out, block), rows_of(b.out, block), with_b);
+      const Statistics a_lse(a.lse, block), b_lse(b.lse, block), lse_gradient(grad_lse, block),
+          to_lse_a(to.lse_a, block), to_lse_b(to.lse_b, block);
       T of_a[kBlockRows], of_b[kBlockRows];
       for (int64_t r = 0; r < block.count; ++r) {
-        const Shares shares(statistic(a.lse, block, r), statistic(b.lse, block, r));
+        const Shares shares(a_lse[r], b_lse[r]);
         of_a[r] = static_cast<T>(shares.side_a);
         of_b[r] = static_cast<T>(shares.side_b);
         // A side without weight may hold anything, and has no gradient.
         const bool both = shares.side_a != 0 && shares.side_b != 0;
         const double difference = both ? with_a[r] - with_b[r] : 0;
-        const double from_lse = grad_lse.defined() ? statistic(grad_lse, block, r) : 0;
+        const double from_lse = lse_gradient ? lse_gradient[r] : 0;
         const auto gradient = [&](double share, double other, double side) {
           return static_cast<T>(share == 0 ? 0 : share * (from_lse + other * side));
         };
-        statistic(to.lse_a, block, r) = gradient(shares.side_a, shares.side_b, difference);
-        statistic(to.lse_b, block, r) = gradient(shares.side_b, shares.side_a, -difference);
+        to_lse_a[r] = gradient(shares.side_a, shares.side_b, difference);
+        to_lse_b[r] = gradient(shares.side_b, shares.side_a, -difference);
       }
       scale_rows(block, grad_out, of_a, to.out_a);
       scale_rows(block, grad_out, of_b, to.out_b);
@@ -148,9 +149,17 @@ class Merge {
     });
   }
 
-  static T& statistic(const Tensor& t, const Block& block, int64_t r) {
-    return *reinterpret_cast<T*>(t.at({block.batch, block.head, block.begin + r}));
-  }
+  /// One number of each row.
+  struct Statistics {
+    Statistics(const Tensor& t, const Block& block)
+        : data(t.defined() ? reinterpret_cast<T*>(t.at({block.batch, block.head, block.begin}))
+                           : nullptr),
+          stride(t.defined() ? t.stride(2) : 0) {}
+    T& operator[](int64_t r) const { return data[r * stride]; }
+    explicit operator bool() const { return data != nullptr; }
+    T* data;
+    int64_t stride;
+  };
   static kernels::Rows rows_of(const Tensor& t, const Block& block) {
     return {t.at({block.batch, block.head, block.begin, 0}), t.dtype(), t.stride(2), block.count,
             t.size(3)};
