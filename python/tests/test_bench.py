@@ -49,6 +49,13 @@ def test_what_has_no_backward_has_no_such_row():
     assert rows and all(row["pass"] == "forward" for row in rows)
 
 
+def test_rows_say_which_path_was_asked_for():
+    rows = bench_json("kernelized_rpe_attention", "--q", "1,1,64,16")["rows"]
+    paths = {row["options"]: row["path"] for row in rows if "path=" in row["options"]}
+    assert paths["features=nprf,path=fft"] == "fft"
+    assert paths["features=nprf,path=direct"].startswith("direct, ")
+
+
 def test_rooflines_are_bounds_from_counts():
     (row,) = bench_json("flash", "--q", "1,2,64,16", "--options", "causal=0")["rows"]
     roof = row["roofline"]
@@ -248,6 +255,9 @@ def test_measured_beside_planned():
         (["na2d", "--against-plan", "--backward"], "--backward"),
         (["na2d", "--against-plan", "--plot", "x.svg"], "--plot"),
         (["flash", "--q", "1,1,8,8", "--plot", "/nowhere/x.svg", *QUICK], "cannot write"),
+        # Found with the shapes as they are given, before PyTorch's composition writes past its end.
+        (["na1d", "--q", "2,6,3,8", "--vs", "torch", *QUICK], "from 1 to length / dilation = 6"),
+        (["decode", "--q", "2,6,100,8", *QUICK], "q [2,6,100,8] float32 has 100 queries"),
     ],
 )
 def test_bad_arguments(arguments, expected):

@@ -11,9 +11,14 @@
 namespace heed::cli {
 namespace {
 
-std::string chosen_path(const Mechanism& mechanism, const NamedTensors& in, const RunOptions& run) {
+// An option `path` of the call asks for one: "fft", or "direct" of "direct, avx512" and others.
+std::string chosen_path(const Mechanism& mechanism, const NamedTensors& in, const Spec& options,
+                        const RunOptions& run) {
+  std::string asked = options.text("path").value_or("");
+  if (asked == "auto") asked.clear();
   for (const PathAnswer& answer : mechanism.explain(in, run)) {
-    if (answer.can_run) return answer.path;
+    const bool taken = answer.path == asked || answer.can_run;
+    if (taken && answer.path.starts_with(asked)) return answer.path;
   }
   return "none";
 }
@@ -78,7 +83,7 @@ Calls backward_calls(BenchRow& row, const Call& call, const std::optional<Peer>&
 
 void time_row(BenchRow& row, const Call& call, const BenchArguments& arguments,
               Rooflines& rooflines) {
-  row.path = chosen_path(*row.mechanism, call.in, call.run);
+  row.path = chosen_path(*row.mechanism, call.in, call.options, call.run);
   row.operations = visible_operations(*row.mechanism, call.in, call.options);
   std::optional<Peer> peer;
   if (!arguments.versus.empty()) peer = find_peer(*row.mechanism, call.in, call.options, call.run);
