@@ -129,9 +129,8 @@ class Distillation {
         run_(run),
         kernels_(kernels::matrix_kernels<T>(chosen_isa(run))),
         entropy_(kernels::entropy_kernels<T>(chosen_isa(run))),
-        // Few rows where their gradients are long, so that a tile of them stays small.
-        tile_(std::clamp<int64_t>((1 << 18) / std::max<int64_t>(1, call.features), 8, 64)),
         strip_(std::min<int64_t>(2048, std::max(call.keys, call.queries))),
+        tile_(tile_rows(strip_, call.features)),
         strip_stride_(kernels::row_stride(kernels_, strip_)),
         feature_stride_(kernels::row_stride(kernels_, call.features)) {}
 
@@ -167,6 +166,13 @@ class Distillation {
 
  private:
   struct Tile;
+
+  // Many rows where strips are short: what they are multiplied with is packed once for all of them. Few
+  // where their gradients are long, so that a tile of them stays small.
+  static int64_t tile_rows(int64_t strip, int64_t features) {
+    const int64_t most = std::clamp<int64_t>((1 << 17) / std::max<int64_t>(1, strip), 64, 128);
+    return std::clamp<int64_t>((1 << 18) / std::max<int64_t>(1, features), 8, most);
+  }
 
   // Runs body(item, tile) with one tile of scratch for every thread.
   template <class Body>
@@ -311,7 +317,7 @@ class Distillation {
   const RunOptions& run_;
   const MatrixKernels<T>& kernels_;
   const kernels::EntropyKernels<T>& entropy_;
-  int64_t tile_, strip_, strip_stride_, feature_stride_;
+  int64_t strip_, tile_, strip_stride_, feature_stride_;
 };
 
 void check_features(const Tensor& fq, const Tensor& fk, const Tensor& q, const Tensor& k) {
