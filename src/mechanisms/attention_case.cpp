@@ -113,11 +113,15 @@ std::vector<ExampleCase> common_attention_cases(const std::string& options) {
       attention_case("several_tiles", {1, 1, 1, 201, 530, 24, 40}, with("causal=1")),
       attention_case("few_rows", {2, 4, 2, 3, 75, 40, 40}, with("causal=1")),
       attention_case("few_rows_many_keys", {1, 3, 1, 1, 2300, 10, 10}, with("")),
+      attention_case("heads_as_rows", {2, 40, 2, 1, 70, 24, 16}, with("")),
+      attention_case("heads_as_rows_cut", {1, 21, 1, 1, 2300, 10, 10}, with("causal=1,left=2100")),
+      attention_case("cut_along_keys", {1, 2, 1, 20, 2300, 10, 12}, with("causal=1")),
       attention_case("scale", {1, 2, 2, 30, 30, 8, 8}, with("scale=0.7")),
       attention_case("negative_scale", {1, 2, 2, 30, 30, 8, 8}, with("scale=-0.4,causal=1")),
       attention_case("zero_scale", {1, 1, 1, 30, 30, 8, 8}, with("scale=0")),
       padded_case("lengths", {4, 2, 1, 30, 45, 16, 16}, with("")),
       padded_case("lengths_causal", {4, 2, 2, 30, 45, 16, 16}, with("causal=1")),
+      padded_case("lengths_cut", {3, 1, 1, 17, 2060, 8, 8}, with("causal=1,window=1300")),
       padded_case("lengths_few_rows", {4, 2, 1, 2, 45, 16, 16}, with("causal=1,window=20")),
   };
 }

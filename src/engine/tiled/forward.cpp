@@ -6,19 +6,17 @@
 //   out = O / sum
 //
 // Key tiles start at multiples of the tile size whatever the item, and every row's sums run in key
-// order, so results do not depend on how rows are dealt out to threads. Few rows with many keys are cut
-// along the keys instead, into parts of fixed size, merged in order.
+// order, so results do not depend on how rows are dealt out to threads. Few queries with many keys are
+// cut along the keys instead, into parts of fixed size, merged in order.
 #include "engine/tiled/forward.h"
 
 #include <limits>
 
+#include "engine/tiled/fold.h"
+
 namespace heed::tiled {
 
 namespace {
-
-// Keys of one part when few rows are cut along the keys: long enough to stream, short enough that a
-// cache of a few thousand tokens keeps all cores busy.
-constexpr int64_t kPartKeys = 1024;
 
 // Query tiles during which the next key tile is asked for.
 constexpr int64_t kReadAheadTiles = 8;
@@ -48,7 +46,7 @@ void Forward<T>::plan_items() {
   for (int64_t s = 0; s < static_cast<int64_t>(problem_.sequences.size()); ++s) {
     const TilePlan& plan = sequence(s).plan;
     if (plan.queries() == 0) continue;
-    if (path_.few_rows) {
+    if (path_.part_keys > 0) {
       plan_parts(s);
       continue;
     }
@@ -60,9 +58,8 @@ void Forward<T>::plan_items() {
       end = begin;
     }
   }
-  if (path_.few_rows) {
-    most_rows_ = 0;
-    for (const Item& item : items_) most_rows_ = std::max(most_rows_, group_ * item.row_end);
+  if (path_.part_keys > 0) {
+    for (const Item& item : items_) most_rows_ = std::max(most_rows_, slots(query_tiles(item)));
     part_sums_ = Array(DType::f64, {parts_, most_rows_, kPartSums});
     part_out_ = Array(sizeof(T) == 8 ? DType::f64 : DType::f32,
                       {parts_, streams_ * most_rows_, padded_values_});
@@ -82,7 +79,7 @@ void Forward<T>::plan_parts(int64_t s) {
   const Interval seen = plan.rows(0, plan.queries());
   const int64_t first = seen.begin / tile_keys_, last = (seen.end + tile_keys_ - 1) / tile_keys_;
   const int64_t tiles = std::max<int64_t>(0, last - first);
-  int64_t part_tiles = std::max<int64_t>(1, kPartKeys / tile_keys_);
+  int64_t part_tiles = std::max<int64_t>(1, path_.part_keys / tile_keys_);
   if (problem_.splits) {
     part_tiles = std::max<int64_t>(1, (tiles + *problem_.splits - 1) / *problem_.splits);
   }
@@ -397,10 +394,12 @@ template class Forward<double>;
 void forward(const Problem& problem, const RunOptions& run) {
   const auto nothing = [](const Sequence& s) { return s.q.size(0) == 0 || s.q.size(1) == 0; };
   if (std::all_of(problem.sequences.begin(), problem.sequences.end(), nothing)) return;
-  if (problem.sequences[0].q.dtype() == DType::f64) {
-    Forward<double>(problem, run).run();
+  const std::optional<Problem> folded = heads_as_rows(problem);
+  const Problem& call = folded ? *folded : problem;
+  if (call.sequences[0].q.dtype() == DType::f64) {
+    Forward<double>(call, run).run();
   } else {
-    Forward<float>(problem, run).run();
+    Forward<float>(call, run).run();
   }
 }
 

@@ -11,8 +11,22 @@ namespace {
 // Up to this many query rows per key head, reading keys and values once matters more than products.
 constexpr int64_t kFewRows = 16;
 
+// Up to this many queries there are too few tiles of rows to keep many cores busy.
+constexpr int64_t kFewQueries = 128;
+
 bool few_rows(const CallKind& call) {
   return !call.backward && !call.scattered && call.rows_per_key_head <= kFewRows;
+}
+
+// Keys of a part: long enough to stream, and for sums over a part to be small beside it; short enough
+// that a cache of a few thousand tokens keeps all cores busy. It depends on nothing else, so neither do
+// results.
+int64_t part_keys(const CallKind& call, const Problem& problem, int64_t queries,
+                  int64_t most_keys) {
+  const int64_t keys = std::max<int64_t>(1024, 8 * call.rows_per_key_head);
+  if (few_rows(call) || problem.splits) return keys;
+  const bool cut = !call.backward && !call.scattered && queries <= kFewQueries;
+  return cut && most_keys >= 2 * keys ? keys : 0;
 }
 
 struct TileSizes {
@@ -94,6 +108,7 @@ Path choose_path(const Problem& problem, const RunOptions& run, bool backward) {
   path.query_tile = path.few_rows            ? call.rows_per_key_head
                     : problem.query_tile > 0 ? problem.query_tile
                                              : std::min(sizes.query_tile, round_up(queries, 8));
+  path.part_keys = part_keys(call, problem, queries, most_keys(problem));
   path.group_rows =
       path.few_rows ? call.rows_per_key_head : rows_per_item(problem, path.query_tile, run);
   return path;

@@ -23,6 +23,7 @@ struct Path {
   bool few_rows = false;       // products straight from unpacked keys and values
   int64_t query_tile = 0, key_tile = 0;
   int64_t group_rows = 0;  // query rows of a head that share one packed key tile
+  int64_t part_keys = 0;   // where a call is cut along the keys: keys of a part; 0: along its rows
 };
 Path choose_path(const Problem& problem, const RunOptions& run, bool backward);
 
