@@ -17,6 +17,9 @@ size_t size_of(DType dtype);
 const char* name_of(DType dtype);  // "float64", "bfloat16", ...
 constexpr bool is_floating(DType t) { return t <= DType::f16; }
 constexpr bool is_half(DType t) { return t == DType::bf16 || t == DType::f16; }
+/// The type of float or double.
+template <class T>
+inline constexpr DType dtype_of = sizeof(T) == sizeof(double) ? DType::f64 : DType::f32;
 
 /// Storage of one 16-bit float; arithmetic happens in float32.
 struct bfloat16 {

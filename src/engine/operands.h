@@ -66,14 +66,14 @@ void check_heads(const char* op, const char* name, const Tensor& t, const Tensor
 /// Row-major values in the type of the computation.
 template <class T>
 std::vector<T> contiguous_values(const Tensor& t) {
-  const Array wide = convert(t, sizeof(T) == 8 ? DType::f64 : DType::f32);
+  const Array wide = convert(t, dtype_of<T>);
   return {wide.as<T>(), wide.as<T>() + wide.count()};
 }
 
 /// Values of T rounded into a tensor of any strides and floating type.
 template <class T>
 void copy_values(const T* values, const Tensor& to) {
-  copy(Tensor(values, sizeof(T) == 8 ? DType::f64 : DType::f32, to.shape()), to);
+  copy(Tensor(values, dtype_of<T>, to.shape()), to);
 }
 
 }  // namespace heed

@@ -55,8 +55,7 @@ TYPED_TEST(Chunks, WhatIsNotFiniteIsFound) {
   for_tables<T>([](const ChunkKernels<T>& k, Isa) {
     for (int64_t width : {1, 16, 37}) {
       Matrix<T> x(3, width, width + 5, 1);
-      const Rows rows{x.memory.data(), sizeof(T) == 8 ? DType::f64 : DType::f32, x.stride, 3,
-                      width};
+      const Rows rows{x.memory.data(), dtype_of<T>, x.stride, 3, width};
       for (int64_t r = 0; r < 3; ++r) x.at(r, width) = std::numeric_limits<T>::quiet_NaN();
       x.at(0, 0) = std::numeric_limits<T>::max();
       EXPECT_TRUE(k.all_finite(rows));
@@ -187,7 +186,7 @@ TYPED_TEST(Chunks, StepsOfAnyWidth) {
 
 TYPED_TEST(Chunks, PanelsAreThoseOfTheTileTable) {
   using T = TypeParam;
-  constexpr DType kOwn = sizeof(T) == 8 ? DType::f64 : DType::f32;
+  constexpr DType kOwn = dtype_of<T>;
   for_tables<T>([](const ChunkKernels<T>& k, Isa isa) {
     const auto& tile = tile_kernels<T>(isa);
     for (const auto& [count, width] :

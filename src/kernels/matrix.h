@@ -61,7 +61,7 @@ const MatrixKernels<T>& matrix_kernels(Isa isa);
 /// Whether rows are what scratch matrices are: T in whole vectors.
 template <class T>
 bool are_whole(const MatrixKernels<T>& kernels, DType dtype, int64_t width) {
-  return dtype == (sizeof(T) == 8 ? DType::f64 : DType::f32) && width % kernels.lanes == 0;
+  return dtype == dtype_of<T> && width % kernels.lanes == 0;
 }
 
 /// Rows where they lie if they are whole, else loaded into the block.

@@ -34,7 +34,7 @@ TYPED_TEST_SUITE(MonomialRows, Types);
 
 TYPED_TEST(MonomialRows, MapAndPull) {
   using T = TypeParam;
-  constexpr DType kOwn = sizeof(T) == 8 ? DType::f64 : DType::f32;
+  constexpr DType kOwn = dtype_of<T>;
   constexpr int64_t kRows = 3;
   const double unit = sizeof(T) == 8 ? 1e-13 : 1e-4;
   std::mt19937 generator(1);

@@ -50,7 +50,7 @@ void check_columns(const TileKernels<T>& k, const Sizes& n, DType type,
                    const std::vector<KeyRange>* ranges) {
   Columns<T> columns(k, n, type, ranges);
   const int64_t padded = round_up(n.width, k.column_multiple), stride = round_up(n.keys, 64) + 16;
-  const Matrix start(dtype_of<T>(), padded, n.keys, stride, 5);
+  const Matrix start(dtype_of<T>, padded, n.keys, stride, 5);
   const double unit = sizeof(T) == 8 ? 1e-14 : 1e-6;
   for (bool negate : {false, true}) {
     Array c = convert(start.storage, start.storage.dtype());
@@ -90,7 +90,7 @@ TEST(TileColumns, EveryTable) {
 template <class T>
 void check_finish_columns(const TileKernels<T>& k, DType type, int64_t keys, int64_t width) {
   const int64_t stride = round_up(keys, 64) + 16, out_stride = width + 3;
-  const Matrix c(dtype_of<T>(), round_up(width, k.column_multiple), keys, stride, 5);
+  const Matrix c(dtype_of<T>, round_up(width, k.column_multiple), keys, stride, 5);
   Array out = Array::zeros(type, {keys, out_stride});
   k.finish_columns({c.storage.as<T>(), stride}, keys, width, T(-0.5), out.view().data(), type,
                    out_stride, nullptr);
@@ -123,11 +123,11 @@ void check_all_finish_columns(const TileKernels<T>& k) {
 template <class T>
 void check_scattered_columns(const TileKernels<T>& k) {
   constexpr int64_t kKeys = 21, kWidth = 19;
-  const Matrix c(dtype_of<T>(), round_up(kWidth, k.column_multiple), kKeys, 80, 5);
+  const Matrix c(dtype_of<T>, round_up(kWidth, k.column_multiple), kKeys, 80, 5);
   std::vector<int64_t> offsets;
   for (int64_t m = 0; m < kKeys; ++m) offsets.push_back((kKeys - 1 - m) * kWidth);
   offsets[3] = kNoRow;
-  Array out = Array::zeros(dtype_of<T>(), {kKeys, kWidth});
+  Array out = Array::zeros(dtype_of<T>, {kKeys, kWidth});
   k.finish_columns({c.storage.as<T>(), 80}, kKeys, kWidth, T{1}, out.view().data(), out.dtype(), 0,
                    offsets.data());
   for (int64_t m = 0; m < kKeys; ++m) {

@@ -125,7 +125,7 @@ template <class T>
 void check_weights(const TileKernels<T>& k, const WeightCase& n, const WeightShape<T>& shape,
                    const std::vector<KeyRange>* ranges) {
   const int64_t stride = round_up(n.keys, 64) + 16, padded = round_up(n.keys, k.key_multiple);
-  const Matrix scores(dtype_of<T>(), n.rows, n.keys, stride, 7);
+  const Matrix scores(dtype_of<T>, n.rows, n.keys, stride, 7);
   std::vector<std::byte> weights(static_cast<size_t>(n.rows * stride) * sizeof(T));
   std::vector<T> pivot(static_cast<size_t>(n.rows), static_cast<T>(-kInf)), sum(pivot.size(), 0),
       carry(pivot.size(), 9);
@@ -277,8 +277,8 @@ void check_sums(const TileKernels<T>& k, const Sizes& n, DType type,
   const Matrix v(type, n.keys, n.value_width, n.value_width + 1, 3);
   const int64_t rows = round_up(n.rows, k.row_multiple), stride = round_up(n.keys, 64) + 16;
   const int64_t padded = round_up(n.value_width, k.dim_multiple);
-  const Matrix p(k.half_operands ? DType::bf16 : dtype_of<T>(), rows, stride, stride, 4);
-  const Matrix o(dtype_of<T>(), rows, padded, padded, 5);
+  const Matrix p(k.half_operands ? DType::bf16 : dtype_of<T>, rows, stride, stride, 4);
+  const Matrix o(dtype_of<T>, rows, padded, padded, 5);
   Array weights = convert(p.storage, p.storage.dtype());
   Array out = convert(o.storage, o.storage.dtype());
   for (int64_t r = 0; r < rows; ++r) {
@@ -363,11 +363,11 @@ void check_few_rows(const TileKernels<T>& k, int64_t rows, int64_t width, DType 
                     DType query_type) {
   const int64_t keys = 23, padded = round_up(width, k.dim_multiple);
   const Matrix q(query_type, rows, width, padded, 1), key(type, keys, width, width + 1, 2);
-  Array queries = Array::zeros(dtype_of<T>(), {rows, padded});
+  Array queries = Array::zeros(dtype_of<T>, {rows, padded});
   copy(q.storage.view().slice(1, 0, width), queries.view().slice(1, 0, width));
   Buffer<T> s(round_up(rows, 4), 40, static_cast<T>(kNaN));
   k.dot_rows({queries.as<T>(), padded}, rows, key.rows(), s.block());
-  Array out = convert(q.storage, dtype_of<T>());
+  Array out = convert(q.storage, dtype_of<T>);
   std::vector<T> carry(static_cast<size_t>(rows), T(0.25));
   k.add_rows({s.memory.data(), s.stride}, rows, key.rows(), carry.data(), {out.as<T>(), padded});
   const auto about = std::string(k.name) + " " + name_of(type) + " width " + std::to_string(width) +
@@ -400,7 +400,7 @@ void check_all_few_rows(const TileKernels<T>& k) {
   for (int64_t rows : {1, 2, 3, 4, 5, 9, 16, 33}) {
     for (int64_t width : {1, 3, 16, 33, 64, 80, 128, 256, 300}) {
       for (DType type : input_types(k)) {
-        check_few_rows<T>(k, rows, width, type, dtype_of<T>());
+        check_few_rows<T>(k, rows, width, type, dtype_of<T>);
         check_few_rows<T>(k, rows, width, type, type);
       }
     }
@@ -421,7 +421,7 @@ void check_finish(const TileKernels<T>& k) {
                                        : std::vector<DType>{DType::f32, DType::bf16, DType::f16};
   for (DType type : types) {
     const int64_t rows = 5, width = 37, padded = 48, stride = 41;
-    Matrix o(dtype_of<T>(), rows, width, padded, 8);
+    Matrix o(dtype_of<T>, rows, width, padded, 8);
     std::vector<T> sum{2, 0, 4, T(0.5), static_cast<T>(kNaN)};
     Array out = Array::zeros(type, {rows, stride});
     k.finish({o.storage.as<T>(), padded}, rows, width, sum.data(), out.view().data(), type, stride);

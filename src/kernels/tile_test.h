@@ -17,11 +17,6 @@ namespace heed::kernels {
 inline constexpr float kNaN = std::numeric_limits<float>::quiet_NaN();
 inline constexpr float kInf = std::numeric_limits<float>::infinity();
 
-template <class T>
-DType dtype_of() {
-  return sizeof(T) == 8 ? DType::f64 : DType::f32;
-}
-
 // Rows of random numbers of any type at a stride, with their exact values.
 struct Matrix {
   Matrix(DType type, int64_t rows, int64_t columns, int64_t row_stride, uint32_t seed)
@@ -135,7 +130,7 @@ template <class T>
 Buffer<T> random_block(int64_t rows, int64_t keys, const std::vector<KeyRange>* ranges, bool masked,
                        uint32_t seed) {
   const int64_t stride = round_up(keys, 64) + 16;
-  const Matrix x(dtype_of<T>(), rows, keys, stride, seed);
+  const Matrix x(dtype_of<T>, rows, keys, stride, seed);
   Buffer<T> block(rows, stride, static_cast<T>(kNaN));
   for (int64_t r = 0; r < rows; ++r) {
     for (int64_t m = 0; m < keys; ++m) {
@@ -148,7 +143,7 @@ Buffer<T> random_block(int64_t rows, int64_t keys, const std::vector<KeyRange>* 
 
 template <class T>
 std::vector<T> random_row(int64_t n, uint32_t seed) {
-  const Matrix x(dtype_of<T>(), 1, n, n, seed);
+  const Matrix x(dtype_of<T>, 1, n, n, seed);
   return {x.exact.begin(), x.exact.end()};
 }
 

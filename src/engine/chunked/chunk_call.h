@@ -201,7 +201,7 @@ class ChunkCall {
   /// The same of rows whose features for denominators, if any, are psi: those in `block` are overwritten.
   kernels::Block<const T> features_after_sums(const Source<T>& source, kernels::Block<const T> psi,
                                               int64_t first, int64_t count, Block block) const;
-  static constexpr DType kType = sizeof(T) == 8 ? DType::f64 : DType::f32;
+  static constexpr DType kType = dtype_of<T>;
   /// Whether rows are what packing them would make of them.
   bool lies_packed(const Rows& x, int64_t multiple) const {
     return x.dtype == (half_ ? DType::bf16 : kType) && x.width == x.stride &&

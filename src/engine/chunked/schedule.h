@@ -202,7 +202,7 @@ class Schedule {
 
   void parallel_total() const {
     const int64_t lanes = shape_.lanes, size = shape_.size;
-    Array memory(sizeof(T) == 8 ? DType::f64 : DType::f32, {parts() + 1, lanes, size});
+    Array memory(dtype_of<T>, {parts() + 1, lanes, size});
     T* states = memory.as<T>();
     T* sums = states + lanes * size;
     with_memory(lanes * parts(), [&](int64_t item, std::byte* scratch) {
@@ -249,7 +249,7 @@ class Schedule {
   void shared() const {
     const int64_t chunks = block_chunks(), parts = block_parts(), states = all_states();
     const int64_t starts = std::max<int64_t>(parts - 2, 0);
-    Array memory(sizeof(T) == 8 ? DType::f64 : DType::f32, {2 + starts + chunks, states});
+    Array memory(dtype_of<T>, {2 + starts + chunks, states});
     for (const Tensor* result : shape_.results) populate(*result, shape_.threads);
     Block block;
     block.before = memory.as<T>();

@@ -88,7 +88,7 @@ void Backward<T>::prepare_rows() {
     row_base_.push_back(total);
     total += s.q.size(0) * s.plan.queries();
   }
-  const DType type = sizeof(T) == 8 ? DType::f64 : DType::f32;
+  const DType type = dtype_of<T>;
   for (Array* rows : {&pivot_, &shift_}) *rows = Array::zeros(type, {total});
   if (second_) {
     for (Array* rows : {&t_mean_, &dot_out_, &dot_mean_}) *rows = Array::zeros(type, {total});
@@ -189,7 +189,7 @@ void Backward<T>::plan_units() {
 
 template <class T>
 typename Backward<T>::RowGradients Backward<T>::make_row_gradients(const Unit& unit) const {
-  const DType type = sizeof(T) == 8 ? DType::f64 : DType::f32;
+  const DType type = dtype_of<T>;
   const Dims shape{group_ * query_tiles(unit.sequence) * tile_rows_, padded_dim_};
   RowGradients rows{Array::zeros(type, shape), {}};
   if (second_) rows.r = Array::zeros(type, shape);

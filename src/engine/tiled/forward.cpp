@@ -61,8 +61,7 @@ void Forward<T>::plan_items() {
   if (path_.part_keys > 0) {
     for (const Item& item : items_) most_rows_ = std::max(most_rows_, slots(query_tiles(item)));
     part_sums_ = Array(DType::f64, {parts_, most_rows_, kPartSums});
-    part_out_ = Array(sizeof(T) == 8 ? DType::f64 : DType::f32,
-                      {parts_, streams_ * most_rows_, padded_values_});
+    part_out_ = Array(dtype_of<T>, {parts_, streams_ * most_rows_, padded_values_});
     return;
   }
   // Long items first: later rows see more keys under a causal mask.

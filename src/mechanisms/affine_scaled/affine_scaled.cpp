@@ -45,7 +45,7 @@ AffineScaledGradients gradients(const Tensor& grad_out, const Call& call, const 
   to.k = Array(in.k.dtype(), in.k.shape());
   to.v = Array(in.v.dtype(), in.v.shape());
   affine_scaled::MeanMix<T> mix(in);
-  const DType wide = sizeof(T) == 8 ? DType::f64 : DType::f32;
+  const DType wide = dtype_of<T>;
   // The engine multiplies bfloat16 rows with bfloat16 rows; float16 might overflow where float32 does not.
   Array scaled(in.q.dtype() == DType::bf16 ? DType::bf16 : wide, grad_out.shape());
   mix.scale_gradients(grad_out, softmax_out, scaled);

@@ -163,7 +163,7 @@ TEST(AffineScaled, AlmostUniformAttentionKeepsItsContrast) {
     const Array mean = exact(in.alpha_mean), g = random_array(type, {2, 4, 64, 12}, 9);
     const auto run = [](const Tensor& grad_out, const Tensor& rows, const Tensor& keys,
                         const Tensor& values_, const Tensor& a, const Tensor& m) {
-      const DType wide = rows.dtype() == DType::f64 ? DType::f64 : DType::f32;
+      const DType wide = wide_type(rows.dtype());
       Array out(rows.dtype(), grad_out.shape()), softmax(wide, grad_out.shape());
       Array lse(wide, {2, 4, 64});
       affine_scaled_attention(rows, keys, values_, a, m, out, softmax, lse, {});

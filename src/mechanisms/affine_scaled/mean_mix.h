@@ -36,7 +36,7 @@ class MeanMix {
 
  private:
   using Block = kernels::Block<T>;
-  static constexpr DType kType = sizeof(T) == 8 ? DType::f64 : DType::f32;
+  static constexpr DType kType = dtype_of<T>;
   static constexpr int64_t kItemRows = 256;  // between two sums from scratch
   static constexpr int64_t kBlockRows = 64;  // whose means stay in the first-level cache
 

@@ -105,7 +105,7 @@ class Convolution {
   /// [sets, D, count] as [sets, count, padded D].
   std::vector<T> transposed(const Tensor& parameter, int64_t count) const {
     if (dim_ == 0) return {};
-    const Array plain = convert(parameter, sizeof(T) == 8 ? DType::f64 : DType::f32);
+    const Array plain = convert(parameter, dtype_of<T>);
     const int64_t rows = plain.count() / count;
     std::vector<T> values(static_cast<size_t>(rows / dim_ * count * padded_));
     for (int64_t row = 0; row < rows; ++row) {

@@ -44,7 +44,7 @@ TEST(Distillation, SameBitsForAnyThreadCount) {
   for (DType type : {DType::f64, DType::f32, DType::bf16, DType::f16}) {
     for (int64_t keys : {300, 2200}) {
       const Call call(type, 150, keys);
-      const Array gradient = one(type == DType::f64 ? DType::f64 : DType::f32);
+      const Array gradient = one(wide_type(type));
       const auto backward = [&](int threads) {
         return attention_distillation_loss_backward(gradient, call.q, call.k, call.fq, call.fk,
                                                     {.causal = true}, {.threads = threads});

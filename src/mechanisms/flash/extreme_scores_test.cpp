@@ -50,7 +50,7 @@ TEST(Flash, ScoresBeyondTheRangeOfExponentsChooseOneKey) {
       const Array k = random_array(type, {1, 1, keys, 24}, 2, size),
                   v = random_array(type, {1, 1, keys, 8}, 3);
       const Array g = random_array(type, {1, 2, queries, 8}, 4);
-      const Array slopes = random_array(type == DType::f64 ? DType::f64 : DType::f32, {2}, 5);
+      const Array slopes = random_array(wide_type(type), {2}, 5);
       // Of each query: the key of the largest score.
       const Array wide_q = convert(q, DType::f64), wide_k = convert(k, DType::f64);
       Array needed = Array::zeros(DType::f64, {1, 2, queries, 8});

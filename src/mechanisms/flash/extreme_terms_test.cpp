@@ -40,7 +40,7 @@ TEST(Flash, ExtremeFiniteBiasesStayFinite) {
                   k = random_array(type, {1, 2, 70, 24}, 2);
       const Array v = random_array(type, {1, 2, 70, 8}, 3),
                   g = random_array(type, {1, 2, queries, 8}, 4);
-      const Array slopes = random_array(type == DType::f64 ? DType::f64 : DType::f32, {2}, 5);
+      const Array slopes = random_array(wide_type(type), {2}, 5);
       for (Isa isa : available_isas()) {
         RunOptions run;
         run.isa = isa;
@@ -152,8 +152,7 @@ TEST(Flash, ExtremeFiniteSinksTakeAllOrNothing) {
                   k = random_array(type, {1, 2, 70, 24}, 2);
       const Array v = random_array(type, {1, 2, 70, 8}, 3),
                   g = random_array(type, {1, 2, queries, 8}, 4);
-      const Array lse_gradient =
-          filled(type == DType::f64 ? DType::f64 : DType::f32, {1, 2, queries}, 1);
+      const Array lse_gradient = filled(wide_type(type), {1, 2, queries}, 1);
       for (Isa isa : available_isas()) {
         RunOptions run;
         run.isa = isa;
@@ -216,7 +215,7 @@ int64_t winner(int64_t query, int64_t queries, int64_t keys, bool falls) {
 TEST(Flash, ExtremeFiniteSlopesChooseTheNearestOrFarthestKey) {
   constexpr int64_t kKeys = 70;
   for (DType type : {DType::f64, DType::f32, DType::bf16}) {
-    const DType slope_type = type == DType::f64 ? DType::f64 : DType::f32;
+    const DType slope_type = wide_type(type);
     for (int64_t queries : {1, 5, 70}) {
       const Array q = random_array(type, {1, 2, queries, 24}, 1),
                   k = random_array(type, {1, 2, kKeys, 24}, 2);

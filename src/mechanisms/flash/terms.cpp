@@ -175,7 +175,7 @@ Visit FlashTerms::visit(const TileAt& at) const {
 
 template <class T>
 void FlashTerms::add_bias(const TileAt& at, Block<T> s) const {
-  constexpr DType kType = sizeof(T) == 8 ? DType::f64 : DType::f32;
+  constexpr DType kType = dtype_of<T>;
   const DType type = bias_.dtype();
   if (bias_.stride(3) == 1 && (type == kType || (kType == DType::f32 && is_half(type)))) {
     const kernels::Rows rows{bias_.at({at.sequence, at.head, at.row, at.key}), type,
@@ -226,7 +226,7 @@ void FlashTerms::shape(const TileAt& at, Block<float> s) const { shape_tile(at, 
 void FlashTerms::shape(const TileAt& at, Block<double> s) const { shape_tile(at, s); }
 
 void FlashTerms::begin_gradient(int lanes) {
-  const DType type = bias_.dtype() == DType::f64 ? DType::f64 : DType::f32;
+  const DType type = wide_type(bias_.dtype());
   const int buffers = one_buffer_ ? 1 : lanes;
   for (int i = 0; i < buffers; ++i) sums_.push_back(Array::zeros(type, bias_shape_));
 }

@@ -19,8 +19,7 @@ struct Inputs {
         k(random_array(type, {1, kv_heads, tokens, dim}, 2)),
         v(random_array(type, {1, kv_heads, tokens, values}, 3)),
         gradient(random_array(type, {1, heads, tokens, values}, 4)),
-        state(
-            random_array(type == DType::f64 ? DType::f64 : DType::f32, {1, heads, dim, values}, 5)),
+        state(random_array(wide_type(type), {1, heads, dim, values}, 5)),
         state_gradient(random_array(state.dtype(), {1, heads, dim, values}, 6)) {}
   Array q, k, v, gradient, state, state_gradient;
 };

@@ -117,8 +117,7 @@ void add_z(NamedArrays& arrays, Array z, const Tensor& q) {
   if (z.view().defined()) {
     arrays.emplace("z", std::move(z));
   } else {
-    arrays.emplace("z", Array::zeros(q.dtype() == DType::f64 ? DType::f64 : DType::f32,
-                                     {q.size(0), q.size(1), q.size(3)}));
+    arrays.emplace("z", Array::zeros(wide_type(q.dtype()), {q.size(0), q.size(1), q.size(3)}));
   }
 }
 

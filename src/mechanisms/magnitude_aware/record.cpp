@@ -187,7 +187,7 @@ NamedArrays forward_mala(const NamedTensors& in, const Spec& options, const RunO
   const Tensor &q = in.at("q"), &v = in.at("v");
   MagnitudeAwareResult result =
       magnitude_aware_linear_attention(q, in.at("k"), v, mala_options(in, options), run);
-  const DType type = q.dtype() == DType::f64 ? DType::f64 : DType::f32;
+  const DType type = wide_type(q.dtype());
   NamedArrays arrays;
   const auto add = [&](const char* name, Array& array, const Dims& shape) {
     arrays.emplace(name, array.view().defined() ? std::move(array) : Array::zeros(type, shape));

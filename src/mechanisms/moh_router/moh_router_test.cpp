@@ -150,7 +150,7 @@ TEST(MohRouter, SameBitsForAnyThreadCountAndStrides) {
     const Array x = random_array(type, {3, 400, 20}, 1), wg = random_array(type, {6, 20}, 2);
     const Array shared = random_array(type, {2, 20}, 3), group = random_array(type, {2, 20}, 4);
     const Array gradient = random_array(type, {3, 8, 400}, 5);
-    Array loss = Array(type == DType::f64 ? DType::f64 : DType::f32, Dims{});
+    Array loss = Array(wide_type(type), Dims{});
     copy(random_array(DType::f64, Dims{}, 6), loss);
     RunOptions run;
     run.threads = 1;

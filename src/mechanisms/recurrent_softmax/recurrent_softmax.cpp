@@ -71,7 +71,7 @@ Call make_call(const Tensor& q, const Tensor& k, const Tensor& v, const Tensor& 
 /// Rows of the engine's result and what the call asks of them. T is float or double.
 template <class T>
 class RowPass {
-  static constexpr DType kType = sizeof(T) == 8 ? DType::f64 : DType::f32;
+  static constexpr DType kType = dtype_of<T>;
 
  public:
   RowPass(const Tensor& core, const Tensor& statistic, const tiled::TilePlan& plan,

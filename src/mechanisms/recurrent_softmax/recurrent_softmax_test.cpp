@@ -47,7 +47,7 @@ TEST(RecurrentSoftmax, SoftmaxIsFlashAttention) {
     const AttentionResult flash = flash_attention(in.q, in.k, in.v, causal_flash());
     EXPECT_TRUE(same_bits(flash.out, recurrent_softmax_attention(in.q, in.k, in.v)));
     // Whether or not the backward's inputs are kept.
-    const DType wide = type == DType::f64 ? DType::f64 : DType::f32;
+    const DType wide = wide_type(type);
     Array out(type, flash.out.shape()), core(wide, flash.out.shape());
     Array statistic(wide, flash.lse.shape());
     recurrent_softmax_attention(in.q, in.k, in.v, out, core, statistic);

@@ -20,11 +20,6 @@ constexpr int64_t kDotRows = 8;     // up to this many query rows the table is r
 constexpr int64_t kChunkRows = 64;  // rows widened at once
 
 template <class T>
-constexpr DType type_of() {
-  return sizeof(T) == 8 ? DType::f64 : DType::f32;
-}
-
-template <class T>
 const kernels::TileKernels<T>& product_kernels(const RelativeInputs& inputs, Isa isa) {
   if constexpr (sizeof(T) == 4) {
     const auto* half = kernels::half_tile_kernels(isa);
@@ -66,8 +61,8 @@ RelativeTerms<T>::RelativeTerms(const RelativeInputs& inputs, const RunOptions& 
     table_copy_ = convert(table_, table_.dtype());
     table_ = table_copy_;
   }
-  bias_ = Array(type_of<T>(), {heads_, table_.size(0)});
-  content_ = Array(type_of<T>(), {inputs_.k.size(0), heads_, inputs_.k.size(2)});
+  bias_ = Array(dtype_of<T>, {heads_, table_.size(0)});
+  content_ = Array(dtype_of<T>, {inputs_.k.size(0), heads_, inputs_.k.size(2)});
   if (heads_ == 0) return;
   set_bias();
   set_content();
@@ -95,7 +90,7 @@ template <class T>
 void RelativeTerms<T>::set_content() {
   const int64_t keys = inputs_.k.size(2), kv_heads = inputs_.k.size(1), group = heads_ / kv_heads;
   const int64_t stride = round_up(head_dim_, wide_.dim_multiple);
-  const Array u = convert(inputs_.content_bias, type_of<T>());
+  const Array u = convert(inputs_.content_bias, dtype_of<T>);
   const int64_t items = keys == 0 ? 0 : inputs_.k.size(0) * kv_heads;
   parallel_for(items, threads_for(run_, items), [&](int64_t i, int) {
     Scratch scratch(static_cast<size_t>(group * stride) * sizeof(T));
@@ -221,7 +216,7 @@ typename RelativeTerms<T>::HeadSums& RelativeTerms<T>::sums_of(int lane, int64_t
   if (sums.bias.empty()) {
     const int64_t depth =
         round_up(head_dim_, std::max(products_.column_multiple, wide_.column_multiple));
-    sums.table = Array::zeros(type_of<T>(), {depth, band_});
+    sums.table = Array::zeros(dtype_of<T>, {depth, band_});
     sums.bias.assign(static_cast<size_t>(band_), 0);
   }
   return sums;
