@@ -39,7 +39,7 @@ int eval(const Arguments& arguments) {
   progress.clear();
   const double rate =
       result.total_seconds > 0 ? static_cast<double>(result.passed) / result.total_seconds : 0;
-  const bool complete = !guard.interrupted();
+  const bool complete = result.scored + 1 == static_cast<int64_t>(tokens.size());
   const double share =
       result.total_seconds > 0 ? result.attention_seconds / result.total_seconds : 0;
   if (arguments.json) {

@@ -42,18 +42,24 @@ Perplexity perplexity(Model& model, std::span<const int32_t> tokens,
   for (int64_t begin = 0; go_on && result.scored < total; begin += stride) {
     const int64_t end = std::min(count, begin + context);
     (void)model.truncate(0);  // leaves none
-    // Token `scored + 1` is the next to score; the row before it gives its logits.
-    const int64_t first = result.scored - begin;
-    const auto window =
-        tokens.subspan(static_cast<size_t>(begin), static_cast<size_t>(end - begin - 1));
-    model.append(window, first, [&](int64_t i, std::span<const float> logits) {
-      const int32_t next = tokens[static_cast<size_t>(begin + i + 1)];
-      sum += log_sum_exp(logits.data(), static_cast<int64_t>(logits.size())) -
-             static_cast<double>(logits[static_cast<size_t>(next)]);
-      ++result.scored;
-    });
-    result.passed += end - begin - 1;
-    if (options.on_progress) go_on = options.on_progress(result.scored, total);
+    const int64_t rows = end - begin - 1;
+    model.reserve(rows);
+    // Part by part, as the model would cut it anyway: a long window can be stopped.
+    const int64_t parts = 1 + (rows - 1) / model.chunk();
+    for (int64_t part = 0; go_on && part < parts; ++part) {
+      const int64_t from = begin + rows * part / parts, to = begin + rows * (part + 1) / parts;
+      // Token `scored + 1` is the next to score; the row before it gives its logits.
+      model.append(tokens.subspan(static_cast<size_t>(from), static_cast<size_t>(to - from)),
+                   std::max<int64_t>(0, result.scored - from),
+                   [&](int64_t i, std::span<const float> logits) {
+                     const int32_t next = tokens[static_cast<size_t>(from + i + 1)];
+                     sum += log_sum_exp(logits.data(), static_cast<int64_t>(logits.size())) -
+                            static_cast<double>(logits[static_cast<size_t>(next)]);
+                     ++result.scored;
+                   });
+      result.passed += to - from;
+      if (options.on_progress) go_on = options.on_progress(result.scored, total);
+    }
   }
   result.mean_nll = sum / static_cast<double>(result.scored);
   result.perplexity = std::exp(result.mean_nll);

@@ -12,7 +12,8 @@ class Model;
 struct PerplexityOptions {
   std::optional<int64_t> context = {};  // tokens per window, 2 to the model's; none: the model's
   std::optional<int64_t> stride = {};   // between windows, 1 to context - 1; none: context / 2
-  /// Called as tokens are scored; false stops, and the result covers those scored so far.
+  /// Called after every part of a window that the model reads at once (Model::chunk()), with the tokens
+  /// scored so far; false stops, and the result covers those.
   std::function<bool(int64_t scored, int64_t total)> on_progress = {};
 };
 

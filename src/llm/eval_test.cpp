@@ -72,6 +72,32 @@ TEST(Perplexity, StopsWhenAsked) {
   EXPECT_TRUE(std::isfinite(part.perplexity));
 }
 
+TEST(Perplexity, StopsWithinAWindow) {
+  const GgufFile file = stories_file();
+  Model model(file, {.context = 800,
+                     .attention = {find_mechanism("flash_attention").model_attention({}, {})}});
+  std::vector<int32_t> tokens = text_tokens(file);
+  while (tokens.size() < 601) tokens.push_back(tokens[tokens.size() - 60]);
+  tokens.resize(601);  // 600 rows: two parts of 300
+  std::vector<int64_t> calls;
+  const Perplexity part = perplexity(model, tokens, {{}, {}, [&](int64_t n, int64_t) {
+                                                       calls.push_back(n);
+                                                       return false;
+                                                     }});
+  EXPECT_EQ(calls, (std::vector<int64_t>{300}));
+  EXPECT_EQ(part.scored, 300);
+  EXPECT_EQ(part.passed, 300);
+  // The first part of a second window may be known already.
+  calls.clear();
+  const Perplexity all = perplexity(model, tokens, {580, 30, [&](int64_t n, int64_t) {
+                                                      calls.push_back(n);
+                                                      return true;
+                                                    }});
+  EXPECT_EQ(calls, (std::vector<int64_t>{289, 579, 579, 600}));
+  EXPECT_EQ(all.passed, 579 + 570);
+  EXPECT_TRUE(std::isfinite(all.perplexity));
+}
+
 TEST(Perplexity, Refusals) {
   const GgufFile file = stories_file();
   Model model(file, plain_options());
