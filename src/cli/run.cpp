@@ -50,9 +50,8 @@ std::string memory_text(const Model& model) {
 }
 
 void print_statistics(const GenerateResult& result, const Model& model) {
-  std::string line =
-      fmt::format("prompt {} tokens, {:.1f} tokens/s", result.prompt_tokens - result.reused_tokens,
-                  result.prefill_tokens_per_s());
+  std::string line = fmt::format("prompt {} tokens, {:.1f} tokens/s", result.read_tokens,
+                                 result.prefill_tokens_per_s());
   if (result.reused_tokens > 0)
     line += fmt::format(" ({} more known already)", result.reused_tokens);
   line += fmt::format("; answer {} tokens", result.tokens.size());

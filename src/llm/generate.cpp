@@ -26,7 +26,7 @@ const char* name_of(StopReason reason) {
 }
 
 double GenerateResult::prefill_tokens_per_s() const {
-  return ratio(static_cast<double>(prompt_tokens - reused_tokens), prefill_seconds);
+  return ratio(static_cast<double>(read_tokens), prefill_seconds);
 }
 double GenerateResult::decode_tokens_per_s() const {
   return ratio(static_cast<double>(decoded_tokens), decode_seconds);
@@ -57,6 +57,7 @@ bool Generator::read_prompt(std::span<const int32_t> prompt, const GenerateOptio
     const auto chunk = prompt.subspan(begin, end - begin);
     model_.append(chunk);
     cached_.insert(cached_.end(), chunk.begin(), chunk.end());
+    result.read_tokens += static_cast<int64_t>(chunk.size());
     if (options.on_prompt && !options.on_prompt(static_cast<int64_t>(end), total)) return false;
   }
   model_.mark();  // the next prompt may part from this one within the answer

@@ -34,8 +34,9 @@ struct GenerateResult {
   StopReason stop = StopReason::max_tokens;
   int64_t prompt_tokens = 0;
   int64_t reused_tokens = 0;   // of the prompt, still known from the call before
+  int64_t read_tokens = 0;     // of the prompt, the others; fewer where reading was cancelled
   int64_t decoded_tokens = 0;  // passes of one token through the model
-  double prefill_seconds = 0;  // prompt tokens that were not reused, up to the first logits
+  double prefill_seconds = 0;  // of the tokens read, up to the first logits
   double decode_seconds = 0;   // the decoded tokens and the choice of every token
   double attention_seconds = 0;
 

@@ -91,6 +91,25 @@ TEST(Generate, StopsWhereItShould) {
   EXPECT_TRUE(result.tokens.empty());
 }
 
+TEST(Generate, ACancelledPromptCountsTheTokensRead) {
+  const GgufFile file = stories_file();
+  Model model(file, {.context = 1600,
+                     .attention = {find_mechanism("flash_attention").model_attention({}, {})}});
+  Generator generator(model);
+  const std::vector<int32_t> prompt(1500, 5);  // three parts of 500
+  GenerateOptions options = at_most(1);
+  options.on_prompt = [](int64_t done, int64_t) { return done < 1000; };
+  const GenerateResult part = generator.generate(prompt, options);
+  EXPECT_EQ(part.stop, StopReason::cancelled);
+  EXPECT_EQ(part.prompt_tokens, 1500);
+  EXPECT_EQ(part.read_tokens, 1000);
+  EXPECT_NEAR(part.prefill_tokens_per_s() * part.prefill_seconds, 1000, 1e-6);
+
+  const GenerateResult rest = generator.generate(prompt, at_most(1));
+  EXPECT_EQ(rest.reused_tokens, 1000);
+  EXPECT_EQ(rest.read_tokens, 500);
+}
+
 TEST(Generate, CommonStartOfPromptsIsReused) {
   const GgufFile file = stories_file();
   const Tokenizer tokenizer(file);
