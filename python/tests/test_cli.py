@@ -217,6 +217,11 @@ def test_bad_arguments_of_check():
     assert "found '-1', needed a whole number" in error_of("check", "--seed", "-1")
     assert "needed a whole number" in error_of("run", "--seed", "99999999999999999999")
     assert "needed a whole number" in error_of("run", "--max-tokens", "-1")
+    assert "found '0', needed a whole number from 1" in error_of("check", "--threads", "0")
+    # One that overflows is not the largest that fits, nor is 0x10 one that people count with.
+    for option in ("--context", "--top-k", "--threads"):
+        assert option in error_of("run", option, "99999999999999999999")
+        assert "needed a whole number" in error_of("run", option, "0x10")
 
 
 def test_explain():
@@ -319,6 +324,11 @@ def test_run_continues_a_text():
                  "Once upon a time", "--max-tokens", "20")  # fmt: skip
     assert plain.stdout == answer["text"] + "\n"
     assert "tokens/s" in plain.stderr and "attention" in plain.stderr
+
+
+def test_numbers_are_decimal():
+    answer = stories("-p", "Once upon a time", "--max-tokens", "010")
+    assert len(answer["tokens"]) == 10
 
 
 def test_run_takes_prompts_from_files_and_pipes(tmp_path):

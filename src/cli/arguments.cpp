@@ -75,13 +75,17 @@ DType parse_dtype(std::string_view text) {
               "; known: " + joined(known));
 }
 
-CLI::Validator whole_number() {
-  return {[](std::string& text) -> std::string {
+CLI::Validator whole_number(int64_t least) {
+  return {[least](std::string& text) -> std::string {
             int64_t value = 0;
             const auto [stop, error] =
                 std::from_chars(text.data(), text.data() + text.size(), value);
-            if (error == std::errc{} && stop == text.data() + text.size() && value >= 0) return "";
-            return "found '" + text + "', needed a whole number from 0 to 2^63 - 1";
+            if (error == std::errc{} && stop == text.data() + text.size() && value >= least) {
+              text = std::to_string(value);  // what parses it next takes 010 for eight
+              return "";
+            }
+            return "found '" + text + "', needed a whole number from " + std::to_string(least) +
+                   " to 2^63 - 1";
           },
           ""};
 }

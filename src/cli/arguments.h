@@ -1,5 +1,6 @@
 // Arguments that several commands read the same way.
 #pragma once
+#include <cstdint>
 #include <optional>
 #include <string>
 #include <string_view>
@@ -17,8 +18,9 @@ namespace heed::cli {
 Dims parse_shape(std::string_view option, std::string_view text);
 /// Long and short names: float32 or f32; throws Error naming the nearest.
 DType parse_dtype(std::string_view text);
-/// For options that count: refuses what is no whole number from 0 to 2^63 - 1.
-CLI::Validator whole_number();
+/// The transform of options that count: refuses what is no whole number, in decimal, from `least` to
+/// 2^63 - 1.
+CLI::Validator whole_number(int64_t least);
 /// All instruction sets for none; throws Error where this machine cannot run the one asked for.
 std::vector<Isa> isas_to_use(const std::string& text);
 /// Applies --threads where it was given; throws Error below 1.

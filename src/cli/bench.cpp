@@ -149,7 +149,7 @@ void add_bench(CLI::App& app, Outcome& outcome) {
   command->add_option("--dtype", a->dtypes, "f64, f32, bf16, f16")
       ->delimiter(',')
       ->capture_default_str();
-  command->add_option("--threads", a->threads, "Threads of a call");
+  command->add_option("--threads", a->threads, "Threads of a call")->transform(whole_number(1));
   command->add_option("--isa", a->isa, "Force this path: portable, avx2, avx512, amx");
   command->add_option("--seconds", a->seconds, "Time to measure each kernel")
       ->check(CLI::Range(0.001, 3600.0))

@@ -183,9 +183,10 @@ void add_check(CLI::App& app, Outcome& outcome) {
       ->add_option("--layout", arguments->layouts, "Only these: contiguous, tokens_first, padded")
       ->delimiter(',');
   command->add_option("--seed", arguments->seed, "Seed of the inputs")
-      ->check(whole_number())
+      ->transform(whole_number(0))
       ->capture_default_str();
-  command->add_option("--threads", arguments->threads, "Threads of a call");
+  command->add_option("--threads", arguments->threads, "Threads of a call")
+      ->transform(whole_number(1));
   command->add_flag("--all", arguments->all,
                     "Every result and layout instead of the worst of them");
   command->add_flag("--json", arguments->json, "JSON, every result and layout");

@@ -5,6 +5,7 @@
 
 #include <memory>
 
+#include "cli/arguments.h"
 #include "cli/commands.h"
 #include "cli/language_model.h"
 #include "cli/terminal.h"
@@ -22,9 +23,6 @@ struct Arguments {
 
 int eval(const Arguments& arguments) {
   const std::string text = read_text("--text", arguments.text);
-  if (arguments.stride && *arguments.stride < 1) {
-    throw Error("--stride: found " + std::to_string(*arguments.stride) + ", needed at least 1");
-  }
   LanguageModel loaded = load_model(arguments.model);
   const auto tokens = loaded.tokenizer->encode(text);
   const InterruptGuard guard;
@@ -72,8 +70,10 @@ void add_eval(CLI::App& app, Outcome& outcome) {
   command->add_option("--text", arguments->text, "File with the text, - for standard input")
       ->required();
   add_model_options(*command, arguments->model, "Tokens in a window; without it the model's");
-  command->add_option("--stride", arguments->stride,
-                      "Tokens from window to window; without it half a window");
+  command
+      ->add_option("--stride", arguments->stride,
+                   "Tokens from window to window; without it half a window")
+      ->transform(whole_number(1));
   command->add_flag("--json", arguments->json, "JSON");
   command->footer("After Ctrl-C the result so far is printed and the exit code is 130.");
   command->callback([arguments, &outcome] { outcome.exit_code = eval(*arguments); });

@@ -3,6 +3,7 @@
 
 #include <memory>
 
+#include "cli/arguments.h"
 #include "cli/hardware.h"
 #include "cli/terminal.h"
 #include "hardware/accelerator.h"
@@ -243,7 +244,8 @@ void add_hardware_fusemax(CLI::App& hardware) {
   auto a = std::make_shared<Arguments>();
   command->add_option("--config", a->config, "unfused, flat, cascade, architecture or binding");
   command->add_option("--model", a->model, "bert, trxl, t5 or xlm");
-  command->add_option("--length", a->length, "Tokens; without it six lengths from 1024 to 1048576");
+  command->add_option("--length", a->length, "Tokens; without it six lengths from 1024 to 1048576")
+      ->transform(whole_number(1));
   command->add_option("--arch", a->arch, "Machine from a JSON file (heed hardware files fusemax)");
   command->add_option("--workload", a->workload,
                       "Layer from a JSON file (heed hardware files bert)");

@@ -6,6 +6,7 @@
 
 #include "cascade/ast.h"
 #include "cascade/lowered.h"
+#include "cli/arguments.h"
 #include "cli/hardware.h"
 #include "cli/terminal.h"
 #include "hardware/column.h"
@@ -290,13 +291,21 @@ void add_hardware_simulate(CLI::App& hardware) {
   auto a = std::make_shared<SimulateArguments>();
   command->add_option("--elements", a->elements, "Rows of the array, several with commas")
       ->capture_default_str();
-  command->add_option("--head-dim", a->head_dim, "Elements of a query")->capture_default_str();
-  command->add_option("--value-dim", a->value_dim, "Elements of a value; as the query without it");
-  command->add_option("--query-tiles", a->query_tiles, "Query tiles that take turns")
+  command->add_option("--head-dim", a->head_dim, "Elements of a query")
+      ->transform(whole_number(1))
       ->capture_default_str();
-  command->add_option("--key-tiles", a->key_tiles, "Key tiles")->capture_default_str();
-  command->add_option("--lead", a->lead, "Tiles of scores ahead; the best one without it");
-  command->add_option("--lag", a->lag, "Tiles that RD and RNV stay behind");
+  command->add_option("--value-dim", a->value_dim, "Elements of a value; as the query without it")
+      ->transform(whole_number(1));
+  command->add_option("--query-tiles", a->query_tiles, "Query tiles that take turns")
+      ->transform(whole_number(1))
+      ->capture_default_str();
+  command->add_option("--key-tiles", a->key_tiles, "Key tiles")
+      ->transform(whole_number(1))
+      ->capture_default_str();
+  command->add_option("--lead", a->lead, "Tiles of scores ahead; the best one without it")
+      ->transform(whole_number(0));
+  command->add_option("--lag", a->lag, "Tiles that RD and RNV stay behind")
+      ->transform(whole_number(0));
   command->add_flag("--json", a->json, "JSON");
   command->callback([a] { simulate(*a); });
 }

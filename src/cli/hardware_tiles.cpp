@@ -3,6 +3,7 @@
 
 #include <memory>
 
+#include "cli/arguments.h"
 #include "cli/hardware.h"
 #include "cli/terminal.h"
 #include "hardware/tiles.h"
@@ -208,8 +209,11 @@ void add_hardware_tiles(CLI::App& hardware) {
                    "one number for each tile)")
       ->capture_default_str();
   command->add_option("--e2e-share", a->share, "Attention's share of the whole program's time");
-  command->add_option("--steps", a->steps, "Steps of the program")->capture_default_str();
+  command->add_option("--steps", a->steps, "Steps of the program")
+      ->transform(whole_number(1))
+      ->capture_default_str();
   command->add_option("--dense-steps", a->dense_steps, "Steps that keep dense attention")
+      ->transform(whole_number(0))
       ->capture_default_str();
   command->add_flag("--search-stride", a->search,
                     "All strides that visit fewer tiles than every smaller one");

@@ -54,8 +54,9 @@ void add_model_options(CLI::App& command, ModelArguments& arguments, const char*
   command.add_option("--dtype", arguments.dtype,
                      "f32 (exact), bf16 or int4 (weights as they are quantised, activations of a "
                      "prompt rounded to int8 or bf16); without it what suits the file");
-  command.add_option("--context", arguments.context, context_help);
-  command.add_option("--threads", arguments.threads, "Threads; without it all cores");
+  command.add_option("--context", arguments.context, context_help)->transform(whole_number(1));
+  command.add_option("--threads", arguments.threads, "Threads; without it all cores")
+      ->transform(whole_number(1));
 }
 
 LanguageModel load_model(const ModelArguments& arguments) {
@@ -63,9 +64,6 @@ LanguageModel load_model(const ModelArguments& arguments) {
   ModelOptions options;
   if (arguments.dtype) options.dtype = dtype_of(*arguments.dtype);
   options.run.threads = arguments.threads;
-  if (arguments.context && *arguments.context < 1) {
-    throw Error("--context: found " + std::to_string(*arguments.context) + ", needed at least 1");
-  }
   options.context = arguments.context;
   LanguageModel loaded;
   loaded.file = std::make_unique<GgufFile>(GgufFile::open(find_model(arguments.model)));

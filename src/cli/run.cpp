@@ -201,17 +201,18 @@ void add_run(CLI::App& app, Outcome& outcome) {
   add_model_options(*command, arguments->model,
                     "Tokens of prompt and answer; without it the model's");
   command->add_option("--max-tokens", arguments->generate.max_tokens, "Longest answer")
-      ->check(whole_number())
+      ->transform(whole_number(0))
       ->capture_default_str();
   command->add_option("--temperature", sampler.temperature, "0: always the most probable token")
       ->capture_default_str();
-  command->add_option("--top-k", sampler.top_k, "Draw among this many most probable tokens");
+  command->add_option("--top-k", sampler.top_k, "Draw among this many most probable tokens")
+      ->transform(whole_number(1));
   command->add_option("--top-p", sampler.top_p, "Draw among the fewest tokens of this probability")
       ->capture_default_str();
   command->add_option("--min-p", sampler.min_p, "Draw among tokens of this share of the best's")
       ->capture_default_str();
   command->add_option("--seed", sampler.seed, "Seed of the draws")
-      ->check(whole_number())
+      ->transform(whole_number(0))
       ->capture_default_str();
   command->add_flag("--json", arguments->json, "JSON at the end instead of words as they come");
   command->footer("After Ctrl-C the statistics are printed and the exit code is 130.");
