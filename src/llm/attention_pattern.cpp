@@ -6,6 +6,8 @@
 #include <utility>
 
 #include "heed/error.h"
+#include "heed/run.h"
+#include "heed/tensor.h"
 #include "mechanisms/nearest.h"
 
 namespace heed {
@@ -61,6 +63,24 @@ std::vector<Part> parts_of(std::string_view pattern) {
   return parts;
 }
 
+// Some options are checked by nothing but a call: one token is enough.
+void try_out(const ModelAttention& attention, const ModelConfig& config) {
+  const auto zeros = [&](int64_t heads) {
+    return Array::zeros(DType::f32, {1, heads, 1, config.head_dim});
+  };
+  const Array q = zeros(config.heads), kv = zeros(config.kv_heads), out = zeros(config.heads);
+  if (attention.over_cache) {
+    attention.over_cache(q, kv, kv, out, {});
+    return;
+  }
+  std::vector<Array> arrays;
+  std::vector<Tensor> state;
+  for (const Dims& shape : attention.state_shapes) {
+    state.push_back(arrays.emplace_back(Array::zeros(DType::f32, shape)));
+  }
+  attention.over_state(q, kv, kv, out, state, {});
+}
+
 }  // namespace
 
 std::vector<ModelAttention> parse_attention(std::string_view pattern, const ModelConfig& config) {
@@ -83,6 +103,7 @@ std::vector<ModelAttention> parse_attention(std::string_view pattern, const Mode
     for (const Part& part : parts) {
       for (int64_t i = 0; i < part.count; ++i, ++at.layer) {
         layers.push_back(mechanism_for_models(part.spec).model_attention(part.spec, at));
+        if (at.layer < period && i == 0) try_out(layers.back(), config);
       }
     }
   }

@@ -72,6 +72,12 @@ TEST(AttentionPattern, MistakesNameWhatWasFoundAndNeeded) {
   expect("linear:map=elu", {"elu", "elu1"});
   expect("taylor_state:order=4", {"order", "4", "0 to 3"});
   expect("magnitude_aware_linear:width=4", {"'width'", "form, scale, eps"});
+  expect("flash/flash:window=-5", {"window", "-5"});
+  expect("3xflash:softcap=-1/3xlightning", {"softcap", "-1"});
+  expect("stochastic:window=0", {"window is 0"});
+  expect("local_linear:ridge=0", {"ridge"});
+  expect("recurrent_softmax:order=101", {"order is 101"});
+  expect("magnitude_aware_linear:form=paper,scale=2", {"scale", "paper"});
 }
 
 }  // namespace
