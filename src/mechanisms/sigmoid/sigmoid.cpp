@@ -1,3 +1,4 @@
+#include <algorithm>
 #include <cmath>
 #include <limits>
 #include <string>
@@ -37,6 +38,10 @@ tiled::Problem make_problem(const Tensor& q, const Tensor& k, const Tensor& v, c
   problem.scale = tiled::resolve_scale(kOp, options.scale, q.size(3));
   problem.policy.weight = kernels::WeightKind::sigmoid;
   problem.policy.head_bias = resolve_bias(options, q.size(1), k.size(2));
+  // An infinite one means weights of 1, and would make NaN of scores that are hidden.
+  for (double& bias : problem.policy.head_bias) {
+    bias = std::min(bias, std::numeric_limits<double>::max());
+  }
   if (options.alibi_slopes.defined()) {
     problem.policy.alibi_slope =
         tiled::per_head(kOp, "alibi_slopes", options.alibi_slopes, q.size(1));

@@ -25,7 +25,7 @@ Array sums_of(const Array& v, Counts&& counts) {
   return sums;
 }
 
-TEST(Sigmoid, ExtremeFiniteBiasesAndSlopesGiveWeightsOfZeroAndOne) {
+TEST(Sigmoid, ExtremeBiasesAndSlopesGiveWeightsOfZeroAndOne) {
   const Array q = random_array(DType::f32, {1, 1, kTokens, 12}, 1);
   const Array k = random_array(DType::f32, {1, 1, kTokens, 12}, 2);
   const Array v = random_array(DType::f32, {1, 1, kTokens, kValues}, 3);
@@ -63,6 +63,12 @@ TEST(Sigmoid, ExtremeFiniteBiasesAndSlopesGiveWeightsOfZeroAndOne) {
       options.bias = 1e6;
       expect(options, sums_of(v, [](int64_t i, int64_t m) { return m == i; }), "slopes, bias");
     }
+    SigmoidOptions infinite;
+    infinite.masks.causal = true;
+    infinite.bias = std::numeric_limits<double>::infinity();
+    expect(infinite, sums_of(v, causal), "infinite bias");
+    infinite.bias = -std::numeric_limits<double>::infinity();
+    expect(infinite, sums_of(v, none), "-infinite bias");
   }
 }
 
