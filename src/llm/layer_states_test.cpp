@@ -2,6 +2,7 @@
 
 #include <gtest/gtest.h>
 
+#include <algorithm>
 #include <cmath>
 #include <cstdlib>
 
@@ -39,7 +40,8 @@ double relative_difference(const Rows& found, const Rows& expected) {
     for (size_t j = 0; j < found[i].size(); ++j) {
       const double a = static_cast<double>(found[i][j]), b = static_cast<double>(expected[i][j]);
       size = std::max(size, std::abs(b));
-      if (!(std::abs(a - b) <= most)) most = std::abs(a - b);
+      if (std::isnan(a - b)) return a - b;
+      most = std::max(most, std::abs(a - b));
     }
   }
   return most / size;

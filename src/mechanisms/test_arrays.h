@@ -44,7 +44,8 @@ inline double largest_difference(const Tensor& a, const Tensor& b) {
   double most = 0;
   for (int64_t i = 0; i < x.count(); ++i) {
     const double d = std::abs(x.as<double>()[i] - y.as<double>()[i]);
-    if (!(d <= most)) most = d;
+    if (std::isnan(d)) return d;
+    most = std::max(most, d);
   }
   return most;
 }
