@@ -80,7 +80,7 @@ void Forward<T>::plan_parts(int64_t s) {
   const int64_t tiles = std::max<int64_t>(0, last - first);
   int64_t part_tiles = std::max<int64_t>(1, path_.part_keys / tile_keys_);
   if (problem_.splits) {
-    part_tiles = std::max<int64_t>(1, (tiles + *problem_.splits - 1) / *problem_.splits);
+    part_tiles = std::max<int64_t>(1, ceil_div(tiles, *problem_.splits));
   }
   for (int64_t h = 0; h < sequence(s).k.size(0); ++h) {
     if (tiles <= part_tiles) {

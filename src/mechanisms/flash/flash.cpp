@@ -21,8 +21,10 @@ AttentionResult make_result(const Tensor& q, const Tensor& v) {
   return result;
 }
 
-// Tiles that fall on the blocks of a block mask, so that dead blocks cost nothing.
-int64_t tile_for_block(int64_t block, int64_t least, int64_t most) {
+// Tiles that fall on the blocks of a block mask, so that dead blocks cost nothing; 0, which leaves the
+// choice to the engine, where one block is all there is.
+int64_t tile_for_block(int64_t block, int64_t extent, int64_t least, int64_t most) {
+  if (block >= extent) return 0;
   if (block < least) return most / block * block;
   int64_t tile = block;
   for (int64_t parts = 2; tile > most; ++parts) {
@@ -70,8 +72,8 @@ std::unique_ptr<Call> make_call(const Tensor& q, const Tensor& k, const Tensor& 
   }
   if (call->terms.needed()) problem.terms = &call->terms;
   if (options.block_mask.defined()) {
-    problem.query_tile = tile_for_block(options.block_size[0], 16, 64);
-    problem.key_tile = tile_for_block(options.block_size[1], 64, 256);
+    problem.query_tile = tile_for_block(options.block_size[0], q.size(2), 16, 64);
+    problem.key_tile = tile_for_block(options.block_size[1], k.size(2), 64, 256);
   }
   return call;
 }

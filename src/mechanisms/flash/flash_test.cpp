@@ -248,11 +248,30 @@ TEST(Decode, AnySplitGivesTheSameRows) {
     int64_t lengths[] = {2750, 40};
     const Tensor given(lengths, DType::i64, {2});
     const AttentionResult chosen = decode_attention(q, k, v, given);
-    for (int64_t splits : {1, 2, 5, 100}) {
+    for (int64_t splits : {int64_t{1}, int64_t{2}, int64_t{5}, int64_t{100}, INT64_MAX}) {
       const AttentionResult cut = decode_attention(q, k, v, given, {{}, {}, splits});
       EXPECT_LT(largest_difference(cut.out, chosen.out), type == DType::f32 ? 1e-6 : 1e-2);
       EXPECT_LT(largest_difference(cut.lse, chosen.lse), 1e-5);
     }
+  }
+}
+
+TEST(Flash, OneBlockMayBeLargerThanWhatItCovers) {
+  const Array q = random_array(DType::f32, {1, 2, 90, 8}, 1);
+  const AttentionResult whole = flash_attention(q, q, q);
+  const FlashGradients wanted =
+      flash_attention_backward(q, {}, q, q, q, whole.out, whole.lse, FlashOptions{});
+  const bool alive = true;
+  FlashOptions options;
+  options.block_mask = Tensor(&alive, DType::boolean, {1, 1, 1});
+  for (const int64_t size : {int64_t{90}, int64_t{1} << 40, std::numeric_limits<int64_t>::max()}) {
+    options.block_size = {size, size};
+    const AttentionResult blocks = flash_attention(q, q, q, options);
+    EXPECT_LT(largest_difference(blocks.out, whole.out), 1e-5) << size;
+    const FlashGradients found =
+        flash_attention_backward(q, {}, q, q, q, blocks.out, blocks.lse, options);
+    EXPECT_LT(largest_difference(found.q, wanted.q), 1e-5) << size;
+    EXPECT_LT(largest_difference(found.k, wanted.k), 1e-5) << size;
   }
 }
 

@@ -7,6 +7,7 @@
 #include <type_traits>
 #include <utility>
 
+#include "base/round_up.h"
 #include "heed/error.h"
 #include "kernels/row_maps.h"
 
@@ -41,8 +42,6 @@ Dims broadcast_strides(const char* name, const Tensor& t, const Dims& given, con
 Tensor broadcast(const char* name, const Tensor& t, const Dims& shape) {
   return Tensor(t.data(), t.dtype(), shape, broadcast_strides(name, t, t.strides(), shape));
 }
-
-int64_t blocks_of(int64_t count, int64_t block) { return (count + block - 1) / block; }
 
 template <class T, class Wide>
 T bounded(Wide bias) {
@@ -112,8 +111,7 @@ FlashTerms::FlashTerms(const FlashOptions& options, const Dims& scores, const Ru
     throw Error(op + "block_size is (" + std::to_string(block_rows_) + ", " +
                 std::to_string(block_keys_) + "); positive numbers are needed");
   }
-  const Dims wanted{scores[1], blocks_of(scores[2], block_rows_),
-                    blocks_of(scores[3], block_keys_)};
+  const Dims wanted{scores[1], ceil_div(scores[2], block_rows_), ceil_div(scores[3], block_keys_)};
   const bool fits = blocks.rank() == 3 && blocks.dtype() == DType::boolean &&
                     (blocks.size(0) == 1 || blocks.size(0) == wanted[0]) &&
                     blocks.size(1) == wanted[1] && blocks.size(2) == wanted[2];
