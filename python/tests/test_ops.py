@@ -5,6 +5,7 @@ import sys
 from pathlib import Path
 
 import heed
+import numpy as np
 import pytest
 import torch
 from reference import random
@@ -297,6 +298,14 @@ def test_seeds_are_any_64_bits(seed):
     ):
         assert torch.equal(draw(seed), draw(same))
         assert not torch.equal(draw(seed), draw(7))
+
+
+def test_seeds_of_numpy_and_pytorch():
+    for seed in (np.uint64(2**64 - 1), np.uint64(2**63), np.int64(-5), torch.tensor(3)):
+        assert torch.equal(heed.random_permutation(seed, 50), heed.random_permutation(int(seed), 50))
+    for seed in (3.0, "3", None):
+        with pytest.raises(TypeError):
+            heed.random_permutation(seed, 50)
 
 
 def test_compile_to_code():
