@@ -229,3 +229,27 @@ def test_inputs_are_not_written():
     copies = [t.clone() for t in tensors]
     heed.flash_attention(*tensors, causal=True)
     assert all(torch.equal(t, c) for t, c in zip(tensors, copies))
+
+
+def test_expanded_masks_and_biases_are_not_copied():
+    n = 2**20  # a copy would have 2**40 elements
+    q = random(1, 1, n, 1)
+    for name, row in (("mask", torch.arange(n) % 3 > 0), ("bias", random(n, seed=4))):
+        one = heed.flash_attention(q, q, q, window=(1, 1), **{name: row})
+        found = heed.flash_attention(q, q, q, window=(1, 1), **{name: row.expand(1, 1, n, n)})
+        assert torch.equal(found, one)
+    mask = torch.ones(1, 1, n, 1, dtype=torch.bool).expand(1, 1, n, n)
+    found = heed.flash_attention(q, q, q, window=(1, 1), mask=mask)
+    assert torch.equal(found, heed.flash_attention(q, q, q, window=(1, 1), mask=mask[..., :1]))
+
+
+@pytest.mark.parametrize("shape", [(1, 1, 1, 40), (2, 1, 40, 1), (1, 4, 40, 40), (1, 1, 1, 1)])
+def test_expanded_biases_have_a_gradient_for_every_score(shape):
+    q, k, v = random_qkv(2, 4, 2, 40, 40, 8, dtype=torch.float64)
+    bias = random(*shape, dtype=torch.float64, seed=5).expand(2, 4, 40, 40)
+    gradients = []
+    for given in (bias, bias.contiguous()):
+        given = given.detach().requires_grad_()
+        gradients += torch.autograd.grad(heed.flash_attention(q, k, v, bias=given).sin().sum(), given)
+    assert gradients[0].shape == bias.shape
+    torch.testing.assert_close(*gradients, rtol=1e-12, atol=1e-12)

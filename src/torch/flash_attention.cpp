@@ -29,14 +29,21 @@ constexpr const char* kVarlen = "flash_attention_varlen";
   causal, window_left, window_right, lengths, scale, softcap, alibi_slopes, mask, bias, sink, \
       block_mask, block_rows, block_keys, dropout_p, seed
 
+// A mask or bias as it lies wherever rows can be read: a copy of one that is expanded over the batch,
+// heads or queries has memory for every score.
+MaybeTensor score_input(const MaybeTensor& given) {
+  if (!given || !given->defined()) return std::nullopt;
+  const bool as_it_lies = given->dim() == 0 || given->size(-1) <= 1 || given->stride(-1) <= 1;
+  return as_it_lies ? *given : given->contiguous();
+}
+
 // Options and what their views point to.
 struct HeldFlash {
   HeldFlash(const at::Tensor& q, HEED_FLASH_ARGS)
       : masks(kFlash, causal, window_left, window_right, lengths, q.device()),
         held{held_input(kFlash, "alibi_slopes", alibi_slopes, 1, q.device(),
                         statistics_type(q.scalar_type())),
-             held_input(kFlash, "mask", mask, -1, q.device()),
-             held_input(kFlash, "bias", bias, -1, q.device()),
+             score_input(mask), score_input(bias),
              held_input(kFlash, "sink", sink, 1, q.device(), statistics_type(q.scalar_type())),
              held_input(kFlash, "block_mask", block_mask, 3, q.device())} {
     options.masks = masks.masks;
