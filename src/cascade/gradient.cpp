@@ -64,10 +64,11 @@ class TermReverse {
     for (int l = 0; l < block.lanes; ++l) {
       const uint64_t at =
           block.offset + static_cast<uint64_t>(l) * static_cast<uint64_t>(block.stride);
+      // First of all the block's own absence: what it leaves out may lie behind the tensor's end.
       const bool gone =
+          (!nest_.block_absent().empty() && nest_.block_absent()[static_cast<size_t>(l)] != 0) ||
           (!left_.present.empty() && left_.present[at] == 0) ||
-          (!left_.carried.empty() && left_.carried[at] != 0) ||
-          (!nest_.block_absent().empty() && nest_.block_absent()[static_cast<size_t>(l)] != 0);
+          (!left_.carried.empty() && left_.carried[at] != 0);
       const double g = gone ? 0.0 : adjoint[at];
       element_[l] = term_.minus ? -g : g;
       any |= g != 0;

@@ -207,6 +207,19 @@ TEST(Gradient, AbsentPointsGetNoneEvenWhereTheyHoldNan) {
   EXPECT_TRUE(near(found.at("B"), {{4}, {std::exp(1.0), 0, std::exp(2.0), 0}}, 1e-15));
 }
 
+TEST(Gradient, ARaggedTileBesideAbsentElements) {
+  // The last tile holds one of its 50 tokens; the others stand behind the end of X.
+  Bindings bindings;
+  bindings.tensors = {{"A", {{51}, std::vector<double>(51, 2.0)}}};
+  bindings.sizes["T"] = 50;
+  const Program program =
+      parse("cascade t\nrank n\nsplit n = t * T + i\nin A[n]\nout X[t*T+i] = A[t,i]^2 : i != 1");
+  NdArray expected{{51}, std::vector<double>(51, 4.0)};
+  expected.values[1] = 0;
+  const Values found = gradient(program, bindings, {{"X", {{51}, std::vector<double>(51, 1.0)}}});
+  EXPECT_TRUE(near(found.at("A"), expected, 0));
+}
+
 TEST(Gradient, NanOfASeenElementIsNotHidden) {
   Bindings bindings = bind_attention({.B = 1, .H = 1, .Hkv = 1, .Lq = 2, .Lk = 2});
   bindings.tensors["Q"].values[0] = std::nan("");
