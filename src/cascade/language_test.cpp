@@ -167,6 +167,27 @@ TEST(Language, SplitsWithARaggedLastTile) {
   }
 }
 
+TEST(Language, NothingIsAskedAboutPointsBehindTheEndOfASplit) {
+  // The case answers from arrays of the sizes of the ranks.
+  const std::vector<bool> kept = {true, false, true, true, false};
+  const std::vector<int64_t> order = {4, 2, 0, 1, 3};
+  Bindings b = with({{"A", vec({1, 2, 3, 4, 5})}, {"B", {{2, 5}, std::vector<double>(10, 1.0)}}});
+  b.predicates["keep"] = [&](auto i) { return kept.at(static_cast<size_t>(i[1])); };
+  b.indices["inv"] = [&](auto i) { return order.at(static_cast<size_t>(i[0])); };
+  b.sizes["T"] = 3;
+  const std::string head =
+      "cascade t\nrank p m\nsplit m = t * T + i\nin A[m] B[p,m]\nwhere keep(p,m)\n";
+  EXPECT_TRUE(
+      near(run(head + "out X[t*T+i] = sum B[p,t,i] : keep", b, "X"), vec({2, 0, 2, 2, 0}), 0));
+  EXPECT_TRUE(near(run(head + "X[t,i] = max B[p,t,i] : keep\nout Y[p] = sum B[p,t,i] : keep\nout Z "
+                              "= sum X[t,i] : t > 0",
+                       b, "Y"),
+                   vec({3, 3}), 0));
+  EXPECT_TRUE(near(run(head + "out X[t*T+i] = A[inv(t*T+i)]", b, "X"), vec({5, 3, 1, 2, 4}), 0));
+  EXPECT_TRUE(near(run(head + "out X[t] = sum A[t,i] : inv(t*T+i) > 1", b, "X"), vec({3, 5}), 0));
+  EXPECT_TRUE(near(run(head + "out X = sum A[inv(m+1)] : m < M - 1", b, "X"), scalar(10), 0));
+}
+
 TEST(Language, SplitsOfSplitsAndSplitsByANumber) {
   Bindings b = with({{"A", vec({1, 2, 3, 4, 5, 6, 7})}});
   b.sizes["M0"] = 2;

@@ -52,11 +52,18 @@ bool Nest::holds(const Check& check, int lane) {
   return (*frame_.predicates[static_cast<size_t>(check.predicate)])(args_);
 }
 
-bool Nest::checks_at(int depth) {
-  const auto& list = checks_at_[static_cast<size_t>(depth)];
-  now_ = levels_[static_cast<size_t>(depth)].data();
-  return std::all_of(list.begin(), list.end(),
+bool Nest::all_hold(const std::vector<int>& checks) {
+  return std::all_of(checks.begin(), checks.end(),
                      [&](int id) { return holds(checks_[static_cast<size_t>(id)], 0); });
+}
+
+/// Index functions are called only where the conditions that do not need them hold.
+bool Nest::enter_if_kept(int depth) {
+  const size_t d = static_cast<size_t>(depth);
+  now_ = levels_[d].data();
+  if (!all_hold(checks_at_[d])) return false;
+  enter(depth);
+  return all_hold(called_checks_at_[d]);
 }
 
 void Nest::visit(int depth, int last, const std::function<void()>& inside) {
@@ -69,8 +76,7 @@ void Nest::visit(int depth, int last, const std::function<void()>& inside) {
       inner[s] =
           outer[s] + static_cast<uint64_t>(i) * slots_[s].strides[static_cast<size_t>(depth)];
     }
-    enter(depth + 1);
-    if (checks_at(depth + 1)) visit(depth + 1, last, inside);
+    if (enter_if_kept(depth + 1)) visit(depth + 1, last, inside);
   }
 }
 
@@ -103,8 +109,7 @@ void Nest::check_block(int lanes) {
 void Nest::elements(const std::function<void(const Block&)>& element) {
   std::vector<uint64_t>& level = levels_[static_cast<size_t>(left_loops_)];
   for (size_t s = 0; s < slots_.size(); ++s) levels_[0][s] = slots_[s].base;
-  enter(0);
-  if (!checks_at(0)) return;
+  if (!enter_if_kept(0)) return;
   visit(0, left_loops_, [&] {
     const int64_t size = vector_left_ ? vector_size_ : 1;
     block_ = level;
@@ -148,10 +153,13 @@ bool Nest::check_lanes(int lanes) {
   if (lane_checks_.empty()) return true;
   absent_count_ = static_cast<size_t>(lanes);
   bool any = false;
+  const bool blocked = vector_left_ && !block_absent_.empty();
   for (int l = 0; l < lanes; ++l) {
-    const bool kept = std::all_of(lane_checks_.begin(), lane_checks_.end(), [&](int id) {
-      return holds(checks_[static_cast<size_t>(id)], l);
-    });
+    // A predicate is not asked about an element that does not exist.
+    const bool kept = !(blocked && block_absent_[static_cast<size_t>(l)] != 0) &&
+                      std::all_of(lane_checks_.begin(), lane_checks_.end(), [&](int id) {
+                        return holds(checks_[static_cast<size_t>(id)], l);
+                      });
     absent_[static_cast<size_t>(l)] = kept ? 0 : kAbsentPoint;
     any |= kept;
   }

@@ -158,7 +158,8 @@ class Nest {
   void build_checks(RankSet left_set);
 
   void enter(int depth);
-  bool checks_at(int depth);
+  bool all_hold(const std::vector<int>& checks);
+  bool enter_if_kept(int depth);
   bool holds(const Check& check, int lane);
   void visit(int depth, int last, const std::function<void()>& inside);
   void move(const std::vector<uint64_t>& from, int64_t lane, std::vector<uint64_t>& to) const;
@@ -196,6 +197,7 @@ class Nest {
   std::vector<Register> registers_;
   bool may_be_absent_ = false;
   std::vector<std::vector<int>> checks_at_, calls_at_;  // by depth
+  std::vector<std::vector<int>> called_checks_at_;      // those that need an index function
   std::vector<int> block_checks_, lane_checks_;
 
   std::vector<std::vector<uint64_t>> levels_;  // slot values per depth

@@ -15,6 +15,7 @@ Nest::Nest(const Frame& frame, const LoweredEquation& equation, const LoweredTer
   const size_t depths = loops_.size() + 1;
   checks_at_.resize(depths);
   calls_at_.resize(depths);
+  called_checks_at_.resize(depths);
   left_set_ = equation.left_set;
   left_slot_ = address_slot(frame_.tensors[static_cast<size_t>(equation.tensor)], equation.index);
   build_checks(equation.left_set);
@@ -176,9 +177,12 @@ void Nest::build_checks(RankSet left_set) {
     check.lanes = vector_rank_ >= 0 && (c.ranks & bit(vector_rank_)) != 0;
     check.element = (c.ranks & ~left_set) == 0;
     check.depth = depth_of(c.ranks);
+    bool called = false;
     if (c.predicate >= 0) {
       for (int arg : c.args) {
-        check.args.push_back(add_slot(affine_of(lowered_, arg, frame_.sizes)));
+        const Affine affine = affine_of(lowered_, arg, frame_.sizes);
+        called |= !affine.calls.empty();
+        check.args.push_back(add_slot(affine));
       }
     } else {
       const Affine left = affine_of(lowered_, c.args[0], frame_.sizes);
@@ -186,8 +190,9 @@ void Nest::build_checks(RankSet left_set) {
       const int slot = add_slot(left);
       add_to_slot(slot, right, ~uint64_t{0});  // times -1
       check.args.push_back(slot);
-      if (left.calls.empty() && right.calls.empty() && c.compare == Compare::less &&
-          right.ranks.empty() && range_of(left, frame_.sizes).second < right.constant) {
+      called = !left.calls.empty() || !right.calls.empty();
+      if (!called && c.compare == Compare::less && right.ranks.empty() &&
+          range_of(left, frame_.sizes).second < right.constant) {
         continue;  // always true: a split that divides
       }
     }
@@ -196,7 +201,7 @@ void Nest::build_checks(RankSet left_set) {
     const int id = static_cast<int>(checks_.size()) - 1;
     const Check& added = checks_.back();
     if (!added.lanes) {
-      checks_at_[static_cast<size_t>(added.depth)].push_back(id);
+      (called ? called_checks_at_ : checks_at_)[static_cast<size_t>(added.depth)].push_back(id);
     } else {
       (added.element ? block_checks_ : lane_checks_).push_back(id);
     }
