@@ -65,6 +65,14 @@ TEST(Passes, StatementsThatRunTogetherStayInOnePass) {
   EXPECT_EQ(count_passes(delta, "t").passes, 1);
 }
 
+TEST(Passes, PartsOfAnOuterPartCountTilesToo) {
+  const Program program = parse(
+      "cascade t\nrank m\nsplit m = a * A0 + m0\nsplit a = c * C0 + d\nin X[m]\n"
+      "L[c,d] = sum X[(c*C0+d)*A0+m0]\nG = max L[c,d]\nout P[c,d] = L[c,d] / G");
+  EXPECT_EQ(count_passes(program, "m").passes, 1);
+  EXPECT_EQ(count_passes(program, "a").passes, 2);
+}
+
 TEST(Passes, UnknownRankIsAnError) { EXPECT_THROW(passes(kFolder + "flash.cascade", "x"), Error); }
 
 const StatementCount& row(const std::vector<StatementCount>& rows, const std::string& tensor) {

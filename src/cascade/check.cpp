@@ -216,12 +216,17 @@ class Checker {
 
   /// The last tile of a split may be ragged: points behind the end of the parent do not exist.
   void add_split_conditions(LoweredTerm& term) const {
+    using Kind = IndexNode::Kind;
+    RankSet there = term.ranks;  // a part that is split again is there as its own parts
+    for (size_t s = out_.splits.size(); s-- > 0;) {
+      const RankSet parts = bit(out_.splits[s].outer) | bit(out_.splits[s].inner);
+      if ((there & parts) == parts) there |= bit(out_.splits[s].parent);
+    }
     for (const Split& s : out_.splits) {
-      const RankSet both = bit(s.outer) | bit(s.inner);
-      if ((term.ranks & both) != both) continue;
-      using Kind = IndexNode::Kind;
-      const int outer = names_.node({Kind::rank, 0, s.outer, {}, bit(s.outer)});
-      const int inner = names_.node({Kind::rank, 0, s.inner, {}, bit(s.inner)});
+      if ((there & bit(s.outer)) == 0 || (there & bit(s.inner)) == 0) continue;
+      const int outer = names_.rank_node(s.outer, term.ranks);
+      const int inner = names_.rank_node(s.inner, term.ranks);
+      const RankSet both = out_.node(outer).ranks | out_.node(inner).ranks;
       const int product = names_.node({Kind::multiply, 0, -1, {outer, s.block}, 0});
       Condition c;
       c.args = {names_.node({Kind::add, 0, -1, {product, inner}, 0}),

@@ -195,6 +195,11 @@ TEST(Language, SplitsOfSplitsAndSplitsByANumber) {
       "cascade t\nrank m\nsplit m = m1 * M0 + m0\nsplit m1 = m3 * 3 + m2\n"
       "in A[m]\nS[m3,m2] = sum A[(m3*3+m2)*M0+m0]\nout X[m3] = max S[m3,m2]";
   EXPECT_TRUE(near(run(text, b, "X"), vec({11, 7}), 0));
+  // Points behind the end of the rank that was split first, which none of their parts show alone.
+  const std::string ones =
+      "cascade t\nrank m\nsplit m = m1 * M0 + m0\nsplit m1 = m3 * 3 + m2\nin A[m]\n"
+      "ONE[m3,m2,m0] = select(m3 + m2 + m0 < 0, 0, 1)\nout X[m3] = sum ONE[m3,m2,m0]";
+  EXPECT_TRUE(near(run(ones, b, "X"), vec({6, 1}), 0));
 }
 
 TEST(Language, RunningRanks) {

@@ -34,10 +34,17 @@ class PassCounter {
         changed = true;
       }
     }
-    full_ = family_;
-    for (const Split& s : lowered.splits) {
-      if (s.outer != rank) full_ &= ~bit(s.outer);
+    // Outer parts count tiles, and so do the parts that they are split into.
+    RankSet tiles = 0;
+    for (bool changed = true; changed;) {
+      const RankSet before = tiles;
+      for (const Split& s : lowered.splits) {
+        if ((family_ & bit(s.parent)) != 0) tiles |= bit(s.outer);
+        if ((tiles & bit(s.parent)) != 0) tiles |= bit(s.outer) | bit(s.inner);
+      }
+      changed = tiles != before;
     }
+    full_ = family_ & ~tiles;
     stamps_.resize(lowered.tensors.size());
   }
 
