@@ -292,6 +292,12 @@ int Names::function(const Index& call) const {
   return static_cast<int>(lowered_.functions.size()) - 1;
 }
 
+bool Names::made_of_sizes(int id) const {
+  const IndexNode& n = lowered_.node(id);
+  return n.ranks == 0 && n.kind != IndexNode::Kind::call &&
+         std::all_of(n.args.begin(), n.args.end(), [&](int arg) { return made_of_sizes(arg); });
+}
+
 int Names::index(int ast_index, RankSet visible) const {
   using Kind = IndexNode::Kind;
   const Index& i = ast_.indices[static_cast<size_t>(ast_index)];
@@ -326,9 +332,10 @@ int Names::index(int ast_index, RankSet visible) const {
       break;
   }
   for (int arg : i.args) n.args.push_back(index(arg, visible));
-  if (n.kind == Kind::multiply && lowered_.node(n.args[0]).ranks != 0 &&
-      lowered_.node(n.args[1]).ranks != 0) {
-    error(i.place, "found a product of two ranks in an index, expected one factor made of sizes");
+  if (n.kind == Kind::multiply && !made_of_sizes(n.args[0]) && !made_of_sizes(n.args[1])) {
+    error(i.place,
+          "found a product of two ranks or index functions in an index, expected one factor made "
+          "of sizes");
   }
   return node(std::move(n));
 }

@@ -57,6 +57,7 @@ class Names {
   int size(std::string_view name) const;
   int constant(const std::string& name, Place place);
   int function(const Index& call) const;
+  bool made_of_sizes(int node) const;
   bool match_axes(const TensorInfo& tensor, const std::vector<int>& written, bool leave_out,
                   RankSet visible, Match& match) const;
   int plain_rank(int ast_index) const;
