@@ -129,6 +129,7 @@ struct PredicateDeclaration {
 struct FunctionDeclaration {
   std::string name;
   std::vector<std::string> parameters;
+  std::vector<Place> parameter_places;
   int body = 0;
   Place place;
   bool operator==(const FunctionDeclaration&) const = default;

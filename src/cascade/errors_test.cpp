@@ -135,6 +135,16 @@ TEST(Errors, Statements) {
       });
 }
 
+TEST(Errors, ParametersOfFunctions) {
+  expect_errors("cascade t\nrank p m\nin A[p,m]\n",
+                {
+                    {"let f(x,y) = 2 * x\nout X[p] = f(A[p,0], A[p,m])", "4:9",
+                     "found the parameter 'y', which 'f' does not use"},
+                    {"let f(x,x) = 2 * x\nout X[p] = f(A[p,0], A[p,m])", "4:9",
+                     "found the parameter 'x' twice"},
+                });
+}
+
 TEST(Errors, LinesThatRunTogether) {
   expect_errors(
       "cascade t\nrank p m\nin A[p,m] B[p]\n",

@@ -4,6 +4,7 @@
 
 #include <algorithm>
 #include <cctype>
+#include <set>
 
 namespace heed::cascade {
 namespace {
@@ -80,7 +81,7 @@ Names::Names(const Ast& ast, Lowered& lowered) : ast_(ast), lowered_(lowered) {
   }
   inputs();
   predicates();
-  for (const FunctionDeclaration& f : ast_.functions) declare(f.name, f.place, "function");
+  functions();
 }
 
 void Names::error(Place place, std::string_view message) const { fail(ast_.file, place, message); }
@@ -218,6 +219,34 @@ void Names::predicates() {
       }
     }
     lowered_.predicates.push_back({p.name, static_cast<int>(p.ranks.size())});
+  }
+}
+
+/// A parameter that the body lacks would still bring the ranks of its argument into the term.
+void Names::functions() {
+  for (const FunctionDeclaration& f : ast_.functions) {
+    declare(f.name, f.place, "function");
+    std::set<std::string> read, seen;
+    std::vector<int> stack = {f.body};
+    while (!stack.empty()) {
+      const Expr& e = ast_.exprs[static_cast<size_t>(stack.back())];
+      stack.pop_back();
+      stack.insert(stack.end(), e.args.begin(), e.args.end());
+      if (e.kind == Expr::Kind::name) read.insert(e.name);
+    }
+    for (size_t i = 0; i < f.parameters.size(); ++i) {
+      const std::string& name = f.parameters[i];
+      if (!seen.insert(name).second) {
+        error(f.parameter_places[i],
+              fmt::format("found the parameter '{}' twice, expected each once", name));
+      }
+      if (read.count(name) == 0) {
+        error(f.parameter_places[i],
+              fmt::format("found the parameter '{}', which '{}' does not use, expected it in the "
+                          "function or no such parameter",
+                          name, f.name));
+      }
+    }
   }
 }
 

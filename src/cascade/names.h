@@ -56,6 +56,7 @@ class Names {
   void predicates();
   int size(std::string_view name) const;
   int constant(const std::string& name, Place place);
+  void functions();
   int function(const Index& call) const;
   bool made_of_sizes(int node) const;
   bool match_axes(const TensorInfo& tensor, const std::vector<int>& written, bool leave_out,

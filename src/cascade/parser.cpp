@@ -187,6 +187,7 @@ class Parser : private ExpressionParser {
     f.name = new_name("the name of a function");
     expect("(");
     do {
+      f.parameter_places.push_back(token().place);
       f.parameters.push_back(new_name("the name of a parameter"));
     } while (accept(","));
     expect(")");
