@@ -174,8 +174,10 @@ inline constexpr int kMaxNameLength = 64;
 inline constexpr int kMaxDepth = 100;  // of an expression
 inline constexpr int kMaxRanks = 64;   // a rank set is one 64-bit word
 inline constexpr int kMaxAxes = 16;
-inline constexpr int kMaxTerms = 100;
+inline constexpr int kMaxTerms = 100;  // of an equation; as many filters
 inline constexpr int kMaxStatements = 1000;
-inline constexpr int kMaxNodes = 20000;  // of one equation with its functions written out
+inline constexpr int kMaxCallables = 1000;   // predicates; functions; index functions
+inline constexpr int kMaxNodes = 20000;      // of one term with its functions written out
+inline constexpr int kMaxAllNodes = 100000;  // of all terms, their conditions included
 
 }  // namespace heed::cascade

@@ -16,10 +16,13 @@ class BatchRanks {
   /// changes: a running tensor reads itself.
   void spread() {
     std::vector<RankSet> given(ast_.statements.size());
+    const std::vector<std::vector<size_t>> readers = find_readers();
+    std::vector<bool> stale(given.size(), true);  // something that it reads has changed
     for (bool changed = true; changed;) {
       changed = false;
-      const size_t nodes = out_.indices.size();
       for (size_t s = 0; s < given.size(); ++s) {
+        if (!stale[s]) continue;
+        stale[s] = false;
         TensorInfo& info = tensor_of(static_cast<int>(s));
         const RankSet written_batch = left_ranks(info) & batch_ranks() & ~given[s];
         const Batch found = batch_of(static_cast<int>(s));
@@ -27,9 +30,9 @@ class BatchRanks {
         if ((wanted & ~given[s]) == 0) continue;
         given[s] |= wanted;
         changed = true;
+        for (size_t reader : readers[s]) stale[reader] = true;
         give_axes(info, given[s]);
       }
-      out_.indices.resize(nodes);
     }
     for (size_t s = 0; s < given.size(); ++s) check_batch(static_cast<int>(s), given[s]);
   }
@@ -37,6 +40,26 @@ class BatchRanks {
  private:
   const Statement& statement(int s) const { return ast_.statements[static_cast<size_t>(s)]; }
   TensorInfo& tensor_of(int s) { return out_.tensors[static_cast<size_t>(first_ + s)]; }
+
+  /// Of each statement: those that read its tensor.
+  std::vector<std::vector<size_t>> find_readers() const {
+    std::vector<std::vector<size_t>> readers(ast_.statements.size());
+    for (size_t s = 0; s < readers.size(); ++s) {
+      std::vector<int> stack;
+      for (const Term& t : ast_.statements[s].main.terms) stack.push_back(t.body);
+      for (const Term& t : ast_.statements[s].initial.terms) stack.push_back(t.body);
+      while (!stack.empty()) {
+        const Expr& e = ast_.exprs[static_cast<size_t>(stack.back())];
+        stack.pop_back();
+        stack.insert(stack.end(), e.args.begin(), e.args.end());
+        const int tensor = e.kind == Expr::Kind::name ? names_.tensor(e.name) : -1;
+        if (tensor < first_) continue;
+        std::vector<size_t>& list = readers[static_cast<size_t>(tensor - first_)];
+        if (list.empty() || list.back() != s) list.push_back(s);
+      }
+    }
+    return readers;
+  }
 
   struct Batch {
     RankSet completed = 0;  // brought in by indices that were left out
@@ -61,7 +84,9 @@ class BatchRanks {
       if (r >= 0) found.completed |= bit(r) & batch_ranks();
       return;
     }
+    const size_t nodes = out_.indices.size();
     const auto match = names_.match(out_.tensor(tensor), e.indices, ~RankSet{0});
+    out_.indices.resize(nodes);
     if (!match) return;
     const bool batched =
         std::any_of(out_.tensor(tensor).axes.begin(), out_.tensor(tensor).axes.end(),
@@ -74,9 +99,11 @@ class BatchRanks {
     for (const Term& t : e.terms) find_batch(t.body, found);
     for (const Filter& f : e.filters) {
       if (f.is_compare || f.has_args) {
+        const size_t nodes = out_.indices.size();
         for (int arg : f.args) {
           found.completed |= out_.node(names_.index(arg, ~RankSet{0})).ranks & batch_ranks();
         }
+        out_.indices.resize(nodes);
         continue;
       }
       for (const PredicateDeclaration& p : ast_.predicates) {

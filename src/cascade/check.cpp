@@ -166,7 +166,9 @@ class Checker {
       stack.insert(stack.end(), x.args.begin(), x.args.end());
       const int tensor = x.kind == Expr::Kind::name ? names_.tensor(x.name) : -1;
       if (tensor < 0) continue;
+      const size_t nodes = out_.indices.size();
       if (const auto m = names_.match(out_.tensor(tensor), x.indices, ~RankSet{0})) set |= m->ranks;
+      out_.indices.resize(nodes);
     }
     return set;
   }
@@ -202,6 +204,13 @@ class Checker {
                                           "iterates over, expected ranks of the line",
                                           first_rank_name(c.ranks & ~visible)));
       }
+    }
+    for (const LoweredTerm& term : result.terms) {
+      operations_ += term.nodes.size() + term.conditions.size();
+      if (operations_ <= static_cast<size_t>(kMaxAllNodes)) continue;
+      names_.error(term.place, fmt::format("found more than {} operations and filters in all once "
+                                           "the functions are written out, expected fewer",
+                                           kMaxAllNodes));
     }
     if (!initial) check_bound(s, e, result, bound);
     return result;
@@ -379,6 +388,7 @@ class Checker {
   Lowered out_;
   Names names_;
   int first_statement_ = 0;
+  size_t operations_ = 0;      // of the equations so far
   std::vector<Group> groups_;  // of each statement: the last one it reads ahead of
 };
 

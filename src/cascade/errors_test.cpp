@@ -215,6 +215,32 @@ TEST(Errors, HostileTextsEndInAnError) {
   std::string many = head;
   for (int i = 0; i < 2000; ++i) many += "out X" + std::to_string(i) + "[p] = A[p]\n";
   EXPECT_NE(error_of(many).find("found statement 1001"), std::string::npos);
+  // Many parts that are small one by one.
+  std::string doubled = head + "let f0(x) = x + x\n";
+  for (int i = 1; i < 12; ++i) {
+    const std::string f = "f" + std::to_string(i - 1);
+    doubled += "let f" + std::to_string(i) + "(x) = " + f + "(x) + " + f + "(x)\n";
+  }
+  for (int i = 0; i < 900; ++i) doubled += "out X" + std::to_string(i) + "[p] = f11(A[p])\n";
+  EXPECT_NE(error_of(doubled).find("operations and filters in all"), std::string::npos);
+  EXPECT_NE(error_of(head + "out X[p] = A[p] : " + repeat("0 < 1, ", 100) + "0 < 1")
+                .find("found '0', expected at most 100 filters"),
+            std::string::npos);
+  const std::string terms =
+      "[p] = A[p]" + repeat("+A[p]", 99) + " : p < 1" + repeat(",0<1", 99) + "\n";
+  std::string filtered = head;
+  for (int i = 0; i < 20; ++i) filtered += "out X" + std::to_string(i) + terms;
+  EXPECT_NE(error_of(filtered).find("operations and filters in all"), std::string::npos);
+  std::string predicates = head + "where", functions = head, indices = head;
+  for (int i = 0; i < 1001; ++i) {
+    const std::string n = std::to_string(i);
+    predicates += " k" + n + "(p)";
+    functions += "let f" + n + "(x) = x\n";
+    indices += (i % 50 == 0 ? "\nout X" + n + "[p] = A[g" : " + A[g") + n + "(p)]";
+  }
+  EXPECT_NE(error_of(predicates).find("found predicate 1001"), std::string::npos);
+  EXPECT_NE(error_of(functions).find("found function 1001"), std::string::npos);
+  EXPECT_NE(error_of(indices).find("found index function 1001"), std::string::npos);
   std::string ranks = "cascade t\nrank";
   for (int i = 0; i < 65; ++i) ranks += " r" + std::to_string(i);
   EXPECT_NE(error_of(ranks + "\nout X = r0").find("found rank 65"), std::string::npos);

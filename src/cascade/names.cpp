@@ -317,6 +317,10 @@ int Names::function(const Index& call) const {
     }
     return static_cast<int>(i);
   }
+  if (lowered_.functions.size() >= static_cast<size_t>(kMaxCallables)) {
+    error(call.place, fmt::format("found index function {}, expected at most {}", kMaxCallables + 1,
+                                  kMaxCallables));
+  }
   lowered_.functions.push_back({call.name, static_cast<int>(call.args.size())});
   return static_cast<int>(lowered_.functions.size()) - 1;
 }

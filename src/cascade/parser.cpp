@@ -167,6 +167,7 @@ class Parser : private ExpressionParser {
   void predicates() {
     next();
     for (bool first = true; more(first); first = false) {
+      check_callables(ast_.predicates.size(), "predicate");
       PredicateDeclaration predicate;
       predicate.place = token().place;
       predicate.name = new_name("the name of a predicate");
@@ -180,8 +181,15 @@ class Parser : private ExpressionParser {
     }
   }
 
+  void check_callables(size_t count, std::string_view what) const {
+    if (count < static_cast<size_t>(kMaxCallables)) return;
+    fail(file_, token().place,
+         fmt::format("found {} {}, expected at most {}", what, count + 1, kMaxCallables));
+  }
+
   void function() {
     next();
+    check_callables(ast_.functions.size(), "function");
     FunctionDeclaration f;
     f.place = token().place;
     f.name = new_name("the name of a function");
@@ -242,6 +250,9 @@ class Parser : private ExpressionParser {
     }
     if (accept(":")) {
       do {
+        if (e.filters.size() >= static_cast<size_t>(kMaxTerms)) {
+          fail_here(fmt::format("at most {} filters", kMaxTerms));
+        }
         e.filters.push_back(filter());
       } while (accept(","));
     }
