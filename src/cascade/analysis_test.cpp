@@ -57,6 +57,21 @@ TEST(Passes, ARunningStateThatIsUsedWholeNeedsAnotherPass) {
   EXPECT_EQ(count_passes(parse(head + "out X[i] = A[i] * R[I-1-i]"), "i").passes, 2);
 }
 
+TEST(Passes, AStartIsAnOperandOfARunningTensor) {
+  const std::string head = "cascade t\nrank i n\nin A[i] S[n]\nG = sum A[i]\n";
+  EXPECT_EQ(count_passes(parse(head + "out R[i+1] = R[i] + A[i] ; R[0] = 1"), "i").passes, 1);
+  EXPECT_EQ(count_passes(parse(head + "out R[i+1] = R[i] + A[i] ; R[0] = G"), "i").passes, 2);
+  EXPECT_EQ(
+      count_passes(parse(head + "out R[n+1] = R[n] + S[n] ; R[0] = sum A[i] / G"), "i").passes, 2);
+  // A state that runs along another rank is there only after its start.
+  EXPECT_EQ(
+      count_passes(parse(head + "R[n+1] = R[n] + S[n] ; R[0] = G\nout X = sum A[i] * R[N]"), "i")
+          .passes,
+      2);
+  EXPECT_EQ(passes("src/mechanisms/local_linear/regression.cascade", "m"), 3);
+  EXPECT_EQ(passes("src/mechanisms/local_linear/centred.cascade", "m"), 5);
+}
+
 TEST(Passes, StatementsThatRunTogetherStayInOnePass) {
   const Program delta = parse(
       "cascade delta\nrank t a f\nin K[t,a] V[t,f] Q[t,a]\n"

@@ -122,18 +122,32 @@ class PassCounter {
     Result result;
     const RankSet left = e.left_set & family_;
     if ((left & full_) != 0) {  // the left side is full: all terms meet at each of its points
-      int stamp = 0;
+      int stamp = start(st).stamp;
       for (const LoweredTerm& t : e.terms) stamp = std::max(stamp, latest(t, e.tensor));
       result.pass = stamp / 2 + 1;
       result.stamp = stamp / 2 * 2 + 1;
       return result;
     }
+    result = latest_of(e);
+    const Result first = start(st);
+    result.stamp = std::max(result.stamp, first.stamp);
+    result.pass = std::max(result.pass, first.pass);
+    if (st.running >= 0 && left != 0) result.pass = std::max(result.pass, 1);
+    return result;
+  }
+
+  /// The start of a running tensor is an operand of the first step.
+  Result start(const LoweredStatement& st) const {
+    return st.initial ? latest_of(*st.initial) : Result{};
+  }
+
+  Result latest_of(const LoweredEquation& e) const {
+    Result result;
     for (const LoweredTerm& t : e.terms) {
-      const Result r = term(t, e.tensor, left);
+      const Result r = term(t, e.tensor, e.left_set & family_);
       result.stamp = std::max(result.stamp, r.stamp);
       result.pass = std::max(result.pass, r.pass);
     }
-    if (st.running >= 0 && left != 0) result.pass = std::max(result.pass, 1);
     return result;
   }
 
