@@ -163,6 +163,11 @@ TEST(Counts, AdditionsFuseWithProductsAndOperationsStandOutsideTheLoopsTheyDoNot
   EXPECT_EQ(one("out X[p,m] = A[p,m] * A[p,m]").reads.text(), "m*p");
   EXPECT_EQ(one("out X[p] = A[p,0]").reads.text(), "p");
   EXPECT_EQ(one("out X[p,m] = abs(A[p,m])").maxima.text(), "m*p");
+  // Prefix sums: each element adds up points of its own.
+  EXPECT_EQ(one("out X[p] = sum C[k] : k <= p").additions.text(), "k*p");
+  EXPECT_EQ(one("out X[p] = max C[k] : k <= p").maxima.text(), "k*p");
+  EXPECT_EQ(one("out X[p] = C[k] * C[k] : k <= p").multiply_adds.text(), "k + k*p");
+  EXPECT_EQ(one("out X[p] = sum C[k] : p > 0, k > 1").additions.text(), "k");
 }
 
 TEST(Counts, AdditionsWithoutAProductAreToldApart) {

@@ -116,7 +116,7 @@ class Counter {
     int products = 0;  // terms that an addition can be fused with
     for (size_t t = 0; t < e.terms.size(); ++t) {
       const LoweredTerm& term = e.terms[t];
-      const bool product = operations(term, row);
+      const bool product = operations(term, e.left_set, row);
       products += product && term.reduced.empty() &&
                   term.nodes[static_cast<size_t>(term.root)].ranks == e.left_set;
       if (t > 0 && products > 0) {
@@ -129,7 +129,7 @@ class Counter {
   }
 
   /// Counts the operations of a term and its reduction; true if its root is a product.
-  bool operations(const LoweredTerm& term, StatementCount& row) const {
+  bool operations(const LoweredTerm& term, RankSet left, StatementCount& row) const {
     const std::vector<bool> varies = varying(term);
     std::vector<bool> open(term.nodes.size());  // products without an addition so far
     for (size_t i = 0; i < term.nodes.size(); ++i) {
@@ -143,10 +143,15 @@ class Counter {
     }
     const size_t root = static_cast<size_t>(term.root);
     if (term.reduced.empty()) return open[root];
+    // A filter that chooses points by more ranks than the term has leaves a reduction for each.
+    RankSet reduced = term.nodes[root].ranks;
+    for (const Condition& c : term.conditions) {
+      if ((c.ranks & ~left) != 0) reduced |= c.ranks;
+    }
     if (term.reduce != Reduce::sum) {
-      count(row.maxima, term.nodes[root].ranks);
-    } else if (!open[root]) {
-      addition(row, term.nodes[root].ranks);
+      count(row.maxima, reduced);
+    } else if (!open[root] || reduced != term.nodes[root].ranks) {
+      addition(row, reduced);
     }
     return false;
   }
