@@ -88,6 +88,12 @@ TEST(Passes, PartsOfAnOuterPartCountTilesToo) {
   EXPECT_EQ(count_passes(program, "a").passes, 2);
 }
 
+TEST(Passes, APassAtEachStepIsAnError) {
+  // Every step of the elimination needs the row before it whole.
+  EXPECT_THROW(passes("src/mechanisms/local_linear/centred.cascade", "i"), Error);
+  EXPECT_EQ(passes("src/mechanisms/local_linear/centred.cascade", "f"), 1);
+}
+
 TEST(Passes, UnknownRankIsAnError) { EXPECT_THROW(passes(kFolder + "flash.cascade", "x"), Error); }
 
 const StatementCount& row(const std::vector<StatementCount>& rows, const std::string& tensor) {

@@ -23,7 +23,7 @@ int round_up(int stamp) { return stamp + stamp % 2; }
 
 class PassCounter {
  public:
-  PassCounter(const Lowered& lowered, int rank) : lowered_(lowered) {
+  PassCounter(const Lowered& lowered, int rank) : lowered_(lowered), rank_(rank) {
     family_ = bit(rank);
     for (bool changed = true; changed;) {
       changed = false;
@@ -67,9 +67,17 @@ class PassCounter {
   };
 
   /// Statements that run together read each other, so their stamps are repeated until they stay.
+  /// A circle of lines settles in two rounds, or each step of the running rank needs a new pass.
   void settle(const Group& g) {
+    int rounds = 2 * (g.last - g.first + 2);
     for (bool changed = true; changed;) {
       changed = false;
+      if (rounds-- == 0) {
+        throw Error(
+            fmt::format("cascade {}: found a new pass over {} at each step of {}, expected "
+                        "a number of passes that does not depend on sizes",
+                        lowered_.name, lowered_.rank(rank_).name, lowered_.rank(g.rank).name));
+      }
       for (int s = g.first; s <= g.last; ++s) {
         int& stamp = stamps_[static_cast<size_t>(tensor_of(s))];
         const int found = statement(s).stamp;
@@ -166,6 +174,7 @@ class PassCounter {
   }
 
   const Lowered& lowered_;
+  int rank_;
   RankSet family_ = 0;
   RankSet full_ = 0;  // members whose loop visits single elements
   std::vector<int> stamps_;
