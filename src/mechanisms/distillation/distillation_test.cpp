@@ -5,6 +5,7 @@
 #include <array>
 #include <limits>
 
+#include "engine/operands.h"
 #include "heed/attention_distillation_loss.h"
 #include "heed/feature_map.h"
 #include "mechanisms/test_arrays.h"

@@ -6,6 +6,7 @@
 #include <limits>
 #include <string>
 
+#include "engine/operands.h"
 #include "heed/heed.h"
 #include "mechanisms/test_arrays.h"
 

@@ -7,6 +7,7 @@
 #include <utility>
 #include <vector>
 
+#include "engine/operands.h"
 #include "heed/heed.h"
 #include "mechanisms/test_arrays.h"
 

@@ -5,6 +5,7 @@
 #include <cmath>
 #include <limits>
 
+#include "engine/operands.h"
 #include "heed/heed.h"
 #include "mechanisms/chunked_test.h"
 

@@ -1,5 +1,6 @@
 #include <cmath>
 
+#include "engine/operands.h"
 #include "heed/error.h"
 #include "heed/feature_map.h"
 #include "heed/linear_attention.h"

@@ -1,5 +1,6 @@
 #include <cmath>
 
+#include "engine/operands.h"
 #include "heed/error.h"
 #include "heed/magnitude_aware_linear_attention.h"
 #include "mechanisms/chunked_case.h"

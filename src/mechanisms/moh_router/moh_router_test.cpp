@@ -5,6 +5,7 @@
 #include <limits>
 #include <numeric>
 
+#include "engine/operands.h"
 #include "heed/heed.h"
 #include "mechanisms/moh_router/routing.h"
 #include "mechanisms/test_arrays.h"

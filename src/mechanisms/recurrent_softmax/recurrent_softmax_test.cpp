@@ -4,6 +4,7 @@
 #include <cmath>
 #include <limits>
 
+#include "engine/operands.h"
 #include "heed/heed.h"
 #include "mechanisms/recurrent_softmax/row_result.h"
 #include "mechanisms/test_arrays.h"
