@@ -76,7 +76,7 @@ def test_compile():
 def test_random_permutation_mistakes():
     with pytest.raises(ValueError, match="random_permutation"):
         heed.random_permutation(1, [])
-    with pytest.raises(RuntimeError):
+    with pytest.raises(TypeError, match=r"seed is 0\.5; a whole number"):
         heed.random_permutation(0.5, [3])
 
 
