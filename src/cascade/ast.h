@@ -165,6 +165,14 @@ struct Ast {
   std::shared_ptr<const Lowered> lowered;
 };
 
+/// Calls body(expression) for expression `root` and all beneath it.
+template <class Body>
+void for_each_expr(const Ast& ast, int root, const Body& body) {
+  const Expr& e = ast.exprs[static_cast<size_t>(root)];
+  body(e);
+  for (int arg : e.args) for_each_expr(ast, arg, body);
+}
+
 /// The same program, wherever its parts stand in their files.
 bool same(const Ast& a, const Ast& b);
 

@@ -45,17 +45,14 @@ class BatchRanks {
   std::vector<std::vector<size_t>> find_readers() const {
     std::vector<std::vector<size_t>> readers(ast_.statements.size());
     for (size_t s = 0; s < readers.size(); ++s) {
-      std::vector<int> stack;
-      for (const Term& t : ast_.statements[s].main.terms) stack.push_back(t.body);
-      for (const Term& t : ast_.statements[s].initial.terms) stack.push_back(t.body);
-      while (!stack.empty()) {
-        const Expr& e = ast_.exprs[static_cast<size_t>(stack.back())];
-        stack.pop_back();
-        stack.insert(stack.end(), e.args.begin(), e.args.end());
+      const auto note = [&](const Expr& e) {
         const int tensor = e.kind == Expr::Kind::name ? names_.tensor(e.name) : -1;
-        if (tensor < first_) continue;
+        if (tensor < first_) return;
         std::vector<size_t>& list = readers[static_cast<size_t>(tensor - first_)];
         if (list.empty() || list.back() != s) list.push_back(s);
+      };
+      for (const Equation* e : {&ast_.statements[s].main, &ast_.statements[s].initial}) {
+        for (const Term& t : e->terms) for_each_expr(ast_, t.body, note);
       }
     }
     return readers;

@@ -158,17 +158,15 @@ class Checker {
   /// Ranks that references and the left side bring in; values and filters may only use them.
   RankSet visible_ranks(const Equation& e, const LoweredEquation& lowered) {
     RankSet set = lowered.left_set;
-    std::vector<int> stack;
-    for (const Term& t : e.terms) stack.push_back(t.body);
-    while (!stack.empty()) {
-      const Expr& x = ast_.exprs[static_cast<size_t>(stack.back())];
-      stack.pop_back();
-      stack.insert(stack.end(), x.args.begin(), x.args.end());
-      const int tensor = x.kind == Expr::Kind::name ? names_.tensor(x.name) : -1;
-      if (tensor < 0) continue;
-      const size_t nodes = out_.indices.size();
-      if (const auto m = names_.match(out_.tensor(tensor), x.indices, ~RankSet{0})) set |= m->ranks;
-      out_.indices.resize(nodes);
+    for (const Term& t : e.terms) {
+      for_each_expr(ast_, t.body, [&](const Expr& x) {
+        const int tensor = x.kind == Expr::Kind::name ? names_.tensor(x.name) : -1;
+        if (tensor < 0) return;
+        const size_t nodes = out_.indices.size();
+        const auto m = names_.match(out_.tensor(tensor), x.indices, ~RankSet{0});
+        if (m) set |= m->ranks;
+        out_.indices.resize(nodes);
+      });
     }
     return set;
   }
@@ -290,9 +288,11 @@ class Checker {
   }
 
   bool mentions(int ast_expr, const std::string& name) const {
-    const Expr& e = ast_.exprs[static_cast<size_t>(ast_expr)];
-    if (e.kind == Expr::Kind::name && e.name == name) return true;
-    return std::any_of(e.args.begin(), e.args.end(), [&](int arg) { return mentions(arg, name); });
+    bool found = false;
+    for_each_expr(ast_, ast_expr, [&](const Expr& e) {
+      found = found || (e.kind == Expr::Kind::name && e.name == name);
+    });
+    return found;
   }
 
   /// Does statement `from` read what statement `to` defines, directly or through others?

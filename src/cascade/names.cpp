@@ -227,13 +227,9 @@ void Names::functions() {
   for (const FunctionDeclaration& f : ast_.functions) {
     declare(f.name, f.place, "function");
     std::set<std::string> read, seen;
-    std::vector<int> stack = {f.body};
-    while (!stack.empty()) {
-      const Expr& e = ast_.exprs[static_cast<size_t>(stack.back())];
-      stack.pop_back();
-      stack.insert(stack.end(), e.args.begin(), e.args.end());
+    for_each_expr(ast_, f.body, [&](const Expr& e) {
       if (e.kind == Expr::Kind::name) read.insert(e.name);
-    }
+    });
     for (size_t i = 0; i < f.parameters.size(); ++i) {
       const std::string& name = f.parameters[i];
       if (!seen.insert(name).second) {

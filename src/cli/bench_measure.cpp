@@ -11,14 +11,10 @@
 namespace heed::cli {
 namespace {
 
-// An option `path` of the call asks for one: "fft", or "direct" of "direct, avx512" and others.
 std::string chosen_path(const Mechanism& mechanism, const NamedTensors& in, const Spec& options,
                         const RunOptions& run) {
-  std::string asked = options.text("path").value_or("");
-  if (asked == "auto") asked.clear();
-  for (const PathAnswer& answer : mechanism.explain(in, run)) {
-    const bool taken = answer.path == asked || answer.can_run;
-    if (taken && answer.path.starts_with(asked)) return answer.path;
+  for (const PathAnswer& answer : mechanism.explain(in, options, run)) {
+    if (answer.can_run) return answer.path;
   }
   return "none";
 }

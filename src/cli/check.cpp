@@ -48,7 +48,9 @@ std::vector<Layout> chosen_layouts(const std::vector<std::string>& names) {
 bool has_path(const Reference& reference, Isa isa) {
   RunOptions run;
   run.isa = isa;
-  for (const PathAnswer& answer : reference.mechanism->explain(views(reference.inputs), run)) {
+  const auto answers = reference.mechanism->explain(
+      views(reference.inputs), Spec::parse_options(reference.example->options), run);
+  for (const PathAnswer& answer : answers) {
     if (answer.path == name_of(isa)) return answer.can_run;
   }
   return true;

@@ -17,7 +17,7 @@ constexpr DType kTypes[] = {DType::f64, DType::f32, DType::bf16, DType::f16};
 // The path that the mechanism's first large case takes in this type.
 std::string path_of(const Mechanism& mechanism, DType dtype) {
   const NamedTensors in = shapes_only(mechanism.bench_cases.at(0), dtype);
-  for (const PathAnswer& answer : mechanism.explain(in, {})) {
+  for (const PathAnswer& answer : mechanism.explain(in, {}, {})) {
     if (answer.can_run) return answer.path;
   }
   return "none";

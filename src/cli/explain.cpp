@@ -35,7 +35,7 @@ void explain(const Arguments& arguments) {
   if (mechanism.engine == "tiled" && tensors.count("k") > 0 && tensors.count("v") > 0) {
     check_attention(mechanism.name.c_str(), tensors.at("q"), tensors.at("k"), tensors.at("v"));
   }
-  const auto answers = mechanism.explain(tensors, run);
+  const auto answers = mechanism.explain(tensors, Spec::parse_options(example.options), run);
   bool chosen = false;
   Json list = Json::array();
   Table table({{"path"}, {"can run"}, {""}});

@@ -74,7 +74,8 @@ void fill_lengths(const ExampleCase& example, const std::string& input, uint64_t
   }
 }
 
-std::vector<PathAnswer> explain_attention(const NamedTensors& in, const RunOptions& run) {
+std::vector<PathAnswer> explain_attention(const NamedTensors& in, const Spec&,
+                                          const RunOptions& run) {
   const Tensor &q = in.at("q"), &v = in.at("v");
   const int64_t group = q.size(1) / v.size(1);
   return tiled::explain({group * q.size(2), q.dtype()}, run);

@@ -25,7 +25,8 @@ void fill_lengths(const ExampleCase& example, const std::string& input, uint64_t
                   const Tensor& to_fill);
 
 /// The tiled engine's answer for inputs q, k, v.
-std::vector<PathAnswer> explain_attention(const NamedTensors& in, const RunOptions& run);
+std::vector<PathAnswer> explain_attention(const NamedTensors& in, const Spec& options,
+                                          const RunOptions& run);
 
 /// Inputs q [B,H,Lq,D], k [B,Hkv,Lk,D], v [B,Hkv,Lk,Dv].
 struct AttentionShape {

@@ -100,7 +100,9 @@ struct Mechanism {
   /// Empty where the mechanism cannot stand in for causal attention of a model.
   std::function<ModelAttention(const Spec& options, const ModelLayer& at)> model_attention;
   /// Paths in order of preference; the first that can run is chosen.
-  std::function<std::vector<PathAnswer>(const NamedTensors& in, const RunOptions& run)> explain;
+  std::function<std::vector<PathAnswer>(const NamedTensors& in, const Spec& options,
+                                        const RunOptions& run)>
+      explain;
   /// Inputs that are not standard normal, filled from a seed (lengths, permutations, ...). Called
   /// for every input after its default (standard normal; zeros for integers) has been written.
   std::function<void(const ExampleCase& example, const std::string& input, uint64_t seed,

@@ -59,7 +59,6 @@ void Forward<T>::plan_items() {
     }
   }
   if (path_.part_keys > 0) {
-    for (const Item& item : items_) most_rows_ = std::max(most_rows_, slots(query_tiles(item)));
     part_sums_ = Array(DType::f64, {parts_, most_rows_, kPartSums});
     part_out_ = Array(dtype_of<T>, {parts_, streams_ * most_rows_, padded_values_});
     return;
@@ -92,6 +91,7 @@ void Forward<T>::plan_parts(int64_t s) {
                           std::min(seen.end, (t + part_tiles) * tile_keys_)};
       items_.push_back({s, h, 0, plan.queries(), keys, parts_++, t == first});
     }
+    most_rows_ = std::max(most_rows_, slots(query_tiles(items_.back())));
   }
 }
 

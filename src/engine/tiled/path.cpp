@@ -95,7 +95,7 @@ Path choose_path(const Problem& problem, const RunOptions& run, bool backward) {
   const CallKind call{group_of(sequence) * sequence.plan.queries(), sequence.q.dtype(), backward,
                       sequence.q.offsets != nullptr};
   const Candidate chosen = choose_candidate(call.dtype, no_half_operands(call), run);
-  const int64_t queries = std::max<int64_t>(1, sequence.plan.queries());
+  const int64_t queries = std::max<int64_t>(1, sequence.plan.queries()), keys = most_keys(problem);
   Path path;
   path.isa = chosen.isa;
   path.half_operands = chosen.half_operands;
@@ -103,12 +103,12 @@ Path choose_path(const Problem& problem, const RunOptions& run, bool backward) {
   const size_t element = path.half_operands ? 2 : call.dtype == DType::f64 ? 8 : 4;
   const TileSizes sizes = tile_sizes(path, backward, sequence, element);
   // Tiles beyond what there is would only be cleared and skipped over.
-  path.key_tile = std::min(problem.key_tile > 0 ? problem.key_tile : sizes.key_tile,
-                           round_up(most_keys(problem), 64));
+  path.key_tile =
+      std::min(problem.key_tile > 0 ? problem.key_tile : sizes.key_tile, round_up(keys, 64));
   path.query_tile = path.few_rows            ? call.rows_per_key_head
                     : problem.query_tile > 0 ? problem.query_tile
                                              : std::min(sizes.query_tile, round_up(queries, 8));
-  path.part_keys = part_keys(call, problem, queries, most_keys(problem));
+  path.part_keys = part_keys(call, problem, queries, keys);
   path.group_rows =
       path.few_rows ? call.rows_per_key_head : rows_per_item(problem, path.query_tile, run);
   return path;

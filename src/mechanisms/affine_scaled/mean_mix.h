@@ -7,6 +7,7 @@
 #include "base/round_up.h"
 #include "engine/tiled/plan.h"
 #include "kernels/row_maps.h"
+#include "mechanisms/row_blocks.h"
 
 namespace heed::affine_scaled {
 
@@ -58,10 +59,10 @@ class MeanMix {
     return alpha_.as<T>() + (batch * heads_ + head) * alpha_stride_;
   }
   kernels::Rows rows_of(const Tensor& t, const Rows& rows, int64_t head) const {
-    return {t.at({rows.batch, head, rows.begin}), t.dtype(), t.stride(2), rows.count, t.size(3)};
+    return heed::rows_of(t, {rows.batch, head, rows.begin, rows.count});
   }
   kernels::RowsOut out_rows(const Tensor& t, const Rows& rows, int64_t head) const {
-    return {t.at({rows.batch, head, rows.begin}), t.dtype(), t.stride(2), rows.count, t.size(3)};
+    return heed::out_rows(t, {rows.batch, head, rows.begin, rows.count});
   }
 
   /// Calls body(rows, memory of the means) for items of up to kItemRows rows of each key head.

@@ -96,7 +96,9 @@ Mechanism conv_record() {
   };
   m.bind = bind;
   m.random_case = random_conv_case;
-  m.explain = [](const NamedTensors&, const RunOptions& run) { return explain_isas(run); };
+  m.explain = [](const NamedTensors&, const Spec&, const RunOptions& run) {
+    return explain_isas(run);
+  };
   return m;
 }
 

@@ -120,7 +120,9 @@ Mechanism distillation_record() {
     return arrays;
   };
   m.bind = bind;
-  m.explain = [](const NamedTensors&, const RunOptions& run) { return explain_isas(run); };
+  m.explain = [](const NamedTensors&, const Spec&, const RunOptions& run) {
+    return explain_isas(run);
+  };
   m.fill = fill;
   return m;
 }

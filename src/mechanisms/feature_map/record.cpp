@@ -177,7 +177,9 @@ Mechanism feature_map_record() {
     return in.contains("weight") ? std::map<std::string, int64_t>()
                                  : std::map<std::string, int64_t>{{"c", 1}};
   };
-  m.explain = [](const NamedTensors&, const RunOptions& run) { return explain_isas(run); };
+  m.explain = [](const NamedTensors&, const Spec&, const RunOptions& run) {
+    return explain_isas(run);
+  };
   m.fill = fill;
   return m;
 }

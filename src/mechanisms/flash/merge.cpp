@@ -1,14 +1,14 @@
 #include <algorithm>
 #include <cmath>
 #include <limits>
+#include <optional>
 #include <utility>
 
-#include "base/parallel.h"
-#include "base/round_up.h"
 #include "engine/operands.h"
 #include "heed/error.h"
 #include "heed/flash_attention.h"
 #include "kernels/row_maps.h"
+#include "mechanisms/row_blocks.h"
 
 namespace heed {
 
@@ -59,24 +59,25 @@ class Merge {
 
   void forward(const AttentionView& a, const AttentionView& b, const Tensor& out,
                const Tensor& lse) const {
-    for_blocks([&](const Block& block) {
-      const Statistics a_lse(a.lse, block), b_lse(b.lse, block), to_lse(lse, block);
+    for_row_blocks(like_, kBlockRows, run_, [&](const RowBlock& block) {
+      const Statistics a_lse(a.lse, block), b_lse(b.lse, block);
+      const std::optional<Statistics> to_lse = if_defined(lse, block);
       T of_a[kBlockRows], of_b[kBlockRows];
       for (int64_t r = 0; r < block.count; ++r) {
         const Shares shares(a_lse[r], b_lse[r]);
         of_a[r] = static_cast<T>(shares.side_a);
         of_b[r] = static_cast<T>(shares.side_b);
-        if (to_lse) to_lse[r] = static_cast<T>(shares.lse);
+        if (to_lse) (*to_lse)[r] = static_cast<T>(shares.lse);
       }
       // A side that saw no key has out = 0 by contract; it is left out whatever it holds.
       const auto both = [&](int64_t r) {
         return std::pair(a_lse[r] != kNothing<T>, b_lse[r] != kNothing<T>);
       };
-      for_each_run(block, both, [&](const Block& run, int64_t first) {
+      for_each_run(block, both, [&](const RowBlock& run, int64_t first) {
         const auto [a_seen, b_seen] = both(first);
         const kernels::Rows x = a_seen ? rows_of(a.out, run) : zeros(run);
         const kernels::Rows y = b_seen ? rows_of(b.out, run) : zeros(run);
-        maps_.combine(x, of_a + first, &y, of_b + first, nullptr, rows_out(out, run));
+        maps_.combine(x, of_a + first, &y, of_b + first, nullptr, out_rows(out, run));
       });
     });
   }
@@ -85,12 +86,13 @@ class Merge {
   // d lse_side = w (dlse + w_other dout . (out_side - out_other)).
   void backward(const Tensor& grad_out, const Tensor& grad_lse, const AttentionView& a,
                 const AttentionView& b, const MergeGradients& to) const {
-    for_blocks([&](const Block& block) {
+    for_row_blocks(like_, kBlockRows, run_, [&](const RowBlock& block) {
       double with_a[kBlockRows], with_b[kBlockRows];
       maps_.dots(rows_of(grad_out, block), rows_of(a.out, block), with_a);
       maps_.dots(rows_of(grad_out, block), rows_of(b.out, block), with_b);
-      const Statistics a_lse(a.lse, block), b_lse(b.lse, block), lse_gradient(grad_lse, block),
-          to_lse_a(to.lse_a, block), to_lse_b(to.lse_b, block);
+      const Statistics a_lse(a.lse, block), b_lse(b.lse, block), to_lse_a(to.lse_a, block),
+          to_lse_b(to.lse_b, block);
+      const std::optional<Statistics> lse_gradient = if_defined(grad_lse, block);
       T of_a[kBlockRows], of_b[kBlockRows];
       for (int64_t r = 0; r < block.count; ++r) {
         const Shares shares(a_lse[r], b_lse[r]);
@@ -99,7 +101,7 @@ class Merge {
         // A side without weight may hold anything, and has no gradient.
         const bool both = shares.side_a != 0 && shares.side_b != 0;
         const double difference = both ? with_a[r] - with_b[r] : 0;
-        const double from_lse = lse_gradient ? lse_gradient[r] : 0;
+        const double from_lse = lse_gradient ? (*lse_gradient)[r] : 0;
         const auto gradient = [&](double share, double other, double side) {
           return static_cast<T>(share == 0 ? 0 : share * (from_lse + other * side));
         };
@@ -114,61 +116,40 @@ class Merge {
  private:
   static constexpr int64_t kBlockRows = 64;
 
-  /// Rows [begin, begin + count) of one head.
-  struct Block {
-    int64_t batch, head, begin, count;
-  };
-
-  template <class Body>
-  void for_blocks(const Body& body) const {
-    const int64_t heads = like_.size(1), rows = like_.size(2);
-    const int64_t per_head = ceil_div(rows, kBlockRows);
-    const int64_t blocks = like_.size(0) * heads * per_head;
-    parallel_for(blocks, threads_for(run_, blocks), [&](int64_t i, int) {
-      const int64_t pair = i / per_head, begin = i % per_head * kBlockRows;
-      body(Block{pair / heads, pair % heads, begin, std::min(kBlockRows, rows - begin)});
-    });
-  }
-
   /// Calls body(run, first row of it in the block) for neighbours of the same kind.
   template <class Kind, class Body>
-  static void for_each_run(const Block& block, const Kind& kind, const Body& body) {
+  static void for_each_run(const RowBlock& block, const Kind& kind, const Body& body) {
     for (int64_t first = 0, next; first < block.count; first = next) {
       next = first + 1;
       while (next < block.count && kind(next) == kind(first)) ++next;
-      body(Block{block.batch, block.head, block.begin + first, next - first}, first);
+      body(RowBlock{block.batch, block.head, block.begin + first, next - first}, first);
     }
   }
 
   /// Rows with a share of 0 become 0, whatever x holds.
-  void scale_rows(const Block& block, const Tensor& x, const T* shares, const Tensor& to) const {
+  void scale_rows(const RowBlock& block, const Tensor& x, const T* shares, const Tensor& to) const {
     const auto weighs = [&](int64_t r) { return shares[r] != 0; };
-    for_each_run(block, weighs, [&](const Block& run, int64_t first) {
+    for_each_run(block, weighs, [&](const RowBlock& run, int64_t first) {
       maps_.combine(weighs(first) ? rows_of(x, run) : zeros(run), shares + first, nullptr, nullptr,
-                    nullptr, rows_out(to, run));
+                    nullptr, out_rows(to, run));
     });
   }
 
   /// One number of each row.
   struct Statistics {
-    Statistics(const Tensor& t, const Block& block)
-        : data(t.defined() ? reinterpret_cast<T*>(t.at({block.batch, block.head, block.begin}))
-                           : nullptr),
-          stride(t.defined() ? t.stride(2) : 0) {}
+    Statistics(const Tensor& t, const RowBlock& block)
+        : data(reinterpret_cast<T*>(t.at({block.batch, block.head, block.begin}))),
+          stride(t.stride(2)) {}
     T& operator[](int64_t r) const { return data[r * stride]; }
-    explicit operator bool() const { return data != nullptr; }
     T* data;
     int64_t stride;
   };
-  static kernels::Rows rows_of(const Tensor& t, const Block& block) {
-    return {t.at({block.batch, block.head, block.begin, 0}), t.dtype(), t.stride(2), block.count,
-            t.size(3)};
+
+  static std::optional<Statistics> if_defined(const Tensor& t, const RowBlock& block) {
+    return t.defined() ? std::optional(Statistics(t, block)) : std::nullopt;
   }
-  static kernels::RowsOut rows_out(const Tensor& t, const Block& block) {
-    const kernels::Rows rows = rows_of(t, block);
-    return {const_cast<void*>(rows.data), rows.dtype, rows.stride, rows.count, rows.width};
-  }
-  kernels::Rows zeros(const Block& block) const {
+
+  kernels::Rows zeros(const RowBlock& block) const {
     return {zeros_.view().data(), zeros_.dtype(), 0, block.count, like_.size(3)};
   }
 

@@ -383,8 +383,8 @@ Mechanism decode_record() {
   m.bind = bind_decode;
   m.fill = fill_decode;
   m.random_case = random_decode_case;
-  m.explain = [](const NamedTensors& in, const RunOptions& run) {
-    return explain_attention({{"q", in.at("q")}, {"v", in.at("v_cache")}}, run);
+  m.explain = [](const NamedTensors& in, const Spec& options, const RunOptions& run) {
+    return explain_attention({{"q", in.at("q")}, {"v", in.at("v_cache")}}, options, run);
   };
   return m;
 }
@@ -440,7 +440,9 @@ Mechanism merge_record() {
                         {"LSE_B", to_nd(in.at("lse_b"))}};
     return bindings;
   };
-  m.explain = [](const NamedTensors&, const RunOptions& run) { return explain_isas(run); };
+  m.explain = [](const NamedTensors&, const Spec&, const RunOptions& run) {
+    return explain_isas(run);
+  };
   return m;
 }
 

@@ -156,20 +156,23 @@ std::vector<CascadeText> rpe_cascades() {
   return texts;
 }
 
-std::vector<PathAnswer> explain(const NamedTensors& in, const RunOptions& run) {
+std::vector<PathAnswer> explain(const NamedTensors& in, const Spec& options,
+                                const RunOptions& run) {
   const Tensor &q = in.at("q"), &v = in.at("v"), &rpb = in.at("rpb");
   const Tensor w = projection_of(in);
   const int64_t padded = rpb.rank() == 3 ? (rpb.size(1) + 1) / 2 * rpb.size(2) : q.size(2);
   const RpeCost cost = kernelized_rpe_cost(q.size(2), padded, w.defined() ? w.size(1) : q.size(3),
                                            v.size(3), false, q.dtype(), chosen_isa(run));
-  const bool fft = cost.fft < cost.direct;
-  std::vector<PathAnswer> answers = {{"fft", fft,
-                                      fft ? ""
-                                          : "direct is estimated to be " +
-                                                std::to_string(cost.fft / cost.direct) +
-                                                " times as fast"}};
+  const std::string asked = options.text("path").value_or("auto");
+  const bool fft = asked == "fft" || (asked == "auto" && cost.fft < cost.direct);
+  const std::string other =
+      asked == "auto"
+          ? "direct is estimated to be " + std::to_string(cost.fft / cost.direct) + " times as fast"
+          : "path=" + asked + " is asked for";
+  std::vector<PathAnswer> answers = {{"fft", fft, fft ? "" : other}};
   for (const PathAnswer& answer : explain_isas(run)) {
-    answers.push_back({"direct, " + answer.path, answer.can_run, answer.reason});
+    const bool can_run = answer.can_run && asked != "fft";
+    answers.push_back({"direct, " + answer.path, can_run, asked == "fft" ? other : answer.reason});
   }
   return answers;
 }

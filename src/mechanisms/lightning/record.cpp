@@ -142,7 +142,7 @@ Mechanism lightning_record() {
     return arrays;
   };
   m.bind = bind_lightning;
-  m.explain = [](const NamedTensors& in, const RunOptions& run) {
+  m.explain = [](const NamedTensors& in, const Spec&, const RunOptions& run) {
     return explain_chunked(in, false, run);
   };
   m.fill = fill_slopes;

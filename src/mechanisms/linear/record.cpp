@@ -206,7 +206,7 @@ Mechanism linear_record() {
   m.forward = forward_linear;
   m.backward = backward_linear;
   m.bind = bind_linear;
-  m.explain = [](const NamedTensors& in, const RunOptions& run) {
+  m.explain = [](const NamedTensors& in, const Spec&, const RunOptions& run) {
     return explain_chunked(in, false, run);
   };
   m.fill = fill_linear;

@@ -83,7 +83,9 @@ Mechanism local_linear_record() {
   };
   m.bind = bind;
   m.random_case = random_local_linear_case;
-  m.explain = [](const NamedTensors&, const RunOptions& run) { return explain_isas(run); };
+  m.explain = [](const NamedTensors&, const Spec&, const RunOptions& run) {
+    return explain_isas(run);
+  };
   m.model_attention = [](const Spec& options, const ModelLayer&) {
     LocalLinearOptions chosen = local_linear_options(options);
     chosen.causal = true;

@@ -284,7 +284,7 @@ Mechanism mala_record() {
   m.forward = forward_mala;
   m.backward = backward_mala;
   m.bind = bind_mala;
-  m.explain = [](const NamedTensors& in, const RunOptions& run) {
+  m.explain = [](const NamedTensors& in, const Spec&, const RunOptions& run) {
     return explain_chunked(in, true, run);
   };
   m.fill = fill_mala;

@@ -130,7 +130,9 @@ Mechanism router_record() {
   };
   m.bind = bind;
   m.random_case = random_router_case;
-  m.explain = [](const NamedTensors&, const RunOptions& run) { return explain_isas(run); };
+  m.explain = [](const NamedTensors&, const Spec&, const RunOptions& run) {
+    return explain_isas(run);
+  };
   return m;
 }
 

@@ -431,7 +431,7 @@ Mechanism record(int rank, Forward forward, Backward backward, std::vector<Examp
   m.bind = [rank](const NamedTensors& in, const Spec& spec) { return bind(rank, in, spec); };
   m.random_case = [rank](uint64_t seed) { return random_grid_case(rank, seed); };
   m.shrink = [rank](const ExampleCase& example) { return shrunk(rank, example); };
-  m.explain = [rank](const NamedTensors& in, const RunOptions& run) {
+  m.explain = [rank](const NamedTensors& in, const Spec&, const RunOptions& run) {
     return explain(rank, in, run);
   };
   if (rank == 1) m.model_attention = line_in_model;

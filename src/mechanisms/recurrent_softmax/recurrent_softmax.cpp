@@ -15,6 +15,7 @@
 #include "kernels/row_maps.h"
 #include "mechanisms/parameter.h"
 #include "mechanisms/recurrent_softmax/row_result.h"
+#include "mechanisms/row_blocks.h"
 
 namespace heed {
 
@@ -87,7 +88,7 @@ class RowPass {
   }
 
   void forward(const Tensor& out) const {
-    for_blocks([&](const Block& block) {
+    for_row_blocks(core_, kItemRows, run_, [&](const RowBlock& block) {
       Rows rows;
       measure(block, rows);
       T scale[kItemRows], shift[kItemRows];
@@ -106,7 +107,7 @@ class RowPass {
                  const Tensor& grad_statistic) const {
     Array grad_gate;
     if (gated()) grad_gate = Array(kType, gate_.shape());
-    for_blocks([&](const Block& block) {
+    for_row_blocks(core_, kItemRows, run_, [&](const RowBlock& block) {
       Rows rows;
       measure(block, rows);
       double dots[kItemRows], sums[kItemRows];
@@ -143,38 +144,16 @@ class RowPass {
   }
 
  private:
-  struct Block {
-    int64_t batch = 0, head = 0, begin = 0, count = 0;
-  };
   struct Rows {
     recurrent::Row row[kItemRows];
   };
 
-  template <class Body>
-  void for_blocks(const Body& body) const {
-    const int64_t heads = core_.size(1), rows = core_.size(2);
-    const int64_t per_head = (rows + kItemRows - 1) / kItemRows;
-    const int64_t items = core_.size(0) * heads * per_head;
-    parallel_for(items, threads_for(run_, items), [&](int64_t item, int) {
-      const int64_t begin = item % per_head * kItemRows, head = item / per_head;
-      body({head / heads, head % heads, begin, std::min(kItemRows, rows - begin)});
-    });
-  }
-
-  kernels::Rows rows_of(const Tensor& t, const Block& block) const {
-    return {t.at({block.batch, block.head, block.begin}), t.dtype(), t.stride(2), block.count,
-            t.size(3)};
-  }
-  kernels::RowsOut out_rows(const Tensor& t, const Block& block) const {
-    return {t.at({block.batch, block.head, block.begin}), t.dtype(), t.stride(2), block.count,
-            t.size(3)};
-  }
-  static std::byte* at(const Tensor& t, const Block& block, int64_t r) {
+  static std::byte* at(const Tensor& t, const RowBlock& block, int64_t r) {
     return t.at({block.batch, block.head, block.begin + r});
   }
   bool gated() const { return gate_.view().defined(); }
   /// 0 for a row that sees nothing, whatever its gate is.
-  double gate_of(const Block& block, int64_t r, const recurrent::Row& row) const {
+  double gate_of(const RowBlock& block, int64_t r, const recurrent::Row& row) const {
     if (row.keys == 0) return 0;
     if (!gated()) return 1;
     return static_cast<double>(*reinterpret_cast<const T*>(at(gate_, block, r)));
@@ -182,7 +161,7 @@ class RowPass {
 
   /// Calls body(rows a[r] core[r] + c[r]); c may be null.
   template <class Body>
-  void mapped(const Block& block, const T* a, const T* c, const Body& body) const {
+  void mapped(const RowBlock& block, const T* a, const T* c, const Body& body) const {
     const kernels::Rows core = rows_of(core_, block);
     const int64_t stride = round_up(core.width, 16);
     Scratch scratch(static_cast<size_t>(kItemRows * stride) * sizeof(T) + 64);
@@ -191,7 +170,7 @@ class RowPass {
     body(kernels::Rows{rows, kType, stride, block.count, core.width});
   }
 
-  void measure(const Block& block, Rows& rows) const {
+  void measure(const RowBlock& block, Rows& rows) const {
     double squares[kItemRows] = {}, means[kItemRows] = {};
     const kernels::Rows core = rows_of(core_, block);
     if (kind_.needs_mean()) {

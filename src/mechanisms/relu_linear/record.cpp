@@ -85,7 +85,7 @@ Mechanism relu_linear_record() {
     return arrays;
   };
   m.bind = bind;
-  m.explain = [](const NamedTensors& in, const RunOptions& run) {
+  m.explain = [](const NamedTensors& in, const Spec&, const RunOptions& run) {
     return explain_chunked(in, true, run);
   };
   return m;

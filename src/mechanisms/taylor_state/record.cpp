@@ -157,7 +157,7 @@ Mechanism taylor_record() {
   m.forward = forward_taylor;
   m.backward = backward_taylor;
   m.bind = bind_taylor;
-  m.explain = [](const NamedTensors& in, const RunOptions& run) {
+  m.explain = [](const NamedTensors& in, const Spec&, const RunOptions& run) {
     return explain_chunked(in, true, run);
   };
   m.fill = fill_taylor;
