@@ -132,13 +132,11 @@ HWY_NOINLINE void step_columns(const T* q, const T* k, const T* v, int64_t featu
   const auto decay = hn::Set(d, factor);
   hn::Vec<Full<T>> value[NV], sum[NV];
   const auto load = [&](const T* p, int j) HWY_ATTR {
-    return kWhole ? hn::LoadU(d, p + j * lanes<T>()) : Load<T, T>::first(d, p, tail);
+    return kWhole ? hn::LoadU(d, p + j * lanes<T>()) : load_first(d, p, tail);
   };
   const auto store = [&](hn::Vec<Full<T>> x, T* p, int j) HWY_ATTR {
     if (kWhole) return hn::StoreU(x, d, p + j * lanes<T>());
-    HWY_ALIGN T buffer[hn::MaxLanes(d)];
-    hn::Store(x, d, buffer);
-    for (size_t i = 0; i < tail; ++i) p[i] = buffer[i];
+    store_first(d, x, p, tail);
   };
 #pragma GCC unroll 8
   for (int j = 0; j < NV; ++j) {

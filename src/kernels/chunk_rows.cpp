@@ -14,13 +14,6 @@ HWY_BEFORE_NAMESPACE();
 namespace heed::kernels::HWY_NAMESPACE {
 namespace hn = hwy::HWY_NAMESPACE;
 
-template <class T, class From>
-HWY_INLINE hn::Vec<Full<T>> load_up_to(const From* p, int64_t count) {
-  const Full<T> d;
-  return count >= lanes<T>() ? Load<T, From>::full(d, p)
-                             : Load<T, From>::first(d, p, static_cast<size_t>(HWY_MAX(count, 0)));
-}
-
 template <class T>
 void pack_rows(const Rows& x, const T* factor, Block<T> to) {
   const Full<T> d;
@@ -31,7 +24,7 @@ void pack_rows(const Rows& x, const T* factor, Block<T> to) {
       const auto f = hn::Set(d, factor == nullptr ? T{1} : factor[r]);
       int64_t i = 0;
       for (; i < x.width; i += lanes<T>()) {
-        hn::StoreU(hn::Mul(f, load_up_to<T, From>(row + i, x.width - i)), d, to.row(r) + i);
+        hn::StoreU(hn::Mul(f, load_elements<T>(row + i, x.width - i)), d, to.row(r) + i);
       }
       for (; i < to.stride; i += lanes<T>()) hn::StoreU(hn::Zero(d), d, to.row(r) + i);
     }
@@ -47,7 +40,7 @@ bool all_finite(const Rows& x) {
     for (int64_t r = 0; r < x.count; ++r) {
       const auto* row = static_cast<const From*>(x.data) + r * x.stride;
       for (int64_t i = 0; i < x.width; i += lanes<T>()) {
-        const auto v = load_up_to<T, From>(row + i, x.width - i);
+        const auto v = load_elements<T>(row + i, x.width - i);
         bad = hn::Or(bad, hn::Sub(v, v));  // 0 if finite, else NaN
       }
     }
@@ -71,9 +64,8 @@ void pack_panels(const Rows& x, T* to) {
       for (int64_t e = 0; e < x.width; e += kLanes) {
         hn::Vec<Full<T>> rows[kLanes];
         for (int64_t i = 0; i < kLanes; ++i) {
-          rows[i] = r + i < x.count
-                        ? load_up_to<T, From>(data + (r + i) * x.stride + e, x.width - e)
-                        : hn::Zero(d);
+          rows[i] = r + i < x.count ? load_elements<T>(data + (r + i) * x.stride + e, x.width - e)
+                                    : hn::Zero(d);
         }
         transpose_square<T>(rows, [&](int64_t c, hn::Vec<Full<T>> column) HWY_ATTR {
           if (e + c < x.width) hn::StoreU(column, d, out + (e + c) * width);
@@ -204,7 +196,7 @@ HWY_INLINE hn::Vec<Full<uint32_t>> scaled_bits(const uint16_t* row, int64_t coun
   const Full<float> d;
   const Full<uint32_t> du;
   if (row == nullptr) return hn::Zero(du);
-  const auto x = load_up_to<float>(reinterpret_cast<const bfloat16*>(row), count);
+  const auto x = load_elements<float>(reinterpret_cast<const bfloat16*>(row), count);
   if (factor == 1) return hn::ShiftRight<16>(hn::BitCast(du, x));
   return bfloat16_bits(d, hn::Mul(hn::Set(d, factor), x));
 }

@@ -6,8 +6,8 @@
 #include <hwy/foreach_target.h>
 // After foreach_target.
 #include "kernels/by_isa.h"
-#include "kernels/elements-inl.h"
 #include "kernels/parts.h"
+#include "kernels/vector-inl.h"
 
 HWY_BEFORE_NAMESPACE();
 namespace heed::kernels::HWY_NAMESPACE {

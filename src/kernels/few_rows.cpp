@@ -5,6 +5,8 @@
 #define HWY_TARGET_INCLUDE "kernels/few_rows.cpp"
 #include <hwy/foreach_target.h>
 // After foreach_target.
+#include <algorithm>
+#include <cstring>
 #include <type_traits>
 
 #include "kernels/parts.h"
@@ -19,46 +21,68 @@ namespace hn = hwy::HWY_NAMESPACE;
 template <class From>
 constexpr int64_t kLine = 64 / static_cast<int64_t>(sizeof(From));
 
-// Sums of the lanes of four vectors, one after the other.
+// Blocks of 16 bytes in a vector, and elements of a block.
+template <class T>
+inline constexpr int kBlockElements = 16 / sizeof(T);
+template <class T>
+inline constexpr int kBlocks = static_cast<int>(lanes<T>()) / kBlockElements<T>;
+
+// From as many vectors as a block has elements: in each block the sums of their lanes in that block.
 template <class T, class V>
-HWY_INLINE void store_lane_sums(const V* v, T* to) {
+HWY_INLINE V block_sums(const V* v) {
   const Full<T> d;
-  if constexpr (sizeof(T) == 4 && hn::MaxLanes(d) >= 4) {
+  const auto ab = hn::Add(hn::InterleaveLower(d, v[0], v[1]), hn::InterleaveUpper(d, v[0], v[1]));
+  if constexpr (sizeof(T) == 8) {
+    return ab;
+  } else {
     const hn::Repartition<double, decltype(d)> wide;
-    const auto ab = hn::Add(hn::InterleaveLower(d, v[0], v[1]), hn::InterleaveUpper(d, v[0], v[1]));
     const auto cd = hn::Add(hn::InterleaveLower(d, v[2], v[3]), hn::InterleaveUpper(d, v[2], v[3]));
     const auto ab2 = hn::BitCast(wide, ab), cd2 = hn::BitCast(wide, cd);
-    const auto abcd = hn::Add(hn::BitCast(d, hn::InterleaveLower(wide, ab2, cd2)),
-                              hn::BitCast(d, hn::InterleaveUpper(wide, ab2, cd2)));
-    HWY_ALIGN T buffer[hn::MaxLanes(d)];
-    hn::Store(abcd, d, buffer);
-    const hn::FixedTag<T, 4> d4;
-    auto sum = hn::Load(d4, buffer);
-    for (size_t b = 4; b < hn::MaxLanes(d); b += 4) sum = hn::Add(sum, hn::Load(d4, buffer + b));
-    hn::StoreU(sum, d4, to);
-  } else {
-    for (int i = 0; i < 4; ++i) to[i] = hn::GetLane(hn::SumOfLanes(d, v[i]));
+    return hn::Add(hn::BitCast(d, hn::InterleaveLower(wide, ab2, cd2)),
+                   hn::BitCast(d, hn::InterleaveUpper(wide, ab2, cd2)));
   }
 }
 
-// Scores of R query rows against four keys. Keys past the end repeat the last one.
+// From as many vectors as a vector has blocks: the sums of the blocks of each, one after the other.
+template <class T, class V>
+HWY_INLINE V sums_of_blocks(const V* v) {
+  if constexpr (kBlocks<T> == 1) {
+    return v[0];
+  } else {
+    const Full<T> d;
+    const auto halves = [d](V a, V b) HWY_ATTR {
+      return hn::Add(hn::ConcatLowerLower(d, b, a), hn::ConcatUpperUpper(d, b, a));
+    };
+    if constexpr (kBlocks<T> == 2) {
+      return halves(v[0], v[1]);
+    } else {
+      const V even = halves(v[0], v[2]), odd = halves(v[1], v[3]);
+      return hn::Add(hn::OddEvenBlocks(hn::SwapAdjacentBlocks(odd), even),
+                     hn::OddEvenBlocks(odd, hn::SwapAdjacentBlocks(even)));
+    }
+  }
+}
+
+// Products of R query rows with the keys of one block, still to be summed over the blocks of a vector:
+// those of row r to partial[r * step].
 template <class T, class From, int R>
-HWY_INLINE void dot_block(const T* q, int64_t q_stride, const From* const (&keys)[4], int64_t width,
-                          int64_t ahead, T* s, int64_t s_stride, int64_t count) {
+HWY_INLINE void dot_keys(const T* q, int64_t q_stride, const From* const* keys, int64_t width,
+                         int64_t ahead, hn::Vec<Full<T>>* partial, int step) {
   const Full<T> d;
-  hn::Vec<Full<T>> acc[R][4];
+  constexpr int kKeys = kBlockElements<T>;
+  hn::Vec<Full<T>> acc[R][kKeys];
 #pragma GCC unroll 4
   for (int r = 0; r < R; ++r) {
 #pragma GCC unroll 4
-    for (int j = 0; j < 4; ++j) acc[r][j] = hn::Zero(d);
+    for (int j = 0; j < kKeys; ++j) acc[r][j] = hn::Zero(d);
   }
   int64_t e = 0;
-  const auto step = [&](auto&& load) HWY_ATTR {
+  const auto add = [&](auto&& load) HWY_ATTR {
     hn::Vec<Full<T>> query[R];
 #pragma GCC unroll 4
     for (int r = 0; r < R; ++r) query[r] = hn::LoadU(d, q + r * q_stride + e);
 #pragma GCC unroll 4
-    for (int j = 0; j < 4; ++j) {
+    for (int j = 0; j < kKeys; ++j) {
       const auto k = load(keys[j] + e);
       if (e % kLine<From> == 0) prefetch_far(keys[j] + e, ahead);
 #pragma GCC unroll 4
@@ -66,31 +90,51 @@ HWY_INLINE void dot_block(const T* q, int64_t q_stride, const From* const (&keys
     }
   };
   for (; e + lanes<T>() <= width; e += lanes<T>()) {
-    step([&](const From* p) HWY_ATTR { return Load<T, From>::full(d, p); });
+    add([&](const From* p) HWY_ATTR { return Load<T, From>::full(d, p); });
   }
   if (e < width) {
     const auto rest = static_cast<size_t>(width - e);
-    step([&](const From* p) HWY_ATTR { return Load<T, From>::first(d, p, rest); });
+    add([&](const From* p) HWY_ATTR { return Load<T, From>::first(d, p, rest); });
   }
-  HWY_ALIGN T sums[4];
 #pragma GCC unroll 4
-  for (int r = 0; r < R; ++r) {
-    store_lane_sums<T>(acc[r], sums);
-    for (int64_t j = 0; j < count; ++j) s[r * s_stride + j] = sums[j];
-  }
+  for (int r = 0; r < R; ++r) partial[r * step] = block_sums<T>(acc[r]);
 }
 
 // Scores of R query rows against a block of keys.
 template <class T, class From, int R>
 HWY_NOINLINE void dot_key_block(const T* q, int64_t q_stride, const Rows& k, int64_t ahead,
                                 int64_t first, T* s, int64_t s_stride) {
+  // Vectors of partial sums: of R rows, a power of two, and as many keys as fill vectors of scores.
+  constexpr int kRows = R == 3 ? 4 : R, kPartial = HWY_MAX(kRows, kBlocks<T>);
+  constexpr int kGroups = kPartial / kRows, kKeys = kGroups * kBlockElements<T>;
+  const Full<T> d;
   const auto* data = static_cast<const From*>(k.data);
   const int64_t end = HWY_MIN(first + kKeyBlock, k.count);
-  for (int64_t m = first; m < end; m += 4) {
-    const From* keys[4];
-    for (int64_t j = 0; j < 4; ++j) keys[j] = data + HWY_MIN(m + j, end - 1) * k.stride;
-    dot_block<T, From, R>(q, q_stride, keys, k.width, ahead, s + m, s_stride,
-                          HWY_MIN(int64_t{4}, end - m));
+  for (int64_t m = first; m < end; m += kKeys) {
+    hn::Vec<Full<T>> partial[kPartial];
+#pragma GCC unroll 4
+    for (int i = R * kGroups; i < kPartial; ++i) partial[i] = hn::Zero(d);
+#pragma GCC unroll 4
+    for (int g = 0; g < kGroups; ++g) {
+      const From* keys[kBlockElements<T>];  // past the end the last one
+      for (int64_t j = 0; j < kBlockElements<T>; ++j) {
+        keys[j] = data + HWY_MIN(m + g * kBlockElements<T> + j, end - 1) * k.stride;
+      }
+      dot_keys<T, From, R>(q, q_stride, keys, k.width, ahead, partial + g, kGroups);
+    }
+    HWY_ALIGN T sums[kRows * kKeys];
+#pragma GCC unroll 4
+    for (int i = 0; i < kPartial; i += kBlocks<T>) {
+      hn::Store(sums_of_blocks<T>(partial + i), d, sums + i * kBlockElements<T>);
+    }
+    for (int64_t r = 0; r < R; ++r) {
+      T* to = s + r * s_stride + m;
+      if (m + kKeys <= end) {
+        std::memcpy(to, sums + r * kKeys, kKeys * sizeof(T));
+      } else {
+        std::copy_n(sums + r * kKeys, end - m, to);
+      }
+    }
   }
 }
 
@@ -110,7 +154,8 @@ HWY_INLINE void for_row_groups(int64_t rows, Body&& body) {
 
 template <class T>
 void dot_rows(Block<const T> queries, int64_t rows, const Rows& k, Block<T> s) {
-  constexpr int kGroup = kPanelVectors == 4 ? 4 : 2;  // four accumulators a row
+  constexpr int kGroup =
+      kPanelVectors == 4 ? 4 : 2;  // an accumulator for each key of a block and row
   const int64_t ahead = bytes_ahead(k);
   with_element_type<T>(k.dtype, [&](auto from) {
     for (int64_t m = 0; m < k.count; m += kKeyBlock) {
@@ -164,19 +209,24 @@ HWY_INLINE void add_pair(const T* p, int64_t p_stride, int64_t rows, const From*
   }
 }
 
-// The columns behind the last pair, at most two vectors.
-template <class T, class From>
-HWY_INLINE void add_rest(const T* p, int64_t p_stride, int64_t rows, const From* v, int64_t width,
-                         T* o, int64_t o_stride) {
+// The same for one vector of columns: all of them, or the first `width`.
+template <int K, class T, class From>
+HWY_INLINE void add_vector(const T* p, int64_t p_stride, int64_t rows, const From* v,
+                           int64_t v_stride, int64_t width, T* o, int64_t o_stride) {
   const Full<T> d;
-  for (int64_t f = 0; f < width; f += lanes<T>()) {
-    const auto x = f + lanes<T>() <= width
-                       ? Load<T, From>::full(d, v + f)
-                       : Load<T, From>::first(d, v + f, static_cast<size_t>(width - f));
-    for (int64_t r = 0; r < rows; ++r) {
-      T* to = o + r * o_stride + f;
-      hn::StoreU(hn::MulAdd(hn::Set(d, p[r * p_stride]), x, hn::LoadU(d, to)), d, to);
-    }
+  hn::Vec<Full<T>> a[K];
+  const auto part = static_cast<size_t>(width);
+#pragma GCC unroll 8
+  for (int i = 0; i < K; ++i) {
+    a[i] = width >= lanes<T>() ? Load<T, From>::full(d, v + i * v_stride)
+                               : Load<T, From>::first(d, v + i * v_stride, part);
+  }
+  for (int64_t r = 0; r < rows; ++r) {
+    T* to = o + r * o_stride;
+    auto x = hn::LoadU(d, to);
+#pragma GCC unroll 8
+    for (int i = 0; i < K; ++i) x = hn::MulAdd(hn::Set(d, p[r * p_stride + i]), a[i], x);
+    hn::StoreU(x, d, to);
   }
 }
 
@@ -188,8 +238,8 @@ HWY_NOINLINE void add_keys(const T* p, int64_t p_stride, int64_t rows, const Fro
   for (; f + kPair <= width; f += kPair) {
     add_pair<K, T, From>(p, p_stride, rows, v + f, v_stride, o + f, o_stride);
   }
-  for (int i = 0; f < width && i < K; ++i) {
-    add_rest<T, From>(p + i, p_stride, rows, v + i * v_stride + f, width - f, o + f, o_stride);
+  for (; f < width; f += lanes<T>()) {
+    add_vector<K, T, From>(p, p_stride, rows, v + f, v_stride, width - f, o + f, o_stride);
   }
 }
 

@@ -21,7 +21,7 @@ HWY_INLINE void store_half(hn::Vec<Full<float>> x, uint16_t* to) {
   __asm__("vcvtneps2bf16 %1, %0" : "=v"(rounded) : "v"(x.raw));
   _mm256_storeu_si256(reinterpret_cast<__m256i*>(to), rounded);
 #else
-  store_bfloat16(Full<float>(), x, to);
+  Store<float, bfloat16>::full(x, reinterpret_cast<bfloat16*>(to));
 #endif
 }
 

@@ -49,9 +49,7 @@ void transpose(Block<const T> from, int64_t rows, int64_t columns, Block<T> to) 
       hn::Vec<Full<T>> group[kGroup];
       for (int64_t i = 0; i < kGroup; ++i) {
         const T* p = from.row(r + i) + c;
-        group[i] = r + i >= rows     ? hn::Zero(d)
-                   : n == lanes<T>() ? hn::LoadU(d, p)
-                                     : Load<T, T>::first(d, p, static_cast<size_t>(n));
+        group[i] = r + i >= rows ? hn::Zero(d) : load_elements<T>(p, n);
       }
       transpose_group<T>(group, [&](int64_t i, const T* column) HWY_ATTR {
         if (i < n) hwy::CopyBytes<16>(column, to.row(c + i) + r);

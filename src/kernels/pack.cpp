@@ -21,10 +21,7 @@ int64_t padded(int64_t width) {
 // Elements [0, width) of one row, widened, padded with zeros to whole vectors.
 template <class T, class From, class Store>
 HWY_INLINE void for_each_vector(const From* row, int64_t width, Store&& store) {
-  const Full<T> d;
-  int64_t i = 0;
-  for (; i + lanes<T>() <= width; i += lanes<T>()) store(i, Load<T, From>::full(d, row + i));
-  if (i < width) store(i, Load<T, From>::first(d, row + i, static_cast<size_t>(width - i)));
+  for (int64_t i = 0; i < width; i += lanes<T>()) store(i, load_elements<T>(row + i, width - i));
 }
 
 template <class T>
@@ -102,39 +99,19 @@ bool pack_values(const Rows& v, void* packed) {
   return hn::AllTrue(d, hn::Eq(bad, bad));
 }
 
+template <class T, class To>
+HWY_INLINE void store_scaled(const T* o, int64_t width, T factor, To* to) {
+  const auto scale = hn::Set(Full<T>(), factor);
+  for (int64_t i = 0; i < width; i += lanes<T>()) {
+    store_elements<T>(hn::Mul(load_elements<T>(o + i, width - i), scale), to + i, width - i);
+  }
+}
+
 template <class T>
 HWY_INLINE void store_row(const T* o, int64_t width, T factor, void* out, DType dtype) {
-  const Full<T> d;
-  const auto scale = hn::Set(d, factor);
-  if (dtype == DType::f32 || dtype == DType::f64) {
-    auto* to = static_cast<T*>(out);
-    int64_t i = 0;
-    for (; i + lanes<T>() <= width; i += lanes<T>()) {
-      hn::StoreU(hn::Mul(hn::LoadU(d, o + i), scale), d, to + i);
-    }
-    for (; i < width; ++i) to[i] = o[i] * factor;
-    return;
-  }
-  if constexpr (sizeof(T) == 4) {
-    int64_t i = 0;
-    if (dtype == DType::bf16) {
-      auto* to = static_cast<uint16_t*>(out);
-      for (; i + lanes<T>() <= width; i += lanes<T>()) {
-        store_bfloat16(d, hn::Mul(hn::LoadU(d, o + i), scale), to + i);
-      }
-      for (; i < width; ++i) to[i] = to_bfloat16(o[i] * factor).bits;
-    } else {
-      auto* to = static_cast<float16*>(out);
-#if HWY_TARGET != HWY_EMU128
-      const hn::Rebind<hwy::float16_t, Full<T>> d16;
-      for (; i + lanes<T>() <= width; i += lanes<T>()) {
-        hn::StoreU(hn::DemoteTo(d16, hn::Mul(hn::LoadU(d, o + i), scale)), d16,
-                   reinterpret_cast<hwy::float16_t*>(to + i));
-      }
-#endif
-      for (; i < width; ++i) to[i] = to_float16(o[i] * factor);
-    }
-  }
+  with_element_type<T>(dtype, [&](auto to) HWY_ATTR {
+    store_scaled(o, width, factor, static_cast<decltype(to)*>(out));
+  });
 }
 
 template <class T>

@@ -31,9 +31,9 @@ HWY_INLINE hn::Vec<Full<float>> load_pairs(const uint16_t* row, int64_t e, int64
   const Full<float> d;
   constexpr int64_t kBoth = 2 * lanes<float>();
   if (e + kBoth <= width) return hn::LoadU(d, reinterpret_cast<const float*>(row + e));
-  HWY_ALIGN uint16_t buffer[kBoth] = {};
-  for (int64_t i = 0; e + i < width; ++i) buffer[i] = row[e + i];
-  return hn::Load(d, reinterpret_cast<const float*>(buffer));
+  const hn::Repartition<uint16_t, decltype(d)> halves;
+  const int64_t count = HWY_MAX(width - e, int64_t{0});
+  return hn::BitCast(d, load_first(halves, row + e, static_cast<size_t>(count)));
 }
 
 void pack_half_keys(const Rows& k, void* packed) {
@@ -71,9 +71,8 @@ HWY_INLINE hn::Vec<Full<uint32_t>> load_words(const uint16_t* row, int64_t f, in
   const hn::Rebind<uint16_t, decltype(d)> half;
   if (row == nullptr) return hn::Zero(d);
   if (f + lanes<uint32_t>() <= width) return hn::PromoteTo(d, hn::LoadU(half, row + f));
-  HWY_ALIGN uint16_t buffer[hn::MaxLanes(d)] = {};
-  for (int64_t i = 0; f + i < width; ++i) buffer[i] = row[f + i];
-  return hn::PromoteTo(d, hn::Load(half, buffer));
+  const int64_t count = HWY_MAX(width - f, int64_t{0});
+  return hn::PromoteTo(d, load_first(half, row + f, static_cast<size_t>(count)));
 }
 
 // Row r, null behind the last.
@@ -130,10 +129,7 @@ void pack_half_columns(const Rows& x, bool negate, void* packed) {
 // Columns [m, m + lanes) of a row as operands, zeros from `count` on.
 HWY_INLINE hn::Vec<hn::Rebind<uint16_t, Full<float>>> rounded_columns(const float* row, int64_t m,
                                                                       int64_t count) {
-  const Full<float> d;
-  if (HWY_LIKELY(m + lanes<float>() <= count)) return half_operands(hn::LoadU(d, row + m));
-  if (m >= count) return half_operands(hn::Zero(d));
-  return half_operands(Load<float, float>::first(d, row + m, static_cast<size_t>(count - m)));
+  return half_operands(load_elements<float>(row + m, count - m));
 }
 
 void round_weights(Block<const float> from, int64_t rows, int64_t key_count, void* to,

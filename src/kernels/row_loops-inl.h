@@ -36,7 +36,7 @@ HWY_INLINE hn::Vec<Full<T>> load_some(WholeVector, const T* p) {
 }
 template <class T>
 HWY_INLINE hn::Vec<Full<T>> load_some(PartOfVector part, const T* p) {
-  return Load<T, T>::first(Full<T>(), p, part.count);
+  return load_first(Full<T>(), p, part.count);
 }
 template <class T>
 HWY_INLINE void store_some(WholeVector, hn::Vec<Full<T>> x, T* p) {
@@ -44,9 +44,7 @@ HWY_INLINE void store_some(WholeVector, hn::Vec<Full<T>> x, T* p) {
 }
 template <class T>
 HWY_INLINE void store_some(PartOfVector part, hn::Vec<Full<T>> x, T* p) {
-  HWY_ALIGN T buffer[hn::MaxLanes(Full<T>())];
-  hn::Store(x, Full<T>(), buffer);
-  for (size_t i = 0; i < part.count; ++i) p[i] = buffer[i];
+  store_first(Full<T>(), x, p, part.count);
 }
 // x where the step covers it, else the other.
 template <class T>
@@ -78,43 +76,34 @@ HWY_INLINE void round_to(double x, float& to) { to = static_cast<float>(x); }
 HWY_INLINE void round_to(double x, bfloat16& to) { to = to_bfloat16(static_cast<float>(x)); }
 HWY_INLINE void round_to(double x, float16& to) { to = to_float16(static_cast<float>(x)); }
 
+// Types that vectors of T are widened from and rounded to.
+template <class T, class E>
+inline constexpr bool kInVectors = std::is_same_v<E, T> || (sizeof(T) == 4 && sizeof(E) == 2);
+
 // Widened; zeros up to the next whole vector.
 template <class From, class T>
 HWY_INLINE void load_row(const From* from, int64_t width, T* to) {
-  const Full<T> d;
-  int64_t i = 0;
-  if constexpr (std::is_same_v<From, T> || (sizeof(T) == 4 && sizeof(From) == 2)) {
-    for (; i + lanes<T>() <= width; i += lanes<T>()) {
-      hn::StoreU(Load<T, From>::full(d, from + i), d, to + i);
+  if constexpr (kInVectors<T, From>) {
+    for (int64_t i = 0; i < width; i += lanes<T>()) {
+      hn::StoreU(load_elements<T>(from + i, width - i), Full<T>(), to + i);
     }
+  } else {
+    int64_t i = 0;
+    for (; i < width; ++i) to[i] = static_cast<T>(plain(from[i]));
+    for (; i % lanes<T>() != 0; ++i) to[i] = 0;
   }
-  for (; i < width; ++i) to[i] = static_cast<T>(plain(from[i]));
-  for (; i % lanes<T>() != 0; ++i) to[i] = 0;
 }
 
 // Rounded to nearest even, NaN stays NaN.
 template <class T, class To>
 HWY_INLINE void store_row(const T* from, int64_t width, To* to) {
-  const Full<T> d;
-  int64_t i = 0;
-  if constexpr (std::is_same_v<To, T>) {
-    for (; i + lanes<T>() <= width; i += lanes<T>()) {
-      hn::StoreU(hn::LoadU(d, from + i), d, to + i);
+  if constexpr (kInVectors<T, To>) {
+    for (int64_t i = 0; i < width; i += lanes<T>()) {
+      store_elements<T>(load_elements<T>(from + i, width - i), to + i, width - i);
     }
-  } else if constexpr (sizeof(T) == 4 && std::is_same_v<To, bfloat16>) {
-    for (; i + lanes<T>() <= width; i += lanes<T>()) {
-      store_bfloat16(d, hn::LoadU(d, from + i), reinterpret_cast<uint16_t*>(to + i));
-    }
-  } else if constexpr (sizeof(T) == 4 && std::is_same_v<To, float16>) {
-#if HWY_TARGET != HWY_EMU128
-    const hn::Rebind<hwy::float16_t, Full<T>> d16;
-    for (; i + lanes<T>() <= width; i += lanes<T>()) {
-      hn::StoreU(hn::DemoteTo(d16, hn::LoadU(d, from + i)), d16,
-                 reinterpret_cast<hwy::float16_t*>(to + i));
-    }
-#endif
+  } else {
+    for (int64_t i = 0; i < width; ++i) round_to(static_cast<double>(from[i]), to[i]);
   }
-  for (; i < width; ++i) round_to(static_cast<double>(from[i]), to[i]);
 }
 
 }  // namespace heed::kernels::HWY_NAMESPACE

@@ -10,7 +10,6 @@
 #include <type_traits>
 
 #include "kernels/by_isa.h"
-#include "kernels/elements-inl.h"
 #include "kernels/parts.h"
 #include "kernels/row_loops-inl.h"
 

@@ -51,35 +51,14 @@ using V = hn::Vec<D>;
 using VU = hn::Vec<DU>;
 constexpr int64_t kLanes = lanes<float>();
 
-template <class T>
-HWY_INLINE V load(const T* p) {
-  return Load<float, T>::full(D(), p);
-}
-HWY_INLINE void store(V x, float* p) { hn::StoreU(x, D(), p); }
-HWY_INLINE void store(V x, bfloat16* p) { store_bfloat16(D(), x, reinterpret_cast<uint16_t*>(p)); }
-
-// The first n < kLanes elements; the others read as zero and are not written.
-template <class T>
-HWY_INLINE V load(const T* p, int64_t n) {
-  if (n >= kLanes) return load(p);
-  return Load<float, T>::first(D(), p, static_cast<size_t>(n));
-}
-template <class T>
-HWY_INLINE void store(V x, T* p, int64_t n) {
-  if (n >= kLanes) return store(x, p);
-  T padded[kLanes];
-  store(x, padded);
-  std::memcpy(p, padded, static_cast<size_t>(n) * sizeof(T));
-}
-
 template <class From, class To>
 void rms_norm_row(const From* x, const float* weight, float eps, To* out, int64_t columns) {
   V sums[2] = {hn::Zero(D()), hn::Zero(D())};
   for (int64_t c = 0; c < columns; c += 2 * kLanes) {
-    const V a = load(x + c, columns - c);
+    const V a = load_elements<float>(x + c, columns - c);
     sums[0] = hn::MulAdd(a, a, sums[0]);
     if (c + kLanes < columns) {
-      const V b = load(x + c + kLanes, columns - c - kLanes);
+      const V b = load_elements<float>(x + c + kLanes, columns - c - kLanes);
       sums[1] = hn::MulAdd(b, b, sums[1]);
     }
   }
@@ -87,7 +66,9 @@ void rms_norm_row(const From* x, const float* weight, float eps, To* out, int64_
   const V factor = hn::Set(D(), 1.0f / std::sqrt(total / static_cast<float>(columns) + eps));
   for (int64_t c = 0; c < columns; c += kLanes) {
     const int64_t n = columns - c;
-    store(hn::Mul(hn::Mul(load(x + c, n), factor), load(weight + c, n)), out + c, n);
+    store_elements<float>(hn::Mul(hn::Mul(load_elements<float>(x + c, n), factor),
+                                  load_elements<float>(weight + c, n)),
+                          out + c, n);
   }
 }
 
@@ -97,10 +78,11 @@ void swiglu_row(const From* gate, const From* up, To* out, int64_t columns) {
   const V one = hn::Set(D(), 1.0f), minus_log2_e = hn::Set(D(), -1.44269504f);
   for (int64_t c = 0; c < columns; c += kLanes) {
     const int64_t n = columns - c;
-    const V g = load(gate + c, n);
+    const V g = load_elements<float>(gate + c, n);
     V power[1] = {at_most(D(), 127.0f, hn::Mul(g, minus_log2_e))};
     exp2<Exactness::full>(D(), power);
-    store(hn::Mul(hn::Div(g, hn::Add(one, power[0])), load(up + c, n)), out + c, n);
+    store_elements<float>(
+        hn::Mul(hn::Div(g, hn::Add(one, power[0])), load_elements<float>(up + c, n)), out + c, n);
   }
 }
 
@@ -122,7 +104,7 @@ HWY_INLINE void store_pairs(V a, V b, bfloat16* p) {
 }
 
 HWY_INLINE void turn(V& a, V& b, const float* cos, const float* sin) {
-  const V c = load(cos), s = load(sin), old = a;
+  const V c = hn::LoadU(D(), cos), s = hn::LoadU(D(), sin), old = a;
   a = hn::NegMulAdd(b, s, hn::Mul(old, c));
   b = hn::MulAdd(old, s, hn::Mul(b, c));
 }
@@ -150,10 +132,10 @@ template <class T>
 void rotate_halves(T* x, int64_t pairs, const float* cos, const float* sin) {
   for (int64_t i = 0; i < pairs; i += kLanes) {
     const int64_t n = pairs - i;
-    V a = load(x + i, n), b = load(x + pairs + i, n);
+    V a = load_elements<float>(x + i, n), b = load_elements<float>(x + pairs + i, n);
     turn(a, b, cos + i, sin + i);
-    store(a, x + i, n);
-    store(b, x + pairs + i, n);
+    store_elements<float>(a, x + i, n);
+    store_elements<float>(b, x + pairs + i, n);
   }
 }
 
@@ -173,14 +155,15 @@ void rotate_row(T* x, int64_t columns, const Rotation& r, int64_t row) {
 template <class From, class To>
 void convert_row(const From* from, To* to, int64_t columns) {
   for (int64_t c = 0; c < columns; c += kLanes)
-    store(load(from + c, columns - c), to + c, columns - c);
+    store_elements<float>(load_elements<float>(from + c, columns - c), to + c, columns - c);
 }
 
 template <class From, class To>
 void add_row(const From* from, To* to, int64_t columns) {
   for (int64_t c = 0; c < columns; c += kLanes) {
     const int64_t n = columns - c;
-    store(hn::Add(load(to + c, n), load(from + c, n)), to + c, n);
+    store_elements<float>(
+        hn::Add(load_elements<float>(to + c, n), load_elements<float>(from + c, n)), to + c, n);
   }
 }
 

@@ -31,6 +31,37 @@ HWY_INLINE constexpr int64_t lanes() {
   return static_cast<int64_t>(hn::MaxLanes(Full<T>()));
 }
 
+// Vectors of these elements can be read and written in part; Highway passes over the rest elsewhere.
+template <class E>
+inline constexpr bool kMaskedAccess =
+    HWY_TARGET == HWY_AVX3 || (HWY_TARGET == HWY_AVX2 && sizeof(E) >= 4);
+
+// The first `count` elements at p and zeros; nothing behind them is read.
+template <class D>
+HWY_INLINE hn::Vec<D> load_first(D d, const hn::TFromD<D>* p, size_t count) {
+  using E = hn::TFromD<D>;
+  if constexpr (kMaskedAccess<E>) {
+    return hn::MaskedLoad(hn::FirstN(d, count), d, p);
+  } else {
+    HWY_ALIGN E buffer[hn::MaxLanes(D())] = {};
+    for (size_t i = 0; i < count; ++i) buffer[i] = p[i];
+    return hn::Load(d, buffer);
+  }
+}
+
+// The first `count` elements of x to p; nothing behind them is written.
+template <class D>
+HWY_INLINE void store_first(D d, hn::Vec<D> x, hn::TFromD<D>* p, size_t count) {
+  using E = hn::TFromD<D>;
+  if constexpr (kMaskedAccess<E>) {
+    hn::BlendedStore(x, hn::FirstN(d, count), d, p);
+  } else {
+    HWY_ALIGN E buffer[hn::MaxLanes(D())];
+    hn::Store(x, d, buffer);
+    for (size_t i = 0; i < count; ++i) p[i] = buffer[i];
+  }
+}
+
 // Elements of any floating type, widened to the compute type T.
 template <class T, class From>
 struct Load;
@@ -43,9 +74,7 @@ struct Load<T, T> {
   }
   template <class D>
   static HWY_INLINE hn::Vec<D> first(D d, const T* p, size_t count) {
-    HWY_ALIGN T buffer[hn::MaxLanes(D())] = {};
-    for (size_t i = 0; i < count; ++i) buffer[i] = p[i];
-    return hn::Load(d, buffer);
+    return load_first(d, p, count);
   }
 };
 
@@ -53,16 +82,20 @@ template <>
 struct Load<float, bfloat16> {
   template <class D>
   static HWY_INLINE hn::Vec<D> full(D d, const bfloat16* p) {
-    const hn::RebindToUnsigned<D> du32;
-    const hn::Rebind<uint16_t, D> du16;
-    const auto bits = hn::LoadU(du16, reinterpret_cast<const uint16_t*>(p));
-    return hn::BitCast(d, hn::ShiftLeft<16>(hn::PromoteTo(du32, bits)));
+    return widened(d, hn::LoadU(Bits<D>(), reinterpret_cast<const uint16_t*>(p)));
   }
   template <class D>
   static HWY_INLINE hn::Vec<D> first(D d, const bfloat16* p, size_t count) {
-    HWY_ALIGN bfloat16 buffer[hn::MaxLanes(D())] = {};
-    for (size_t i = 0; i < count; ++i) buffer[i] = p[i];
-    return full(d, buffer);
+    return widened(d, load_first(Bits<D>(), reinterpret_cast<const uint16_t*>(p), count));
+  }
+
+ private:
+  template <class D>
+  using Bits = hn::Rebind<uint16_t, D>;
+  template <class D>
+  static HWY_INLINE hn::Vec<D> widened(D d, hn::Vec<Bits<D>> bits) {
+    const hn::RebindToUnsigned<D> du32;
+    return hn::BitCast(d, hn::ShiftLeft<16>(hn::PromoteTo(du32, bits)));
   }
 };
 
@@ -84,8 +117,10 @@ struct Load<float, float16> {
   }
   template <class D>
   static HWY_INLINE hn::Vec<D> first(D d, const float16* p, size_t count) {
-    HWY_ALIGN float16 buffer[hn::MaxLanes(D())] = {};
-    for (size_t i = 0; i < count; ++i) buffer[i] = p[i];
+    const hn::Rebind<uint16_t, D> bits;
+    HWY_ALIGN float16 buffer[hn::MaxLanes(D())];
+    hn::Store(load_first(bits, reinterpret_cast<const uint16_t*>(p), count), bits,
+              reinterpret_cast<uint16_t*>(buffer));
     return full(d, buffer);
   }
 };
@@ -115,10 +150,72 @@ HWY_INLINE hn::Vec<hn::RebindToUnsigned<DF>> bfloat16_bits(DF /*d*/, V x) {
   return hn::ShiftRight<16>(hn::IfThenElse(hn::RebindMask(du, hn::IsNaN(x)), quiet, rounded));
 }
 
-template <class DF, class V>
-HWY_INLINE void store_bfloat16(DF d, V x, uint16_t* p) {
-  const hn::Rebind<uint16_t, DF> du16;
-  hn::StoreU(hn::TruncateTo(du16, bfloat16_bits(d, x)), du16, p);
+// Rounded from the compute type T to elements of any floating type.
+template <class T, class To>
+struct Store;
+
+template <class T>
+struct Store<T, T> {
+  static HWY_INLINE void full(hn::Vec<Full<T>> x, T* p) { hn::StoreU(x, Full<T>(), p); }
+  static HWY_INLINE void first(hn::Vec<Full<T>> x, T* p, size_t count) {
+    store_first(Full<T>(), x, p, count);
+  }
+};
+
+template <>
+struct Store<float, bfloat16> {
+  static HWY_INLINE void full(hn::Vec<Full<float>> x, bfloat16* p) {
+    hn::StoreU(bits(x), Bits(), reinterpret_cast<uint16_t*>(p));
+  }
+  static HWY_INLINE void first(hn::Vec<Full<float>> x, bfloat16* p, size_t count) {
+    store_first(Bits(), bits(x), reinterpret_cast<uint16_t*>(p), count);
+  }
+
+ private:
+  using Bits = hn::Rebind<uint16_t, Full<float>>;
+  static HWY_INLINE hn::Vec<Bits> bits(hn::Vec<Full<float>> x) {
+    return hn::TruncateTo(Bits(), bfloat16_bits(Full<float>(), x));
+  }
+};
+
+template <>
+struct Store<float, float16> {
+  static HWY_INLINE void full(hn::Vec<Full<float>> x, float16* p) {
+    hn::StoreU(bits(x), Bits(), reinterpret_cast<uint16_t*>(p));
+  }
+  static HWY_INLINE void first(hn::Vec<Full<float>> x, float16* p, size_t count) {
+    store_first(Bits(), bits(x), reinterpret_cast<uint16_t*>(p), count);
+  }
+
+ private:
+  using Bits = hn::Rebind<uint16_t, Full<float>>;
+  static HWY_INLINE hn::Vec<Bits> bits(hn::Vec<Full<float>> x) {
+#if HWY_TARGET == HWY_EMU128
+    HWY_ALIGN float wide[hn::MaxLanes(Full<float>())];
+    HWY_ALIGN uint16_t half[hn::MaxLanes(Full<float>())];
+    hn::Store(x, Full<float>(), wide);
+    for (size_t i = 0; i < hn::MaxLanes(Full<float>()); ++i) half[i] = to_float16(wide[i]).bits;
+    return hn::Load(Bits(), half);
+#else
+    const hn::Rebind<hwy::float16_t, Full<float>> d16;
+    return hn::BitCast(Bits(), hn::DemoteTo(d16, x));
+#endif
+  }
+};
+
+/// Elements p[0, n) in the compute type T; behind n < lanes zeros.
+template <class T, class From>
+HWY_INLINE hn::Vec<Full<T>> load_elements(const From* p, int64_t n) {
+  const Full<T> d;
+  if (HWY_LIKELY(n >= lanes<T>())) return Load<T, From>::full(d, p);
+  return Load<T, From>::first(d, p, static_cast<size_t>(HWY_MAX(n, int64_t{0})));
+}
+
+/// Rounded to the type of p; only p[0, n) is written.
+template <class T, class To>
+HWY_INLINE void store_elements(hn::Vec<Full<T>> x, To* p, int64_t n) {
+  if (HWY_LIKELY(n >= lanes<T>())) return Store<T, To>::full(x, p);
+  Store<T, To>::first(x, p, static_cast<size_t>(n));
 }
 
 // As operands of bfloat16 products. On AVX-512 only for tables of processors with AVX512-BF16, which are

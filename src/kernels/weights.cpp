@@ -122,22 +122,6 @@ struct RowVectors {
   HWY_ALIGN T bias[kRows];
 };
 
-template <class T>
-HWY_INLINE hn::Vec<Full<T>> load_rows(const T* p, int64_t count) {
-  const Full<T> d;
-  return count >= lanes<T>() ? hn::LoadU(d, p)
-                             : Load<T, T>::first(d, p, static_cast<size_t>(count));
-}
-
-template <class T>
-HWY_INLINE void store_rows(hn::Vec<Full<T>> x, T* p, int64_t count) {
-  const Full<T> d;
-  if (count >= lanes<T>()) return hn::StoreU(x, d, p);
-  HWY_ALIGN T buffer[hn::MaxLanes(d)];
-  hn::Store(x, d, buffer);
-  std::copy_n(buffer, count, p);
-}
-
 // New pivots and carries of `count` rows from the maxima; what their scores are shifted by to `bias`.
 template <class T>
 HWY_INLINE void move_pivots(RowVectors<T>& rows, T scale, T bias, int64_t count, T* pivots,
@@ -146,13 +130,13 @@ HWY_INLINE void move_pivots(RowVectors<T>& rows, T scale, T bias, int64_t count,
   const auto nothing = hn::Set(d, kMinusInfinity<T>);
   const auto max = [](auto a, auto b) HWY_ATTR { return hn::Max(a, b); };
   const auto most = hn::Mul(reduce_rows<T>(rows.maxima, max), hn::Set(d, scale));
-  const auto before = load_rows(pivots, count);
+  const auto before = load_elements<T>(pivots, count);
   const auto pivot = hn::IfThenElse(hn::Gt(most, before), most, before);
   hn::Vec<Full<T>> carry[1] = {hn::Sub(before, pivot)};
   exp2<Exactness::full>(d, carry);
   const auto stays = hn::Or(hn::Eq(before, pivot), hn::Eq(before, nothing));
-  store_rows(pivot, pivots, count);
-  store_rows(hn::IfThenElse(stays, hn::Set(d, T{1}), carry[0]), carries, count);
+  store_elements<T>(pivot, pivots, count);
+  store_elements<T>(hn::IfThenElse(stays, hn::Set(d, T{1}), carry[0]), carries, count);
   const auto shift = hn::IfThenZeroElse(hn::Eq(pivot, nothing), pivot);
   hn::Store(hn::Sub(hn::Set(d, bias), shift), d, rows.bias);
 }
@@ -187,9 +171,10 @@ void softmax_rows(Block<T> s, int64_t rows, int64_t key_count, const KeyRange* r
                               Row(s, later, shape), vectors(later), x.maxima + i * kRows);
     }
     const auto add = [](auto a, auto b) HWY_ATTR { return hn::Add(a, b); };
-    const auto sum = hn::MulAdd(load_rows(state.sum + first, count),
-                                load_rows(state.carry + first, count), reduce_rows<T>(x.sums, add));
-    store_rows(sum, state.sum + first, count);
+    const auto sum =
+        hn::MulAdd(load_elements<T>(state.sum + first, count),
+                   load_elements<T>(state.carry + first, count), reduce_rows<T>(x.sums, add));
+    store_elements<T>(sum, state.sum + first, count);
   }
 }
 

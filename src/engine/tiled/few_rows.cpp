@@ -1,6 +1,7 @@
 // Few query rows against many keys: memory is the bound, so keys and values are read in place, once for
 // all rows of a group and both streams, whose rows lie behind one another.
 #include <algorithm>
+#include <cmath>
 #include <limits>
 
 #include "engine/tiled/forward.h"
@@ -10,21 +11,53 @@ namespace heed::tiled {
 template <class T>
 void Forward<T>::run_few_rows(const Item& item, const std::vector<QueryTile>& tiles, Interval keys,
                               const Memory& m) const {
-  const Sequence& s = sequence(item.sequence);
-  const int64_t rows = m.second, count = keys.end - keys.begin;
-  const Rows k = rows_of(s.k, item.kv_head, keys.begin, keys.end);
-  const Rows v = rows_of(s.v, item.kv_head, keys.begin, keys.end);
-  wide_.dot_rows({reinterpret_cast<const T*>(m.queries), padded_dim_}, streams_ * rows, k,
-                 m.scores);
-  std::vector<Seen> all_seen;
+  std::vector<Seen> seen;
   bool partial = false;
   for (const QueryTile& tile : tiles) {
-    all_seen.push_back(this->look(tile_at(item, tile, keys), m.ranges + tile.slot));
-    partial = partial || !all_seen.back().any || all_seen.back().partial();
+    seen.push_back(this->look(tile_at(item, tile, keys), m.ranges + tile.slot));
+    partial = partial || !seen.back().any || seen.back().partial();
   }
-  // Hidden keys have a weight of 0: enough where their values are finite.
-  FiniteRows finite;
-  if (partial && !all_finite(v)) finite = finite_rows(v);
+  if (!partial) return add_few_rows(item, tiles, keys, seen, {}, m);
+  // Hidden keys have a weight of 0: enough where their values are finite, as they nearly always are.
+  for (int64_t r = 0; r < streams_ * m.second; ++r) {
+    T* kept = std::copy_n(m.out.row(r), padded_values_, m.kept.row(r));
+    kept[0] = m.pivot[r];
+    kept[1] = m.sum[r];
+  }
+  add_few_rows(item, tiles, keys, seen, {}, m);
+  if (finite_sums(m)) return;
+  for (int64_t r = 0; r < streams_ * m.second; ++r) {
+    std::copy_n(m.kept.row(r), padded_values_, m.out.row(r));
+    m.pivot[r] = m.kept.row(r)[padded_values_];
+    m.sum[r] = m.kept.row(r)[padded_values_ + 1];
+  }
+  const Sequence& s = sequence(item.sequence);
+  add_few_rows(item, tiles, keys, seen,
+               finite_rows(rows_of(s.v, item.kv_head, keys.begin, keys.end)), m);
+}
+
+template <class T>
+bool Forward<T>::finite_sums(const Memory& m) const {
+  bool finite = true;
+  for (int64_t r = 0; r < streams_ * m.second; ++r) {
+    const T* out = m.out.row(r);
+    for (int64_t f = 0; f < value_dim_; ++f) {
+      finite = finite & (std::abs(out[f]) <= std::numeric_limits<T>::max());
+    }
+  }
+  return finite;
+}
+
+// `finite`: the values, where some of them are not; each row adds those that it sees by itself.
+template <class T>
+void Forward<T>::add_few_rows(const Item& item, const std::vector<QueryTile>& tiles, Interval keys,
+                              const std::vector<Seen>& all_seen, const FiniteRows& finite,
+                              const Memory& m) const {
+  const Sequence& s = sequence(item.sequence);
+  const int64_t rows = m.second, count = keys.end - keys.begin;
+  const Rows v = rows_of(s.v, item.kv_head, keys.begin, keys.end);
+  wide_.dot_rows({reinterpret_cast<const T*>(m.queries), padded_dim_}, streams_ * rows,
+                 rows_of(s.k, item.kv_head, keys.begin, keys.end), m.scores);
   std::vector<SeenElement> special;
   for (size_t t = 0; t < tiles.size(); ++t) {
     const QueryTile& tile = tiles[t];
@@ -62,14 +95,6 @@ void Forward<T>::run_few_rows(const Item& item, const std::vector<QueryTile>& ti
       add_row(v, e.key, m.scores.row(row)[e.key], m.out.row(row), 1);
     }
   }
-}
-
-// Zero times anything else is NaN.
-template <class T>
-bool Forward<T>::all_finite(const Rows& v) const {
-  std::vector<T> weights(static_cast<size_t>(v.count)), sum(static_cast<size_t>(padded_values_));
-  wide_.add_rows({weights.data(), v.count}, 1, v, nullptr, {sum.data(), padded_values_});
-  return std::all_of(sum.begin(), sum.begin() + v.width, [](T x) { return x == 0; });
 }
 
 template <class T>

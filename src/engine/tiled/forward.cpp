@@ -145,7 +145,9 @@ size_t Forward<T>::scratch_bytes(const std::vector<QueryTile>& tiles) const {
   int64_t bytes =
       static_cast<int64_t>(sizeof(T)) * (l.out_rows * padded_values_ + 5 * l.out_rows + 2 * block);
   bytes += l.block_rows * static_cast<int64_t>(sizeof(KeyRange)) + query_bytes(tiles);
-  if (!path_.few_rows) {
+  if (path_.few_rows) {
+    bytes += static_cast<int64_t>(sizeof(T)) * l.out_rows * (padded_values_ + 2);
+  } else {
     bytes +=
         products_.key_bytes(tile_keys_, head_dim_) + products_.value_bytes(tile_keys_, value_dim_);
   }
@@ -172,7 +174,9 @@ typename Forward<T>::Memory Forward<T>::cut(Scratch& scratch, const Item& item,
   }
   m.ranges = scratch.take<KeyRange>(l.block_rows);
   if (path_.half_operands) m.weights = scratch.take<uint16_t>(l.block_rows * l.block_stride);
-  if (!path_.few_rows) {
+  if (path_.few_rows) {
+    m.kept = {scratch.take<T>(l.out_rows * (padded_values_ + 2)), padded_values_ + 2};
+  } else {
     m.keys = scratch.take<std::byte>(products_.key_bytes(tile_keys_, head_dim_));
     m.values = scratch.take<std::byte>(products_.value_bytes(tile_keys_, value_dim_));
   }

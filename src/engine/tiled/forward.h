@@ -65,6 +65,7 @@ class Forward : private TileCall<T> {
     T *pivot, *sum, *carry;
     int64_t second;  // rows from a row's state to that of its second stream
     Block scores, second_scores, out;
+    Block kept;     // of few rows: out, pivot and sum before a key tile
     void* weights;  // bfloat16, with half operands
     KeyRange* ranges;
   };
@@ -105,7 +106,10 @@ class Forward : private TileCall<T> {
   // few_rows.cpp
   void run_few_rows(const Item& item, const std::vector<QueryTile>& tiles, Interval keys,
                     const Memory& m) const;
-  bool all_finite(const Rows& v) const;
+  bool finite_sums(const Memory& m) const;
+  void add_few_rows(const Item& item, const std::vector<QueryTile>& tiles, Interval keys,
+                    const std::vector<Seen>& all_seen, const FiniteRows& finite,
+                    const Memory& m) const;
   void keep_part(int64_t part, const QueryTile& tile, const Memory& m) const;
   void merge_parts() const;
   void merge_group(size_t first, size_t last) const;
