@@ -53,8 +53,11 @@ def scaled_dot_product_attention(
     if attn_mask is not None and is_causal:
         raise ValueError(f"{op}: attn_mask and is_causal are given, needed is one of them")
     query, key, value = autocast(query, key, value)
-    lead = _leading_shape(op, query, key, value, enable_gqa)
-    q, k, v = (_as_4d(t, lead, enable_gqa) for t in (query, key, value))
+    if _reads_as_is(query, key, value, enable_gqa):  # as most calls are
+        lead, q, k, v = query.shape[:2], query, key, value
+    else:
+        lead = _leading_shape(op, query, key, value, enable_gqa)
+        q, k, v = (_as_4d(t, lead, enable_gqa) for t in (query, key, value))
     options: dict[str, Tensor | float] = {} if scale is None else {"scale": scale}
     if attn_mask is not None and isinstance(attn_mask, CausalBias):
         # The object is a recipe: as a tensor it has memory that nobody wrote.
@@ -82,6 +85,27 @@ def scaled_dot_product_attention(
         options["seed"] = int(torch.randint(2**62, ()))
     out, _ = _ops.flash_attention(q, k, v, **options)
     return out if len(lead) == 2 else out.reshape(lead + out.shape[2:])
+
+
+def _reads_as_is(query: Tensor, key: Tensor, value: Tensor, enable_gqa: bool) -> bool:
+    """Whether the three are ``[B, H, L, D]`` with nothing to broadcast, join or copy."""
+    return (
+        _is_4d(query)
+        and _is_4d(key)
+        and _is_4d(value)
+        and query.shape[0] == key.shape[0] == value.shape[0]
+        and (query.shape[1] == key.shape[1] or enable_gqa)
+        and key.shape[1] == value.shape[1]
+    )
+
+
+def _is_4d(tensor: Tensor) -> bool:
+    return (
+        tensor.dim() == 4
+        and not tensor.is_nested
+        and tensor.layout is _STRIDED
+        and (tensor.is_contiguous() or tensor.stride(3) == 1)
+    )
 
 
 def _not_dense(op: str, name: str, tensor: Tensor) -> TypeError:
@@ -136,7 +160,8 @@ def _mask_4d(op: str, mask: Tensor, lead: torch.Size, queries: int, keys: int) -
             f"{op}: attn_mask has shape {list(mask.shape)}, needed is one that broadcasts to "
             f"{list(full)}"
         )
-    mask = mask[(None,) * (max(len(full), 4) - mask.dim())]
+    if mask.dim() < max(len(full), 4):
+        mask = mask[(None,) * (max(len(full), 4) - mask.dim())]
     return mask.expand(lead[:-1] + mask.shape[-3:]).flatten(0, -4) if len(lead) > 2 else mask
 
 
