@@ -18,7 +18,9 @@
 #include <torch/library.h>
 
 #include <algorithm>
+#include <mutex>
 #include <string>
+#include <unordered_map>
 #include <utility>
 #include <vector>
 
@@ -56,11 +58,6 @@ constexpr const char* kDifferentiable[] = {"affine_scaled_attention",
                                            "stochastic_attention",
                                            "taylor_state_attention"};
 
-OperatorHandle backward_of(const OperatorHandle& op) {
-  return c10::Dispatcher::singleton().findSchemaOrThrow((op.schema().name() + "_backward").c_str(),
-                                                        "");
-}
-
 bool is_tensor(const IValue& value) { return value.isTensor() && value.toTensor().defined(); }
 
 // Position of a name, or -1.
@@ -79,102 +76,131 @@ bool is_optional(const c10::Argument& argument) {
 
 constexpr const char* kMask = "output_mask";
 
-// The tensor of the forward call that each result of the backward is the gradient of, or -1.
-std::vector<int64_t> tensors_of_results(const OperatorHandle& op, const OperatorHandle& backward_op,
-                                        const std::vector<int64_t>& tensor_of) {
-  std::vector<int64_t> tensors;
-  for (const c10::Argument& result : backward_op.schema().returns()) {
-    const int64_t argument = find(op.schema().arguments(), without_grad(result.name()));
-    tensors.push_back(argument < 0 ? -1 : tensor_of[static_cast<size_t>(argument)]);
+// The names of an operator and its backward, looked up once.
+struct Rule {
+  // Where an argument of the backward comes from.
+  enum class From { gradient, needed_gradient, result, argument, mask };
+  struct Source {
+    From from;
+    size_t index;  // of the result or the argument
+  };
+
+  explicit Rule(const OperatorHandle& op)
+      : backward_op(c10::Dispatcher::singleton().findSchemaOrThrow(
+            (op.schema().name() + "_backward").c_str(), "")),
+        differentiable(op.schema().returns().size()),
+        kept(op.schema().returns().size()) {
+    const auto& arguments = op.schema().arguments();
+    const auto& results = op.schema().returns();
+    for (const c10::Argument& argument : arguments) {
+      takes_tensor.push_back(argument.type()->isSubtypeOf(*c10::OptionalType::ofTensor()));
+    }
+    for (const c10::Argument& wanted : backward_op.schema().arguments()) {
+      const std::string& name = wanted.name();
+      if (name.starts_with("grad_")) {
+        const auto i = static_cast<size_t>(find(results, without_grad(name)));
+        differentiable[i] = true;
+        // Where no gradient arrives, it is made in the shape of the result.
+        kept[i] = kept[i] || !is_optional(wanted);
+        sources.push_back({is_optional(wanted) ? From::gradient : From::needed_gradient, i});
+      } else if (name == kMask) {
+        sources.push_back({From::mask, 0});
+      } else if (const int64_t result = find(results, name); result >= 0) {
+        kept[static_cast<size_t>(result)] = true;
+        sources.push_back({From::result, static_cast<size_t>(result)});
+      } else {
+        sources.push_back({From::argument, static_cast<size_t>(find(arguments, name))});
+      }
+    }
+    for (const c10::Argument& gradient : backward_op.schema().returns()) {
+      gradient_of.push_back(static_cast<size_t>(find(arguments, without_grad(gradient.name()))));
+    }
   }
-  return tensors;
+
+  OperatorHandle backward_op;
+  std::vector<bool> takes_tensor;          // by argument of the operator
+  std::vector<Source> sources;             // of each argument of the backward
+  std::vector<size_t> gradient_of;         // the argument, for each result of the backward
+  std::vector<bool> differentiable, kept;  // by result of the operator; kept: the backward reads it
+};
+
+const Rule& rule_of(const OperatorHandle& op) {
+  static std::mutex mutex;
+  static std::unordered_map<const c10::FunctionSchema*, Rule> rules;
+  const std::lock_guard lock(mutex);
+  return rules.try_emplace(&op.schema(), op).first->second;
 }
 
-// Whether the backward reads a result, if only to make a gradient of its shape where none arrives.
-bool backward_uses(const OperatorHandle& backward_op, const std::string& result) {
-  const auto& arguments = backward_op.schema().arguments();
-  const int64_t gradient = find(arguments, "grad_" + result);
-  return find(arguments, result) >= 0 ||
-         (gradient >= 0 && !is_optional(arguments[static_cast<size_t>(gradient)]));
-}
+constexpr const char *kOp = "op", *kArguments = "arguments";
 
 struct Differentiable : torch::autograd::Function<Differentiable> {
   static variable_list backward(AutogradContext* ctx, const variable_list& gradients) {
-    const OperatorHandle op = c10::Dispatcher::singleton().findSchemaOrThrow(
-        ctx->saved_data["op"].toStringRef().c_str(), "");
-    const OperatorHandle backward_op = backward_of(op);
-    const auto& arguments = op.schema().arguments();
-    const auto& results = op.schema().returns();
+    const Rule& rule = rule_of(c10::Dispatcher::singleton().findSchemaOrThrow(
+        ctx->saved_data[kOp].toStringRef().c_str(), ""));
     const variable_list saved = ctx->get_saved_variables();
-    const size_t tensors = saved.size() - results.size();
-
-    std::vector<IValue> values;
+    const size_t tensors = saved.size() - rule.kept.size();
+    const c10::List<IValue> arguments = ctx->saved_data[kArguments].toList();
     std::vector<int64_t> tensor_of(arguments.size(), -1);
     int64_t next = 0;
     for (size_t i = 0; i < arguments.size(); ++i) {
-      const IValue& kept = ctx->saved_data[arguments[i].name()];
-      const bool tensor = arguments[i].type()->kind() == c10::TypeKind::TensorType ||
-                          arguments[i].type()->isSubtypeOf(*c10::OptionalType::ofTensor());
-      if (tensor && kept.isBool()) tensor_of[i] = next++;
-      values.push_back(tensor_of[i] < 0 ? kept : IValue(saved[static_cast<size_t>(tensor_of[i])]));
+      if (rule.takes_tensor[i] && arguments.get(i).isBool()) tensor_of[i] = next++;
     }
-    const std::vector<int64_t> tensor_of_result = tensors_of_results(op, backward_op, tensor_of);
     c10::List<bool> mask;
-    for (int64_t tensor : tensor_of_result) {
+    for (size_t argument : rule.gradient_of) {
+      const int64_t tensor = tensor_of[argument];
       mask.push_back(tensor >= 0 && ctx->needs_input_grad(static_cast<size_t>(tensor)));
     }
     Stack stack;
-    for (const c10::Argument& wanted : backward_op.schema().arguments()) {
-      const std::string& name = wanted.name();
-      const int64_t result = find(results, name), argument = find(arguments, name);
-      if (name.starts_with("grad_")) {
-        const auto i = static_cast<size_t>(find(results, without_grad(name)));
-        at::Tensor gradient = gradients[i];
-        if (!gradient.defined() && !is_optional(wanted))
-          gradient = at::zeros_like(saved[tensors + i]);
-        stack.push_back(gradient.defined() ? IValue(gradient) : IValue());
-      } else if (name == kMask) {
+    stack.reserve(rule.sources.size());
+    for (const auto [from, i] : rule.sources) {
+      if (from == Rule::From::mask) {
         stack.emplace_back(mask);
-      } else if (result >= 0) {
-        stack.emplace_back(saved[tensors + static_cast<size_t>(result)]);
+      } else if (from == Rule::From::result) {
+        stack.emplace_back(saved[tensors + i]);
+      } else if (from == Rule::From::argument) {
+        stack.push_back(tensor_of[i] < 0 ? arguments.get(i)
+                                         : IValue(saved[static_cast<size_t>(tensor_of[i])]));
+      } else if (gradients[i].defined()) {
+        stack.emplace_back(gradients[i]);
+      } else if (from == Rule::From::needed_gradient) {
+        stack.emplace_back(at::zeros_like(saved[tensors + i]));
       } else {
-        stack.push_back(values[static_cast<size_t>(argument)]);
+        stack.emplace_back();
       }
     }
-    backward_op.callBoxed(stack);
+    rule.backward_op.callBoxed(stack);
     variable_list found(tensors);
     for (size_t i = 0; i < stack.size(); ++i) {
-      const int64_t tensor = tensor_of_result[i];
-      const bool given = tensor >= 0 && ctx->needs_input_grad(static_cast<size_t>(tensor));
-      if (given) found[static_cast<size_t>(tensor)] = stack[i].toTensor();
+      if (!mask.get(i)) continue;
+      found[static_cast<size_t>(tensor_of[rule.gradient_of[i]])] = stack[i].toTensor();
     }
     return found;
   }
 };
 
-// What the backward finds again: tensors in order, then the results that it reads; by name, the other
-// arguments.
-void save(AutogradContext& ctx, const OperatorHandle& op, const OperatorHandle& backward_op,
-          const Stack& arguments, variable_list tensors, at::ArrayRef<IValue> results) {
+// What the backward finds again: tensors in order, then the results that it reads; and the arguments,
+// with `true` in the place of each tensor that was given.
+void save(AutogradContext& ctx, const OperatorHandle& op, const Rule& rule, Stack arguments,
+          variable_list tensors, at::ArrayRef<IValue> results) {
   for (size_t i = 0; i < results.size(); ++i) {
-    const bool used = backward_uses(backward_op, op.schema().returns()[i].name());
-    tensors.push_back(used ? results[i].toTensor() : at::Tensor());
+    tensors.push_back(rule.kept[i] ? results[i].toTensor() : at::Tensor());
   }
   ctx.save_for_backward(std::move(tensors));
   ctx.set_materialize_grads(false);
-  ctx.saved_data["op"] = op.schema().name();
-  for (size_t i = 0; i < arguments.size(); ++i) {
-    // A tensor is kept among the saved ones; here only that it was given.
-    const bool given = is_tensor(arguments[i]);
-    ctx.saved_data[op.schema().arguments()[i].name()] = given ? IValue(true) : arguments[i];
+  c10::List<IValue> kept(c10::AnyType::get());
+  kept.reserve(arguments.size());
+  for (IValue& argument : arguments) {
+    kept.push_back(is_tensor(argument) ? IValue(true) : std::move(argument));
   }
+  ctx.saved_data[kOp] = op.schema().name();
+  ctx.saved_data[kArguments] = kept;
 }
 
 // The call as a node of the graph. Function::apply would make the same one, but refuses torch.func: as
 // it runs forward without gradients, the levels of torch.func below this one would lose theirs.
-void record(const OperatorHandle& op, const Stack& arguments, const variable_list& tensors,
+void record(const OperatorHandle& op, Stack arguments, const variable_list& tensors,
             at::ArrayRef<IValue> results) {
-  const OperatorHandle backward_op = backward_of(op);
+  const Rule& rule = rule_of(op);
   const auto node = c10::make_intrusive<torch::autograd::CppNode<Differentiable>>();
   node->set_ctx_grad_fn(node);
   node->set_next_edges(torch::autograd::collect_next_edges(tensors));
@@ -182,15 +208,14 @@ void record(const OperatorHandle& op, const Stack& arguments, const variable_lis
   for (const at::Tensor& tensor : tensors) node->input_info_.emplace_back(tensor);
   for (size_t i = 0; i < results.size(); ++i) {
     const at::Tensor& result = results[i].toTensor();
-    const std::string gradient = "grad_" + op.schema().returns()[i].name();
-    if (find(backward_op.schema().arguments(), gradient) >= 0) {
+    if (rule.differentiable[i]) {
       torch::autograd::set_history(result, node);
     } else {
       node->add_input_metadata(torch::autograd::Node::undefined_input());
     }
     node->output_info_.emplace_back(result);
   }
-  save(node->ctx_, op, backward_op, arguments, tensors, results);
+  save(node->ctx_, op, rule, std::move(arguments), tensors, results);
   node->save_variables_to_ctx();
 }
 
@@ -208,13 +233,13 @@ void differentiate(const OperatorHandle& op, Stack* stack) {
     wanted = wanted || tensors.back().requires_grad();
   }
   const bool records = wanted && at::GradMode::is_enabled();
-  const Stack arguments = records ? Stack(first, stack->end()) : Stack();
+  Stack arguments = records ? Stack(first, stack->end()) : Stack();
   {
     const at::AutoDispatchBelowADInplaceOrView below;
     op.callBoxed(stack);
   }
   if (!records) return;
-  record(op, arguments, tensors, torch::jit::last(*stack, op.schema().returns().size()));
+  record(op, std::move(arguments), tensors, torch::jit::last(*stack, op.schema().returns().size()));
 }
 
 // Gradients look like what they are gradients of.
