@@ -18,6 +18,8 @@ class ElementMap : public chunked::RowMap<T> {
         rows_(kernels::chunk_kernels<T>(isa)),
         features_(kernels::feature_kernels<T>(isa)) {}
 
+  bool keeps_bfloat16() const override { return kind_ == FeatureKind::relu; }
+
   void map(const chunked::RowsAt&, const kernels::Rows& x, int64_t first, int64_t count,
            kernels::Block<T> to) const override {
     kernels::Rows part = x;

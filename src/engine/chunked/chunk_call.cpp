@@ -11,7 +11,10 @@ namespace {
 template <class T>
 CallKind kind_of(const Problem<T>& problem) {
   const Policy<T>& policy = problem.policy;
-  const bool mapped = policy.maps.q != nullptr || policy.maps.k != nullptr || policy.sums;
+  const auto needs_t = [](const RowMap<T>* map) {
+    return map != nullptr && !map->keeps_bfloat16();
+  };
+  const bool mapped = needs_t(policy.maps.q) || needs_t(policy.maps.k) || policy.sums;
   return {problem.q.dtype(), problem.k.size(2), mapped, problem.causal,
           std::min(policy.features, problem.v.size(3))};
 }
@@ -150,6 +153,13 @@ kernels::Block<const T> ChunkCall<T>::features_after_sums(const Source<T>& sourc
 }
 
 template <class T>
+Rows ChunkCall<T>::operand(const Source<T>& source, Block block, uint16_t* rounded) const {
+  if (source.map == nullptr) return source.rows;
+  const Rows wide = as_rows(block, source.rows.count, features_);
+  return half_ ? round(wide, rounded, rounded_stride()) : wide;
+}
+
+template <class T>
 template <class U>
 StateView<U> ChunkCall<T>::view(U* state) const {
   StateView<U> v{{state, padded_values_}};
@@ -233,6 +243,7 @@ typename ChunkCall<T>::UpdateMemory ChunkCall<T>::update_memory(Cutter& cut) con
     const int64_t tile_rows = round_up(tile_, products_.row_multiple);
     m.y_packed = cut.take<std::byte>(products_.value_bytes(chunk_, value_dim_));
     m.x_transposed = cut.take<uint16_t>(tile_rows * round_up(chunk_, products_.key_multiple));
+    m.x_rounded = rounded_memory(cut);
     m.sums = {cut.take<T>(tile_rows * padded_values_), padded_values_};
   }
   return m;
@@ -262,7 +273,8 @@ void ChunkCall<T>::add_half_outer(const Added& added, const Decay<T>& decay,
     const int64_t depth = added.y.count, stride = round_up(depth, products_.key_multiple);
     const int64_t size = features_ * padded_values_;
     products_.pack_values(added.y, m.y_packed);
-    rows_.pack_transposed(added.x.rows, added.factor, m.x_transposed, stride);
+    if (added.x.map != nullptr) features(added.x, 0, features_, m.x);
+    rows_.pack_transposed(operand(added.x, m.x, m.x_rounded), added.factor, m.x_transposed, stride);
     // Not into the state: products write whole blocks of rows, more than it has.
     std::fill_n(m.sums.data, size, T{0});
     products_.accumulate(m.x_transposed, stride, features_, m.y_packed, depth, value_dim_, nullptr,
@@ -414,23 +426,15 @@ template <class T>
 const void* ChunkCall<T>::state_values(Block sums, int64_t count,
                                        const StateOperandMemory& m) const {
   if (!half_) return sums.data;
-  if constexpr (sizeof(T) == 4) {
-    rows_.round_rows({sums.data, sums.stride}, count, value_dim_, m.rounded, padded_values_);
-  }
-  products_.pack_values({m.rounded, DType::bf16, padded_values_, count, value_dim_}, m.packed);
+  products_.pack_values(round(as_rows(sums, count, value_dim_), m.rounded, padded_values_),
+                        m.packed);
   return m.packed;
 }
 
 template <class T>
 const void* ChunkCall<T>::state_keys(Block sums, int64_t count, const StateOperandMemory& m) const {
-  if (!half_) {
-    panels(as_rows(sums, count, value_dim_), m.packed);
-    return m.packed;
-  }
-  if constexpr (sizeof(T) == 4) {
-    rows_.round_rows({sums.data, sums.stride}, count, value_dim_, m.rounded, padded_values_);
-  }
-  products_.pack_keys({m.rounded, DType::bf16, padded_values_, count, value_dim_}, m.packed);
+  const Rows rows = as_rows(sums, count, value_dim_);
+  panels(half_ ? round(rows, m.rounded, padded_values_) : rows, m.packed);
   return m.packed;
 }
 

@@ -81,7 +81,7 @@ class ChunkCall {
   struct UpdateMemory {
     Block x, y, sums;
     void* y_packed = nullptr;
-    uint16_t* x_transposed = nullptr;
+    uint16_t *x_transposed = nullptr, *x_rounded = nullptr;
     T* row = nullptr;
   };
   UpdateMemory update_memory(Cutter& cut) const;
@@ -210,9 +210,21 @@ class ChunkCall {
   static Rows as_rows(Block block, int64_t count, int64_t width) {
     return {block.data, kType, block.stride, count, width};
   }
-  /// What tile kernels pack: the rows themselves, or their features, which are in `block`.
-  Rows operand(const Source<T>& source, Block block) const {
-    return source.map == nullptr ? source.rows : as_rows(block, source.rows.count, features_);
+  /// What tile kernels pack: the rows themselves, or their features, which are in `block` and, for
+  /// bfloat16 products, are rounded to `rounded`.
+  Rows operand(const Source<T>& source, Block block, uint16_t* rounded) const;
+  /// Rows of T as bfloat16, in `to`.
+  Rows round(const Rows& x, uint16_t* to, int64_t stride) const {
+    if constexpr (sizeof(T) == 4) {
+      rows_.round_rows({static_cast<const T*>(x.data), x.stride}, x.count, x.width, to, stride);
+    }
+    return {to, DType::bf16, stride, x.count, x.width};
+  }
+  int64_t rounded_stride() const { return round_up(features_, products_.key_multiple); }
+  /// For the rounded features of a chunk's rows, whole blocks of them.
+  uint16_t* rounded_memory(Cutter& cut) const {
+    const bool mapped = problem_.policy.maps.q != nullptr || problem_.policy.maps.k != nullptr;
+    return half_ && mapped ? cut.take<uint16_t>(tile_rows_ * rounded_stride()) : nullptr;
   }
 
   /// The left operand of a product: rows in T, or packed bfloat16. `readable`: rows of memory from the

@@ -47,6 +47,7 @@ class Forward : public Denominators<T>, public Sweep<T> {
     void *query, *key_panels, *values;
     KeyRange* ranges;
     T *num_scale, *sum_scale;
+    uint16_t *query_rounded, *key_rounded;
     ReadAhead* ahead;
   };
 
@@ -71,9 +72,14 @@ class Forward : public Denominators<T>, public Sweep<T> {
     m.ranges = cut.take<KeyRange>(rows);
     m.num_scale = cut.take<T>(rows);
     m.sum_scale = cut.take<T>(rows);
+    m.query_rounded = this->rounded_memory(cut);
+    m.key_rounded = this->rounded_memory(cut);
     return m;
   }
-  int64_t padded_tile() const { return round_up(this->tile_, this->products_.dim_multiple); }
+  // Of rows of features; denominators read all of the padding.
+  int64_t padded_tile() const {
+    return this->tile_ == this->features_ ? this->padded_features_ : this->tile_;
+  }
   Memory memory_at(std::byte* base) const {
     Cutter cut(base);
     return memory(cut);
@@ -158,15 +164,15 @@ class Forward : public Denominators<T>, public Sweep<T> {
     const Source<T> q = this->queries(b, h, chunk), k = this->keys(b, h, chunk);
     if (q.map != nullptr) this->features(q, 0, this->features_, m.query_rows);
     if (k.map != nullptr) this->features(k, 0, this->features_, m.key_rows);
-    const auto left = this->left(this->operand(q, m.query_rows), this->queries_ - chunk.query,
-                                 m.query_rows, m.query);
+    const auto left = this->left(this->operand(q, m.query_rows, m.query_rounded),
+                                 this->queries_ - chunk.query, m.query_rows, m.query);
     this->accumulate(left, chunk.queries, this->state_values(state.sums, this->features_, m.state),
                      this->features_, this->value_dim_, nullptr, this->ones(), m.out, *m.ahead);
     if (this->problem_.policy.key_sum) {
       this->running_denominators(b, h, chunk, state, m.query_rows, m.key_rows, m.sums);
     }
     if (chunk.keys == 0) return;
-    this->panels(this->operand(k, m.key_rows), m.key_panels);
+    this->panels(this->operand(k, m.key_rows, m.key_rounded), m.key_panels);
     this->scores(left, chunk.queries, m.key_panels, chunk.keys, this->features_, m.ranges,
                  m.weights.scores, *m.ahead);
     kernels::WeightFactors<T> factors;

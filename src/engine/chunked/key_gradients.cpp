@@ -67,6 +67,7 @@ class KeyGradients : public ChunkCall<T>, public Sweep<T> {
     void *key, *value, *query_panels, *gradient_panels, *queries, *gradients;
     KeyRange* ranges;
     T *factors, *row;
+    uint16_t *query_rounded, *key_rounded;
     ReadAhead* ahead;
   };
 
@@ -104,6 +105,8 @@ class KeyGradients : public ChunkCall<T>, public Sweep<T> {
     m.ranges = cut.take<KeyRange>(rows);
     m.factors = cut.take<T>(rows);
     m.row = cut.take<T>(std::max(this->padded_features_, this->padded_values_));
+    m.query_rounded = this->rounded_memory(cut);
+    m.key_rounded = this->rounded_memory(cut);
     return m;
   }
   Memory memory_at(std::byte* base) const {
@@ -275,7 +278,8 @@ class KeyGradients : public ChunkCall<T>, public Sweep<T> {
       operands.key = this->left(k.rows, readable, m.raw_rows, m.key);
     } else {
       if (k.map != nullptr) this->features(k, 0, this->features_, m.key_rows);
-      operands.key = this->left(this->operand(k, m.key_rows), readable, m.key_rows, m.key);
+      operands.key =
+          this->left(this->operand(k, m.key_rows, m.key_rounded), readable, m.key_rows, m.key);
     }
     operands.value = this->left(v, readable, m.value_rows, m.value);
     return operands;
@@ -329,7 +333,7 @@ class KeyGradients : public ChunkCall<T>, public Sweep<T> {
     if (chunk.queries > 0) {
       const Source<T> q = this->queries(b, h, chunk);
       if (q.map != nullptr) this->features(q, 0, this->features_, m.query_rows);
-      this->panels(this->operand(q, m.query_rows), m.query_panels);
+      this->panels(this->operand(q, m.query_rows, m.query_rounded), m.query_panels);
       this->scores(operands.key, chunk.keys, m.query_panels, chunk.queries, this->features_,
                    m.ranges, m.weights.scores, *m.ahead);
       add_own(b, h, chunk, this->right(gradient, m.gradients), m, m.values);
@@ -359,7 +363,8 @@ class KeyGradients : public ChunkCall<T>, public Sweep<T> {
       this->panels(gradient_of(b, h, chunk), m.gradient_panels);
       this->scores(operands.value, chunk.keys, m.gradient_panels, chunk.queries, this->value_dim_,
                    m.ranges, m.weights.scores, *m.ahead);
-      add_own(b, h, chunk, this->right(this->operand(q, m.query_rows), m.queries), m, m.features);
+      add_own(b, h, chunk, this->right(this->operand(q, m.query_rows, m.query_rounded), m.queries),
+              m, m.features);
     } else if (this->decays(h) != nullptr) {
       this->rows_.scale_rows(m.features, chunk.keys, this->padded_features_, carry(h, chunk));
     }

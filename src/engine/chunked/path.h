@@ -13,7 +13,7 @@ namespace heed::chunked {
 struct CallKind {
   DType dtype = DType::f32;
   int64_t tokens = 0;   // keys of a sequence
-  bool mapped = false;  // rows become features on the way: products are in T
+  bool mapped = false;  // rows become features of T on the way: products are in T
   bool causal = true;
   int64_t state_width = 64;  // the smaller of F and Dv
 };

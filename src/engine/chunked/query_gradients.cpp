@@ -72,6 +72,7 @@ class QueryGradients : public SlopeStates<T>, public Sweep<T> {
     void *query, *gradient, *key_panels, *value_panels, *keys;
     KeyRange* ranges;
     T *dots, *sum_dots;
+    uint16_t *query_rounded, *key_rounded;
     ReadAhead* ahead;
   };
 
@@ -104,6 +105,8 @@ class QueryGradients : public SlopeStates<T>, public Sweep<T> {
     m.ranges = cut.take<KeyRange>(rows);
     m.dots = cut.take<T>(rows);
     m.sum_dots = cut.take<T>(rows);
+    m.query_rounded = this->rounded_memory(cut);
+    m.key_rounded = this->rounded_memory(cut);
     return m;
   }
   Memory memory_at(std::byte* base) const {
@@ -216,7 +219,7 @@ class QueryGradients : public SlopeStates<T>, public Sweep<T> {
       kernels::WeightFactors<T> factors;
       if (const auto* table = this->decays(h)) factors.decay = table->falling(chunk.shift);
       this->weigh_and_add(m.weights, chunk.queries, chunk.keys, m.ranges, factors, false,
-                          this->right(this->operand(k, m.key_rows), m.keys),
+                          this->right(this->operand(k, m.key_rows, m.key_rounded), m.keys),
                           this->state_factors(h, chunk.shift + 1), m.features, *m.ahead);
     }
     if (policy.read_out) read_out(lane, chunk, view, m);
@@ -288,10 +291,10 @@ class QueryGradients : public SlopeStates<T>, public Sweep<T> {
                  this->features_, this->value_dim_, nullptr, m.more_features, *m.ahead);
     sum += state_part(m.more_features, false);
     const Source<T> q = this->queries(b, h, chunk), k = this->keys(b, h, chunk);
-    const auto left = this->left(this->operand(q, m.query_rows), this->queries_ - chunk.query,
-                                 m.query_rows, m.query);
+    const auto left = this->left(this->operand(q, m.query_rows, m.query_rounded),
+                                 this->queries_ - chunk.query, m.query_rows, m.query);
     if (k.map != nullptr) this->features(k, 0, this->features_, m.key_rows);
-    this->panels(this->operand(k, m.key_rows), m.key_panels);
+    this->panels(this->operand(k, m.key_rows, m.key_rounded), m.key_panels);
     this->scores(left, chunk.queries, m.key_panels, chunk.keys, this->features_, m.ranges, m.scores,
                  *m.ahead);
     const Block& values = m.weights.scores;

@@ -86,7 +86,7 @@ Mechanism relu_linear_record() {
   };
   m.bind = bind;
   m.explain = [](const NamedTensors& in, const Spec&, const RunOptions& run) {
-    return explain_chunked(in, true, run);
+    return explain_chunked(in, false, run);
   };
   return m;
 }

@@ -114,6 +114,27 @@ TEST(ReluLinear, NanReachesWhatReadsIt) {
   }
 }
 
+// Whatever blocks are padded to, features of other rows and stale memory stay out of a row.
+TEST(ReluLinear, MinusInfinityIsAZeroFeature) {
+  for (Isa isa : available_isas()) {
+    for (DType type : {DType::f32, DType::bf16, DType::f16}) {
+      for (int64_t dim : {1, 8, 16, 33}) {
+        const auto with = [&](double value) {
+          Call call(type, 2, 1, 70, 90, dim, 12);
+          for (Array* x : {&call.q, &call.k}) {
+            Array wide = convert(*x, DType::f64);
+            for (int64_t i : {int64_t{0}, 5 * dim, 65 * dim - 1}) wide.as<double>()[i] = value;
+            *x = convert(wide, type);
+          }
+          return call.run({.clamp = 3}, {.isa = isa});
+        };
+        EXPECT_TRUE(same_bits(with(0), with(-std::numeric_limits<double>::infinity())))
+            << name_of(isa) << " " << name_of(type) << " " << dim;
+      }
+    }
+  }
+}
+
 TEST(ReluLinear, EmptyTensors) {
   const auto tensors = [](int64_t b, int64_t h, int64_t kv, int64_t lq, int64_t lk) {
     const Array q = Array::zeros(DType::f32, {b, h, lq, 4}),
