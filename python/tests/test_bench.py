@@ -80,6 +80,8 @@ def test_inputs_beside_queries_follow_their_shape():
     assert [5, 16, 16] in [row["shapes"].get("weight") for row in rows]
     rows = bench_json("affine_scaled", "--q", "2,3,40,8")["rows"]
     assert rows and all(row["shapes"]["alpha_mean"] == [3] for row in rows)
+    rows = bench_json("relative", "--q", "1,2,600,8")["rows"]
+    assert {row["shapes"]["rel_bias"][0] for row in rows} == {1198, 1200}
 
 
 def test_every_mechanism_takes_other_shapes_or_says_what_it_needs():

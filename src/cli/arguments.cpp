@@ -17,6 +17,13 @@ const Dims* shape_of(const ExampleCase& example, std::string_view name) {
   return nullptr;
 }
 
+// Tables by distance have twice as many entries as q [B,H,L,D] has tokens, less up to two.
+std::optional<int64_t> resized_table(int64_t extent, const Dims& old_q, const Dims& q) {
+  const int64_t less = old_q.rank() == 4 ? 2 * old_q[2] - extent : -1;
+  if (less < 0 || less > 2) return {};
+  return 2 * q[2] - less;
+}
+
 // An input other than q, k, v: its axes are some of those of q, in their order, or its own. From the last
 // one on, an axis of the same extent is taken for the same; of one axis, heads come first.
 Dims resized(const std::string& input, Dims shape, const Dims& old_q, const Dims& q) {
@@ -29,9 +36,12 @@ Dims resized(const std::string& input, Dims shape, const Dims& old_q, const Dims
   for (int axis = shape.rank() - 1; axis >= 0; --axis) {
     int same = end;
     while (same >= 0 && old_q[same] != shape[axis]) --same;
-    if (same < 0) continue;
-    shape[axis] = q[same];
-    end = same;
+    if (same < 0) {
+      shape[axis] = resized_table(shape[axis], old_q, q).value_or(shape[axis]);
+    } else {
+      shape[axis] = q[same];
+      end = same;
+    }
   }
   return shape;
 }
