@@ -168,7 +168,7 @@ def test_the_page_on_states():
     blocks = re.findall(r"^```(\w*)\n(.*?)^```$", text, re.MULTILINE | re.DOTALL)
     programs = [b for kind, b in blocks if kind == "python"]
     expected = [b for kind, b in blocks if not kind]
-    assert len(programs) == len(expected) == 3
+    assert len(programs) == len(expected) == 4
     names = {}
     for program, lines in zip(programs, expected):
         printed = io.StringIO()
