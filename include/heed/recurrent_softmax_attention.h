@@ -37,7 +37,7 @@ struct RecurrentSoftmaxOptions {
   bool causal = true;                      // aligned to the end of the keys
   std::optional<double> scale = {};        // none: 1/sqrt(D)
   Tensor gate = {};                        // undefined: 1
-  std::optional<double> score_clamp = {};  // the paper uses 5 where nothing is divided
+  std::optional<double> score_clamp = {};  // the paper: 5, not with softmax and the headline's l2
   double eps = 1e-6;                       // >= 0, of rms and layer
 };
 

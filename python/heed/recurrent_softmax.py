@@ -50,7 +50,8 @@ def recurrent_softmax_attention(
         causal: query ``i`` sees the keys ``j <= i + Lk - Lq``.
         scale: factor of the scores; ``None`` is ``1 / sqrt(D)``.
         gate: ``[B, H, Lq]``, q's type or float32 (float64 beside float64).
-        score_clamp: scores above it become it; the paper uses 5 where nothing is divided.
+        score_clamp: scores above it become it; the paper's code uses 5 with every normalizer but
+            ``softmax`` and the headline's ``l2``.
         eps: inside the root of ``rms`` and ``layer``.
 
     Returns:
