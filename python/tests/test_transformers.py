@@ -431,6 +431,22 @@ def test_sigmoid_window_without_causal_is_symmetric():
     torch.testing.assert_close(found, expected)
 
 
+def test_layers_without_numbers_share_no_order():
+    config = transformers.CLIPTextConfig(
+        vocab_size=97,
+        hidden_size=48,
+        intermediate_size=64,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        attn_implementation="heed_stochastic",
+        pad_token_id=0,
+        bos_token_id=1,
+        eos_token_id=2,
+    )
+    with pytest.raises(ValueError, match="CLIPAttention has no layer_idx"):
+        transformers.CLIPTextModel(config).eval()(TOKENS)
+
+
 def test_stochastic_and_windows():
     with pytest.raises(ValueError, match="sliding_window is 5.*14"):
         tiny_mistral("heed_stochastic")(TOKENS)

@@ -27,8 +27,8 @@ def register(
     ``"heed_stochastic"``
         Stochastic attention (:func:`heed.stochastic_attention`): each layer attends inside windows
         of a random order of the tokens, drawn from the seed and the layer's number; calls with
-        fewer queries than keys (decoding) see the whole cache. Causal models, no padding, no
-        sliding window that is shorter than the tokens.
+        fewer queries than keys (decoding) see the whole cache. Causal models whose attention knows
+        that number (``layer_idx``), no padding, no sliding window that is shorter than the tokens.
 
     The last two are not softmax attention, and a model has to be trained with them (or the change
     to be wanted). ``"heed_sigmoid"`` takes padding and sliding windows of the model. Whatever else
@@ -61,7 +61,13 @@ def register(
         return _sigmoid(module, query, key, value, attention_mask, sigmoid_bias, **options)
 
     def stochastic(module, query, key, value, attention_mask, **options) -> _Result:
-        seed = stochastic_seed * 1_000_003 + getattr(module, "layer_idx", 0)
+        layer = getattr(module, "layer_idx", None)
+        if layer is None:
+            raise ValueError(
+                f"heed_stochastic: {type(module).__name__} has no layer_idx, needed is the number of "
+                "its layer: one order for all layers mixes nothing"
+            )
+        seed = stochastic_seed * 1_000_003 + layer
         return _stochastic(
             module, query, key, value, attention_mask, stochastic_window, seed, **options
         )
