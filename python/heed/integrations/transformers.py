@@ -40,7 +40,9 @@ def register(
     All run under ``torch.autocast`` on the CPU, in its type.
 
     Args:
-        sigmoid_bias: bias of ``"heed_sigmoid"``; ``None`` is ``-log(number of keys)``.
+        sigmoid_bias: bias of ``"heed_sigmoid"``; ``None`` is ``-log(number of keys)``. That
+            changes with padding and with every token that a cache grows by, so generating gives
+            other numbers than one pass: give the number of training there.
         stochastic_window: keys that a token of ``"heed_stochastic"`` may see, half to each side.
         stochastic_seed: of the orders.
 
