@@ -168,6 +168,8 @@ TEST(Counts, AdditionsFuseWithProductsAndOperationsStandOutsideTheLoopsTheyDoNot
   EXPECT_EQ(one("out X[p,m] = A[p,m] * C[p-m+M]").reads.text(), "k + m*p");
   EXPECT_EQ(one("out X[p,m] = A[p,m] * A[p,m]").reads.text(), "m*p");
   EXPECT_EQ(one("out X[p] = A[p,0]").reads.text(), "p");
+  EXPECT_EQ(one("out X[p] = C[p+M]").reads.text(), "p");
+  EXPECT_EQ(one("out X[p] = C[2*p+M-P]").reads.text(), "p");
   EXPECT_EQ(one("out X[p,m] = abs(A[p,m])").maxima.text(), "m*p");
   // Prefix sums: each element adds up points of its own.
   EXPECT_EQ(one("out X[p] = sum C[k] : k <= p").additions.text(), "k*p");

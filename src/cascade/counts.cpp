@@ -223,13 +223,17 @@ class Counter {
 
   /// The ranks whose sizes say how many places of an axis are read.
   RankSet axis_ranks(const Axis& axis, int index) const {
-    const IndexNode& node = lowered_.node(index);
-    if (node.ranks == 0) return 0;
+    const RankSet ranks = lowered_.node(index).ranks;
+    const bool several = (ranks & (ranks - 1)) != 0;
+    if (ranks == 0 || (!several && !calls(index))) return ranks;
     const bool plain = axis.rank < 0 || merged_split(lowered_, index) != nullptr;
-    for (size_t r = 0; r < lowered_.ranks.size(); ++r) {
-      if (offset_from(lowered_, index, static_cast<int>(r))) return node.ranks;
-    }
-    return plain ? node.ranks : bit(axis.rank);
+    return plain ? ranks : bit(axis.rank);
+  }
+
+  bool calls(int index) const {
+    const IndexNode& node = lowered_.node(index);
+    return node.kind == IndexNode::Kind::call ||
+           std::any_of(node.args.begin(), node.args.end(), [&](int arg) { return calls(arg); });
   }
 
   bool same_index(int a, int b) const {
