@@ -46,8 +46,9 @@ def page(mechanism):
     lines.append(f"`{shown['name']}`: {shown['title']}. {papers}. Engine: {shown['engine']}; {gradient}.")
     for cascade in shown["cascades"]:
         lines += ["", f"## Cascade `{cascade['name']}`", "", "```", cascade["text"].strip(), "```", ""]
-        lines.append(f"Passes over `{shown['pass_rank']}`: {cascade['passes']}.")
-        lines += ["", "Operations of each line, in sizes of ranks:", "", *counts_table(cascade["counts"])]
+        if cascade["passes"] is not None:
+            lines += [f"Passes over `{shown['pass_rank']}`: {cascade['passes']}.", ""]
+        lines += ["Operations of each line, in sizes of ranks:", "", *counts_table(cascade["counts"])]
     lines += ["", f"`heed show {shown['name']}` prints this page's tables, `heed check {shown['name']}` proves the kernels."]
     return "\n".join(lines) + "\n"
 

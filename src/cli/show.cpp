@@ -123,10 +123,12 @@ void print_text(const Mechanism& m, const std::optional<Sizes>& sizes) {
 
 Json cascade_json(const CascadeText& text, const Mechanism& m, const std::optional<Sizes>& sizes) {
   const Program program = cascade::parse(text.text, text.name);
-  const auto report = passes_of(m, text).value_or(cascade::PassReport{});
-  Json passes = Json::array(), counts = Json::array();
-  for (const auto& row : report.rows) {
-    passes.push_back({{"tensor", row.tensor}, {"pass", row.pass}, {"line", row.line}});
+  Json passes = nullptr, statements = Json::array(), counts = Json::array();
+  if (const auto report = passes_of(m, text)) {
+    passes = report->passes;
+    for (const auto& row : report->rows) {
+      statements.push_back({{"tensor", row.tensor}, {"pass", row.pass}, {"line", row.line}});
+    }
   }
   const auto rows = cascade::count(program);
   for (const StatementCount& row : rows) {
@@ -137,8 +139,8 @@ Json cascade_json(const CascadeText& text, const Mechanism& m, const std::option
     }
     counts.push_back(std::move(entry));
   }
-  return {{"name", text.name},       {"when", text.when},    {"text", text.text},
-          {"passes", report.passes}, {"statements", passes}, {"counts", counts}};
+  return {{"name", text.name}, {"when", text.when},        {"text", text.text},
+          {"passes", passes},  {"statements", statements}, {"counts", counts}};
 }
 
 void print_show_json(const Mechanism& m, const std::optional<Sizes>& sizes) {
