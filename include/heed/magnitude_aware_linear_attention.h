@@ -4,12 +4,14 @@
 //   out_p = (1 + 1/(z_p + eps)) c rot(phi(q_p)) S - z_p v_sum / N
 //   form code   z_p = (scale / N) phi(q_p) . k_sum   c = scale / N       the published weights
 //   form paper  z_p = phi(q_p) . k_sum               c = 1
+//   form consistent: code, but with rope phi is turned in z and k_sum as well
 //
 // over N keys: all of them, or the N = 1, 2, ... up to a query's own (causal, aligned to the end of the
-// keys; none: out = 0). Without rope a row's weights sum to 1: out is plain linear attention moved away
-// from the mean of the values by z_p.
-// rope: tokens lie row-major on a grid; after phi, and not in z, the first half of the features turns by
-// the token's row, the second by its column, pair (2t, 2t+1) by the angle 10000^(-t/(D/4-1)) a step.
+// keys; none: out = 0). Without rope, and in the form consistent, a row's weights sum to 1: out is plain
+// linear attention moved away from the mean of the values by z_p.
+// rope: tokens lie row-major on a grid; after phi, and but for `consistent` not in z, the first half of the
+// features turns by the token's row, the second by its column, pair (2t, 2t+1) by the angle
+// 10000^(-t/(D/4-1)) a step. Turned features may cancel: z may be near 0 or negative then.
 //
 // q [B,H,Lq,D]  k [B,Hkv,Lk,D]  v [B,Hkv,Lk,Dv]  out [B,H,Lq,Dv]; D from 1 to 256, with rope a multiple
 // of 4; any Dv from 1. Strides, types and grouped heads as in linear_attention.h. phi, z and the final
@@ -23,7 +25,7 @@
 
 namespace heed {
 
-enum class MagnitudeAwareForm { code, paper };
+enum class MagnitudeAwareForm { code, paper, consistent };
 MagnitudeAwareForm parse_magnitude_aware_form(std::string_view name);  // throws Error
 
 /// Of a causal call, after its last token: s [B,H,D,Dv], k_sum [B,H,D], v_sum [B,H,Dv] float32 (float64),
@@ -42,7 +44,7 @@ struct MagnitudeAwareOptions {
   MagnitudeAwareForm form = MagnitudeAwareForm::code;
   /// Not causal: height * width tokens. Causal: positions go on from the count.
   std::optional<Grid> rope = {};
-  std::optional<double> scale = {};  // code only; none: 1/sqrt(D)
+  std::optional<double> scale = {};  // not paper; none: 1/sqrt(D)
   double eps = 1e-6;                 // not negative
   /// All four or none; causal only, needs Lq <= Lk.
   MagnitudeAwareState initial_state = {};

@@ -7,7 +7,7 @@ from torch import Tensor
 
 from heed._states import parts_of
 
-MagnitudeAwareForm = Literal["code", "paper"]
+MagnitudeAwareForm = Literal["code", "paper", "consistent"]
 MagnitudeAwareState = tuple[Tensor, Tensor, Tensor, Tensor]
 
 
@@ -61,7 +61,8 @@ def magnitude_aware_linear_attention(
 
     where ``z_i = (scale / N) phi(q_i) . k_sum`` and ``c = scale / N`` in the form of the published
     weights, ``"code"``, and ``z_i = phi(q_i) . k_sum`` and ``c = 1`` in the paper's. The two are
-    different functions. Without ``rope`` the weights of a query sum to 1.
+    different functions. ``"consistent"`` is ``"code"`` with ``rot(phi)`` in ``z`` and ``k_sum`` too.
+    The weights of a query sum to 1 without ``rope``, and with it in the form ``"consistent"``.
 
     Args:
         q: ``[B, H, Lq, D]``, not activated yet; types and strides as in
@@ -69,10 +70,11 @@ def magnitude_aware_linear_attention(
         k: ``[B, Hkv, Lk, D]``, same type; ``H`` is a multiple of ``Hkv``.
         v: ``[B, Hkv, Lk, Dv]``, same type, any ``Dv``.
         causal: query ``i`` sees the keys ``j <= i + Lk - Lq``, and ``N`` counts them; else all.
-        form: ``"code"`` or ``"paper"``.
+        form: ``"code"``, ``"paper"`` or ``"consistent"``.
         rope: height and width of the grid on which the tokens lie row by row: features turn by row
-            and column (``rot`` above), and not in ``z``. Without causal it has ``Lq = Lk`` tokens.
-        scale: only in the form ``"code"``; ``None`` is ``1 / sqrt(D)``.
+            and column (``rot`` above), not in ``z`` but for ``"consistent"``, where ``z`` may come
+            near 0 or turn negative. Without causal it has ``Lq = Lk`` tokens.
+        scale: not in the form ``"paper"``; ``None`` is ``1 / sqrt(D)``.
         eps: beside ``z``, not negative.
         initial_state: what ``return_state`` gave for the tokens before these; ``None`` is zero. Only
             with causal; needs ``Lq <= Lk``. Positions of ``rope`` go on from its count.

@@ -111,6 +111,8 @@ def magnitude_aware(
         count = initial_state[3].long()
     rq = rotate(fq, rope, count + lk - lq if causal else count)
     rk = rotate(fk, rope, count)
+    if form == "consistent":
+        fq, fk = rq, rk
     seen = visible(lq, lk, causal, batch=b).to(q.dtype)
     num, dot = (rq @ rk.mT * seen) @ v, (fq @ fk.mT * seen).sum(-1, keepdim=True)
     values = seen @ v
@@ -120,7 +122,7 @@ def magnitude_aware(
         values = values + v0[:, :, None]
         s, k_sum, v_sum = s + s0, k_sum + k0, v_sum + v0
     n = seen.sum(-1, keepdim=True) + count[:, None, None, None]
-    factor = (1 / math.sqrt(d) if scale is None else scale) / n if form == "code" else 1.0
+    factor = (1 / math.sqrt(d) if scale is None else scale) / n if form != "paper" else 1.0
     z = factor * dot
     out = (1 + 1 / (z + eps)) * factor * num - z * values / n
     out = torch.where(n == 0, 0.0, out)

@@ -84,7 +84,7 @@ def test_sequences_of_one_batch_may_be_at_different_places():
     check(q, k, v, causal=True, form="code", rope=(3, 3), initial_state=state)
 
 
-@pytest.mark.parametrize("form", ["code", "paper"])
+@pytest.mark.parametrize("form", ["code", "paper", "consistent"])
 @pytest.mark.parametrize("causal, with_state", [(False, False), (True, False), (True, True)])
 @pytest.mark.parametrize("rope", [None, (2, 3)])
 def test_gradcheck(form, causal, with_state, rope):
@@ -118,6 +118,21 @@ def test_gradients(dtype, causal, rope):
         lambda *t: formula.magnitude_aware(*t, **options)[0],
         tensors,
         roundings=1024,
+    )
+
+
+@pytest.mark.parametrize("causal", [False, True])
+def test_rows_sum_to_1_where_the_magnitude_is_of_turned_features(causal):
+    q, k, v = random_qkv(2, 4, 2, 60, 60, 20, 6, F64)
+    options = dict(causal=causal, form="consistent", eps=0.0)
+    for rope in [None, (6, 10), (1, 60)]:
+        constant = MALA(q, k, torch.ones_like(v), rope=rope, **options)
+        torch.testing.assert_close(constant, torch.ones_like(constant))
+        found = MALA(q, k, v, rope=rope, **options)
+        expected = formula.magnitude_aware(q, k, v, rope=rope, **options)
+        torch.testing.assert_close(found, expected[0])
+    torch.testing.assert_close(
+        MALA(q, k, v, **options), MALA(q, k, v, causal=causal, eps=0.0), rtol=0, atol=0
     )
 
 
@@ -240,7 +255,7 @@ def with_state(*changed, **options):
     [
         (dict(k=K[..., :4]), ValueError, ["k ", "4", "8"]),
         (dict(q=random(2, 4, 5, 257), k=random(2, 2, 7, 257)), ValueError, ["q ", "257", "256"]),
-        (dict(form="code2"), ValueError, ["form", "code2", "'code'", "'paper'"]),
+        (dict(form="code2"), ValueError, ["form", "code2", "'code'", "'paper'", "'consistent'"]),
         (dict(form="paper", scale=0.1), ValueError, ["scale", "paper"]),
         (dict(scale=math.nan), ValueError, ["scale", "nan"]),
         (dict(eps=-1e-6), ValueError, ["eps", "-"]),

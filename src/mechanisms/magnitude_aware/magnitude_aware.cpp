@@ -168,7 +168,7 @@ struct Call {
     chunked::Policy<T>& policy = problem.policy;
     policy.maps = {&plain, &plain};
     if (options.rope) {
-      policy.sums = policy.maps;
+      if (options.form != MagnitudeAwareForm::consistent) policy.sums = policy.maps;
       angles = std::make_unique<GridAngles<T>>(*options.rope, q.size(3), before, k.size(2));
       std::vector<int64_t> queries = before;
       if (options.causal) {
@@ -186,8 +186,8 @@ struct Call {
       const int64_t seen = before[static_cast<size_t>(b)] + tokens;
       if (seen == 0) return chunked::ReadOut{0, 0, 0, 0};
       const auto n = static_cast<double>(seen);
-      return form == MagnitudeAwareForm::code ? code_row(scale, eps, n, denominator)
-                                              : paper_row(eps, n, denominator);
+      return form == MagnitudeAwareForm::paper ? paper_row(eps, n, denominator)
+                                               : code_row(scale, eps, n, denominator);
     });
   }
   Call(const Call&) = delete;
@@ -235,7 +235,8 @@ void check_last(const State& state, const Tensor& q, const Tensor& v, const Opti
 MagnitudeAwareForm parse_magnitude_aware_form(std::string_view name) {
   if (name == "code") return MagnitudeAwareForm::code;
   if (name == "paper") return MagnitudeAwareForm::paper;
-  fail("form is '" + std::string(name) + "'", "'code' or 'paper' is needed");
+  if (name == "consistent") return MagnitudeAwareForm::consistent;
+  fail("form is '" + std::string(name) + "'", "'code', 'paper' or 'consistent' is needed");
 }
 
 void magnitude_aware_linear_attention(const Tensor& q, const Tensor& k, const Tensor& v,

@@ -81,6 +81,7 @@ cascade::Bindings bind_mala(const NamedTensors& in, const Spec& options) {
   bindings.scalars = {{"scale", chosen.scale.value_or(1 / std::sqrt(static_cast<double>(dim)))},
                       {"eps", chosen.eps},
                       {"paper", paper ? 1 : 0},
+                      {"consistent", chosen.form == MagnitudeAwareForm::consistent ? 1 : 0},
                       {"State", chosen.causal ? 1 : 0}};
   std::vector<double> before(static_cast<size_t>(batch), 0);
   const MagnitudeAwareState& state = chosen.initial_state;
@@ -148,13 +149,19 @@ std::vector<ExampleCase> mala_cases() {
       attention_case("more_queries_than_keys", {1, 2, 1, 40, 21, 8, 8}, "causal=1"),
       attention_case("rope", {1, 2, 1, 70, 70, 16, 12}, "height=7,width=10"),
       attention_case("rope_paper", {1, 2, 2, 66, 66, 8, 5}, "height=6,width=11,form=paper"),
+      attention_case("rope_consistent", {1, 4, 2, 70, 70, 16, 12},
+                     "height=1,width=70,form=consistent"),
       attention_case("rope_smallest", {1, 1, 1, 12, 12, 4, 3}, "height=3,width=4"),
       attention_case("rope_causal", {2, 4, 2, 100, 100, 20, 12}, "height=10,width=10,causal=1"),
+      attention_case("rope_causal_consistent", {2, 2, 1, 40, 110, 20, 12},
+                     "height=2,width=110,causal=1,form=consistent"),
       with_state(attention_case("state", {3, 4, 2, 70, 70, 12, 17}, "causal=1")),
       with_state(attention_case("state_paper", {2, 2, 1, 20, 90, 12, 17}, "causal=1,form=paper")),
       with_state(attention_case("state_one_token", {3, 4, 2, 1, 1, 12, 17}, "causal=1")),
       with_state(
           attention_case("state_rope", {3, 2, 1, 20, 60, 12, 7}, "causal=1,height=9,width=13")),
+      with_state(attention_case("state_rope_consistent", {2, 2, 1, 20, 60, 12, 7},
+                                "causal=1,height=2,width=100,form=consistent")),
       with_state(attention_case("state_rope_one_token", {2, 2, 1, 1, 1, 12, 7},
                                 "causal=1,height=9,width=13")),
   };
