@@ -4,7 +4,9 @@
 // are added in a fixed order: same bits for the same number of threads, memory O(threads x L).
 #include "engine/tiled/backward.h"
 
+#include <algorithm>
 #include <limits>
+#include <numeric>
 
 namespace heed::tiled {
 
@@ -58,16 +60,20 @@ template <class T>
 HeadGradients Backward<T>::run() {
   prepare_rows();
   plan_units();
-  const auto count = static_cast<int64_t>(units_.size());
+  const std::vector<size_t> order = longest_first();
+  const auto count = static_cast<int64_t>(order.size());
   const int threads = threads_for(run_, count);
+  const auto run_unit_at = [&](int lane, int64_t i) {
+    run_unit(lane, static_cast<int64_t>(order[static_cast<size_t>(i)]));
+  };
   if (terms_ != nullptr && terms_->has_gradient()) {
     // Sums of the terms go with lanes, so units are dealt out to lanes in a fixed way.
     terms_->begin_gradient(threads);
     parallel_for(threads, threads, [&](int64_t lane, int) {
-      for (int64_t i = lane; i < count; i += threads) run_unit(static_cast<int>(lane), i);
+      for (int64_t i = lane; i < count; i += threads) run_unit_at(static_cast<int>(lane), i);
     });
   } else {
-    parallel_for(count, threads, [&](int64_t i, int) { run_unit(0, i); });
+    parallel_for(count, threads, [&](int64_t i, int) { run_unit_at(0, i); });
   }
   for (size_t first = 0; first < units_.size();) {
     const size_t last = first + static_cast<size_t>(units_[first].parts);
@@ -175,8 +181,15 @@ void Backward<T>::plan_units() {
   int64_t heads = 0;
   for (const Sequence& s : problem_.sequences) heads += s.k.size(0);
   const int64_t threads = run_.threads.value_or(default_threads());
-  // Two units a thread even out what key tiles cost; one thread needs no sharing.
-  const int64_t wanted = threads == 1 ? 1 : (2 * threads + heads - 1) / std::max<int64_t>(1, heads);
+  // Two units a thread even out what key tiles cost; more, within bounds for the memory of their sums,
+  // where threads would wait for the last ones.
+  int64_t wanted = ceil_div(2 * threads, std::max<int64_t>(1, heads));
+  const auto waits = [&] {
+    const int64_t units = heads * wanted;
+    return 10 * ceil_div(units, threads) * threads > 11 * units;
+  };
+  while (waits() && heads * (wanted + 1) <= 8 * threads) ++wanted;
+  if (threads == 1) wanted = 1;
   for (int64_t s = 0; s < static_cast<int64_t>(problem_.sequences.size()); ++s) {
     const int64_t parts = std::max<int64_t>(1, std::min(wanted, key_tiles(s)));
     for (int64_t h = 0; h < sequence(s).k.size(0); ++h) {
@@ -185,6 +198,24 @@ void Backward<T>::plan_units() {
   }
   partial_.resize(units_.size());
   sums_.assign(units_.size() * static_cast<size_t>(group_) * 2, 0.0);
+}
+
+template <class T>
+std::vector<size_t> Backward<T>::longest_first() const {
+  std::vector<int64_t> pairs;
+  for (const Unit& unit : units_) {
+    const TilePlan& plan = sequence(unit.sequence).plan;
+    int64_t keys = 0;
+    for (int64_t tile = 0; tile < key_tiles(unit.sequence); ++tile) {
+      if (unit.owns(tile)) keys += std::min(tile_keys_, plan.keys() - tile * tile_keys_);
+    }
+    pairs.push_back(keys * plan.queries());
+  }
+  std::vector<size_t> order(units_.size());
+  std::iota(order.begin(), order.end(), size_t{0});
+  std::stable_sort(order.begin(), order.end(),
+                   [&](size_t a, size_t b) { return pairs[a] > pairs[b]; });
+  return order;
 }
 
 template <class T>
@@ -205,10 +236,7 @@ void Backward<T>::run_unit(int lane, int64_t index) {
   double* sums = sums_.data() + index * group_ * 2;
   const int64_t keys = sequence(unit.sequence).plan.keys();
   for (int64_t tile = 0; tile < key_tiles(unit.sequence); ++tile) {
-    // To and fro, so that every part of a causal plan gets early and late keys.
-    const int64_t turn = tile % (2 * unit.parts);
-    const int64_t owner = turn < unit.parts ? turn : 2 * unit.parts - 1 - turn;
-    if (owner != unit.part) continue;
+    if (!unit.owns(tile)) continue;
     const int64_t key = tile * tile_keys_;
     run_key_tile(lane, unit, {key, std::min(key + tile_keys_, keys)}, rows, sums, m);
   }

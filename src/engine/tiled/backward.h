@@ -12,6 +12,11 @@ namespace heed::tiled {
 struct Unit {
   int64_t sequence = 0, kv_head = 0;
   int64_t part = 0, parts = 1;
+  /// To and fro, so that every part of a causal plan gets early and late keys.
+  bool owns(int64_t key_tile) const {
+    const int64_t turn = key_tile % (2 * parts);
+    return part == (turn < parts ? turn : 2 * parts - 1 - turn);
+  }
 };
 
 template <class T>
@@ -65,6 +70,7 @@ class Backward : private TileCall<T> {
   void prepare_rows();
   void prepare_row(int64_t s, int64_t head, int64_t row, const T* g, const T* out, const T* mean);
   void plan_units();
+  std::vector<size_t> longest_first() const;
   RowGradients make_row_gradients(const Unit& unit) const;
   void run_unit(int lane, int64_t index);
   /// Overwrites the first part.
