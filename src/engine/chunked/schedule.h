@@ -84,8 +84,8 @@ inline void for_neighbours(int64_t items, int threads, size_t memory_bytes,
   });
 }
 
-/// Parts that a sum over all chunks is cut into, so that few states use many threads.
-inline int64_t total_part(int64_t chunks) { return std::max<int64_t>(8, ceil_div(chunks, 16)); }
+/// Even parts that a sum over all chunks is cut into, so that few states use many threads.
+inline int64_t total_parts(int64_t chunks) { return std::min<int64_t>(16, ceil_div(chunks, 4)); }
 
 template <class T>
 class Schedule {
@@ -148,14 +148,14 @@ class Schedule {
 
   // What the chunks of one part add, from zero.
   void sum_part(int64_t lane, int64_t part, T* sum, std::byte* memory) const {
-    const int64_t step = total_part(shape_.chunks);
+    const int64_t end = share_begin(shape_.chunks, part + 1, parts());
     const T* before = nullptr;
-    for (int64_t c = part * step; c < std::min((part + 1) * step, shape_.chunks); ++c) {
+    for (int64_t c = share_begin(shape_.chunks, part, parts()); c < end; ++c) {
       sweep_.update(lane, {c, next_chunk(c)}, before, sum, memory);
       before = sum;
     }
   }
-  int64_t parts() const { return ceil_div(shape_.chunks, total_part(shape_.chunks)); }
+  int64_t parts() const { return total_parts(shape_.chunks); }
 
   void serial_total(int64_t group) const {
     Scratch scratch(state_bytes(shape_.lanes_per_group + 1) + shape_.memory);
@@ -206,13 +206,13 @@ class Schedule {
     T* states = memory.as<T>();
     T* sums = states + lanes * size;
     with_memory(lanes * parts(), [&](int64_t item, std::byte* scratch) {
-      sum_part(item % lanes, item / lanes, sums + item * size, scratch);
+      sum_part(item / parts(), item % parts(), sums + item * size, scratch);
     });
     load(0, lanes, states);
     for_rows([&](int64_t lane, const FeatureRange& rows, std::byte*) {
       for (int64_t part = 0; part < parts(); ++part) {
         T* state = states + lane * size;
-        sweep_.advance(lane, 0, rows, state, sums + (part * lanes + lane) * size, state);
+        sweep_.advance(lane, 0, rows, state, sums + (lane * parts() + part) * size, state);
       }
     });
     for (int64_t lane = 0; lane < lanes; ++lane) sweep_.complete(states + lane * size);
