@@ -23,17 +23,6 @@ double dot(const T* a, const T* b, int64_t n) {
   return ((sums[0] + sums[1]) + (sums[2] + sums[3])) + ((sums[4] + sums[5]) + (sums[6] + sums[7]));
 }
 
-template <class T>
-bool all_finite(const T* x, int64_t n) {
-  T bad[16] = {};  // 0 where finite, else NaN
-  int64_t i = 0;
-  for (; i + 16 <= n; i += 16) {
-    for (int64_t j = 0; j < 16; ++j) bad[j] += 0 * x[i + j];
-  }
-  for (; i < n; ++i) bad[0] += 0 * x[i];
-  return std::all_of(bad, bad + 16, [](T b) { return b == 0; });
-}
-
 // The weight of a logit, in units of log2, as the kernels have it.
 template <class T>
 double weight_of(double logit, T pivot) {

@@ -1,7 +1,6 @@
 // Few query rows against many keys: memory is the bound, so keys and values are read in place, once for
 // all rows of a group and both streams, whose rows lie behind one another.
 #include <algorithm>
-#include <cmath>
 #include <limits>
 
 #include "engine/tiled/forward.h"
@@ -38,14 +37,10 @@ void Forward<T>::run_few_rows(const Item& item, const std::vector<QueryTile>& ti
 
 template <class T>
 bool Forward<T>::finite_sums(const Memory& m) const {
-  bool finite = true;
   for (int64_t r = 0; r < streams_ * m.second; ++r) {
-    const T* out = m.out.row(r);
-    for (int64_t f = 0; f < value_dim_; ++f) {
-      finite = finite & (std::abs(out[f]) <= std::numeric_limits<T>::max());
-    }
+    if (!all_finite(m.out.row(r), value_dim_)) return false;
   }
-  return finite;
+  return true;
 }
 
 // `finite`: the values, where some of them are not; each row adds those that it sees by itself.
