@@ -331,7 +331,10 @@ void ChunkCall<T>::update_state(const Added& added, const Decay<T>& decay,
     const Block block{m.x.data, round_up(count, products_.dim_multiple)};
     kernels::Block<const T> psi;
     if (to.keys != nullptr) {
-      psi = whole_features(added.psi, first, count, block);
+      // Features that add_half_outer made are there already: half operands have no others for sums.
+      const bool made = half_ && added.x.map != nullptr;
+      psi = made ? kernels::Block<const T>{block.data, block.stride}
+                 : whole_features(added.psi, first, count, block);
       add_to_sum(psi, added.key_factor, depth, block.stride, before(from.keys, first), m,
                  to.keys + first);
     }
