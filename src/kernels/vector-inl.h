@@ -150,56 +150,40 @@ HWY_INLINE hn::Vec<hn::RebindToUnsigned<DF>> bfloat16_bits(DF /*d*/, V x) {
   return hn::ShiftRight<16>(hn::IfThenElse(hn::RebindMask(du, hn::IsNaN(x)), quiet, rounded));
 }
 
-// Rounded from the compute type T to elements of any floating type.
+// Bits of a vector of floats rounded to 16-bit elements.
+using HalfBits = hn::Rebind<uint16_t, Full<float>>;
+HWY_INLINE hn::Vec<HalfBits> rounded_bits(hn::Vec<Full<float>> x, bfloat16 /*to*/) {
+  return hn::TruncateTo(HalfBits(), bfloat16_bits(Full<float>(), x));
+}
+HWY_INLINE hn::Vec<HalfBits> rounded_bits(hn::Vec<Full<float>> x, float16 /*to*/) {
+#if HWY_TARGET == HWY_EMU128
+  HWY_ALIGN float wide[hn::MaxLanes(Full<float>())];
+  HWY_ALIGN uint16_t half[hn::MaxLanes(Full<float>())];
+  hn::Store(x, Full<float>(), wide);
+  for (size_t i = 0; i < hn::MaxLanes(Full<float>()); ++i) half[i] = to_float16(wide[i]).bits;
+  return hn::Load(HalfBits(), half);
+#else
+  const hn::Rebind<hwy::float16_t, Full<float>> d16;
+  return hn::BitCast(HalfBits(), hn::DemoteTo(d16, x));
+#endif
+}
+
+// From the compute type T to elements of any floating type, rounded.
 template <class T, class To>
-struct Store;
+struct Store {
+  static HWY_INLINE void full(hn::Vec<Full<T>> x, To* p) {
+    hn::StoreU(rounded_bits(x, To()), HalfBits(), reinterpret_cast<uint16_t*>(p));
+  }
+  static HWY_INLINE void first(hn::Vec<Full<T>> x, To* p, size_t count) {
+    store_first(HalfBits(), rounded_bits(x, To()), reinterpret_cast<uint16_t*>(p), count);
+  }
+};
 
 template <class T>
 struct Store<T, T> {
   static HWY_INLINE void full(hn::Vec<Full<T>> x, T* p) { hn::StoreU(x, Full<T>(), p); }
   static HWY_INLINE void first(hn::Vec<Full<T>> x, T* p, size_t count) {
     store_first(Full<T>(), x, p, count);
-  }
-};
-
-template <>
-struct Store<float, bfloat16> {
-  static HWY_INLINE void full(hn::Vec<Full<float>> x, bfloat16* p) {
-    hn::StoreU(bits(x), Bits(), reinterpret_cast<uint16_t*>(p));
-  }
-  static HWY_INLINE void first(hn::Vec<Full<float>> x, bfloat16* p, size_t count) {
-    store_first(Bits(), bits(x), reinterpret_cast<uint16_t*>(p), count);
-  }
-
- private:
-  using Bits = hn::Rebind<uint16_t, Full<float>>;
-  static HWY_INLINE hn::Vec<Bits> bits(hn::Vec<Full<float>> x) {
-    return hn::TruncateTo(Bits(), bfloat16_bits(Full<float>(), x));
-  }
-};
-
-template <>
-struct Store<float, float16> {
-  static HWY_INLINE void full(hn::Vec<Full<float>> x, float16* p) {
-    hn::StoreU(bits(x), Bits(), reinterpret_cast<uint16_t*>(p));
-  }
-  static HWY_INLINE void first(hn::Vec<Full<float>> x, float16* p, size_t count) {
-    store_first(Bits(), bits(x), reinterpret_cast<uint16_t*>(p), count);
-  }
-
- private:
-  using Bits = hn::Rebind<uint16_t, Full<float>>;
-  static HWY_INLINE hn::Vec<Bits> bits(hn::Vec<Full<float>> x) {
-#if HWY_TARGET == HWY_EMU128
-    HWY_ALIGN float wide[hn::MaxLanes(Full<float>())];
-    HWY_ALIGN uint16_t half[hn::MaxLanes(Full<float>())];
-    hn::Store(x, Full<float>(), wide);
-    for (size_t i = 0; i < hn::MaxLanes(Full<float>()); ++i) half[i] = to_float16(wide[i]).bits;
-    return hn::Load(Bits(), half);
-#else
-    const hn::Rebind<hwy::float16_t, Full<float>> d16;
-    return hn::BitCast(Bits(), hn::DemoteTo(d16, x));
-#endif
   }
 };
 
