@@ -102,7 +102,8 @@ Tensor turned(const Tensor& x, const std::pair<Tensor, Tensor>& turns) {
 
 Composition magnitude_aware(const Tensors& in, const Spec& options) {
   const bool causal = options.flag("causal");
-  const bool paper = options.text("form").value_or("code") == "paper";
+  const std::string form = options.text("form").value_or("code");
+  const bool paper = form == "paper", consistent = form == "consistent";
   const Tensor& q = in.at("q");
   const double scale =
       options.number("scale").value_or(1 / std::sqrt(static_cast<double>(q.size(3))));
@@ -112,9 +113,13 @@ Composition magnitude_aware(const Tensors& in, const Spec& options) {
   return {causal ? "chunks of products" : "q (k^T v), sums of k and v", [=](const Tensors& t) {
             const Tensor& v = t.at("v");
             const int64_t width = v.size(3), keys = v.size(2), heads = t.at("q").size(1);
-            const Tensor fq = at::elu(t.at("q")) + 1, fk = at::elu(t.at("k")) + 1;
+            Tensor fq = at::elu(t.at("q")) + 1, fk = at::elu(t.at("k")) + 1;
+            if (turns && consistent) {
+              fq = turned(fq, *turns);
+              fk = turned(fk, *turns);
+            }
             Tensor read, total;
-            if (turns) {  // which totals do not know
+            if (turns && !consistent) {  // which totals do not know
               read = sums(causal, turned(fq, *turns), turned(fk, *turns), v);
               total = sums(causal, fq, fk, at::ones_like(v.narrow(3, 0, 1)));
             } else {
