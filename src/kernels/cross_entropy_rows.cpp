@@ -53,32 +53,12 @@ void statistics(const T* s, const T* r, int64_t n, T scale, EntropyRow<T>& row) 
   row.total += hn::GetLane(hn::SumOfLanes(d, total));
 }
 
-// Factors of one row, the same for all elements.
 template <class T>
-struct OfRow {
-  const EntropyFactors<T>& rows;
-  template <class Part>
-  HWY_INLINE hn::Vec<Full<T>> get(Part, const T* factor, int64_t /*i*/) const {
-    return hn::Set(Full<T>(), *factor);
-  }
-};
-// Factors of one row for every element.
-template <class T>
-struct OfColumns {
-  const EntropyFactors<T>& rows;
-  template <class Part>
-  HWY_INLINE hn::Vec<Full<T>> get(Part all, const T* factor, int64_t i) const {
-    return load_some<T>(all, factor + i);
-  }
-};
-
-template <class T>
-T loss(const T* s, const T* r, int64_t n, T scale, T floor, const EntropyFactors<T>& row,
-       T& active) {
+T loss(const T* s, const T* r, int64_t n, T scale, T floor, EntropyFactors<T>& row) {
   const Full<T> d;
-  const auto factor = hn::Set(d, scale), pivot = hn::Set(d, *row.maximum);
-  const auto inverse_sum = hn::Set(d, *row.inverse_sum);
-  const auto total = hn::Set(d, *row.total), least = hn::Set(d, floor);
+  const auto factor = hn::Set(d, scale), pivot = hn::Set(d, row.maximum);
+  const auto inverse_sum = hn::Set(d, row.inverse_sum);
+  const auto total = hn::Set(d, row.total), least = hn::Set(d, floor);
   auto entropy = hn::Zero(d), kept = hn::Zero(d);
   for_each_vector<T>(n, [&](int64_t i, auto all) HWY_ATTR {
     const auto e = exp_of<T>(relative(factor, load_some<T>(all, s + i), pivot));
@@ -88,35 +68,26 @@ T loss(const T* s, const T* r, int64_t n, T scale, T floor, const EntropyFactors
     entropy = hn::MulAdd(p, log_of<T>(hn::IfThenElse(below, least, a)), entropy);
     kept = hn::Add(kept, hn::IfThenZeroElse(below, p));
   });
-  active += hn::GetLane(hn::SumOfLanes(d, kept));
+  row.active += hn::GetLane(hn::SumOfLanes(d, kept));
   return hn::GetLane(hn::SumOfLanes(d, entropy));
-}
-
-template <class T, class Factors>
-void gradient_row(const T* s, T* r, int64_t n, T scale, T floor, T weight, const Factors& f) {
-  const Full<T> d;
-  const auto factor = hn::Set(d, scale), least = hn::Set(d, floor), w = hn::Set(d, weight);
-  for_each_vector<T>(n, [&](int64_t i, auto all) HWY_ATTR {
-    const auto pivot = f.get(all, f.rows.maximum, i);
-    const auto e = exp_of<T>(relative(factor, load_some<T>(all, s + i), pivot));
-    const auto p = hn::Mul(e, f.get(all, f.rows.inverse_sum, i));
-    const auto x = load_some<T>(all, r + i);
-    const auto total = f.get(all, f.rows.total, i);
-    const auto below = hn::Lt(hn::Div(x, total), least);
-    const auto own = hn::IfThenZeroElse(below, hn::Div(p, x));
-    const auto common = hn::Div(f.get(all, f.rows.active, i), total);
-    store_some<T>(all, hn::Mul(w, hn::Sub(common, own)), r + i);
-  });
 }
 
 template <class T>
 void gradient(const T* s, T* r, int64_t n, T scale, T floor, T weight,
-              const EntropyFactors<T>& rows, bool by_column) {
-  if (by_column) {
-    gradient_row(s, r, n, scale, floor, weight, OfColumns<T>{rows});
-  } else {
-    gradient_row(s, r, n, scale, floor, weight, OfRow<T>{rows});
-  }
+              const EntropyFactors<T>& row) {
+  const Full<T> d;
+  const auto factor = hn::Set(d, scale), pivot = hn::Set(d, row.maximum);
+  const auto inverse_sum = hn::Set(d, row.inverse_sum), total = hn::Set(d, row.total);
+  const auto common = hn::Set(d, row.active / row.total);
+  const auto least = hn::Set(d, floor), w = hn::Set(d, weight);
+  for_each_vector<T>(n, [&](int64_t i, auto all) HWY_ATTR {
+    const auto e = exp_of<T>(relative(factor, load_some<T>(all, s + i), pivot));
+    const auto p = hn::Mul(e, inverse_sum);
+    const auto x = load_some<T>(all, r + i);
+    const auto below = hn::Lt(hn::Div(x, total), least);
+    const auto own = hn::IfThenZeroElse(below, hn::Div(p, x));
+    store_some<T>(all, hn::Mul(w, hn::Sub(common, own)), r + i);
+  });
 }
 
 }  // namespace

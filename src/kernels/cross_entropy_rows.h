@@ -16,26 +16,25 @@ struct EntropyRow {
   T total;    // sum r
 };
 
-/// One row, or with arrays the column of a tile that holds rows transposed.
+/// What a row's weights are made with, once all of it was seen.
 template <class T>
 struct EntropyFactors {
-  const T* maximum;
-  const T* inverse_sum;  // 1 / sum exp(scale * s - maximum)
-  const T* total;        // sum r, inf where it is 0: A is then 0
-  const T* active;       // sum of the P whose A is not below the floor
+  T maximum;
+  T inverse_sum;  // 1 / sum exp(scale * s - maximum)
+  T total;        // sum r, inf where it is 0: A is then 0
+  T active;       // sum of the P whose A is not below the floor
 };
 
 template <class T>
 struct EntropyKernels {
   /// Adds n more scores and products to a row's statistics.
   void (*statistics)(const T* s, const T* r, int64_t n, T scale, EntropyRow<T>& row) = nullptr;
-  /// Returns sum P log max(A, floor) over n elements and adds their active P to `active`.
-  T (*loss)(const T* s, const T* r, int64_t n, T scale, T floor, const EntropyFactors<T>& row,
-            T& active) = nullptr;
+  /// Returns sum P log max(A, floor) over n elements and adds their active P to the row's.
+  T (*loss)(const T* s, const T* r, int64_t n, T scale, T floor, EntropyFactors<T>& row) = nullptr;
   /// r[i] becomes weight * dloss/dr[i] = weight * (active / total - P / r where A is not below the
-  /// floor). `by_column`: element i belongs to row i, and the factors are arrays.
+  /// floor).
   void (*gradient)(const T* s, T* r, int64_t n, T scale, T floor, T weight,
-                   const EntropyFactors<T>& rows, bool by_column) = nullptr;
+                   const EntropyFactors<T>& row) = nullptr;
 };
 
 template <class T>

@@ -17,6 +17,7 @@ namespace {
 
 using kernels::Block;
 using kernels::EntropyFactors;
+using kernels::EntropyRow;
 using kernels::MatrixKernels;
 using kernels::Rows;
 
@@ -32,9 +33,6 @@ struct Call {
   int64_t offset() const { return keys - queries; }  // query p sees keys up to p + offset
   int64_t visible_keys(int64_t query) const {
     return causal ? std::clamp<int64_t>(query + offset() + 1, 0, keys) : keys;
-  }
-  int64_t first_query(int64_t key) const {
-    return causal ? std::clamp<int64_t>(key - offset(), 0, queries) : 0;
   }
   int64_t rows() const { return batch * heads * queries; }
 };
@@ -97,6 +95,16 @@ class RowProducts {
     }
   }
 
+  /// out[m] += sum_r weights[r][m] a[r], m < columns; of a no more rows than a tile has
+  void add_transposed(Block<T> weights, int64_t columns, const Rows& a, Block<T> out) {
+    for (int64_t f = 0; f < a.width; f += kPiece) {
+      const int64_t width = std::min(kPiece, a.width - f);
+      kernels_.load_rows(columns_of(a, f, width), block(tile_));
+      kernels_.multiply({weights.data, 1, weights.stride}, readable(tile_), a.count,
+                        {out.data + f, out.stride}, columns, width, true);
+    }
+  }
+
  private:
   Block<T> block(std::vector<T>& values) { return {values.data(), stride_}; }
   Block<const T> readable(const std::vector<T>& values) { return {values.data(), stride_}; }
@@ -104,21 +112,6 @@ class RowProducts {
   const MatrixKernels<T>& kernels_;
   int64_t stride_;
   std::vector<T> tile_, piece_, transposed_;
-};
-
-/// Factors of all rows of a call, made by the first sweep of the backward and read by the second.
-template <class T>
-struct AllFactors {
-  std::vector<T> maximum, inverse_sum, total, active;
-  explicit AllFactors(int64_t rows)
-      : maximum(static_cast<size_t>(rows)),
-        inverse_sum(maximum.size()),
-        total(maximum.size()),
-        active(maximum.size()) {}
-  EntropyFactors<T> at(int64_t row) const {
-    return {maximum.data() + row, inverse_sum.data() + row, total.data() + row,
-            active.data() + row};
-  }
 };
 
 template <class T>
@@ -135,37 +128,74 @@ class Distillation {
         feature_stride_(kernels::row_stride(kernels_, call.features)) {}
 
   double loss() {
-    const int64_t tiles = ceil_div(call_.queries, tile_), items = call_.batch * call_.heads * tiles;
+    const int64_t items = call_.batch * call_.heads * query_tiles();
     std::vector<double> sums(static_cast<size_t>(items));
-    parallel(items, false, [&](int64_t item, Tile& tile) {
-      AllFactors<T> factors(tile_);
-      sums[static_cast<size_t>(item)] =
-          query_tile(item / tiles, item % tiles * tile_, tile, factors, 0);
+    parallel(items, 0, [&](int64_t item, Tile& tile) {
+      const int64_t head = item / query_tiles(), t = item % query_tiles();
+      sums[static_cast<size_t>(item)] = weigh(rows_at(head, t), tile);
     });
     double total = 0;
     for (double sum : sums) total += sum;
     return call_.rows() == 0 ? 0 : -total / static_cast<double>(call_.rows());
   }
 
+  // An item is a part of the query tiles that read one head of feature_k: each tile's gradients by its
+  // products serve its queries, and are added to those of the keys. The parts' are added in order.
   void backward(double grad_loss, const DistillationGradientViews& gradients) {
-    AllFactors<T> factors(call_.rows());
     const T weight =
         static_cast<T>(grad_loss / static_cast<double>(std::max<int64_t>(1, call_.rows())));
-    const int64_t tiles = ceil_div(call_.queries, tile_);
-    parallel(call_.batch * call_.heads * tiles, true, [&](int64_t item, Tile& tile) {
-      const int64_t pair = item / tiles, begin = item % tiles * tile_;
-      query_tile(pair, begin, tile, factors, pair * call_.queries + begin);
-      query_gradient(pair, begin, tile, factors, weight, gradients.feature_q);
+    const int64_t heads = call_.batch * call_.fk.size(1);
+    const int64_t tiles = group(call_.fk) * query_tiles(), parts = parts_of(heads, tiles);
+    const int64_t head_sums = call_.keys * feature_stride_;
+    std::vector<T> kept(static_cast<size_t>(parts > 1 ? heads * parts * head_sums : 0));
+    parallel(heads * parts, parts > 1 ? 0 : call_.keys, [&](int64_t item, Tile& tile) {
+      const int64_t head = item / parts, part = item % parts;
+      T* sums = parts > 1 ? kept.data() + item * head_sums : tile.key_sums.data();
+      std::fill_n(sums, head_sums, T{0});
+      const int64_t end = share_begin(tiles, part + 1, parts);
+      for (int64_t t = share_begin(tiles, part, parts); t < end; ++t) {
+        const QueryRows at = rows_at(head * group(call_.fk) + t / query_tiles(), t % query_tiles());
+        weigh(at, tile);
+        gradient(at, weight, tile, {sums, feature_stride_}, gradients.feature_q);
+      }
+      if (parts == 1) store({sums, feature_stride_}, gradients.feature_k, head, 0, call_.keys);
     });
-    const int64_t key_tiles = ceil_div(call_.keys, tile_);
-    parallel(call_.batch * call_.fk.size(1) * key_tiles, true, [&](int64_t item, Tile& tile) {
-      key_gradient(item / key_tiles, item % key_tiles * tile_, tile, factors, weight,
-                   gradients.feature_k);
+    if (parts == 1) return;
+    const int64_t blocks = ceil_div(call_.keys, tile_);
+    parallel_for(heads * blocks, threads_for(run_, heads * blocks), [&](int64_t item, int) {
+      const int64_t head = item / blocks, first = item % blocks * tile_;
+      const int64_t rows = std::min(tile_, call_.keys - first);
+      T* sums = kept.data() + head * parts * head_sums + first * feature_stride_;
+      for (int64_t part = 1; part < parts; ++part) {
+        kernels_.add(sums, sums + part * head_sums, rows * feature_stride_);
+      }
+      store({sums, feature_stride_}, gradients.feature_k, head, first, rows);
     });
   }
 
  private:
-  struct Tile;
+  // Rows [begin, begin + count) of a query head.
+  struct QueryRows {
+    int64_t b, h, begin, count;
+  };
+
+  // Scratch of one thread: scores of the teacher, products of the student, factors of the rows, sums of
+  // gradients.
+  struct Tile {
+    RowProducts<T> products;
+    std::vector<T> scores, features, query_sums, key_sums;
+    std::vector<EntropyFactors<T>> factors;
+    Block<T> s, r;
+    Tile(const Distillation& owner, int64_t key_rows)
+        : products(owner.kernels_, owner.tile_),
+          scores(static_cast<size_t>(owner.tile_ * owner.strip_stride_)),
+          features(scores.size()),
+          query_sums(static_cast<size_t>(owner.tile_ * owner.feature_stride_)),
+          key_sums(static_cast<size_t>(key_rows * owner.feature_stride_)),
+          factors(static_cast<size_t>(owner.tile_)),
+          s{scores.data(), owner.strip_stride_},
+          r{features.data(), owner.strip_stride_} {}
+  };
 
   // Many rows where strips are short: what they are multiplied with is packed once for all of them. Few
   // where their gradients are long, so that a tile of them stays small.
@@ -174,142 +204,115 @@ class Distillation {
     return std::clamp<int64_t>((1 << 18) / std::max<int64_t>(1, features), 8, most);
   }
 
+  // Parts of the query tiles of a head of feature_k: enough for many threads, as long as their sums stay
+  // small. The shape decides alone, so threads do not change results.
+  int64_t parts_of(int64_t heads, int64_t tiles) const {
+    constexpr int64_t kItems = 64, kMostSums = 1 << 25;
+    const int64_t sums = std::max<int64_t>(1, heads * call_.keys * feature_stride_);
+    const int64_t wanted = ceil_div(kItems, std::max<int64_t>(1, heads));
+    return std::max<int64_t>(1, std::min({wanted, tiles, kMostSums / sums}));
+  }
+
+  int64_t query_tiles() const { return ceil_div(call_.queries, tile_); }
+  QueryRows rows_at(int64_t head, int64_t tile) const {
+    const int64_t begin = tile * tile_;
+    return {head / call_.heads, head % call_.heads, begin, std::min(tile_, call_.queries - begin)};
+  }
+
   // Runs body(item, tile) with one tile of scratch for every thread.
   template <class Body>
-  void parallel(int64_t items, bool gradients, Body&& body) {
+  void parallel(int64_t items, int64_t key_rows, Body&& body) {
     const int threads = threads_for(run_, items);
     std::vector<std::unique_ptr<Tile>> tiles(static_cast<size_t>(threads));
     parallel_for(items, threads, [&](int64_t item, int worker) {
       auto& tile = tiles[static_cast<size_t>(worker)];
-      if (!tile) tile = std::make_unique<Tile>(*this, gradients);
+      if (!tile) tile = std::make_unique<Tile>(*this, key_rows);
       body(item, *tile);
     });
   }
 
-  // Scratch of one thread: scores of the teacher, products of the student, sums of gradients.
-  struct Tile {
-    RowProducts<T> products;
-    std::vector<T> scores, features, sums;
-    Block<T> s, r, d;
-    Tile(const Distillation& owner, bool gradients)
-        : products(owner.kernels_, owner.tile_),
-          scores(static_cast<size_t>(owner.tile_ * owner.strip_stride_)),
-          features(scores.size()),
-          sums(gradients ? static_cast<size_t>(owner.tile_ * owner.feature_stride_) : 0),
-          s{scores.data(), owner.strip_stride_},
-          r{features.data(), owner.strip_stride_},
-          d{sums.data(), owner.feature_stride_} {}
-  };
-
   // Heads of q that read one of t; 0 where q has none.
   int64_t group(const Tensor& t) const { return call_.heads / std::max<int64_t>(1, t.size(1)); }
 
-  // Both products of queries [begin, begin + rows) with keys [first, last), unless they are there from
-  // the last sweep over the same only strip.
-  void strip_products(int64_t pair, int64_t begin, int64_t rows, int64_t first, int64_t last,
-                      Tile& tile) {
-    const int64_t b = pair / call_.heads, h = pair % call_.heads;
-    tile.products.scores(rows_of(call_.q, b, h, begin, rows),
-                         rows_of(call_.k, b, h / group(call_.k), first, last - first), tile.s);
-    tile.products.scores(rows_of(call_.fq, b, h, begin, rows),
-                         rows_of(call_.fk, b, h / group(call_.fk), first, last - first), tile.r);
+  // Heads of t that rows of q read, as keys [first, first + count).
+  Rows keys_of(const Tensor& t, const QueryRows& at, int64_t first, int64_t count) const {
+    return rows_of(t, at.b, at.h / group(t), first, count);
   }
 
-  // Calls body(row, first key, visible keys) for strips of keys that the tile's rows see. With one
-  // strip its products are only made where `fresh`.
+  // Calls body(first, last) for strips of keys that the rows see, with both products in the tile. Those of
+  // an only strip are made where `fresh`, and are there still from the last time elsewhere.
   template <class Body>
-  void for_strips(int64_t pair, int64_t begin, int64_t rows, Tile& tile, bool fresh, Body&& body) {
-    const int64_t end = call_.visible_keys(begin + rows - 1);
+  void for_strips(const QueryRows& at, Tile& tile, bool fresh, Body&& body) {
+    const int64_t end = call_.visible_keys(at.begin + at.count - 1);
     for (int64_t first = 0; first < end; first += strip_) {
       const int64_t last = std::min(end, first + strip_);
-      if (fresh || end > strip_) strip_products(pair, begin, rows, first, last, tile);
-      for (int64_t row = 0; row < rows; ++row) {
-        const int64_t visible = std::min(call_.visible_keys(begin + row), last) - first;
-        body(row, std::max<int64_t>(visible, 0));
+      if (fresh || end > strip_) {
+        tile.products.scores(rows_of(call_.q, at.b, at.h, at.begin, at.count),
+                             keys_of(call_.k, at, first, last - first), tile.s);
+        tile.products.scores(rows_of(call_.fq, at.b, at.h, at.begin, at.count),
+                             keys_of(call_.fk, at, first, last - first), tile.r);
       }
+      body(first, last);
     }
   }
 
-  // Factors of the tile's rows, to factors[at..); returns the sum of their P log A.
-  double query_tile(int64_t pair, int64_t begin, Tile& tile, AllFactors<T>& factors, int64_t at) {
-    const int64_t rows = std::min(tile_, call_.queries - begin);
+  // The same for each row: body(row, keys of the strip that it sees).
+  template <class Body>
+  void for_rows(const QueryRows& at, Tile& tile, bool fresh, Body&& body) {
+    for_strips(at, tile, fresh, [&](int64_t first, int64_t last) {
+      for (int64_t row = 0; row < at.count; ++row) body(row, seen(at.begin + row, first, last));
+    });
+  }
+  int64_t seen(int64_t query, int64_t first, int64_t last) const {
+    return std::clamp<int64_t>(call_.visible_keys(query) - first, 0, last - first);
+  }
+
+  // Makes the factors of the rows; returns the sum of their P log A.
+  double weigh(const QueryRows& at, Tile& tile) {
+    constexpr T kNothing = -std::numeric_limits<T>::infinity();
     const T scale = static_cast<T>(call_.scale), floor = static_cast<T>(kFloor);
-    std::vector<kernels::EntropyRow<T>> stats(static_cast<size_t>(rows),
-                                              {-std::numeric_limits<T>::infinity(), 0, 0});
-    for_strips(pair, begin, rows, tile, true, [&](int64_t row, int64_t n) {
+    std::vector<EntropyRow<T>> stats(static_cast<size_t>(at.count), {kNothing, 0, 0});
+    for_rows(at, tile, true, [&](int64_t row, int64_t n) {
       entropy_.statistics(tile.s.row(row), tile.r.row(row), n, scale,
                           stats[static_cast<size_t>(row)]);
     });
-    for (int64_t row = 0; row < rows; ++row) {
-      const auto& of = stats[static_cast<size_t>(row)];
-      const auto to = static_cast<size_t>(at + row);
-      factors.maximum[to] = of.maximum == -std::numeric_limits<T>::infinity() ? 0 : of.maximum;
-      factors.inverse_sum[to] = of.sum == 0 ? 0 : 1 / of.sum;
-      factors.total[to] = of.total == 0 ? std::numeric_limits<T>::infinity() : of.total;
-      factors.active[to] = 0;
-    }
+    std::transform(stats.begin(), stats.end(), tile.factors.begin(), [](const EntropyRow<T>& row) {
+      return EntropyFactors<T>{row.maximum == kNothing ? 0 : row.maximum,
+                               row.sum == 0 ? 0 : 1 / row.sum,
+                               row.total == 0 ? std::numeric_limits<T>::infinity() : row.total, 0};
+    });
     double sum = 0;
-    for_strips(pair, begin, rows, tile, false, [&](int64_t row, int64_t n) {
+    for_rows(at, tile, false, [&](int64_t row, int64_t n) {
       sum += static_cast<double>(entropy_.loss(tile.s.row(row), tile.r.row(row), n, scale, floor,
-                                               factors.at(at + row),
-                                               factors.active[static_cast<size_t>(at + row)]));
+                                               tile.factors[static_cast<size_t>(row)]));
     });
     return sum;
   }
 
-  void query_gradient(int64_t pair, int64_t begin, Tile& tile, const AllFactors<T>& factors,
-                      T weight, const Tensor& to) {
-    const int64_t rows = std::min(tile_, call_.queries - begin);
-    const int64_t b = pair / call_.heads, h = pair % call_.heads;
-    const int64_t end = call_.visible_keys(begin + rows - 1);
-    std::fill(tile.sums.begin(), tile.sums.end(), T{0});
-    for (int64_t first = 0; first < end; first += strip_) {
-      const int64_t last = std::min(end, first + strip_);
-      if (end > strip_) strip_products(pair, begin, rows, first, last, tile);
-      for (int64_t row = 0; row < rows; ++row) {
-        const int64_t n =
-            std::clamp<int64_t>(call_.visible_keys(begin + row) - first, 0, last - first);
+  // After weigh: the gradient of the rows' features, and their share of those of the keys.
+  void gradient(const QueryRows& at, T weight, Tile& tile, Block<T> key_sums, const Tensor& to) {
+    const Block<T> sums{tile.query_sums.data(), feature_stride_};
+    std::fill(tile.query_sums.begin(), tile.query_sums.end(), T{0});
+    for_strips(at, tile, false, [&](int64_t first, int64_t last) {
+      for (int64_t row = 0; row < at.count; ++row) {
+        const int64_t n = seen(at.begin + row, first, last);
         entropy_.gradient(tile.s.row(row), tile.r.row(row), n, static_cast<T>(call_.scale),
-                          static_cast<T>(kFloor), weight,
-                          factors.at(pair * call_.queries + begin + row), false);
+                          static_cast<T>(kFloor), weight, tile.factors[static_cast<size_t>(row)]);
         std::fill(tile.r.row(row) + n, tile.r.row(row) + (last - first), T{0});
       }
-      tile.products.add_weighted(
-          tile.r, rows, rows_of(call_.fk, b, h / group(call_.fk), first, last - first), tile.d);
-    }
-    store(tile, to, b, h, begin, rows);
+      tile.products.add_weighted(tile.r, at.count, keys_of(call_.fk, at, first, last - first),
+                                 sums);
+      tile.products.add_transposed(tile.r, last - first,
+                                   rows_of(call_.fq, at.b, at.h, at.begin, at.count),
+                                   {key_sums.row(first), key_sums.stride});
+    });
+    store(sums, to, at.b * call_.heads + at.h, at.begin, at.count);
   }
 
-  // The same tile transposed: keys are its rows, and queries of all heads that read them its columns.
-  void key_gradient(int64_t pair, int64_t begin, Tile& tile, const AllFactors<T>& factors, T weight,
-                    const Tensor& to) {
-    const int64_t rows = std::min(tile_, call_.keys - begin);
-    const int64_t b = pair / call_.fk.size(1), head = pair % call_.fk.size(1);
-    std::fill(tile.sums.begin(), tile.sums.end(), T{0});
-    for (int64_t h = head * group(call_.fk); h < (head + 1) * group(call_.fk); ++h) {
-      for (int64_t first = call_.first_query(begin); first < call_.queries; first += strip_) {
-        const int64_t count = std::min(strip_, call_.queries - first);
-        const int64_t at = (b * call_.heads + h) * call_.queries + first;
-        tile.products.scores(rows_of(call_.k, b, h / group(call_.k), begin, rows),
-                             rows_of(call_.q, b, h, first, count), tile.s);
-        tile.products.scores(rows_of(call_.fk, b, head, begin, rows),
-                             rows_of(call_.fq, b, h, first, count), tile.r);
-        for (int64_t row = 0; row < rows; ++row) {
-          const int64_t unseen =
-              std::clamp<int64_t>(call_.first_query(begin + row) - first, 0, count);
-          std::fill_n(tile.r.row(row), unseen, T{0});
-          entropy_.gradient(tile.s.row(row) + unseen, tile.r.row(row) + unseen, count - unseen,
-                            static_cast<T>(call_.scale), static_cast<T>(kFloor), weight,
-                            factors.at(at + unseen), true);
-        }
-        tile.products.add_weighted(tile.r, rows, rows_of(call_.fq, b, h, first, count), tile.d);
-      }
-    }
-    store(tile, to, b, head, begin, rows);
-  }
-
-  void store(Tile& tile, const Tensor& to, int64_t b, int64_t h, int64_t begin, int64_t rows) {
-    kernels_.store_rows({tile.d.data, tile.d.stride},
+  // Rows of one head of `to`, heads counted through all sequences.
+  void store(Block<T> sums, const Tensor& to, int64_t head, int64_t begin, int64_t rows) {
+    const int64_t b = head / to.size(1), h = head % to.size(1);
+    kernels_.store_rows({sums.data, sums.stride},
                         {to.at({b, h, begin}), to.dtype(), to.stride(2), rows, call_.features});
   }
 
