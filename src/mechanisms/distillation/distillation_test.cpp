@@ -62,6 +62,33 @@ TEST(Distillation, SameBitsForAnyThreadCount) {
   }
 }
 
+// One head is cut into parts of its queries for many threads, many heads are not.
+TEST(Distillation, ManyHeadsAreManyCallsOfOne) {
+  constexpr int64_t kHeads = 70;
+  const Array q = random_array(DType::f64, {1, kHeads, 300, 5}, 1);
+  const Array k = random_array(DType::f64, {1, kHeads, 310, 5}, 2);
+  const Array fq = positive(DType::f64, {1, kHeads, 300, 3}, 3);
+  const Array fk = positive(DType::f64, {1, kHeads, 310, 3}, 4);
+  const DistillationOptions causal{.causal = true};
+  const DistillationGradients all =
+      attention_distillation_loss_backward(one(DType::f64), q, k, fq, fk, causal);
+  for (int64_t h = 0; h < kHeads; h += 23) {
+    const auto head = [h](const Array& heads) { return heads.view().slice(1, h, h + 1); };
+    const DistillationGradients single = attention_distillation_loss_backward(
+        one(DType::f64), head(q), head(k), head(fq), head(fk), causal);
+    for (const auto& part :
+         {&DistillationGradients::feature_q, &DistillationGradients::feature_k}) {
+      const Array& found = all.*part;
+      const Array& alone = single.*part;
+      for (int64_t i = 0; i < alone.count(); ++i) {
+        const double want = alone.as<double>()[i] / kHeads;
+        ASSERT_NEAR(found.as<double>()[h * alone.count() + i], want,
+                    1e-13 * (1e-5 + std::abs(want)));
+      }
+    }
+  }
+}
+
 TEST(Distillation, ConstantFeaturesGiveTheLogarithmOfTheNumberOfKeys) {
   Call call(DType::f64, 40, 40);
   std::fill_n(call.fq.as<double>(), call.fq.count(), 0.7);
