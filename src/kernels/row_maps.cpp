@@ -10,6 +10,7 @@
 #include <type_traits>
 
 #include "kernels/by_isa.h"
+#include "kernels/functions-inl.h"
 #include "kernels/parts.h"
 #include "kernels/row_loops-inl.h"
 
@@ -150,7 +151,7 @@ HWY_INLINE const T* piece(const Rows& x, int64_t r, int64_t begin, int64_t n, T*
 template <class T>
 void combine(const Rows& x, const T* a, const Rows* y, const T* b, const T* c, const RowsOut& out) {
   const Full<T> d;
-  HWY_ALIGN T x_buffer[kPiece], y_buffer[kPiece], sum[kPiece];
+  HWY_ALIGN T x_buffer[kPiece], y_buffer[kPiece];
   for (int64_t r = 0; r < x.count; ++r) {
     const auto of_x = hn::Set(d, a[r]), of_y = hn::Set(d, y == nullptr ? T{0} : b[r]);
     const auto constant = hn::Set(d, c == nullptr ? T{0} : c[r]);
@@ -158,14 +159,13 @@ void combine(const Rows& x, const T* a, const Rows* y, const T* b, const T* c, c
       const int64_t n = HWY_MIN(kPiece, x.width - begin);
       const T* xs = piece(x, r, begin, n, x_buffer);
       const T* ys = y == nullptr ? nullptr : piece(*y, r, begin, n, y_buffer);
-      for (int64_t i = 0; i < n; i += lanes<T>()) {
-        auto v = constant;
-        if (ys != nullptr) v = hn::MulAdd(of_y, load_elements<T>(ys + i, n - i), v);
-        hn::StoreU(hn::MulAdd(of_x, load_elements<T>(xs + i, n - i), v), d, sum + i);
-      }
-      with_element_type<T>(out.dtype, [&](auto to) HWY_ATTR {
-        using To = decltype(to);
-        store_row(sum, n, static_cast<To*>(out.data) + r * out.stride + begin);
+      with_element_type<T>(out.dtype, [&](auto type) HWY_ATTR {
+        auto* to = static_cast<decltype(type)*>(out.data) + r * out.stride + begin;
+        for (int64_t i = 0; i < n; i += lanes<T>()) {
+          auto v = constant;
+          if (ys != nullptr) v = hn::MulAdd(of_y, load_elements<T>(ys + i, n - i), v);
+          store_elements<T>(hn::MulAdd(of_x, load_elements<T>(xs + i, n - i), v), to + i, n - i);
+        }
       });
     }
   }
@@ -242,9 +242,29 @@ void add_bounded(const Rows& x, T bound, Block<T> to) {
   });
 }
 
+// In units of the larger sum, so that large logarithms lose nothing.
+template <class T>
+void shares(const T* a, const T* b, int64_t n, T* of_a, T* of_b, T* lse) {
+  const Full<T> d;
+  const auto one = hn::Set(d, T{1}), nothing = hn::Set(d, -std::numeric_limits<T>::infinity());
+  for_each_vector<T>(n, [&](int64_t i, auto all) HWY_ATTR {
+    const auto x = load_some<T>(all, a + i), y = load_some<T>(all, b + i);
+    const auto ratio = exp_of<T>(hn::Neg(hn::Abs(hn::Sub(x, y))));
+    const auto small = hn::IfThenElse(hn::Eq(x, y), one, ratio);  // also of two infinities
+    const auto sum = hn::Add(one, small);
+    const auto share = [&](auto own, auto other) HWY_ATTR {
+      const auto part = hn::Div(hn::IfThenElse(hn::Lt(own, other), small, one), sum);
+      return hn::IfThenZeroElse(hn::Eq(own, nothing), part);
+    };
+    store_some<T>(all, share(x, y), of_a + i);
+    store_some<T>(all, share(y, x), of_b + i);
+    store_some<T>(all, hn::Add(hn::IfThenElse(hn::Lt(x, y), y, x), log_of<T>(sum)), lse + i);
+  });
+}
+
 template <class T>
 RowMapKernels<T> table() {
-  return {window_sums<T>, mix<T>, combine<T>, dots<T>, sums<T>, add_bounded<T>};
+  return {window_sums<T>, mix<T>, combine<T>, dots<T>, sums<T>, add_bounded<T>, shares<T>};
 }
 
 }  // namespace

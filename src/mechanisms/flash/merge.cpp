@@ -38,18 +38,6 @@ struct AttentionView {
   const Tensor &out, &lse;
 };
 
-// Shares of two sides in their merged result, which keep what a sum of large logarithms would lose.
-struct Shares {
-  Shares(double a, double b) {
-    // Of the larger and the smaller sum, in units of the larger.
-    const double small = a == b ? 1 : std::exp(-std::abs(a - b)), sum = 1 + small;
-    side_a = a == kNothing<double> ? 0 : (a < b ? small : 1) / sum;
-    side_b = b == kNothing<double> ? 0 : (b < a ? small : 1) / sum;
-    lse = std::max(a, b) + std::log(sum);
-  }
-  double side_a, side_b, lse;
-};
-
 // T is the type of a computation: double for float64, else float.
 template <class T>
 class Merge {
@@ -60,24 +48,20 @@ class Merge {
   void forward(const AttentionView& a, const AttentionView& b, const Tensor& out,
                const Tensor& lse) const {
     for_row_blocks(like_, kBlockRows, run_, [&](const RowBlock& block) {
-      const Statistics a_lse(a.lse, block), b_lse(b.lse, block);
-      const std::optional<Statistics> to_lse = if_defined(lse, block);
-      T of_a[kBlockRows], of_b[kBlockRows];
-      for (int64_t r = 0; r < block.count; ++r) {
-        const Shares shares(a_lse[r], b_lse[r]);
-        of_a[r] = static_cast<T>(shares.side_a);
-        of_b[r] = static_cast<T>(shares.side_b);
-        if (to_lse) (*to_lse)[r] = static_cast<T>(shares.lse);
+      const Shares of(a.lse, b.lse, block, maps_);
+      if (lse.defined()) {
+        const Statistics to(lse, block);
+        for (int64_t r = 0; r < block.count; ++r) to[r] = of.lse[r];
       }
       // A side that saw no key has out = 0 by contract; it is left out whatever it holds.
       const auto both = [&](int64_t r) {
-        return std::pair(a_lse[r] != kNothing<T>, b_lse[r] != kNothing<T>);
+        return std::pair(of.lse_a[r] != kNothing<T>, of.lse_b[r] != kNothing<T>);
       };
       for_each_run(block, both, [&](const RowBlock& run, int64_t first) {
         const auto [a_seen, b_seen] = both(first);
         const kernels::Rows x = a_seen ? rows_of(a.out, run) : zeros(run);
         const kernels::Rows y = b_seen ? rows_of(b.out, run) : zeros(run);
-        maps_.combine(x, of_a + first, &y, of_b + first, nullptr, out_rows(out, run));
+        maps_.combine(x, of.a + first, &y, of.b + first, nullptr, out_rows(out, run));
       });
     });
   }
@@ -90,26 +74,23 @@ class Merge {
       double with_a[kBlockRows], with_b[kBlockRows];
       maps_.dots(rows_of(grad_out, block), rows_of(a.out, block), with_a);
       maps_.dots(rows_of(grad_out, block), rows_of(b.out, block), with_b);
-      const Statistics a_lse(a.lse, block), b_lse(b.lse, block), to_lse_a(to.lse_a, block),
-          to_lse_b(to.lse_b, block);
+      const Shares of(a.lse, b.lse, block, maps_);
+      const Statistics to_lse_a(to.lse_a, block), to_lse_b(to.lse_b, block);
       const std::optional<Statistics> lse_gradient = if_defined(grad_lse, block);
-      T of_a[kBlockRows], of_b[kBlockRows];
       for (int64_t r = 0; r < block.count; ++r) {
-        const Shares shares(a_lse[r], b_lse[r]);
-        of_a[r] = static_cast<T>(shares.side_a);
-        of_b[r] = static_cast<T>(shares.side_b);
+        const double of_a = of.a[r], of_b = of.b[r];
         // A side without weight may hold anything, and has no gradient.
-        const bool both = shares.side_a != 0 && shares.side_b != 0;
+        const bool both = of_a != 0 && of_b != 0;
         const double difference = both ? with_a[r] - with_b[r] : 0;
         const double from_lse = lse_gradient ? (*lse_gradient)[r] : 0;
         const auto gradient = [&](double share, double other, double side) {
           return static_cast<T>(share == 0 ? 0 : share * (from_lse + other * side));
         };
-        to_lse_a[r] = gradient(shares.side_a, shares.side_b, difference);
-        to_lse_b[r] = gradient(shares.side_b, shares.side_a, -difference);
+        to_lse_a[r] = gradient(of_a, of_b, difference);
+        to_lse_b[r] = gradient(of_b, of_a, -difference);
       }
-      scale_rows(block, grad_out, of_a, to.out_a);
-      scale_rows(block, grad_out, of_b, to.out_b);
+      scale_rows(block, grad_out, of.a, to.out_a);
+      scale_rows(block, grad_out, of.b, to.out_b);
     });
   }
 
@@ -143,6 +124,20 @@ class Merge {
     T& operator[](int64_t r) const { return data[r * stride]; }
     T* data;
     int64_t stride;
+  };
+
+  /// Of two sides in the merged rows of a block.
+  struct Shares {
+    Shares(const Tensor& a_lse, const Tensor& b_lse, const RowBlock& block,
+           const kernels::RowMapKernels<T>& maps) {
+      const Statistics from_a(a_lse, block), from_b(b_lse, block);
+      for (int64_t r = 0; r < block.count; ++r) {
+        lse_a[r] = from_a[r];
+        lse_b[r] = from_b[r];
+      }
+      maps.shares(lse_a, lse_b, block.count, a, b, lse);
+    }
+    T lse_a[kBlockRows], lse_b[kBlockRows], a[kBlockRows], b[kBlockRows], lse[kBlockRows];
   };
 
   static std::optional<Statistics> if_defined(const Tensor& t, const RowBlock& block) {
