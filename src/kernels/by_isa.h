@@ -1,6 +1,7 @@
 // One table of functions per compiled instruction set, made at its first use.
 #pragma once
 #include "heed/run.h"
+#include "kernels/parts.h"
 
 namespace heed::kernels {
 
@@ -14,5 +15,29 @@ const Tables& by_isa(Isa isa, Tables (*make)(Isa)) {
   static const Tables avx512 = make(Isa::avx512);
   return avx512;
 }
+
+/// The functions for both types of a computation.
+template <template <class> class Kernels>
+struct Tables {
+  Kernels<float> f;
+  Kernels<double> d;
+};
+
+/// Defines GET<float> and GET<double>: the tables that FILL(KERNELS<float>&, KERNELS<double>&) of the
+/// compiled targets makes.
+#define HEED_TABLES(KERNELS, GET, FILL)            \
+  static Tables<KERNELS> make_##KERNELS(Isa isa) { \
+    Tables<KERNELS> tables;                        \
+    HEED_SELECT(FILL, tables.f, tables.d)          \
+    return tables;                                 \
+  }                                                \
+  template <>                                      \
+  const KERNELS<float>& GET<float>(Isa isa) {      \
+    return by_isa(isa, make_##KERNELS).f;          \
+  }                                                \
+  template <>                                      \
+  const KERNELS<double>& GET<double>(Isa isa) {    \
+    return by_isa(isa, make_##KERNELS).d;          \
+  }
 
 }  // namespace heed::kernels

@@ -7,13 +7,8 @@ namespace heed::kernels {
 
 namespace {
 
-struct Tables {
-  ChunkKernels<float> f;
-  ChunkKernels<double> d;
-};
-
-Tables make_tables(Isa isa) {
-  Tables tables;
+Tables<ChunkKernels> make_tables(Isa isa) {
+  Tables<ChunkKernels> tables;
   add_chunk_product_parts(isa, tables.f, tables.d);
   add_chunk_row_parts(isa, tables.f, tables.d);
   add_chunk_weight_parts(isa, tables.f, tables.d);

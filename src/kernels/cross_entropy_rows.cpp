@@ -12,7 +12,6 @@
 
 #include "kernels/by_isa.h"
 #include "kernels/functions-inl.h"
-#include "kernels/parts.h"
 #include "kernels/row_loops-inl.h"
 
 HWY_BEFORE_NAMESPACE();
@@ -102,33 +101,8 @@ HWY_AFTER_NAMESPACE();
 
 #if HWY_ONCE
 namespace heed::kernels {
-namespace {
 
-struct Tables {
-  EntropyKernels<float> f;
-  EntropyKernels<double> d;
-};
-
-void fill_entropy_kernels(Isa isa, EntropyKernels<float>& f, EntropyKernels<double>& d)
-    HEED_SELECT(fill_entropy_kernels, f, d)
-
-        Tables make_tables(Isa isa) {
-  Tables tables;
-  fill_entropy_kernels(isa, tables.f, tables.d);
-  return tables;
-}
-
-}  // namespace
-
-template <>
-const EntropyKernels<float>& entropy_kernels<float>(Isa isa) {
-  return by_isa(isa, make_tables).f;
-}
-
-template <>
-const EntropyKernels<double>& entropy_kernels<double>(Isa isa) {
-  return by_isa(isa, make_tables).d;
-}
+HEED_TABLES(EntropyKernels, entropy_kernels, fill_entropy_kernels)
 
 }  // namespace heed::kernels
 #endif

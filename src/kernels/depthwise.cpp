@@ -6,7 +6,6 @@
 #include <hwy/foreach_target.h>
 // After foreach_target.
 #include "kernels/by_isa.h"
-#include "kernels/parts.h"
 #include "kernels/vector-inl.h"
 
 HWY_BEFORE_NAMESPACE();
@@ -92,32 +91,7 @@ HWY_AFTER_NAMESPACE();
 #if HWY_ONCE
 namespace heed::kernels {
 
-namespace {
-
-struct Tables {
-  DepthwiseKernels<float> f;
-  DepthwiseKernels<double> d;
-};
-
-void fill(Isa isa, Tables& tables) HEED_SELECT(make_depthwise, tables.f, tables.d)
-
-    Tables make(Isa isa) {
-  Tables tables;
-  fill(isa, tables);
-  return tables;
-}
-
-}  // namespace
-
-template <>
-const DepthwiseKernels<float>& depthwise_kernels<float>(Isa isa) {
-  return by_isa<Tables>(isa, &make).f;
-}
-
-template <>
-const DepthwiseKernels<double>& depthwise_kernels<double>(Isa isa) {
-  return by_isa<Tables>(isa, &make).d;
-}
+HEED_TABLES(DepthwiseKernels, depthwise_kernels, make_depthwise)
 
 }  // namespace heed::kernels
 #endif  // HWY_ONCE

@@ -12,7 +12,6 @@
 
 #include "kernels/by_isa.h"
 #include "kernels/functions-inl.h"
-#include "kernels/parts.h"
 #include "kernels/row_loops-inl.h"
 
 HWY_BEFORE_NAMESPACE();
@@ -332,33 +331,8 @@ HWY_AFTER_NAMESPACE();
 
 #if HWY_ONCE
 namespace heed::kernels {
-namespace {
 
-struct Tables {
-  FeatureKernels<float> f;
-  FeatureKernels<double> d;
-};
-
-void fill_feature_kernels(Isa isa, FeatureKernels<float>& f, FeatureKernels<double>& d)
-    HEED_SELECT(fill_feature_kernels, f, d)
-
-        Tables make_tables(Isa isa) {
-  Tables tables;
-  fill_feature_kernels(isa, tables.f, tables.d);
-  return tables;
-}
-
-}  // namespace
-
-template <>
-const FeatureKernels<float>& feature_kernels<float>(Isa isa) {
-  return by_isa(isa, make_tables).f;
-}
-
-template <>
-const FeatureKernels<double>& feature_kernels<double>(Isa isa) {
-  return by_isa(isa, make_tables).d;
-}
+HEED_TABLES(FeatureKernels, feature_kernels, fill_feature_kernels)
 
 }  // namespace heed::kernels
 #endif

@@ -8,7 +8,6 @@
 #include <hwy/foreach_target.h>
 // After foreach_target.
 #include "kernels/by_isa.h"
-#include "kernels/parts.h"
 #include "kernels/product_loops.h"
 #include "kernels/register_blocks-inl.h"
 #include "kernels/row_loops-inl.h"
@@ -134,8 +133,7 @@ T dot(const T* x, const T* y, int64_t n) {
 
 template <class T>
 MatrixKernels<T> table() {
-  return {.name = "",
-          .lanes = lanes<T>(),
+  return {.lanes = lanes<T>(),
           .load_rows = load_rows<T>,
           .store_rows = store_rows<T>,
           .transpose = transpose<T>,
@@ -158,34 +156,8 @@ HWY_AFTER_NAMESPACE();
 
 #if HWY_ONCE
 namespace heed::kernels {
-namespace {
 
-struct Tables {
-  MatrixKernels<float> f;
-  MatrixKernels<double> d;
-};
-
-void fill_matrix_kernels(Isa isa, MatrixKernels<float>& f, MatrixKernels<double>& d)
-    HEED_SELECT(fill_matrix_kernels, f, d)
-
-        Tables make_tables(Isa isa) {
-  Tables tables;
-  fill_matrix_kernels(isa, tables.f, tables.d);
-  tables.f.name = tables.d.name = name_of(isa);
-  return tables;
-}
-
-}  // namespace
-
-template <>
-const MatrixKernels<float>& matrix_kernels<float>(Isa isa) {
-  return by_isa(isa, make_tables).f;
-}
-
-template <>
-const MatrixKernels<double>& matrix_kernels<double>(Isa isa) {
-  return by_isa(isa, make_tables).d;
-}
+HEED_TABLES(MatrixKernels, matrix_kernels, fill_matrix_kernels)
 
 }  // namespace heed::kernels
 #endif

@@ -31,7 +31,6 @@ struct RowsOut {
 
 template <class T>
 struct MatrixKernels {
-  const char* name = "";
   /// Elements of a vector. Rows of scratch matrices have strides that are multiples of it.
   int64_t lanes = 1;
 

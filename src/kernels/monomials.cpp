@@ -8,7 +8,6 @@
 #include <algorithm>
 
 #include "kernels/by_isa.h"
-#include "kernels/parts.h"
 #include "kernels/row_loops-inl.h"
 
 HWY_BEFORE_NAMESPACE();
@@ -119,30 +118,7 @@ HWY_AFTER_NAMESPACE();
 #if HWY_ONCE
 namespace heed::kernels {
 
-namespace {
-
-struct Tables {
-  MonomialKernels<float> f;
-  MonomialKernels<double> d;
-};
-
-Tables make_tables(Isa isa) {
-  Tables t;
-  HEED_SELECT(add_monomials, t.f, t.d)
-  return t;
-}
-
-}  // namespace
-
-template <>
-const MonomialKernels<float>& monomial_kernels<float>(Isa isa) {
-  return by_isa(isa, make_tables).f;
-}
-
-template <>
-const MonomialKernels<double>& monomial_kernels<double>(Isa isa) {
-  return by_isa(isa, make_tables).d;
-}
+HEED_TABLES(MonomialKernels, monomial_kernels, add_monomials)
 
 MonomialList::MonomialList(int64_t width, int order, int64_t tile) : width_(width) {
   add(tile, -1, -1, -1, 1);

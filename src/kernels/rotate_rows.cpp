@@ -6,7 +6,6 @@
 #include <hwy/foreach_target.h>
 // After foreach_target.
 #include "kernels/by_isa.h"
-#include "kernels/parts.h"
 #include "kernels/row_loops-inl.h"
 
 HWY_BEFORE_NAMESPACE();
@@ -49,30 +48,7 @@ HWY_AFTER_NAMESPACE();
 #if HWY_ONCE
 namespace heed::kernels {
 
-namespace {
-
-struct Tables {
-  RotationKernels<float> f;
-  RotationKernels<double> d;
-};
-
-Tables make_tables(Isa isa) {
-  Tables t;
-  HEED_SELECT(add_rotations, t.f, t.d)
-  return t;
-}
-
-}  // namespace
-
-template <>
-const RotationKernels<float>& rotation_kernels<float>(Isa isa) {
-  return by_isa(isa, make_tables).f;
-}
-
-template <>
-const RotationKernels<double>& rotation_kernels<double>(Isa isa) {
-  return by_isa(isa, make_tables).d;
-}
+HEED_TABLES(RotationKernels, rotation_kernels, add_rotations)
 
 }  // namespace heed::kernels
 #endif

@@ -11,7 +11,6 @@
 
 #include "kernels/by_isa.h"
 #include "kernels/functions-inl.h"
-#include "kernels/parts.h"
 #include "kernels/row_loops-inl.h"
 
 HWY_BEFORE_NAMESPACE();
@@ -280,32 +279,7 @@ HWY_AFTER_NAMESPACE();
 #if HWY_ONCE
 namespace heed::kernels {
 
-namespace {
-
-struct Tables {
-  RowMapKernels<float> f;
-  RowMapKernels<double> d;
-};
-
-void fill(Isa isa, Tables& tables) HEED_SELECT(make_row_maps, tables.f, tables.d)
-
-    Tables make(Isa isa) {
-  Tables tables;
-  fill(isa, tables);
-  return tables;
-}
-
-}  // namespace
-
-template <>
-const RowMapKernels<float>& row_map_kernels<float>(Isa isa) {
-  return by_isa<Tables>(isa, &make).f;
-}
-
-template <>
-const RowMapKernels<double>& row_map_kernels<double>(Isa isa) {
-  return by_isa<Tables>(isa, &make).d;
-}
+HEED_TABLES(RowMapKernels, row_map_kernels, make_row_maps)
 
 }  // namespace heed::kernels
 #endif  // HWY_ONCE

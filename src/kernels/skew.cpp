@@ -8,7 +8,6 @@
 #include <algorithm>
 
 #include "kernels/by_isa.h"
-#include "kernels/parts.h"
 #include "kernels/row_loops-inl.h"
 
 HWY_BEFORE_NAMESPACE();
@@ -78,31 +77,7 @@ HWY_AFTER_NAMESPACE();
 #if HWY_ONCE
 namespace heed::kernels {
 
-namespace {
-
-struct Tables {
-  SkewKernels<float> f;
-  SkewKernels<double> d;
-};
-
-void fill(Isa isa, Tables& tables) HEED_SELECT(make_skew, tables.f, tables.d)
-
-    Tables make(Isa isa) {
-  Tables tables;
-  fill(isa, tables);
-  return tables;
-}
-
-}  // namespace
-
-template <>
-const SkewKernels<float>& skew_kernels<float>(Isa isa) {
-  return by_isa<Tables>(isa, &make).f;
-}
-template <>
-const SkewKernels<double>& skew_kernels<double>(Isa isa) {
-  return by_isa<Tables>(isa, &make).d;
-}
+HEED_TABLES(SkewKernels, skew_kernels, make_skew)
 
 }  // namespace heed::kernels
 #endif  // HWY_ONCE

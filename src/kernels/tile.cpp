@@ -2,19 +2,17 @@
 
 #include <algorithm>
 
+#include "kernels/by_isa.h"
 #include "kernels/parts.h"
 
 namespace heed::kernels {
 
 namespace {
 
-struct Tables {
-  TileKernels<float> f;
-  TileKernels<double> d;
-};
+using TileTables = Tables<TileKernels>;
 
-Tables make_tables(Isa isa) {
-  Tables tables;
+TileTables make_plain(Isa isa) {
+  TileTables tables;
   tables.f.name = tables.d.name = name_of(isa);
   add_pack_parts(isa, tables.f, tables.d);
   add_product_parts(isa, tables.f, tables.d);
@@ -30,8 +28,8 @@ bool has_full_rate_bf16() {
   return std::find(features.begin(), features.end(), "full_rate_bf16") != features.end();
 }
 
-const Tables& plain_avx512() {
-  static const Tables tables = make_tables(Isa::avx512);
+const TileTables& plain_avx512() {
+  static const TileTables tables = make_plain(Isa::avx512);
   return tables;
 }
 
@@ -39,9 +37,9 @@ void dot_rows(Block<const float> queries, int64_t rows, const Rows& k, Block<flo
   if (!half_dot_rows(queries, rows, k, s)) plain_avx512().f.dot_rows(queries, rows, k, s);
 }
 
-Tables make_avx512_tables() {
-  Tables tables = plain_avx512();
-  if (has_full_rate_bf16()) tables.f.dot_rows = dot_rows;
+TileTables make_tables(Isa isa) {
+  TileTables tables = make_plain(isa);
+  if (isa == Isa::avx512 && has_full_rate_bf16()) tables.f.dot_rows = dot_rows;
   return tables;
 }
 
@@ -54,26 +52,16 @@ TileKernels<float> make_half_table(Isa isa, void (*add_products)(TileKernels<flo
   return table;
 }
 
-// AMX adds products of bfloat16 only: everything else on such a machine is AVX-512.
-const Tables& tables_of(Isa isa) {
-  static const Tables portable = make_tables(Isa::portable);
-  if (isa == Isa::portable) return portable;
-  static const Tables avx2 = make_tables(Isa::avx2);
-  if (isa == Isa::avx2) return avx2;
-  static const Tables avx512 = make_avx512_tables();
-  return avx512;
-}
-
 }  // namespace
 
 template <>
 const TileKernels<float>& tile_kernels<float>(Isa isa) {
-  return tables_of(isa).f;
+  return by_isa(isa, make_tables).f;
 }
 
 template <>
 const TileKernels<double>& tile_kernels<double>(Isa isa) {
-  return tables_of(isa).d;
+  return by_isa(isa, make_tables).d;
 }
 
 const TileKernels<float>* half_tile_kernels(Isa isa) {
