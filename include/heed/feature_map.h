@@ -46,6 +46,15 @@ enum class FeatureKind {
   taylor2,
   performer,
 };
+inline constexpr FeatureKind kFeatureKinds[] = {FeatureKind::elu1,
+                                                FeatureKind::relu,
+                                                FeatureKind::exp,
+                                                FeatureKind::hedgehog_exp,
+                                                FeatureKind::hedgehog_softmax,
+                                                FeatureKind::hedgehog_exp_max,
+                                                FeatureKind::hedgehog_joint,
+                                                FeatureKind::taylor2,
+                                                FeatureKind::performer};
 
 const char* name_of(FeatureKind kind);
 FeatureKind parse_feature_kind(std::string_view name);  // throws Error listing the names

@@ -1,11 +1,13 @@
 // Parallel loops over a fixed set of work items. What an item computes never depends on which thread
 // runs it or on how many there are, so forwards give the same bits for any thread count.
 #pragma once
+#include <algorithm>
 #include <cstddef>
 #include <cstdint>
 #include <functional>
 #include <memory>
 #include <optional>
+#include <vector>
 
 #include "heed/run.h"
 
@@ -25,6 +27,19 @@ void parallel_for(int64_t items, int threads,
 /// neighbours, so that it finds in its caches what it left there, and ends with what others have not begun.
 void parallel_for_shares(int64_t items, int threads,
                          const std::function<void(int64_t item, int worker)>& body);
+
+/// parallel_for whose items get memory of their thread: body(item, *works[worker]), made by make() when a
+/// thread first needs it and kept in `works` for later loops.
+template <class Work, class Make, class Body>
+void parallel_for_with(std::vector<std::unique_ptr<Work>>& works, int64_t items, int threads,
+                       const Make& make, const Body& body) {
+  works.resize(std::max(works.size(), static_cast<size_t>(threads)));
+  parallel_for(items, threads, [&](int64_t item, int worker) {
+    std::unique_ptr<Work>& work = works[static_cast<size_t>(worker)];
+    if (!work) work = make();
+    body(item, *work);
+  });
+}
 
 /// Where share number `share` begins when `count` items are cut into even shares of neighbours; it ends
 /// where the next one begins.

@@ -25,6 +25,7 @@ struct Tables {
 
 /// Defines GET<float> and GET<double>: the tables that FILL(KERNELS<float>&, KERNELS<double>&) of the
 /// compiled targets makes.
+// NOLINTBEGIN(bugprone-macro-parentheses): names of templates
 #define HEED_TABLES(KERNELS, GET, FILL)            \
   static Tables<KERNELS> make_##KERNELS(Isa isa) { \
     Tables<KERNELS> tables;                        \
@@ -39,5 +40,6 @@ struct Tables {
   const KERNELS<double>& GET<double>(Isa isa) {    \
     return by_isa(isa, make_##KERNELS).d;          \
   }
+// NOLINTEND(bugprone-macro-parentheses)
 
 }  // namespace heed::kernels

@@ -7,57 +7,18 @@
 #include <string>
 
 #include "base/huge_pages.h"
+#include "torch/types.h"
 
 namespace heed::ops {
 namespace {
 
-std::optional<DType> dtype_of(at::ScalarType type) {
-  switch (type) {
-    case at::kDouble:
-      return DType::f64;
-    case at::kFloat:
-      return DType::f32;
-    case at::kBFloat16:
-      return DType::bf16;
-    case at::kHalf:
-      return DType::f16;
-    case at::kLong:
-      return DType::i64;
-    case at::kInt:
-      return DType::i32;
-    case at::kBool:
-      return DType::boolean;
-    default:
-      return std::nullopt;
-  }
-}
-
-at::ScalarType torch_type(DType dtype) {
-  switch (dtype) {
-    case DType::f64:
-      return at::kDouble;
-    case DType::bf16:
-      return at::kBFloat16;
-    case DType::f16:
-      return at::kHalf;
-    case DType::i64:
-      return at::kLong;
-    case DType::i32:
-      return at::kInt;
-    case DType::boolean:
-      return at::kBool;
-    default:
-      return at::kFloat;
-  }
-}
-
 bool is_float_type(at::ScalarType type) {
-  const std::optional<DType> dtype = dtype_of(type);
+  const std::optional<DType> dtype = heed_type(type);
   return dtype && is_floating(*dtype);
 }
 
 const char* type_name(at::ScalarType type) {
-  const std::optional<DType> dtype = dtype_of(type);
+  const std::optional<DType> dtype = heed_type(type);
   return dtype ? name_of(*dtype) : c10::toString(type);
 }
 
@@ -80,7 +41,7 @@ void check_tensor(const Arg& arg, int64_t rank, c10::Device device) {
               " but the first argument is on ", device, ", needed is one device");
   TORCH_CHECK_VALUE(t.dim() == rank, arg.op, ": ", arg.name, " has ", t.dim(), " dimensions ",
                     t.sym_sizes(), ", needed are ", rank);
-  TORCH_CHECK_TYPE(dtype_of(t.scalar_type()), arg.op, ": ", arg.name, " has type ",
+  TORCH_CHECK_TYPE(heed_type(t.scalar_type()), arg.op, ": ", arg.name, " has type ",
                    type_name(t.scalar_type()), ", which heed computes nothing with");
 }
 
@@ -124,7 +85,7 @@ void check_qkv_shapes(const Arg& q, const Arg& k, const Arg& v) {
 }
 
 Tensor view(const at::Tensor& tensor) {
-  const std::optional<DType> dtype = dtype_of(tensor.scalar_type());
+  const std::optional<DType> dtype = heed_type(tensor.scalar_type());
   if (!dtype) throw Error(std::string("no view of type ") + type_name(tensor.scalar_type()));
   const Dims shape({tensor.sizes().data(), tensor.sizes().size()});
   Dims strides({tensor.strides().data(), tensor.strides().size()});
@@ -223,7 +184,7 @@ namespace {
 // The memory of an Array where it is large: PyTorch's allocator gets fresh pages for many a result.
 at::Tensor empty_result(c10::SymIntArrayRef shape, const at::Tensor& like, at::ScalarType type) {
   const auto sizes = c10::asIntArrayRefSlowOpt(shape);
-  const std::optional<DType> dtype = dtype_of(type);
+  const std::optional<DType> dtype = heed_type(type);
   if (!sizes || !dtype || !like.device().is_cpu() ||
       c10::multiply_integers(*sizes) * static_cast<int64_t>(size_of(*dtype)) <
           static_cast<int64_t>(kHugePage)) {

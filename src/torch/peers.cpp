@@ -11,6 +11,7 @@
 #include "base/parallel.h"
 #include "heed/error.h"
 #include "torch/peer_parts.h"
+#include "torch/types.h"
 
 namespace heed {
 
@@ -38,33 +39,6 @@ at::Tensor for_heads(const at::Tensor& kv, int64_t heads) {
 
 namespace {
 
-at::ScalarType torch_type(DType dtype) {
-  switch (dtype) {
-    case DType::f64:
-      return at::kDouble;
-    case DType::f32:
-      return at::kFloat;
-    case DType::bf16:
-      return at::kBFloat16;
-    case DType::f16:
-      return at::kHalf;
-    case DType::i64:
-      return at::kLong;
-    case DType::i32:
-      return at::kInt;
-    case DType::boolean:
-      return at::kBool;
-  }
-  throw Error("make_peer: an input has a type unknown to PyTorch");
-}
-
-DType heed_type(at::ScalarType type) {
-  for (DType dtype : {DType::f64, DType::f32, DType::bf16, DType::f16}) {
-    if (torch_type(dtype) == type) return dtype;
-  }
-  throw Error("Peer: a result has a type unknown to heed");
-}
-
 at::Tensor wrap(const Tensor& tensor) {
   const auto shape = tensor.shape().span();
   const auto strides = tensor.strides().span();
@@ -75,9 +49,10 @@ at::Tensor wrap(const Tensor& tensor) {
 Array unwrap(const at::Tensor& tensor) {
   const at::Tensor plain = tensor.detach().contiguous();
   const Dims shape({plain.sizes().data(), plain.sizes().size()});
-  const DType dtype = heed_type(plain.scalar_type());
-  Array result(dtype, shape);
-  copy(Tensor(plain.const_data_ptr(), dtype, shape), result);
+  const std::optional<DType> dtype = heed_type(plain.scalar_type());
+  if (!dtype) throw Error("Peer: a result has a type unknown to heed");
+  Array result(*dtype, shape);
+  copy(Tensor(plain.const_data_ptr(), *dtype, shape), result);
   return result;
 }
 

@@ -221,14 +221,10 @@ class Distillation {
 
   // Runs body(item, tile) with one tile of scratch for every thread.
   template <class Body>
-  void parallel(int64_t items, int64_t key_rows, Body&& body) {
-    const int threads = threads_for(run_, items);
-    std::vector<std::unique_ptr<Tile>> tiles(static_cast<size_t>(threads));
-    parallel_for(items, threads, [&](int64_t item, int worker) {
-      auto& tile = tiles[static_cast<size_t>(worker)];
-      if (!tile) tile = std::make_unique<Tile>(*this, key_rows);
-      body(item, *tile);
-    });
+  void parallel(int64_t items, int64_t key_rows, const Body& body) {
+    std::vector<std::unique_ptr<Tile>> tiles;
+    const auto make = [&] { return std::make_unique<Tile>(*this, key_rows); };
+    parallel_for_with(tiles, items, threads_for(run_, items), make, body);
   }
 
   // Heads of q that read one of t; 0 where q has none.

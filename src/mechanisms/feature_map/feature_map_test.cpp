@@ -14,16 +14,6 @@
 namespace heed {
 namespace {
 
-constexpr FeatureKind kKinds[] = {FeatureKind::elu1,
-                                  FeatureKind::relu,
-                                  FeatureKind::exp,
-                                  FeatureKind::hedgehog_exp,
-                                  FeatureKind::hedgehog_softmax,
-                                  FeatureKind::hedgehog_exp_max,
-                                  FeatureKind::hedgehog_joint,
-                                  FeatureKind::taylor2,
-                                  FeatureKind::performer};
-
 FeatureMapOptions options_for(FeatureKind kind, const Array& square, const Array& bias) {
   if (kind == FeatureKind::performer) return {square, {}};
   return {square, bias};
@@ -39,7 +29,7 @@ TEST(FeatureMap, SameBitsForAnyThreadCount) {
   for (DType type : {DType::f64, DType::f32, DType::bf16, DType::f16}) {
     const Array x = random_array(type, {2, 3, 501, 24}, 1);
     const Array w = random_array(type, {3, 24, 24}, 2, 0.2), b = random_array(type, {3, 24}, 3);
-    for (FeatureKind kind : kKinds) {
+    for (FeatureKind kind : kFeatureKinds) {
       const FeatureMapOptions options = options_for(kind, w, b);
       const Array one = feature_map(x, kind, options, {.threads = 1});
       const Array gradient = random_array(type, one.shape(), 4);
@@ -203,7 +193,7 @@ TEST(FeatureMap, ExtremeInputsOverflowOnlyWhereTheFormulaDoes) {
 
 TEST(FeatureMap, NanStaysInItsRow) {
   const float nan = std::numeric_limits<float>::quiet_NaN();
-  for (FeatureKind kind : kKinds) {
+  for (FeatureKind kind : kFeatureKinds) {
     for (Isa isa : available_isas()) {
       Array x = random_array(DType::f32, {1, 1, 40, 20}, 1);
       const Array w = random_array(DType::f32, {1, 20, 20}, 2, 0.2),

@@ -15,16 +15,6 @@ namespace heed {
 
 namespace {
 
-constexpr FeatureKind kKinds[] = {FeatureKind::elu1,
-                                  FeatureKind::relu,
-                                  FeatureKind::exp,
-                                  FeatureKind::hedgehog_exp,
-                                  FeatureKind::hedgehog_softmax,
-                                  FeatureKind::hedgehog_exp_max,
-                                  FeatureKind::hedgehog_joint,
-                                  FeatureKind::taylor2,
-                                  FeatureKind::performer};
-
 void require_sizes(const char* function,
                    std::initializer_list<std::pair<const char*, int64_t>> sizes) {
   for (const auto& [name, value] : sizes) {
@@ -128,7 +118,7 @@ const char* name_of(FeatureKind kind) {
 
 FeatureKind parse_feature_kind(std::string_view name) {
   std::vector<std::string> names;
-  for (FeatureKind kind : kKinds) {
+  for (FeatureKind kind : kFeatureKinds) {
     if (name == name_of(kind)) return kind;
     names.emplace_back(name_of(kind));
   }

@@ -98,19 +98,9 @@ ExampleCase feature_case(const std::string& name, FeatureKind kind, const Shape&
   return example;
 }
 
-constexpr FeatureKind kKinds[] = {FeatureKind::elu1,
-                                  FeatureKind::relu,
-                                  FeatureKind::exp,
-                                  FeatureKind::hedgehog_exp,
-                                  FeatureKind::hedgehog_softmax,
-                                  FeatureKind::hedgehog_exp_max,
-                                  FeatureKind::hedgehog_joint,
-                                  FeatureKind::taylor2,
-                                  FeatureKind::performer};
-
 std::vector<ExampleCase> feature_cases() {
   std::vector<ExampleCase> cases;
-  for (FeatureKind kind : kKinds) {
+  for (FeatureKind kind : kFeatureKinds) {
     const std::string name = name_of(kind);
     const bool performer = kind == FeatureKind::performer;
     if (!performer) cases.push_back(feature_case(name, kind, {2, 3, 37, 13}));
@@ -128,7 +118,7 @@ std::vector<ExampleCase> feature_cases() {
 
 std::vector<CascadeText> feature_cascades() {
   std::vector<CascadeText> texts;
-  for (FeatureKind kind : kKinds) {
+  for (FeatureKind kind : kFeatureKinds) {
     const std::string name = name_of(kind);
     texts.push_back(
         {name, std::string(embedded("feature_map/" + name + ".cascade")), "kind=" + name});

@@ -110,14 +110,9 @@ class Spectral {
   };
 
   template <class Body>
-  void parallel(int64_t items, Body&& body) {
-    const int threads = threads_for(run_, items);
-    works_.resize(std::max(works_.size(), static_cast<size_t>(threads)));
-    parallel_for(items, threads, [&](int64_t item, int worker) {
-      auto& work = works_[static_cast<size_t>(worker)];
-      if (!work) work = std::make_unique<Work>(*this);
-      body(item, *work);
-    });
+  void parallel(int64_t items, const Body& body) {
+    const auto make = [this] { return std::make_unique<Work>(*this); };
+    parallel_for_with(works_, items, threads_for(run_, items), make, body);
   }
 
   // As many heads at a time as keep all threads busy.
