@@ -3,18 +3,22 @@
 #include <algorithm>
 #include <cmath>
 #include <string>
+#include <type_traits>
 #include <vector>
 
 #include "base/parallel.h"
 #include "engine/operands.h"
 #include "kernels/feature_rows.h"
 #include "kernels/matrix.h"
+#include "mechanisms/feature_map/layer.h"
 #include "mechanisms/parameter.h"
 
 namespace heed {
 
 namespace {
 
+using features::HalfLayer;
+using features::WideLayer;
 using kernels::Block;
 using kernels::MatrixKernels;
 using kernels::Rows;
@@ -65,128 +69,113 @@ Call checked_call(const Tensor& x, FeatureKind kind, const FeatureMapOptions& op
 
 // --- parameters ----------------------------------------------------------------------------------
 
-// The parameters of all heads in the type of the computation, once a call.
-template <class T>
-struct Layer {
-  // z = x right[h] + bias[h], dx = dz left[h]; both include performer's factor D^(-1/4).
-  std::vector<T> right, left, bias;
-  int64_t right_stride = 0, left_stride = 0, dim = 0, width = 0;
-  bool has_weight = false;
-
-  Block<const T> right_of(int64_t head) const {
-    return {right.data() + head * dim * right_stride, right_stride};
-  }
-  Block<const T> left_of(int64_t head) const {
-    return {left.data() + head * width * left_stride, left_stride};
-  }
-};
-
 double input_factor(const Call& call) {  // y = x / D^(1/4) of performer
   return call.performer() ? 1 / std::sqrt(std::sqrt(static_cast<double>(call.dim))) : 1;
 }
 
+// The parameters of all heads, once a call. Performer's factor D^(-1/4) is in the layer.
 template <class T>
-Layer<T> make_layer(const Call& call, const MatrixKernels<T>& kernels, bool for_backward) {
-  Layer<T> layer;
-  layer.dim = call.dim;
-  layer.width = call.width;
-  layer.has_weight = call.weight.defined();
-  if (call.bias.defined()) layer.bias = contiguous_values<T>(call.bias);
-  if (!layer.has_weight) return layer;
-  const std::vector<T> weight = contiguous_values<T>(call.weight);
-  const auto factor = static_cast<T>(input_factor(call));
-  layer.right_stride = kernels::row_stride(kernels, call.width);
-  layer.left_stride = kernels::row_stride(kernels, call.dim);
-  layer.right.assign(static_cast<size_t>(call.heads * call.dim * layer.right_stride), T{0});
-  if (for_backward) {
-    layer.left.assign(static_cast<size_t>(call.heads * call.width * layer.left_stride), T{0});
-  }
-  for (int64_t h = 0; h < call.heads; ++h) {
-    T* right = layer.right.data() + h * call.dim * layer.right_stride;
-    T* left = for_backward ? layer.left.data() + h * call.width * layer.left_stride : nullptr;
-    const T* w = weight.data() + h * call.dim * call.width;
-    for (int64_t i = 0; i < call.dim; ++i) {
-      for (int64_t j = 0; j < call.width; ++j) {
-        const T value = factor * (call.performer() ? w[j * call.dim + i] : w[i * call.width + j]);
-        right[i * layer.right_stride + j] = value;
-        if (left != nullptr) left[j * layer.left_stride + i] = value;
-      }
+struct Layer {
+  WideLayer<T> wide;
+  HalfLayer half;  // instead, where the path says so
+  std::vector<T> bias;
+  bool has_weight = false;
+
+  Layer(const Call& call, const Candidate& path, const MatrixKernels<T>& kernels, bool for_backward)
+      : has_weight(call.weight.defined()) {
+    if (call.bias.defined()) bias = contiguous_values<T>(call.bias);
+    if (!has_weight) return;
+    if (path.half_operands) {
+      half = HalfLayer(*kernels::half_tile_kernels(path.isa), call.weight, for_backward);
+    } else {
+      wide = WideLayer<T>(kernels, call.weight, call.performer(),
+                          static_cast<T>(input_factor(call)), for_backward);
     }
   }
-  return layer;
+};
+
+Candidate path_of(const Call& call, const RunOptions& run) {
+  return choose_candidate(call.dtype(), features::no_half_operands(call.kind, call.weight), run);
 }
 
 // --- tiles ---------------------------------------------------------------------------------------
 
 // Tokens of one head that are computed together: few enough for the second-level cache.
-struct Tiling {
-  int64_t rows = 1, tiles = 0;
-};
 template <class T>
-Tiling tiling_for(const Call& call) {
+int64_t tile_rows(const Call& call, const Layer<T>& layer) {
   constexpr int64_t kBytes = 256 * 1024;
   const int64_t row_bytes =
       (call.dim + call.width + call.features) * static_cast<int64_t>(sizeof(T));
-  const int64_t rows = std::clamp<int64_t>(kBytes / row_bytes, 1, 64);
-  return {rows, ceil_div(call.tokens, rows)};
+  const int64_t rows = std::clamp<int64_t>(kBytes / row_bytes, 1, layer.half ? 48 : 64);
+  return layer.half ? round_up(rows, layer.half.row_multiple()) : rows;
 }
 
 // Scratch matrices of one worker, and the steps from x to the features of a tile.
 template <class T>
 class Tile {
  public:
-  Tile(const Call& call, const MatrixKernels<T>& kernels,
-       const kernels::FeatureKernels<T>& features, const Layer<T>& layer, int64_t rows,
+  Tile(const Call& call, const MatrixKernels<T>& kernels, const Layer<T>& layer, int64_t rows,
        bool gradients)
       : call_(call),
         kernels_(kernels),
-        features_(features),
         layer_(layer),
-        x_stride_(kernels::row_stride(kernels, call.dim)),
-        z_stride_(kernels::row_stride(kernels, call.width)),
+        x_stride_(stride_of(call.dim)),
+        z_stride_(stride_of(call.width)),
         phi_stride_(kernels::row_stride(kernels, call.features)),
-        scratch_(Scratch::rounded(static_cast<size_t>(rows * x_stride_) * sizeof(T)) +
-                 (gradients ? 3 : 2) *
-                     Scratch::rounded(static_cast<size_t>(rows * std::max(z_stride_, x_stride_)) *
-                                      sizeof(T)) +
-                 Scratch::rounded(static_cast<size_t>(rows * phi_stride_) * sizeof(T)) +
-                 2 * Scratch::rounded(static_cast<size_t>(rows) * sizeof(T))) {
+        scratch_(bytes(rows, gradients)) {
     x_block_ = {scratch_.take<T>(rows * x_stride_), x_stride_};
     z = {scratch_.take<T>(rows * z_stride_), z_stride_};
-    dx = {scratch_.take<T>(rows * x_stride_), x_stride_};
     phi = {scratch_.take<T>(rows * phi_stride_), phi_stride_};
     shift = scratch_.take<T>(rows);
     row_sums = scratch_.take<T>(rows);
-    if (gradients) dz = {scratch_.take<T>(rows * z_stride_), z_stride_};
+    if (gradients) {
+      dz = {scratch_.take<T>(rows * z_stride_), z_stride_};
+      dx = {scratch_.take<T>(rows * x_stride_), x_stride_};
+    }
+    if (!layer.half) return;
+    half.x = scratch_.take<std::byte>(layer.half.x_bytes(rows));
+    if (!gradients) return;
+    half.dz = scratch_.take<std::byte>(layer.half.dz_bytes(rows));
+    half.columns = scratch_.take<std::byte>(layer.half.column_bytes(rows));
+    half.pairs = scratch_.take<uint32_t>(ceil_div(rows, 2) * z_stride_);
   }
 
   Block<const T> x;
   Block<T> z, dx, phi, dz;
   T *shift, *row_sums;
+  HalfLayer::Memory half;
+
+  Rows rows_of(int64_t b, int64_t h, int64_t first, int64_t rows) const {
+    return {call_.x.at({b, h, first}), call_.dtype(), call_.x.stride(2), rows, call_.dim};
+  }
 
   // Loads tokens [first, first + rows) and applies weight and bias.
   kernels::FeatureRows<T> load(int64_t b, int64_t h, int64_t first, int64_t rows) {
-    const Rows from{call_.x.at({b, h, first}), call_.dtype(), call_.x.stride(2), rows, call_.dim};
-    x = kernels::whole_rows(kernels_, from, x_block_);
+    const Rows from = rows_of(b, h, first, rows);
+    const T* bias = layer_.bias.empty() ? nullptr : layer_.bias.data() + h * call_.width;
     kernels::FeatureRows<T> in;
-    in.z = x;
-    if (layer_.has_weight) {
-      kernels_.multiply({x.data, x.stride, 1}, layer_.right_of(h), call_.dim, z, rows, call_.width,
-                        false);
-      in.z = {z.data, z.stride};
-    }
-    if (!layer_.bias.empty()) {
-      if (!layer_.has_weight) kernels_.load_rows(from, z);
-      in.z = {z.data, z.stride};
-      for (int64_t r = 0; r < rows; ++r) {
-        kernels_.add(z.row(r), layer_.bias.data() + h * call_.width, call_.width);
+    in.z = {z.data, z.stride};
+    if (layer_.half) {
+      if constexpr (std::is_same_v<T, float>) {
+        for (int64_t r = 0; r < rows; ++r) std::fill_n(z.row(r), z.stride, T{0});
+        layer_.half.apply(from, h, z, half);
+      }
+    } else {
+      x = kernels::whole_rows(kernels_, from, x_block_);
+      if (layer_.has_weight) {
+        layer_.wide.apply(x, h, rows, z);
+      } else if (bias != nullptr) {
+        kernels_.load_rows(from, z);
+      } else {
+        in.z = x;
       }
     }
+    for (int64_t r = 0; r < rows && bias != nullptr; ++r) kernels_.add(z.row(r), bias, call_.width);
     if (call_.performer()) {
       const double s = input_factor(call_);
-      const T half = static_cast<T>(s * s / 2);
+      const T factor = static_cast<T>(s * s / 2);
       for (int64_t r = 0; r < rows; ++r) {
-        shift[r] = half * kernels_.dot(x.row(r), x.row(r), call_.dim);
+        shift[r] = factor * kernels_.dot(x.row(r), x.row(r), call_.dim);
       }
     }
     in.kind = call_.kind;
@@ -203,9 +192,29 @@ class Tile {
   }
 
  private:
+  int64_t stride_of(int64_t columns) const {
+    if (layer_.half) columns = round_up(columns, HalfLayer::kColumns);
+    return kernels::row_stride(kernels_, columns);
+  }
+
+  size_t bytes(int64_t rows, bool gradients) const {
+    const auto rounded = [](int64_t count, size_t size) {
+      return Scratch::rounded(static_cast<size_t>(count) * size);
+    };
+    const size_t x_bytes = rounded(rows * x_stride_, sizeof(T));
+    const size_t z_bytes = rounded(rows * z_stride_, sizeof(T));
+    size_t sum = (gradients ? 2 : 1) * (x_bytes + z_bytes) +
+                 rounded(rows * phi_stride_, sizeof(T)) + 2 * rounded(rows, sizeof(T));
+    if (!layer_.half) return sum;
+    sum += rounded(layer_.half.x_bytes(rows), 1);
+    if (!gradients) return sum;
+    return sum + rounded(layer_.half.dz_bytes(rows), 1) +
+           rounded(layer_.half.column_bytes(rows), 1) +
+           rounded(ceil_div(rows, 2) * z_stride_, sizeof(uint32_t));
+  }
+
   const Call& call_;
   const MatrixKernels<T>& kernels_;
-  const kernels::FeatureKernels<T>& features_;
   const Layer<T>& layer_;
   int64_t x_stride_, z_stride_, phi_stride_;
   Scratch scratch_;
@@ -214,16 +223,17 @@ class Tile {
 
 template <class T>
 void forward(const Call& call, const Tensor& out, const RunOptions& run) {
-  const auto& kernels = kernels::matrix_kernels<T>(chosen_isa(run));
-  const auto& features = kernels::feature_kernels<T>(chosen_isa(run));
-  const Layer<T> layer = make_layer<T>(call, kernels, false);
-  const Tiling tiling = tiling_for<T>(call);
-  const int64_t items = call.batch * call.heads * tiling.tiles;
+  const Candidate path = path_of(call, run);
+  const auto& kernels = kernels::matrix_kernels<T>(path.isa);
+  const auto& features = kernels::feature_kernels<T>(path.isa);
+  const Layer<T> layer(call, path, kernels, false);
+  const int64_t most = tile_rows(call, layer), tiles = ceil_div(call.tokens, most);
+  const int64_t items = call.batch * call.heads * tiles;
   parallel_for(items, threads_for(run, items), [&](int64_t item, int) {
-    const int64_t pair = item / tiling.tiles, first = item % tiling.tiles * tiling.rows;
+    const int64_t pair = item / tiles, first = item % tiles * most;
     const int64_t b = pair / call.heads, h = pair % call.heads;
-    const int64_t rows = std::min(tiling.rows, call.tokens - first);
-    Tile<T> tile(call, kernels, features, layer, tiling.rows, false);
+    const int64_t rows = std::min(most, call.tokens - first);
+    Tile<T> tile(call, kernels, layer, most, false);
     const auto in = tile.load(b, h, first, rows);
     kernels::make_rows<T>(kernels,
                           {out.at({b, h, first}), out.dtype(), out.stride(2), rows, call.features},
@@ -241,8 +251,10 @@ struct ParameterSums {
 
   ParameterSums(const Call& call, const MatrixKernels<T>& kernels, int64_t shares,
                 const FeatureMapGradientViews& wanted) {
-    rows = call.performer() ? call.width : call.dim;
-    stride = kernels::row_stride(kernels, call.performer() ? call.dim : call.width);
+    // Padded as the sums of HalfLayer are.
+    rows = round_up(call.performer() ? call.width : call.dim, HalfLayer::kColumns);
+    stride = kernels::row_stride(
+        kernels, round_up(call.performer() ? call.dim : call.width, HalfLayer::kColumns));
     bias_stride = kernels::row_stride(kernels, call.width);
     if (wanted.weight.defined()) weight.assign(static_cast<size_t>(shares * rows * stride), T{0});
     if (wanted.bias.defined()) bias.assign(static_cast<size_t>(shares * bias_stride), T{0});
@@ -259,11 +271,13 @@ class Backward {
       : call_(call),
         dout_(grad_out),
         wanted_(wanted),
-        kernels_(kernels::matrix_kernels<T>(chosen_isa(run))),
-        features_(kernels::feature_kernels<T>(chosen_isa(run))),
-        layer_(make_layer<T>(call, kernels_, true)),
-        tiling_(tiling_for<T>(call)),
-        tiles_of_head_(call.batch * tiling_.tiles),
+        path_(path_of(call, run)),
+        kernels_(kernels::matrix_kernels<T>(path_.isa)),
+        features_(kernels::feature_kernels<T>(path_.isa)),
+        layer_(call, path_, kernels_, true),
+        tile_rows_(tile_rows(call, layer_)),
+        tiles_(ceil_div(call.tokens, tile_rows_)),
+        tiles_of_head_(call.batch * tiles_),
         shares_(shares(run)),
         sums_(call, kernels_, call.heads * shares_, wanted) {}
 
@@ -271,12 +285,11 @@ class Backward {
     const int64_t items = call_.heads * shares_;
     parallel_for(items, threads_for(run, items), [&](int64_t item, int) {
       const int64_t h = item / shares_, share = item % shares_;
-      Tile<T> tile(call_, kernels_, features_, layer_, tiling_.rows, true);
+      Tile<T> tile(call_, kernels_, layer_, tile_rows_, true);
       const int64_t end = share_begin(tiles_of_head_, share + 1, shares_);
       for (int64_t t = share_begin(tiles_of_head_, share, shares_); t < end; ++t) {
-        const int64_t first = t % tiling_.tiles * tiling_.rows;
-        run_tile(tile, item, t / tiling_.tiles, h, first,
-                 std::min(tiling_.rows, call_.tokens - first));
+        const int64_t first = t % tiles_ * tile_rows_;
+        run_tile(tile, item, t / tiles_, h, first, std::min(tile_rows_, call_.tokens - first));
       }
     });
     if (!wanted_.weight.defined() && !wanted_.bias.defined()) return;
@@ -296,18 +309,22 @@ class Backward {
     const auto in = tile.load(b, h, first, rows);
     const Rows dout{dout_.at({b, h, first}), dout_.dtype(), dout_.stride(2), rows, call_.features};
     features_.backward(in, kernels::whole_rows(kernels_, dout, tile.phi), tile.dz, tile.row_sums);
-    const kernels::Factor<T> dz{tile.dz.data, tile.dz.stride, 1};
     if (wanted_.bias.defined()) {
       for (int64_t r = 0; r < rows; ++r)
         kernels_.add(sums_.bias_of(item), tile.dz.row(r), call_.width);
     }
-    if (wanted_.weight.defined()) add_weight(tile, item, rows);
+    if (wanted_.weight.defined()) add_weight(tile, item, tile.rows_of(b, h, first, rows));
     if (!wanted_.x.defined()) return;
     const kernels::RowsOut to{wanted_.x.at({b, h, first}), wanted_.x.dtype(), wanted_.x.stride(2),
                               rows, call_.dim};
-    if (!layer_.has_weight) return kernels_.store_rows({tile.dz.data, tile.dz.stride}, to);
+    const Block<const T> dz{tile.dz.data, tile.dz.stride};
+    if (!layer_.has_weight) return kernels_.store_rows(dz, to);
+    if (layer_.half) {
+      if constexpr (std::is_same_v<T, float>) layer_.half.pull(dz, h, rows, tile.dx, tile.half);
+      return kernels_.store_rows({tile.dx.data, tile.dx.stride}, to);
+    }
     kernels::make_rows<T>(kernels_, to, tile.dx, [&](Block<T> dx) {
-      kernels_.multiply(dz, layer_.left_of(h), call_.width, dx, rows, call_.dim, false);
+      layer_.wide.pull(dz, h, rows, dx);
       if (!call_.performer()) return;
       const double s = input_factor(call_);  // of |y|^2 / 2
       for (int64_t r = 0; r < rows; ++r) {
@@ -317,13 +334,18 @@ class Backward {
     });
   }
 
-  void add_weight(Tile<T>& tile, int64_t item, int64_t rows) {
-    if (call_.performer()) {  // dz^T x
-      kernels_.multiply({tile.dz.data, 1, tile.dz.stride}, {tile.x.data, tile.x.stride}, rows,
-                        sums_.weight_of(item), call_.width, call_.dim, true);
+  void add_weight(Tile<T>& tile, int64_t item, const Rows& x) {
+    const Block<T> sum = sums_.weight_of(item);
+    if (layer_.half) {
+      if constexpr (std::is_same_v<T, float>) {
+        layer_.half.add_outer(x, {tile.dz.data, tile.dz.stride}, sum, tile.half);
+      }
+    } else if (call_.performer()) {  // dz^T x
+      kernels_.multiply({tile.dz.data, 1, tile.dz.stride}, tile.x, x.count, sum, call_.width,
+                        call_.dim, true);
     } else {  // x^T dz
-      kernels_.multiply({tile.x.data, 1, tile.x.stride}, {tile.dz.data, tile.dz.stride}, rows,
-                        sums_.weight_of(item), call_.dim, call_.width, true);
+      kernels_.multiply({tile.x.data, 1, tile.x.stride}, {tile.dz.data, tile.dz.stride}, x.count,
+                        sum, call_.dim, call_.width, true);
     }
   }
 
@@ -357,11 +379,11 @@ class Backward {
   const Call& call_;
   const Tensor& dout_;
   const FeatureMapGradientViews& wanted_;
+  const Candidate path_;
   const MatrixKernels<T>& kernels_;
   const kernels::FeatureKernels<T>& features_;
-  Layer<T> layer_;
-  Tiling tiling_;
-  int64_t tiles_of_head_, shares_;
+  const Layer<T> layer_;
+  const int64_t tile_rows_, tiles_, tiles_of_head_, shares_;
   ParameterSums<T> sums_;
 };
 

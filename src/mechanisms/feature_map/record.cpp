@@ -3,6 +3,7 @@
 #include "engine/candidates.h"
 #include "heed/feature_map.h"
 #include "mechanisms/embedded.h"
+#include "mechanisms/feature_map/layer.h"
 #include "mechanisms/registry.h"
 
 namespace heed {
@@ -167,8 +168,10 @@ Mechanism feature_map_record() {
     return in.contains("weight") ? std::map<std::string, int64_t>()
                                  : std::map<std::string, int64_t>{{"c", 1}};
   };
-  m.explain = [](const NamedTensors&, const Spec&, const RunOptions& run) {
-    return explain_isas(run);
+  m.explain = [](const NamedTensors& in, const Spec& options, const RunOptions& run) {
+    const FeatureMapOptions given = parameters(in);
+    return explain_candidates(in.at("x").dtype(),
+                              features::no_half_operands(kind_of(options), given.weight), "", run);
   };
   m.fill = fill;
   return m;
