@@ -112,26 +112,42 @@ HWY_INLINE Halves<T> normalisers(FeatureKind kind, Halves<T> sums) {
   return {1 / sums.first, 1 / sums.second};
 }
 
+// Calls body(first row, rows) for steps of rows that are made together: the parts of one row wait for each
+// other.
+inline constexpr int64_t kTogether = 8;
+template <class Body>
+HWY_INLINE void for_rows_together(int64_t rows, Body&& body) {
+  for (int64_t begin = 0; begin < rows; begin += kTogether) {
+    body(begin, HWY_MIN(kTogether, rows - begin));
+  }
+}
+
+// The exponentials of `count` rows, to e; returns what normalises each.
+template <class T>
+HWY_INLINE void exponentials_of_rows(const FeatureRows<T>& in, int64_t begin, int64_t count,
+                                     Block<T> e, Halves<T>* factors) {
+  const int64_t n = in.width;
+  for (int64_t i = 0; i < count; ++i) factors[i] = shifts(in.kind, in.z.row(begin + i), n);
+  for (int64_t i = 0; i < count; ++i) {
+    factors[i] = normalisers(
+        in.kind,
+        exponentials(in.z.row(begin + i), n, exponent_slope<T>(in.kind), factors[i], e.row(i)));
+  }
+}
+
 template <class T>
 void hedgehog_forward(const FeatureRows<T>& in, Block<T> phi) {
-  constexpr int64_t kTogether = 8;  // rows a step: the steps of one row wait for each other
   const int64_t n = in.width;
-  for (int64_t begin = 0; begin < in.rows; begin += kTogether) {
-    const int64_t count = std::min(kTogether, in.rows - begin);
-    Halves<T> numbers[kTogether];
-    for (int64_t i = 0; i < count; ++i) numbers[i] = shifts(in.kind, in.z.row(begin + i), n);
-    for (int64_t i = 0; i < count; ++i) {
-      numbers[i] =
-          normalisers(in.kind, exponentials(in.z.row(begin + i), n, exponent_slope<T>(in.kind),
-                                            numbers[i], phi.row(begin + i)));
-    }
-    if (in.kind == FeatureKind::hedgehog_exp) continue;
+  for_rows_together(in.rows, [&](int64_t begin, int64_t count) HWY_ATTR {
+    Halves<T> factors[kTogether];
+    exponentials_of_rows<T>(in, begin, count, {phi.row(begin), phi.stride}, factors);
+    if (in.kind == FeatureKind::hedgehog_exp) return;
     for (int64_t i = 0; i < count; ++i) {
       T* row = phi.row(begin + i);
-      scale_to_floor(row, n, numbers[i].first, in.floor);
-      scale_to_floor(row + n, n, numbers[i].second, in.floor);
+      scale_to_floor(row, n, factors[i].first, in.floor);
+      scale_to_floor(row + n, n, factors[i].second, in.floor);
     }
-  }
+  });
 }
 
 template <class T>
@@ -175,55 +191,79 @@ void forward_row(const FeatureRows<T>& in, int64_t row, T* phi) {
   }
 }
 
-// g[i] where feature e[i] * factor is above the floor, else 0; returns sum_i e[i] factor g[i].
+// Features e * factor, and their gradients, 0 where they are below the floor.
 template <class T>
-T gradients_above_floor(const T* e, int64_t n, T factor, T floor, const T* dphi, T* g) {
-  const Full<T> d;
-  const auto f = hn::Set(d, factor), least = hn::Set(d, floor);
-  auto sum = hn::Zero(d);
+struct AboveFloor {
+  V<T> factor, floor;
+  AboveFloor(T f, T least) : factor(hn::Set(Full<T>(), f)), floor(hn::Set(Full<T>(), least)) {}
+  template <class Part>
+  HWY_INLINE void load(Part all, const T* e, const T* dphi, V<T>& phi, V<T>& g) const {
+    phi = hn::Mul(factor, load_some<T>(all, e));
+    g = hn::IfThenZeroElse(hn::Lt(phi, floor), load_some<T>(all, dphi));
+  }
+};
+
+// sum_i phi[i] dphi[i]
+template <class T>
+HWY_INLINE T sum_above_floor(const T* e, int64_t n, T factor, T floor, const T* dphi) {
+  const AboveFloor<T> above(factor, floor);
+  auto sum = hn::Zero(Full<T>());
   for_each_vector<T>(n, [&](int64_t i, auto all) HWY_ATTR {
-    const auto phi = hn::Mul(f, load_some<T>(all, e + i));
-    const auto x = hn::IfThenElse(hn::Lt(phi, least), hn::Zero(d), load_some<T>(all, dphi + i));
-    sum = hn::MulAdd(phi, x, sum);
-    store_some<T>(all, x, g + i);
+    V<T> phi, g;
+    above.load(all, e + i, dphi + i, phi, g);
+    sum = hn::MulAdd(phi, g, sum);
   });
-  return hn::GetLane(hn::SumOfLanes(d, sum));
+  return hn::GetLane(hn::SumOfLanes(Full<T>(), sum));
 }
 
-// dz[i] += e[i] * factor * (g[i] - mean)
+// dz = slope (phi (dphi - mean) of the first half - that of the second)
 template <class T>
-void add_weighted(const T* e, const T* g, int64_t n, T factor, T mean, T* dz) {
+HWY_INLINE void pull_exponentials(const T* e, int64_t n, T slope, T floor, Halves<T> factors,
+                                  Halves<T> means, const T* dphi, T* dz) {
   const Full<T> d;
-  const auto f = hn::Set(d, factor), c = hn::Set(d, mean);
+  const AboveFloor<T> first(factors.first, floor), second(factors.second, floor);
+  const auto s = hn::Set(d, slope), c = hn::Set(d, means.first), k = hn::Set(d, means.second);
   for_each_vector<T>(n, [&](int64_t i, auto all) HWY_ATTR {
-    const auto weight = hn::Mul(f, load_some<T>(all, e + i));
-    const auto x =
-        hn::MulAdd(weight, hn::Sub(load_some<T>(all, g + i), c), load_some<T>(all, dz + i));
-    store_some<T>(all, x, dz + i);
+    V<T> up, up_gradient, down, down_gradient;
+    first.load(all, e + i, dphi + i, up, up_gradient);
+    second.load(all, e + n + i, dphi + n + i, down, down_gradient);
+    const auto x = hn::Mul(up, hn::Sub(up_gradient, c));
+    store_some<T>(all, hn::Mul(s, hn::NegMulAdd(down, hn::Sub(down_gradient, k), x)), dz + i);
   });
 }
 
-// e and g: 2 * width elements of scratch each.
 template <class T>
-void hedgehog_backward(const FeatureRows<T>& in, const T* z, const T* dphi, T* dz, T* e, T* g) {
+void hedgehog_backward(const FeatureRows<T>& in, Block<const T> dphi, Block<T> dz) {
   const int64_t n = in.width;
-  const T slope = exponent_slope<T>(in.kind);
-  const Halves<T> factors =
-      normalisers(in.kind, exponentials(z, n, slope, shifts(in.kind, z, n), e));
-  const T floor =
-      in.kind == FeatureKind::hedgehog_exp ? -std::numeric_limits<T>::infinity() : in.floor;
-  T first = gradients_above_floor(e, n, factors.first, floor, dphi, g);
-  T second = gradients_above_floor(e + n, n, factors.second, floor, dphi + n, g + n);
-  std::fill_n(dz, n, T{0});
   const bool exponential =
       in.kind == FeatureKind::hedgehog_exp || in.kind == FeatureKind::hedgehog_exp_max;
-  if (in.kind == FeatureKind::hedgehog_joint) first = second = first + second;
-  add_weighted(e, g, n, slope * factors.first, exponential ? T{0} : first, dz);
-  add_weighted(e + n, g + n, n, -slope * factors.second, exponential ? T{0} : second, dz);
-  if (in.kind == FeatureKind::hedgehog_exp_max && n > 0) {
-    dz[std::max_element(z, z + n) - z] -= first;
-    dz[std::min_element(z, z + n) - z] += second;
-  }
+  const T slope = exponent_slope<T>(in.kind);
+  const T floor =
+      in.kind == FeatureKind::hedgehog_exp ? -std::numeric_limits<T>::infinity() : in.floor;
+  std::vector<T> memory(static_cast<size_t>(kTogether * 2 * n));
+  const Block<T> e{memory.data(), 2 * n};
+  for_rows_together(in.rows, [&](int64_t begin, int64_t count) HWY_ATTR {
+    Halves<T> factors[kTogether], sums[kTogether];
+    exponentials_of_rows<T>(in, begin, count, e, factors);
+    for (int64_t i = 0; i < count && in.kind != FeatureKind::hedgehog_exp; ++i) {
+      const T* g = dphi.row(begin + i);
+      sums[i].first = sum_above_floor(e.row(i), n, factors[i].first, floor, g);
+      sums[i].second = sum_above_floor(e.row(i) + n, n, factors[i].second, floor, g + n);
+      if (in.kind == FeatureKind::hedgehog_joint) {
+        sums[i].first = sums[i].second = sums[i].first + sums[i].second;
+      }
+    }
+    for (int64_t i = 0; i < count; ++i) {
+      T* to = dz.row(begin + i);
+      pull_exponentials(e.row(i), n, slope, floor, factors[i], exponential ? Halves<T>() : sums[i],
+                        dphi.row(begin + i), to);
+      if (in.kind == FeatureKind::hedgehog_exp_max && n > 0) {
+        const T* z = in.z.row(begin + i);
+        to[std::max_element(z, z + n) - z] -= sums[i].first;
+        to[std::min_element(z, z + n) - z] += sums[i].second;
+      }
+    }
+  });
 }
 
 template <class T>
@@ -298,23 +338,20 @@ void forward(const FeatureRows<T>& in, Block<T> phi) {
 
 template <class T>
 void backward(const FeatureRows<T>& in, Block<const T> dphi, Block<T> dz, T* row_sums) {
-  std::vector<T> scratch(element_by_element(in.kind) ? 0 : static_cast<size_t>(4 * in.width));
-  T* first = scratch.data();
+  if (is_hedgehog(in.kind)) return hedgehog_backward(in, dphi, dz);
+  if (element_by_element(in.kind) && in.z.stride == in.width && dphi.stride == in.width &&
+      dz.stride == in.width) {  // all of them together
+    return elementwise_backward(in.kind, in.z.data, dphi.data, in.rows * in.width, dz.data);
+  }
+  std::vector<T> scratch(static_cast<size_t>(in.kind == FeatureKind::taylor2 ? in.width : 0));
   for (int64_t r = 0; r < in.rows; ++r) {
     const T *z = in.z.row(r), *g = dphi.row(r);
     if (element_by_element(in.kind)) {
       elementwise_backward(in.kind, z, g, in.width, dz.row(r));
-      continue;
-    }
-    switch (in.kind) {
-      case FeatureKind::performer:
-        row_sums[r] = performer_backward(in, r, g, dz.row(r));
-        break;
-      case FeatureKind::taylor2:
-        taylor_backward(in, z, g, dz.row(r), first);
-        break;
-      default:
-        hedgehog_backward(in, z, g, dz.row(r), first, first + 2 * in.width);
+    } else if (in.kind == FeatureKind::performer) {
+      row_sums[r] = performer_backward(in, r, g, dz.row(r));
+    } else {
+      taylor_backward(in, z, g, dz.row(r), scratch.data());
     }
   }
 }

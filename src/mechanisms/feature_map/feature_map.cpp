@@ -307,23 +307,33 @@ class Backward {
 
   void run_tile(Tile<T>& tile, int64_t item, int64_t b, int64_t h, int64_t first, int64_t rows) {
     const auto in = tile.load(b, h, first, rows);
-    const Rows dout{dout_.at({b, h, first}), dout_.dtype(), dout_.stride(2), rows, call_.features};
-    features_.backward(in, kernels::whole_rows(kernels_, dout, tile.phi), tile.dz, tile.row_sums);
+    const Rows dout_rows{dout_.at({b, h, first}), dout_.dtype(), dout_.stride(2), rows,
+                         call_.features};
+    const Block<const T> dout = kernels::whole_rows(kernels_, dout_rows, tile.phi);
+    const auto to = [&] {
+      return kernels::RowsOut{wanted_.x.at({b, h, first}), wanted_.x.dtype(), wanted_.x.stride(2),
+                              rows, call_.dim};
+    };
+    if (!layer_.has_weight && !wanted_.bias.defined()) {  // dx is dz, and all there is
+      if (!wanted_.x.defined()) return;
+      return kernels::make_rows<T>(kernels_, to(), tile.dz, [&](Block<T> dx) {
+        features_.backward(in, dout, dx, tile.row_sums);
+      });
+    }
+    features_.backward(in, dout, tile.dz, tile.row_sums);
     if (wanted_.bias.defined()) {
       for (int64_t r = 0; r < rows; ++r)
         kernels_.add(sums_.bias_of(item), tile.dz.row(r), call_.width);
     }
     if (wanted_.weight.defined()) add_weight(tile, item, tile.rows_of(b, h, first, rows));
     if (!wanted_.x.defined()) return;
-    const kernels::RowsOut to{wanted_.x.at({b, h, first}), wanted_.x.dtype(), wanted_.x.stride(2),
-                              rows, call_.dim};
     const Block<const T> dz{tile.dz.data, tile.dz.stride};
-    if (!layer_.has_weight) return kernels_.store_rows(dz, to);
+    if (!layer_.has_weight) return kernels_.store_rows(dz, to());
     if (layer_.half) {
       if constexpr (std::is_same_v<T, float>) layer_.half.pull(dz, h, rows, tile.dx, tile.half);
-      return kernels_.store_rows({tile.dx.data, tile.dx.stride}, to);
+      return kernels_.store_rows({tile.dx.data, tile.dx.stride}, to());
     }
-    kernels::make_rows<T>(kernels_, to, tile.dx, [&](Block<T> dx) {
+    kernels::make_rows<T>(kernels_, to(), tile.dx, [&](Block<T> dx) {
       layer_.wide.pull(dz, h, rows, dx);
       if (!call_.performer()) return;
       const double s = input_factor(call_);  // of |y|^2 / 2
