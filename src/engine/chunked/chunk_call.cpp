@@ -9,14 +9,13 @@ namespace heed::chunked {
 namespace {
 
 template <class T>
-CallKind kind_of(const Problem<T>& problem) {
+CallKind kind_of(const Problem<T>& problem, bool with_states) {
   const Policy<T>& policy = problem.policy;
-  const auto needs_t = [](const RowMap<T>* map) {
-    return map != nullptr && !map->keeps_bfloat16();
-  };
+  const auto needs_t = [](const RowMap<T>* map) { return map && !map->keeps_bfloat16(); };
   const bool mapped = needs_t(policy.maps.q) || needs_t(policy.maps.k) || policy.sums;
-  return {problem.q.dtype(), problem.k.size(2), mapped, problem.causal,
-          std::min(policy.features, problem.v.size(3))};
+  const int64_t score_width = policy.polynomial ? problem.q.size(3) : policy.features;
+  return {problem.q.dtype(), problem.k.size(2), mapped,      problem.causal,
+          policy.features,   problem.v.size(3), score_width, with_states};
 }
 
 template <class T>
@@ -30,10 +29,11 @@ const kernels::TileKernels<T>& product_kernels(const Path& path) {
 }  // namespace
 
 template <class T>
-ChunkCall<T>::ChunkCall(const Problem<T>& problem, const RunOptions& run, bool decay_tables)
+ChunkCall<T>::ChunkCall(const Problem<T>& problem, const RunOptions& run, bool with_states,
+                        bool decay_tables)
     : problem_(problem),
       run_(run),
-      path_(choose_path(kind_of(problem), run)),
+      path_(choose_path(kind_of(problem, with_states), run)),
       wide_(kernels::tile_kernels<T>(path_.isa)),
       products_(product_kernels<T>(path_)),
       rows_(kernels::chunk_kernels<T>(path_.isa)),

@@ -20,6 +20,11 @@ class Denominators : public ChunkCall<T> {
     ReadOut* ends = nullptr;     // per query
     T* row = nullptr;
   };
+  /// Whether the state that a chunk reads is zero.
+  bool nothing_before(const Chunk& chunk) const {
+    return this->problem_.causal && chunk.begin == 0 && !this->problem_.initial.defined();
+  }
+
   Memory denominator_memory(Cutter& cut) const {
     const Policy<T>& policy = this->problem_.policy;
     const int64_t rows = this->tile_rows_, width = this->padded_features_;

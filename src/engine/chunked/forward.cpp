@@ -13,7 +13,9 @@ class Forward : public Denominators<T>, public Sweep<T> {
 
  public:
   Forward(const Problem<T>& problem, const Tensor& out, const State& last, const RunOptions& run)
-      : Denominators<T>(problem, run), out_(out), last_(last) {
+      : Denominators<T>(problem, run, problem.initial.defined() || last.defined()),
+        out_(out),
+        last_(last) {
     Cutter cut;
     this->memory(cut);
     memory_bytes_ = cut.used();
@@ -30,8 +32,7 @@ class Forward : public Denominators<T>, public Sweep<T> {
     shape.rows_unit = this->rows_unit();
     shape.memory = memory_bytes_;
     shape.running = this->problem_.causal;
-    shape.last_wanted =
-        last_.sums.defined() || last_.keys.defined() || last_.values.defined() || !shape.running;
+    shape.last_wanted = last_.defined() || !shape.running;
     shape.threads = threads_for(this->run_, shape.lanes * std::max(shape.chunks, shape.uses));
     shape.results = {&out_};
     Schedule<T>(shape, *this).run();
@@ -166,8 +167,11 @@ class Forward : public Denominators<T>, public Sweep<T> {
     if (k.map != nullptr) this->features(k, 0, this->features_, m.key_rows);
     const auto left = this->left(this->operand(q, m.query_rows, m.query_rounded),
                                  this->queries_ - chunk.query, m.query_rows, m.query);
-    this->accumulate(left, chunk.queries, this->state_values(state.sums, this->features_, m.state),
-                     this->features_, this->value_dim_, nullptr, this->ones(), m.out, *m.ahead);
+    if (!this->nothing_before(chunk)) {
+      this->accumulate(left, chunk.queries,
+                       this->state_values(state.sums, this->features_, m.state), this->features_,
+                       this->value_dim_, nullptr, this->ones(), m.out, *m.ahead);
+    }
     if (this->problem_.policy.key_sum) {
       this->running_denominators(b, h, chunk, state, m.query_rows, m.key_rows, m.sums);
     }
@@ -187,7 +191,8 @@ class Forward : public Denominators<T>, public Sweep<T> {
     const auto& polynomial = *this->problem_.policy.polynomial;
     const Source<T> q = this->queries(b, h, chunk), k = this->keys(b, h, chunk);
     std::fill_n(m.sums.denominators, this->tile_rows_, T{0});
-    for (int64_t first = 0; first < this->features_; first += this->tile_) {
+    for (int64_t first = 0; first < this->features_ && !this->nothing_before(chunk);
+         first += this->tile_) {
       const int64_t count = std::min(this->tile_, this->features_ - first);
       const Block x{m.query_rows.data, round_up(count, this->products_.dim_multiple)};
       this->features(q, first, count, x);

@@ -21,7 +21,7 @@ class KeyGradients : public ChunkCall<T>, public Sweep<T> {
   KeyGradients(const Problem<T>& problem, const Tensor& out, const State& last,
                const Gradients& gradients, const RowStatistics<T>& statistics,
                const RunOptions& run)
-      : Call(problem, run),
+      : Call(problem, run, has_states(problem, last, gradients)),
         out_(out),
         last_(last),
         gradients_(gradients),
@@ -35,7 +35,6 @@ class KeyGradients : public ChunkCall<T>, public Sweep<T> {
   void run() {
     if (this->heads_ == 0) return zero_all();
     const bool causal = this->problem_.causal;
-    const State& initial = gradients_.initial;
     SweepShape shape;
     shape.lanes = this->lanes();
     shape.lanes_per_group = this->group_;
@@ -47,8 +46,7 @@ class KeyGradients : public ChunkCall<T>, public Sweep<T> {
     shape.memory = memory_bytes_;
     shape.running = causal;
     shape.reverse = causal;
-    shape.last_wanted =
-        !causal || initial.sums.defined() || initial.keys.defined() || initial.values.defined();
+    shape.last_wanted = !causal || gradients_.initial.defined();
     shape.threads = threads_for(this->run_, shape.lanes * std::max(shape.chunks, shape.uses));
     shape.results = {&gradients_.k, &gradients_.v};
     Schedule<T>(shape, *this).run();
@@ -321,15 +319,22 @@ class KeyGradients : public ChunkCall<T>, public Sweep<T> {
     this->rows_.read(y, transposed, count, 0, transposed.stride, with_keys, m.more_features, {});
   }
 
+  // Whether the gradient of the state behind a chunk is zero.
+  bool nothing_behind(const Chunk& chunk) const {
+    return this->problem_.causal && chunk.begin + chunk.tokens >= this->tokens_ && !last_.defined();
+  }
+
   void value_part(int64_t b, int64_t h, const Chunk& chunk, const Operands& operands,
                   const StateView<T>& state, const Memory& m) const {
     const Rows gradient = gradient_of(b, h, chunk);
     for (int64_t r = 0; r < chunk.keys; ++r) {
       std::fill_n(m.values.row(r), this->padded_values_, T{0});
     }
-    this->accumulate(operands.key, chunk.keys,
-                     this->state_values(state.sums, this->features_, m.as_values), this->features_,
-                     this->value_dim_, nullptr, this->ones(), m.values, *m.ahead);
+    if (!nothing_behind(chunk)) {
+      this->accumulate(
+          operands.key, chunk.keys, this->state_values(state.sums, this->features_, m.as_values),
+          this->features_, this->value_dim_, nullptr, this->ones(), m.values, *m.ahead);
+    }
     if (chunk.queries > 0) {
       const Source<T> q = this->queries(b, h, chunk);
       if (q.map != nullptr) this->features(q, 0, this->features_, m.query_rows);
@@ -356,9 +361,14 @@ class KeyGradients : public ChunkCall<T>, public Sweep<T> {
   void key_part(int64_t b, int64_t h, const Chunk& chunk, const Operands& operands,
                 const StateView<T>& state, const Memory& m) const {
     const Source<T> q = this->queries(b, h, chunk);
-    this->scores(operands.value, chunk.keys,
-                 this->state_keys(state.sums, this->features_, m.as_keys), this->features_,
-                 this->value_dim_, nullptr, m.features, *m.ahead);
+    if (nothing_behind(chunk)) {
+      const int64_t written = round_up(this->features_, this->products_.dim_multiple);
+      for (int64_t r = 0; r < chunk.keys; ++r) std::fill_n(m.features.row(r), written, T{0});
+    } else {
+      this->scores(operands.value, chunk.keys,
+                   this->state_keys(state.sums, this->features_, m.as_keys), this->features_,
+                   this->value_dim_, nullptr, m.features, *m.ahead);
+    }
     if (chunk.queries > 0) {
       this->panels(gradient_of(b, h, chunk), m.gradient_panels);
       this->scores(operands.value, chunk.keys, m.gradient_panels, chunk.queries, this->value_dim_,
@@ -384,7 +394,8 @@ class KeyGradients : public ChunkCall<T>, public Sweep<T> {
   void use_polynomial(int64_t b, int64_t h, const Chunk& chunk, const Operands& operands,
                       const StateView<T>& state, Block key_sum, const Memory& m) const {
     std::fill_n(m.values.data, this->tile_rows_ * m.values.stride, T{0});
-    for (int64_t first = 0; first < this->features_; first += this->tile_) {
+    for (int64_t first = 0; first < this->features_ && !nothing_behind(chunk);
+         first += this->tile_) {
       state_tile(chunk.keys, first, operands, state, key_sum, m);
     }
     if (chunk.queries == 0) return;

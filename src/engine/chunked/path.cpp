@@ -1,5 +1,9 @@
 #include "engine/chunked/path.h"
 
+#include <algorithm>
+
+#include "base/round_up.h"
+
 namespace heed::chunked {
 
 namespace {
@@ -19,12 +23,25 @@ std::string no_half_operands(const CallKind& call) {
 // Tokens of a chunk: products inside it, which only causal calls have, grow with its length; what is done
 // once a chunk with the state shrinks, and is dearer beside fast products. Multiples of the products' row
 // blocks.
-int64_t chunk_tokens(const Candidate& candidate, const CallKind& call) {
-  const bool wide_state = call.state_width >= 96;
-  if (!candidate.half_operands) return !call.causal && call.state_width >= 64 ? 96 : 48;
+int64_t tokens_of_many(const Candidate& candidate, const CallKind& call) {
+  const int64_t state_width = std::min(call.features, call.value_dim);
+  const bool wide_state = state_width >= 96;
+  if (!candidate.half_operands) return !call.causal && state_width >= 64 ? 96 : 48;
   if (!call.causal) return 192;
   if (candidate.isa == Isa::amx) return wide_state ? 192 : 128;
   return wide_state ? 96 : 64;
+}
+
+int64_t chunk_tokens(const Candidate& candidate, const CallKind& call) {
+  const int64_t many = tokens_of_many(candidate, call);
+  // The first chunk reads no state and the last one adds to none, so in short sequences products of all
+  // rows are fewer than those with states: half the length for each row against a sum and a read.
+  const int64_t own = call.tokens * (call.score_width + call.value_dim) / 2;
+  const int64_t state = 2 * call.features * call.value_dim;
+  if (!call.causal || call.with_states || own >= state) return many;
+  constexpr int64_t kMostTokens = 480;  // whose scores stay in the second-level cache
+  const int64_t even = ceil_div(call.tokens, ceil_div(call.tokens, kMostTokens));
+  return std::max(many, round_up(even, 48));
 }
 
 }  // namespace

@@ -15,7 +15,9 @@ struct CallKind {
   int64_t tokens = 0;   // keys of a sequence
   bool mapped = false;  // rows become features of T on the way: products are in T
   bool causal = true;
-  int64_t state_width = 64;  // the smaller of F and Dv
+  int64_t features = 64, value_dim = 64;
+  int64_t score_width = 64;  // of what scores inside a chunk multiply: F, or D of a polynomial
+  bool with_states = false;  // states are given, or wanted
 };
 
 struct Path {

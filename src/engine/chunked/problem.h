@@ -108,6 +108,7 @@ struct Policy {
 /// strides. Undefined: zero where it is read, not wanted where it is written.
 struct State {
   Tensor sums = {}, keys = {}, values = {};
+  bool defined() const { return sums.defined() || keys.defined() || values.defined(); }
 };
 
 /// A checked call: q [B,H,Lq,D], k [B,Hkv,Lk,D], v [B,Hkv,Lk,Dv]; query head h reads head h/(H/Hkv).

@@ -210,8 +210,14 @@ class QueryGradients : public SlopeStates<T>, public Sweep<T> {
     if (policy.read_out || this->slopes_) this->features(q, 0, this->features_, m.query_rows);
     const auto gradient = this->left(gradient_of(b, h, chunk), this->queries_ - chunk.query,
                                      m.gradient_rows, m.gradient);
-    this->scores(gradient, chunk.queries, this->state_keys(view.sums, this->features_, m.state),
-                 this->features_, this->value_dim_, nullptr, m.features, *m.ahead);
+    if (this->nothing_before(chunk)) {
+      for (int64_t r = 0; r < chunk.queries; ++r) {
+        std::fill_n(m.features.row(r), written_features(), T{0});
+      }
+    } else {
+      this->scores(gradient, chunk.queries, this->state_keys(view.sums, this->features_, m.state),
+                   this->features_, this->value_dim_, nullptr, m.features, *m.ahead);
+    }
     if (chunk.keys > 0) value_scores(b, h, chunk, gradient, m.weights.scores, m);
     if (this->slopes_) this->slope_part(lane, index) = slopes_of(b, h, chunk, gradient, state, m);
     if (chunk.keys > 0) {
@@ -372,7 +378,8 @@ class QueryGradients : public SlopeStates<T>, public Sweep<T> {
     for (const Block& block : {m.rows, m.more_rows}) {
       std::fill_n(block.data, this->tile_rows_ * block.stride, T{0});
     }
-    for (int64_t first = 0; first < this->features_; first += this->tile_) {
+    for (int64_t first = 0; first < this->features_ && !this->nothing_before(chunk);
+         first += this->tile_) {
       state_tile(q, chunk.queries, first, gradient.data, state, m);
     }
     const Block raw{m.query_rows.data, this->padded_width_};
