@@ -14,8 +14,9 @@ CallKind kind_of(const Problem<T>& problem, bool with_states) {
   const auto needs_t = [](const RowMap<T>* map) { return map && !map->keeps_bfloat16(); };
   const bool mapped = needs_t(policy.maps.q) || needs_t(policy.maps.k) || policy.sums;
   const int64_t score_width = policy.polynomial ? problem.q.size(3) : policy.features;
-  return {problem.q.dtype(), problem.k.size(2), mapped,      problem.causal,
-          policy.features,   problem.v.size(3), score_width, with_states};
+  return {problem.q.dtype(), problem.k.size(2), mapped,
+          problem.causal,    policy.features,   problem.v.size(3),
+          score_width,       with_states,       problem.q.size(0) * problem.q.size(1)};
 }
 
 template <class T>
