@@ -150,6 +150,12 @@ def test_checks_of_large_cases_are_small(name):
         ["linear", "--q", "1,2,200,16"],
         ["relu_linear", "--q", "1,2,64,16"],
         ["magnitude_aware_linear", "--q", "1,2,200,16", "--options", "causal=1"],
+        ["relative", "--q", "1,2,64,16"],
+        ["recurrent_softmax", "--q", "1,2,64,16"],
+        ["taylor_state", "--q", "1,2,64,8"],
+        ["kernelized_rpe", "--q", "1,2,64,16"],
+        ["feature_map", "--q", "1,2,64,16"],
+        ["attention_distillation_loss", "--q", "1,2,64,16"],
     ],
 )
 def test_pytorch_beside_heed(arguments):

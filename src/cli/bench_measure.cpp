@@ -72,7 +72,7 @@ Calls backward_calls(BenchRow& row, const Call& call, const std::optional<Peer>&
   const BackwardCall backward = prepare_backward(*row.mechanism, call.in, call.options, call.run);
   row.operations *= 2;  // each product has two gradients
   row.bytes = bytes_of(call.in) + bytes_of(given) + bytes_of(backward(given));
-  if (peer) peer->prepare_backward(given.at("out"));  // all that PyTorch composes have one
+  if (peer) peer->prepare_backward(given.at(composed_result(*row.mechanism)));
   return {[backward, given, gradients] { backward(given); },
           peer ? peer->backward : std::function<void()>()};
 }

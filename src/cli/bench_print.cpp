@@ -1,6 +1,9 @@
 // heed bench: the table, the JSON and the roofline of measured rows.
 #include <fmt/format.h>
 
+#include <set>
+#include <utility>
+
 #include "base/parallel.h"
 #include "cli/bench.h"
 #include "cli/peers.h"
@@ -79,11 +82,11 @@ std::vector<std::string> cells_of(const BenchRow& row, bool versus) {
   return cells;
 }
 
-/// What stands for PyTorch, once for each mechanism.
+/// What stands for PyTorch: each composition of a mechanism once.
 void print_peers(const std::vector<BenchRow>& rows) {
-  std::map<std::string, std::string> titles;
+  std::set<std::pair<std::string, std::string>> titles;
   for (const BenchRow& row : rows) {
-    if (!row.peer.empty()) titles[row.mechanism->name] = row.peer_title;
+    if (!row.peer.empty()) titles.emplace(row.mechanism->name, row.peer_title);
   }
   if (titles.empty()) return;
   fmt::print("\nPyTorch computes\n");

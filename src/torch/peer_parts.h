@@ -29,6 +29,10 @@ std::optional<Composition> local_family(std::string_view mechanism, const Tensor
                                         const Spec& options);
 std::optional<Composition> linear_family(std::string_view mechanism, const Tensors& in,
                                          const Spec& options);
+std::optional<Composition> feature_family(std::string_view mechanism, const Tensors& in,
+                                          const Spec& options);
+std::optional<Composition> pairs_family(std::string_view mechanism, const Tensors& in,
+                                        const Spec& options);
 
 /// Whether all inputs and options are among these.
 bool knows(const Tensors& in, const std::vector<std::string>& inputs, const Spec& options,
@@ -36,5 +40,16 @@ bool knows(const Tensors& in, const std::vector<std::string>& inputs, const Spec
 
 /// Keys or values [B,Hkv,L,D] for each of `heads` query heads.
 at::Tensor for_heads(const at::Tensor& kv, int64_t heads);
+
+/// [...,D] with a column of ones: sums of it are those of weights.
+at::Tensor with_ones(const at::Tensor& x);
+
+/// sum over s <= t of exp(-slopes[h] (t - s)) (q_t . k_s) v_s; no decay where slopes is undefined.
+at::Tensor causal_sums(const at::Tensor& q, const at::Tensor& k, const at::Tensor& v,
+                       const at::Tensor& slopes);
+
+/// [...,Lq,Lq+Lk-1] by distance, Lq - 1 being that of the last query to the first key after it, as
+/// [...,Lq,Lk]: element (p, m) is that of distance m + Lq - 1 - p.
+at::Tensor by_key(const at::Tensor& by_distance, int64_t keys);
 
 }  // namespace heed::peers

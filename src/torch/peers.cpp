@@ -2,6 +2,7 @@
 
 #include <ATen/Parallel.h>
 #include <ATen/ops/from_blob.h>
+#include <ATen/ops/zeros_like.h>
 #include <c10/core/InferenceMode.h>
 #include <torch/csrc/autograd/autograd.h>
 
@@ -97,10 +98,12 @@ class Run {
   Array gradient(const std::string& input) const {
     const auto found = std::find(names_.begin(), names_.end(), input);
     const auto at = static_cast<size_t>(found - names_.begin());
-    if (at >= gradients_.size() || !gradients_[at].defined()) {
+    if (at >= gradients_.size()) {
       throw Error("Peer::gradient: there is none of '" + input + "'");
     }
-    return unwrap(gradients_[at]);
+    const at::Tensor& gradient =
+        gradients_[at];  // undefined where the result does not depend on it
+    return unwrap(gradient.defined() ? gradient : at::zeros_like(leaves_[at]));
   }
 
  private:
@@ -120,7 +123,8 @@ std::optional<Peer> make_peer(std::string_view mechanism, const NamedTensors& in
   peers::Tensors tensors;
   for (const auto& [name, tensor] : in) tensors.emplace(name, wrap(tensor));
   std::optional<peers::Composition> composition;
-  for (const auto family : {peers::softmax_family, peers::local_family, peers::linear_family}) {
+  for (const auto family : {peers::softmax_family, peers::local_family, peers::linear_family,
+                            peers::feature_family, peers::pairs_family}) {
     composition = family(mechanism, tensors, options);
     if (composition) break;
   }

@@ -25,15 +25,23 @@ struct Peer {
   std::function<Array(const std::string& input)> gradient;  // a copy, in the input's type
 };
 
+/// The result of a mechanism that a composition makes: "out", or the only one.
+inline const std::string& composed_result(const Mechanism& mechanism) {
+  const auto out = mechanism.outputs.find("out");
+  return (out == mechanism.outputs.end() ? mechanism.outputs.begin() : out)->first;
+}
+
 /// What PyTorch offers for this call; none where it has no composition for the mechanism, one of
 /// the inputs or one of the options. Every run sets PyTorch's thread count. Known:
 ///   scaled_dot_product_attention     flash_attention (causal, scale), decode_attention of equally long
 ///                                    sequences, affine_scaled_, head_gated_attention (causal, scale)
 ///   the same on slices of keys       na1d, na2d, na3d, stochastic_attention (all options)
-///   products of all pairs            sigmoid_attention (causal, scale, bias), parallax_attention
+///   products of all pairs            sigmoid_attention (causal, scale, bias), parallax_, relative_,
+///                                    recurrent_softmax_, taylor_state_, kernelized_rpe_attention (one axis),
+///                                    attention_distillation_loss
 ///   chunks of tokens with a state    lightning_, linear_, magnitude_aware_linear_attention without state
 ///   sums over the keys               relu_linear_attention, the above where they are not causal
-///   others                           merge_attention, depthwise_causal_conv
+///   others                           merge_attention, depthwise_causal_conv, feature_map
 std::optional<Peer> make_peer(std::string_view mechanism, const NamedTensors& in,
                               const Spec& options, const RunOptions& run = {});
 

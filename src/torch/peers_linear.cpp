@@ -32,42 +32,10 @@ Tensor chunked(const Tensor& x) {
   return at::constant_pad_nd(x, {0, 0, 0, padding}).unflatten(2, {-1, kChunk});
 }
 
-/// sum over s <= t of exp(-slopes[h] (t - s)) (q_t . k_s) v_s; no decay where slopes is undefined.
-Tensor causal_sums(const Tensor& q, const Tensor& k, const Tensor& v, const Tensor& slopes) {
-  const int64_t tokens = q.size(2);
-  const Tensor qc = chunked(q), kc = chunked(for_heads(k, q.size(1))),
-               vc = chunked(for_heads(v, q.size(1)));
-  const Tensor place = at::arange(kChunk, q.options());
-  Tensor scores = at::matmul(qc, kc.transpose(-1, -2)), states_q = qc, states_k = kc, decay;
-  if (slopes.defined()) {
-    const Tensor slope = slopes.to(q.scalar_type()).view({-1, 1, 1, 1});
-    const Tensor apart = (place.view({-1, 1}) - place).clamp_min(0);
-    scores = scores * (-slope * apart).exp();
-    states_q = qc * (-slope * (place + 1).view({-1, 1})).exp();
-    states_k = kc * (-slope * (kChunk - 1 - place).view({-1, 1})).exp();
-    decay = (-slope.squeeze(-1) * static_cast<double>(kChunk)).exp();
-  }
-  const Tensor inside = at::matmul(scores.tril(), vc);
-  const std::vector<Tensor> sums = at::matmul(states_k.transpose(-1, -2), vc).unbind(2);
-  std::vector<Tensor> before = {at::zeros_like(sums[0])};
-  for (size_t t = 0; t + 1 < sums.size(); ++t) {
-    before.push_back((decay.defined() ? before[t] * decay : before[t]) + sums[t]);
-  }
-  const Tensor out = inside + at::matmul(states_q, at::stack(before, 2));
-  return out.flatten(2, 3).narrow(2, 0, tokens);
-}
-
 /// The sums of all keys, or of those up to the query.
 Tensor sums(bool causal, const Tensor& q, const Tensor& k, const Tensor& v) {
   if (causal) return causal_sums(q, k, v, {});
   return at::matmul(q, for_heads(at::matmul(k.transpose(-1, -2), v), q.size(1)));
-}
-
-/// Values with a column of ones: their sums are then the denominators.
-Tensor with_ones(const Tensor& v) {
-  std::vector<int64_t> shape = v.sizes().vec();
-  shape.back() = 1;
-  return at::cat({v, at::ones(shape, v.options())}, -1);
 }
 
 Composition linear(const Spec& options) {
@@ -151,6 +119,36 @@ Composition relu_linear(const Spec& options) {
 }
 
 }  // namespace
+
+Tensor causal_sums(const Tensor& q, const Tensor& k, const Tensor& v, const Tensor& slopes) {
+  const int64_t tokens = q.size(2);
+  const Tensor qc = chunked(q), kc = chunked(for_heads(k, q.size(1))),
+               vc = chunked(for_heads(v, q.size(1)));
+  const Tensor place = at::arange(kChunk, q.options());
+  Tensor scores = at::matmul(qc, kc.transpose(-1, -2)), states_q = qc, states_k = kc, decay;
+  if (slopes.defined()) {
+    const Tensor slope = slopes.to(q.scalar_type()).view({-1, 1, 1, 1});
+    const Tensor apart = (place.view({-1, 1}) - place).clamp_min(0);
+    scores = scores * (-slope * apart).exp();
+    states_q = qc * (-slope * (place + 1).view({-1, 1})).exp();
+    states_k = kc * (-slope * (kChunk - 1 - place).view({-1, 1})).exp();
+    decay = (-slope.squeeze(-1) * static_cast<double>(kChunk)).exp();
+  }
+  const Tensor inside = at::matmul(scores.tril(), vc);
+  const std::vector<Tensor> sums = at::matmul(states_k.transpose(-1, -2), vc).unbind(2);
+  std::vector<Tensor> before = {at::zeros_like(sums[0])};
+  for (size_t t = 0; t + 1 < sums.size(); ++t) {
+    before.push_back((decay.defined() ? before[t] * decay : before[t]) + sums[t]);
+  }
+  const Tensor out = inside + at::matmul(states_q, at::stack(before, 2));
+  return out.flatten(2, 3).narrow(2, 0, tokens);
+}
+
+Tensor with_ones(const Tensor& x) {
+  std::vector<int64_t> shape = x.sizes().vec();
+  shape.back() = 1;
+  return at::cat({x, at::ones(shape, x.options())}, -1);
+}
 
 std::optional<Composition> linear_family(std::string_view mechanism, const Tensors& in,
                                          const Spec& options) {

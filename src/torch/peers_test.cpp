@@ -34,15 +34,16 @@ void expect_same(const std::string& name, const ExampleCase& example) {
   ASSERT_TRUE(peer) << what;
   const NamedArrays results = mechanism.forward(in, options, {});
   peer->compute();
-  expect_close(peer->result(), results.at("out"), what);
+  const std::string& first = composed_result(mechanism);
+  const Array& out = results.at(first);
+  expect_close(peer->result(), out, what);
   if (!mechanism.backward) return;
-  const Array& out = results.at("out");
-  const ExampleCase like{.name = "", .inputs = {{"out", out.shape()}}, .options = ""};
+  const ExampleCase like{.name = "", .inputs = {{first, out.shape()}}, .options = ""};
   const NamedArrays out_gradients = make_inputs(Mechanism{}, like, DType::f64, 6);
   NamedTensors given = views(out_gradients);
   for (const auto& [result, array] : results) given.emplace(result, Tensor());
   const NamedArrays want = mechanism.backward(in, given, options, {});
-  peer->prepare_backward(out_gradients.at("out"));
+  peer->prepare_backward(out_gradients.at(first));
   peer->backward();
   for (const auto& [input, gradient] : want) {
     // heed leaves out what a gate of 0 multiplies, and gives that gate the gradient 0.
@@ -77,15 +78,16 @@ TEST_P(Peers, ComputesWhatHeedComputes) {
   }
 }
 
-INSTANTIATE_TEST_SUITE_P(Mechanisms, Peers,
-                         testing::Values("flash_attention", "decode_attention", "merge_attention",
-                                         "sigmoid_attention", "parallax_attention",
-                                         "affine_scaled_attention", "head_gated_attention", "na1d",
-                                         "na2d", "na3d", "stochastic_attention",
-                                         "lightning_attention", "linear_attention",
-                                         "magnitude_aware_linear_attention",
-                                         "relu_linear_attention", "depthwise_causal_conv"),
-                         [](const auto& point) { return std::string(point.param); });
+INSTANTIATE_TEST_SUITE_P(
+    Mechanisms, Peers,
+    testing::Values("flash_attention", "decode_attention", "merge_attention", "sigmoid_attention",
+                    "parallax_attention", "affine_scaled_attention", "head_gated_attention", "na1d",
+                    "na2d", "na3d", "stochastic_attention", "lightning_attention",
+                    "linear_attention", "magnitude_aware_linear_attention", "relu_linear_attention",
+                    "depthwise_causal_conv", "feature_map", "kernelized_rpe_attention",
+                    "relative_attention", "recurrent_softmax_attention", "taylor_state_attention",
+                    "attention_distillation_loss"),
+    [](const auto& point) { return std::string(point.param); });
 
 NamedArrays small_inputs() {
   const ExampleCase example{
