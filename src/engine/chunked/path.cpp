@@ -42,8 +42,8 @@ int64_t chunk_tokens(const Candidate& candidate, const CallKind& call) {
   const int64_t state = 2 * call.features * call.value_dim;
   if (!call.causal || call.with_states || own >= state) return many;
   constexpr int64_t kMostTokens = 480;  // whose scores stay in the second-level cache
-  const int64_t even = ceil_div(call.tokens, ceil_div(call.tokens, kMostTokens));
-  return std::max(many, round_up(even, 48));
+  const int64_t chunks = std::max<int64_t>(1, ceil_div(call.tokens, kMostTokens));
+  return std::max(many, round_up(ceil_div(call.tokens, chunks), 48));
 }
 
 }  // namespace
