@@ -9,14 +9,13 @@ namespace heed::chunked {
 namespace {
 
 template <class T>
-CallKind kind_of(const Problem<T>& problem, bool with_states) {
+CallKind kind_of(const Problem<T>& problem) {
   const Policy<T>& policy = problem.policy;
   const auto needs_t = [](const RowMap<T>* map) { return map && !map->keeps_bfloat16(); };
   const bool mapped = needs_t(policy.maps.q) || needs_t(policy.maps.k) || policy.sums;
   const int64_t score_width = policy.polynomial ? problem.q.size(3) : policy.features;
-  return {problem.q.dtype(), problem.k.size(2), mapped,
-          problem.causal,    policy.features,   problem.v.size(3),
-          score_width,       with_states,       problem.q.size(0) * problem.q.size(1)};
+  return {problem.q.dtype(), problem.k.size(2), mapped,      problem.causal,
+          policy.features,   problem.v.size(3), score_width, problem.initial.defined()};
 }
 
 template <class T>
@@ -30,11 +29,10 @@ const kernels::TileKernels<T>& product_kernels(const Path& path) {
 }  // namespace
 
 template <class T>
-ChunkCall<T>::ChunkCall(const Problem<T>& problem, const RunOptions& run, bool with_states,
-                        bool decay_tables)
+ChunkCall<T>::ChunkCall(const Problem<T>& problem, const RunOptions& run, bool decay_tables)
     : problem_(problem),
       run_(run),
-      path_(choose_path(kind_of(problem, with_states), run)),
+      path_(choose_path(kind_of(problem), run)),
       wide_(kernels::tile_kernels<T>(path_.isa)),
       products_(product_kernels<T>(path_)),
       rows_(kernels::chunk_kernels<T>(path_.isa)),

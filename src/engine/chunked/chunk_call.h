@@ -67,10 +67,8 @@ class ChunkCall {
  protected:
   using Block = kernels::Block<T>;
 
-  /// `with_states`: some are given or wanted. Without `decay_tables` only decay() knows of slopes: tables
-  /// cost more than a token's step.
-  ChunkCall(const Problem<T>& problem, const RunOptions& run, bool with_states,
-            bool decay_tables = true);
+  /// Without `decay_tables` only decay() knows of slopes: tables cost more than a token's step.
+  ChunkCall(const Problem<T>& problem, const RunOptions& run, bool decay_tables = true);
 
   /// What a chunk adds to a state: sums += sum_r factor_r x_r^T y_r, keys += key_factor_r psi_r,
   /// values += value_factor_r y_r. Null factors are 1.

@@ -13,9 +13,7 @@ class Forward : public Denominators<T>, public Sweep<T> {
 
  public:
   Forward(const Problem<T>& problem, const Tensor& out, const State& last, const RunOptions& run)
-      : Denominators<T>(problem, run, problem.initial.defined() || last.defined()),
-        out_(out),
-        last_(last) {
+      : Denominators<T>(problem, run), out_(out), last_(last) {
     Cutter cut;
     this->memory(cut);
     memory_bytes_ = cut.used();

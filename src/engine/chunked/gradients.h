@@ -13,12 +13,6 @@ struct RowStatistics {
   std::vector<T> num_scale, denominator, sum_scale;
 };
 
-/// Whether sweeps of a backward begin or end with states, or gradients of them, of the call.
-template <class T>
-bool has_states(const Problem<T>& problem, const State& last, const Gradients& gradients) {
-  return problem.initial.defined() || last.defined() || gradients.initial.defined();
-}
-
 template <class T>
 void query_gradients(const Problem<T>& problem, const Tensor& out, const State& last,
                      const Gradients& gradients, RowStatistics<T>& statistics,

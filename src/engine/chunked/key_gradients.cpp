@@ -21,7 +21,7 @@ class KeyGradients : public ChunkCall<T>, public Sweep<T> {
   KeyGradients(const Problem<T>& problem, const Tensor& out, const State& last,
                const Gradients& gradients, const RowStatistics<T>& statistics,
                const RunOptions& run)
-      : Call(problem, run, has_states(problem, last, gradients)),
+      : Call(problem, run),
         out_(out),
         last_(last),
         gradients_(gradients),

@@ -35,12 +35,12 @@ int64_t tokens_of_many(const Candidate& candidate, const CallKind& call) {
 int64_t chunk_tokens(const Candidate& candidate, const CallKind& call) {
   const int64_t many = tokens_of_many(candidate, call);
   // The first chunk reads no state and the last one adds to none, so in short sequences products of all
-  // rows are fewer than those with states: half the length for each row against a sum and a read. Few
-  // heads lose by it what threads could do beside each other.
-  const int64_t few = call.lanes < 4 ? 2 : 1;
-  const int64_t own = few * call.tokens * (call.score_width + call.value_dim) / 2;
+  // rows are fewer than those with states: half the length for each row against a sum and a read. A
+  // quarter is left for calls that want the last state, on which results must not depend, nor on others
+  // in the batch.
+  const int64_t own = call.tokens * (call.score_width + call.value_dim) / 2;
   const int64_t state = 2 * call.features * call.value_dim;
-  if (!call.causal || call.with_states || own >= state) return many;
+  if (!call.causal || call.starts_with_state || 4 * own >= 3 * state) return many;
   constexpr int64_t kMostTokens = 480;  // whose scores stay in the second-level cache
   const int64_t chunks = std::max<int64_t>(1, ceil_div(call.tokens, kMostTokens));
   return std::max(many, round_up(ceil_div(call.tokens, chunks), 48));

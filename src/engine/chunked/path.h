@@ -17,8 +17,7 @@ struct CallKind {
   bool causal = true;
   int64_t features = 64, value_dim = 64;
   int64_t score_width = 64;  // of what scores inside a chunk multiply: F, or D of a polynomial
-  bool with_states = false;  // states are given, or wanted
-  int64_t lanes = 1;         // sequences times heads
+  bool starts_with_state = false;  // given by the caller
 };
 
 struct Path {

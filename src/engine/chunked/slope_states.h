@@ -18,7 +18,7 @@ class SlopeStates : public Denominators<T> {
   /// `last`: the gradient of the last state.
   SlopeStates(const Problem<T>& problem, const State& last, const Gradients& gradients,
               const RunOptions& run)
-      : Denominators<T>(problem, run, has_states(problem, last, gradients)),
+      : Denominators<T>(problem, run),
         slopes_(gradients.slopes != nullptr && !problem.policy.slopes.empty()),
         last_(last),
         gradients_(gradients.slopes) {}

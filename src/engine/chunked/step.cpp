@@ -17,7 +17,7 @@ class Step : public ChunkCall<T> {
 
  public:
   Step(const Problem<T>& problem, const Tensor& out, const State& last, const RunOptions& run)
-      : Call(problem, run, true, false), out_(out), last_(last) {}
+      : Call(problem, run, false), out_(out), last_(last) {}
 
   void run() {
     const int64_t lanes = this->lanes();
