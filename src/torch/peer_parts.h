@@ -41,6 +41,12 @@ bool knows(const Tensors& in, const std::vector<std::string>& inputs, const Spec
 /// Keys or values [B,Hkv,L,D] for each of `heads` query heads.
 at::Tensor for_heads(const at::Tensor& kv, int64_t heads);
 
+/// The option, or 1 / sqrt(D).
+double scale_of(const Tensors& in, const Spec& options);
+
+/// [...,1 + D + D^2]: products with those of another row are 1 + s + s^2 / 2, s the product of the rows.
+at::Tensor taylor_features(const at::Tensor& y);
+
 /// [...,D] with a column of ones: sums of it are those of weights.
 at::Tensor with_ones(const at::Tensor& x);
 

@@ -7,6 +7,7 @@
 #include <torch/csrc/autograd/autograd.h>
 
 #include <algorithm>
+#include <cmath>
 #include <memory>
 
 #include "base/parallel.h"
@@ -34,6 +35,10 @@ bool knows(const Tensors& in, const std::vector<std::string>& inputs, const Spec
 at::Tensor for_heads(const at::Tensor& kv, int64_t heads) {
   const int64_t group = kv.size(1) == 0 ? 1 : heads / kv.size(1);
   return group == 1 ? kv : kv.repeat_interleave(group, 1);
+}
+
+double scale_of(const Tensors& in, const Spec& options) {
+  return options.number("scale").value_or(1 / std::sqrt(static_cast<double>(in.at("q").size(3))));
 }
 
 }  // namespace peers

@@ -41,11 +41,8 @@ Tensor features_of(FeatureKind kind, const Tensor& z, double floor) {
       return halves((z - z.amax(-1, true)).exp(), (z.amin(-1, true) - z).exp()).clamp_min(floor);
     case FeatureKind::hedgehog_joint:
       return at::softmax(halves(2 * z, -2 * z), -1).clamp_min(floor);
-    default: {  // taylor2
-      const Tensor y = z / fourth_root(z.size(3));
-      const Tensor pairs = (y.unsqueeze(-1) * y.unsqueeze(-2)).flatten(-2) * std::sqrt(0.5);
-      return at::cat({at::ones_like(y.narrow(3, 0, 1)), y, pairs}, -1);
-    }
+    default:  // taylor2
+      return taylor_features(z / fourth_root(z.size(3)));
   }
 }
 
@@ -100,6 +97,11 @@ Composition kernelized_rpe(const Spec& options) {
 }
 
 }  // namespace
+
+Tensor taylor_features(const Tensor& y) {
+  const Tensor pairs = (y.unsqueeze(-1) * y.unsqueeze(-2)).flatten(-2) * std::sqrt(0.5);
+  return at::cat({at::ones_like(y.narrow(-1, 0, 1)), y, pairs}, -1);
+}
 
 std::optional<Composition> feature_family(std::string_view mechanism, const Tensors& in,
                                           const Spec& options) {

@@ -73,8 +73,7 @@ Composition magnitude_aware(const Tensors& in, const Spec& options) {
   const std::string form = options.text("form").value_or("code");
   const bool paper = form == "paper", consistent = form == "consistent";
   const Tensor& q = in.at("q");
-  const double scale =
-      options.number("scale").value_or(1 / std::sqrt(static_cast<double>(q.size(3))));
+  const double scale = scale_of(in, options);
   const double eps = options.number("eps").value_or(1e-6);
   std::optional<std::pair<Tensor, Tensor>> turns;
   if (options.has("width")) turns = grid_turns(q.size(2), q.size(3), options, q.options());

@@ -20,10 +20,6 @@ using at::Tensor;
 
 constexpr double kNothing = -std::numeric_limits<double>::infinity();
 
-double scale_of(const Tensors& in, const Spec& options) {
-  return options.number("scale").value_or(1 / std::sqrt(static_cast<double>(in.at("q").size(3))));
-}
-
 /// Where a causal query sees no key, [Lq, Lk], aligned to the end of the keys; none where all are seen.
 std::optional<Tensor> hidden(const Tensors& in, bool causal) {
   if (!causal) return std::nullopt;
@@ -37,7 +33,7 @@ Tensor masked(const Tensor& x, const std::optional<Tensor>& hidden, double value
 
 Tensor scores(const Tensors& t, double scale) {
   const Tensor& q = t.at("q");
-  return at::matmul(q, for_heads(t.at("k"), q.size(1)).transpose(-1, -2)) * scale;
+  return at::matmul(q, for_heads(t.at("k"), q.size(1)).transpose(-1, -2)).mul_(scale);
 }
 
 Composition relative(const Tensors& in, const Spec& options) {
@@ -57,9 +53,9 @@ Composition relative(const Tensors& in, const Spec& options) {
                 at::matmul(q, table("rel_key").transpose(-1, -2)) + table("rel_bias").unsqueeze(1),
                 {0, queries + keys - 1 - there});
             const Tensor content = q + t.at("content_bias").to(type).unsqueeze(1);
-            const Tensor s = (at::matmul(content, for_heads(k, heads).transpose(-1, -2)) +
-                              by_key(by_distance, keys)) *
-                             scale;
+            const Tensor s = at::matmul(content, for_heads(k, heads).transpose(-1, -2))
+                                 .add_(by_key(by_distance, keys))
+                                 .mul_(scale);
             return at::matmul(at::softmax(masked(s, unseen, kNothing), -1),
                               for_heads(t.at("v"), heads));
           }};
@@ -118,15 +114,11 @@ Composition taylor_state(const Tensors& in, const Spec& options) {
   if (order == 2 && tokens == in.at("k").size(2) && tokens > 2 * features) {
     return {
         "chunks of products of features", [=](const Tensors& t) {
-          const auto map = [&](const Tensor& x, double factor) {
-            const Tensor y = x * factor;
-            const Tensor pairs = (y.unsqueeze(-1) * y.unsqueeze(-2)).flatten(-2) * std::sqrt(0.5);
-            return with_ones(at::cat({y, pairs}, -1));
-          };
           // Both sides take the root; the sign stays with the queries.
           const double root = std::sqrt(std::abs(scale));
           const Tensor q = scale < 0 ? -t.at("q") : t.at("q");
-          return divided(causal_sums(map(q, root), map(t.at("k"), root), with_ones(t.at("v")), {}));
+          return divided(causal_sums(taylor_features(q * root), taylor_features(t.at("k") * root),
+                                     with_ones(t.at("v")), {}));
         }};
   }
   const std::optional<Tensor> unseen = hidden(in, true);

@@ -241,6 +241,11 @@ class ChunkCall {
               const KeyRange* ranges, Block s, ReadAhead& ahead) const;
   void accumulate(const Left& left, int64_t count, const void* values, int64_t keys, int64_t width,
                   const KeyRange* ranges, const T* carry, Block o, ReadAhead& ahead) const;
+  /// Columns of gradients by feature that score products write at least.
+  int64_t written_features() const { return round_up(features_, products_.dim_multiple); }
+  static void zero_rows(Block x, int64_t rows, int64_t width) {
+    for (int64_t r = 0; r < rows; ++r) std::fill_n(x.row(r), width, T{0});
+  }
   /// Rows of a result where they lie if products can write them there, else `scratch`.
   Block in_place(const Tensor& to, int64_t b, int64_t h, int64_t first, int64_t count,
                  Block scratch) const;

@@ -327,9 +327,7 @@ class KeyGradients : public ChunkCall<T>, public Sweep<T> {
   void value_part(int64_t b, int64_t h, const Chunk& chunk, const Operands& operands,
                   const StateView<T>& state, const Memory& m) const {
     const Rows gradient = gradient_of(b, h, chunk);
-    for (int64_t r = 0; r < chunk.keys; ++r) {
-      std::fill_n(m.values.row(r), this->padded_values_, T{0});
-    }
+    this->zero_rows(m.values, chunk.keys, this->padded_values_);
     if (!nothing_behind(chunk)) {
       this->accumulate(
           operands.key, chunk.keys, this->state_values(state.sums, this->features_, m.as_values),
@@ -362,8 +360,7 @@ class KeyGradients : public ChunkCall<T>, public Sweep<T> {
                 const StateView<T>& state, const Memory& m) const {
     const Source<T> q = this->queries(b, h, chunk);
     if (nothing_behind(chunk)) {
-      const int64_t written = round_up(this->features_, this->products_.dim_multiple);
-      for (int64_t r = 0; r < chunk.keys; ++r) std::fill_n(m.features.row(r), written, T{0});
+      this->zero_rows(m.features, chunk.keys, this->written_features());
     } else {
       this->scores(operands.value, chunk.keys,
                    this->state_keys(state.sums, this->features_, m.as_keys), this->features_,

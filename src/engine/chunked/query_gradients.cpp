@@ -121,10 +121,6 @@ class QueryGradients : public SlopeStates<T>, public Sweep<T> {
            (!policy.value_sum || total.values.defined());
   }
 
-  // Columns that score products write at least.
-  int64_t written_features() const {
-    return round_up(this->features_, this->products_.dim_multiple);
-  }
   void complete(T* state) const override { this->transpose_totals(state); }
 
   void load(int64_t lane, T* state) const override {
@@ -211,9 +207,7 @@ class QueryGradients : public SlopeStates<T>, public Sweep<T> {
     const auto gradient = this->left(gradient_of(b, h, chunk), this->queries_ - chunk.query,
                                      m.gradient_rows, m.gradient);
     if (this->nothing_before(chunk)) {
-      for (int64_t r = 0; r < chunk.queries; ++r) {
-        std::fill_n(m.features.row(r), written_features(), T{0});
-      }
+      this->zero_rows(m.features, chunk.queries, this->written_features());
     } else {
       this->scores(gradient, chunk.queries, this->state_keys(view.sums, this->features_, m.state),
                    this->features_, this->value_dim_, nullptr, m.features, *m.ahead);
@@ -263,12 +257,13 @@ class QueryGradients : public SlopeStates<T>, public Sweep<T> {
     }
     std::fill_n(m.dots, rows, T{0});
     std::fill_n(m.sum_dots, rows, T{0});
-    this->rows_.row_dots(x, {m.features.data, m.features.stride}, rows, written_features(), m.dots);
+    this->rows_.row_dots(x, {m.features.data, m.features.stride}, rows, this->written_features(),
+                         m.dots);
     if (this->problem_.policy.value_sum) {
       this->rows_.row_dots(g, {state.values, 0}, rows, this->padded_values_, m.sum_dots);
     }
     row_scales(lane, chunk, m, m.dots, m.sum_dots);
-    this->rows_.scale_rows(m.features, rows, written_features(), m.dots);
+    this->rows_.scale_rows(m.features, rows, this->written_features(), m.dots);
     add_denominators(chunk, {}, state, m);
     return pulled(q, m);
   }
@@ -280,8 +275,8 @@ class QueryGradients : public SlopeStates<T>, public Sweep<T> {
     const auto state_part = [&](Block gradients, bool distance) {
       std::fill_n(m.dots, chunk.queries, T{0});
       this->rows_.row_dots({m.query_rows.data, m.query_rows.stride},
-                           {gradients.data, gradients.stride}, chunk.queries, written_features(),
-                           m.dots);
+                           {gradients.data, gradients.stride}, chunk.queries,
+                           this->written_features(), m.dots);
       double sum = 0;
       for (int64_t r = 0; r < chunk.queries; ++r) {
         const int64_t steps = chunk.shift + r + 1;
@@ -338,8 +333,8 @@ class QueryGradients : public SlopeStates<T>, public Sweep<T> {
     std::fill_n(m.dots, chunk.queries, T{0});
     std::fill_n(m.sum_dots, chunk.queries, T{0});
     this->rows_.row_dots({m.query_rows.data, m.query_rows.stride},
-                         {m.features.data, m.features.stride}, chunk.queries, written_features(),
-                         m.dots);
+                         {m.features.data, m.features.stride}, chunk.queries,
+                         this->written_features(), m.dots);
     if (this->problem_.policy.value_sum) {
       this->rows_.pack_rows(this->values(b, h, chunk), nullptr, m.value_rows);
       this->rows_.pack_rows(gradient_of(b, h, chunk), nullptr, m.gradient_rows);

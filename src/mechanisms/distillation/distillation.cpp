@@ -130,7 +130,7 @@ class Distillation {
   double loss() {
     const int64_t items = call_.batch * call_.heads * query_tiles();
     std::vector<double> sums(static_cast<size_t>(items));
-    parallel(items, 0, [&](int64_t item, Tile& tile) {
+    parallel(items, [&](int64_t item, Tile& tile) {
       const int64_t head = item / query_tiles(), t = item % query_tiles();
       sums[static_cast<size_t>(item)] = weigh(rows_at(head, t), tile);
     });
@@ -148,10 +148,10 @@ class Distillation {
     const int64_t tiles = group(call_.fk) * query_tiles(), parts = parts_of(heads, tiles);
     const int64_t head_sums = call_.keys * feature_stride_;
     std::vector<T> kept(static_cast<size_t>(parts > 1 ? heads * parts * head_sums : 0));
-    parallel(heads * parts, parts > 1 ? 0 : call_.keys, [&](int64_t item, Tile& tile) {
+    parallel(heads * parts, [&](int64_t item, Tile& tile) {
       const int64_t head = item / parts, part = item % parts;
+      if (parts == 1) tile.key_sums.assign(static_cast<size_t>(head_sums), T{0});
       T* sums = parts > 1 ? kept.data() + item * head_sums : tile.key_sums.data();
-      std::fill_n(sums, head_sums, T{0});
       const int64_t end = share_begin(tiles, part + 1, parts);
       for (int64_t t = share_begin(tiles, part, parts); t < end; ++t) {
         const QueryRows at = rows_at(head * group(call_.fk) + t / query_tiles(), t % query_tiles());
@@ -179,19 +179,17 @@ class Distillation {
     int64_t b, h, begin, count;
   };
 
-  // Scratch of one thread: scores of the teacher, products of the student, factors of the rows, sums of
-  // gradients.
+  // Scratch of one thread: scores of the teacher, products of the student, factors of the rows, and, sized
+  // by those who need them, sums of gradients.
   struct Tile {
     RowProducts<T> products;
     std::vector<T> scores, features, query_sums, key_sums;
     std::vector<EntropyFactors<T>> factors;
     Block<T> s, r;
-    Tile(const Distillation& owner, int64_t key_rows)
+    explicit Tile(const Distillation& owner)
         : products(owner.kernels_, owner.tile_),
           scores(static_cast<size_t>(owner.tile_ * owner.strip_stride_)),
           features(scores.size()),
-          query_sums(static_cast<size_t>(owner.tile_ * owner.feature_stride_)),
-          key_sums(static_cast<size_t>(key_rows * owner.feature_stride_)),
           factors(static_cast<size_t>(owner.tile_)),
           s{scores.data(), owner.strip_stride_},
           r{features.data(), owner.strip_stride_} {}
@@ -221,9 +219,9 @@ class Distillation {
 
   // Runs body(item, tile) with one tile of scratch for every thread.
   template <class Body>
-  void parallel(int64_t items, int64_t key_rows, const Body& body) {
+  void parallel(int64_t items, const Body& body) {
     std::vector<std::unique_ptr<Tile>> tiles;
-    const auto make = [&] { return std::make_unique<Tile>(*this, key_rows); };
+    const auto make = [this] { return std::make_unique<Tile>(*this); };
     parallel_for_with(tiles, items, threads_for(run_, items), make, body);
   }
 
@@ -287,8 +285,8 @@ class Distillation {
 
   // After weigh: the gradient of the rows' features, and their share of those of the keys.
   void gradient(const QueryRows& at, T weight, Tile& tile, Block<T> key_sums, const Tensor& to) {
+    tile.query_sums.assign(static_cast<size_t>(tile_ * feature_stride_), T{0});
     const Block<T> sums{tile.query_sums.data(), feature_stride_};
-    std::fill(tile.query_sums.begin(), tile.query_sums.end(), T{0});
     for_strips(at, tile, false, [&](int64_t first, int64_t last) {
       for (int64_t row = 0; row < at.count; ++row) {
         const int64_t n = seen(at.begin + row, first, last);

@@ -157,7 +157,7 @@ class Tile {
     in.z = {z.data, z.stride};
     if (layer_.half) {
       if constexpr (std::is_same_v<T, float>) {
-        for (int64_t r = 0; r < rows; ++r) std::fill_n(z.row(r), z.stride, T{0});
+        std::fill_n(z.data, rows * z.stride, T{0});
         layer_.half.apply(from, h, z, half);
       }
     } else {
