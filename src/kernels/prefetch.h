@@ -81,10 +81,14 @@ class ReadAhead {
   /// Cache lines not asked for so far.
   int64_t lines() const { return lines_; }
   void ask(int64_t lines) {
-    for (lines = std::min(lines, lines_); lines > 0; --lines, --lines_) {
+    lines = std::min(lines, lines_);
+    lines_ -= lines;
+    while (lines > 0) {
       Lines& x = list_[static_cast<size_t>(at_)];
-      prefetch_far(x.data, done_);
-      done_ += kLine;
+      const int64_t here = std::min(lines, (x.row_bytes - done_ + kLine - 1) / kLine);
+      for (int64_t i = 0; i < here; ++i) prefetch_far(x.data, done_ + i * kLine);
+      lines -= here;
+      done_ += here * kLine;
       if (done_ < x.row_bytes) continue;
       done_ = 0;
       if (--x.rows == 0) {

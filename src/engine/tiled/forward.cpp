@@ -6,8 +6,9 @@
 //   out = O / sum
 //
 // Key tiles start at multiples of the tile size whatever the item, and every row's sums run in key
-// order, so results do not depend on how rows are dealt out to threads. Few queries with many keys are
-// cut along the keys instead, into parts of fixed size, merged in order.
+// order, so results do not depend on how rows are dealt out to threads. Where rows see few keys, the
+// loops are the other way round (sliding.cpp). Few queries with many keys are cut along the keys
+// instead, into parts of fixed size, merged in order.
 #include "engine/tiled/forward.h"
 
 #include <limits>
@@ -99,12 +100,11 @@ template <class T>
 std::vector<QueryTile> Forward<T>::query_tiles(const Item& item) const {
   std::vector<QueryTile> tiles;
   int64_t slot = 0;
-  for (int64_t g = 0; g < group_; ++g) {
-    const int64_t head = item.kv_head * group_ + g;
-    const int64_t step = path_.few_rows ? item.row_end - item.row_begin : path_.query_tile;
-    for (int64_t begin = item.row_begin; begin < item.row_end; begin += step) {
-      const int64_t end = std::min(begin + step, item.row_end);
-      tiles.push_back({head, begin, end, slot});
+  const int64_t step = path_.few_rows ? item.row_end - item.row_begin : path_.query_tile;
+  for (int64_t begin = item.row_begin; begin < item.row_end; begin += step) {
+    const int64_t end = std::min(begin + step, item.row_end);
+    for (int64_t g = 0; g < group_; ++g) {
+      tiles.push_back({item.kv_head * group_ + g, begin, end, slot});
       slot += path_.few_rows ? end - begin : tile_rows_;
     }
   }
@@ -148,8 +148,8 @@ size_t Forward<T>::scratch_bytes(const std::vector<QueryTile>& tiles) const {
   if (path_.few_rows) {
     bytes += static_cast<int64_t>(sizeof(T)) * l.out_rows * (padded_values_ + 2);
   } else {
-    bytes +=
-        products_.key_bytes(tile_keys_, head_dim_) + products_.value_bytes(tile_keys_, value_dim_);
+    bytes += products_.key_bytes(packed_keys(), head_dim_) +
+             products_.value_bytes(packed_keys(), value_dim_);
   }
   if (path_.half_operands) bytes += 2 * block;
   return static_cast<size_t>(bytes) + 20 * 64;
@@ -177,22 +177,28 @@ typename Forward<T>::Memory Forward<T>::cut(Scratch& scratch, const Item& item,
   if (path_.few_rows) {
     m.kept = {scratch.take<T>(l.out_rows * (padded_values_ + 2)), padded_values_ + 2};
   } else {
-    m.keys = scratch.take<std::byte>(products_.key_bytes(tile_keys_, head_dim_));
-    m.values = scratch.take<std::byte>(products_.value_bytes(tile_keys_, value_dim_));
+    m.keys = scratch.take<std::byte>(products_.key_bytes(packed_keys(), head_dim_));
+    m.values = scratch.take<std::byte>(products_.value_bytes(packed_keys(), value_dim_));
   }
   const bool padding = item.row_end % path_.query_tile != 0 || tile_rows_ > path_.query_tile;
   if (padding || path_.few_rows) {  // it stays finite
     std::memset(m.queries, 0, static_cast<size_t>(query_bytes(tiles)));
   }
+  return m;
+}
+
+// Rows that have seen no key so far.
+template <class T>
+void Forward<T>::start_rows(const Item& item, const std::vector<QueryTile>& tiles,
+                            const Memory& m) const {
+  const Layout l = layout(tiles);
   std::fill_n(m.pivot, l.out_rows, -std::numeric_limits<T>::infinity());
   std::fill_n(m.sum, l.out_rows, T{0});
   std::fill_n(m.carry, l.out_rows, T{1});
   std::fill_n(m.out.data, l.out_rows * padded_values_, T{0});
-  if (!problem_.policy.sink.empty()) {
-    if (second_) std::fill_n(m.pivot + m.second, l.rows, T{0});  // a sink's t is 0 and stays so
-    if (item.first_part) place_sinks(tiles, m);
-  }
-  return m;
+  if (problem_.policy.sink.empty()) return;
+  if (second_) std::fill_n(m.pivot + m.second, l.rows, T{0});  // a sink's t is 0 and stays so
+  if (item.first_part) place_sinks(tiles, m);
 }
 
 // A sink is a key that every row has seen already, with a value of zero.
@@ -228,10 +234,12 @@ void Forward<T>::pack_item(const Item& item, const std::vector<QueryTile>& tiles
 
 template <class T>
 void Forward<T>::run_item(const Item& item) const {
+  if (path_.sliding) return run_sliding(item);
   const std::vector<QueryTile> tiles = query_tiles(item);
   const Sequence& s = sequence(item.sequence);
   Scratch scratch(scratch_bytes(tiles));
   const Memory m = cut(scratch, item, tiles);
+  start_rows(item, tiles, m);
   pack_item(item, tiles, m);
   if (!item.keys.empty()) {
     const int64_t first = item.keys.begin / tile_keys_ * tile_keys_;
@@ -279,18 +287,29 @@ void Forward<T>::run_key_tile(const Item& item, const std::vector<QueryTile>& ti
       }
       packed = true;
     }
-    products_.scores(packed_queries(tiles, 0, t, m), at.rows, m.keys, at.keys, head_dim_,
-                     seen.ranges, m.scores);
-    next.ask(share);
-    this->shape_scores(at, seen, m.scores, {});
-    const std::vector<SeenElement> special = seen_elements(finite.rows, at, seen, m.scores);
-    weigh_and_add(at, seen, tile, packed_queries(tiles, streams_ - 1, t, m), special.empty(), m);
-    for (const SeenElement& e : special) {
-      add_row(v, e.key, m.scores.row(e.row)[e.key], m.out.row(tile.slot + e.row), 1);
-      if (second_) {
-        add_row(v, e.key, m.second_scores.row(e.row)[e.key],
-                m.out.row(m.second + tile.slot + e.row), 1);
-      }
+    add_tile(tile, at, seen,
+             {packed_queries(tiles, 0, t, m), packed_queries(tiles, streams_ - 1, t, m), m.keys,
+              m.values, finite.rows},
+             next, share, m);
+  }
+}
+
+template <class T>
+void Forward<T>::add_tile(const QueryTile& tile, const TileAt& at, const Seen& seen,
+                          const PackedTile& packed, kernels::ReadAhead& next, int64_t share,
+                          const Memory& m) const {
+  products_.scores(packed.queries, at.rows, packed.keys, at.keys, head_dim_, seen.ranges, m.scores);
+  next.ask(share);
+  this->shape_scores(at, seen, m.scores, {});
+  const std::vector<SeenElement> special = seen_elements(packed.infinite, at, seen, m.scores);
+  weigh_and_add(at, seen, tile, packed, special.empty(), m);
+  if (special.empty()) return;
+  const Rows v = rows_of(sequence(at.sequence).v, at.head / group_, at.key, at.key + at.keys);
+  for (const SeenElement& e : special) {
+    add_row(v, e.key, m.scores.row(e.row)[e.key], m.out.row(tile.slot + e.row), 1);
+    if (second_) {
+      add_row(v, e.key, m.second_scores.row(e.row)[e.key], m.out.row(m.second + tile.slot + e.row),
+              1);
     }
   }
 }
@@ -316,7 +335,7 @@ std::vector<SeenElement> Forward<T>::seen_elements(const std::vector<int64_t>& k
 // of the product at once, those of the second stream over the scores.
 template <class T>
 void Forward<T>::weigh_and_add(const TileAt& at, const Seen& seen, const QueryTile& tile,
-                               const void* second_queries, bool direct, const Memory& m) const {
+                               const PackedTile& packed, bool direct, const Memory& m) const {
   const auto kind = static_cast<int>(problem_.policy.weight);
   const RowState<T> state = state_of(tile, m);
   const bool half = path_.half_operands && direct && problem_.policy.dropout == 0;
@@ -330,7 +349,7 @@ void Forward<T>::weigh_and_add(const TileAt& at, const Seen& seen, const QueryTi
     drop_out(problem_.policy, sequence(at.sequence).batch, at, m.scores);
   }
   if (second_) {
-    products_.scores(second_queries, at.rows, m.keys, at.keys, head_dim_, seen.ranges,
+    products_.scores(packed.second_queries, at.rows, packed.keys, at.keys, head_dim_, seen.ranges,
                      m.second_scores);
     kernels.second_weights(weights, stride, m.second_scores, at.rows, at.keys, seen.ranges,
                            state.carry, m.pivot + m.second + tile.slot,
@@ -342,7 +361,7 @@ void Forward<T>::weigh_and_add(const TileAt& at, const Seen& seen, const QueryTi
                               stride);
       from = m.weights;
     }
-    products_.accumulate(from, stride, at.rows, m.values, at.keys, value_dim_, seen.ranges,
+    products_.accumulate(from, stride, at.rows, packed.values, at.keys, value_dim_, seen.ranges,
                          state.carry, {m.out.row(slot), m.out.stride});
   };
   accumulate(weights, tile.slot);

@@ -1,5 +1,5 @@
-// The forward pass as a class, in two files: forward.cpp (tiles of packed operands) and few_rows.cpp
-// (few query rows against many keys).
+// The forward pass as a class, in three files: forward.cpp (tiles of packed operands), sliding.cpp (rows
+// that see few of the keys) and few_rows.cpp (few query rows against many keys).
 #pragma once
 #include <vector>
 
@@ -70,6 +70,12 @@ class Forward : private TileCall<T> {
     KeyRange* ranges;
   };
 
+  /// Operands of one tile.
+  struct PackedTile {
+    const void *queries, *second_queries, *keys, *values;
+    std::vector<int64_t> infinite;  // keys whose values are not finite, and packed as zeros
+  };
+
   void plan_items();
   void plan_parts(int64_t s);
   std::vector<QueryTile> query_tiles(const Item& item) const;
@@ -78,16 +84,20 @@ class Forward : private TileCall<T> {
   Layout layout(const std::vector<QueryTile>& tiles) const;
   size_t scratch_bytes(const std::vector<QueryTile>& tiles) const;
   Memory cut(Scratch& scratch, const Item& item, const std::vector<QueryTile>& tiles) const;
+  void start_rows(const Item& item, const std::vector<QueryTile>& tiles, const Memory& m) const;
   void place_sinks(const std::vector<QueryTile>& tiles, const Memory& m) const;
   void pack_item(const Item& item, const std::vector<QueryTile>& tiles, const Memory& m) const;
   void run_item(const Item& item) const;
   /// `next`: operands of the key tile that follows.
   void run_key_tile(const Item& item, const std::vector<QueryTile>& tiles, Interval keys,
                     kernels::ReadAhead next, const Memory& m) const;
+  /// Adds keys to the rows of a tile. `next`: rows that are read later, `share` lines of them now.
+  void add_tile(const QueryTile& tile, const TileAt& at, const Seen& seen, const PackedTile& packed,
+                kernels::ReadAhead& next, int64_t share, const Memory& m) const;
   std::vector<SeenElement> seen_elements(const std::vector<int64_t>& keys, const TileAt& at,
                                          const Seen& seen, Block s) const;
   void weigh_and_add(const TileAt& at, const Seen& seen, const QueryTile& tile,
-                     const void* second_queries, bool direct, const Memory& m) const;
+                     const PackedTile& packed, bool direct, const Memory& m) const;
   void finish(int64_t s, const QueryTile& tile, const Memory& m) const;
   void combine_streams(int64_t s, const QueryTile& tile, int64_t r, const Memory& m) const;
 
@@ -96,12 +106,20 @@ class Forward : private TileCall<T> {
     const auto index = stream * static_cast<int64_t>(tiles.size()) + static_cast<int64_t>(tile);
     return m.queries + index * m.query_tile_bytes;
   }
+  /// Keys that there is room for in packed form.
+  int64_t packed_keys() const { return path_.sliding ? tile_keys_ + kSlideKeys : tile_keys_; }
   RowState<T> state_of(const QueryTile& tile, const Memory& m) const {
     return {m.pivot + tile.slot, m.sum + tile.slot, m.carry + tile.slot};
   }
   TileAt tile_at(const Item& item, const QueryTile& tile, Interval keys) const {
     return {item.sequence, tile.head, tile.begin, tile.rows(), keys.begin, keys.end - keys.begin};
   }
+
+  // sliding.cpp
+  class PackedKeys;
+  void run_sliding(const Item& item) const;
+  Interval sight(const Item& item, const QueryTile& tile) const;
+  kernels::ReadAhead rows_ahead(const Item& item, const QueryTile& next, int64_t packed_end) const;
 
   // few_rows.cpp
   void run_few_rows(const Item& item, const std::vector<QueryTile>& tiles, Interval keys,
@@ -118,6 +136,7 @@ class Forward : private TileCall<T> {
   const int64_t streams_, padded_dim_, padded_values_, tile_rows_, tile_keys_;
   std::vector<Item> items_;
   int64_t parts_ = 0, most_rows_ = 0;
+  static constexpr int64_t kSlideKeys = 256;  // packed before those left behind are dropped
   // [parts, rows, (pivot, sum, shift and sum of the second stream)], [parts, streams x rows, value dim]
   static constexpr int64_t kPartSums = 4;
   Array part_sums_, part_out_;

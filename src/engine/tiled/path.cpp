@@ -11,6 +11,10 @@ namespace {
 // Up to this many query rows per key head, reading keys and values once matters more than products.
 constexpr int64_t kFewRows = 16;
 
+// Up to this many keys a query tile meets all that it sees at once: score blocks of its rows stay in the
+// second-level cache beside the keys.
+constexpr int64_t kMostSight = 640;
+
 // Up to this many queries there are too few tiles of rows to keep many cores busy.
 constexpr int64_t kFewQueries = 128;
 
@@ -47,6 +51,24 @@ TileSizes tile_sizes(const Path& path, bool backward, const Sequence& sequence, 
   const int64_t key_bytes =
       (sequence.q.size(2) + sequence.v.size(2)) * static_cast<int64_t>(element);
   return {48, std::clamp<int64_t>(budget / key_bytes / 64 * 64, 64, most)};
+}
+
+// The longest key tile that holds all keys which a query tile sees; more than `most` may be any of them.
+int64_t longest_sight(const Problem& problem, int64_t query_tile, int64_t most) {
+  int64_t longest = 0;
+  for (const Sequence& s : problem.sequences) {
+    const int64_t queries = s.plan.queries();
+    for (int64_t end = queries; end > 0 && longest <= most;) {
+      const int64_t begin = (end - 1) / query_tile * query_tile;
+      const Interval seen = s.plan.rows(begin, end);
+      if (!seen.empty()) {
+        longest =
+            std::max(longest, round_up(seen.end, kKeyStep) - seen.begin / kKeyStep * kKeyStep);
+      }
+      end = begin;
+    }
+  }
+  return longest;
 }
 
 // Why bfloat16 products are not for a call.
@@ -109,6 +131,11 @@ Path choose_path(const Problem& problem, const RunOptions& run, bool backward) {
                     : problem.query_tile > 0 ? problem.query_tile
                                              : std::min(sizes.query_tile, round_up(queries, 8));
   path.part_keys = part_keys(call, problem, queries, keys);
+  if (!backward && !path.few_rows && path.part_keys == 0 && problem.key_tile == 0) {
+    const int64_t sight = longest_sight(problem, path.query_tile, kMostSight);
+    path.sliding = sight <= kMostSight;
+    if (path.sliding) path.key_tile = std::max(sight, kKeyStep);
+  }
   path.group_rows =
       path.few_rows ? call.rows_per_key_head : rows_per_item(problem, path.query_tile, run);
   return path;

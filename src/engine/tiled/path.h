@@ -16,11 +16,15 @@ struct CallKind {
   bool scattered = false;  // rows lie at offsets of their own
 };
 
+/// Where key tiles that slide along begin: whole panels of every instruction set.
+inline constexpr int64_t kKeyStep = 64;
+
 /// The path a call takes: kernels and tile sizes.
 struct Path {
   Isa isa = Isa::portable;
   bool half_operands = false;  // bfloat16 products
   bool few_rows = false;       // products straight from unpacked keys and values
+  bool sliding = false;        // a query tile meets all keys that it sees at once, as one key tile
   int64_t query_tile = 0, key_tile = 0;
   int64_t group_rows = 0;  // query rows of a head that share one packed key tile
   int64_t part_keys = 0;   // where a call is cut along the keys: keys of a part; 0: along its rows
