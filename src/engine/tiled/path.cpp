@@ -11,9 +11,9 @@ namespace {
 // Up to this many query rows per key head, reading keys and values once matters more than products.
 constexpr int64_t kFewRows = 16;
 
-// Up to this many keys a query tile meets all that it sees at once: score blocks of its rows stay in the
-// second-level cache beside the keys.
-constexpr int64_t kMostSight = 640;
+// Up to this many keys a query tile meets all that it sees at once: the score block of its rows stays in
+// the second-level cache beside the keys. The tile unit's is larger, and made faster than it is read.
+constexpr int64_t kMostSight = 640, kMostSightOfTileUnit = 384;
 
 // Up to this many queries there are too few tiles of rows to keep many cores busy.
 constexpr int64_t kFewQueries = 128;
@@ -132,8 +132,9 @@ Path choose_path(const Problem& problem, const RunOptions& run, bool backward) {
                                              : std::min(sizes.query_tile, round_up(queries, 8));
   path.part_keys = part_keys(call, problem, queries, keys);
   if (!backward && !path.few_rows && path.part_keys == 0 && problem.key_tile == 0) {
-    const int64_t sight = longest_sight(problem, path.query_tile, kMostSight);
-    path.sliding = sight <= kMostSight;
+    const int64_t most = path.isa == Isa::amx ? kMostSightOfTileUnit : kMostSight;
+    const int64_t sight = longest_sight(problem, path.query_tile, most);
+    path.sliding = sight <= most;
     if (path.sliding) path.key_tile = std::max(sight, kKeyStep);
   }
   path.group_rows =
