@@ -34,6 +34,10 @@ int64_t tokens_of_many(const Candidate& candidate, const CallKind& call) {
 
 int64_t chunk_tokens(const Candidate& candidate, const CallKind& call) {
   const int64_t many = tokens_of_many(candidate, call);
+  if (!call.causal) {
+    const int64_t rows = candidate.isa == Isa::amx ? 32 : 12, most = many + many / 4;
+    return std::min(most / rows * rows, round_up(ceil_div(call.tokens, ceil_div(call.tokens, most)), rows));
+  }
   // The first chunk reads no state and the last one adds to none, so in short sequences products of all
   // rows are fewer than those with states: half the length for each row against a sum and a read. A
   // quarter is left for calls that want the last state, on which results must not depend, nor on others
