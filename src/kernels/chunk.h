@@ -85,12 +85,11 @@ struct ChunkKernels {
   void (*run_add)(Block<const T> x, const T* x_factor, TokenRange x_tokens, Block<T> y,
                   const T* y_factor, TokenRange y_tokens, int64_t width, bool reverse,
                   T* sum) = nullptr;
-  /// dots[r] += a_r . b_r, and a row of b for all when its stride is 0.
-  void (*row_dots)(Block<const T> a, Block<const T> b, int64_t rows, int64_t width,
-                   T* dots) = nullptr;
-  /// sum = sum_r factor[r] x_r; a null factor is 1.
-  void (*sum_rows)(Block<const T> x, const T* factor, int64_t rows, int64_t width,
-                   T* sum) = nullptr;
+  /// dots[r] += a_r . b_r, and a row of b for all when its stride is 0. Rows of a as they lie, those of b
+  /// readable in whole vectors.
+  void (*row_dots)(const Rows& a, Block<const T> b, T* dots) = nullptr;
+  /// sum = sum_r factor[r] x_r in whole vectors, of rows as they lie; a null factor is 1.
+  void (*sum_rows)(const Rows& x, const T* factor, T* sum) = nullptr;
   /// x_r *= factor[r].
   void (*scale_rows)(Block<T> x, int64_t rows, int64_t width, const T* factor) = nullptr;
   /// y += factor x

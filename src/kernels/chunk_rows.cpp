@@ -75,17 +75,18 @@ void pack_panels(const Rows& x, T* to) {
   });
 }
 
-// sum of x_i y_i over whole vectors
-template <class T>
-HWY_INLINE T dot(const T* x, const T* y, int64_t width) {
+// sum of x_i y_i; y is read in whole vectors
+template <class T, class From>
+HWY_INLINE T dot(const From* x, const T* y, int64_t width) {
   const Full<T> d;
   auto even = hn::Zero(d), odd = hn::Zero(d);
   int64_t i = 0;
-  for (; i + 2 * lanes<T>() <= width; i += 2 * lanes<T>()) {
-    even = hn::MulAdd(hn::LoadU(d, x + i), hn::LoadU(d, y + i), even);
-    odd = hn::MulAdd(hn::LoadU(d, x + i + lanes<T>()), hn::LoadU(d, y + i + lanes<T>()), odd);
+  for (; i + lanes<T>() < width; i += 2 * lanes<T>()) {
+    const int64_t next = i + lanes<T>();
+    even = hn::MulAdd(load_elements<T>(x + i, width - i), hn::LoadU(d, y + i), even);
+    odd = hn::MulAdd(load_elements<T>(x + next, width - next), hn::LoadU(d, y + next), odd);
   }
-  if (i < width) even = hn::MulAdd(hn::LoadU(d, x + i), hn::LoadU(d, y + i), even);
+  if (i < width) even = hn::MulAdd(load_elements<T>(x + i, width - i), hn::LoadU(d, y + i), even);
   return hn::GetLane(hn::SumOfLanes(d, hn::Add(even, odd)));
 }
 
@@ -132,19 +133,28 @@ void run_add(Block<const T> x, const T* x_factor, TokenRange x_tokens, Block<T> 
 }
 
 template <class T>
-void row_dots(Block<const T> a, Block<const T> b, int64_t rows, int64_t width, T* dots) {
-  for (int64_t r = 0; r < rows; ++r) dots[r] += dot(a.row(r), b.row(r), width);
+void row_dots(const Rows& a, Block<const T> b, T* dots) {
+  with_element_type<T>(a.dtype, [&](auto from) HWY_ATTR {
+    const auto* data = static_cast<const decltype(from)*>(a.data);
+    for (int64_t r = 0; r < a.count; ++r) {
+      dots[r] += dot(data + r * a.stride, b.row(r), a.width);
+    }
+  });
 }
 
-template <int NV, class T>
-HWY_INLINE void sum_columns(Block<const T> x, const T* factor, int64_t rows, T* sum) {
+// NV vectors of columns; `width` of them exist.
+template <int NV, class T, class From>
+HWY_INLINE void sum_columns(const From* x, int64_t stride, const T* factor, int64_t rows,
+                            int64_t width, T* sum) {
   const Full<T> d;
   hn::Vec<Full<T>> total[1][NV];
   for_block<1, NV>([&](int r, int j) HWY_ATTR { total[r][j] = hn::Zero(d); });
   for (int64_t i = 0; i < rows; ++i) {
     const auto f = hn::Set(d, factor == nullptr ? T{1} : factor[i]);
     for_block<1, NV>([&](int r, int j) HWY_ATTR {
-      total[r][j] = hn::MulAdd(f, hn::LoadU(d, x.row(i) + j * lanes<T>()), total[r][j]);
+      const int64_t column = j * lanes<T>();
+      const auto row = load_elements<T>(x + i * stride + column, width - column);
+      total[r][j] = hn::MulAdd(f, row, total[r][j]);
     });
   }
   for_block<1, NV>([&](int r, int j)
@@ -152,11 +162,16 @@ HWY_INLINE void sum_columns(Block<const T> x, const T* factor, int64_t rows, T* 
 }
 
 template <class T>
-void sum_rows(Block<const T> x, const T* factor, int64_t rows, int64_t width, T* sum) {
-  for_even_shares(width / lanes<T>(), kPanelVectors, [&](int64_t vector, int64_t count) {
-    const int64_t column = vector * lanes<T>();
-    with_vectors(count, [&](auto vectors) {
-      sum_columns<vectors, T>({x.data + column, x.stride}, factor, rows, sum + column);
+void sum_rows(const Rows& x, const T* factor, T* sum) {
+  with_element_type<T>(x.dtype, [&](auto from) HWY_ATTR {
+    const auto* data = static_cast<const decltype(from)*>(x.data);
+    const int64_t all = (x.width + lanes<T>() - 1) / lanes<T>();
+    for_even_shares(all, kPanelVectors, [&](int64_t vector, int64_t count) {
+      const int64_t column = vector * lanes<T>();
+      with_vectors(count, [&](auto vectors) {
+        sum_columns<vectors, T>(data + column, x.stride, factor, x.count, x.width - column,
+                                sum + column);
+      });
     });
   });
 }

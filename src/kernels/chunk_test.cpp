@@ -394,12 +394,13 @@ TYPED_TEST(Chunks, RowsOneByOne) {
   for_tables<T>([](const ChunkKernels<T>& k, Isa) {
     Matrix<T> a(5, 48, 48, 1), b(5, 48, 48, 2), factor(1, 16, 16, 3), scaled = a, sum = a;
     std::vector<T> dots(5, 1), same(5, 0);
-    k.row_dots(a.read(), b.read(), 5, 48, dots.data());
-    k.row_dots(a.read(), {b.memory.data(), 0}, 5, 48, same.data());
+    const Rows rows{a.memory.data(), dtype_of<T>, 48, 5, 48};
+    k.row_dots(rows, b.read(), dots.data());
+    k.row_dots(rows, {b.memory.data(), 0}, same.data());
     k.scale_rows(scaled.block(), 5, 48, factor.memory.data());
     std::vector<T> total(48, 7), weighted(48, 7);
-    k.sum_rows(a.read(), nullptr, 5, 48, total.data());
-    k.sum_rows(a.read(), factor.memory.data(), 5, 48, weighted.data());
+    k.sum_rows(rows, nullptr, total.data());
+    k.sum_rows(rows, factor.memory.data(), weighted.data());
     for (int64_t c = 0; c < 48; ++c) {
       double plain = 0, product = 0;
       for (int64_t r = 0; r < 5; ++r) {

@@ -115,12 +115,11 @@ HWY_INLINE void store_row(const T* o, int64_t width, T factor, void* out, DType 
 }
 
 template <class T>
-void finish(Block<T> o, int64_t rows, int64_t width, const T* sum, void* out, DType dtype,
+void finish(Block<T> o, int64_t rows, int64_t width, const T* factor, void* out, DType dtype,
             int64_t out_stride) {
   for (int64_t r = 0; r < rows; ++r) {
-    const T factor = sum == nullptr ? T{1} : sum[r] == 0 ? T{0} : 1 / sum[r];
     store_row<T>(
-        o.row(r), width, factor,
+        o.row(r), width, factor == nullptr ? T{1} : factor[r],
         static_cast<std::byte*>(out) + r * out_stride * static_cast<int64_t>(size_of(dtype)),
         dtype);
   }

@@ -5,7 +5,7 @@
 //   scores       S[r,m]  = sum_e Q[r,e] K[m,e]
 //   weights      P[r,m]  = softmax or sigmoid of the shaped score, with running row statistics
 //   accumulate   O[r,f]  = carry[r] O[r,f] + sum_m P[r,m] V[m,f]
-//   finish       out[r]  = O[r] / sum[r], converted; lse[r]
+//   finish       out[r]  = factor[r] O[r], converted
 //   dot_rows, add_rows                     the two products for few rows, straight from unpacked memory
 //
 // Backward, from the scores S and dP[r,m] = sum_f dO[r,f] V[m,f] (both by `scores`) of a tile:
@@ -142,9 +142,9 @@ struct TileKernels {
   void (*round_weights)(Block<const T> from, int64_t rows, int64_t key_count, void* to,
                         int64_t to_stride) = nullptr;
 
-  /// out[r] = o[r] / sum[r] (as it is when sum is null), rounded to out's type; a zero sum gives 0.
-  void (*finish)(Block<T> o, int64_t rows, int64_t width, const T* sum, void* out, DType out_dtype,
-                 int64_t out_stride) = nullptr;
+  /// out[r] = factor[r] o[r], rounded to out's type; a null factor is 1.
+  void (*finish)(Block<T> o, int64_t rows, int64_t width, const T* factor, void* out,
+                 DType out_dtype, int64_t out_stride) = nullptr;
 
   /// Backward. s holds raw scores and becomes W (softmax: 2^(t - pivot[r]), at most 1, see RoundedPivot;
   /// an infinite pivot: all 0), dp becomes dS in natural units of the shaped score: softmax

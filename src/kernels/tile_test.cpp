@@ -422,9 +422,10 @@ void check_finish(const TileKernels<T>& k) {
   for (DType type : types) {
     const int64_t rows = 5, width = 37, padded = 48, stride = 41;
     Matrix o(dtype_of<T>, rows, width, padded, 8);
-    std::vector<T> sum{2, 0, 4, T(0.5), static_cast<T>(kNaN)};
+    std::vector<T> factor{2, 0, 4, T(0.5), static_cast<T>(kNaN)};
     Array out = Array::zeros(type, {rows, stride});
-    k.finish({o.storage.as<T>(), padded}, rows, width, sum.data(), out.view().data(), type, stride);
+    k.finish({o.storage.as<T>(), padded}, rows, width, factor.data(), out.view().data(), type,
+             stride);
     Array got = convert(out, DType::f64);
     for (int64_t r = 0; r < rows; ++r) {
       for (int64_t f = 0; f < stride; ++f) {
@@ -435,7 +436,7 @@ void check_finish(const TileKernels<T>& k) {
           ASSERT_TRUE(std::isnan(x)) << k.name << " " << name_of(type);
         } else {
           Array one(DType::f64, {1});
-          *one.as<double>() = o.at(r, f) / sum[static_cast<size_t>(r)];
+          *one.as<double>() = o.at(r, f) * factor[static_cast<size_t>(r)];
           // Exactly the rounding of the type: the factors are powers of two.
           ASSERT_EQ(x, *convert(convert(one, type), DType::f64).as<double>())
               << k.name << " " << name_of(type);

@@ -2,8 +2,6 @@
 
 #include <cmath>
 
-#include "kernels/matrix.h"
-
 namespace heed::chunked {
 
 namespace {
@@ -154,7 +152,7 @@ kernels::Block<const T> ChunkCall<T>::features_after_sums(const Source<T>& sourc
 template <class T>
 Rows ChunkCall<T>::operand(const Source<T>& source, Block block, uint16_t* rounded) const {
   if (source.map == nullptr) return source.rows;
-  const Rows wide = as_rows(block, source.rows.count, features_);
+  const Rows wide = as_rows({block.data, block.stride}, source.rows.count, features_);
   return half_ ? round(wide, rounded, rounded_stride()) : wide;
 }
 
@@ -170,21 +168,6 @@ StateView<U> ChunkCall<T>::view(U* state) const {
   }
   if (problem_.policy.value_sum) v.values = next;
   return v;
-}
-
-template <class T>
-StateView<T> ChunkCall<T>::totals(T* state) const {
-  StateView<T> v = view(state);
-  if (reads_totals()) v.transposed = {state + state_size_, padded_features_};
-  return v;
-}
-
-template <class T>
-void ChunkCall<T>::transpose_totals(T* state) const {
-  const StateView<T> v = totals(state);
-  if (v.transposed.data == nullptr) return;
-  kernels::matrix_kernels<T>(path_.isa).transpose({v.sums.data, v.sums.stride}, features_,
-                                                  value_dim_, v.transposed);
 }
 
 namespace {
@@ -287,10 +270,11 @@ void ChunkCall<T>::add_half_outer(const Added& added, const Decay<T>& decay,
 }
 
 template <class T>
-void ChunkCall<T>::add_to_sum(kernels::Block<const T> x, const T* factor, int64_t count,
-                              int64_t width, const T* from, const UpdateMemory& m, T* to) const {
-  rows_.sum_rows(x, factor, count, width, from == nullptr ? to : m.row);
-  if (from != nullptr) rows_.advance(from, m.row, width, {}, to);
+void ChunkCall<T>::add_to_sum(const Rows& x, const T* factor, const T* from, const UpdateMemory& m,
+                              T* to) const {
+  rows_.sum_rows(x, factor, from == nullptr ? to : m.row);
+  if (from != nullptr)
+    rows_.advance(from, m.row, round_up(x.width, products_.dim_multiple), {}, to);
 }
 
 template <class T>
@@ -317,11 +301,9 @@ void ChunkCall<T>::update_state(const Added& added, const Decay<T>& decay,
   const auto before = [](const T* p, int64_t i) { return p == nullptr ? nullptr : p + i; };
   ReadAhead ahead = added.ahead;
   if (half_) ahead.ask(ahead.lines());
+  if (to.values != nullptr) add_to_sum(added.y, added.value_factor, from.values, m, to.values);
   kernels::Block<const T> y;
-  if (!half_ || to.values != nullptr) y = whole_rows(added.y, m.y);
-  if (to.values != nullptr) {
-    add_to_sum(y, added.value_factor, depth, padded_values_, from.values, m, to.values);
-  }
+  if (!half_) y = whole_rows(added.y, m.y);
   if (half_) add_half_outer(added, decay, from.sums, to.sums, m);
   // Below, sums of keys are written up to dim_multiple; denominators read all of their padding.
   if (to.keys != nullptr && to.keys != from.keys) std::fill_n(to.keys, padded_features_, T{0});
@@ -330,12 +312,12 @@ void ChunkCall<T>::update_state(const Added& added, const Decay<T>& decay,
     const Block block{m.x.data, round_up(count, products_.dim_multiple)};
     kernels::Block<const T> psi;
     if (to.keys != nullptr) {
-      // Features that add_half_outer made are there already: half operands have no others for sums.
-      const bool made = half_ && added.x.map != nullptr;
-      psi = made ? kernels::Block<const T>{block.data, block.stride}
-                 : whole_features(added.psi, first, count, block);
-      add_to_sum(psi, added.key_factor, depth, block.stride, before(from.keys, first), m,
-                 to.keys + first);
+      // Half operands have no other features for sums than those that add_half_outer made.
+      if (!half_) psi = whole_features(added.psi, first, count, block);
+      const Rows x = half_ && added.x.map == nullptr ? added.x.rows
+                     : half_ ? as_rows({block.data, block.stride}, depth, count)
+                             : as_rows(psi, depth, count);
+      add_to_sum(x, added.key_factor, before(from.keys, first), m, to.keys + first);
     }
     if (half_) continue;
     rows_.outer(update_rows(added, psi, first, count, block), y, depth, count, padded_values_,
@@ -428,14 +410,15 @@ template <class T>
 const void* ChunkCall<T>::state_values(Block sums, int64_t count,
                                        const StateOperandMemory& m) const {
   if (!half_) return sums.data;
-  products_.pack_values(round(as_rows(sums, count, value_dim_), m.rounded, padded_values_),
-                        m.packed);
+  products_.pack_values(
+      round(as_rows({sums.data, sums.stride}, count, value_dim_), m.rounded, padded_values_),
+      m.packed);
   return m.packed;
 }
 
 template <class T>
 const void* ChunkCall<T>::state_keys(Block sums, int64_t count, const StateOperandMemory& m) const {
-  const Rows rows = as_rows(sums, count, value_dim_);
+  const Rows rows = as_rows({sums.data, sums.stride}, count, value_dim_);
   panels(half_ ? round(rows, m.rounded, padded_values_) : rows, m.packed);
   return m.packed;
 }

@@ -48,10 +48,12 @@ class Cutter {
 /// A state in memory: a matrix with padded rows and the two row vectors.
 template <class T>
 struct StateView {
-  kernels::Block<T> sums;             // [F, padded Dv]
-  T* keys = nullptr;                  // [padded F]
-  T* values = nullptr;                // [padded Dv]
-  kernels::Block<T> transposed = {};  // [Dv, padded F], of the gradients' totals
+  kernels::Block<T> sums;  // [F, padded Dv]
+  T* keys = nullptr;       // [padded F]
+  T* values = nullptr;     // [padded Dv]
+  // Of a total: what products read in place of `sums`, where that is something else.
+  kernels::Block<T> transposed = {};              // [Dv, padded F]
+  void *as_values = nullptr, *as_keys = nullptr;  // half operands
 };
 
 /// Rows of q, k, v or a gradient with what they become.
@@ -102,12 +104,14 @@ class ChunkCall {
   }
   /// Rows see all keys, or keys all queries, and read the state in one product.
   bool reads_totals() const { return !problem_.causal && !half_ && !problem_.policy.polynomial; }
-  /// Of gradients: a state with its transpose behind it where totals are read.
-  int64_t totals_size() const {
-    return state_size_ + (reads_totals() ? value_dim_ * padded_features_ : 0);
-  }
-  StateView<T> totals(T* state) const;
-  void transpose_totals(T* state) const;
+  /// A total is a state that all rows of a call see. What products read of it lies behind it: made once,
+  /// by complete_total, for its use as the values or as the keys of products.
+  struct TotalUse {
+    bool values = false, keys = false;
+  };
+  int64_t total_size(TotalUse use) const;
+  StateView<T> total(T* state, TotalUse use) const;
+  void complete_total(T* state, TotalUse use) const;
   template <class U>  // T or const T
   StateView<U> view(U* state) const;
   /// A state from, or to, the tensors of a caller.
@@ -207,7 +211,7 @@ class ChunkCall {
     return x.dtype == (half_ ? DType::bf16 : kType) && x.width == x.stride &&
            x.width % multiple == 0;
   }
-  static Rows as_rows(Block block, int64_t count, int64_t width) {
+  static Rows as_rows(kernels::Block<const T> block, int64_t count, int64_t width) {
     return {block.data, kType, block.stride, count, width};
   }
   /// What tile kernels pack: the rows themselves, or their features, which are in `block` and, for
@@ -261,6 +265,12 @@ class ChunkCall {
   StateOperandMemory state_operand_memory(Cutter& cut, bool as_keys) const;
   const void* state_values(Block sums, int64_t count, const StateOperandMemory& m) const;
   const void* state_keys(Block sums, int64_t count, const StateOperandMemory& m) const;
+  const void* state_values(const StateView<T>& state, const StateOperandMemory& m) const {
+    return state.as_values != nullptr ? state.as_values : state_values(state.sums, features_, m);
+  }
+  const void* state_keys(const StateView<T>& state, const StateOperandMemory& m) const {
+    return state.as_keys != nullptr ? state.as_keys : state_keys(state.sums, features_, m);
+  }
 
   /// o = carry o + W Y, where row r sees ranges[r]; W are the scores, weighed with `factors` unless
   /// `weighed`. Rows of Y that are not finite reach only rows that see them.
@@ -319,8 +329,9 @@ class ChunkCall {
   void add_half_outer(const Added& added, const Decay<T>& decay, kernels::Block<const T> from,
                       Block to, const UpdateMemory& m) const;
   // to = from (null: 0) + the sum of the rows times their factors
-  void add_to_sum(kernels::Block<const T> x, const T* factor, int64_t count, int64_t width,
-                  const T* from, const UpdateMemory& m, T* to) const;
+  void add_to_sum(const Rows& x, const T* factor, const T* from, const UpdateMemory& m,
+                  T* to) const;
+  int64_t total_values_size(TotalUse use) const;
   // Rows times factors as the left operand of an update, given the features that enter denominators.
   kernels::Block<const T> update_rows(const Added& added, kernels::Block<const T> psi,
                                       int64_t first, int64_t count, Block block) const;

@@ -84,11 +84,14 @@ class Denominators : public ChunkCall<T> {
   }
 
   /// The same where rows see all keys; x: psi(q).
-  void total_denominators(kernels::Block<const T> x, int64_t count, const StateView<T>& state,
-                          const Memory& m) const {
-    std::fill_n(m.denominators, count, T{0});
-    this->rows_.row_dots(x, {state.keys, 0}, count,
-                         round_up(this->features_, this->products_.dim_multiple), m.denominators);
+  void total_denominators(const Rows& x, const StateView<T>& state, const Memory& m) const {
+    std::fill_n(m.denominators, x.count, T{0});
+    this->rows_.row_dots(x, {state.keys, 0}, m.denominators);
+  }
+  /// psi(q), given phi(q) by maps in `phi`: half operands have no other psi.
+  Rows rows_for_sums(const Source<T>& q, Block phi) const {
+    if (q.map == nullptr) return q.rows;
+    return this->as_rows({phi.data, phi.stride}, q.rows.count, this->features_);
   }
   /// How rows end, from their denominators.
   void read_ends(int64_t b, const Chunk& chunk, const Memory& m) const {
@@ -99,8 +102,8 @@ class Denominators : public ChunkCall<T> {
   void add_state_denominators(Block x, int64_t count, int64_t first, const StateView<T>& state,
                               const Memory& m) const {
     if (state.keys == nullptr) return;
-    this->rows_.row_dots({x.data, x.stride}, {state.keys + first, 0}, count, x.stride,
-                         m.denominators);
+    this->rows_.row_dots(this->as_rows({x.data, x.stride}, count, x.stride),
+                         {state.keys + first, 0}, m.denominators);
   }
   void add_weight_sums(Block weights, int64_t count, const KeyRange* ranges,
                        const Memory& m) const {

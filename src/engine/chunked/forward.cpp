@@ -25,7 +25,7 @@ class Forward : public Denominators<T>, public Sweep<T> {
     shape.lanes = this->lanes();
     shape.chunks = this->problem_.causal ? this->causal_chunks() : this->key_chunks();
     shape.uses = this->problem_.causal ? shape.chunks : this->query_chunks();
-    shape.size = this->state_size();
+    shape.size = this->total_size(kTotal);
     shape.rows = this->features_;
     shape.rows_unit = this->rows_unit();
     shape.memory = memory_bytes_;
@@ -84,9 +84,12 @@ class Forward : public Denominators<T>, public Sweep<T> {
     return memory(cut);
   }
 
+  static constexpr typename Call::TotalUse kTotal{.values = true};
+
   void load(int64_t lane, T* state) const override {
     this->load_state(this->problem_.initial, lane, state);
   }
+  void complete(T* state) const override { this->complete_total(state, kTotal); }
   void store(int64_t lane, const T* state) const override { this->store_state(state, last_, lane); }
   void update(int64_t lane, const Turn& at, const T* from, T* to,
               std::byte* memory) const override {
@@ -103,7 +106,7 @@ class Forward : public Denominators<T>, public Sweep<T> {
     const Chunk chunk = this->chunk_of_queries(b, at.chunk);
     if (chunk.queries == 0) return;
     Memory m = memory_at(memory);
-    const StateView<T> view = this->view(state);
+    const StateView<T> view = this->total(state, kTotal);
     if (this->reads_totals()) return read_totals(b, h, chunk, view, m);
     const Chunk next = this->chunk_of_queries(b, at.next);
     ReadAhead ahead{this->queries(b, h, next).rows, this->keys(b, h, next).rows,
@@ -128,7 +131,7 @@ class Forward : public Denominators<T>, public Sweep<T> {
     kernels::RowEnds<T> ends;
     if (policy.read_out) {
       x = this->whole_features(this->for_sums(q, true), 0, this->features_, m.query_rows);
-      this->total_denominators(x, chunk.queries, state, m.sums);
+      this->total_denominators(this->as_rows(x, chunk.queries, this->features_), state, m.sums);
       row_ends(b, h, chunk, m);
       ends.factor = m.num_scale;
       if (policy.value_sum) ends = {m.num_scale, state.values, m.sum_scale};
@@ -166,12 +169,15 @@ class Forward : public Denominators<T>, public Sweep<T> {
     const auto left = this->left(this->operand(q, m.query_rows, m.query_rounded),
                                  this->queries_ - chunk.query, m.query_rows, m.query);
     if (!this->nothing_before(chunk)) {
-      this->accumulate(left, chunk.queries,
-                       this->state_values(state.sums, this->features_, m.state), this->features_,
+      this->accumulate(left, chunk.queries, this->state_values(state, m.state), this->features_,
                        this->value_dim_, nullptr, this->ones(), m.out, *m.ahead);
     }
     if (this->problem_.policy.key_sum) {
-      this->running_denominators(b, h, chunk, state, m.query_rows, m.key_rows, m.sums);
+      if (this->problem_.causal) {
+        this->running_denominators(b, h, chunk, state, m.query_rows, m.key_rows, m.sums);
+      } else {
+        this->total_denominators(this->rows_for_sums(q, m.query_rows), state, m.sums);
+      }
     }
     if (chunk.keys == 0) return;
     this->panels(this->operand(k, m.key_rows, m.key_rounded), m.key_panels);
@@ -215,19 +221,22 @@ class Forward : public Denominators<T>, public Sweep<T> {
   void finish(int64_t b, int64_t h, const Chunk& chunk, const StateView<T>& state,
               const Memory& m) const {
     const Policy<T>& policy = this->problem_.policy;
+    const T* factor = nullptr;
     if (policy.read_out) {
       row_ends(b, h, chunk, m);
-      this->rows_.scale_rows(m.out, chunk.queries, this->padded_values_, m.num_scale);
+      factor = m.num_scale;
     }
-    if (policy.value_sum) {
+    if (policy.value_sum) {  // and so read_out
+      this->rows_.scale_rows(m.out, chunk.queries, this->padded_values_, factor);
+      factor = nullptr;
       this->rows_.pack_rows(this->values(b, h, chunk), nullptr, m.value_rows);
       std::copy_n(state.values, this->padded_values_, m.sums.row);
       this->rows_.run_add({m.value_rows.data, m.value_rows.stride}, nullptr, chunk.key_tokens(),
                           m.out, m.sum_scale, chunk.query_tokens(), this->padded_values_, false,
                           m.sums.row);
     }
-    this->wide_.finish(m.out, chunk.queries, this->value_dim_, nullptr,
-                       out_.at({b, h, chunk.query}), out_.dtype(), out_.stride(2));
+    this->wide_.finish(m.out, chunk.queries, this->value_dim_, factor, out_.at({b, h, chunk.query}),
+                       out_.dtype(), out_.stride(2));
   }
 
   const Tensor& out_;

@@ -40,7 +40,7 @@ class KeyGradients : public ChunkCall<T>, public Sweep<T> {
     shape.lanes_per_group = this->group_;
     shape.chunks = causal ? this->causal_chunks() : this->query_chunks();
     shape.uses = causal ? shape.chunks : this->key_chunks();
-    shape.size = this->totals_size();
+    shape.size = this->total_size(kTotal);
     shape.rows = this->features_;
     shape.rows_unit = this->rows_unit();
     shape.memory = memory_bytes_;
@@ -123,7 +123,9 @@ class KeyGradients : public ChunkCall<T>, public Sweep<T> {
   }
 
   void load(int64_t lane, T* state) const override { this->load_state(last_, lane, state); }
-  void complete(T* state) const override { this->transpose_totals(state); }
+  static constexpr typename Call::TotalUse kTotal{.values = true, .keys = true};
+
+  void complete(T* state) const override { this->complete_total(state, kTotal); }
   void store(int64_t lane, const T* state) const override {
     this->store_state(state, gradients_.initial, lane);
   }
@@ -180,7 +182,7 @@ class KeyGradients : public ChunkCall<T>, public Sweep<T> {
     const Block key_sum{m.key_sum.data, this->padded_width_};
     const Operands operands = pack_keys(k, b, first, chunk, m);
     for (int64_t i = 0; i < this->group_; ++i) {
-      const StateView<T> state = this->totals(states + i * this->totals_size());
+      const StateView<T> state = this->total(states + i * this->total_size(kTotal), kTotal);
       ReadAhead ahead = rows_ahead(b, first + i, chunk, this->chunk_of_keys(b, at.next));
       m.ahead = &ahead;
       if (this->problem_.policy.polynomial) {
@@ -329,9 +331,9 @@ class KeyGradients : public ChunkCall<T>, public Sweep<T> {
     const Rows gradient = gradient_of(b, h, chunk);
     this->zero_rows(m.values, chunk.keys, this->padded_values_);
     if (!nothing_behind(chunk)) {
-      this->accumulate(
-          operands.key, chunk.keys, this->state_values(state.sums, this->features_, m.as_values),
-          this->features_, this->value_dim_, nullptr, this->ones(), m.values, *m.ahead);
+      this->accumulate(operands.key, chunk.keys, this->state_values(state, m.as_values),
+                       this->features_, this->value_dim_, nullptr, this->ones(), m.values,
+                       *m.ahead);
     }
     if (chunk.queries > 0) {
       const Source<T> q = this->queries(b, h, chunk);
@@ -362,8 +364,7 @@ class KeyGradients : public ChunkCall<T>, public Sweep<T> {
     if (nothing_behind(chunk)) {
       this->zero_rows(m.features, chunk.keys, this->written_features());
     } else {
-      this->scores(operands.value, chunk.keys,
-                   this->state_keys(state.sums, this->features_, m.as_keys), this->features_,
+      this->scores(operands.value, chunk.keys, this->state_keys(state, m.as_keys), this->features_,
                    this->value_dim_, nullptr, m.features, *m.ahead);
     }
     if (chunk.queries > 0) {

@@ -32,19 +32,25 @@ int64_t tokens_of_many(const Candidate& candidate, const CallKind& call) {
   return wide_state ? 96 : 64;
 }
 
+// About `many` tokens, a multiple of the products' rows, and the last chunk nearly as long as the others: a
+// few tokens would cost as much with a state as many.
+int64_t even_chunk(int64_t tokens, int64_t many, int64_t rows) {
+  const int64_t most = many + many / 4;
+  const int64_t chunks = std::max<int64_t>(1, ceil_div(tokens, most));
+  return std::min(most / rows * rows,
+                  round_up(std::max<int64_t>(1, ceil_div(tokens, chunks)), rows));
+}
+
 int64_t chunk_tokens(const Candidate& candidate, const CallKind& call) {
   const int64_t many = tokens_of_many(candidate, call);
-  if (!call.causal) {
-    const int64_t rows = candidate.isa == Isa::amx ? 32 : 12, most = many + many / 4;
-    return std::min(most / rows * rows, round_up(ceil_div(call.tokens, ceil_div(call.tokens, most)), rows));
-  }
+  if (!call.causal) return even_chunk(call.tokens, many, candidate.isa == Isa::amx ? 32 : 12);
   // The first chunk reads no state and the last one adds to none, so in short sequences products of all
   // rows are fewer than those with states: half the length for each row against a sum and a read. A
   // quarter is left for calls that want the last state, on which results must not depend, nor on others
   // in the batch.
   const int64_t own = call.tokens * (call.score_width + call.value_dim) / 2;
   const int64_t state = 2 * call.features * call.value_dim;
-  if (!call.causal || call.starts_with_state || 4 * own >= 3 * state) return many;
+  if (call.starts_with_state || 4 * own >= 3 * state) return many;
   constexpr int64_t kMostTokens = 480;  // whose scores stay in the second-level cache
   const int64_t chunks = std::max<int64_t>(1, ceil_div(call.tokens, kMostTokens));
   return std::max(many, round_up(ceil_div(call.tokens, chunks), 48));

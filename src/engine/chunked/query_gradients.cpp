@@ -39,7 +39,7 @@ class QueryGradients : public SlopeStates<T>, public Sweep<T> {
     shape.uses = causal ? shape.chunks : this->query_chunks();
     shape.rows = this->features_;
     shape.rows_unit = this->rows_unit();
-    shape.size = this->totals_size() + this->slope_size();
+    shape.size = this->total_size(kTotal) + this->slope_size();
     shape.memory = memory_bytes_;
     shape.running = causal;
     shape.last_wanted = !causal || this->reads_last_slope();
@@ -121,7 +121,9 @@ class QueryGradients : public SlopeStates<T>, public Sweep<T> {
            (!policy.value_sum || total.values.defined());
   }
 
-  void complete(T* state) const override { this->transpose_totals(state); }
+  static constexpr typename Call::TotalUse kTotal{.keys = true};
+
+  void complete(T* state) const override { this->complete_total(state, kTotal); }
 
   void load(int64_t lane, T* state) const override {
     this->load_state(knows_total_ ? this->problem_.total : this->problem_.initial, lane, state);
@@ -165,7 +167,7 @@ class QueryGradients : public SlopeStates<T>, public Sweep<T> {
     if (this->problem_.policy.polynomial) {
       use_polynomial(b, h, chunk, this->view(state), m);
     } else if (this->reads_totals()) {
-      result = use_totals(lane, chunk, this->totals(state), m);
+      result = use_totals(lane, chunk, this->total(state, kTotal), m);
     } else {
       if (this->problem_.policy.maps.q == nullptr) {
         m.features = this->in_place(gradients_.q, b, h, chunk.query, chunk.queries, m.features);
@@ -200,7 +202,7 @@ class QueryGradients : public SlopeStates<T>, public Sweep<T> {
   Block use_linear(int64_t lane, int64_t index, const Chunk& chunk, T* state,
                    const Memory& m) const {
     const int64_t b = lane / this->heads_, h = lane % this->heads_;
-    const StateView<T> view = this->view(state);
+    const StateView<T> view = this->total(state, kTotal);
     const Policy<T>& policy = this->problem_.policy;
     const Source<T> q = this->queries(b, h, chunk), k = this->keys(b, h, chunk);
     if (policy.read_out || this->slopes_) this->features(q, 0, this->features_, m.query_rows);
@@ -209,8 +211,8 @@ class QueryGradients : public SlopeStates<T>, public Sweep<T> {
     if (this->nothing_before(chunk)) {
       this->zero_rows(m.features, chunk.queries, this->written_features());
     } else {
-      this->scores(gradient, chunk.queries, this->state_keys(view.sums, this->features_, m.state),
-                   this->features_, this->value_dim_, nullptr, m.features, *m.ahead);
+      this->scores(gradient, chunk.queries, this->state_keys(view, m.state), this->features_,
+                   this->value_dim_, nullptr, m.features, *m.ahead);
     }
     if (chunk.keys > 0) value_scores(b, h, chunk, gradient, m.weights.scores, m);
     if (this->slopes_) this->slope_part(lane, index) = slopes_of(b, h, chunk, gradient, state, m);
@@ -251,16 +253,17 @@ class QueryGradients : public SlopeStates<T>, public Sweep<T> {
                       this->following(this->rows(gradients_.q, b, h, chunk.query, rows))});
     if (!this->problem_.policy.read_out) return pulled(q, m);
     auto x = this->whole_features(this->for_sums(q, true), 0, this->features_, m.query_rows);
-    this->total_denominators(x, rows, state, m.sums);
+    this->total_denominators(this->as_rows(x, rows, this->features_), state, m.sums);
     if (this->separate_sums()) {
       x = this->features_after_sums(q, x, 0, this->features_, m.query_rows);
     }
     std::fill_n(m.dots, rows, T{0});
     std::fill_n(m.sum_dots, rows, T{0});
-    this->rows_.row_dots(x, {m.features.data, m.features.stride}, rows, this->written_features(),
-                         m.dots);
+    this->rows_.row_dots(this->as_rows(x, rows, this->written_features()),
+                         {m.features.data, m.features.stride}, m.dots);
     if (this->problem_.policy.value_sum) {
-      this->rows_.row_dots(g, {state.values, 0}, rows, this->padded_values_, m.sum_dots);
+      this->rows_.row_dots(this->as_rows(g, rows, this->padded_values_), {state.values, 0},
+                           m.sum_dots);
     }
     row_scales(lane, chunk, m, m.dots, m.sum_dots);
     this->rows_.scale_rows(m.features, rows, this->written_features(), m.dots);
@@ -274,9 +277,9 @@ class QueryGradients : public SlopeStates<T>, public Sweep<T> {
     const DecayTable<T>& table = *this->decays(h);
     const auto state_part = [&](Block gradients, bool distance) {
       std::fill_n(m.dots, chunk.queries, T{0});
-      this->rows_.row_dots({m.query_rows.data, m.query_rows.stride},
-                           {gradients.data, gradients.stride}, chunk.queries,
-                           this->written_features(), m.dots);
+      this->rows_.row_dots(this->as_rows({m.query_rows.data, m.query_rows.stride}, chunk.queries,
+                                         this->written_features()),
+                           {gradients.data, gradients.stride}, m.dots);
       double sum = 0;
       for (int64_t r = 0; r < chunk.queries; ++r) {
         const int64_t steps = chunk.shift + r + 1;
@@ -332,9 +335,9 @@ class QueryGradients : public SlopeStates<T>, public Sweep<T> {
         this->running_denominators(b, h, chunk, state, m.query_rows, m.key_rows, m.sums);
     std::fill_n(m.dots, chunk.queries, T{0});
     std::fill_n(m.sum_dots, chunk.queries, T{0});
-    this->rows_.row_dots({m.query_rows.data, m.query_rows.stride},
-                         {m.features.data, m.features.stride}, chunk.queries,
-                         this->written_features(), m.dots);
+    this->rows_.row_dots(this->as_rows({m.query_rows.data, m.query_rows.stride}, chunk.queries,
+                                       this->written_features()),
+                         {m.features.data, m.features.stride}, m.dots);
     if (this->problem_.policy.value_sum) {
       this->rows_.pack_rows(this->values(b, h, chunk), nullptr, m.value_rows);
       this->rows_.pack_rows(gradient_of(b, h, chunk), nullptr, m.gradient_rows);
@@ -414,7 +417,7 @@ class QueryGradients : public SlopeStates<T>, public Sweep<T> {
         gradient, count,
         this->state_keys({state.sums.row(first), state.sums.stride}, features, m.state), features,
         this->value_dim_, nullptr, y);
-    this->rows_.row_dots({x.data, padded}, {y.data, padded}, count, padded, m.dots);
+    this->rows_.row_dots(this->as_rows({x.data, padded}, count, padded), {y.data, padded}, m.dots);
     q.map->pull(q.at, q.rows, first, features, {y.data, padded}, m.rows);
     q.map->pull(q.at, q.rows, first, features, {state.keys + first, 0}, m.more_rows);
   }

@@ -133,12 +133,13 @@ template <class T>
 void Forward<T>::merge_group(size_t first, size_t last) const {
   const std::vector<QueryTile> tiles = query_tiles(items_[first]);
   const int64_t rows = slots(tiles);
-  Scratch scratch(static_cast<size_t>(streams_ * rows * (padded_values_ + 2)) * sizeof(T) + 3 * 64);
+  Scratch scratch(static_cast<size_t>(streams_ * rows * (padded_values_ + 3)) * sizeof(T) + 4 * 64);
   Memory m{};
   m.second = rows;
   m.out = {scratch.take<T>(streams_ * rows * padded_values_), padded_values_};
   m.pivot = scratch.take<T>(streams_ * rows);
   m.sum = scratch.take<T>(streams_ * rows);
+  m.carry = scratch.take<T>(rows);
   for (const QueryTile& tile : tiles) {
     for (int64_t r = 0; r < tile.rows(); ++r) merge_row(first, last, tile.slot + r, m);
     finish(items_[first].sequence, tile, m);

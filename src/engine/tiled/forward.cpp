@@ -372,11 +372,13 @@ template <class T>
 void Forward<T>::finish(int64_t s, const QueryTile& tile, const Memory& m) const {
   const Sequence& at = sequence(s);
   const T* sum = m.sum + tile.slot;
+  T* share = m.carry + tile.slot;  // of a weight in its row; nothing is carried any more
+  for (int64_t r = 0; r < tile.rows(); ++r) share[r] = sum[r] == 0 ? T{0} : 1 / sum[r];
   const auto store = [&](const HeadRows& to, bool divide) {
     for_each_run(to, tile.begin, tile.end, [&](int64_t row, int64_t rows, int64_t stride) {
       const int64_t first = row - tile.begin;
       wide_.finish({m.out.row(tile.slot + first), m.out.stride}, rows, value_dim_,
-                   divide ? sum + first : nullptr, to.row(tile.head, row), to.dtype(), stride);
+                   divide ? share + first : nullptr, to.row(tile.head, row), to.dtype(), stride);
     });
   };
   if (second_) {
