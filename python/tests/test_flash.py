@@ -77,6 +77,23 @@ def test_nothing_behind_lengths_matters(dtype, index_type, causal, window, junk)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(
+    "causal, window", [(True, (255, -1)), (False, (128, 127)), (False, (0, 300)), (True, (3, -1))]
+)
+def test_windows_over_many_keys(dtype, causal, window):
+    q, k, v = random_qkv(2, 4, 2, 1300, 1337, 40, dtype=dtype)
+    lengths = torch.tensor([1337, 900])
+    check(q, k, v, causal=causal, window=window, lengths=lengths)
+    # One value that is not finite reaches the rows whose window holds it, and no other.
+    v[:, :, 700, 5] = math.inf
+    out = heed.flash_attention(q, k, v, causal=causal, window=window, lengths=lengths)
+    seen = visible(1300, 1337, causal, window, lengths, 2)[..., 700].expand(2, 4, 1300)
+    assert not out[..., 5][seen].isfinite().any()
+    assert out[..., 5][~seen].isfinite().all()
+    assert out[..., [*range(5), *range(6, 40)]].isfinite().all()
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("which", ["q", "k", "v"])
 def test_attended_nan_is_not_hidden(dtype, which):
     q, k, v = random_qkv(1, 2, 2, 6, 40, 16, dtype=dtype)
@@ -209,15 +226,23 @@ def test_lengths_of_any_stride(dtype):
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("causal", [False, True])
-def test_same_bits_on_any_thread_count(dtype, causal):
-    q, k, v = random_qkv(2, 4, 2, 150, 300, 64, dtype=dtype)
+@pytest.mark.parametrize(
+    "lq, lk, options",
+    [
+        (150, 300, {}),
+        (150, 300, {"causal": True}),
+        (1300, 1337, {"causal": True, "window": (255, -1)}),
+        (1300, 1300, {"window": (100, 70)}),
+    ],
+)
+def test_same_bits_on_any_thread_count(dtype, lq, lk, options):
+    q, k, v = random_qkv(2, 4, 2, lq, lk, 64, dtype=dtype)
     before = torch.get_num_threads()
     try:
         results = []
         for threads in (1, 2, 3, 8):
             torch.set_num_threads(threads)
-            results.append(heed.flash_attention(q, k, v, causal=causal, return_lse=True))
+            results.append(heed.flash_attention(q, k, v, return_lse=True, **options))
     finally:
         torch.set_num_threads(before)
     for out, lse in results[1:]:

@@ -389,6 +389,50 @@ TYPED_TEST(Chunks, SumsThatRunAlongTheRows) {
   });
 }
 
+TYPED_TEST(Chunks, RowsOfAnyTypeAsTheyLie) {
+  using T = TypeParam;
+  const std::vector<DType> types = sizeof(T) == 8
+                                       ? std::vector<DType>{DType::f64}
+                                       : std::vector<DType>{DType::f32, DType::bf16, DType::f16};
+  for_tables<T>([&](const ChunkKernels<T>& k, Isa) {
+    constexpr int64_t kRows = 7;
+    for (DType type : types) {
+      for (int64_t width : {1, 16, 37, 64, 130}) {
+        const int64_t stride = width + 3, padded = round_up(width, 16);
+        // Behind the rows lies what nobody may add.
+        Array x(type, {kRows, stride}), wide(DType::f64, {kRows, stride});
+        std::mt19937 generator(static_cast<uint32_t>(width));
+        std::normal_distribution<double> normal;
+        for (int64_t i = 0; i < kRows * stride; ++i) {
+          wide.as<double>()[i] =
+              i % stride < width ? normal(generator) : std::numeric_limits<double>::quiet_NaN();
+        }
+        x = convert(wide, type);
+        wide = convert(x, DType::f64);
+        const Rows rows{x.view().data(), type, stride, kRows, width};
+        Matrix<T> b(1, width, padded, 2), factor(1, kRows, 16, 3);
+        std::vector<T> dots(kRows, 1), sum(static_cast<size_t>(padded), 7);
+        k.row_dots(rows, {b.memory.data(), 0}, dots.data());
+        k.sum_rows(rows, factor.memory.data(), sum.data());
+        std::vector<double> want(static_cast<size_t>(padded), 0);
+        for (int64_t r = 0; r < kRows; ++r) {
+          double dot = 1;
+          for (int64_t c = 0; c < width; ++c) {
+            const double element = wide.as<double>()[r * stride + c];
+            dot += element * double(b.at(0, c));
+            want[static_cast<size_t>(c)] += element * double(factor.at(0, r));
+          }
+          ASSERT_NEAR(dots[static_cast<size_t>(r)], dot, 10 * unit<T>()) << name_of(type);
+        }
+        for (int64_t c = 0; c < width; ++c) {
+          ASSERT_NEAR(sum[static_cast<size_t>(c)], want[static_cast<size_t>(c)], 10 * unit<T>())
+              << name_of(type) << " " << width;
+        }
+      }
+    }
+  });
+}
+
 TYPED_TEST(Chunks, RowsOneByOne) {
   using T = TypeParam;
   for_tables<T>([](const ChunkKernels<T>& k, Isa) {
