@@ -273,8 +273,8 @@ template <class T>
 void ChunkCall<T>::add_to_sum(const Rows& x, const T* factor, const T* from, const UpdateMemory& m,
                               T* to) const {
   rows_.sum_rows(x, factor, from == nullptr ? to : m.row);
-  if (from != nullptr)
-    rows_.advance(from, m.row, round_up(x.width, products_.dim_multiple), {}, to);
+  if (from == nullptr) return;
+  rows_.advance(from, m.row, round_up(x.width, products_.dim_multiple), {}, to);
 }
 
 template <class T>
@@ -312,11 +312,15 @@ void ChunkCall<T>::update_state(const Added& added, const Decay<T>& decay,
     const Block block{m.x.data, round_up(count, products_.dim_multiple)};
     kernels::Block<const T> psi;
     if (to.keys != nullptr) {
-      // Half operands have no other features for sums than those that add_half_outer made.
-      if (!half_) psi = whole_features(added.psi, first, count, block);
-      const Rows x = half_ && added.x.map == nullptr ? added.x.rows
-                     : half_ ? as_rows({block.data, block.stride}, depth, count)
-                             : as_rows(psi, depth, count);
+      Rows x;
+      if (!half_) {
+        psi = whole_features(added.psi, first, count, block);
+        x = as_rows(psi, depth, count);
+      } else if (added.x.map == nullptr) {
+        x = added.x.rows;
+      } else {  // features that add_half_outer made: half operands have no others for sums
+        x = as_rows({block.data, block.stride}, depth, count);
+      }
       add_to_sum(x, added.key_factor, before(from.keys, first), m, to.keys + first);
     }
     if (half_) continue;

@@ -270,9 +270,8 @@ void Forward<T>::run_key_tile(const Item& item, const std::vector<QueryTile>& ti
                               kernels::ReadAhead next, const Memory& m) const {
   const int64_t share = next.lines() / kReadAheadTiles + 1;
   const Sequence& s = sequence(item.sequence);
-  const Rows v = rows_of(s.v, item.kv_head, keys.begin, keys.end);
   bool packed = false;
-  FiniteRows finite;
+  std::vector<int64_t> infinite;
   for (size_t t = 0; t < tiles.size(); ++t) {
     const QueryTile& tile = tiles[t];
     const TileAt at = tile_at(item, tile, keys);
@@ -280,18 +279,22 @@ void Forward<T>::run_key_tile(const Item& item, const std::vector<QueryTile>& ti
     if (!seen.any) continue;
     if (!packed) {
       products_.pack_keys(rows_of(s.k, item.kv_head, keys.begin, keys.end), m.keys);
-      if (!products_.pack_values(v, m.values)) {
-        // 0 * NaN would let a hidden value through: each row adds what is not finite by itself.
-        finite = finite_rows(v);
-        products_.pack_values(finite.view(), m.values);
-      }
+      infinite = pack_finite(rows_of(s.v, item.kv_head, keys.begin, keys.end), m.values);
       packed = true;
     }
     add_tile(tile, at, seen,
              {packed_queries(tiles, 0, t, m), packed_queries(tiles, streams_ - 1, t, m), m.keys,
-              m.values, finite.rows},
+              m.values, infinite},
              next, share, m);
   }
+}
+
+template <class T>
+std::vector<int64_t> Forward<T>::pack_finite(const Rows& v, void* to) const {
+  if (products_.pack_values(v, to)) return {};
+  const FiniteRows finite = finite_rows(v);
+  products_.pack_values(finite.view(), to);
+  return finite.rows;
 }
 
 template <class T>

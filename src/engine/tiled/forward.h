@@ -73,7 +73,7 @@ class Forward : private TileCall<T> {
   /// Operands of one tile.
   struct PackedTile {
     const void *queries, *second_queries, *keys, *values;
-    std::vector<int64_t> infinite;  // keys whose values are not finite, and packed as zeros
+    std::vector<int64_t> infinite;  // keys with values that are not finite
   };
 
   void plan_items();
@@ -91,6 +91,9 @@ class Forward : private TileCall<T> {
   /// `next`: operands of the key tile that follows.
   void run_key_tile(const Item& item, const std::vector<QueryTile>& tiles, Interval keys,
                     kernels::ReadAhead next, const Memory& m) const;
+  /// Packs values with zeros for what is not finite, and returns the rows that have such elements: 0 * NaN
+  /// would let a hidden value through, so each row adds them by itself.
+  std::vector<int64_t> pack_finite(const Rows& v, void* to) const;
   /// Adds keys to the rows of a tile. `next`: rows that are read later, `share` lines of them now.
   void add_tile(const QueryTile& tile, const TileAt& at, const Seen& seen, const PackedTile& packed,
                 kernels::ReadAhead& next, int64_t share, const Memory& m) const;

@@ -62,11 +62,9 @@ class Forward<T>::PackedKeys {
     call_.products_.pack_keys(rows_of(s.k, item_.kv_head, keys.begin, keys.end),
                               keys_at(keys.begin));
     const Rows v = rows_of(s.v, item_.kv_head, keys.begin, keys.end);
-    if (call_.products_.pack_values(v, values_at(keys.begin))) return;
-    // 0 * NaN would let a hidden value through: each row adds what is not finite by itself.
-    const FiniteRows finite = finite_rows(v);
-    call_.products_.pack_values(finite.view(), values_at(keys.begin));
-    for (int64_t row : finite.rows) infinite_.push_back(keys.begin + row);
+    for (int64_t row : call_.pack_finite(v, values_at(keys.begin))) {
+      infinite_.push_back(keys.begin + row);
+    }
   }
 
   const Forward& call_;
@@ -99,8 +97,7 @@ kernels::ReadAhead Forward<T>::rows_ahead(const Item& item, const QueryTile& nex
 template <class T>
 void Forward<T>::run_sliding(const Item& item) const {
   const std::vector<QueryTile> tiles = query_tiles(item);
-  std::vector<QueryTile> one{tiles.back()};
-  one[0].slot = 0;
+  std::vector<QueryTile> one(1);
   Scratch scratch(scratch_bytes(one));
   const Memory m = cut(scratch, item, one);
   PackedKeys packed(*this, item, m);
