@@ -303,8 +303,11 @@ void ChunkCall<T>::update_state(const Added& added, const Decay<T>& decay,
   if (half_) ahead.ask(ahead.lines());
   if (to.values != nullptr) add_to_sum(added.y, added.value_factor, from.values, m, to.values);
   kernels::Block<const T> y;
-  if (!half_) y = whole_rows(added.y, m.y);
-  if (half_) add_half_outer(added, decay, from.sums, to.sums, m);
+  if (half_) {
+    add_half_outer(added, decay, from.sums, to.sums, m);
+  } else {
+    y = whole_rows(added.y, m.y);
+  }
   // Below, sums of keys are written up to dim_multiple; denominators read all of their padding.
   if (to.keys != nullptr && to.keys != from.keys) std::fill_n(to.keys, padded_features_, T{0});
   for (int64_t first = 0; first < features_; first += tile_) {

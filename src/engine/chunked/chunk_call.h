@@ -102,10 +102,12 @@ class ChunkCall {
   int64_t rows_unit() const {
     return problem_.policy.polynomial ? kFeatureTile : products_.dim_multiple;
   }
-  /// Rows see all keys, or keys all queries, and read the state in one product.
-  bool reads_totals() const { return !problem_.causal && !half_ && !problem_.policy.polynomial; }
-  /// A total is a state that all rows of a call see. What products read of it lies behind it: made once,
-  /// by complete_total, for its use as the values or as the keys of products.
+  /// A total is a state that all rows of a call see: rows all keys, or keys all queries.
+  bool makes_total() const { return !problem_.causal && !problem_.policy.polynomial; }
+  /// Rows read a total in one product.
+  bool reads_totals() const { return makes_total() && !half_; }
+  /// What products read of a total lies behind it: made once, by complete_total, for its use as the values
+  /// or as the keys of products.
   struct TotalUse {
     bool values = false, keys = false;
   };

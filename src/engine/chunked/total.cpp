@@ -12,7 +12,7 @@ int64_t ChunkCall<T>::total_values_size(TotalUse use) const {
 
 template <class T>
 int64_t ChunkCall<T>::total_size(TotalUse use) const {
-  if (problem_.causal || problem_.policy.polynomial) return state_size_;
+  if (!makes_total()) return state_size_;
   int64_t size = state_size_ + total_values_size(use);
   if (!use.keys) return size;
   if (!half_) return size + value_dim_ * padded_features_;
@@ -23,7 +23,7 @@ int64_t ChunkCall<T>::total_size(TotalUse use) const {
 template <class T>
 StateView<T> ChunkCall<T>::total(T* state, TotalUse use) const {
   StateView<T> v = view(state);
-  if (problem_.causal || problem_.policy.polynomial) return v;
+  if (!makes_total()) return v;
   if (half_ && use.values) v.as_values = state + state_size_;
   T* keys = state + state_size_ + total_values_size(use);
   if (half_ && use.keys) v.as_keys = keys;
@@ -40,10 +40,9 @@ void ChunkCall<T>::complete_total(T* state, TotalUse use) const {
   }
   if (v.as_values == nullptr && v.as_keys == nullptr) return;
   Scratch scratch(static_cast<size_t>(features_ * padded_values_) * sizeof(uint16_t));
-  const Rows rows = round(as_rows({v.sums.data, v.sums.stride}, features_, value_dim_),
-                          scratch.take<uint16_t>(features_ * padded_values_), padded_values_);
-  if (v.as_values != nullptr) products_.pack_values(rows, v.as_values);
-  if (v.as_keys != nullptr) products_.pack_keys(rows, v.as_keys);
+  auto* rounded = scratch.take<uint16_t>(features_ * padded_values_);
+  if (v.as_values != nullptr) state_values(v.sums, features_, {rounded, v.as_values});
+  if (v.as_keys != nullptr) state_keys(v.sums, features_, {rounded, v.as_keys});
 }
 
 template int64_t ChunkCall<float>::total_size(TotalUse use) const;

@@ -62,8 +62,8 @@ int64_t longest_sight(const Problem& problem, int64_t query_tile, int64_t most) 
       const int64_t begin = (end - 1) / query_tile * query_tile;
       const Interval seen = s.plan.rows(begin, end);
       if (!seen.empty()) {
-        longest =
-            std::max(longest, round_up(seen.end, kKeyStep) - seen.begin / kKeyStep * kKeyStep);
+        longest = std::max(longest,
+                           round_up(seen.end, kSlideStep) - seen.begin / kSlideStep * kSlideStep);
       }
       end = begin;
     }
@@ -135,7 +135,7 @@ Path choose_path(const Problem& problem, const RunOptions& run, bool backward) {
     const int64_t most = path.isa == Isa::amx ? kMostSightOfTileUnit : kMostSight;
     const int64_t sight = longest_sight(problem, path.query_tile, most);
     path.sliding = sight <= most;
-    if (path.sliding) path.key_tile = std::max(sight, kKeyStep);
+    if (path.sliding) path.key_tile = std::max(sight, kSlideStep);
   }
   path.group_rows =
       path.few_rows ? call.rows_per_key_head : rows_per_item(problem, path.query_tile, run);

@@ -17,7 +17,7 @@ struct CallKind {
 };
 
 /// Where key tiles that slide along begin: whole panels of every instruction set.
-inline constexpr int64_t kKeyStep = 64;
+inline constexpr int64_t kSlideStep = 64;
 
 /// The path a call takes: kernels and tile sizes.
 struct Path {

@@ -5,7 +5,7 @@
 //   for query tile:  pack Q;  pack what it sees of K, V behind what is packed
 //                    P = weights(Q K^T);  out = P V / sum
 //
-// The key tile begins at a multiple of kKeyStep below the first key that the query tile sees, so results
+// The key tile begins at a multiple of kSlideStep below the first key that the query tile sees, so results
 // depend on no other tile.
 #include <cstring>
 
@@ -13,7 +13,7 @@
 
 namespace heed::tiled {
 
-/// The keys [begin, end) of one head in packed form, begin a multiple of kKeyStep.
+/// The keys [begin, end) of one head in packed form, begin a multiple of kSlideStep.
 template <class T>
 class Forward<T>::PackedKeys {
  public:
@@ -22,8 +22,8 @@ class Forward<T>::PackedKeys {
         item_(item),
         keys_(static_cast<std::byte*>(m.keys)),
         values_(static_cast<std::byte*>(m.values)),
-        key_step_(call.products_.key_bytes(kKeyStep, call.head_dim_)),
-        value_step_(call.products_.value_bytes(kKeyStep, call.value_dim_)) {}
+        key_step_(call.products_.key_bytes(kSlideStep, call.head_dim_)),
+        value_step_(call.products_.value_bytes(kSlideStep, call.value_dim_)) {}
 
   /// Packs what is missing of `keys`, which begin and end at or behind those of the call before.
   void cover(Interval keys) {
@@ -49,9 +49,9 @@ class Forward<T>::PackedKeys {
   }
 
  private:
-  int64_t steps_to(int64_t key) const { return (key - begin_) / kKeyStep; }
+  int64_t steps_to(int64_t key) const { return (key - begin_) / kSlideStep; }
   void drop(int64_t until) {
-    const int64_t steps = ceil_div(end_ - until, kKeyStep);
+    const int64_t steps = ceil_div(end_ - until, kSlideStep);
     std::memmove(keys_, keys_at(until), static_cast<size_t>(steps * key_step_));
     std::memmove(values_, values_at(until), static_cast<size_t>(steps * value_step_));
     begin_ = until;
@@ -70,7 +70,7 @@ class Forward<T>::PackedKeys {
   const Forward& call_;
   const Item& item_;
   std::byte *keys_, *values_;
-  const int64_t key_step_, value_step_;  // bytes of kKeyStep keys
+  const int64_t key_step_, value_step_;  // bytes of kSlideStep keys
   int64_t begin_ = 0, end_ = 0;
   std::vector<int64_t> infinite_;
 };
@@ -80,7 +80,8 @@ template <class T>
 Interval Forward<T>::sight(const Item& item, const QueryTile& tile) const {
   const Interval seen = sequence(item.sequence).plan.rows(tile.begin, tile.end);
   if (seen.empty()) return {};
-  return {seen.begin / kKeyStep * kKeyStep, std::min(round_up(seen.end, kKeyStep), item.keys.end)};
+  return {seen.begin / kSlideStep * kSlideStep,
+          std::min(round_up(seen.end, kSlideStep), item.keys.end)};
 }
 
 /// What the next query tile reads that is not packed, and writes.
