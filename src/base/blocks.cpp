@@ -1,6 +1,7 @@
 #include "base/blocks.h"
 
 #include <algorithm>
+#include <atomic>
 #include <cstdlib>
 #include <mutex>
 #include <new>
@@ -16,34 +17,43 @@ namespace {
 // Nobody waits for the lock: who does not get it asks malloc, also in a child forked while it was held.
 class KeptBlocks {
  public:
-  KeptBlocks() { blocks_.reserve(kKeptBytes / kHugePage); }
+  KeptBlocks() { blocks_.reserve(kKeptLimit / kHugePage); }
 
   // The youngest of this size, whose memory may still be in a cache; null where there is none.
   void* take(size_t bytes) {
+    const size_t used = used_ += bytes;
+    for (size_t peak = peak_; peak < used && !peak_.compare_exchange_weak(peak, used);) {
+    }
     const std::unique_lock lock(mutex_, std::try_to_lock);
     if (!lock) return nullptr;
     const auto found = std::find_if(blocks_.rbegin(), blocks_.rend(),
                                     [&](const Block& block) { return block.bytes == bytes; });
-    if (found == blocks_.rend()) return nullptr;
+    if (found == blocks_.rend()) {
+      drop_to(limit());
+      return nullptr;
+    }
     void* memory = found->memory;
     blocks_.erase(std::next(found).base());
-    total_ -= bytes;
+    kept_ -= bytes;
     return memory;
   }
 
-  // The oldest ones make room.
   bool keep(void* memory, size_t bytes) {
+    used_ -= bytes;
     const std::unique_lock lock(mutex_, std::try_to_lock);
-    if (!lock || bytes > kKeptBytes) return false;
-    auto dropped = blocks_.begin();
-    for (; total_ + bytes > kKeptBytes; ++dropped) {
-      std::free(dropped->memory);
-      total_ -= dropped->bytes;
-    }
-    blocks_.erase(blocks_.begin(), dropped);
+    if (!lock || bytes > limit()) return false;
+    drop_to(limit() - bytes);
     blocks_.push_back({memory, bytes});
-    total_ += bytes;
+    kept_ += bytes;
     return true;
+  }
+
+  // An allocation that failed after it was not found here.
+  void not_used(size_t bytes) { used_ -= bytes; }
+
+  BlockBytes bytes() {
+    const std::lock_guard lock(mutex_);
+    return {kept_, peak_};
   }
 
  private:
@@ -51,9 +61,26 @@ class KeptBlocks {
     void* memory;
     size_t bytes;
   };
+
+  size_t limit() const {
+    const size_t used = used_, peak = peak_;
+    return std::clamp(peak - std::min(used, peak), kKeptBytes, kKeptLimit);
+  }
+
+  // The oldest ones make room.
+  void drop_to(size_t bytes) {
+    auto dropped = blocks_.begin();
+    for (; kept_ > bytes; ++dropped) {
+      std::free(dropped->memory);
+      kept_ -= dropped->bytes;
+    }
+    blocks_.erase(blocks_.begin(), dropped);
+  }
+
   std::mutex mutex_;
   std::vector<Block> blocks_;  // the youngest last
-  size_t total_ = 0;
+  size_t kept_ = 0;
+  std::atomic<size_t> used_ = 0, peak_ = 0;  // of blocks in use
 };
 
 // Never destroyed: arrays may be freed after static objects are.
@@ -74,6 +101,7 @@ void* allocate_block(size_t bytes) {
   const size_t rounded = std::max(Scratch::rounded(bytes), kLine);
   void* memory = nullptr;
   if (posix_memalign(&memory, bytes >= kHugePage ? kHugePage : kLine, rounded) != 0) {
+    if (is_kept(bytes)) kept_blocks().not_used(bytes);
     throw std::bad_alloc();
   }
   prefer_huge_pages(memory, rounded);
@@ -83,5 +111,7 @@ void* allocate_block(size_t bytes) {
 void free_block(void* memory, size_t bytes) noexcept {
   if (!is_kept(bytes) || !kept_blocks().keep(memory, bytes)) std::free(memory);
 }
+
+BlockBytes block_bytes() { return kept_blocks().bytes(); }
 
 }  // namespace heed

@@ -20,13 +20,19 @@ inline constexpr bool kKeepsBlocks = false;
 inline constexpr bool kKeepsBlocks = true;
 #endif
 
-/// Freed blocks hold at most this much memory together.
-inline constexpr size_t kKeptBytes = size_t{128} << 20;
+/// Freed blocks hold at most kKeptBytes together. Where more has been in use at once, they and those in
+/// use hold at most as much as that, and freed ones at most kKeptLimit.
+inline constexpr size_t kKeptBytes = size_t{128} << 20, kKeptLimit = size_t{1} << 30;
 
 /// Contents are undefined. From kHugePage on, aligned to it and preferring huge pages, else to 64 bytes.
 /// Errors: std::bad_alloc.
 void* allocate_block(size_t bytes);
 /// `bytes` as it was allocated with.
 void free_block(void* memory, size_t bytes) noexcept;
+/// What freed blocks hold now, and what has been in use at most.
+struct BlockBytes {
+  size_t kept = 0, peak = 0;
+};
+BlockBytes block_bytes();
 
 }  // namespace heed

@@ -3,6 +3,7 @@
 
 #include <gtest/gtest.h>
 
+#include <algorithm>
 #include <cstring>
 #include <thread>
 #include <vector>
@@ -58,6 +59,25 @@ TEST(Blocks, ManyAndLargeOnes) {
   for (void*& block : blocks) block = allocate_block(bytes);
   for (void* block : blocks) std::memset(block, 4, 1);
   for (void* block : blocks) free_block(block, bytes);
+}
+
+// More than kKeptBytes was in use at once: it is kept, and makes room for other sizes.
+TEST(Blocks, KeptAndUsedAreAtMostThePeak) {
+  if (!kKeepsBlocks) GTEST_SKIP() << "an address sanitizer watches freed memory";
+  const size_t bytes = kKeptBytes / 2;
+  std::vector<void*> blocks(6);
+  for (void*& block : blocks) block = allocate_block(bytes);
+  for (void* block : blocks) free_block(block, bytes);
+  EXPECT_GE(block_bytes().kept, 6 * bytes);
+  EXPECT_GE(block_bytes().peak, 6 * bytes);
+  std::vector<void*> others;
+  for (size_t used = bytes + kHugePage; used <= 5 * bytes; used += bytes + kHugePage) {
+    others.push_back(allocate_block(bytes + kHugePage));
+    const BlockBytes now = block_bytes();
+    EXPECT_LE(now.kept, std::max(kKeptBytes, now.peak - used));
+  }
+  for (void* block : others) free_block(block, bytes + kHugePage);
+  EXPECT_LE(block_bytes().kept, std::min(kKeptLimit, block_bytes().peak));
 }
 
 TEST(Blocks, AFreedOneIsUsedAgainByItsSize) {
