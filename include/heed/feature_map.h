@@ -64,6 +64,9 @@ int64_t feature_count(FeatureKind kind, int64_t width);
 struct FeatureMapOptions {
   Tensor weight = {};  // undefined: the identity; performer needs one
   Tensor bias = {};    // undefined: none; performer takes none
+  /// Of the backward: the features that its forward gave. They spare it the map where they have enough
+  /// digits: not in float64, nor beside wider parameters. Undefined: they are made again.
+  Tensor forward_features = {};
 };
 
 Array feature_map(const Tensor& x, FeatureKind kind, const FeatureMapOptions& options = {},

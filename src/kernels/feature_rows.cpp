@@ -8,7 +8,6 @@
 #include <algorithm>
 #include <cmath>
 #include <limits>
-#include <vector>
 
 #include "kernels/by_isa.h"
 #include "kernels/functions-inl.h"
@@ -191,88 +190,91 @@ void forward_row(const FeatureRows<T>& in, int64_t row, T* phi) {
   }
 }
 
-// Features e * factor, and their gradients, 0 where they are below the floor.
+// The gradients of features phi: 0 where they are not above the floor.
 template <class T>
 struct AboveFloor {
-  V<T> factor, floor;
-  AboveFloor(T f, T least) : factor(hn::Set(Full<T>(), f)), floor(hn::Set(Full<T>(), least)) {}
+  V<T> floor;
+  explicit AboveFloor(T least) : floor(hn::Set(Full<T>(), least)) {}
   template <class Part>
-  HWY_INLINE void load(Part all, const T* e, const T* dphi, V<T>& phi, V<T>& g) const {
-    phi = hn::Mul(factor, load_some<T>(all, e));
-    g = hn::IfThenZeroElse(hn::Lt(phi, floor), load_some<T>(all, dphi));
+  HWY_INLINE V<T> load(Part all, V<T> phi, const T* dphi) const {
+    return hn::IfThenZeroElse(hn::Le(phi, floor), load_some<T>(all, dphi));
   }
 };
 
-// sum_i phi[i] dphi[i]
+// Sums over half a row: of phi, and of phi dphi.
 template <class T>
-HWY_INLINE T sum_above_floor(const T* e, int64_t n, T factor, T floor, const T* dphi) {
-  const AboveFloor<T> above(factor, floor);
-  auto sum = hn::Zero(Full<T>());
+struct FeatureSums {
+  T phi = 0, pulled = 0;
+};
+
+template <class T>
+HWY_INLINE FeatureSums<T> feature_sums(const T* phi, int64_t n, T floor, const T* dphi) {
+  const Full<T> d;
+  const AboveFloor<T> above(floor);
+  auto all_phi = hn::Zero(d), pulled = hn::Zero(d);
   for_each_vector<T>(n, [&](int64_t i, auto all) HWY_ATTR {
-    V<T> phi, g;
-    above.load(all, e + i, dphi + i, phi, g);
-    sum = hn::MulAdd(phi, g, sum);
+    const auto x = load_some<T>(all, phi + i);
+    all_phi = hn::Add(all_phi, x);
+    pulled = hn::MulAdd(x, above.load(all, x, dphi + i), pulled);
   });
-  return hn::GetLane(hn::SumOfLanes(Full<T>(), sum));
+  return {hn::GetLane(hn::SumOfLanes(d, all_phi)), hn::GetLane(hn::SumOfLanes(d, pulled))};
 }
 
 // dz = slope (phi (dphi - mean) of the first half - that of the second)
 template <class T>
-HWY_INLINE void pull_exponentials(const T* e, int64_t n, T slope, T floor, Halves<T> factors,
-                                  Halves<T> means, const T* dphi, T* dz) {
+HWY_INLINE void pull_exponentials(const T* phi, int64_t n, T slope, T floor, Halves<T> means,
+                                  const T* dphi, T* dz) {
   const Full<T> d;
-  const AboveFloor<T> first(factors.first, floor), second(factors.second, floor);
+  const AboveFloor<T> above(floor);
   const auto s = hn::Set(d, slope), c = hn::Set(d, means.first), k = hn::Set(d, means.second);
   for_each_vector<T>(n, [&](int64_t i, auto all) HWY_ATTR {
-    V<T> up, up_gradient, down, down_gradient;
-    first.load(all, e + i, dphi + i, up, up_gradient);
-    second.load(all, e + n + i, dphi + n + i, down, down_gradient);
-    const auto x = hn::Mul(up, hn::Sub(up_gradient, c));
-    store_some<T>(all, hn::Mul(s, hn::NegMulAdd(down, hn::Sub(down_gradient, k), x)), dz + i);
+    const auto up = load_some<T>(all, phi + i), down = load_some<T>(all, phi + n + i);
+    const auto x = hn::Mul(up, hn::Sub(above.load(all, up, dphi + i), c));
+    const auto y = hn::Sub(above.load(all, down, dphi + n + i), k);
+    store_some<T>(all, hn::Mul(s, hn::NegMulAdd(down, y, x)), dz + i);
   });
 }
 
 template <class T>
-void hedgehog_backward(const FeatureRows<T>& in, Block<const T> dphi, Block<T> dz) {
+void hedgehog_backward(const FeatureRows<T>& in, Block<const T> phi, Block<const T> dphi,
+                       Block<T> dz) {
   const int64_t n = in.width;
   const bool exponential =
       in.kind == FeatureKind::hedgehog_exp || in.kind == FeatureKind::hedgehog_exp_max;
   const T slope = exponent_slope<T>(in.kind);
   const T floor =
       in.kind == FeatureKind::hedgehog_exp ? -std::numeric_limits<T>::infinity() : in.floor;
-  std::vector<T> memory(static_cast<size_t>(kTogether * 2 * n));
-  const Block<T> e{memory.data(), 2 * n};
   for_rows_together(in.rows, [&](int64_t begin, int64_t count) HWY_ATTR {
-    Halves<T> factors[kTogether], sums[kTogether];
-    exponentials_of_rows<T>(in, begin, count, e, factors);
+    Halves<T> pulled[kTogether], means[kTogether];
     for (int64_t i = 0; i < count && in.kind != FeatureKind::hedgehog_exp; ++i) {
-      const T* g = dphi.row(begin + i);
-      sums[i].first = sum_above_floor(e.row(i), n, factors[i].first, floor, g);
-      sums[i].second = sum_above_floor(e.row(i) + n, n, factors[i].second, floor, g + n);
+      const T *row = phi.row(begin + i), *g = dphi.row(begin + i);
+      auto first = feature_sums(row, n, floor, g), second = feature_sums(row + n, n, floor, g + n);
+      pulled[i] = {first.pulled, second.pulled};
+      if (exponential) continue;
       if (in.kind == FeatureKind::hedgehog_joint) {
-        sums[i].first = sums[i].second = sums[i].first + sums[i].second;
+        first = second = {first.phi + second.phi, first.pulled + second.pulled};
       }
+      // The sums of phi are 1, but for the rounding of features that were stored.
+      means[i] = {first.pulled / first.phi, second.pulled / second.phi};
     }
     for (int64_t i = 0; i < count; ++i) {
       T* to = dz.row(begin + i);
-      pull_exponentials(e.row(i), n, slope, floor, factors[i], exponential ? Halves<T>() : sums[i],
-                        dphi.row(begin + i), to);
+      pull_exponentials(phi.row(begin + i), n, slope, floor, means[i], dphi.row(begin + i), to);
       if (in.kind == FeatureKind::hedgehog_exp_max && n > 0) {
         const T* z = in.z.row(begin + i);
-        to[std::max_element(z, z + n) - z] -= sums[i].first;
-        to[std::min_element(z, z + n) - z] += sums[i].second;
+        to[std::max_element(z, z + n) - z] -= pulled[i].first;
+        to[std::min_element(z, z + n) - z] += pulled[i].second;
       }
     }
   });
 }
 
 template <class T>
-void taylor_backward(const FeatureRows<T>& in, const T* z, const T* dphi, T* dz, T* y) {
+void taylor_backward(const FeatureRows<T>& in, const T* y, const T* dphi, T* dz) {
   const Full<T> d;
   const int64_t n = in.width;
   const T half = std::sqrt(T{0.5});
   const auto factor = hn::Set(d, in.factor);
-  map_row<T>(z, n, y, [&](V<T> v) HWY_ATTR { return hn::Mul(v, factor); });
   std::copy_n(dphi + 1, n, dz);
   for (int64_t i = 0; i < n; ++i) {  // y_i y_j: its gradient goes to both
     const T* g = dphi + 1 + n + i * n;
@@ -288,31 +290,28 @@ void taylor_backward(const FeatureRows<T>& in, const T* z, const T* dphi, T* dz,
   map_row<T>(dz, n, dz, [&](V<T> v) HWY_ATTR { return hn::Mul(v, factor); });
 }
 
+// dz = phi dphi; returns the sum.
 template <class T>
-T performer_backward(const FeatureRows<T>& in, int64_t row, const T* dphi, T* dz) {
-  const Full<T> d;
-  const T* z = in.z.row(row);
-  const auto shift = hn::Set(d, in.shift[row]), factor = hn::Set(d, in.factor);
-  auto sum = hn::Zero(d);
-  for_each_vector<T>(in.width, [&](int64_t i, auto all) HWY_ATTR {
-    const auto phi = hn::Mul(factor, exp_of<T>(hn::Sub(load_some<T>(all, z + i), shift)));
-    const auto x = hn::Mul(phi, load_some<T>(all, dphi + i));
-    sum = hn::Add(sum, covered_or<T>(all, x, T{0}));
+T performer_backward(const T* phi, const T* dphi, int64_t n, T* dz) {
+  auto sum = hn::Zero(Full<T>());
+  for_each_vector<T>(n, [&](int64_t i, auto all) HWY_ATTR {
+    const auto x = hn::Mul(load_some<T>(all, phi + i), load_some<T>(all, dphi + i));
+    sum = hn::Add(sum, x);
     store_some<T>(all, x, dz + i);
   });
-  return hn::GetLane(hn::SumOfLanes(d, sum));
+  return hn::GetLane(hn::SumOfLanes(Full<T>(), sum));
 }
 
 template <class T>
-void elementwise_backward(FeatureKind kind, const T* z, const T* dphi, int64_t n, T* dz) {
+void elementwise_backward(FeatureKind kind, const T* phi, const T* dphi, int64_t n, T* dz) {
   const Full<T> d;
-  map_rows<T>(z, dphi, n, dz, [&](V<T> x, V<T> g) HWY_ATTR {
+  const auto one = hn::Set(d, T{1});
+  map_rows<T>(phi, dphi, n, dz, [&](V<T> x, V<T> g) HWY_ATTR {
     if (kind == FeatureKind::relu) {
       return hn::IfThenElse(hn::Le(x, hn::Zero(d)), hn::Zero(d), g);
     }
-    const auto slope = exp_of<T>(x);
-    if (kind == FeatureKind::exp) return hn::Mul(g, slope);
-    return hn::Mul(g, hn::IfThenElse(hn::Gt(x, hn::Zero(d)), hn::Set(d, T{1}), slope));
+    if (kind == FeatureKind::exp) return hn::Mul(g, x);
+    return hn::Mul(g, hn::IfThenElse(hn::Gt(x, one), one, x));
   });
 }
 
@@ -337,21 +336,21 @@ void forward(const FeatureRows<T>& in, Block<T> phi) {
 }
 
 template <class T>
-void backward(const FeatureRows<T>& in, Block<const T> dphi, Block<T> dz, T* row_sums) {
-  if (is_hedgehog(in.kind)) return hedgehog_backward(in, dphi, dz);
-  if (element_by_element(in.kind) && in.z.stride == in.width && dphi.stride == in.width &&
+void backward(const FeatureRows<T>& in, Block<const T> phi, Block<const T> dphi, Block<T> dz,
+              T* row_sums) {
+  if (is_hedgehog(in.kind)) return hedgehog_backward(in, phi, dphi, dz);
+  if (element_by_element(in.kind) && phi.stride == in.width && dphi.stride == in.width &&
       dz.stride == in.width) {  // all of them together
-    return elementwise_backward(in.kind, in.z.data, dphi.data, in.rows * in.width, dz.data);
+    return elementwise_backward(in.kind, phi.data, dphi.data, in.rows * in.width, dz.data);
   }
-  std::vector<T> scratch(static_cast<size_t>(in.kind == FeatureKind::taylor2 ? in.width : 0));
   for (int64_t r = 0; r < in.rows; ++r) {
-    const T *z = in.z.row(r), *g = dphi.row(r);
+    const T *f = phi.row(r), *g = dphi.row(r);
     if (element_by_element(in.kind)) {
-      elementwise_backward(in.kind, z, g, in.width, dz.row(r));
+      elementwise_backward(in.kind, f, g, in.width, dz.row(r));
     } else if (in.kind == FeatureKind::performer) {
-      row_sums[r] = performer_backward(in, r, g, dz.row(r));
+      row_sums[r] = performer_backward(f, g, in.width, dz.row(r));
     } else {
-      taylor_backward(in, z, g, dz.row(r), scratch.data());
+      taylor_backward(in, f + 1, g, dz.row(r));
     }
   }
 }

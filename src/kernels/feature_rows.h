@@ -12,7 +12,8 @@ namespace heed::kernels {
 template <class T>
 struct FeatureRows {
   FeatureKind kind = FeatureKind::elu1;
-  Block<const T> z;  // [rows, width]; performer: the exponents w_r . y
+  Block<const T>
+      z;  // [rows, width]; performer: the exponents w_r . y. Backward: hedgehog_exp_max only
   int64_t rows = 0, width = 0;
   const T* shift = nullptr;  // performer: |y|^2 / 2 of each row, subtracted from its exponents
   T factor = 1;              // performer: 1/sqrt(M); taylor2: y = factor * z
@@ -23,8 +24,9 @@ template <class T>
 struct FeatureKernels {
   /// phi [rows, F]
   void (*forward)(const FeatureRows<T>& in, Block<T> phi) = nullptr;
-  /// dz [rows, width] from the gradients of the features. performer: also the sum of each row of dz.
-  void (*backward)(const FeatureRows<T>& in, Block<const T> dphi, Block<T> dz,
+  /// dz [rows, width] from the features and their gradients, which count where a feature is above the
+  /// floor. performer: also the sum of each row of dz.
+  void (*backward)(const FeatureRows<T>& in, Block<const T> phi, Block<const T> dphi, Block<T> dz,
                    T* row_sums) = nullptr;
 };
 

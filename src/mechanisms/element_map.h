@@ -37,7 +37,9 @@ class ElementMap : public chunked::RowMap<T> {
     const int64_t stride = into.stride;
     std::vector<T> memory(static_cast<size_t>(2 * x.count * stride));
     const kernels::Block<T> z{memory.data(), stride}, dz{z.row(x.count), stride};
-    features_.backward(rows_of(x, z), gradient, dz, nullptr);
+    const kernels::FeatureRows<T> in = rows_of(x, z);
+    features_.forward(in, dz);
+    features_.backward(in, {dz.data, dz.stride}, gradient, dz, nullptr);
     for (int64_t r = 0; r < x.count; ++r) rows_.add_scaled(T{1}, dz.row(r), x.width, into.row(r));
   }
 

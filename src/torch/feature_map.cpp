@@ -35,16 +35,15 @@ at::Tensor feature_map_cpu(const at::Tensor& x, c10::string_view kind, const May
   return take(std::move(out), x);
 }
 
-std::tuple<at::Tensor, at::Tensor, at::Tensor> feature_map_backward_cpu(const at::Tensor& grad_out,
-                                                                        const at::Tensor& x,
-                                                                        c10::string_view kind,
-                                                                        const MaybeTensor& weight,
-                                                                        const MaybeTensor& bias) {
+std::tuple<at::Tensor, at::Tensor, at::Tensor> feature_map_backward_cpu(
+    const at::Tensor& grad_out, const MaybeTensor& out, const at::Tensor& x, c10::string_view kind,
+    const MaybeTensor& weight, const MaybeTensor& bias) {
   const FeatureKind parsed = checked_kind(x, kind, weight, bias);
   const at::Tensor g = gradient_input(grad_out);
   FeatureMapGradients to;
   guarded([&] {
-    to = feature_map_backward(view(g), view(x), parsed, {view(weight), view(bias)}, run_options());
+    to = feature_map_backward(view(g), view(x), parsed, {view(weight), view(bias), view(out)},
+                              run_options());
   });
   return {take(std::move(to.x), x), take_gradient(std::move(to.weight), weight, x),
           take_gradient(std::move(to.bias), bias, x)};

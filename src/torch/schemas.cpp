@@ -196,7 +196,7 @@ TORCH_LIBRARY(heed, m) {
       " Tensor grad_initial_k_sum, Tensor grad_initial_v_sum)");
 #define HEED_FEATURE_ARGUMENTS "Tensor x, str kind, Tensor? weight=None, Tensor? bias=None"
   m.def("feature_map(" HEED_FEATURE_ARGUMENTS ") -> Tensor out");
-  m.def("feature_map_backward(Tensor grad_out, " HEED_FEATURE_ARGUMENTS
+  m.def("feature_map_backward(Tensor grad_out, Tensor? out, " HEED_FEATURE_ARGUMENTS
         ") -> (Tensor grad_x, Tensor grad_weight, Tensor grad_bias)");
   m.def(
       "hedgehog_identity(SymInt heads, SymInt dim, SymInt width, *, Device? device=None) -> "

@@ -26,7 +26,7 @@ using kernels::Rows;
 constexpr const char* kOp = "feature_map";
 // One checked call. `width` is D', or M for performer: what a row of z holds.
 struct Call {
-  Tensor x, weight, bias;
+  Tensor x, weight, bias, forward_features;
   FeatureKind kind;
   int64_t batch, heads, tokens, dim, width, features;
   DType dtype() const { return x.dtype(); }
@@ -63,8 +63,33 @@ int64_t checked_width(const Tensor& x, FeatureKind kind, const FeatureMapOptions
 Call checked_call(const Tensor& x, FeatureKind kind, const FeatureMapOptions& options) {
   check_head_rows(kOp, "x", x);
   const int64_t width = checked_width(x, kind, options);
-  return {x,         options.weight, options.bias, kind,  x.size(0),
-          x.size(1), x.size(2),      x.size(3),    width, feature_count(kind, width)};
+  const Call call{x,
+                  options.weight,
+                  options.bias,
+                  options.forward_features,
+                  kind,
+                  x.size(0),
+                  x.size(1),
+                  x.size(2),
+                  x.size(3),
+                  width,
+                  feature_count(kind, width)};
+  if (call.forward_features.defined()) {
+    check_rows_like(kOp, "forward_features", call.forward_features, call.out_shape(), call.dtype());
+  }
+  return call;
+}
+
+// Whether the backward reads the features of the forward. In float64 the floor hides digits of those
+// below it, features of 16 bits have too few digits for gradients in float32, and the largest of z is
+// not found in any.
+bool reads_features(const Call& call) {
+  const auto has_digits = [&](const Tensor& parameter) {
+    return !parameter.defined() || parameter.dtype() == call.dtype();
+  };
+  return call.forward_features.defined() && call.dtype() != DType::f64 &&
+         call.kind != FeatureKind::hedgehog_exp_max && has_digits(call.weight) &&
+         has_digits(call.bias);
 }
 
 // --- parameters ----------------------------------------------------------------------------------
@@ -129,6 +154,7 @@ class Tile {
     shift = scratch_.take<T>(rows);
     row_sums = scratch_.take<T>(rows);
     if (gradients) {
+      dphi = {scratch_.take<T>(rows * phi_stride_), phi_stride_};
       dz = {scratch_.take<T>(rows * z_stride_), z_stride_};
       dx = {scratch_.take<T>(rows * x_stride_), x_stride_};
     }
@@ -141,7 +167,7 @@ class Tile {
   }
 
   Block<const T> x;
-  Block<T> z, dx, phi, dz;
+  Block<T> z, dx, phi, dphi, dz;
   T *shift, *row_sums;
   HalfLayer::Memory half;
 
@@ -149,26 +175,28 @@ class Tile {
     return {call_.x.at({b, h, first}), call_.dtype(), call_.x.stride(2), rows, call_.dim};
   }
 
-  // Loads tokens [first, first + rows) and applies weight and bias.
-  kernels::FeatureRows<T> load(int64_t b, int64_t h, int64_t first, int64_t rows) {
-    const Rows from = rows_of(b, h, first, rows);
+  // Reads x of tokens [first, first + rows), unless its layer reads it itself.
+  void load(const Rows& from) {
+    if (!layer_.half) x = kernels::whole_rows(kernels_, from, x_block_);
+  }
+
+  // Applies weight and bias to what load has read.
+  kernels::FeatureRows<T> apply(const Rows& from, int64_t h) {
+    const int64_t rows = from.count;
     const T* bias = layer_.bias.empty() ? nullptr : layer_.bias.data() + h * call_.width;
-    kernels::FeatureRows<T> in;
+    kernels::FeatureRows<T> in = features(rows);
     in.z = {z.data, z.stride};
     if (layer_.half) {
       if constexpr (std::is_same_v<T, float>) {
         std::fill_n(z.data, rows * z.stride, T{0});
         layer_.half.apply(from, h, z, half);
       }
+    } else if (layer_.has_weight) {
+      layer_.wide.apply(x, h, rows, z);
+    } else if (bias != nullptr) {
+      kernels_.load_rows(from, z);
     } else {
-      x = kernels::whole_rows(kernels_, from, x_block_);
-      if (layer_.has_weight) {
-        layer_.wide.apply(x, h, rows, z);
-      } else if (bias != nullptr) {
-        kernels_.load_rows(from, z);
-      } else {
-        in.z = x;
-      }
+      in.z = x;
     }
     for (int64_t r = 0; r < rows && bias != nullptr; ++r) kernels_.add(z.row(r), bias, call_.width);
     if (call_.performer()) {
@@ -178,6 +206,11 @@ class Tile {
         shift[r] = factor * kernels_.dot(x.row(r), x.row(r), call_.dim);
       }
     }
+    return in;
+  }
+
+  kernels::FeatureRows<T> features(int64_t rows) const {
+    kernels::FeatureRows<T> in;
     in.kind = call_.kind;
     in.rows = rows;
     in.width = call_.width;
@@ -204,7 +237,8 @@ class Tile {
     const size_t x_bytes = rounded(rows * x_stride_, sizeof(T));
     const size_t z_bytes = rounded(rows * z_stride_, sizeof(T));
     size_t sum = (gradients ? 2 : 1) * (x_bytes + z_bytes) +
-                 rounded(rows * phi_stride_, sizeof(T)) + 2 * rounded(rows, sizeof(T));
+                 (gradients ? 2 : 1) * rounded(rows * phi_stride_, sizeof(T)) +
+                 2 * rounded(rows, sizeof(T));
     if (!layer_.half) return sum;
     sum += rounded(layer_.half.x_bytes(rows), 1);
     if (!gradients) return sum;
@@ -234,7 +268,9 @@ void forward(const Call& call, const Tensor& out, const RunOptions& run) {
     const int64_t b = pair / call.heads, h = pair % call.heads;
     const int64_t rows = std::min(most, call.tokens - first);
     Tile<T> tile(call, kernels, layer, most, false);
-    const auto in = tile.load(b, h, first, rows);
+    const Rows x = tile.rows_of(b, h, first, rows);
+    tile.load(x);
+    const auto in = tile.apply(x, h);
     kernels::make_rows<T>(kernels,
                           {out.at({b, h, first}), out.dtype(), out.stride(2), rows, call.features},
                           tile.phi, [&](Block<T> phi) { features.forward(in, phi); });
@@ -306,10 +342,23 @@ class Backward {
   }
 
   void run_tile(Tile<T>& tile, int64_t item, int64_t b, int64_t h, int64_t first, int64_t rows) {
-    const auto in = tile.load(b, h, first, rows);
-    const Rows dout_rows{dout_.at({b, h, first}), dout_.dtype(), dout_.stride(2), rows,
-                         call_.features};
-    const Block<const T> dout = kernels::whole_rows(kernels_, dout_rows, tile.phi);
+    const Rows x = tile.rows_of(b, h, first, rows);
+    tile.load(x);
+    auto in = tile.features(rows);
+    const auto rows_of_features = [&](const Tensor& t) {
+      return Rows{t.at({b, h, first}), t.dtype(), t.stride(2), rows, call_.features};
+    };
+    const Block<const T> dphi = kernels::whole_rows(kernels_, rows_of_features(dout_), tile.dphi);
+    Block<const T> phi{tile.phi.data, tile.phi.stride};
+    if (reads_features(call_)) {
+      phi = kernels::whole_rows(kernels_, rows_of_features(call_.forward_features), tile.phi);
+    } else {
+      const T floor = in.floor;
+      in = tile.apply(x, h);
+      in.floor = 0;  // the backward tells what is below it
+      features_.forward(in, tile.phi);
+      in.floor = floor;
+    }
     const auto to = [&] {
       return kernels::RowsOut{wanted_.x.at({b, h, first}), wanted_.x.dtype(), wanted_.x.stride(2),
                               rows, call_.dim};
@@ -317,15 +366,15 @@ class Backward {
     if (!layer_.has_weight && !wanted_.bias.defined()) {  // dx is dz, and all there is
       if (!wanted_.x.defined()) return;
       return kernels::make_rows<T>(kernels_, to(), tile.dz, [&](Block<T> dx) {
-        features_.backward(in, dout, dx, tile.row_sums);
+        features_.backward(in, phi, dphi, dx, tile.row_sums);
       });
     }
-    features_.backward(in, dout, tile.dz, tile.row_sums);
+    features_.backward(in, phi, dphi, tile.dz, tile.row_sums);
     if (wanted_.bias.defined()) {
       for (int64_t r = 0; r < rows; ++r)
         kernels_.add(sums_.bias_of(item), tile.dz.row(r), call_.width);
     }
-    if (wanted_.weight.defined()) add_weight(tile, item, tile.rows_of(b, h, first, rows));
+    if (wanted_.weight.defined()) add_weight(tile, item, x);
     if (!wanted_.x.defined()) return;
     const Block<const T> dz{tile.dz.data, tile.dz.stride};
     if (!layer_.has_weight) return kernels_.store_rows(dz, to());

@@ -44,6 +44,31 @@ TEST(FeatureMap, SameBitsForAnyThreadCount) {
   }
 }
 
+TEST(FeatureMap, GradientsAreTheSameWithTheFeaturesOfTheForward) {
+  for (DType type : {DType::f64, DType::f32, DType::bf16}) {
+    const Array x = random_array(type, {2, 3, 101, 24}, 1, 9);  // many features below the floor
+    const Array w = random_array(type, {3, 24, 24}, 2, 0.2), b = random_array(type, {3, 24}, 3);
+    const double bound = type == DType::f64 ? 0 : type == DType::f32 ? 2e-6 : 0.02;
+    for (FeatureKind kind : kFeatureKinds) {
+      FeatureMapOptions options = options_for(kind, w, b);
+      const Array features = feature_map(x, kind, options);
+      const Array gradient = random_array(type, features.shape(), 4);
+      const auto again = feature_map_backward(gradient, x, kind, options);
+      options.forward_features = features;
+      const auto given = feature_map_backward(gradient, x, kind, options);
+      const auto agree = [&](const Array& some, const Array& other) {
+        const double size = largest_difference(other, filled(type, other.shape(), 0));
+        const double difference = largest_difference(some, other);
+        return difference <= bound * size;  // false for NaN
+      };
+      EXPECT_TRUE(agree(given.x, again.x)) << name_of(kind);
+      EXPECT_TRUE(agree(given.weight, again.weight)) << name_of(kind);
+      if (!options.bias.defined()) continue;
+      EXPECT_TRUE(agree(given.bias, again.bias)) << name_of(kind);
+    }
+  }
+}
+
 TEST(FeatureMap, TaylorFeaturesMultiplyToThePolynomial) {
   const int64_t d = 11;
   const Array q = random_array(DType::f64, {1, 1, 6, d}, 1),
@@ -260,6 +285,8 @@ TEST(FeatureMap, ErrorsNameTheArgument) {
   says(error_of([&] { feature_map(x, FeatureKind::exp, half); }), {"out", "float32 is needed"});
   says(error_of([&] { feature_map_backward(x, x, FeatureKind::hedgehog_exp); }),
        {"grad_out [1,2,5,8]", "[1,2,5,16]"});
+  says(error_of([&] { feature_map_backward(x, x, FeatureKind::exp, {{}, {}, w}); }),
+       {"forward_features [2,8,6]", "4 are needed"});
   says(error_of([&] { feature_map_backward(x, x, FeatureKind::exp, {}, {{}, w, {}}); }),
        {"gradient of weight", "nothing it belongs to"});
   says(error_of([] { parse_feature_kind("hedgehog"); }),

@@ -155,8 +155,12 @@ Mechanism feature_map_record() {
   };
   m.backward = [](const NamedTensors& in, const NamedTensors& out_gradients, const Spec& options,
                   const RunOptions& run) {
-    FeatureMapGradients gradients = feature_map_backward(out_gradients.at("out"), in.at("x"),
-                                                         kind_of(options), parameters(in), run);
+    const FeatureKind kind = kind_of(options);
+    FeatureMapOptions given = parameters(in);
+    const Array features = feature_map(in.at("x"), kind, given, run);
+    given.forward_features = features;
+    FeatureMapGradients gradients =
+        feature_map_backward(out_gradients.at("out"), in.at("x"), kind, given, run);
     NamedArrays arrays;
     arrays.emplace("x", std::move(gradients.x));
     if (in.contains("weight")) arrays.emplace("weight", std::move(gradients.weight));
