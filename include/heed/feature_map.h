@@ -65,7 +65,7 @@ struct FeatureMapOptions {
   Tensor weight = {};  // undefined: the identity; performer needs one
   Tensor bias = {};    // undefined: none; performer takes none
   /// Of the backward: the features that its forward gave. They spare it the map where they have enough
-  /// digits: not in float64, nor beside wider parameters. Undefined: they are made again.
+  /// digits: not beside wider parameters, for instance. Undefined: they are made again.
   Tensor forward_features = {};
 };
 

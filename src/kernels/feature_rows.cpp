@@ -21,19 +21,16 @@ namespace hn = hwy::HWY_NAMESPACE;
 template <class T>
 using V = hn::Vec<Full<T>>;
 
+bool is_hedgehog(FeatureKind kind) {
+  return kind == FeatureKind::hedgehog_exp || kind == FeatureKind::hedgehog_softmax ||
+         kind == FeatureKind::hedgehog_exp_max || kind == FeatureKind::hedgehog_joint;
+}
+
 // to[i] = f(from[i])
 template <class T, class F>
 HWY_INLINE void map_row(const T* from, int64_t n, T* to, F&& f) {
   for_each_vector<T>(n, [&](int64_t i, auto all) HWY_ATTR {
     store_some<T>(all, f(load_some<T>(all, from + i)), to + i);
-  });
-}
-
-// to[i] = f(a[i], b[i])
-template <class T, class F>
-HWY_INLINE void map_rows(const T* a, const T* b, int64_t n, T* to, F&& f) {
-  for_each_vector<T>(n, [&](int64_t i, auto all) HWY_ATTR {
-    store_some<T>(all, f(load_some<T>(all, a + i), load_some<T>(all, b + i)), to + i);
   });
 }
 
@@ -164,30 +161,96 @@ void taylor_forward(const FeatureRows<T>& in, const T* z, T* phi) {
   }
 }
 
+// Calls body(f) with phi = f(z) of a kind that maps element by element.
+template <class T, class Body>
+HWY_INLINE void with_element_map(FeatureKind kind, Body&& body) {
+  const Full<T> d;
+  if (kind == FeatureKind::relu) {
+    return body([=](V<T> x)
+                    HWY_ATTR { return hn::IfThenElse(hn::Lt(x, hn::Zero(d)), hn::Zero(d), x); });
+  }
+  if (kind == FeatureKind::exp) return body([=](V<T> x) HWY_ATTR { return exp_of<T>(x); });
+  body([=](V<T> x) HWY_ATTR {  // elu1
+    return hn::IfThenElse(hn::Gt(x, hn::Zero(d)), hn::Add(x, hn::Set(d, T{1})), exp_of<T>(x));
+  });
+}
+
+// Calls body(f) with dz = f(phi, dphi).
+template <class T, class Body>
+HWY_INLINE void with_element_pull(FeatureKind kind, Body&& body) {
+  const Full<T> d;
+  if (kind == FeatureKind::relu) {
+    return body([=](V<T> phi, V<T> g)
+                    HWY_ATTR { return hn::IfThenElse(hn::Le(phi, hn::Zero(d)), hn::Zero(d), g); });
+  }
+  if (kind == FeatureKind::exp) {
+    return body([=](V<T> phi, V<T> g) HWY_ATTR { return hn::Mul(g, phi); });
+  }
+  body([=](V<T> phi, V<T> g) HWY_ATTR {  // elu1: the slope is 1 above 1, phi below
+    const auto one = hn::Set(d, T{1});
+    return hn::Mul(g, hn::IfThenElse(hn::Gt(phi, one), one, phi));
+  });
+}
+
 template <class T>
 void forward_row(const FeatureRows<T>& in, int64_t row, T* phi) {
   const Full<T> d;
   const T* z = in.z.row(row);
-  switch (in.kind) {
-    case FeatureKind::elu1:
-      return map_row<T>(z, in.width, phi, [&](V<T> x) HWY_ATTR {
-        return hn::IfThenElse(hn::Gt(x, hn::Zero(d)), hn::Add(x, hn::Set(d, T{1})), exp_of<T>(x));
-      });
-    case FeatureKind::relu:
-      return map_row<T>(z, in.width, phi, [&](V<T> x) HWY_ATTR {
-        return hn::IfThenElse(hn::Lt(x, hn::Zero(d)), hn::Zero(d), x);
-      });
-    case FeatureKind::exp:
-      return map_row<T>(z, in.width, phi, [&](V<T> x) HWY_ATTR { return exp_of<T>(x); });
-    case FeatureKind::performer: {
-      const auto shift = hn::Set(d, in.shift[row]), factor = hn::Set(d, in.factor);
-      return map_row<T>(z, in.width, phi, [&](V<T> x) HWY_ATTR {
-        return hn::Mul(factor, exp_of<T>(hn::Sub(x, shift)));
-      });
+  if (in.kind == FeatureKind::taylor2) return taylor_forward(in, z, phi);
+  const auto shift = hn::Set(d, in.shift[row]), factor = hn::Set(d, in.factor);
+  map_row<T>(z, in.width, phi, [&](V<T> x) HWY_ATTR {  // performer
+    return hn::Mul(factor, exp_of<T>(hn::Sub(x, shift)));
+  });
+}
+
+// Calls body(elements, rows, width) with rows of one type as they lie, all as one row where they touch.
+template <class T, class Body>
+HWY_INLINE void for_element_rows(DType dtype, int64_t count, int64_t width, bool touch,
+                                 Body&& body) {
+  with_any_element_type(dtype, [&](auto element) HWY_ATTR {
+    if constexpr (kInVectors<T, decltype(element)>) {
+      body(element, touch ? 1 : count, touch ? count * width : width);
     }
-    default:
-      return taylor_forward(in, z, phi);
-  }
+  });
+}
+
+template <class T>
+void forward_rows(FeatureKind kind, const Rows& z, const RowsOut& phi) {
+  const bool touch = z.stride == z.width && phi.stride == z.width;
+  with_element_map<T>(kind, [&](auto f) HWY_ATTR {
+    for_element_rows<T>(
+        z.dtype, z.count, z.width, touch, [&](auto element, int64_t rows, int64_t n) HWY_ATTR {
+          using E = decltype(element);
+          for (int64_t r = 0; r < rows; ++r) {
+            const E* from = static_cast<const E*>(z.data) + r * z.stride;
+            E* to = static_cast<E*>(phi.data) + r * phi.stride;
+            for (int64_t i = 0; i < n; i += lanes<T>()) {
+              store_elements<T>(f(load_elements<T>(from + i, n - i)), to + i, n - i);
+            }
+          }
+        });
+  });
+}
+
+template <class T>
+void backward_rows(FeatureKind kind, const Rows& phi, const Rows& dphi, const RowsOut& dz) {
+  const bool touch = phi.stride == phi.width && dphi.stride == phi.width && dz.stride == phi.width;
+  with_element_pull<T>(kind, [&](auto f) HWY_ATTR {
+    for_element_rows<T>(phi.dtype, phi.count, phi.width, touch,
+                        [&](auto element, int64_t rows, int64_t n) HWY_ATTR {
+                          using E = decltype(element);
+                          for (int64_t r = 0; r < rows; ++r) {
+                            const E* x = static_cast<const E*>(phi.data) + r * phi.stride;
+                            const E* g = static_cast<const E*>(dphi.data) + r * dphi.stride;
+                            E* to = static_cast<E*>(dz.data) + r * dz.stride;
+                            for (int64_t i = 0; i < n; i += lanes<T>()) {
+                              const auto y =
+                                  f(load_elements<T>(x + i, n - i), load_elements<T>(g + i, n - i));
+                              store_elements<T>(y, to + i, n - i);
+                            }
+                          }
+                        });
+  });
 }
 
 // The gradients of features phi: 0 where they are not above the floor.
@@ -303,33 +366,18 @@ T performer_backward(const T* phi, const T* dphi, int64_t n, T* dz) {
 }
 
 template <class T>
-void elementwise_backward(FeatureKind kind, const T* phi, const T* dphi, int64_t n, T* dz) {
-  const Full<T> d;
-  const auto one = hn::Set(d, T{1});
-  map_rows<T>(phi, dphi, n, dz, [&](V<T> x, V<T> g) HWY_ATTR {
-    if (kind == FeatureKind::relu) {
-      return hn::IfThenElse(hn::Le(x, hn::Zero(d)), hn::Zero(d), g);
-    }
-    if (kind == FeatureKind::exp) return hn::Mul(g, x);
-    return hn::Mul(g, hn::IfThenElse(hn::Gt(x, one), one, x));
-  });
+Rows rows_of(const FeatureRows<T>& in, Block<const T> block) {
+  return {block.data, dtype_of<T>, block.stride, in.rows, in.width};
 }
-
-bool is_hedgehog(FeatureKind kind) {
-  return kind == FeatureKind::hedgehog_exp || kind == FeatureKind::hedgehog_softmax ||
-         kind == FeatureKind::hedgehog_exp_max || kind == FeatureKind::hedgehog_joint;
-}
-
-bool element_by_element(FeatureKind kind) {
-  return kind == FeatureKind::elu1 || kind == FeatureKind::relu || kind == FeatureKind::exp;
+template <class T>
+RowsOut result_of(const FeatureRows<T>& in, Block<T> block) {
+  return {block.data, dtype_of<T>, block.stride, in.rows, in.width};
 }
 
 template <class T>
 void forward(const FeatureRows<T>& in, Block<T> phi) {
-  if (element_by_element(in.kind) && in.z.stride == in.width && phi.stride == in.width) {
-    FeatureRows<T> row = in;  // all of them together
-    row.width = in.rows * in.width;
-    return forward_row(row, 0, phi.data);
+  if (element_by_element(in.kind)) {
+    return forward_rows<T>(in.kind, rows_of(in, in.z), result_of(in, phi));
   }
   if (is_hedgehog(in.kind)) return hedgehog_forward(in, phi);
   for (int64_t r = 0; r < in.rows; ++r) forward_row(in, r, phi.row(r));
@@ -339,15 +387,12 @@ template <class T>
 void backward(const FeatureRows<T>& in, Block<const T> phi, Block<const T> dphi, Block<T> dz,
               T* row_sums) {
   if (is_hedgehog(in.kind)) return hedgehog_backward(in, phi, dphi, dz);
-  if (element_by_element(in.kind) && phi.stride == in.width && dphi.stride == in.width &&
-      dz.stride == in.width) {  // all of them together
-    return elementwise_backward(in.kind, phi.data, dphi.data, in.rows * in.width, dz.data);
+  if (element_by_element(in.kind)) {
+    return backward_rows<T>(in.kind, rows_of(in, phi), rows_of(in, dphi), result_of(in, dz));
   }
   for (int64_t r = 0; r < in.rows; ++r) {
     const T *f = phi.row(r), *g = dphi.row(r);
-    if (element_by_element(in.kind)) {
-      elementwise_backward(in.kind, f, g, in.width, dz.row(r));
-    } else if (in.kind == FeatureKind::performer) {
+    if (in.kind == FeatureKind::performer) {
       row_sums[r] = performer_backward(f, g, in.width, dz.row(r));
     } else {
       taylor_backward(in, f + 1, g, dz.row(r));
@@ -358,8 +403,8 @@ void backward(const FeatureRows<T>& in, Block<const T> phi, Block<const T> dphi,
 }  // namespace
 
 void fill_feature_kernels(FeatureKernels<float>& f, FeatureKernels<double>& d) {
-  f = {forward<float>, backward<float>};
-  d = {forward<double>, backward<double>};
+  f = {forward<float>, backward<float>, forward_rows<float>, backward_rows<float>};
+  d = {forward<double>, backward<double>, forward_rows<double>, backward_rows<double>};
 }
 
 }  // namespace heed::kernels::HWY_NAMESPACE

@@ -5,15 +5,15 @@
 
 #include "heed/feature_map.h"
 #include "heed/run.h"
-#include "kernels/tile.h"
+#include "kernels/matrix.h"
 
 namespace heed::kernels {
 
 template <class T>
 struct FeatureRows {
   FeatureKind kind = FeatureKind::elu1;
-  Block<const T>
-      z;  // [rows, width]; performer: the exponents w_r . y. Backward: hedgehog_exp_max only
+  /// [rows, width]; performer: the exponents w_r . y. The backward reads it for hedgehog_exp_max only.
+  Block<const T> z;
   int64_t rows = 0, width = 0;
   const T* shift = nullptr;  // performer: |y|^2 / 2 of each row, subtracted from its exponents
   T factor = 1;              // performer: 1/sqrt(M); taylor2: y = factor * z
@@ -28,7 +28,16 @@ struct FeatureKernels {
   /// floor. performer: also the sum of each row of dz.
   void (*backward)(const FeatureRows<T>& in, Block<const T> phi, Block<const T> dphi, Block<T> dz,
                    T* row_sums) = nullptr;
+  /// The same of kinds that map element by element, of rows as they lie: all of one type, T or (of float)
+  /// one of 16 bits.
+  void (*forward_rows)(FeatureKind kind, const Rows& z, const RowsOut& phi) = nullptr;
+  void (*backward_rows)(FeatureKind kind, const Rows& phi, const Rows& dphi,
+                        const RowsOut& dz) = nullptr;
 };
+
+inline bool element_by_element(FeatureKind kind) {
+  return kind == FeatureKind::elu1 || kind == FeatureKind::relu || kind == FeatureKind::exp;
+}
 
 template <class T>
 const FeatureKernels<T>& feature_kernels(Isa isa);

@@ -1,7 +1,6 @@
 // Features made element by element (elu1, relu, exp) of the rows of q and k, for the chunked engine.
 #pragma once
 #include <algorithm>
-#include <type_traits>
 #include <vector>
 
 #include "engine/chunked/problem.h"
@@ -50,7 +49,7 @@ class ElementMap : public chunked::RowMap<T> {
     rows.kind = kind_;
     rows.rows = x.count;
     rows.width = x.width;
-    if (x.dtype == (std::is_same_v<T, double> ? DType::f64 : DType::f32)) {
+    if (x.dtype == dtype_of<T>) {
       rows.z = {static_cast<const T*>(x.data), x.stride};
     } else {
       rows_.pack_rows(x, nullptr, block);

@@ -84,10 +84,12 @@ Call checked_call(const Tensor& x, FeatureKind kind, const FeatureMapOptions& op
 // below it, features of 16 bits have too few digits for gradients in float32, and the largest of z is
 // not found in any.
 bool reads_features(const Call& call) {
+  const bool floor =
+      call.kind == FeatureKind::hedgehog_softmax || call.kind == FeatureKind::hedgehog_joint;
   const auto has_digits = [&](const Tensor& parameter) {
     return !parameter.defined() || parameter.dtype() == call.dtype();
   };
-  return call.forward_features.defined() && call.dtype() != DType::f64 &&
+  return call.forward_features.defined() && !(floor && call.dtype() == DType::f64) &&
          call.kind != FeatureKind::hedgehog_exp_max && has_digits(call.weight) &&
          has_digits(call.bias);
 }
@@ -118,6 +120,19 @@ struct Layer {
     }
   }
 };
+
+// Rows of tokens [first, first + count) of one head.
+Rows rows_of(const Tensor& t, int64_t b, int64_t h, int64_t first, int64_t count) {
+  return {t.at({b, h, first}), t.dtype(), t.stride(2), count, t.size(3)};
+}
+kernels::RowsOut results_of(const Tensor& t, int64_t b, int64_t h, int64_t first, int64_t count) {
+  return {t.at({b, h, first}), t.dtype(), t.stride(2), count, t.size(3)};
+}
+
+// Whether a feature is made of one element of x alone.
+bool is_element_map(const Call& call) {
+  return kernels::element_by_element(call.kind) && !call.weight.defined() && !call.bias.defined();
+}
 
 Candidate path_of(const Call& call, const RunOptions& run) {
   return choose_candidate(call.dtype(), features::no_half_operands(call.kind, call.weight), run);
@@ -170,10 +185,6 @@ class Tile {
   Block<T> z, dx, phi, dphi, dz;
   T *shift, *row_sums;
   HalfLayer::Memory half;
-
-  Rows rows_of(int64_t b, int64_t h, int64_t first, int64_t rows) const {
-    return {call_.x.at({b, h, first}), call_.dtype(), call_.x.stride(2), rows, call_.dim};
-  }
 
   // Reads x of tokens [first, first + rows), unless its layer reads it itself.
   void load(const Rows& from) {
@@ -267,13 +278,13 @@ void forward(const Call& call, const Tensor& out, const RunOptions& run) {
     const int64_t pair = item / tiles, first = item % tiles * most;
     const int64_t b = pair / call.heads, h = pair % call.heads;
     const int64_t rows = std::min(most, call.tokens - first);
+    const Rows x = rows_of(call.x, b, h, first, rows);
+    const kernels::RowsOut to = results_of(out, b, h, first, rows);
+    if (is_element_map(call)) return features.forward_rows(call.kind, x, to);
     Tile<T> tile(call, kernels, layer, most, false);
-    const Rows x = tile.rows_of(b, h, first, rows);
     tile.load(x);
     const auto in = tile.apply(x, h);
-    kernels::make_rows<T>(kernels,
-                          {out.at({b, h, first}), out.dtype(), out.stride(2), rows, call.features},
-                          tile.phi, [&](Block<T> phi) { features.forward(in, phi); });
+    kernels::make_rows<T>(kernels, to, tile.phi, [&](Block<T> phi) { features.forward(in, phi); });
   });
 }
 
@@ -342,16 +353,20 @@ class Backward {
   }
 
   void run_tile(Tile<T>& tile, int64_t item, int64_t b, int64_t h, int64_t first, int64_t rows) {
-    const Rows x = tile.rows_of(b, h, first, rows);
+    const Rows x = rows_of(call_.x, b, h, first, rows), dout = rows_of(dout_, b, h, first, rows);
+    const auto to = [&] { return results_of(wanted_.x, b, h, first, rows); };
+    Rows given;
+    if (reads_features(call_)) given = rows_of(call_.forward_features, b, h, first, rows);
+    if (given.data != nullptr && is_element_map(call_)) {
+      if (wanted_.x.defined()) features_.backward_rows(call_.kind, given, dout, to());
+      return;
+    }
     tile.load(x);
     auto in = tile.features(rows);
-    const auto rows_of_features = [&](const Tensor& t) {
-      return Rows{t.at({b, h, first}), t.dtype(), t.stride(2), rows, call_.features};
-    };
-    const Block<const T> dphi = kernels::whole_rows(kernels_, rows_of_features(dout_), tile.dphi);
+    const Block<const T> dphi = kernels::whole_rows(kernels_, dout, tile.dphi);
     Block<const T> phi{tile.phi.data, tile.phi.stride};
-    if (reads_features(call_)) {
-      phi = kernels::whole_rows(kernels_, rows_of_features(call_.forward_features), tile.phi);
+    if (given.data != nullptr) {
+      phi = kernels::whole_rows(kernels_, given, tile.phi);
     } else {
       const T floor = in.floor;
       in = tile.apply(x, h);
@@ -359,10 +374,6 @@ class Backward {
       features_.forward(in, tile.phi);
       in.floor = floor;
     }
-    const auto to = [&] {
-      return kernels::RowsOut{wanted_.x.at({b, h, first}), wanted_.x.dtype(), wanted_.x.stride(2),
-                              rows, call_.dim};
-    };
     if (!layer_.has_weight && !wanted_.bias.defined()) {  // dx is dz, and all there is
       if (!wanted_.x.defined()) return;
       return kernels::make_rows<T>(kernels_, to(), tile.dz, [&](Block<T> dx) {
