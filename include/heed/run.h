@@ -24,7 +24,7 @@ Isa chosen_isa(const RunOptions& run);
 
 /// Threads that a call uses when RunOptions says nothing: set_threads, else OMP_NUM_THREADS, else all cores.
 int default_threads();
-void set_threads(int threads);  // throws Error below 1
+void set_threads(int threads);  // throws Error outside 1..1024
 
 struct RunOptions {
   std::optional<int> threads = {};

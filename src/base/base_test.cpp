@@ -73,6 +73,26 @@ TEST(TensorView, SelectAndSliceFollowStrides) {
   EXPECT_EQ(copied.as<double>()[(2 * 2 + 1) * 4 + 3], 1 * 12 + 2 * 4 + 3);
 }
 
+TEST(TensorView, ExtentsBeyondAnyMemory) {
+  constexpr int64_t kMany = int64_t{1} << 40;
+  float x = 0;
+  EXPECT_THROW(Tensor(&x, DType::f32, {kMany, kMany}), Error);
+  for (const Dims& shape : {Dims{0, kMany, kMany}, Dims{kMany, kMany, 0}}) {
+    const Tensor empty(nullptr, DType::f32, shape);
+    EXPECT_EQ(empty.count(), 0);
+    copy(empty, empty);
+  }
+}
+
+TEST(TensorView, WholeNumbersAreCopiedWithAnyStrides) {
+  const int64_t from[] = {int64_t{1} << 62, 2, -3, 4};
+  int64_t to[2] = {};
+  copy(Tensor(from, DType::i64, {2}, {2}), Tensor(to, DType::i64, {2}));
+  EXPECT_EQ(to[0], from[0]);
+  EXPECT_EQ(to[1], from[2]);
+  EXPECT_THROW(convert(Tensor(from, DType::i64, {4}), DType::i32), Error);
+}
+
 TEST(TensorView, RefusesWhatCannotBe) {
   EXPECT_THROW(Tensor(nullptr, DType::f32, {2, 3}), Error);
   EXPECT_NO_THROW(Tensor(nullptr, DType::f32, {2, 0}));
@@ -217,11 +237,30 @@ TEST(Isa, OneThatTheMachineLacksIsRefused) {
   }
 }
 
-TEST(Threads, BelowOneIsRefused) {
-  EXPECT_THROW(set_threads(0), Error);
+TEST(Threads, OneTo1024) {
   RunOptions run;
-  run.threads = 0;
-  EXPECT_THROW(threads_for(run, 10), Error);
+  for (int threads : {-1, 0, 1025, std::numeric_limits<int>::max()}) {
+    EXPECT_THROW(set_threads(threads), Error);
+    run.threads = threads;
+    EXPECT_THROW(threads_for(run, 10), Error);
+  }
+}
+
+TEST(Scratch, IsUsableAfterAnAllocationThatFailed) {
+  const std::byte* before = nullptr;
+  {
+    Scratch first(1024);
+    before = first.take<std::byte>(1);
+  }
+  EXPECT_THROW(Scratch(size_t{1} << 60), std::bad_alloc);
+  for (int i = 0; i < 2; ++i) {  // one block again, used in turn
+    Scratch next(1024);
+    const std::byte* memory = next.take<std::byte>(1);
+    if (i == 1) {
+      EXPECT_EQ(memory, before);
+    }
+    before = memory;
+  }
 }
 
 }  // namespace

@@ -17,7 +17,18 @@ namespace heed {
 
 namespace {
 std::atomic<int> requested_threads{0};  // 0: OpenMP decides (OMP_NUM_THREADS or all cores)
+
+// OpenMP ends the process where it can make no more threads.
+constexpr int kMostThreads = 1024;
+
+void check_threads(int threads) {
+  if (threads < 1 || threads > kMostThreads) {
+    throw Error("threads is " + std::to_string(threads) + ", 1 to " + std::to_string(kMostThreads) +
+                " are needed");
+  }
 }
+
+}  // namespace
 
 int default_threads() {
   int requested = requested_threads.load();
@@ -25,17 +36,13 @@ int default_threads() {
 }
 
 void set_threads(int threads) {
-  if (threads < 1) {
-    throw Error("threads is " + std::to_string(threads) + ", at least 1 is needed");
-  }
+  check_threads(threads);
   requested_threads.store(threads);
 }
 
 int threads_for(const RunOptions& run, int64_t items) {
+  if (run.threads) check_threads(*run.threads);
   int threads = run.threads.value_or(default_threads());
-  if (threads < 1) {
-    throw Error("threads is " + std::to_string(threads) + ", at least 1 is needed");
-  }
   if (omp_in_parallel()) threads = 1;
   return static_cast<int>(std::max<int64_t>(1, std::min<int64_t>(threads, items)));
 }
@@ -133,9 +140,9 @@ Scratch::Scratch(size_t bytes) {
       if (block.memory != nullptr) block.bytes = bytes;
     }
     next_ = block.memory;
-    block.in_use = true;
   }
   if (next_ == nullptr && bytes > 0) throw std::bad_alloc();
+  block.in_use = true;
   end_ = next_ + bytes;
 #ifndef NDEBUG
   std::memset(next_, 0xff, bytes);  // NaN as float and double

@@ -108,9 +108,13 @@ std::string to_string(const Dims& dims) {
 }
 
 int64_t element_count(const Dims& shape) {
-  int64_t count = 1;
+  bool empty = false;
   for (int64_t extent : shape.span()) {
     if (extent < 0) throw Error("shape " + to_string(shape) + " has a negative extent");
+    empty |= extent == 0;
+  }
+  int64_t count = empty ? 0 : 1;
+  for (int64_t extent : shape.span()) {
     if (__builtin_mul_overflow(count, extent, &count)) {
       throw Error("shape " + to_string(shape) + " has more than 2^63 elements");
     }
@@ -119,11 +123,12 @@ int64_t element_count(const Dims& shape) {
 }
 
 Dims contiguous_strides(const Dims& shape) {
+  (void)element_count(shape);  // throws where steps are too large
   Dims strides = shape;
   int64_t step = 1;
   for (int i = shape.rank() - 1; i >= 0; --i) {
     strides[i] = step;
-    step *= shape[i] > 0 ? shape[i] : 1;
+    if (shape[i] == 0 || __builtin_mul_overflow(step, shape[i], &step)) step = 1;  // of no element
   }
   return strides;
 }
@@ -256,9 +261,11 @@ void copy_row(const Tensor& from, const Tensor& to) {
     with_type(to.dtype(), [&](auto of_to) {
       using From = decltype(of_from);
       using To = decltype(of_to);
-      if constexpr (!std::is_integral_v<To>) {
-        const From* source = from.as<From>();
-        To* target = to.as<To>();
+      const From* source = from.as<From>();
+      To* target = to.as<To>();
+      if constexpr (std::is_same_v<To, From>) {
+        for (int64_t i = 0; i < count; ++i) target[i * write] = source[i * read];
+      } else if constexpr (!std::is_integral_v<To>) {
         for (int64_t i = 0; i < count; ++i) target[i * write] = store<To>(load(source[i * read]));
       } else {
         throw Error(std::string("copy: cannot convert to ") + name_of(to.dtype()) +
@@ -284,6 +291,7 @@ void copy(const Tensor& from, const Tensor& to) {
     throw Error("copy: source has shape " + to_string(from.shape()) + ", destination " +
                 to_string(to.shape()) + "; equal shapes are needed");
   }
+  if (from.count() == 0) return;
   if (from.dtype() == to.dtype() && from.is_contiguous() && to.is_contiguous()) {
     std::memcpy(to.data(), from.data(), static_cast<size_t>(from.count()) * size_of(from.dtype()));
     return;
