@@ -60,7 +60,7 @@ std::map<std::string, int64_t> sizes(const Program& program, const Bindings& bin
 /// input tensor and scalar (scalars as rank-0 arrays).
 Values gradient(const Program& program, const Bindings& bindings, const Values& output_gradients);
 
-/// Passes over a rank family (sheet 29, section 3.2): `rank` names a rank or a split rank's parent.
+/// Passes over a rank family (FuseMax, section III): `rank` names a rank or a split rank's parent.
 struct PassReport {
   struct Row {
     std::string tensor;
@@ -72,7 +72,7 @@ struct PassReport {
 };
 PassReport count_passes(const Program& program, std::string_view rank);
 
-/// A polynomial in rank names with rational exponents of division by split sizes left symbolic.
+/// A polynomial in the names of ranks, those of splits among them.
 class Polynomial {
  public:
   std::map<std::vector<std::string>, double>

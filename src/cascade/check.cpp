@@ -145,9 +145,10 @@ class Checker {
 
   void check_initial_index(int s, const Axis& axis, int id, int ast_index) {
     const IndexNode& n = out_.node(id);
-    const bool fits = axis.running ? n.kind == IndexNode::Kind::number && n.number == 0
-                      : n.kind == IndexNode::Kind::rank ? n.id == axis.rank
-                                                        : merged_split(out_, id) != nullptr;
+    const Split* split = merged_split(out_, id);
+    const bool fits = axis.running       ? n.kind == IndexNode::Kind::number && n.number == 0
+                      : split != nullptr ? split->parent == axis.rank
+                                         : n.kind == IndexNode::Kind::rank && n.id == axis.rank;
     if (!fits) {
       names_.error(index_place(ast_index),
                    fmt::format("found another index, expected {} in the start of '{}'",

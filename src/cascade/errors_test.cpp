@@ -125,6 +125,8 @@ TEST(Errors, Statements) {
           {"out R[p+1] = R[p] + B[p]", "7:5", "found the running tensor 'R' without a start"},
           {"out R[p] = B[p] ; R[0] = 0", "7:19", "found a start of 'R'"},
           {"out R[p+1] = R[p] + B[p] ; R[1] = 0", "7:30", "found another index, expected 0"},
+          {"out R[m+1,p] = R[m,p] + A[p,m] ; R[0,m1*M0+m0] = A[0,m]", "7:43",
+           "found another index, expected p"},
           {"out R[p+1] = R[p] + B[p] ; Q[0] = 0", "7:28", "found 'Q', expected the start of 'R'"},
           {"out R[p+1] = R[p] + B[p] ; R = 0", "7:28", "found 0 indices, expected 1"},
           {"out R[p+1] = R[p+1] + B[p] ; R[0] = 0", "7:14", "found 'R' ahead of its running rank"},

@@ -140,7 +140,7 @@ void Names::sizes_and_splits() {
   }
   for (const SizeDeclaration& s : ast_.sizes) {
     declare(s.name, s.place, "size");
-    constant(s.name, s.place);
+    constant(s.name);
   }
   for (size_t i = 0; i < parts.size(); ++i) {
     const SplitDeclaration& s = ast_.splits[i];
@@ -151,7 +151,7 @@ void Names::sizes_and_splits() {
     } else {
       if (find(constant_ids_, s.block) < 0) declare(s.block, s.block_place, "size");
       block.kind = IndexNode::Kind::size;
-      block.id = static_cast<int>(lowered_.ranks.size()) + constant(s.block, s.block_place);
+      block.id = static_cast<int>(lowered_.ranks.size()) + constant(s.block);
     }
     const Split split{parts[i].parent, parts[i].outer, parts[i].inner, node(block)};
     for (const Split& other : lowered_.splits) {
@@ -166,7 +166,7 @@ void Names::sizes_and_splits() {
   }
 }
 
-int Names::constant(const std::string& name, Place) {
+int Names::constant(const std::string& name) {
   const auto it = constant_ids_.find(name);
   if (it != constant_ids_.end()) return it->second;
   const int id = static_cast<int>(lowered_.constants.size());
@@ -384,7 +384,6 @@ bool Names::match_axes(const TensorInfo& tensor, const std::vector<int>& written
       const int id =
           axis.declared >= 0 ? axis.declared : node({Kind::rank, 0, axis.rank, {}, bit(axis.rank)});
       match.index.push_back(id);
-      match.completed |= axis.batch;
       continue;
     }
     if (at >= written.size()) return false;

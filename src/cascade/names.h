@@ -29,12 +29,10 @@ class Names {
   int rank_node(int rank, RankSet visible) const;
   /// The node of a rank or a size, or -1.
   int value_node(std::string_view name, RankSet visible) const;
-  bool is_size(std::string_view name) const { return size(name) >= 0; }
 
   struct Match {
     std::vector<int> index;  // one node per axis
     bool left_out = false;   // batch indices were filled in
-    RankSet completed = 0;   // the ranks they brought
     RankSet ranks = 0;
   };
   /// Nothing if the number of indices fits the tensor in neither form.
@@ -50,12 +48,11 @@ class Names {
   void declare(const std::string& name, Place place, const char* what);
   void ranks();
   void sizes_and_splits();
-  void split(const SplitDeclaration& s);
   int split_rank(const std::string& name, Place place, const Rank& parent);
   void inputs();
   void predicates();
   int size(std::string_view name) const;
-  int constant(const std::string& name, Place place);
+  int constant(const std::string& name);
   void functions();
   int function(const Index& call) const;
   bool made_of_sizes(int node) const;

@@ -107,7 +107,6 @@ class Nest {
   const Register& root() const { return registers_[static_cast<size_t>(term_.root)]; }
   const LoweredTerm& term() const { return term_; }
   std::span<const Register> registers() const { return registers_; }
-  const Load& load(int node) const { return loads_[static_cast<size_t>(node)]; }
   uint64_t address(int node, int lane) const {
     const int slot = loads_[static_cast<size_t>(node)].slot;
     return static_cast<uint64_t>(at_[static_cast<size_t>(slot)]) +
