@@ -13,6 +13,7 @@
 
 HWY_BEFORE_NAMESPACE();
 namespace heed::kernels::HWY_NAMESPACE {
+namespace {
 namespace hn = hwy::HWY_NAMESPACE;
 
 // (2^f - 1) / f on [-1/2, 1/2], highest power first: minimax of relative error 2^-26 (float), Taylor as
@@ -119,6 +120,8 @@ void cap_scores(Block<T> s, int64_t rows, int64_t key_count, const KeyRange* ran
     }
   }
 }
+
+}  // namespace
 
 void add_cap_parts(TileKernels<float>& f, TileKernels<double>& d) {
   f.cap_scores = cap_scores<float>;

@@ -12,6 +12,7 @@
 
 HWY_BEFORE_NAMESPACE();
 namespace heed::kernels::HWY_NAMESPACE {
+namespace {
 namespace hn = hwy::HWY_NAMESPACE;
 
 // decay(s) + added
@@ -197,6 +198,8 @@ void add_parts(ChunkKernels<T>& table) {
   table.advance = advance<T>;
   table.step = step<T>;
 }
+
+}  // namespace
 
 void add_chunk_product_parts(ChunkKernels<float>& f, ChunkKernels<double>& d) {
   add_parts(f);

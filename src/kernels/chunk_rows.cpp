@@ -5,13 +5,13 @@
 #include <hwy/foreach_target.h>
 // After foreach_target.
 #include "kernels/chunk_parts.h"
-#include "kernels/half_store-inl.h"
 #include "kernels/product_loops.h"
 #include "kernels/register_blocks-inl.h"
 #include "kernels/transpose-inl.h"
 
 HWY_BEFORE_NAMESPACE();
 namespace heed::kernels::HWY_NAMESPACE {
+namespace {
 namespace hn = hwy::HWY_NAMESPACE;
 
 template <class T>
@@ -200,7 +200,7 @@ void round_rows(Block<const float> from, int64_t rows, int64_t width, uint16_t* 
       if (count < lanes<float>()) {
         x = hn::IfThenElseZero(hn::FirstN(d, static_cast<size_t>(count)), x);
       }
-      store_half(x, out + i);
+      hn::StoreU(half_operands(x), d16, out + i);
     }
     for (; i < stride; i += lanes<float>()) hn::StoreU(hn::Zero(d16), d16, out + i);
   }
@@ -251,6 +251,8 @@ void add_parts(ChunkKernels<T>& table) {
     add_scaled(factor, x, width, y);
   };
 }
+
+}  // namespace
 
 void add_chunk_row_parts(ChunkKernels<float>& f, ChunkKernels<double>& d) {
   add_parts(f);

@@ -5,28 +5,21 @@
 #include <hwy/foreach_target.h>
 // After foreach_target.
 #include "kernels/chunk_parts.h"
-#include "kernels/half_store-inl.h"
+#include "kernels/row_scores-inl.h"
 #include "kernels/vector-inl.h"
 
 HWY_BEFORE_NAMESPACE();
 namespace heed::kernels::HWY_NAMESPACE {
+namespace {
 namespace hn = hwy::HWY_NAMESPACE;
 
 // Calls body(m, mask) for the vectors of columns that hold some of the range.
 template <class T, class Body>
 HWY_INLINE void for_seen(KeyRange range, Body&& body) {
-  const Full<T> d;
   if (range.empty()) return;
   for (int64_t m = range.begin / lanes<T>() * lanes<T>(); m < range.end; m += lanes<T>()) {
-    const auto from = hn::FirstN(d, static_cast<size_t>(HWY_MAX(range.begin - m, int64_t{0})));
-    const auto to = hn::FirstN(d, static_cast<size_t>(HWY_MIN(range.end - m, lanes<T>())));
-    body(m, hn::AndNot(from, to));
+    body(m, visible_lanes<T>(m, range));
   }
-}
-
-template <class T>
-HWY_INLINE KeyRange range_of(const KeyRange* ranges, int64_t r, int64_t columns) {
-  return ranges == nullptr ? KeyRange{0, static_cast<int32_t>(columns)} : ranges[r];
 }
 
 template <class Element>
@@ -44,7 +37,9 @@ struct WideWeights {
 struct HalfWeights {
   using Element = uint16_t;
   static constexpr int64_t kMultiple = kHalfDepth;
-  static HWY_INLINE void store(hn::Vec<Full<float>> w, uint16_t* to) { store_half(w, to); }
+  static HWY_INLINE void store(hn::Vec<Full<float>> w, uint16_t* to) {
+    hn::StoreU(half_operands(w), hn::Rebind<uint16_t, Full<float>>(), to);
+  }
 };
 
 template <class T, class Weights>
@@ -53,7 +48,7 @@ void weigh(Block<T> s, int64_t rows, int64_t columns, const KeyRange* ranges,
   const Full<T> d;
   const int64_t padded = round_up(columns, Weights::kMultiple);
   for (int64_t r = 0; r < rows; ++r) {
-    const KeyRange range = range_of<T>(ranges, r, columns);
+    const KeyRange range = range_of(ranges, r, columns);
     auto* out = static_cast<typename Weights::Element*>(weights) + r * stride;
     const T* row = s.row(r);
     int64_t done = 0;
@@ -76,7 +71,7 @@ void polynomial(Block<T> s, Block<T> p, int64_t rows, int64_t columns, const Key
   const int64_t padded = round_up(columns, lanes<T>());
   const auto one = hn::Set(d, T{1});
   for (int64_t r = 0; r < rows; ++r) {
-    const KeyRange range = range_of<T>(ranges, r, columns);
+    const KeyRange range = range_of(ranges, r, columns);
     int64_t done = 0;
     for_seen<T>(range, [&](int64_t m, auto seen) HWY_ATTR {
       const auto x = hn::Mul(hn::Set(d, scale), hn::LoadU(d, s.row(r) + m));
@@ -104,7 +99,7 @@ void chain(Block<T> s, Block<const T> g, int64_t rows, int64_t columns, const Ke
            const T* factor, const T* added, bool by_column) {
   const Full<T> d;
   for (int64_t r = 0; r < rows; ++r) {
-    for_seen<T>(range_of<T>(ranges, r, columns), [&](int64_t m, auto seen) HWY_ATTR {
+    for_seen<T>(range_of(ranges, r, columns), [&](int64_t m, auto seen) HWY_ATTR {
       const auto f = by_column ? hn::LoadU(d, factor + m) : hn::Set(d, factor[r]);
       const auto a = by_column ? hn::LoadU(d, added + m) : hn::Set(d, added[r]);
       const auto inner = hn::MulAdd(f, hn::LoadU(d, g.row(r) + m), a);
@@ -155,6 +150,8 @@ void add_parts(ChunkKernels<T>& table) {
   table.range_sums = range_sums<T>;
   table.distance_sum = distance_sum<T>;
 }
+
+}  // namespace
 
 void add_chunk_weight_parts(ChunkKernels<float>& f, ChunkKernels<double>& d) {
   add_parts(f);

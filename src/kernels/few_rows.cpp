@@ -15,6 +15,7 @@
 
 HWY_BEFORE_NAMESPACE();
 namespace heed::kernels::HWY_NAMESPACE {
+namespace {
 namespace hn = hwy::HWY_NAMESPACE;
 
 // Elements of a cache line.
@@ -305,6 +306,8 @@ void add_rows(Block<const T> weights, int64_t rows, const Rows& v, const T* carr
     join_sums<T, From>(rows, v.width, o);
   });
 }
+
+}  // namespace
 
 void add_few_row_parts(TileKernels<float>& f, TileKernels<double>& d) {
   f.dot_rows = dot_rows<float>;

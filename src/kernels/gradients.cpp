@@ -15,6 +15,7 @@
 
 HWY_BEFORE_NAMESPACE();
 namespace heed::kernels::HWY_NAMESPACE {
+namespace {
 namespace hn = hwy::HWY_NAMESPACE;
 
 // 2^t in place for scores relative to a row's log-sum-exp.
@@ -215,6 +216,8 @@ void add_gradients(TileKernels<T>& k) {
   k.gradients[2] = gradients<T, WeightKind::polynomial>;
   k.parallax_gradients = parallax_gradients<T>;
 }
+
+}  // namespace
 
 void add_gradient_parts(TileKernels<float>& f, TileKernels<double>& d) {
   add_gradients(f);

@@ -11,6 +11,7 @@
 
 HWY_BEFORE_NAMESPACE();
 namespace heed::kernels::HWY_NAMESPACE {
+namespace {
 namespace hn = hwy::HWY_NAMESPACE;
 
 template <class T>
@@ -178,6 +179,8 @@ void add_pack(TileKernels<T>& k) {
   k.pack_columns = pack_queries<T>;
   k.finish_columns = finish_columns<T>;
 }
+
+}  // namespace
 
 void add_pack_parts(TileKernels<float>& f, TileKernels<double>& d) {
   add_pack(f);

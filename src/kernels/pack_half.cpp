@@ -13,6 +13,7 @@
 
 HWY_BEFORE_NAMESPACE();
 namespace heed::kernels::HWY_NAMESPACE {
+namespace {
 namespace hn = hwy::HWY_NAMESPACE;
 
 void pack_half_queries(const Rows& q, bool negate, void* packed) {
@@ -157,6 +158,8 @@ void pair_weights(Block<const float> from, int64_t rows, int64_t key_count, void
     }
   }
 }
+
+}  // namespace
 
 void add_half_pack_parts(TileKernels<float>& f) {
   f.half_operands = true;

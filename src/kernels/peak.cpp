@@ -64,7 +64,6 @@ HWY_NOINLINE void sum_floats(const float* data, int64_t count, double& sum) {
 HWY_AFTER_NAMESPACE();
 
 #if HWY_ONCE
-#include <algorithm>
 
 #include "kernels/amx_tiles.h"
 
@@ -130,10 +129,7 @@ int64_t run_half_multiply_adds(Isa isa, int64_t rounds, double& sink) {
   sink = 0;
 #if defined(__x86_64__)
   if (isa == Isa::amx) return run_amx(rounds, sink);
-  const auto& features = cpu_info().features;
-  const bool pairs =
-      std::find(features.begin(), features.end(), "full_rate_bf16") != features.end();
-  if (isa == Isa::avx512 && pairs) return run_avx512_pairs(rounds, sink);
+  if (isa == Isa::avx512 && has_full_rate_bf16()) return run_avx512_pairs(rounds, sink);
 #else
   (void)isa, (void)rounds;
 #endif

@@ -10,6 +10,7 @@
 
 HWY_BEFORE_NAMESPACE();
 namespace heed::kernels::HWY_NAMESPACE {
+namespace {
 namespace hn = hwy::HWY_NAMESPACE;
 
 template <int MR, int NV, class T>
@@ -122,6 +123,8 @@ void accumulate_columns(const void* packed, int64_t rows, int64_t width, const v
                       });
                     });
 }
+
+}  // namespace
 
 void add_product_parts(TileKernels<float>& f, TileKernels<double>& d) {
   f.scores = scores<float>;

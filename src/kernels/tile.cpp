@@ -7,6 +7,11 @@
 
 namespace heed::kernels {
 
+bool has_full_rate_bf16() {
+  const auto& features = cpu_info().features;
+  return std::find(features.begin(), features.end(), "full_rate_bf16") != features.end();
+}
+
 namespace {
 
 using TileTables = Tables<TileKernels>;
@@ -21,11 +26,6 @@ TileTables make_plain(Isa isa) {
   add_cap_parts(isa, tables.f, tables.d);
   add_few_row_parts(isa, tables.f, tables.d);
   return tables;
-}
-
-bool has_full_rate_bf16() {
-  const auto& features = cpu_info().features;
-  return std::find(features.begin(), features.end(), "full_rate_bf16") != features.end();
 }
 
 const TileTables& plain_avx512() {

@@ -31,7 +31,8 @@ struct Rows {
   int64_t stride = 0;
   int64_t count = 0;
   int64_t width = 0;
-  const int64_t* offsets = nullptr;  // of each row; null: evenly spaced. Only packing takes them
+  const int64_t* offsets = nullptr;  // of each row; null: evenly spaced. Kernels of few rows and
+                                     // of chunks do not take them
   int64_t offset(int64_t r) const { return offsets == nullptr ? r * stride : offsets[r]; }
 };
 
@@ -76,7 +77,7 @@ struct WeightShape {
 
 /// Row statistics of a running softmax, in units of log2: the row's pivot, the sum of its weights
 /// relative to the pivot, and the factor that the last tile put on earlier sums. Sigmoid touches none
-/// of them, polynomial only adds its weights to the sum.
+/// of them, polynomial adds its weights to the sum and carries all of it.
 template <class T>
 struct RowState {
   T* pivot = nullptr;  // -inf until the row has seen a key
@@ -185,10 +186,10 @@ struct TileKernels {
                    Block<T> o) = nullptr;
 };
 
-/// The kernels of one instruction set; a weaker one where the asked one adds nothing for T.
-/// `half` asks for bfloat16 operands; null when the instruction set has no product for them.
+/// The kernels of one instruction set; those of a weaker one where it adds nothing for T.
 template <class T>
 const TileKernels<T>& tile_kernels(Isa isa);
+/// With operands of bfloat16; null where the instruction set has no products of them.
 const TileKernels<float>* half_tile_kernels(Isa isa);
 
 }  // namespace heed::kernels

@@ -18,6 +18,7 @@
 
 HWY_BEFORE_NAMESPACE();
 namespace heed::kernels::HWY_NAMESPACE {
+namespace {
 namespace hn = hwy::HWY_NAMESPACE;
 
 // One row of weights in the type that the second product reads.
@@ -343,6 +344,8 @@ void add_weights(TileKernels<T>& k) {
   k.weights[2] = weight_tile<T, Weights, WeightKind::polynomial>;
   k.second_weights = second_weights<T, Weights>;
 }
+
+}  // namespace
 
 void add_weight_parts(TileKernels<float>& f, TileKernels<double>& d) {
   add_weights<float, WideWeights<float>>(f);

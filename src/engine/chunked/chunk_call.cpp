@@ -62,9 +62,7 @@ ChunkCall<T>::ChunkCall(const Problem<T>& problem, const RunOptions& run, bool d
 template <class T>
 Chunk ChunkCall<T>::causal_chunk(int64_t b, int64_t i) const {
   const int64_t offset = tokens_ - queries_;
-  Chunk chunk{.begin = i * chunk_};
-  chunk.tokens = chunk_tokens(i);
-  chunk.keys = std::clamp<int64_t>(existing(b) - chunk.begin, 0, chunk.tokens);
+  Chunk chunk = key_chunk(b, i);
   chunk.query = std::max<int64_t>(chunk.begin - offset, 0);
   chunk.queries = std::max<int64_t>(0, chunk.begin + chunk.tokens - offset - chunk.query);
   chunk.shift = chunk.query + offset - chunk.begin;

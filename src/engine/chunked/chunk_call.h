@@ -122,8 +122,7 @@ class ChunkCall {
 
   int64_t lanes() const { return batch_ * heads_; }
   int64_t key_head(int64_t head) const { return head / group_; }
-  /// Chunks of a causal call, and of the two loops of one that is not.
-  int64_t causal_chunks() const { return count(tokens_); }
+  /// Chunks of a loop over positions of keys (the only one of a causal call), and of one over queries.
   int64_t key_chunks() const { return count(tokens_); }
   int64_t query_chunks() const { return count(queries_); }
   Chunk causal_chunk(int64_t b, int64_t i) const;

@@ -23,7 +23,7 @@ class Forward : public Denominators<T>, public Sweep<T> {
     this->zero_unseeing_rows(out_);
     SweepShape shape;
     shape.lanes = this->lanes();
-    shape.chunks = this->problem_.causal ? this->causal_chunks() : this->key_chunks();
+    shape.chunks = this->key_chunks();
     shape.uses = this->problem_.causal ? shape.chunks : this->query_chunks();
     shape.size = this->total_size(kTotal);
     shape.rows = this->features_;
@@ -179,7 +179,13 @@ class Forward : public Denominators<T>, public Sweep<T> {
         this->total_denominators(this->rows_for_sums(q, m.query_rows), state, m.sums);
       }
     }
-    if (chunk.keys == 0) return;
+    if (chunk.keys == 0) {
+      if (this->decays(h) != nullptr) {
+        this->rows_.scale_rows(m.out, chunk.queries, this->padded_values_,
+                               this->state_factors(h, chunk.shift + 1));
+      }
+      return;
+    }
     this->panels(this->operand(k, m.key_rows, m.key_rounded), m.key_panels);
     this->scores(left, chunk.queries, m.key_panels, chunk.keys, this->features_, m.ranges,
                  m.weights.scores, *m.ahead);

@@ -38,7 +38,7 @@ class KeyGradients : public ChunkCall<T>, public Sweep<T> {
     SweepShape shape;
     shape.lanes = this->lanes();
     shape.lanes_per_group = this->group_;
-    shape.chunks = causal ? this->causal_chunks() : this->query_chunks();
+    shape.chunks = causal ? this->key_chunks() : this->query_chunks();
     shape.uses = causal ? shape.chunks : this->key_chunks();
     shape.size = this->total_size(kTotal);
     shape.rows = this->features_;

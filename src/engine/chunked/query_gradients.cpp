@@ -35,7 +35,7 @@ class QueryGradients : public SlopeStates<T>, public Sweep<T> {
     const bool causal = this->problem_.causal;
     SweepShape shape;
     shape.lanes = this->lanes();
-    shape.chunks = causal ? this->causal_chunks() : knows_total_ ? 0 : this->key_chunks();
+    shape.chunks = knows_total_ ? 0 : this->key_chunks();
     shape.uses = causal ? shape.chunks : this->query_chunks();
     shape.rows = this->features_;
     shape.rows_unit = this->rows_unit();
@@ -223,6 +223,9 @@ class QueryGradients : public SlopeStates<T>, public Sweep<T> {
       this->weigh_and_add(m.weights, chunk.queries, chunk.keys, m.ranges, factors, false,
                           this->right(this->operand(k, m.key_rows, m.key_rounded), m.keys),
                           this->state_factors(h, chunk.shift + 1), m.features, *m.ahead);
+    } else if (this->decays(h) != nullptr) {
+      this->rows_.scale_rows(m.features, chunk.queries, this->padded_features_,
+                             this->state_factors(h, chunk.shift + 1));
     }
     if (policy.read_out) read_out(lane, chunk, view, m);
     return pulled(q, m);

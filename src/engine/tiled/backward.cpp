@@ -1,5 +1,5 @@
 // Gradients from recomputed tiles (arXiv 2307.08691, Algorithm 2). A unit owns key tiles: gradients of
-// keys and values stay with it, those of queries are summed in float32 over its key tiles. Where there
+// keys and values stay with it, those of queries are summed in T over its key tiles. Where there
 // are too few key heads for all threads, several units share a key head, and their sums over query rows
 // are added in a fixed order: same bits for the same number of threads, memory O(threads x L).
 #include "engine/tiled/backward.h"
@@ -245,7 +245,7 @@ void Backward<T>::finish_rows(int64_t s, int64_t kv_head,
     if (second_) r.push_back(part->r.template as<T>());
   }
   // With a second stream the scale is in dS already, all but its sign.
-  const double factor = !second_ ? problem_.scale : problem_.scale < 0 ? -1 : 1;
+  const double factor = !second_ ? scale_ : scale_ < 0 ? -1 : 1;
   finish_rows_of(gradient(s).q, s, kv_head, factor, q);
   if (second_) finish_rows_of(gradient(s).r, s, kv_head, 1, r);
 }

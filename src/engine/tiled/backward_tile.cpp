@@ -105,7 +105,7 @@ void Backward<T>::run_key_tile(int lane, const Unit& unit, Interval keys, const 
     run_tile(lane, at, seen, row_block(rows.q), second_ ? row_block(rows.r) : Block{},
              sums + i / tiles * 2, m);
   }
-  const double factor = second_ ? 1 : std::abs(problem_.scale);
+  const double factor = second_ ? 1 : std::abs(scale_);
   const auto finish = [&](const Block& columns, int64_t width, double scale,
                           const HeadRows& to_rows) {
     const Rows out = rows_of(to_rows, unit.kv_head, keys.begin, keys.end);
@@ -134,7 +134,7 @@ typename Backward<T>::Columns Backward<T>::pack_rows(const TileAt& at, bool fini
     return static_cast<const void*>(columns);
   };
   Columns columns;
-  columns.q = pack(s.q, problem_.scale < 0, m.q, m.q_columns);
+  columns.q = pack(s.q, scale_ < 0, m.q, m.q_columns);
   if (second_) columns.r = pack(s.r, false, m.r, m.r_columns);
   columns.dout = pack(gradient(at.sequence).out, false, m.dout, m.dout_columns);
   return columns;
@@ -158,7 +158,7 @@ void Backward<T>::run_tile(int lane, const TileAt& at, const Seen& seen, Block d
     terms_->add_gradient(lane, at, kernels::Block<const T>{m.a.data, m.a.stride}, dq);
   }
   if (m.slope.data != nullptr || second_) {
-    const T scale = static_cast<T>(second_ ? std::abs(problem_.scale) : 1);
+    const T scale = static_cast<T>(second_ ? std::abs(scale_) : 1);
     for (int64_t r = 0; r < at.rows; ++r) {
       T* ds = m.a.row(r);
       for (int64_t i = 0; i < at.keys; ++i) {
@@ -214,7 +214,7 @@ void Backward<T>::add_products(const TileAt& at, const Seen& seen, const Columns
   };
   add_columns(at, seen, m.s, columns.dout, rows(gradient(at.sequence).out), value_dim_, finite,
               false, m.dv, m);
-  add_columns(at, seen, m.a, columns.q, rows(s.q), head_dim_, finite, problem_.scale < 0, m.dk, m);
+  add_columns(at, seen, m.a, columns.q, rows(s.q), head_dim_, finite, scale_ < 0, m.dk, m);
   add_rows(at, seen, m.a, dq, m);
   if (second_) {
     add_columns(at, seen, m.t, columns.r, rows(s.r), head_dim_, finite, false, m.dk, m);

@@ -218,7 +218,7 @@ void Forward<T>::pack_item(const Item& item, const std::vector<QueryTile>& tiles
   const Sequence& s = sequence(item.sequence);
   for (int64_t stream = 0; stream < streams_; ++stream) {
     const HeadRows& from = stream == 0 ? s.q : s.r;
-    const bool negate = stream == 0 && problem_.scale < 0;
+    const bool negate = stream == 0 && scale_ < 0;
     for (size_t t = 0; t < tiles.size(); ++t) {
       const Rows q = rows_of(from, tiles[t].head, tiles[t].begin, tiles[t].end);
       if (path_.few_rows) {

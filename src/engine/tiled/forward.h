@@ -47,6 +47,7 @@ class Forward : private TileCall<T> {
   using TileCall<T>::problem_;
   using TileCall<T>::products_;
   using TileCall<T>::run_;
+  using TileCall<T>::scale_;
   using TileCall<T>::second_;
   using TileCall<T>::sequence;
   using TileCall<T>::value_dim_;

@@ -67,41 +67,6 @@ Interval WindowLine::shared_keys_of(Interval queries) const {
   return {start(queries.end - 1), end(queries.begin)};
 }
 
-// The first query whose window ends behind the key: windows of groups before it end earlier.
-int64_t WindowLine::first_query(int64_t key) const {
-  if (causal_) return key;
-  if (key < kernel_) return 0;
-  const int64_t right = kernel_ - kernel_ / 2 - 1;  // keys behind the leader
-  const int64_t leader = key - right;               // the earliest that reaches the key
-  const int64_t group = ceil_div(std::max<int64_t>(leader - stride_ / 2, 0), stride_) * stride_;
-  // The clipped leader of the last group reaches further back than a group's own.
-  return std::min(group, (length_ - 1) / stride_ * stride_);
-}
-
-int64_t WindowLine::last_query(int64_t key) const {
-  if (!causal_) {
-    if (key >= length_ - kernel_) return length_ - 1;
-    const int64_t leader = key + kernel_ / 2;  // the latest whose window starts at the key
-    const int64_t groups = leader < stride_ / 2 ? 0 : (leader - stride_ / 2) / stride_ + 1;
-    return std::min(std::max<int64_t>(groups, 1) * stride_, length_) - 1;
-  }
-  if (key >= length_ - kernel_) return length_ - 1;
-  return std::min((key + kernel_) / stride_ * stride_, length_) - 1;
-}
-
-Interval WindowLine::queries_of(Interval keys) const {
-  if (keys.empty()) return {};
-  return {first_query(keys.begin), last_query(keys.end - 1) + 1};
-}
-
-TileUse WindowLine::use(Interval queries, Interval keys) const {
-  if (queries.empty() || keys.empty()) return TileUse::dead;
-  const Interval seen = keys_of(queries), shared = shared_keys_of(queries);
-  if (keys.end <= seen.begin || seen.end <= keys.begin) return TileUse::dead;
-  const bool full = shared.begin <= keys.begin && keys.end <= shared.end;
-  return full ? TileUse::full : TileUse::partial;
-}
-
 int64_t point_count(const GridBox& box) {
   int64_t count = 1;
   for (const Interval& side : box) count *= side.empty() ? 0 : side.end - side.begin;
@@ -132,54 +97,12 @@ GridBox GridGroup::shared_keys_of(const GridBox& queries) const {
   return keys;
 }
 
-GridBox GridGroup::queries_of(const GridBox& keys) const {
-  GridBox queries;
-  for (size_t a = 0; a < kGridAxes; ++a) queries[a] = lines[a].queries_of(keys[a]);
-  return queries;
-}
-
-TileUse GridGroup::use(const GridBox& queries, const GridBox& keys) const {
-  TileUse all = TileUse::full;
-  for (size_t a = 0; a < kGridAxes; ++a) all = std::min(all, lines[a].use(queries[a], keys[a]));
-  return all;
-}
-
 bool GridGroup::sees(const GridPoint& query, const GridPoint& key) const {
   for (size_t a = 0; a < kGridAxes; ++a) {
     const Interval keys = lines[a].keys_of(query[a]);
     if (key[a] < keys.begin || key[a] >= keys.end) return false;
   }
   return true;
-}
-
-BoxTiles::BoxTiles(const GridBox& area, const GridPoint& shape) : area_(area), shape_(shape) {
-  for (size_t a = 0; a < kGridAxes; ++a) {
-    counts_[a] = area[a].empty() ? 0 : ceil_div(area[a].end - area[a].begin, shape[a]);
-  }
-}
-
-GridBox BoxTiles::tile(int64_t n) const {
-  GridBox box;
-  for (size_t a = kGridAxes; a-- > 0;) {
-    const int64_t begin = area_[a].begin + n % counts_[a] * shape_[a];
-    n /= counts_[a];
-    box[a] = {begin, begin + std::min(shape_[a], area_[a].end - begin)};
-  }
-  return box;
-}
-
-BoxTiles visited_key_tiles(const GridGroup& group, const GridBox& queries, const GridPoint& shape,
-                           KeyTiling tiling) {
-  GridBox area = group.keys_of(queries);
-  if (tiling == KeyTiling::fixed) {
-    for (size_t a = 0; a < kGridAxes; ++a) {
-      const int64_t tiles = ceil_div(area[a].end, shape[a]);
-      const int64_t length = group.lines[a].length();
-      area[a].begin -= area[a].begin % shape[a];
-      area[a].end = tiles > length / shape[a] ? length : tiles * shape[a];
-    }
-  }
-  return {area, shape};
 }
 
 Neighborhood::Neighborhood(const char* op, std::span<const NeighborhoodAxis> axes)

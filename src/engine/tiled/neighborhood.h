@@ -43,16 +43,10 @@ class WindowLine {
   Interval keys_of(Interval queries) const;
   /// Keys that all of the queries see; may be empty.
   Interval shared_keys_of(Interval queries) const;
-  /// Queries that see the key, and those that see at least one of the keys.
-  Interval queries_of(int64_t key) const { return {first_query(key), last_query(key) + 1}; }
-  Interval queries_of(Interval keys) const;
-  TileUse use(Interval queries, Interval keys) const;
 
  private:
   int64_t start(int64_t query) const;
   int64_t end(int64_t query) const;
-  int64_t first_query(int64_t key) const;
-  int64_t last_query(int64_t key) const;
 
   int64_t length_ = 1, kernel_ = 1, stride_ = 1;
   bool causal_ = false;
@@ -74,31 +68,8 @@ struct GridGroup {
   int64_t token(const GridPoint& point) const;
   GridBox keys_of(const GridBox& queries) const;
   GridBox shared_keys_of(const GridBox& queries) const;
-  GridBox queries_of(const GridBox& keys) const;
-  TileUse use(const GridBox& queries, const GridBox& keys) const;
   bool sees(const GridPoint& query, const GridPoint& key) const;
 };
-
-/// Boxes of one shape that cover a box from its first point on, clipped at its end.
-class BoxTiles {
- public:
-  BoxTiles(const GridBox& area, const GridPoint& shape);
-  int64_t count() const { return counts_[0] * counts_[1] * counts_[2]; }
-  int64_t count(int axis) const { return counts_[static_cast<size_t>(axis)]; }
-  /// Tile n of 0..count()-1, the last axis fastest.
-  GridBox tile(int64_t n) const;
-
- private:
-  GridBox area_;
-  GridPoint shape_, counts_;
-};
-
-/// Where key tiles start: at multiples of their shape, or at the first key that the queries see.
-enum class KeyTiling { fixed, at_first_key };
-
-/// The key tiles that hold a key seen by one of the queries (a box that is not empty).
-BoxTiles visited_key_tiles(const GridGroup& group, const GridBox& queries, const GridPoint& shape,
-                           KeyTiling tiling);
 
 class Neighborhood {
  public:

@@ -40,16 +40,15 @@ void check_line(const NeighborhoodAxis& axis) {
   for (int64_t a = 0; a < n; ++a) {
     for (int64_t j = 0; j < n; ++j) {
       const bool want = attends(axis, n, a, j);
-      const Interval keys = line.keys_of(a), queries = line.queries_of(j);
+      const Interval keys = line.keys_of(a);
       ASSERT_EQ(j >= keys.begin && j < keys.end, want) << "query " << a << " key " << j;
-      ASSERT_EQ(a >= queries.begin && a < queries.end, want) << "query " << a << " key " << j;
     }
     const int64_t seen = line.keys_of(a).end - line.keys_of(a).begin;
     ASSERT_TRUE(axis.causal || seen == axis.kernel);
   }
 }
 
-TEST(WindowLine, KeysAndQueriesOfEveryShortLine) {
+TEST(WindowLine, KeysOfEveryShortLine) {
   for (int64_t length = 1; length <= 24; ++length) {
     for (int64_t kernel = 1; kernel <= length; ++kernel) {
       for (int64_t stride = 1; stride <= kernel; ++stride) {
@@ -80,28 +79,20 @@ struct RandomGrid {
   }
 };
 
-TEST(WindowLine, BoxesOfQueriesAndKeys) {
+TEST(WindowLine, KeysOfBoxesOfQueries) {
   RandomGrid grid{std::mt19937_64(1)};
   for (int n = 0; n < 4000; ++n) {
     const NeighborhoodAxis axis = grid.axis(40);
     const WindowLine line(axis, grid.draw(0, axis.dilation - 1));
     const int64_t length = line.length();
     const int64_t q0 = grid.draw(0, length - 1), q1 = grid.draw(q0 + 1, length);
-    const int64_t k0 = grid.draw(0, length - 1), k1 = grid.draw(k0 + 1, length);
-    const Interval queries{q0, q1}, keys{k0, k1};
-    int64_t pairs = 0;
-    std::set<int64_t> seen, serving, shared;
+    const Interval queries{q0, q1};
+    std::set<int64_t> seen, shared;
     for (int64_t j = 0; j < length; ++j) {
       int64_t viewers = 0;
       for (int64_t i = q0; i < q1; ++i) viewers += attends(axis, length, i, j);
       if (viewers > 0) seen.insert(j);
       if (viewers == q1 - q0) shared.insert(j);
-      if (j >= k0 && j < k1) pairs += viewers;
-    }
-    for (int64_t i = 0; i < length; ++i) {
-      for (int64_t j = k0; j < k1; ++j) {
-        if (attends(axis, length, i, j)) serving.insert(i);
-      }
     }
     const auto equal = [](Interval found, const std::set<int64_t>& want) {
       if (want.empty()) return found.empty();
@@ -110,11 +101,6 @@ TEST(WindowLine, BoxesOfQueriesAndKeys) {
     };
     ASSERT_TRUE(equal(line.keys_of(queries), seen)) << n;
     ASSERT_TRUE(equal(line.shared_keys_of(queries), shared)) << n;
-    ASSERT_TRUE(equal(line.queries_of(keys), serving)) << n;
-    const TileUse want = pairs == 0                       ? TileUse::dead
-                         : pairs == (q1 - q0) * (k1 - k0) ? TileUse::full
-                                                          : TileUse::partial;
-    ASSERT_EQ(line.use(queries, keys), want) << n;
   }
 }
 
@@ -138,45 +124,26 @@ bool grid_attends(const Neighborhood& grid, int64_t query, int64_t key) {
 
 std::vector<int64_t> tokens_of(const GridGroup& group, const GridBox& box) {
   std::vector<int64_t> tokens;
-  const BoxTiles points(box, {1, 1, 1});
-  for (int64_t n = 0; n < points.count(); ++n) {
-    const GridBox point = points.tile(n);
-    tokens.push_back(group.token({point[0].begin, point[1].begin, point[2].begin}));
+  for (int64_t a = box[0].begin; a < box[0].end; ++a) {
+    for (int64_t b = box[1].begin; b < box[1].end; ++b) {
+      for (int64_t c = box[2].begin; c < box[2].end; ++c) tokens.push_back(group.token({a, b, c}));
+    }
   }
   return tokens;
 }
 
-// Every pair of a tile of queries with the grid's keys: the visited key tiles hold all seen keys and
-// none that no query sees, in the use that is claimed.
-void check_query_tile(const Neighborhood& grid, const GridGroup& group, const GridBox& queries,
-                      const GridPoint& key_shape, KeyTiling tiling) {
+// Every pair of a box of queries with the grid's keys.
+void check_queries(const Neighborhood& grid, const GridGroup& group, const GridBox& queries) {
   const std::vector<int64_t> rows = tokens_of(group, queries);
-  std::set<int64_t> seen;
-  for (int64_t q : rows) {
-    for (int64_t k = 0; k < grid.tokens(); ++k) {
-      if (grid_attends(grid, q, k)) seen.insert(k);
-    }
+  std::vector<int64_t> seen, shared;
+  for (int64_t k = 0; k < grid.tokens(); ++k) {
+    int64_t viewers = 0;
+    for (int64_t q : rows) viewers += grid_attends(grid, q, k);
+    if (viewers > 0) seen.push_back(k);
+    if (viewers == static_cast<int64_t>(rows.size())) shared.push_back(k);
   }
-  const BoxTiles tiles = visited_key_tiles(group, queries, key_shape, tiling);
-  std::set<int64_t> covered;
-  for (int64_t t = 0; t < tiles.count(); ++t) {
-    const GridBox box = tiles.tile(t);
-    const std::vector<int64_t> keys = tokens_of(group, box);
-    int64_t pairs = 0;
-    for (int64_t k : keys) {
-      ASSERT_TRUE(covered.insert(k).second) << "key " << k << " twice";
-      for (int64_t q : rows) pairs += grid_attends(grid, q, k);
-    }
-    if (tiling == KeyTiling::fixed) {
-      for (size_t a = 0; a < kGridAxes; ++a) ASSERT_EQ(box[a].begin % key_shape[a], 0);
-    }
-    ASSERT_GT(pairs, 0) << "a tile that no query sees";
-    const bool all = pairs == static_cast<int64_t>(keys.size() * rows.size());
-    ASSERT_EQ(group.use(queries, box), all ? TileUse::full : TileUse::partial);
-  }
-  ASSERT_TRUE(std::includes(covered.begin(), covered.end(), seen.begin(), seen.end()));
-  ASSERT_EQ(tokens_of(group, group.keys_of(queries)),
-            (std::vector<int64_t>(seen.begin(), seen.end())));
+  ASSERT_EQ(tokens_of(group, group.keys_of(queries)), seen);
+  ASSERT_EQ(tokens_of(group, group.shared_keys_of(queries)), shared);
 }
 
 TEST(Neighborhood, RandomGridsPairByPair) {
@@ -187,22 +154,18 @@ TEST(Neighborhood, RandomGridsPairByPair) {
     const int64_t longest = axes.size() == 1 ? 60 : axes.size() == 2 ? 12 : 6;
     for (NeighborhoodAxis& axis : axes) axis = random.axis(longest);
     const Neighborhood grid("na", axes);
-    std::vector<int64_t> query_sides(axes.size()), key_sides(axes.size());
-    for (int64_t& side : query_sides) side = random.draw(1, 7);
-    for (int64_t& side : key_sides) side = random.draw(1, 7);
-    const GridPoint query_shape = grid.tile_shape("na", "query tile", query_sides);
-    const GridPoint key_shape = grid.tile_shape("na", "key tile", key_sides);
     std::set<int64_t> all;
     for (int64_t g = 0; g < grid.groups(); ++g) {
       const GridGroup group = grid.group(g);
-      const BoxTiles tiles(group.points(), query_shape);
-      for (int64_t t = 0; t < tiles.count(); ++t) {
-        const GridBox queries = tiles.tile(t);
-        for (int64_t q : tokens_of(group, queries)) ASSERT_TRUE(all.insert(q).second);
-        for (KeyTiling tiling : {KeyTiling::fixed, KeyTiling::at_first_key}) {
-          check_query_tile(grid, group, queries, key_shape, tiling);
-          if (HasFatalFailure()) return;
+      for (int64_t q : tokens_of(group, group.points())) ASSERT_TRUE(all.insert(q).second);
+      for (int box = 0; box < 8; ++box) {
+        GridBox queries = group.points();
+        for (Interval& side : queries) {
+          side.begin = random.draw(0, side.end - 1);
+          side.end = random.draw(side.begin + 1, side.end);
         }
+        check_queries(grid, group, queries);
+        if (HasFatalFailure()) return;
       }
     }
     ASSERT_EQ(static_cast<int64_t>(all.size()), grid.tokens());
@@ -243,12 +206,8 @@ TEST(Neighborhood, SizesNearTheLimitDoNotOverflow) {
   const std::vector<NeighborhoodAxis> axes = {{length, length, length / 2}};
   const Neighborhood grid("na1d", axes);
   const GridGroup group = grid.group(0);
-  const GridBox last = {Interval{0, 1}, Interval{0, 1}, Interval{length - 1, length}};
-  for (KeyTiling tiling : {KeyTiling::fixed, KeyTiling::at_first_key}) {
-    EXPECT_EQ(visited_key_tiles(group, last, {1, 1, INT64_MAX}, tiling).count(), 1);
-    EXPECT_EQ(visited_key_tiles(group, last, {1, 1, length / 4}, tiling).count(), 4);
-  }
-  EXPECT_EQ(group.lines[2].queries_of(length - 1).end, length);
+  EXPECT_EQ(group.lines[2].keys_of(length - 1).end, length);
+  EXPECT_EQ(group.token({0, 0, length - 1}), length - 1);
 }
 
 }  // namespace

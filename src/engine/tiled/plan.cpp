@@ -112,26 +112,4 @@ bool TilePlan::covers(int64_t begin, int64_t end, Interval keys) const {
   return row(end - 1).begin <= keys.begin && row(begin).end >= keys.end;
 }
 
-int64_t TilePlan::visible_pairs() const {
-  int64_t pairs = 0;
-  for (int64_t i = 0; i < queries_; ++i) {
-    const Interval seen = row(i);
-    if (!seen.empty()) pairs += seen.end - seen.begin;
-  }
-  return pairs;
-}
-
-int64_t TilePlan::visited_pairs(int64_t query_tile, int64_t key_tile) const {
-  int64_t pairs = 0;
-  for (int64_t i = 0; i < queries_; i += query_tile) {
-    const int64_t end = std::min(i + query_tile, queries_);
-    const Interval seen = rows(i, end);
-    if (seen.empty()) continue;
-    const int64_t first = seen.begin / key_tile * key_tile;
-    const int64_t last = std::min(keys_, (seen.end + key_tile - 1) / key_tile * key_tile);
-    pairs += (end - i) * (last - first);
-  }
-  return pairs;
-}
-
 }  // namespace heed::tiled

@@ -42,15 +42,8 @@ class TilePlan {
   int64_t position(int64_t i) const {
     return (rows_ ? (*rows_)[static_cast<size_t>(i)] : i) + offset_;
   }
-  /// True if positions of neighbouring rows are neighbours.
-  bool consecutive() const { return rows_ == nullptr; }
   int64_t queries() const { return queries_; }
   int64_t keys() const { return keys_; }
-
-  /// Pairs (query, key) that are visible: what exact work would be.
-  int64_t visible_pairs() const;
-  /// Pairs in the key tiles that the engine visits for query tiles of the given size.
-  int64_t visited_pairs(int64_t query_tile, int64_t key_tile) const;
 
  private:
   int64_t queries_ = 0, keys_ = 0;

@@ -2,6 +2,7 @@
 // scores, dropout.
 #pragma once
 #include <algorithm>
+#include <cassert>
 #include <cmath>
 #include <cstring>
 #include <limits>
@@ -115,6 +116,7 @@ class TileCall {
         value_dim_(problem.sequences[0].v.size(2)),
         group_(problem.sequences[0].q.size(0) / problem.sequences[0].k.size(0)),
         second_(problem.sequences[0].r.defined()),
+        scale_(bounded_term<T>(problem.scale)),
         shaped_(adds(problem.terms) || problem.policy.softcap > 0 || problem.policy.most) {}
 
   static bool adds(const ScoreTerms* terms) { return terms != nullptr && terms->adds(); }
@@ -136,7 +138,9 @@ class TileCall {
     const Visit visit = problem_.terms == nullptr ? Visit::whole : problem_.terms->visit(at);
     if (visit == Visit::none) return {};
     Seen seen{true, visit == Visit::masked, nullptr};
-    if (plan.covers(at.row, at.row + at.rows, keys)) {
+    const bool covered = plan.covers(at.row, at.row + at.rows, keys);
+    assert(covered || visit != Visit::ranged);  // the ranges of both would have to meet
+    if (covered) {
       const bool asks = visit != Visit::whole;
       if (asks && problem_.terms->ranges(at, ranges)) seen.ranges = ranges;
       return seen;
@@ -156,8 +160,8 @@ class TileCall {
       kernels::ScoreCaps<T> caps;
       if (problem_.policy.softcap > 0) caps.softcap = in_range(problem_.policy.softcap);
       if (problem_.policy.most) caps.most = static_cast<T>(*problem_.policy.most);
-      wide_.cap_scores(s, at.rows, at.keys, seen.ranges, static_cast<T>(std::abs(problem_.scale)),
-                       caps, slope);
+      wide_.cap_scores(s, at.rows, at.keys, seen.ranges, static_cast<T>(std::abs(scale_)), caps,
+                       slope);
     }
     if (seen.masked || adds(problem_.terms)) problem_.terms->shape(at, s);
   }
@@ -168,7 +172,7 @@ class TileCall {
     const double unit = policy.weight == kernels::WeightKind::polynomial ? 1 : kLog2E;
     kernels::WeightShape<T> shape;
     const TilePlan& plan = sequence(at.sequence).plan;
-    shape.scale = static_cast<T>((shaped_ ? 1 : bounded_term<T>(std::abs(problem_.scale))) * unit);
+    shape.scale = static_cast<T>((shaped_ ? 1 : std::abs(scale_)) * unit);
     shape.order = policy.order;
     if (!policy.head_bias.empty()) {
       shape.bias = static_cast<T>(bounded_term<T>(policy.head_bias[head]) * unit);
@@ -203,6 +207,7 @@ class TileCall {
   const kernels::TileKernels<T>& products_;  // operands of the path
   const int64_t head_dim_, value_dim_, group_;
   const bool second_;  // there is a second stream
+  const double scale_;
   const bool shaped_;  // scores are scaled, and more, before they become weights
 };
 

@@ -267,5 +267,26 @@ TEST(Flash, ExtremeFiniteSlopesChooseTheNearestOrFarthestKey) {
   }
 }
 
+// Beyond what float32 holds. Queries of 0 have scores of 0 whatever their scale.
+TEST(Flash, ScalesBeyondFloat32) {
+  const Array q = filled(DType::f32, {1, 1, 40, 8}, 0);
+  const Array k = random_array(DType::f32, {1, 1, 40, 8}, 1);
+  const Array v = random_array(DType::f32, {1, 1, 40, 8}, 2);
+  const Array bias = filled(DType::f32, {40, 40}, 0);
+  FlashOptions options;
+  const Array usual = flash_attention(q, k, v, options).out;
+  for (double scale : {1e39, -1e300}) {
+    for (double softcap : {0.0, 2.0}) {
+      for (const Tensor& added : {Tensor(), bias.view()}) {
+        options.scale = scale;
+        options.softcap = softcap;
+        options.bias = added;
+        const AttentionResult result = flash_attention(q, k, v, options);
+        EXPECT_LE(largest_difference(result.out, usual), 1e-6) << scale << " " << softcap;
+      }
+    }
+  }
+}
+
 }  // namespace
 }  // namespace heed
