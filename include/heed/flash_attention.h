@@ -125,10 +125,10 @@ void merge_attention(const Tensor& out_a, const Tensor& lse_a, const Tensor& out
 struct MergeGradients {
   Array out_a, lse_a, out_b, lse_b;
 };
-/// out and lse are what the forward returned; grad_lse may be undefined (zero).
+/// grad_lse may be undefined (zero).
 MergeGradients merge_attention_backward(const Tensor& grad_out, const Tensor& grad_lse,
                                         const Tensor& out_a, const Tensor& lse_a,
-                                        const Tensor& out_b, const Tensor& lse_b, const Tensor& out,
-                                        const Tensor& lse, const RunOptions& run = {});
+                                        const Tensor& out_b, const Tensor& lse_b,
+                                        const RunOptions& run = {});
 
 }  // namespace heed

@@ -21,6 +21,7 @@
 // float32 (float64 beside float64). All arithmetic is float64.
 #pragma once
 #include <cstdint>
+#include <string_view>
 
 #include "heed/run.h"
 #include "heed/tensor.h"
@@ -28,6 +29,7 @@
 namespace heed {
 
 enum class MohForm { code, paper };
+MohForm parse_moh_form(std::string_view name);  // throws Error listing the names
 
 struct MohRouterOptions {
   int64_t top_k = 1;

@@ -23,6 +23,7 @@
 #pragma once
 #include <cstdint>
 #include <optional>
+#include <string_view>
 
 #include "heed/run.h"
 #include "heed/tensor.h"
@@ -30,6 +31,11 @@
 namespace heed {
 
 enum class Normalizer { softmax, l2, rms, layer, divide_by_count, clamped, none };
+inline constexpr Normalizer kNormalizers[] = {
+    Normalizer::softmax,         Normalizer::l2,      Normalizer::rms, Normalizer::layer,
+    Normalizer::divide_by_count, Normalizer::clamped, Normalizer::none};
+const char* name_of(Normalizer normalizer);
+Normalizer parse_normalizer(std::string_view name);  // throws Error listing the names
 
 struct RecurrentSoftmaxOptions {
   Normalizer normalizer = Normalizer::softmax;

@@ -1,6 +1,7 @@
 // Sigmoid attention: every score becomes a weight on its own, no row sum.  arXiv 2409.04431
 //
-//   P[b,h,p,m] = sigmoid(scale * sum_e q[b,h,p,e] k[b,g(h),m,e] + bias[h])   0 where masked
+//   P[b,h,p,m] = sigmoid(scale * sum_e q[b,h,p,e] k[b,g(h),m,e] + bias[h]
+//                        - alibi_slopes[h] |p + Lk - Lq - m|)               0 where masked
 //   out        = sum_m P[b,h,p,m] v[b,g(h),m,f]
 //
 // Shapes, types, strides and masks as in flash_attention.h. A row that sees no key: out = 0.
@@ -17,10 +18,9 @@ namespace heed {
 struct SigmoidOptions {
   Masks masks = {};
   std::optional<double> scale = {};  // none: 1/sqrt(D)
-  /// One number for all heads, or a tensor [H] (float32, or float64 for float64 calls);
-  /// none: -log(Lk).
+  /// One number for all heads, or a tensor [H] of any floating type; none: -log(Lk).
   std::variant<std::monostate, double, Tensor> bias = {};
-  Tensor alibi_slopes = {};  // [H]: adds -slope[h] * |p + Lk - Lq - m|
+  Tensor alibi_slopes = {};  // [H] of any floating type
 };
 
 Array sigmoid_attention(const Tensor& q, const Tensor& k, const Tensor& v,

@@ -16,5 +16,7 @@ def autocast(query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor,
 
 
 def _cast(tensor: Tensor, dtype: torch.dtype) -> Tensor:
+    if not isinstance(tensor, Tensor):  # the operators say what is needed
+        return tensor
     casts = tensor.is_floating_point() and tensor.dtype != torch.float64
     return tensor.to(dtype) if casts else tensor

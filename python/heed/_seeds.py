@@ -1,17 +1,14 @@
 """Seeds as the operators take them."""
 
-import operator
-
-import torch
+from heed._numbers import whole_number
 
 
 def signed_seed(seed: int) -> int:
     """Any whole number as the 64 bits of it that count, in the range of int64."""
-    if not isinstance(seed, (int, torch.SymInt)):
-        try:
-            seed = operator.index(seed)  # integers of NumPy and tensors end at 64 bits
-        except TypeError:
-            raise TypeError(f"seed is {seed!r}; a whole number is needed") from None
+    try:
+        seed = whole_number(seed)  # integers of NumPy and tensors end at 64 bits
+    except TypeError:
+        raise TypeError(f"seed is {seed!r}; a whole number is needed") from None
     if -(2**63) <= seed < 2**63:
         return seed
     return (seed + 2**63) % 2**64 - 2**63

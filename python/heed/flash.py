@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from heed._masks import Window, window_sides
+from heed._numbers import whole_pair
 from heed._seeds import signed_seed
 
 _ops = torch.ops.heed
@@ -92,14 +93,16 @@ def flash_attention(
             to ``Lk``.
         scale: factor of the scores; ``None`` is ``1 / sqrt(D)``.
         softcap: ``c > 0`` turns scaled scores ``s`` into ``c * tanh(s / c)``; 0 leaves them.
-        alibi_slopes: ``[H]``: adds ``-slope[h] * |i + Lk - Lq - j|`` to the scores.
+        alibi_slopes: ``[H]`` of any floating type: adds ``-slope[h] * |i + Lk - Lq - j|`` to the
+            scores.
         mask: boolean, broadcastable to ``[B, H, Lq, Lk]``; **True = attend**.
-        bias: floating, broadcastable to ``[B, H, Lq, Lk]``, added to the scores; its gradient is
-            summed over the broadcast dimensions.
-        sink: ``[H]``, a logit per head that enters the sum of a query's weights and no value.
+        bias: of any floating type, broadcastable to ``[B, H, Lq, Lk]``, added to the scores; its
+            gradient is summed over the broadcast dimensions.
+        sink: ``[H]`` of any floating type, a logit per head that enters the sum of a query's
+            weights and no value.
         block_mask: boolean, ``[H or 1, ceil(Lq / rows), ceil(Lk / keys)]``: blocks that are not
             computed at all are False.
-        block_size: ``(rows, keys)`` of the blocks.
+        block_size: ``(rows, keys)`` of the blocks, 1 or more.
         dropout_p: probability from 0 up to, not including, 1 that a weight is dropped; the others
             are scaled up. Which ones is a function of ``seed`` and the weight's place alone, so
             the backward drops the same.
@@ -121,6 +124,7 @@ def flash_attention(
     Source: FlashAttention (arXiv 2205.14135), FlashAttention-2 (arXiv 2307.08691).
     """
     left, right = window_sides("flash_attention", window)
+    rows, keys = _block_sides("flash_attention", block_size)
     out, lse = _ops.flash_attention(
         q,
         k,
@@ -136,12 +140,19 @@ def flash_attention(
         bias,
         sink,
         block_mask,
-        block_size[0],
-        block_size[1],
+        rows,
+        keys,
         dropout_p,
         signed_seed(seed),
     )
     return (out, lse) if return_lse else out
+
+
+def _block_sides(op: str, block_size: tuple[int, int]) -> tuple[int, int]:
+    sides = whole_pair(op, "block_size", block_size, "two whole numbers (rows, keys)")
+    if sides[0] < 1 or sides[1] < 1:
+        raise ValueError(f"{op}: block_size is {block_size!r}, needed are positive numbers")
+    return sides
 
 
 def flash_attention_varlen(

@@ -53,13 +53,19 @@ def kernelized_rpe_attention(
         ``out [B, H, L, Dv]`` of q's type, 0 for a query that sees nothing.
 
     Raises:
+        ValueError: projection requires grad while gradients are recorded; it has none.
         ValueError, TypeError, RuntimeError: as :func:`heed.flash_attention`.
 
-    Differentiable in q, k, v and rpb; projection has no gradient.
+    Differentiable in q, k, v and rpb.
 
     Source: Stable, Fast and Accurate: Kernelized Attention with Relative Positional Encoding (arXiv
     2106.12566).
     """
+    if getattr(projection, "requires_grad", False) and torch.is_grad_enabled():
+        raise ValueError(
+            "kernelized_rpe_attention: projection requires grad, but has no gradient: pass "
+            "projection.detach()"
+        )
     return torch.ops.heed.kernelized_rpe_attention(
         q, k, v, rpb, projection, features, causal, grid, path
     )

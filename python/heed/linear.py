@@ -90,7 +90,9 @@ def linear_attention(
         else (whole_of(op, initial_state), None)
     )
     # Not causal, the state spares the backward a sum over all keys.
-    differentiable = torch.is_grad_enabled() and any(x.requires_grad for x in (q, k, v))
+    differentiable = torch.is_grad_enabled() and any(
+        getattr(x, "requires_grad", False) for x in (q, k, v)
+    )
     in_backward = differentiable and not causal
     out, s, z = torch.ops.heed.linear_attention(
         q,

@@ -7,6 +7,7 @@ same numbers on every machine.
 import torch
 from torch import Tensor
 
+from heed._numbers import check_sizes
 from heed._seeds import signed_seed
 from heed.lightning import lightning_slopes
 
@@ -26,13 +27,15 @@ def hedgehog_identity(num_heads: int, dim: int, width: int | None = None) -> Ten
         ``[H, D, D']``. The map's ``bias`` starts at ``torch.zeros(H, D')``.
 
     Raises:
-        ValueError: for negative numbers.
+        ValueError, TypeError: numbers that are negative or not whole.
 
     Keep it in float32: around 1, bfloat16 values lie 0.0078 apart and small steps vanish.
 
     Source: The Hedgehog & the Porcupine (arXiv 2402.04347).
     """
-    return torch.ops.heed.hedgehog_identity(num_heads, dim, dim if width is None else width)
+    width = dim if width is None else width
+    check_sizes("hedgehog_identity", {"num_heads": num_heads, "dim": dim, "width": width})
+    return torch.ops.heed.hedgehog_identity(num_heads, dim, width)
 
 
 def random_projection(
@@ -53,8 +56,12 @@ def random_projection(
         ``[H, M, D]``. It has no gradient; store it with the model, as new ones change its outputs.
 
     Raises:
-        ValueError: for negative sizes.
+        ValueError, TypeError: sizes that are negative or not whole.
 
     Source: Rethinking Attention with Performers (arXiv 2009.14794).
     """
-    return torch.ops.heed.performer_projection(num_heads, num_features, dim, signed_seed(seed), orthogonal)
+    sizes = {"num_heads": num_heads, "num_features": num_features, "dim": dim}
+    check_sizes("random_projection", sizes)
+    return torch.ops.heed.performer_projection(
+        num_heads, num_features, dim, signed_seed(seed), orthogonal
+    )

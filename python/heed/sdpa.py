@@ -1,5 +1,7 @@
 """PyTorch's own attention function on heed's kernels."""
 
+import re
+
 import torch
 from torch import Tensor
 from torch.nn.attention.bias import CausalBias, CausalVariant
@@ -8,6 +10,15 @@ from heed._autocast import autocast
 
 _ops = torch.ops.heed
 _STRIDED = torch.strided
+# What the arguments of flash_attention are called here.
+_NAMES = {
+    "flash_attention": "scaled_dot_product_attention",
+    "q": "query",
+    "k": "key",
+    "v": "value",
+    "mask": "attn_mask",
+    "bias": "attn_mask",
+}
 
 
 def scaled_dot_product_attention(
@@ -44,7 +55,8 @@ def scaled_dot_product_attention(
     into one, are copied, as PyTorch does it.
 
     Raises:
-        TypeError: a tensor is nested or sparse; ``attn_mask`` is neither boolean nor floating.
+        TypeError: an argument is no tensor, or a nested or sparse one; ``attn_mask`` is neither
+            boolean nor floating.
         ValueError, TypeError, RuntimeError: as :func:`heed.flash_attention`.
 
     Source: FlashAttention (arXiv 2205.14135); semantics of PyTorch.
@@ -74,6 +86,8 @@ def scaled_dot_product_attention(
             k, v = k[:, :, :queries], v[:, :, :queries]
         options["window_right"] = max(queries - keys, 0)
     if attn_mask is not None:
+        if not isinstance(attn_mask, Tensor):
+            raise _no_tensor(op, "attn_mask", attn_mask)
         boolean = attn_mask.dtype == torch.bool
         if not boolean and not attn_mask.is_floating_point():
             found = str(attn_mask.dtype).removeprefix("torch.")
@@ -83,20 +97,32 @@ def scaled_dot_product_attention(
     if dropout_p != 0.0:
         options["dropout_p"] = dropout_p
         options["seed"] = int(torch.randint(2**62, ()))
-    out, _ = _ops.flash_attention(q, k, v, **options)
+    try:
+        out, _ = _ops.flash_attention(q, k, v, **options)
+    except (ValueError, TypeError, RuntimeError) as error:
+        if not str(error).startswith("flash_attention: "):
+            raise
+        raise type(error)(_under_own_names(str(error))) from None
     return out if len(lead) == 2 else out.reshape(lead + out.shape[2:])
 
 
 def _reads_as_is(query: Tensor, key: Tensor, value: Tensor, enable_gqa: bool) -> bool:
     """Whether the three are ``[B, H, L, D]`` with nothing to broadcast, join or copy."""
-    return (
-        _is_4d(query)
-        and _is_4d(key)
-        and _is_4d(value)
-        and query.shape[0] == key.shape[0] == value.shape[0]
-        and (query.shape[1] == key.shape[1] or enable_gqa)
-        and key.shape[1] == value.shape[1]
-    )
+    try:
+        return (
+            _is_4d(query)
+            and _is_4d(key)
+            and _is_4d(value)
+            and query.shape[0] == key.shape[0] == value.shape[0]
+            and (query.shape[1] == key.shape[1] or enable_gqa)
+            and key.shape[1] == value.shape[1]
+        )
+    except AttributeError:  # not a tensor: _leading_shape says which
+        return False
+
+
+def _under_own_names(text: str) -> str:
+    return re.sub(rf"\b({'|'.join(_NAMES)})\b", lambda name: _NAMES[name[0]], text)
 
 
 def _is_4d(tensor: Tensor) -> bool:
@@ -106,6 +132,11 @@ def _is_4d(tensor: Tensor) -> bool:
         and tensor.layout is _STRIDED
         and (tensor.is_contiguous() or tensor.stride(3) == 1)
     )
+
+
+def _no_tensor(op: str, name: str, given: object) -> TypeError:
+    found = "None" if given is None else f"a {type(given).__name__}"
+    return TypeError(f"{op}: {name} is {found}, needed is a tensor")
 
 
 def _not_dense(op: str, name: str, tensor: Tensor) -> TypeError:
@@ -127,6 +158,8 @@ def _leading_shape(
     """The shape of the result before its last two dimensions."""
     tensors = {"query": query, "key": key, "value": value}
     for name, tensor in tensors.items():
+        if not isinstance(tensor, Tensor):
+            raise _no_tensor(op, name, tensor)
         if tensor.is_nested or tensor.layout is not _STRIDED:
             raise _not_dense(op, name, tensor)
         if tensor.dim() < 2:

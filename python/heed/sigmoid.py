@@ -27,10 +27,10 @@ def sigmoid_attention(
         q: ``[B, H, Lq, D]``; shapes, types, strides and masks as in :func:`heed.flash_attention`.
         k: ``[B, Hkv, Lk, D]``.
         v: ``[B, Hkv, Lk, Dv]``.
-        bias: added to every score: a number for all heads or a tensor ``[H]`` (q's type or
-            float32; float64 for float64). ``None`` is ``-log(Lk)``, so that the weights of a
-            query sum to about 1 at the start of training; give the number for the longest
-            length of training where lengths vary.
+        bias: added to every score: a number for all heads or a tensor ``[H]`` of any
+            floating type. ``None`` is ``-log(Lk)``, so that the weights of a query sum to about 1
+            at the start of training; give the number for the longest length of training where
+            lengths vary.
         causal, window, lengths, scale: as in :func:`heed.flash_attention`.
         alibi_slopes: ``[H]``, types as bias: ``position = -slope[h] * |i + Lk - Lq - j|``.
 

@@ -6,6 +6,7 @@ from typing import Literal, overload
 import torch
 from torch import Tensor
 
+from heed._numbers import whole_number
 from heed._seeds import signed_seed
 
 
@@ -89,9 +90,18 @@ def random_permutation(seed: int, shape: int | Sequence[int]) -> Tensor:
         int64 tensor of that shape; every row is a permutation of ``0 .. L - 1`` of its own.
 
     Raises:
-        ValueError: a shape without axes.
+        ValueError: a shape without axes or with more than three, a negative size.
+        TypeError: a size that is not a whole number.
 
     Source: Stochastic Attention (arXiv 2604.00754); random numbers by Philox 4x32-10.
     """
     sizes = list(shape) if isinstance(shape, (tuple, list)) else [shape]
+    if not 1 <= len(sizes) <= 3:
+        raise ValueError(f"random_permutation: shape is {sizes}, needed are 1 to 3 axes")
+    try:
+        sizes = [whole_number(size) for size in sizes]
+    except TypeError:
+        raise TypeError(
+            f"random_permutation: shape is {shape!r}, needed are 1 to 3 axes of whole numbers"
+        ) from None
     return torch.ops.heed.random_permutation(signed_seed(seed), sizes)

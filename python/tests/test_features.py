@@ -302,8 +302,15 @@ def test_loss_mistakes(change, error, words):
 
 
 @pytest.mark.parametrize(
-    "call", [lambda: heed.nn.hedgehog_identity(-1, 3), lambda: heed.nn.random_projection(2, -3, 4)]
+    "call, error, message",
+    [
+        (lambda nn: nn.hedgehog_identity(-1, 3), ValueError, "hedgehog_identity: num_heads is -1"),
+        (lambda nn: nn.hedgehog_identity(1, 3, -2), ValueError, "hedgehog_identity: width is -2"),
+        (lambda nn: nn.random_projection(-1, 3, 4), ValueError, "random_projection: num_heads"),
+        (lambda nn: nn.random_projection(2, -3, 4), ValueError, "num_features is -3"),
+        (lambda nn: nn.random_projection(2, 3, 0.5), TypeError, "random_projection: dim is 0.5"),
+    ],
 )
-def test_mistakes_about_parameters(call):
-    with pytest.raises(ValueError, match="is -"):
-        call()
+def test_mistakes_about_parameters(call, error, message):
+    with pytest.raises(error, match=message):
+        call(heed.nn)

@@ -329,6 +329,9 @@ def test_training_step_compiles():
         (lambda f: f(dropout_p=-0.1), ["dropout_p", "-0.1"]),
         (lambda f: f(block_mask=BLOCKS), ["block_mask", "[2,1,1]"]),
         (lambda f: f(block_mask=BLOCKS, block_size=(0, 2)), ["block_size", "0"]),
+        (lambda f: f(block_size=(0, -5)), ["block_size", "(0, -5)"]),
+        (lambda f: f(mask=torch.ones((1,) * 7).bool()), ["mask", "7", "0 to 4"]),
+        (lambda f: f(bias=torch.ones((1,) * 5)), ["bias", "5", "0 to 4"]),
         (lambda f: f(block_mask=BLOCKS.int(), block_size=(2, 2)), ["block_mask", "int32"]),
     ],
 )
@@ -336,6 +339,26 @@ def test_mistakes(call, words):
     q, k, v = random_qkv(1, 2, 1, 4, 6, 3, 2)
     with pytest.raises(ValueError) as caught:
         call(lambda **options: heed.flash_attention(q, k, v, **options))
+    for word in ["flash_attention", *words]:
+        assert word in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    "options, words",
+    [
+        (dict(mask=torch.ones(6, dtype=torch.uint8)), ["mask", "Byte", "bool", "floating"]),
+        (dict(bias=torch.ones(6) + 0j), ["bias", "ComplexFloat", "floating"]),
+        (dict(block_size=(64, 64, 1)), ["block_size", "(64, 64, 1)", "two whole numbers"]),
+        (dict(block_size=64), ["block_size", "64"]),
+        (dict(block_size=(64, 0.5)), ["block_size", "0.5"]),
+    ],
+)
+@pytest.mark.parametrize("device", ["cpu", "meta"])
+def test_type_mistakes(options, words, device):
+    q, k, v = (t.to(device) for t in random_qkv(1, 2, 1, 4, 6, 3, 2))
+    options = {n: x.to(device) if isinstance(x, torch.Tensor) else x for n, x in options.items()}
+    with pytest.raises(TypeError) as caught:
+        heed.flash_attention(q, k, v, **options)
     for word in ["flash_attention", *words]:
         assert word in str(caught.value)
 

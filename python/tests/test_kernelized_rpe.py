@@ -101,8 +101,11 @@ def test_gradients(dtype, features, path):
 
 def test_projection_has_no_gradient():
     *tensors, w = (t.requires_grad_() for t in inputs(1, 2, 2, 9, 4, 3, 5, "nprf"))
-    RPE(*tensors, w).sum().backward()
-    assert w.grad is None
+    with pytest.raises(ValueError, match=r"projection requires grad.*projection\.detach\(\)"):
+        RPE(*tensors, w)
+    with torch.no_grad():
+        RPE(*tensors, w)
+    RPE(*tensors, w.detach()).sum().backward()
     assert all(t.grad is not None for t in tensors)
 
 

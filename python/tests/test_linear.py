@@ -278,6 +278,7 @@ N = math.comb(10, 2)
 @pytest.mark.parametrize(
     "options, error, words",
     [
+        (dict(q=None), TypeError, ["q ", "None"]),
         (dict(k=K[..., :4]), ValueError, ["k ", "4", "8"]),
         (dict(v=V.half()), TypeError, ["v ", "float16", "float32"]),
         (dict(eps=-1.0), ValueError, ["eps", "-1"]),

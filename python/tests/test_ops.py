@@ -92,6 +92,7 @@ WINDOW_MISTAKES = [
     (lambda f: f(window=(0, -5)), ValueError, ["window[1]", "-5"]),
     (lambda f: f(window=3), TypeError, ["window", "3"]),
     (lambda f: f(window=(1, 2, 3)), TypeError, ["window", "(1, 2, 3)"]),
+    (lambda f: f(window=(None, 2)), TypeError, ["window", "(None, 2)", "whole"]),
 ]
 
 

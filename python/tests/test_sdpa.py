@@ -156,14 +156,14 @@ Q = random(2, 4, 5, 8)
         (lambda f: f(Q[0, 0], Q[0, 0], Q[0, 0], enable_gqa=True), ["enable_gqa", "3"]),
         (lambda f: f(Q, Q, Q, causal_upper_left(5, 4)), ["attn_mask", "[5, 4]", "[5, 5]"]),
         (lambda f: f(Q, Q, Q, causal_upper_left(5, 5), is_causal=True), ["attn_mask", "is_causal"]),
-        (lambda f: f(Q, Q, Q[:, :, :2]), ["v "]),
-        (lambda f: f(Q, Q[..., :3], Q), ["k "]),
+        (lambda f: f(Q, Q, Q[:, :, :2]), ["value [2,4,2,8]", "key [2,4,5,8]"]),
+        (lambda f: f(Q, Q[..., :3], Q), ["query [2,4,5,8]", "key has head dim 3"]),
     ],
 )
 def test_errors_name_the_argument(call, words):
     with pytest.raises(ValueError) as caught:
         call(heed.scaled_dot_product_attention)
-    for word in words:
+    for word in ["scaled_dot_product_attention: ", *words]:
         assert word in str(caught.value)
 
 
@@ -184,14 +184,23 @@ def nested(layout):
         (lambda f: f(Q, Q, Q.to_sparse()), ["value", "sparse_coo", "dense"]),
         (lambda f: f(Q, Q, Q, torch.ones(5, 5).bool().to_sparse()), ["attn_mask", "sparse_coo"]),
         (lambda f: f(Q, Q, Q, torch.ones(5, 5, dtype=torch.int32)), ["attn_mask", "int32", "bool"]),
+        (lambda f: f(None, Q, Q), ["query", "None"]),
+        (lambda f: f(Q[0], Q[0], [1.0]), ["value", "a list"]),
+        (lambda f: f(Q, Q, Q, [True]), ["attn_mask", "a list"]),
+        (lambda f: f(Q, Q.double(), Q), ["key", "float64", "float32"]),
         (lambda f: f(Q, Q, Q, torch.ones(5, 5) + 0j), ["attn_mask", "complex64", "floating"]),
     ],
 )
 def test_type_errors_name_the_argument(call, words):
     with pytest.raises(TypeError) as caught:
         call(heed.scaled_dot_product_attention)
-    for word in words:
+    for word in ["scaled_dot_product_attention: ", *words]:
         assert word in str(caught.value)
+
+
+def test_autocast_of_no_tensor():
+    with torch.autocast("cpu"), pytest.raises(TypeError, match="key is None"):
+        heed.scaled_dot_product_attention(Q, None, Q)
 
 
 def test_dropout_in_one_graph():

@@ -76,6 +76,11 @@ def test_compile():
 def test_random_permutation_mistakes():
     with pytest.raises(ValueError, match="random_permutation"):
         heed.random_permutation(1, [])
+    with pytest.raises(ValueError, match="random_permutation: shape is .* 1 to 3 axes"):
+        heed.random_permutation(1, [1] * 7)
+    for shape in (3.5, [2, None]):
+        with pytest.raises(TypeError, match="random_permutation: shape is .*whole numbers"):
+            heed.random_permutation(1, shape)
     with pytest.raises(TypeError, match=r"seed is 0\.5; a whole number"):
         heed.random_permutation(0.5, [3])
 
@@ -131,7 +136,7 @@ ORDER = heed.random_permutation(1, 6)
         (dict(permutation=ORDER.int()), ValueError, ["permutation", "int32", "int64"]),
         (dict(permutation=ORDER * 0), ValueError, ["permutation", "slot 0", "once"]),
         (dict(permutation=ORDER + 1), ValueError, ["permutation", "slot 6", "0 to 5"]),
-        (dict(permutation=ORDER.expand(1, 2, 4, 6)), ValueError, ["permutation", "4"]),
+        (dict(permutation=ORDER.expand(1, 2, 4, 6)), ValueError, ["permutation", "4", "1 to 3"]),
         (dict(window=0), ValueError, ["window", "0"]),
         (dict(k=K[:, :, :5], v=V[:, :, :5]), ValueError, ["k ", "5", "6"]),
         (dict(q=Q.double()), TypeError, ["k ", "float32", "float64"]),

@@ -33,14 +33,19 @@ void check_given(const Arg& arg) {
 }
 
 void check_tensor(const Arg& arg, int64_t rank, c10::Device device) {
+  check_tensor(arg, rank, rank, device);
+}
+
+void check_tensor(const Arg& arg, int64_t least, int64_t most, c10::Device device) {
   check_given(arg);
   const at::Tensor& t = arg.tensor;
   TORCH_CHECK(t.layout() == at::kStrided, arg.op, ": ", arg.name, " has layout ", t.layout(),
               ", needed is a dense (strided) tensor");
   TORCH_CHECK(t.device() == device, arg.op, ": ", arg.name, " is on ", t.device(),
               " but the first argument is on ", device, ", needed is one device");
-  TORCH_CHECK_VALUE(t.dim() == rank, arg.op, ": ", arg.name, " has ", t.dim(), " dimensions ",
-                    t.sym_sizes(), ", needed are ", rank);
+  TORCH_CHECK_VALUE(t.dim() >= least && t.dim() <= most, arg.op, ": ", arg.name, " has ", t.dim(),
+                    " dimensions ", t.sym_sizes(), ", needed are ", least,
+                    least == most ? "" : " to " + std::to_string(most));
   TORCH_CHECK_TYPE(heed_type(t.scalar_type()), arg.op, ": ", arg.name, " has type ",
                    type_name(t.scalar_type()), ", which heed computes nothing with");
 }

@@ -27,6 +27,8 @@ void check_given(const Arg& arg);
 /// Dense, on `device`, of rank `rank` and of a type that heed knows, else a Python RuntimeError
 /// (layout, device), ValueError (rank) or TypeError.
 void check_tensor(const Arg& arg, int64_t rank, c10::Device device);
+/// The same with a rank from `least` to `most`.
+void check_tensor(const Arg& arg, int64_t least, int64_t most, c10::Device device);
 /// The above, and a floating type of `dtype`, else a Python TypeError.
 void check_floating(const Arg& arg, int64_t rank, c10::Device device, at::ScalarType dtype);
 /// All of q, k, v: rank 4, one floating type, one device.

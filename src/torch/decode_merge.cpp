@@ -86,8 +86,7 @@ Results merge_meta(const at::Tensor& out_a, const at::Tensor& lse_a, const at::T
 
 std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor> merge_backward_cpu(
     const at::Tensor& grad_out, const MaybeTensor& grad_lse, const at::Tensor& out_a,
-    const at::Tensor& lse_a, const at::Tensor& out_b, const at::Tensor& lse_b,
-    const at::Tensor& out, const at::Tensor& lse) {
+    const at::Tensor& lse_a, const at::Tensor& out_b, const at::Tensor& lse_b) {
   check_merge(out_a, lse_a, out_b, lse_b);
   const at::Tensor plain[] = {small_input(out_a), small_input(lse_a), small_input(out_b),
                               small_input(lse_b), grad_out.contiguous()};
@@ -95,8 +94,7 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor> merge_backward_cpu(
   MergeGradients to;
   guarded([&] {
     to = merge_attention_backward(view(plain[4]), view(g_lse), view(plain[0]), view(plain[1]),
-                                  view(plain[2]), view(plain[3]), view(out), view(lse),
-                                  run_options());
+                                  view(plain[2]), view(plain[3]), run_options());
   });
   return {take(std::move(to.out_a), out_a), take(std::move(to.lse_a), lse_a),
           take(std::move(to.out_b), out_b), take(std::move(to.lse_b), lse_b)};

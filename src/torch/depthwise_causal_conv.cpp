@@ -17,11 +17,8 @@ constexpr const char* kConv = "depthwise_causal_conv";
 void check_inputs(const at::Tensor& x, const at::Tensor& weight, const MaybeTensor& bias) {
   check_given({kConv, "x", x});
   check_floating({kConv, "x", x}, 4, x.device(), x.scalar_type());
-  check_given({kConv, "weight", weight});
-  check_tensor({kConv, "weight", weight}, weight.dim() == 2 ? 2 : 3, x.device());
-  if (bias && bias->defined()) {
-    check_tensor({kConv, "bias", *bias}, bias->dim() == 1 ? 1 : 2, x.device());
-  }
+  check_tensor({kConv, "weight", weight}, 2, 3, x.device());
+  if (bias && bias->defined()) check_tensor({kConv, "bias", *bias}, 1, 2, x.device());
 }
 
 at::Tensor conv_cpu(const at::Tensor& x, const at::Tensor& weight, const MaybeTensor& bias) {

@@ -8,6 +8,7 @@
 #include <tuple>
 
 #include "torch/adapt.h"
+#include "torch/types.h"
 
 namespace heed::ops {
 namespace {
@@ -29,8 +30,20 @@ constexpr const char* kVarlen = "flash_attention_varlen";
   causal, window_left, window_right, lengths, scale, softcap, alibi_slopes, mask, bias, sink, \
       block_mask, block_rows, block_keys, dropout_p, seed
 
-// A mask or bias as it lies wherever rows can be read: a copy of one that is expanded over the batch,
-// heads or queries has memory for every score.
+// A mask and a bias have any shape that broadcasts to the scores.
+void check_score_inputs(const MaybeTensor& mask, const MaybeTensor& bias, c10::Device device) {
+  const auto check = [&](const char* name, const MaybeTensor& given, const char* needed) {
+    if (!given || !given->defined()) return;
+    TORCH_CHECK_TYPE(heed_type(given->scalar_type()), kFlash, ": ", name, " has type ",
+                     given->scalar_type(), ", needed is ", needed);
+    check_tensor({kFlash, name, *given}, 0, 4, device);
+  };
+  check("mask", mask, "bool (True = attend), or a floating type as bias");
+  check("bias", bias, "a floating type");
+}
+
+// As it lies wherever rows can be read: a copy of one that is expanded over the batch, heads or queries has
+// memory for every score.
 MaybeTensor score_input(const MaybeTensor& given) {
   if (!given || !given->defined()) return std::nullopt;
   const bool as_it_lies = given->dim() == 0 || given->size(-1) <= 1 || given->stride(-1) <= 1;
@@ -65,6 +78,7 @@ struct HeldFlash {
 
 Results flash_cpu(const at::Tensor& q, const at::Tensor& k, const at::Tensor& v, HEED_FLASH_ARGS) {
   check_qkv({kFlash, "q", q}, {kFlash, "k", k}, {kFlash, "v", v});
+  check_score_inputs(mask, bias, q.device());
   const HeldFlash held(q, HEED_FLASH_NAMES);
   auto [out, lse] = empty_results(q, v);
   guarded([&, &out = out, &lse = lse] {
@@ -81,6 +95,7 @@ Gradients flash_backward_cpu(const at::Tensor& grad_out, const MaybeTensor& grad
                              const at::Tensor& out, const at::Tensor& lse, HEED_FLASH_ARGS,
                              std::array<bool, 6> output_mask) {
   check_qkv({kFlash, "q", q}, {kFlash, "k", k}, {kFlash, "v", v});
+  check_score_inputs(mask, bias, q.device());
   const HeldFlash held(q, HEED_FLASH_NAMES);
   const at::Tensor g = gradient_input(grad_out);
   const MaybeTensor g_lse = gradient_input(grad_lse);
@@ -101,14 +116,15 @@ Gradients flash_backward_cpu(const at::Tensor& grad_out, const MaybeTensor& grad
 // NOLINTBEGIN(performance-unnecessary-value-param): the dispatcher passes SymInt by value
 Results flash_meta(const at::Tensor& q, const at::Tensor& k, const at::Tensor& v, bool, c10::SymInt,
                    c10::SymInt, const MaybeTensor& lengths, std::optional<double>, double,
-                   const MaybeTensor& alibi_slopes, const MaybeTensor&, const MaybeTensor&,
-                   const MaybeTensor& sink, const MaybeTensor& block_mask, int64_t, int64_t, double,
-                   c10::SymInt) {
+                   const MaybeTensor& alibi_slopes, const MaybeTensor& mask,
+                   const MaybeTensor& bias, const MaybeTensor& sink, const MaybeTensor& block_mask,
+                   int64_t, int64_t, double, c10::SymInt) {
   const Arg args[] = {{kFlash, "q", q}, {kFlash, "k", k}, {kFlash, "v", v}};
   check_qkv(args[0], args[1], args[2]);
   check_qkv_shapes(args[0], args[1], args[2]);
   check_optional(kFlash, "lengths", lengths, 1, q.device());
   check_optional(kFlash, "alibi_slopes", alibi_slopes, 1, q.device());
+  check_score_inputs(mask, bias, q.device());
   check_optional(kFlash, "sink", sink, 1, q.device());
   check_optional(kFlash, "block_mask", block_mask, 3, q.device());
   return empty_results(q, v);

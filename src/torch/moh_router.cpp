@@ -26,9 +26,9 @@ void check_inputs(const at::Tensor& x, const at::Tensor& wg, const MaybeTensor& 
 }
 
 MohRouterOptions router_options(int64_t top_k, c10::string_view form) {
-  TORCH_CHECK_VALUE(form == "code" || form == "paper", kRouter, ": form is '", form,
-                    "', needed is 'code' or 'paper'");
-  return {top_k, form == "paper" ? MohForm::paper : MohForm::code};
+  MohRouterOptions options{.top_k = top_k};
+  guarded([&] { options.form = parse_moh_form(std::string_view(form.data(), form.size())); });
+  return options;
 }
 
 Results router_cpu(const at::Tensor& x, const at::Tensor& wg, const MaybeTensor& wg_shared,

@@ -3,7 +3,6 @@
 
 #include <torch/library.h>
 
-#include <string>
 #include <string_view>
 #include <tuple>
 
@@ -23,25 +22,15 @@ constexpr const char* kRecurrent = "recurrent_softmax_attention";
       double eps
 #define HEED_RECURRENT_NAMES normalizer, order, causal, scale, gate, score_clamp, eps
 
-Normalizer parse_normalizer(c10::string_view name) {
-  constexpr std::pair<std::string_view, Normalizer> kNames[] = {
-      {"softmax", Normalizer::softmax},
-      {"l2", Normalizer::l2},
-      {"rms", Normalizer::rms},
-      {"layer", Normalizer::layer},
-      {"divide_by_count", Normalizer::divide_by_count},
-      {"clamped", Normalizer::clamped},
-      {"none", Normalizer::none}};
-  for (const auto& [known, normalizer] : kNames) {
-    if (std::string_view(name.data(), name.size()) == known) return normalizer;
-  }
-  TORCH_CHECK_VALUE(false, kRecurrent, ": normalizer is '", name,
-                    "', needed is softmax, l2, rms, layer, divide_by_count, clamped or none");
+Normalizer normalizer_of(c10::string_view name) {
+  Normalizer parsed = Normalizer::softmax;
+  guarded([&] { parsed = parse_normalizer(std::string_view(name.data(), name.size())); });
+  return parsed;
 }
 
 RecurrentSoftmaxOptions options_of(const at::Tensor& q, HEED_RECURRENT_ARGS) {
   check_optional(kRecurrent, "gate", gate, 3, q.device());
-  return {.normalizer = parse_normalizer(normalizer),
+  return {.normalizer = normalizer_of(normalizer),
           .order = order,
           .causal = causal,
           .scale = scale,
@@ -86,7 +75,7 @@ Results recurrent_meta(const at::Tensor& q, const at::Tensor& k, const at::Tenso
   check_qkv({kRecurrent, "q", q}, {kRecurrent, "k", k}, {kRecurrent, "v", v});
   check_qkv_shapes({kRecurrent, "q", q}, {kRecurrent, "k", k}, {kRecurrent, "v", v});
   check_optional(kRecurrent, "gate", gate, 3, q.device());
-  parse_normalizer(normalizer);
+  normalizer_of(normalizer);
   return empty_wide_results(q, v);
 }
 // NOLINTEND(performance-unnecessary-value-param)

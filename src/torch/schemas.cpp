@@ -46,7 +46,7 @@ TORCH_LIBRARY(heed, m) {
       " -> (Tensor out, Tensor lse)");
   m.def(
       "merge_attention_backward(Tensor grad_out, Tensor? grad_lse, Tensor out_a, Tensor lse_a,"
-      " Tensor out_b, Tensor lse_b, Tensor out, Tensor lse)"
+      " Tensor out_b, Tensor lse_b)"
       " -> (Tensor grad_out_a, Tensor grad_lse_a, Tensor grad_out_b, Tensor grad_lse_b)");
 #define HEED_PARALLAX_OPTIONS                                                               \
   "bool causal=False, SymInt window_left=-1, SymInt window_right=-1, Tensor? lengths=None," \

@@ -19,10 +19,7 @@ constexpr const char* kStochastic = "stochastic_attention";
 void check_inputs(const at::Tensor& q, const at::Tensor& k, const at::Tensor& v,
                   const at::Tensor& permutation) {
   check_qkv({kStochastic, "q", q}, {kStochastic, "k", k}, {kStochastic, "v", v});
-  check_given({kStochastic, "permutation", permutation});
-  const int64_t axes = permutation.dim();
-  check_tensor({kStochastic, "permutation", permutation}, axes >= 1 && axes <= 3 ? axes : 1,
-               q.device());
+  check_tensor({kStochastic, "permutation", permutation}, 1, 3, q.device());
 }
 
 Results stochastic_cpu(const at::Tensor& q, const at::Tensor& k, const at::Tensor& v,

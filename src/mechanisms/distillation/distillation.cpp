@@ -10,6 +10,7 @@
 #include "heed/attention_distillation_loss.h"
 #include "kernels/cross_entropy_rows.h"
 #include "kernels/matrix.h"
+#include "mechanisms/parameter.h"
 
 namespace heed {
 
@@ -336,7 +337,7 @@ void check_features(const Tensor& fq, const Tensor& fk, const Tensor& q, const T
   for (const auto& [name, t] : {std::pair{"feature_q", &fq}, std::pair{"feature_k", &fk}}) {
     if (t->dtype() == q.dtype() || t->dtype() == wide_type(q.dtype())) continue;
     fail(kOp, describe(name, *t) + " beside q of type " + name_of(q.dtype()),
-         std::string(name_of(q.dtype())) + " or " + name_of(wide_type(q.dtype())) + " is needed");
+         parameter_types(q.dtype()) + " is needed");
   }
   if (fq.dtype() != fk.dtype()) {
     fail(kOp, describe("feature_q", fq) + " but " + describe("feature_k", fk),

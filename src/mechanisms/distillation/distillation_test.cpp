@@ -222,6 +222,8 @@ TEST(Distillation, ErrorsNameTheArgument) {
   const Array three = positive(DType::f32, {2, 3, 90, 12}, 1);
   says(call(c.q, c.k, c.fq, three), {"4 heads", "feature_k has 3", "multiple"});
   says(call(c.q, c.k, c.fq, convert(c.fk, DType::bf16)), {"feature_k", "bfloat16", "float32"});
+  const Array wide_fq = convert(c.fq, DType::f64), wide_fk = convert(c.fk, DType::f64);
+  says(call(c.q, c.k, wide_fq, wide_fk), {"feature_q", "of type float32; float32 is needed"});
   const Array half_q = convert(c.q, DType::bf16), half_k = convert(c.k, DType::bf16);
   says(call(half_q, half_k, c.fq, convert(c.fk, DType::bf16)), {"feature_q", "one type"});
   EXPECT_EQ(call(half_q, half_k, c.fq, c.fk), "");

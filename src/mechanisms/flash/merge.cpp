@@ -186,17 +186,16 @@ AttentionResult merge_attention(const Tensor& out_a, const Tensor& lse_a, const 
 
 MergeGradients merge_attention_backward(const Tensor& grad_out, const Tensor& grad_lse,
                                         const Tensor& out_a, const Tensor& lse_a,
-                                        const Tensor& out_b, const Tensor& lse_b, const Tensor& out,
-                                        const Tensor& lse, const RunOptions& run) {
+                                        const Tensor& out_b, const Tensor& lse_b,
+                                        const RunOptions& run) {
   check_merge_side("out_a", out_a, "lse_a", lse_a, out_a);
   check_merge_side("out_b", out_b, "lse_b", lse_b, out_a);
-  check_merge_side("out", out, "lse", lse, out_a);
-  check_merge_side("grad_out", grad_out, "grad_lse", grad_lse.defined() ? grad_lse : lse, out_a);
+  check_merge_side("grad_out", grad_out, "grad_lse", grad_lse.defined() ? grad_lse : lse_a, out_a);
   MergeGradients to{Array(out_a.dtype(), out_a.shape()), Array(lse_a.dtype(), lse_a.shape()),
                     Array(out_a.dtype(), out_a.shape()), Array(lse_a.dtype(), lse_a.shape())};
-  with_type(out.dtype(), [&](auto type) {
-    Merge<decltype(type)>(out, run).backward(grad_out, grad_lse, {out_a, lse_a}, {out_b, lse_b},
-                                             to);
+  with_type(out_a.dtype(), [&](auto type) {
+    Merge<decltype(type)>(out_a, run)
+        .backward(grad_out, grad_lse, {out_a, lse_a}, {out_b, lse_b}, to);
   });
   return to;
 }

@@ -304,6 +304,7 @@ Mechanism flash_record() {
   m.fill = fill_flash;
   m.random_case = random_flash_case;
   m.model_attention = [](const Spec& options, const ModelLayer&) {
+    options.require_known({"causal", "window", "softcap", "scale"});
     FlashOptions chosen = flash_options({}, options);
     chosen.masks.causal = true;
     return ModelAttention{.over_cache = [chosen](const Tensor& q, const Tensor& k, const Tensor& v,
@@ -418,12 +419,9 @@ Mechanism merge_record() {
                               const RunOptions& run) -> BackwardCall {
     const Tensor out_a = in.at("out_a"), lse_a = in.at("lse_a"), out_b = in.at("out_b"),
                  lse_b = in.at("lse_b");
-    const auto result =
-        std::make_shared<const AttentionResult>(merge_attention(out_a, lse_a, out_b, lse_b, run));
     return [=](const NamedTensors& gradients) {
-      MergeGradients to =
-          merge_attention_backward(gradients.at("out"), gradients.at("lse"), out_a, lse_a, out_b,
-                                   lse_b, result->out, result->lse, run);
+      MergeGradients to = merge_attention_backward(gradients.at("out"), gradients.at("lse"), out_a,
+                                                   lse_a, out_b, lse_b, run);
       NamedArrays arrays;
       arrays.emplace("out_a", std::move(to.out_a));
       arrays.emplace("lse_a", std::move(to.lse_a));

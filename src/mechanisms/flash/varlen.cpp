@@ -2,7 +2,6 @@
 #include <string>
 
 #include "engine/tiled/problem.h"
-#include "heed/error.h"
 #include "heed/flash_attention.h"
 
 namespace heed {
@@ -11,11 +10,9 @@ namespace {
 
 constexpr const char* kOp = "flash_attention_varlen";
 
-[[noreturn]] void fail(const std::string& text) { throw Error(std::string(kOp) + ": " + text); }
-
 // [T,H,D] as [1,H,T,D].
 Tensor heads_first(const char* name, const Tensor& t) {
-  if (t.rank() != 3) fail(describe(name, t) + "; [tokens, heads, head dim] is needed");
+  if (t.rank() != 3) fail(kOp, describe(name, t), "[tokens, heads, head dim] is needed");
   return Tensor(t.data(), t.dtype(), {1, t.size(1), t.size(0), t.size(2)},
                 {0, t.stride(1), t.stride(0), t.stride(2)});
 }
@@ -23,7 +20,7 @@ Tensor heads_first(const char* name, const Tensor& t) {
 // Boundaries of the sequences, checked.
 std::vector<int64_t> boundaries(const char* name, const Tensor& cu, int64_t tokens) {
   if (cu.rank() != 1 || cu.size(0) < 1 || (cu.dtype() != DType::i32 && cu.dtype() != DType::i64)) {
-    fail(describe(name, cu) + "; [sequences + 1] int32 or int64 is needed");
+    fail(kOp, describe(name, cu), "[sequences + 1] int32 or int64 is needed");
   }
   std::vector<int64_t> values;
   for (int64_t i = 0; i < cu.size(0); ++i) {
@@ -32,13 +29,16 @@ std::vector<int64_t> boundaries(const char* name, const Tensor& cu, int64_t toke
                                               : *reinterpret_cast<const int64_t*>(p));
     const int64_t before = i == 0 ? 0 : values[static_cast<size_t>(i) - 1];
     if (values.back() < before || (i == 0 && values.back() != 0)) {
-      fail(std::string(name) + "[" + std::to_string(i) + "] is " + std::to_string(values.back()) +
-           (i == 0 ? "; 0 is needed" : "; at least " + std::to_string(before) + " is needed"));
+      fail(kOp,
+           std::string(name) + "[" + std::to_string(i) + "] is " + std::to_string(values.back()),
+           (i == 0 ? std::string("0") : "at least " + std::to_string(before)) + " is needed");
     }
   }
   if (values.back() != tokens) {
-    fail(std::string(name) + " ends at " + std::to_string(values.back()) + " but there are " +
-         std::to_string(tokens) + " tokens; the last boundary must be their number");
+    fail(kOp,
+         std::string(name) + " ends at " + std::to_string(values.back()) + " but there are " +
+             std::to_string(tokens) + " tokens",
+         "the last boundary must be their number");
   }
   return values;
 }
@@ -65,7 +65,7 @@ Packed pack(const Tensor& q, const Tensor& k, const Tensor& v, const Tensor& out
   p.v = heads_first("v", v);
   p.out = heads_first("out", out);
   if (lse.defined()) {
-    if (lse.rank() != 2) fail(describe("lse", lse) + "; [heads, tokens] is needed");
+    if (lse.rank() != 2) fail(kOp, describe("lse", lse), "[heads, tokens] is needed");
     p.lse = Tensor(lse.data(), lse.dtype(), {1, lse.size(0), lse.size(1)},
                    {0, lse.stride(0), lse.stride(1)});
   }
@@ -73,9 +73,10 @@ Packed pack(const Tensor& q, const Tensor& k, const Tensor& v, const Tensor& out
   p.queries = boundaries("cu_seqlens_q", cu_seqlens_q, q.size(0));
   p.keys = boundaries("cu_seqlens_k", cu_seqlens_k, k.size(0));
   if (p.queries.size() != p.keys.size()) {
-    fail("cu_seqlens_q holds " + std::to_string(p.queries.size() - 1) +
-         " sequences but cu_seqlens_k " + std::to_string(p.keys.size() - 1) +
-         "; one number of sequences is needed");
+    fail(kOp,
+         "cu_seqlens_q holds " + std::to_string(p.queries.size() - 1) +
+             " sequences but cu_seqlens_k " + std::to_string(p.keys.size() - 1),
+         "one number of sequences is needed");
   }
   return p;
 }
@@ -97,8 +98,8 @@ tiled::Problem make_problem(const Packed& p, const VarlenOptions& options) {
   }
   problem.scale = tiled::resolve_scale(kOp, options.scale, p.q.size(3));
   if (!(options.softcap >= 0) || !std::isfinite(options.softcap)) {
-    fail("softcap is " + std::to_string(options.softcap) +
-         "; 0 (none) or a positive number is needed");
+    fail(kOp, "softcap is " + std::to_string(options.softcap),
+         "0 (none) or a positive number is needed");
   }
   problem.policy.softcap = options.softcap;
   if (options.alibi_slopes.defined()) {

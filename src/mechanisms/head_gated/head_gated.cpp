@@ -19,7 +19,6 @@ namespace {
 constexpr const char* kOp = "head_gated_attention";
 // Copies of a part for each thread: they come back from the caches where a head is small enough.
 constexpr int64_t kPartBytes = int64_t{4} << 20;
-constexpr size_t kMaxHeadDim = 256;
 
 struct Call {
   Call(const char* name, const Tensor& q_in, const Tensor& k_in, const Tensor& v_in,
@@ -237,19 +236,25 @@ class BackwardCall {
     const int64_t most = most_rows(parts), dim = call_.q.size(3), value_dim = call_.v.size(3);
     const DType dtype = call_.q.dtype();
     RowMemory memory(2 * RowMemory::bytes_of(dtype, most * dim) +
-                     2 * RowMemory::bytes_of(dtype, most * value_dim) +
+                     RowMemory::bytes_of(dtype, most * value_dim) +
+                     RowMemory::bytes_of(gradient_type(), most * value_dim) +
                      RowMemory::bytes_of(call_.wide(), most));
     for (const Part& part : parts) run_part(part, memory);
   }
 
  private:
+  // The engine multiplies bfloat16 rows with bfloat16 rows; float16 might overflow where float32 does not.
+  DType gradient_type() const {
+    return call_.q.dtype() == DType::bf16 ? DType::bf16 : call_.wide();
+  }
+
   void run_part(const Part& part, RowMemory& memory) const {
     const int64_t count = rows_of(part), dim = call_.q.size(3), value_dim = call_.v.size(3);
     const DType dtype = call_.q.dtype();
     memory.reset();
     const PartRows rows{memory.take(dtype, {count, dim}), memory.take(dtype, {count, value_dim}),
                         memory.take(call_.wide(), {count})};
-    const Tensor grad_attention = memory.take(dtype, {count, value_dim});
+    const Tensor grad_attention = memory.take(gradient_type(), {count, value_dim});
     const Tensor grad_q = memory.take(dtype, {count, dim});
     for_each_row(call_, part, [&](const ActiveHead& head, int64_t p, int64_t row) {
       prepare_row(head, p, row, rows, grad_attention);

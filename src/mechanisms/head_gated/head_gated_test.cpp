@@ -84,6 +84,29 @@ TEST(HeadGated, ANaNGateIsNotAZero) {
   }
 }
 
+// gate * grad_out is beyond float16, the gradients are not.
+TEST(HeadGated, LargeGradientsOfFloat16StayFinite) {
+  const auto gradients = [](DType type) {
+    const auto rounded = [&](const Dims& shape, uint32_t seed, double size) {
+      return convert(random_array(DType::f16, shape, seed, size), type);
+    };
+    const Array q = rounded({1, 2, 100, 16}, 1, 0.1), k = rounded({1, 1, 100, 16}, 2, 0.1);
+    const Array v = rounded({1, 1, 100, 8}, 3, 0.1), g = rounded({1, 2, 100, 8}, 5, 15000);
+    const Array gates = filled(type, {1, 2, 100}, 6);
+    const HeadGatedResult r = head_gated_attention(q, k, v, gates);
+    return head_gated_attention_backward(g, q, k, v, gates, r.attention, r.lse);
+  };
+  const HeadGatedGradients want = gradients(DType::f64), found = gradients(DType::f16);
+  const auto agree = [](const Array& a, const Array& b) {
+    const double largest = largest_difference(b, Array::zeros(b.dtype(), b.shape()));
+    EXPECT_LT(largest_difference(a, b), 0.01 * largest);
+  };
+  agree(found.q, want.q);
+  agree(found.k, want.k);
+  agree(found.v, want.v);
+  agree(found.gates, want.gates);
+}
+
 TEST(HeadGated, NoGateAtAllGivesZeros) {
   const Inputs x(DType::f32, 2, 4, 2, 30);
   const Array zeros = Array::zeros(DType::f32, {2, 4, 30});

@@ -17,11 +17,6 @@ using State = MagnitudeAwareState;
 
 constexpr const char* kOp = "magnitude_aware_linear_attention";
 constexpr const char* kBackward = "magnitude_aware_linear_attention_backward";
-constexpr int64_t kMaxHeadDim = 256;
-
-[[noreturn]] void fail(const std::string& found, const std::string& needed) {
-  throw Error(std::string(kOp) + ": " + found + "; " + needed);
-}
 
 Dims out_shape(const Tensor& q, const Tensor& v) {
   return {q.size(0), q.size(1), q.size(2), v.size(3)};
@@ -49,7 +44,7 @@ void check_sums(const char* op, const std::string& of, const State& state, const
 std::vector<int64_t> counts(const Tensor& count, int64_t batch) {
   if (!count.defined()) return std::vector<int64_t>(static_cast<size_t>(batch), 0);
   if (count.rank() != 1 || count.size(0) != batch || count.dtype() == DType::boolean) {
-    fail(describe("initial_state count", count),
+    fail(kOp, describe("initial_state count", count),
          "[B] = [" + std::to_string(batch) + "] of numbers is needed");
   }
   std::vector<int64_t> values;
@@ -63,7 +58,7 @@ std::vector<int64_t> counts(const Tensor& count, int64_t batch) {
                                            : static_cast<double>(*one.as<int64_t>());
     }
     if (!(number >= 0 && number <= 0x1p53) || number != std::floor(number)) {
-      fail("initial_state count[" + std::to_string(b) + "] is " + std::to_string(number),
+      fail(kOp, "initial_state count[" + std::to_string(b) + "] is " + std::to_string(number),
            "a whole number that is not negative is needed");
     }
     values.push_back(static_cast<int64_t>(number));
@@ -74,16 +69,17 @@ std::vector<int64_t> counts(const Tensor& count, int64_t batch) {
 void check_rope(const Tensor& q, const Tensor& k, const Options& options) {
   const Grid& grid = *options.rope;
   if (grid.height < 1 || grid.width < 1 || grid.height > (int64_t{1} << 31) / grid.width) {
-    fail("rope is (" + std::to_string(grid.height) + ", " + std::to_string(grid.width) + ")",
+    fail(kOp, "rope is (" + std::to_string(grid.height) + ", " + std::to_string(grid.width) + ")",
          "the height and width of a grid of at most 2^31 tokens are needed");
   }
   if (q.size(3) % 4 != 0) {
-    fail("rope with head dim " + std::to_string(q.size(3)),
+    fail(kOp, "rope with head dim " + std::to_string(q.size(3)),
          "a multiple of 4 is needed: pairs of channels for rows and for columns");
   }
   const int64_t tokens = grid.height * grid.width;
   if (!options.causal && (q.size(2) != tokens || k.size(2) != tokens)) {
-    fail("rope is (" + std::to_string(grid.height) + ", " + std::to_string(grid.width) +
+    fail(kOp,
+         "rope is (" + std::to_string(grid.height) + ", " + std::to_string(grid.width) +
              ") but q has " + std::to_string(q.size(2)) + " tokens and k " +
              std::to_string(k.size(2)),
          "without causal both need height * width tokens");
@@ -92,31 +88,30 @@ void check_rope(const Tensor& q, const Tensor& k, const Options& options) {
 
 void check_numbers(const Options& options) {
   if (options.scale && options.form == MagnitudeAwareForm::paper) {
-    fail("scale is given with form paper", "the paper's form has none; leave it out");
+    fail(kOp, "scale is given with form paper", "the paper's form has none; leave it out");
   }
   if (options.scale && !std::isfinite(*options.scale)) {
-    fail("scale is " + std::to_string(*options.scale), "a finite number is needed");
+    fail(kOp, "scale is " + std::to_string(*options.scale), "a finite number is needed");
   }
   if (!std::isfinite(options.eps) || options.eps < 0) {
-    fail("eps is " + std::to_string(options.eps), "a finite number that is not negative is needed");
+    fail(kOp, "eps is " + std::to_string(options.eps),
+         "a finite number that is not negative is needed");
   }
 }
 
 void check(const Tensor& q, const Tensor& k, const Tensor& v, const Options& options) {
   check_attention(kOp, q, k, v, {}, kAnyHeadDim);
-  if (q.size(3) > kMaxHeadDim) {
-    fail(describe("q", q) + " has head dim " + std::to_string(q.size(3)), "1 to 256 is supported");
-  }
+  check_head_dim(kOp, "q", q);
   check_numbers(options);
   if (options.rope) check_rope(q, k, options);
   const State& state = options.initial_state;
   check_sums(kOp, "initial_state", state, q, v);
   const bool given = any_of(state);
   if (given && !options.causal)
-    fail("an initial state without causal", "only causal calls have one");
+    fail(kOp, "an initial state without causal", "only causal calls have one");
   if (given && !(state.s.defined() && state.k_sum.defined() && state.v_sum.defined() &&
                  state.count.defined())) {
-    fail("initial_state is not complete", "s, k_sum, v_sum and count are needed");
+    fail(kOp, "initial_state is not complete", "s, k_sum, v_sum and count are needed");
   }
   chunked::check_alignment(kOp, options.causal, given, q.size(2), k.size(2));
 }
@@ -126,7 +121,7 @@ void check_last_counts(const std::vector<int64_t>& before, int64_t keys, bool in
   constexpr int64_t kMost = int64_t{1} << 24;
   for (const int64_t count : before) {
     if (!in_float || count + keys <= kMost) continue;
-    fail("the state's count would be " + std::to_string(count + keys),
+    fail(kOp, "the state's count would be " + std::to_string(count + keys),
          "at most " + std::to_string(kMost) + " tokens fit into a float32 state");
   }
 }
@@ -225,7 +220,7 @@ void run_backward(const Tensor& q, const Tensor& k, const Tensor& v, const Tenso
 
 void check_last(const State& state, const Tensor& q, const Tensor& v, const Options& options) {
   if (any_of(state) && !options.causal)
-    fail("a state is wanted without causal", "only causal calls have one");
+    fail(kOp, "a state is wanted without causal", "only causal calls have one");
   check_sums(kOp, "state", state, q, v);
   check_result(kOp, "state count", state.count, {q.size(0)}, wide_type(q.dtype()));
 }
@@ -236,7 +231,7 @@ MagnitudeAwareForm parse_magnitude_aware_form(std::string_view name) {
   if (name == "code") return MagnitudeAwareForm::code;
   if (name == "paper") return MagnitudeAwareForm::paper;
   if (name == "consistent") return MagnitudeAwareForm::consistent;
-  fail("form is '" + std::string(name) + "'", "'code', 'paper' or 'consistent' is needed");
+  fail(kOp, "form is '" + std::string(name) + "'", "'code', 'paper' or 'consistent' is needed");
 }
 
 void magnitude_aware_linear_attention(const Tensor& q, const Tensor& k, const Tensor& v,
@@ -281,7 +276,7 @@ void magnitude_aware_linear_attention_backward(const Tensor& q, const Tensor& k,
   chunked::check_out(kBackward, "out_gradient", out_gradient, out_shape(q, v), q.dtype());
   const State sums{state_gradient.s, state_gradient.k_sum, state_gradient.v_sum, {}};
   if (any_of(sums) && !options.causal)
-    fail("a gradient of a state without causal", "only causal calls have one");
+    fail(kOp, "a gradient of a state without causal", "only causal calls have one");
   check_sums(kBackward, "state_gradient", sums, q, v);
   chunked::check_out(kBackward, "gradient of q", gradients.q, q.shape(), q.dtype());
   chunked::check_out(kBackward, "gradient of k", gradients.k, k.shape(), k.dtype());

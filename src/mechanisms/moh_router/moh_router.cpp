@@ -7,7 +7,6 @@
 #include <string>
 
 #include "base/parallel.h"
-#include "heed/error.h"
 #include "kernels/matrix.h"
 #include "mechanisms/moh_router/routing.h"
 #include "mechanisms/parameter.h"
@@ -23,17 +22,13 @@ constexpr int64_t kTileTokens = 64;
 constexpr int64_t kParts = 16;
 constexpr int64_t kPartElements = 1 << 22;
 
-[[noreturn]] void fail(const std::string& found, const std::string& needed) {
-  throw Error(std::string(kOp) + ": " + found + "; " + needed);
-}
-
 moh::RouterShape check_inputs(const Tensor& x, const Tensor& wg, const Tensor& wg_shared,
                               const Tensor& wg_group, const MohRouterOptions& options) {
   if (x.rank() != 3 || !is_floating(x.dtype())) {
-    fail(describe("x", x), "[B,L,C] of float64, float32, bfloat16 or float16 is needed");
+    fail(kOp, describe("x", x), "[B,L,C] of float64, float32, bfloat16 or float16 is needed");
   }
   const int64_t channels = x.size(2);
-  if (wg.rank() != 2) fail(describe("wg", wg), "[E,C] is needed, E routed heads");
+  if (wg.rank() != 2) fail(kOp, describe("wg", wg), "[E,C] is needed, E routed heads");
   check_parameter(kOp, "wg", wg, {wg.size(0), channels}, x.dtype());
   moh::RouterShape shape;
   shape.routed = wg.size(0);
@@ -43,7 +38,7 @@ moh::RouterShape check_inputs(const Tensor& x, const Tensor& wg, const Tensor& w
   shape.shared_logits = wg_shared.defined();
   if (shape.shared_logits) {
     if (wg_shared.rank() != 2 || wg_shared.size(0) < 1) {
-      fail(describe("wg_shared", wg_shared), "[hs,C] with hs >= 1 is needed");
+      fail(kOp, describe("wg_shared", wg_shared), "[hs,C] with hs >= 1 is needed");
     }
     check_parameter(kOp, "wg_shared", wg_shared, {wg_shared.size(0), channels}, x.dtype());
   }
@@ -52,15 +47,16 @@ moh::RouterShape check_inputs(const Tensor& x, const Tensor& wg, const Tensor& w
 
   const std::string routed = std::to_string(shape.routed);
   if (shape.routed == 0) {
-    if (!shape.shared_logits) fail("wg has no heads and wg_shared is missing", "give some heads");
-    if (shape.grouped) fail("wg_group is given but wg has no heads", "leave wg_group out");
+    if (!shape.shared_logits)
+      fail(kOp, "wg has no heads and wg_shared is missing", "give some heads");
+    if (shape.grouped) fail(kOp, "wg_group is given but wg has no heads", "leave wg_group out");
   } else if (shape.shared_logits && !shape.grouped) {
-    fail("wg_shared is given without wg_group",
+    fail(kOp, "wg_shared is given without wg_group",
          "wg_group [2," + std::to_string(channels) + "] is needed beside shared and routed heads");
   }
   const int64_t least = shape.routed == 0 ? 0 : 1;
   if (shape.top_k < least || shape.top_k > shape.routed) {
-    fail("top_k is " + std::to_string(shape.top_k) + " but wg has " + routed + " heads",
+    fail(kOp, "top_k is " + std::to_string(shape.top_k) + " but wg has " + routed + " heads",
          std::to_string(least) + " to " + routed + " is needed");
   }
   return shape;
@@ -344,13 +340,19 @@ std::vector<Tensor> defined_weights(const Tensor& wg, const Tensor& wg_shared,
 double loss_gradient(const Tensor& grad_loss, DType dtype) {
   if (!grad_loss.defined()) return 0;
   if (grad_loss.rank() != 0 || grad_loss.dtype() != wide_type(dtype)) {
-    fail(describe("grad_loss", grad_loss),
+    fail(kOp, describe("grad_loss", grad_loss),
          std::string("[] ") + name_of(wide_type(dtype)) + " is needed");
   }
   return *convert(grad_loss, DType::f64).as<double>();
 }
 
 }  // namespace
+
+MohForm parse_moh_form(std::string_view name) {
+  if (name == "code") return MohForm::code;
+  if (name == "paper") return MohForm::paper;
+  fail(kOp, "form is '" + std::string(name) + "'", "'code' or 'paper' is needed");
+}
 
 MohRouting moh_router(const Tensor& x, const Tensor& wg, const Tensor& wg_shared,
                       const Tensor& wg_group, const MohRouterOptions& options,

@@ -213,6 +213,9 @@ TEST(MohRouter, ErrorsNameTheArgument) {
   says(call(group.view().slice(1, 0, 7), {}, {}, 1), {"wg [2,7]", "[2,8]"});
   says(call(wg, shared, shared, 1), {"wg_group [3,8]", "[2,8]"});
   says(call({}, {}, {}, 1), {"wg is missing"});
+  EXPECT_EQ(parse_moh_form("code"), MohForm::code);
+  EXPECT_EQ(parse_moh_form("paper"), MohForm::paper);
+  says(error_of([] { parse_moh_form("code2"); }), {"form is 'code2'", "'code'", "'paper'"});
   says(error_of([&] { moh_router(wg, wg, {}, {}, top(1)); }), {"x [4,8]", "[B,L,C]"});
   says(error_of([&] { moh_router_backward(x, {}, x, wg, {}, {}, top(1)); }),
        {"grad_gates [2,5,8]", "[2,4,5]"});

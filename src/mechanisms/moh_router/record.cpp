@@ -1,5 +1,4 @@
 #include "engine/candidates.h"
-#include "heed/error.h"
 #include "heed/moh_router.h"
 #include "mechanisms/attention_case.h"
 #include "mechanisms/embedded.h"
@@ -15,11 +14,8 @@ Tensor input(const NamedTensors& in, const char* name) {
 
 MohRouterOptions router_options(const Spec& options) {
   options.require_known({"top_k", "form"});
-  const std::string form = options.text("form").value_or("code");
-  if (form != "code" && form != "paper") {
-    throw Error("moh_router: form is '" + form + "'; code or paper is needed");
-  }
-  return {options.integer("top_k").value_or(1), form == "code" ? MohForm::code : MohForm::paper};
+  return {options.integer("top_k").value_or(1),
+          parse_moh_form(options.text("form").value_or("code"))};
 }
 
 // A weight that a call leaves out is 0 in the cascades: the softmax of one head is 1, and two equal

@@ -2,33 +2,18 @@
 #include <memory>
 
 #include "engine/tiled/problem.h"
-#include "heed/error.h"
 #include "heed/recurrent_softmax_attention.h"
 #include "mechanisms/attention_case.h"
 #include "mechanisms/embedded.h"
-#include "mechanisms/nearest.h"
 
 namespace heed {
 
 namespace {
 
-const std::vector<std::string>& normalizer_names() {  // in the order of the enumeration
-  static const std::vector<std::string> names = {"softmax",         "l2",      "rms", "layer",
-                                                 "divide_by_count", "clamped", "none"};
-  return names;
-}
-
 RecurrentSoftmaxOptions recurrent_options(const NamedTensors& in, const Spec& options) {
   options.require_known({"normalizer", "order", "causal", "scale", "score_clamp", "eps"});
   RecurrentSoftmaxOptions chosen;
-  const std::string name = options.text("normalizer").value_or("softmax");
-  const auto& names = normalizer_names();
-  const auto found = std::find(names.begin(), names.end(), name);
-  if (found == names.end()) {
-    throw Error("recurrent_softmax_attention: unknown normalizer '" + name + "'" +
-                did_you_mean(name, names) + "; known: " + joined(names));
-  }
-  chosen.normalizer = static_cast<Normalizer>(found - names.begin());
+  chosen.normalizer = parse_normalizer(options.text("normalizer").value_or("softmax"));
   chosen.order = options.integer("order");
   chosen.causal = options.flag("causal", true);
   chosen.scale = options.number("scale");
@@ -61,7 +46,8 @@ ExampleCase with_gate(ExampleCase example, bool float32) {
 
 std::vector<ExampleCase> recurrent_cases() {
   std::vector<ExampleCase> cases;
-  for (const std::string& name : normalizer_names()) {
+  for (Normalizer normalizer : kNormalizers) {
+    const std::string name = name_of(normalizer);
     const auto make = [&](const char* what, const AttentionShape& shape, const std::string& more) {
       return attention_case(name + "_" + what, shape, "normalizer=" + name + "," + more);
     };
@@ -101,9 +87,9 @@ ExampleCase random_recurrent_case(uint64_t seed) {
   s.keys = random.chance(0.15) ? random.between(150, 400) : random.between(2, 90);
   s.dim = random.between(1, 48);
   s.value_dim = random.between(2, 48);
-  const auto& names = normalizer_names();
-  const auto normalizer = random.between(0, static_cast<int64_t>(names.size()) - 1);
-  std::string options = "normalizer=" + names[static_cast<size_t>(normalizer)];
+  const auto normalizer = random.between(0, static_cast<int64_t>(std::size(kNormalizers)) - 1);
+  std::string options =
+      std::string("normalizer=") + name_of(kNormalizers[static_cast<size_t>(normalizer)]);
   options += random.chance(0.5) ? ",causal=1" : ",causal=0";
   // An odd order may have a denominator near 0, where every digit counts.
   if (random.chance(0.4)) options += ",order=" + std::to_string(2 * random.between(0, 3));
@@ -148,7 +134,8 @@ Mechanism recurrent_record() {
   m.engine = "tiled";
   m.pass_rank = "m";
   m.card = embedded("recurrent_softmax/card.md");
-  for (const std::string& name : normalizer_names()) {
+  for (Normalizer normalizer : kNormalizers) {
+    const std::string name = name_of(normalizer);
     m.cascades.push_back({name, std::string(embedded("recurrent_softmax/" + name + ".cascade")),
                           "normalizer=" + name});
   }

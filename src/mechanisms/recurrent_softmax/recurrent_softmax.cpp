@@ -13,6 +13,7 @@
 #include "heed/error.h"
 #include "heed/recurrent_softmax_attention.h"
 #include "kernels/row_maps.h"
+#include "mechanisms/nearest.h"
 #include "mechanisms/parameter.h"
 #include "mechanisms/recurrent_softmax/row_result.h"
 #include "mechanisms/row_blocks.h"
@@ -238,6 +239,36 @@ RecurrentSoftmaxGradients gradients(const Tensor& grad_out, const Call& call, co
 }
 
 }  // namespace
+
+const char* name_of(Normalizer normalizer) {
+  switch (normalizer) {
+    case Normalizer::softmax:
+      return "softmax";
+    case Normalizer::l2:
+      return "l2";
+    case Normalizer::rms:
+      return "rms";
+    case Normalizer::layer:
+      return "layer";
+    case Normalizer::divide_by_count:
+      return "divide_by_count";
+    case Normalizer::clamped:
+      return "clamped";
+    case Normalizer::none:
+      return "none";
+  }
+  return "?";
+}
+
+Normalizer parse_normalizer(std::string_view name) {
+  std::vector<std::string> names;
+  for (Normalizer normalizer : kNormalizers) {
+    if (name == name_of(normalizer)) return normalizer;
+    names.emplace_back(name_of(normalizer));
+  }
+  throw Error(std::string(kOp) + ": unknown normalizer '" + std::string(name) + "'" +
+              did_you_mean(name, names) + "; known: " + joined(names));
+}
 
 void recurrent_softmax_attention(const Tensor& q, const Tensor& k, const Tensor& v,
                                  const Tensor& out, const Tensor& core, const Tensor& statistic,

@@ -13,10 +13,6 @@ namespace heed {
 namespace {
 
 constexpr DType kTypes[] = {DType::f64, DType::f32, DType::bf16, DType::f16};
-constexpr Normalizer kNormalizers[] = {Normalizer::softmax, Normalizer::l2,
-                                       Normalizer::rms,     Normalizer::layer,
-                                       Normalizer::clamped, Normalizer::divide_by_count,
-                                       Normalizer::none};
 
 struct Inputs {
   Array q, k, v;
@@ -276,6 +272,10 @@ TEST(RecurrentSoftmax, ErrorsNameTheArgument) {
   says(call([&](auto& o) { o.gate = in.q; }), {"gate [2,4,5,16]", "[2,4,5]"});
   says(error_of([&] { recurrent_softmax_attention_backward(in.q, in.q, in.k, in.v, in.q, in.q); }),
        {"grad_out [2,4,5,16]", "[2,4,5,12]"});
+  for (Normalizer normalizer : kNormalizers) {
+    EXPECT_EQ(parse_normalizer(name_of(normalizer)), normalizer);
+  }
+  says(error_of([] { parse_normalizer("l3"); }), {"normalizer", "'l3'", "l2", "divide_by_count"});
   const Array gradient(DType::f32, {2, 4, 5, 12});
   says(error_of(
            [&] { recurrent_softmax_attention_backward(gradient, in.q, in.k, in.v, gradient, {}); }),

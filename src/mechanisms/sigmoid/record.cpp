@@ -95,6 +95,7 @@ Mechanism sigmoid_record() {
   m.fill = fill_lengths;
   m.random_case = random_sigmoid_case;
   m.model_attention = [](const Spec& options, const ModelLayer& at) {
+    options.require_known({"causal", "bias", "window", "scale"});
     SigmoidOptions chosen = sigmoid_options({}, options);
     chosen.masks.causal = true;
     // The number of keys of a call is not a property of the model: it depends on how a prompt is cut.

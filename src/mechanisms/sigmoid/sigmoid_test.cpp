@@ -1,6 +1,7 @@
 // What a comparison with the cascade does not draw.
 #include <gtest/gtest.h>
 
+#include <cmath>
 #include <limits>
 
 #include "heed/heed.h"
@@ -73,6 +74,19 @@ TEST(Sigmoid, ExtremeBiasesAndSlopesGiveWeightsOfZeroAndOne) {
         << name_of(isa);
     infinite.bias = -std::numeric_limits<double>::infinity();
     expect(infinite, sums_of(v, none), "-infinite bias");
+  }
+}
+
+TEST(Sigmoid, ANaNBiasShowsInTheResult) {
+  const Array rows = random_array(DType::f32, {1, 1, 5, 8}, 1);
+  constexpr double kNaN = std::numeric_limits<double>::quiet_NaN();
+  const Array per_head = filled(DType::f32, {1}, kNaN);
+  SigmoidOptions options;
+  for (const std::variant<std::monostate, double, Tensor>& bias :
+       {decltype(options.bias)(kNaN), decltype(options.bias)(per_head.view())}) {
+    options.bias = bias;
+    const Array out = sigmoid_attention(rows, rows, rows, options);
+    for (int64_t i = 0; i < out.count(); ++i) EXPECT_TRUE(std::isnan(out.as<float>()[i]));
   }
 }
 

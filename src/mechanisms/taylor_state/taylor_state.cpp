@@ -13,7 +13,6 @@ namespace {
 
 constexpr const char* kOp = "taylor_state_attention";
 constexpr const char* kBackward = "taylor_state_attention_backward";
-constexpr int64_t kMaxHeadDim = 256;
 constexpr double kSmallestDenominator = 1e-12;
 
 Dims out_shape(const Tensor& q, const Tensor& v) {
@@ -36,10 +35,7 @@ void check_state(const char* op, const char* s_name, const char* z_name, const T
 void check(const Tensor& q, const Tensor& k, const Tensor& v, const TaylorOptions& options) {
   const std::string op = std::string(kOp) + ": ";
   check_attention(kOp, q, k, v, {}, kAnyHeadDim);
-  if (q.size(3) > kMaxHeadDim) {
-    throw Error(op + describe("q", q) + " has head dim " + std::to_string(q.size(3)) +
-                "; 1 to 256 is supported");
-  }
+  check_head_dim(kOp, "q", q);
   (void)taylor_state_size(q.size(3), options.order);  // checks the order
   if (options.scale && !std::isfinite(*options.scale)) {
     throw Error(op + "scale is " + std::to_string(*options.scale) + "; a finite number is needed");

@@ -1,0 +1,35 @@
+"""Whole numbers as the operators take them."""
+
+import operator
+from collections.abc import Mapping
+
+import torch
+
+
+def whole_number(value: int) -> int:
+    """A whole number of any kind, NumPy's and tensors too, or a TypeError."""
+    return value if isinstance(value, (int, torch.SymInt)) else operator.index(value)
+
+
+def whole_pair(op: str, name: str, pair: tuple[int, int], needed: str) -> tuple[int, int]:
+    """Both numbers, or a TypeError that says what was found."""
+    if isinstance(pair, (tuple, list)) and len(pair) == 2:
+        first, second = pair
+        if type(first) is int and type(second) is int:  # as in most calls
+            return first, second
+        try:
+            return whole_number(first), whole_number(second)
+        except TypeError:
+            pass
+    raise TypeError(f"{op}: {name} is {pair!r}, needed are {needed}")
+
+
+def check_sizes(op: str, sizes: Mapping[str, int]) -> None:
+    """Raises an error under the name of the first that is not a whole number of at least 0."""
+    for name, size in sizes.items():
+        try:
+            fits = whole_number(size) >= 0
+        except TypeError:
+            raise TypeError(f"{op}: {name} is {size!r}, needed is a whole number") from None
+        if not fits:
+            raise ValueError(f"{op}: {name} is {size}, needed is 0 or more")
