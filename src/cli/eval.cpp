@@ -75,7 +75,9 @@ void add_eval(CLI::App& app, Outcome& outcome) {
                    "Tokens from window to window; without it half a window")
       ->transform(whole_number(1));
   command->add_flag("--json", arguments->json, "JSON");
-  command->footer("After Ctrl-C the result so far is printed and the exit code is 130.");
+  command->footer(
+      std::string("After Ctrl-C the result so far is printed and the exit code is 130.\n") +
+      kModelFooter);
   command->callback([arguments, &outcome] { outcome.exit_code = eval(*arguments); });
 }
 

@@ -2,6 +2,7 @@
 
 #include <sys/stat.h>
 
+#include <algorithm>
 #include <cerrno>
 #include <csignal>
 #include <cstdio>
@@ -9,6 +10,7 @@
 
 #include "cli/arguments.h"
 #include "cli/model_file.h"
+#include "cli/terminal.h"
 #include "heed/error.h"
 #include "llm/attention_pattern.h"
 #include "mechanisms/nearest.h"
@@ -18,13 +20,9 @@ namespace {
 
 volatile std::sig_atomic_t g_interrupted = 0;  // a signal handler can reach nothing else
 
-extern "C" void on_interrupt(int) {
-  g_interrupted = 1;
-  std::signal(SIGINT, SIG_DFL);
-}
+extern "C" void on_interrupt(int) { g_interrupted = 1; }
 
-std::vector<ModelAttention> attention_of(const std::string& pattern, const GgufFile& file) {
-  const ModelConfig config = read_model_config(file);
+std::vector<ModelAttention> attention_of(const std::string& pattern, const ModelConfig& config) {
   try {
     return parse_attention(pattern, config);
   } catch (const Error& error) {
@@ -44,7 +42,12 @@ ModelDtype dtype_of(const std::string& text) {
 }  // namespace
 
 void add_model_options(CLI::App& command, ModelArguments& arguments, const char* context_help) {
-  command.add_option("--model", arguments.model, "GGUF file, or smollm2")->capture_default_str();
+  command
+      .add_option(
+          "--model", arguments.model,
+          "GGUF file, smollm2, or NAME for NAME.gguf in a folder of the environment variable "
+          "HEED_MODELS (folders apart by ':')")
+      ->capture_default_str();
   command
       .add_option(
           "--attention", arguments.attention,
@@ -56,7 +59,7 @@ void add_model_options(CLI::App& command, ModelArguments& arguments, const char*
                      "prompt rounded to int8 or bf16); without it what suits the file");
   command.add_option("--context", arguments.context, context_help)->transform(whole_number(1));
   command.add_option("--threads", arguments.threads, "Threads; without it all cores")
-      ->transform(whole_number(1));
+      ->transform(whole_number(1, 1024));  // what set_threads takes
 }
 
 LanguageModel load_model(const ModelArguments& arguments) {
@@ -67,9 +70,23 @@ LanguageModel load_model(const ModelArguments& arguments) {
   options.context = arguments.context;
   LanguageModel loaded;
   loaded.file = std::make_unique<GgufFile>(GgufFile::open(find_model(arguments.model)));
-  options.attention = attention_of(arguments.attention, *loaded.file);
+  const ModelConfig config = read_model_config(*loaded.file);
+  options.attention = attention_of(arguments.attention, config);
+  const bool has_cache =
+      std::any_of(options.attention.begin(), options.attention.end(),
+                  [](const ModelAttention& layer) { return layer.over_cache != nullptr; });
   loaded.tokenizer = std::make_unique<Tokenizer>(*loaded.file);
+  // More rows than tokens are padding.
+  if (config.vocab < loaded.tokenizer->vocab_size()) {
+    throw Error(arguments.model + ": token_embd.weight has " + std::to_string(config.vocab) +
+                " rows, one for each of the tokenizer's " +
+                std::to_string(loaded.tokenizer->vocab_size()) + " tokens is needed");
+  }
   loaded.model = std::make_unique<Model>(*loaded.file, std::move(options));
+  if (has_cache && loaded.model->context() > config.context) {
+    say("heed: --context {}: the model was trained for {} tokens\n", loaded.model->context(),
+        config.context);
+  }
   return loaded;
 }
 
@@ -94,14 +111,18 @@ std::string read_text(const char* option, const std::string& path) {
   return text;
 }
 
-InterruptGuard::InterruptGuard() {
+InterruptGuard::InterruptGuard(bool ends_waiting) {
   g_interrupted = 0;
+  sigaction(SIGINT, nullptr, &before_);
+  if (before_.sa_handler == SIG_IGN) return;
   struct sigaction action{};
-  action.sa_handler = on_interrupt;  // no SA_RESTART: waiting for a line ends too
+  action.sa_handler = on_interrupt;
+  // With SA_RESTART a write to a full pipe waits on instead of failing; a second signal ends it.
+  action.sa_flags = static_cast<int>(SA_RESETHAND) | (ends_waiting ? 0 : SA_RESTART);
   sigaction(SIGINT, &action, nullptr);
 }
 
-InterruptGuard::~InterruptGuard() { std::signal(SIGINT, SIG_DFL); }
+InterruptGuard::~InterruptGuard() { sigaction(SIGINT, &before_, nullptr); }
 
 bool InterruptGuard::interrupted() const { return g_interrupted != 0; }
 

@@ -1,6 +1,7 @@
 // A loaded language model and the options that heed run and heed eval share.
 #pragma once
 #include <CLI/CLI.hpp>
+#include <csignal>
 #include <memory>
 #include <optional>
 #include <string>
@@ -18,6 +19,8 @@ struct ModelArguments {
   std::optional<int> threads;
 };
 void add_model_options(CLI::App& command, ModelArguments& arguments, const char* context_help);
+/// Where the help of these options goes on.
+inline constexpr const char* kModelFooter = "docs/real-model.md says more of --attention.";
 
 struct LanguageModel {
   std::unique_ptr<GgufFile> file;  // outlives the others
@@ -31,14 +34,18 @@ LanguageModel load_model(const ModelArguments& arguments);
 std::string read_text(const char* option, const std::string& path);
 
 /// Catches Ctrl-C while it lives: the first one only sets `interrupted`, a second one ends the
-/// program.
+/// program. Where the parent had it ignored, it stays so.
 class InterruptGuard {
  public:
-  InterruptGuard();
+  /// `ends_waiting`: the first one also ends a read or write that waits, which then fails.
+  explicit InterruptGuard(bool ends_waiting = false);
   ~InterruptGuard();
   InterruptGuard(const InterruptGuard&) = delete;
   InterruptGuard& operator=(const InterruptGuard&) = delete;
   bool interrupted() const;
+
+ private:
+  struct sigaction before_{};
 };
 
 inline constexpr int kInterrupted = 130;  // exit code after Ctrl-C, as in a shell

@@ -1,7 +1,10 @@
 // heed run: a language model answers, once or in a conversation.
 #include <fmt/format.h>
 
+#include <algorithm>
+#include <cstdio>
 #include <iostream>
+#include <limits>
 #include <memory>
 
 #include "cli/arguments.h"
@@ -20,13 +23,24 @@ struct Arguments {
   std::optional<std::string> prompt, file, system;
   bool no_chat = false, json = false;
   GenerateOptions generate;
+  std::string draw_option;  // one that was given and speaks of draws
 };
+
+// The newline that ends the last line of a file is none of the prompt.
+std::string without_last_newline(std::string text) {
+  for (const std::string_view end : {"\r\n", "\n"}) {
+    if (!text.ends_with(end)) continue;
+    text.resize(text.size() - end.size());
+    break;
+  }
+  return text;
+}
 
 // The prompt that was given, from the option, a file, or a pipe; none: a conversation.
 std::optional<std::string> given_prompt(const Arguments& arguments) {
   if (arguments.prompt) return arguments.prompt;
-  if (arguments.file) return read_text("--file", *arguments.file);
-  if (!is_terminal(stdin)) return read_text("standard input", "-");
+  if (arguments.file) return without_last_newline(read_text("--file", *arguments.file));
+  if (!is_terminal(stdin)) return without_last_newline(read_text("standard input", "-"));
   return std::nullopt;
 }
 
@@ -89,6 +103,7 @@ class Speaker {
     const InterruptGuard guard;
     Progress progress("reading the prompt");
     GenerateOptions options = arguments_.generate;
+    options.vocab = loaded_.tokenizer->vocab_size();
     options.stop_tokens = std::move(stop_tokens);
     options.on_prompt = [&](int64_t done, int64_t total) {
       progress.show(done, total, fmt::format("{} of {} tokens", done, total));
@@ -120,7 +135,7 @@ int answer_once(LanguageModel& loaded, const Arguments& arguments, const std::st
   Speaker speaker(loaded, arguments);
   Speaker::Answer answer;
   if (arguments.no_chat) {
-    const auto tokens = loaded.tokenizer->encode(prompt);
+    const auto tokens = loaded.tokenizer->encode(prompt, {.to_continue = true});
     answer = speaker.answer(tokens, loaded.tokenizer->end_tokens(), false);
   } else {
     const ChatTemplate chat(*loaded.file, *loaded.tokenizer);
@@ -138,23 +153,54 @@ int answer_once(LanguageModel& loaded, const Arguments& arguments, const std::st
   return answer.result.stop == StopReason::cancelled ? kInterrupted : kOk;
 }
 
+std::string_view trimmed(std::string_view text) {
+  constexpr std::string_view kSpaces = " \t\r";
+  const size_t first = std::min(text.find_first_not_of(kSpaces), text.size());
+  text.remove_prefix(first);
+  return text.substr(0, text.find_last_not_of(kSpaces) + 1);
+}
+
+constexpr const char* kCommands = "/reset starts a new conversation, /exit or /quit ends";
+
+// The next line that says something; none at its end, which two times Ctrl-C in a row are too.
 std::optional<std::string> next_line() {
-  fmt::print("{}", bold("> "));
-  flush_output();
-  std::string line;
-  if (!std::getline(std::cin, line)) return std::nullopt;
-  return line;
+  for (bool warned = false;;) {
+    fmt::print("{}", bold("> "));
+    flush_output();
+    const InterruptGuard guard(true);
+    std::string line;
+    if (std::getline(std::cin, line)) {
+      if (!trimmed(line).empty()) return line;
+      warned = false;
+      continue;
+    }
+    if (!guard.interrupted() || warned) return std::nullopt;
+    warned = true;
+    std::clearerr(stdin);
+    std::cin.clear();
+    say("\nCtrl-D or Ctrl-C once more ends\n");
+  }
+}
+
+// "/rset", but not "/etc/hosts is empty".
+bool is_word_after_slash(std::string_view text) {
+  return text.starts_with('/') && text.find_first_of(" \t/", 1) == std::string_view::npos;
 }
 
 int converse(LanguageModel& loaded, const Arguments& arguments) {
   const ChatTemplate chat(*loaded.file, *loaded.tokenizer);
   Speaker speaker(loaded, arguments);
   std::vector<ChatMessage> messages = opening(arguments);
-  say("/reset starts a new conversation, Ctrl-C stops an answer, Ctrl-D ends\n");
+  say("{}, Ctrl-C stops an answer, Ctrl-D ends\n", kCommands);
   while (const auto line = next_line()) {
-    if (line->find_first_not_of(" \t") == std::string::npos) continue;
-    if (*line == "/reset") {
+    const std::string_view command = trimmed(*line);
+    if (command == "/exit" || command == "/quit") return kOk;
+    if (command == "/reset") {
       messages = opening(arguments);
+      continue;
+    }
+    if (is_word_after_slash(command)) {
+      say("there is no {}: {}\n", command, kCommands);
       continue;
     }
     messages.push_back({"user", *line});
@@ -163,7 +209,11 @@ int converse(LanguageModel& loaded, const Arguments& arguments) {
       fmt::print("\n");
       flush_output();
       print_statistics(answer.result, *loaded.model);
-      messages.push_back({"assistant", answer.text});
+      if (answer.result.tokens.empty() && answer.result.stop == StopReason::cancelled) {
+        messages.pop_back();  // nobody answered
+      } else {
+        messages.push_back({"assistant", answer.text});
+      }
     } catch (const Error& error) {
       messages.pop_back();
       say("heed: {}; /reset starts a new conversation\n", error.what());
@@ -183,6 +233,10 @@ int run(const Arguments& arguments) {
   }
   if (prompt && prompt->empty()) throw Error("the prompt is empty");
   (void)Sampler(arguments.generate.sampler);  // its errors before the weights are read
+  if (!arguments.draw_option.empty() && arguments.generate.sampler.temperature == 0) {
+    throw Error(arguments.draw_option +
+                ": at --temperature 0 nothing is drawn, a --temperature above 0 is needed");
+  }
   LanguageModel loaded = load_model(arguments.model);
   return prompt ? answer_once(loaded, arguments, *prompt) : converse(loaded, arguments);
 }
@@ -203,20 +257,32 @@ void add_run(CLI::App& app, Outcome& outcome) {
   command->add_option("--max-tokens", arguments->generate.max_tokens, "Longest answer")
       ->transform(whole_number(0))
       ->capture_default_str();
-  command->add_option("--temperature", sampler.temperature, "0: always the most probable token")
+  command
+      ->add_option("--temperature", sampler.temperature,
+                   "0: always the most probable token; --top-k, --top-p, --min-p and --seed need "
+                   "more")
       ->capture_default_str();
-  command->add_option("--top-k", sampler.top_k, "Draw among this many most probable tokens")
-      ->transform(whole_number(1));
-  command->add_option("--top-p", sampler.top_p, "Draw among the fewest tokens of this probability")
-      ->capture_default_str();
-  command->add_option("--min-p", sampler.min_p, "Draw among tokens of this share of the best's")
-      ->capture_default_str();
-  command->add_option("--seed", sampler.seed, "Seed of the draws")
-      ->transform(whole_number(0))
-      ->capture_default_str();
+  const std::vector<CLI::Option*> draws = {
+      command->add_option("--top-k", sampler.top_k, "Draw among this many most probable tokens")
+          ->transform(whole_number(1, std::numeric_limits<int>::max())),
+      command
+          ->add_option("--top-p", sampler.top_p, "Draw among the fewest tokens of this probability")
+          ->capture_default_str(),
+      command->add_option("--min-p", sampler.min_p, "Draw among tokens of this share of the best's")
+          ->capture_default_str(),
+      command->add_option("--seed", sampler.seed, "Seed of the draws")
+          ->transform(whole_number(0))
+          ->capture_default_str()};
   command->add_flag("--json", arguments->json, "JSON at the end instead of words as they come");
-  command->footer("After Ctrl-C the statistics are printed and the exit code is 130.");
-  command->callback([arguments, &outcome] { outcome.exit_code = run(*arguments); });
+  command->footer(
+      std::string("After Ctrl-C the statistics are printed and the exit code is 130.\n") +
+      kModelFooter);
+  command->callback([arguments, draws, &outcome] {
+    for (const CLI::Option* option : draws) {
+      if (option->count() > 0) arguments->draw_option = option->get_name();
+    }
+    outcome.exit_code = run(*arguments);
+  });
 }
 
 }  // namespace heed::cli

@@ -14,15 +14,34 @@ namespace heed {
 
 namespace {
 
+// As people write them: "flash".
+std::vector<std::string> names_for_models() {
+  constexpr std::string_view kSuffix = "_attention";
+  std::vector<std::string> names;
+  for (const Mechanism& mechanism : mechanisms()) {
+    if (!mechanism.model_attention) continue;
+    std::string name = mechanism.name;
+    if (name.ends_with(kSuffix)) name.resize(name.size() - kSuffix.size());
+    names.push_back(std::move(name));
+  }
+  return names;
+}
+
+const Mechanism& named(const std::string& name) {
+  try {
+    return find_mechanism(name);
+  } catch (const Error&) {  // it lists all mechanisms
+    const auto names = names_for_models();
+    throw Error("unknown mechanism '" + name + "'" + did_you_mean(name, names) +
+                "; a model takes: " + joined(names));
+  }
+}
+
 const Mechanism& mechanism_for_models(const Spec& spec) {
-  const Mechanism& mechanism = find_mechanism(spec.name());
+  const Mechanism& mechanism = named(spec.name());
   if (!mechanism.model_attention) {
-    std::vector<std::string> able;
-    for (const Mechanism& other : mechanisms()) {
-      if (other.model_attention) able.push_back(other.name);
-    }
-    throw Error(mechanism.name +
-                " cannot stand in for the attention of a model; these can: " + joined(able));
+    throw Error(mechanism.name + " cannot stand in for the attention of a model; these can: " +
+                joined(names_for_models()));
   }
   if (!spec.flag("causal", true)) {
     throw Error("option 'causal': found '" + spec.text("causal").value_or("") +

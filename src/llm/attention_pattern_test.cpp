@@ -41,7 +41,7 @@ TEST(AttentionPattern, SaysWhatEachLayerGets) {
 }
 
 TEST(AttentionPattern, MistakesNameWhatWasFoundAndNeeded) {
-  const auto expect = [](std::string_view pattern, std::initializer_list<const char*> parts) {
+  const auto expect = [](const std::string& pattern, std::initializer_list<const char*> parts) {
     std::string message;
     try {
       (void)parse_attention(pattern, config_of(6));
@@ -58,15 +58,20 @@ TEST(AttentionPattern, MistakesNameWhatWasFoundAndNeeded) {
   expect("/flash", {"NAME"});
   expect("2x", {"NAME"});
   expect("falsh/lightning", {"falsh", "did you mean 'flash'"});
+  expect("falsh", {"a model takes: ", "flash, ", "taylor_state"});
   expect("flash/lightnin", {"lightnin", "did you mean 'lightning'"});
   expect("flash;lightning", {"flash;lightning"});
-  expect("merge/flash", {"merge_attention", "cannot stand in", "flash_attention"});
+  expect("merge/flash", {"merge_attention", "cannot stand in", "these can: ", "flash, "});
   expect("3xflash/lightning", {"found a pattern of 4 layers", "divides the model's 6"});
   expect("12xflash", {"more than 6", "divides the model's 6"});
   expect("9223372036854775807xflash/9223372036854775807xflash", {"more than 6"});
   expect("99999999999999999999xflash", {"count of 99999999999999999999", "at least 1"});
   expect("0xflash", {"count of 0", "at least 1"});
   expect("flash:causal=0", {"'causal'", "'0'", "1 is needed"});
+  for (const char* key : {"dropout", "seed", "right", "left", "block_rows", "block_keys"}) {
+    expect("flash:" + std::string(key) + "=1", {key, "window, softcap, scale"});
+  }
+  expect("sigmoid:right=1", {"'right'", "bias, window, scale"});
   expect("flash/lightning:slopes=1", {"'slopes'", "decay, form"});
   expect("linear:map=performer", {"'performer'", "projection", "'elu1'"});
   expect("linear:map=elu", {"elu", "elu1"});

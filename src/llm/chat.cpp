@@ -66,6 +66,29 @@ std::string find_default_system(std::string_view text) {
   return {};
 }
 
+// What a ChatML template writes behind "assistant\n" where an answer begins, as one literal:
+// '<|im_start|>assistant\n<think>\n'. Mostly nothing.
+std::string find_answer_start(std::string_view text) {
+  constexpr std::string_view kOpen = "<|im_start|>assistant";
+  const size_t asked = text.rfind("add_generation_prompt");
+  const size_t at = asked == std::string_view::npos ? asked : text.find(kOpen, asked);
+  if (at == std::string_view::npos || (text[at - 1] != '\'' && text[at - 1] != '"')) return {};
+  const size_t begin = at + kOpen.size();
+  size_t end = begin;
+  while (end < text.size() && text[end] != text[at - 1]) end += text[end] == '\\' ? 2 : 1;
+  if (end >= text.size()) return {};
+  const std::string rest = unescaped(text.substr(begin, end - begin));
+  return rest.starts_with('\n') ? rest.substr(1) : std::string();
+}
+
+// Whether a template says `message['content'] | trim`.
+bool trims_contents(std::string_view text) {
+  std::string dense(text);
+  std::erase_if(dense,
+                [](char c) { return std::string_view(" '\"]").find(c) != std::string::npos; });
+  return dense.find("content|trim") != std::string::npos;
+}
+
 // What str.strip() of Python removes, which templates call: White_Space of Unicode and U+001C to U+001F.
 constexpr std::array<std::string_view, 29> kSpaces = {
     " ",      "\t",     "\n",     "\v",     "\f",     "\r",     "\x1c",   "\x1d",
@@ -175,6 +198,8 @@ ChatTemplate::ChatTemplate(const GgufFile& file, const Tokenizer& tokenizer)
       open_ = marker("<|im_start|>");
       turn_end_ = marker("<|im_end|>");
       default_system_ = find_default_system(*text);
+      answer_start_ = find_answer_start(*text);
+      trims_ = trims_contents(*text);
       drops_thoughts_ = text->find("split('</think>')") != std::string_view::npos;
       break;
     case ChatFormat::kLlama2:
@@ -224,9 +249,10 @@ void ChatTemplate::render_chatml(std::span<const ChatMessage> messages, bool pro
   for (size_t i = 0; i < messages.size(); ++i) {
     const auto& [role, content] = messages[i];
     const bool drops = drops_thoughts_ && role == "assistant" && i < answered;
-    turn(role, drops ? without_thoughts(content) : content);
+    const std::string_view said = drops ? without_thoughts(content) : content;
+    turn(role, trims_ ? trimmed(said) : said);
   }
-  if (prompt) out.token(open_).text("assistant\n");
+  if (prompt) out.token(open_).text("assistant\n").text(answer_start_);
 }
 
 void ChatTemplate::render_llama2(std::span<const ChatMessage> messages, Writer& out) const {

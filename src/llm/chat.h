@@ -50,7 +50,9 @@ class ChatTemplate {
   ChatFormat format_;
   std::string default_system_;   // empty: none
   std::string system_preamble_;  // Llama 3.1 and later: dates before the system message
+  std::string answer_start_;     // ChatML: what each answer begins with, "<think>\n"
   bool drops_thoughts_ = false;
+  bool trims_ = false;
   std::vector<int32_t> stop_tokens_;
   // Token ids, -1 where the form has none. Roles stand between open and role_end in Llama 3.
   int32_t bos_ = -1;

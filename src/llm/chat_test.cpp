@@ -106,6 +106,28 @@ TEST(Chat, DefaultSystemMessageOfTheFile) {
             "<|im_start|>system\nOwn.<|im_end|>\n<|im_start|>user\nhi<|im_end|>\n");
 }
 
+TEST(Chat, AnswersBeginAsTheTemplateSays) {
+  const std::string start =
+      "{% set add_generation_prompt = true %}{{ '<|im_start|>assistant\\nno' }}";
+  const auto prompt_of = [&](const std::string& literal) {
+    Model model(start + "<|im_end|>{% if add_generation_prompt %}{{ " + literal + " }}{% endif %}");
+    return model.render({{"user", "a"}})
+        .substr(std::string("<|im_start|>user\na<|im_end|>\n").size());
+  };
+  EXPECT_EQ(prompt_of("'<|im_start|>assistant\\n<think>\\n'"), "<|im_start|>assistant\n<think>\n");
+  EXPECT_EQ(prompt_of("\"<|im_start|>assistant\\n<a='b'>\""), "<|im_start|>assistant\n<a='b'>");
+  for (const char* none : {"'<|im_start|>assistant\\n'", "'<|im_start|>assistant\\n", "'x'"}) {
+    EXPECT_EQ(prompt_of(none), "<|im_start|>assistant\n") << none;
+  }
+}
+
+TEST(Chat, ContentsAreTrimmedWhereTheTemplateTrimsThem) {
+  for (const char* trim : {"{{ m['content'] | trim }}", "{{ m.content|trim }}"}) {
+    EXPECT_EQ(Model(kChatMl + std::string(trim)).render({{"user", " a\n"}}, false),
+              "<|im_start|>user\na<|im_end|>\n");
+  }
+}
+
 TEST(Chat, Llama2) {
   Model model(kLlama2);
   EXPECT_EQ(ChatTemplate(model.file, model.tokenizer).format(), ChatFormat::kLlama2);

@@ -10,30 +10,21 @@
 
 namespace heed {
 
-namespace {
-
-int64_t in_range(const char* name, int64_t value, int64_t least, int64_t most) {
-  if (value < least || value > most) {
-    throw Error(std::string(name) + " is " + std::to_string(value) + ", " +
-                (most < least ? "at least " + std::to_string(least)
-                              : std::to_string(least) + " to " + std::to_string(most)) +
-                " is needed");
-  }
-  return value;
-}
-
-}  // namespace
-
 Perplexity perplexity(Model& model, std::span<const int32_t> tokens,
                       const PerplexityOptions& options) {
   const int64_t count = static_cast<int64_t>(tokens.size());
   if (count < 2) {
     throw Error("text: it has " + std::to_string(count) + " tokens, at least 2 are needed");
   }
-  const int64_t context =
-      in_range("context", options.context.value_or(model.context()), 2, model.context());
-  const int64_t stride = in_range(
-      "stride", options.stride.value_or(std::max<int64_t>(1, context / 2)), 1, context - 1);
+  const int64_t context = model.context();
+  if (context < 2) {
+    throw Error("context is " + std::to_string(context) + ", at least 2 is needed");
+  }
+  const int64_t stride = options.stride.value_or(context / 2);
+  if (stride < 1 || stride >= context) {
+    throw Error("stride is " + std::to_string(stride) + ", 1 to " + std::to_string(context - 1) +
+                " is needed");
+  }
   Perplexity result;
   double sum = 0;
   const double attention_before = model.attention_seconds(), total_before = model.total_seconds();

@@ -10,8 +10,7 @@ namespace heed {
 class Model;
 
 struct PerplexityOptions {
-  std::optional<int64_t> context = {};  // tokens per window, 2 to the model's; none: the model's
-  std::optional<int64_t> stride = {};   // between windows, 1 to context - 1; none: context / 2
+  std::optional<int64_t> stride = {};  // between windows, 1 to context - 1; none: context / 2
   /// Called after every part of a window that the model reads at once (Model::chunk()), with the tokens
   /// scored so far; false stops, and the result covers those.
   std::function<bool(int64_t scored, int64_t total)> on_progress = {};
@@ -26,7 +25,7 @@ struct Perplexity {
   double total_seconds = 0;
 };
 
-/// Windows of `context` tokens move over the text by `stride`. Every token is scored once, in the first
+/// Windows of the model's context move over the text by `stride`. Every token is scored once, in the first
 /// window that holds it, so all but those of the first window see at least context - stride tokens
 /// before them. What the model knew before is forgotten. Throws Error for fewer than two tokens and for options out of
 /// range.

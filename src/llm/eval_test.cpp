@@ -18,6 +18,12 @@ std::vector<int32_t> text_tokens(const GgufFile& file) {
       "happy.");
 }
 
+Model plain_model(const GgufFile& file, int64_t context) {
+  ModelOptions options = plain_options();
+  options.context = context;
+  return Model(file, std::move(options));
+}
+
 // -log softmax(logits)[next], in float64.
 double negative_log_likelihood(const std::vector<float>& logits, int32_t next) {
   double sum = 0;
@@ -27,12 +33,12 @@ double negative_log_likelihood(const std::vector<float>& logits, int32_t next) {
 
 TEST(Perplexity, EqualsTheDefinitionForEveryWindow) {
   const GgufFile file = stories_file();
-  Model model(file, plain_options());
   const std::vector<int32_t> tokens = text_tokens(file);
   const int64_t count = static_cast<int64_t>(tokens.size());
   ASSERT_GT(count, 60);
   for (auto [context, stride] : std::vector<std::pair<int64_t, int64_t>>{
            {count, 10}, {count + 9, 10}, {32, 8}, {32, 31}, {17, 16}, {20, 1}, {2, 1}}) {
+    Model model = plain_model(file, context);
     double sum = 0;
     for (int64_t t = 1; t < count;
          ++t) {  // the first window begin, begin + stride, ... that holds t
@@ -45,13 +51,12 @@ TEST(Perplexity, EqualsTheDefinitionForEveryWindow) {
       sum += negative_log_likelihood(rows.back(), tokens[static_cast<size_t>(t)]);
     }
     int64_t last = 0;
-    const Perplexity found =
-        perplexity(model, tokens, {context, stride, [&](int64_t n, int64_t total) {
-                                     EXPECT_GT(n, last);
-                                     EXPECT_EQ(total, count - 1);
-                                     last = n;
-                                     return true;
-                                   }});
+    const Perplexity found = perplexity(model, tokens, {stride, [&](int64_t n, int64_t total) {
+                                                          EXPECT_GT(n, last);
+                                                          EXPECT_EQ(total, count - 1);
+                                                          last = n;
+                                                          return true;
+                                                        }});
     EXPECT_EQ(last, count - 1);
     EXPECT_EQ(found.scored, count - 1);
     EXPECT_NEAR(found.mean_nll, sum / static_cast<double>(count - 1), 1e-4)
@@ -64,23 +69,26 @@ TEST(Perplexity, EqualsTheDefinitionForEveryWindow) {
 
 TEST(Perplexity, StopsWhenAsked) {
   const GgufFile file = stories_file();
-  Model model(file, plain_options());
+  Model model = plain_model(file, 20);
   const std::vector<int32_t> tokens = text_tokens(file);
   const Perplexity part =
-      perplexity(model, tokens, {20, 10, [](int64_t n, int64_t) { return n < 25; }});
+      perplexity(model, tokens, {10, [](int64_t n, int64_t) { return n < 25; }});
   EXPECT_EQ(part.scored, 29);
   EXPECT_TRUE(std::isfinite(part.perplexity));
 }
 
 TEST(Perplexity, StopsWithinAWindow) {
   const GgufFile file = stories_file();
-  Model model(file, {.context = 800,
-                     .attention = {find_mechanism("flash_attention").model_attention({}, {})}});
+  const auto model_of = [&](int64_t context) {
+    return Model(file, {.context = context,
+                        .attention = {find_mechanism("flash_attention").model_attention({}, {})}});
+  };
+  Model model = model_of(800);
   std::vector<int32_t> tokens = text_tokens(file);
   while (tokens.size() < 601) tokens.push_back(tokens[tokens.size() - 60]);
   tokens.resize(601);  // 600 rows: two parts of 300
   std::vector<int64_t> calls;
-  const Perplexity part = perplexity(model, tokens, {{}, {}, [&](int64_t n, int64_t) {
+  const Perplexity part = perplexity(model, tokens, {{}, [&](int64_t n, int64_t) {
                                                        calls.push_back(n);
                                                        return false;
                                                      }});
@@ -89,10 +97,11 @@ TEST(Perplexity, StopsWithinAWindow) {
   EXPECT_EQ(part.passed, 300);
   // The first part of a second window may be known already.
   calls.clear();
-  const Perplexity all = perplexity(model, tokens, {580, 30, [&](int64_t n, int64_t) {
-                                                      calls.push_back(n);
-                                                      return true;
-                                                    }});
+  Model shorter = model_of(580);
+  const Perplexity all = perplexity(shorter, tokens, {30, [&](int64_t n, int64_t) {
+                                                        calls.push_back(n);
+                                                        return true;
+                                                      }});
   EXPECT_EQ(calls, (std::vector<int64_t>{289, 579, 579, 600}));
   EXPECT_EQ(all.passed, 579 + 570);
   EXPECT_TRUE(std::isfinite(all.perplexity));
@@ -100,13 +109,12 @@ TEST(Perplexity, StopsWithinAWindow) {
 
 TEST(Perplexity, Refusals) {
   const GgufFile file = stories_file();
-  Model model(file, plain_options());
+  Model model = plain_model(file, 20), narrow = plain_model(file, 1);
   const std::vector<int32_t> tokens = text_tokens(file), one{1};
   EXPECT_THROW(perplexity(model, one), Error);
-  EXPECT_THROW(perplexity(model, tokens, {1, {}, {}}), Error);
-  EXPECT_THROW(perplexity(model, tokens, {model.context() + 1, {}, {}}), Error);
-  EXPECT_THROW(perplexity(model, tokens, {20, 0, {}}), Error);
-  EXPECT_THROW(perplexity(model, tokens, {20, 20, {}}), Error);
+  EXPECT_THROW(perplexity(narrow, tokens), Error);
+  EXPECT_THROW(perplexity(model, tokens, {0, {}}), Error);
+  EXPECT_THROW(perplexity(model, tokens, {20, {}}), Error);
 }
 
 }  // namespace

@@ -35,17 +35,24 @@ double GenerateResult::attention_share() const {
   return ratio(attention_seconds, prefill_seconds + decode_seconds);
 }
 
+void Generator::append(std::span<const int32_t> tokens) {
+  model_.append(tokens);
+  cached_.insert(cached_.end(), tokens.begin(), tokens.end());
+  changes_ = model_.changes();
+}
+
 // Runs the part of the prompt that is not in the cache yet; false when it was cancelled.
 bool Generator::read_prompt(std::span<const int32_t> prompt, const GenerateOptions& options,
                             GenerateResult& result) {
   // Someone else may have used the model in between: then only an empty cache is known.
-  if (static_cast<int64_t>(cached_.size()) != model_.length()) cached_.clear();
+  if (changes_ != model_.changes()) cached_.clear();
   const size_t most =
       std::min(prompt.size() - 1, cached_.size());  // the last token gives the logits
   const auto differs =
       std::mismatch(prompt.begin(), prompt.begin() + static_cast<int64_t>(most), cached_.begin());
   const size_t common = static_cast<size_t>(model_.truncate(differs.first - prompt.begin()));
   cached_.resize(common);
+  changes_ = model_.changes();
   result.reused_tokens = static_cast<int64_t>(common);
   const int64_t total = static_cast<int64_t>(prompt.size());
   model_.reserve(std::min(model_.context(), total + std::min<int64_t>(options.max_tokens, 512)));
@@ -55,8 +62,7 @@ bool Generator::read_prompt(std::span<const int32_t> prompt, const GenerateOptio
   for (size_t c = 0; c < chunks; ++c) {
     const size_t begin = common + rest * c / chunks, end = common + rest * (c + 1) / chunks;
     const auto chunk = prompt.subspan(begin, end - begin);
-    model_.append(chunk);
-    cached_.insert(cached_.end(), chunk.begin(), chunk.end());
+    append(chunk);
     result.read_tokens += static_cast<int64_t>(chunk.size());
     if (options.on_prompt && !options.on_prompt(static_cast<int64_t>(end), total)) return false;
   }
@@ -67,7 +73,10 @@ bool Generator::read_prompt(std::span<const int32_t> prompt, const GenerateOptio
 void Generator::write_answer(const GenerateOptions& options, Sampler& sampler,
                              GenerateResult& result) {
   while (static_cast<int64_t>(result.tokens.size()) < options.max_tokens) {
-    const int32_t token = sampler.sample(model_.logits());
+    const std::span<const float> logits = model_.logits();
+    const auto rows = static_cast<int64_t>(logits.size());
+    const int64_t vocab = std::min(options.vocab.value_or(rows), rows);
+    const int32_t token = sampler.sample(logits.first(static_cast<size_t>(vocab)));
     if (std::find(options.stop_tokens.begin(), options.stop_tokens.end(), token) !=
         options.stop_tokens.end()) {
       result.stop = StopReason::stop_token;
@@ -83,8 +92,7 @@ void Generator::write_answer(const GenerateOptions& options, Sampler& sampler,
       result.stop = StopReason::context;
       return;
     }
-    model_.append(std::span(&token, 1));
-    cached_.push_back(token);
+    append(std::span(&token, 1));
     ++result.decoded_tokens;
   }
 }
@@ -95,6 +103,9 @@ GenerateResult Generator::generate(std::span<const int32_t> prompt,
   if (static_cast<int64_t>(prompt.size()) > model_.context()) {
     throw Error("prompt: it has " + std::to_string(prompt.size()) + " tokens, the context holds " +
                 std::to_string(model_.context()));
+  }
+  if (options.vocab && *options.vocab < 1) {
+    throw Error("vocab is " + std::to_string(*options.vocab) + ", at least 1 is needed");
   }
   if (options.max_tokens < 0) {
     throw Error("max_tokens is " + std::to_string(options.max_tokens) + ", at least 0 is needed");

@@ -2,6 +2,7 @@
 #pragma once
 #include <cstdint>
 #include <functional>
+#include <optional>
 #include <span>
 #include <vector>
 
@@ -23,6 +24,8 @@ struct GenerateOptions {
   int64_t max_tokens = 512;  // at least 0
   SamplerOptions sampler = {};
   std::vector<int32_t> stop_tokens = {};
+  /// Tokens that may come: the first so many. A model may have rows of logits that no token has.
+  std::optional<int64_t> vocab = {};
   /// Called with every token as it comes; false stops.
   std::function<bool(int32_t token)> on_token = {};
   /// Called while the prompt is read, with the tokens done so far; false stops.
@@ -59,10 +62,12 @@ class Generator {
  private:
   bool read_prompt(std::span<const int32_t> prompt, const GenerateOptions& options,
                    GenerateResult& result);
+  void append(std::span<const int32_t> tokens);
   void write_answer(const GenerateOptions& options, Sampler& sampler, GenerateResult& result);
 
   Model& model_;
   std::vector<int32_t> cached_;  // the tokens that the model knows
+  uint64_t changes_ = 0;         // Model::changes() when it knew them
 };
 
 }  // namespace heed

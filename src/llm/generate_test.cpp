@@ -2,6 +2,8 @@
 
 #include <gtest/gtest.h>
 
+#include <algorithm>
+
 #include "heed/error.h"
 #include "llm/chat.h"
 #include "llm/test_models.h"
@@ -132,6 +134,26 @@ TEST(Generate, CommonStartOfPromptsIsReused) {
   // Somebody else used the model in between.
   EXPECT_EQ(model.truncate(0), 0);
   EXPECT_EQ(generator.generate(prompt, at_most(10)).tokens, first.tokens);
+  // And left as many tokens in it, of another text.
+  EXPECT_EQ(model.truncate(1), 1);
+  const int64_t length = static_cast<int64_t>(prompt.size()) + 9;
+  model.append(std::vector<int32_t>(static_cast<size_t>(length - 1), 5));
+  EXPECT_EQ(generator.generate(prompt, at_most(10)).tokens, first.tokens);
+}
+
+TEST(Generate, RowsOfLogitsWithoutATokenNeverCome) {
+  const GgufFile file = stories_file();
+  Model model(file, plain_options());
+  const std::vector<int32_t> prompt = Tokenizer(file).encode("Once upon a time");
+  GenerateOptions options = at_most(20);
+  const auto all = Generator(model).generate(prompt, options).tokens;
+  const int32_t largest = *std::max_element(all.begin(), all.end());
+  options.vocab = largest;
+  for (int32_t token : Generator(model).generate(prompt, options).tokens) EXPECT_LT(token, largest);
+  options.vocab = 100000;  // more than there are
+  EXPECT_EQ(Generator(model).generate(prompt, options).tokens, all);
+  options.vocab = 0;
+  EXPECT_THROW(Generator(model).generate(prompt, options), Error);
 }
 
 TEST(Generate, SeededSamplingRepeats) {

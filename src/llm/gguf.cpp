@@ -218,12 +218,8 @@ int64_t GgufFile::require_integer(std::string_view key) const {
   return required(integer(key), key);
 }
 double GgufFile::require_number(std::string_view key) const { return required(number(key), key); }
-bool GgufFile::require_boolean(std::string_view key) const { return required(boolean(key), key); }
 std::vector<std::string_view> GgufFile::require_strings(std::string_view key) const {
   return required(strings(key), key);
-}
-std::vector<int64_t> GgufFile::require_integers(std::string_view key) const {
-  return required(integers(key), key);
 }
 std::vector<float> GgufFile::require_floats(std::string_view key) const {
   return required(floats(key), key);

@@ -58,9 +58,7 @@ class GgufFile {
   std::string_view require_string(std::string_view key) const;
   int64_t require_integer(std::string_view key) const;
   double require_number(std::string_view key) const;
-  bool require_boolean(std::string_view key) const;
   std::vector<std::string_view> require_strings(std::string_view key) const;
-  std::vector<int64_t> require_integers(std::string_view key) const;
   std::vector<float> require_floats(std::string_view key) const;
 
   /// In the order of the file.

@@ -79,9 +79,9 @@ TEST(Gguf, ReadsMetadata) {
   EXPECT_EQ(file.require_number("f32"), 0.25);
   EXPECT_EQ(file.require_number("f64"), 1e300);
   EXPECT_EQ(file.require_number("i32"), -7.0);
-  EXPECT_TRUE(file.require_boolean("yes"));
+  EXPECT_EQ(file.boolean("yes"), true);
   EXPECT_EQ(file.require_strings("words"), (std::vector<std::string_view>{"one", "", "drei"}));
-  EXPECT_EQ(file.require_integers("numbers"), (std::vector<int64_t>{-1, 0, 7}));
+  EXPECT_EQ(file.integers("numbers"), (std::vector<int64_t>{-1, 0, 7}));
   EXPECT_EQ(file.require_floats("reals"), (std::vector<float>{0.5f, -2.0f}));
   EXPECT_EQ(file.require_floats("numbers"), (std::vector<float>{-1, 0, 7}));
 }

@@ -303,6 +303,7 @@ void Model::append(std::span<const int32_t> tokens) {
 void Model::append(std::span<const int32_t> tokens, int64_t first,
                    const std::function<void(int64_t i, std::span<const float> logits)>& row) {
   check_tokens(tokens);
+  ++changes_;
   const int64_t count = static_cast<int64_t>(tokens.size());
   cache_.reserve(length() + count);
   if (count > few_rows(weights_.dense_type)) cache_.populate(length() + count, run_);
@@ -344,6 +345,7 @@ std::span<const float> Model::logits() {
 }
 
 int64_t Model::truncate(int64_t length) {
+  ++changes_;
   const int64_t before = this->length();
   cache_.truncate(length);
   cache_.truncate(states_.go_back(before, length));

@@ -62,6 +62,8 @@ class Model {
   /// cannot go back to any length: there, unless nothing is to be forgotten, it is the length that was
   /// marked last or 0, and the caller appends the tokens between again.
   [[nodiscard]] int64_t truncate(int64_t length);
+  /// Grows with every append and truncate: what somebody knows of the tokens holds while it is the same.
+  uint64_t changes() const { return changes_; }
   /// Copies the states of this length, for truncate to come back to.
   void mark() { states_.mark(length()); }
 
@@ -101,6 +103,7 @@ class Model {
   int64_t chunk_;
   RunOptions run_;
   double attention_seconds_ = 0, total_seconds_ = 0;
+  uint64_t changes_ = 0;
 
   // Activations of up to capacity_rows_ tokens. The stream is float32 [rows, width].
   int64_t capacity_rows_ = 0;

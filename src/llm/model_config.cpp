@@ -90,8 +90,8 @@ ModelConfig read_model_config(const GgufFile& file) {
   config.architecture = file.require_string("general.architecture");
   if (config.architecture != "llama" && config.architecture != "qwen2" &&
       config.architecture != "qwen3") {
-    throw Error(file.name() + ": general.architecture is \"" + config.architecture +
-                "\", llama, qwen2 or qwen3 is needed");
+    throw Error(file.name() + ": general.architecture is " + shown(config.architecture) +
+                ", llama, qwen2 or qwen3 is needed");
   }
   const Keys keys(file, config.architecture);
   if (keys.integer("expert_count", 0, kMost, 0) > 0) {

@@ -287,6 +287,8 @@ TEST(Model, RefusalsNameWhatIsWrong) {
         << needed << " is not in: " << refusal(change);
   };
   expect("general.architecture", [](TinyFile& f) { f.architecture = "mamba"; });
+  expect("\"\\x1b[31m\"", [](TinyFile& f) { f.architecture = "\x1b[31m"; });
+  expect("\"\\x1b[31m\"", [](TinyFile& f) { f.tensors.push_back({"\x1b[31m", {4}}); });
   expect("block_count", [](TinyFile& f) { f.set("block_count", 0); });
   expect("blk.1.attn_norm.weight", [](TinyFile& f) { f.set("block_count", 2); });
   expect("head_count_kv", [](TinyFile& f) {

@@ -206,7 +206,9 @@ std::vector<int32_t> Tokenizer::encode(std::string_view text, const EncodeOption
   };
   const SpecialTokens& read = options.parse_specials ? model.specials : model.user_defined;
   read.split(valid, plain, special);
-  if (options.add_bos_eos && model.adds_eos && model.eos) ids.push_back(*model.eos);
+  if (options.add_bos_eos && !options.to_continue && model.adds_eos && model.eos) {
+    ids.push_back(*model.eos);
+  }
   return ids;
 }
 

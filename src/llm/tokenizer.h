@@ -29,6 +29,8 @@ struct EncodeOptions {
   bool parse_specials = false;
   /// Adds the begin and end tokens where the file asks for them.
   bool add_bos_eos = true;
+  /// No end token even so: what follows goes on with the text.
+  bool to_continue = false;
 };
 
 /// Tokenizers of GGUF files, `tokenizer.ggml.model`:

@@ -41,7 +41,7 @@ Tokenizer bpe(const std::string& pre) {
     std::vector<std::string_view> views = file.require_strings(key);
     return std::vector<std::string>(views.begin(), views.end());
   };
-  std::vector<int64_t> wide = file.require_integers("tokenizer.ggml.token_type");
+  std::vector<int64_t> wide = file.integers("tokenizer.ggml.token_type").value();
   std::vector<int32_t> types(wide.begin(), wide.end());
   return from(GgufBuilder()
                   .string("tokenizer.ggml.model", "gpt2")

@@ -12,6 +12,7 @@
 #include "kernels/transformer_rows.h"
 #include "llm/dense.h"
 #include "llm/gguf.h"
+#include "llm/shown.h"
 
 namespace heed {
 
@@ -48,12 +49,6 @@ GgmlType type_of(BlockFormat format) {
 
 bool is_quantized(GgmlType type) { return weights_per_block(format_of(type)) > 1; }
 
-std::string shape_text(const std::vector<int64_t>& shape) {
-  std::string text = "[";
-  for (size_t i = 0; i < shape.size(); ++i) text += (i ? "," : "") + std::to_string(shape[i]);
-  return text + "]";
-}
-
 // Finds tensors, checks their shapes, and remembers which were asked for.
 class Loader {
  public:
@@ -64,8 +59,8 @@ class Loader {
     if (tensor == nullptr) return nullptr;
     used_.insert(name);
     if (tensor->shape != shape) {
-      throw Error(file_.name() + ": " + name + " has shape " + shape_text(tensor->shape) + ", " +
-                  shape_text(shape) + " is needed");
+      throw Error(file_.name() + ": " + name + " has shape " + to_string(Dims(tensor->shape)) +
+                  ", " + to_string(Dims(shape)) + " is needed");
     }
     return tensor;
   }
@@ -103,7 +98,7 @@ class Loader {
   void require_all_used() const {
     for (const GgufTensor& tensor : file_.tensors()) {
       if (!used_.contains(tensor.name)) {
-        throw Error(file_.name() + ": the tensor " + tensor.name +
+        throw Error(file_.name() + ": the tensor " + shown(tensor.name) +
                     " has no place in this architecture");
       }
     }
