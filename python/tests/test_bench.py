@@ -99,6 +99,31 @@ def test_every_mechanism_takes_other_shapes_or_says_what_it_needs():
         assert done.stderr.count("\n") <= 1
 
 
+@pytest.mark.parametrize(
+    "arguments, name, shape",
+    [
+        (["attention_distillation_loss", "--q", "1,2,32,16", "--k", "1,1,48,16"], "feature_k",
+         [1, 1, 48, 128]),
+        (["relative", "--q", "1,2,1,16", "--k", "1,2,48,16"], "rel_key", [94, 2, 16]),
+        (["na1d", "--q", "1,24,2,8", "--k", "1,24,1,8", "--options", "kernel_size=3"], "key",
+         [1, 24, 1, 8]),
+    ],
+)  # fmt: skip
+def test_inputs_of_the_keys_follow_their_shape(arguments, name, shape):
+    assert bench_json(*arguments)["rows"][0]["shapes"][name] == shape
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [["--dtype", "bf16", "flash"], ["--dtype", "bf16,f32", "--dtype", "f16", "flash"], ["flash"]],
+)
+def test_names_may_stand_behind_options_of_several_values(arguments):
+    rows = bench_json("--options", "causal=1", *arguments, "--q", "1,2,32,8", "1,2,40,8", "sigmoid")
+    assert {row["op"] for row in rows["rows"]} == {"flash_attention", "sigmoid_attention"}
+    types = max(1, sum(len(text.split(",")) for text in arguments[1:-1:2]))
+    assert len(rows["rows"]) == 2 * 2 * types
+
+
 def test_what_a_kernel_refuses_is_one_error():
     assert "at most 16" in error_of("decode", "--q", "2,6,77,16")
     assert "it takes window, scale, splits" in error_of("decode", "--options", "windw=3")
@@ -120,7 +145,9 @@ def test_without_a_name_what_does_not_fit_is_left_out():
     measured = {row["op"] for row in json.loads(done.stdout)["rows"]}
     assert "flash_attention" in measured and "na2d" not in measured
     assert "heed: na2d is left out: --q: found 4 numbers, needed 5" in done.stderr
-    done = bench("--options", "nothing=1", code=2)
+    done = bench("--options", "nothing=1", "--backward", "--dtype", "f32,bf16", code=2)
+    lines = done.stderr.splitlines()
+    assert len(lines) == len(set(lines)), "each is said once"
     assert done.stderr.endswith("heed: no mechanism takes these arguments\n")
 
 
@@ -258,6 +285,13 @@ def test_measured_beside_planned():
         (["--sweep", "length", "--k", "1,2,1,8"], "--k"),
         (["--sweep", "length", "--against-plan"], "--against-plan"),
         (["na2d", "--sweep", "length"], "B,H,L,D"),
+        (["na1d", "--sweep", "length", "--options", "kernel_size=3"], "B,H,L,D"),
+        (["merge_attention", "--sweep", "length"], "B,H,L,D"),
+        (["na2d", "--against-plan", "--lengths", "5"], "--lengths"),
+        (["flash", "--seconds", "nan"], "--seconds"),
+        (["feature_map", "--k", "1,2,3,8"], "--k: the call has no keys"),
+        (["merge", "--k", "1,2,3,8"], "its inputs are out_a"),
+        (["--q", "flash", *QUICK], "found 'flash'"),
         (["flash", "--against-plan"], "na2d or na3d"),
         (["na2d", "--against-plan", "--vs", "torch"], "--vs"),
         (["na2d", "--against-plan", "--backward"], "--backward"),

@@ -224,6 +224,13 @@ def test_bad_arguments_of_check():
         assert "needed a whole number" in error_of("run", option, "0x10")
 
 
+def test_check_of_a_case_leaves_out_what_has_none():
+    rows = heed_json("check", "--case", "causal_gqa", "--dtype", "f32", "--isa", "portable")
+    assert rows and {row["case"] for row in rows} == {"causal_gqa"}
+    assert "did you mean 'causal_gqa'" in error_of("check", "--case", "causal_gqe")
+    assert heed_json("check", "--dtype", "f32", "--layout", "padded", "sigmoid", "--case", "causal")
+
+
 def test_explain():
     answers = heed_json("explain", "flash", "--q", "1,8,512,80", "--dtype", "bf16", "--causal")
     assert [a["chosen"] for a in answers].count(True) == 1
@@ -241,6 +248,10 @@ def test_explain_refuses_what_the_operator_refuses():
     assert "1 to 256 is supported" in error_of("explain", "flash", "--q", "1,2,64,512")
     message = error_of("explain", "flash", "--q", "1,2,64,32", "--k", "1,3,64,32")
     assert "q has 2 heads, k has 3" in message
+    assert "head dim 11" in error_of("explain", "lightning", "--q", "1,8,512,64", "--k", "1,3,7,11")
+    message = error_of("explain", "decode", "--q", "1,8,1,64", "--k", "1,2,9,64", "--v", "1,2,8,64")
+    assert "number of keys 8 but k_cache has 9" in message
+    assert "no values" in error_of("explain", "feature_map", "--q", "1,2,9,8", "--v", "1,2,9,8")
 
 
 @pytest.mark.parametrize(
@@ -423,7 +434,7 @@ def test_stochastic_attention_follows_its_seed():
         (["-p", "x", "--attention", "flash:window"], "key=value"),
         (["-p", "x", "--attention", "flash:window=many"], "window"),
         (["-p", "x", "--attention", ""], "NAME"),
-        (["-p", "x", "--attention", "merge"], "flash_attention"),
+        (["-p", "x", "--attention", "merge"], "flash, "),
         (["-p", "x", "--attention", "falsh"], "did you mean 'flash'"),
         (["-p", "x", "--attention", "flash/lightning"], "found a pattern of 2 layers"),
         (["-p", "x", "--attention", "4xflash/3xlightning"], "more than 5 layers"),

@@ -85,6 +85,12 @@ def test_passes_name_every_statement():
     assert "found no rank z" in error_of("passes", CASCADES / "three_pass.cascade", "--rank", "z")
 
 
+def test_passes_over_a_rank_of_some_cascades():
+    found = hardware_json("passes", "flash", "--rank", "m1")["cascades"]
+    assert found and len(found) < len(hardware_json("passes", "flash")["cascades"])
+    assert "has a rank 'm9'" in error_of("passes", "flash", "--rank", "m9")
+
+
 def test_passes_of_all_mechanisms():
     listed = {entry["name"]: entry["cascades"] for entry in hardware_json("passes")}
     flash = {c["cascade"]: c["passes"] for c in listed["flash_attention"]}
@@ -226,6 +232,7 @@ def test_bad_layers(tmp_path):
     assert "model_dim and ffn_dim" in message(**good, model_dim=8)
     assert "missing" in message(batch=1, heads=1, head_dim=8)
     error_of("fusemax", "--length", 0)
+    assert "excludes" in error_of("fusemax", "--area-sweep", "--means")
 
 
 def test_the_headline_means_alone():
@@ -260,6 +267,8 @@ def test_what_mechanisms_would_gain():
     assert placed["overlapped_s"] == pytest.approx(model["latency_s"], rel=1e-9)
     assert "size" in error_of("place", CASCADES / "one_pass.cascade", "--sizes", "p=4")
     assert "rank=size" in error_of("place", "flash", "--sizes", "p")
+    assert "found 'z'" in error_of("place", "flash", "sigmoid", "--sizes", "z=4")
+    assert hardware_json("place", "flash", "--sizes", "m=512") != hardware_json("place", "flash")
 
 
 # --- schedules and passes, run -------------------------------------------------------------------
@@ -276,6 +285,10 @@ def test_the_column_reaches_the_closed_forms():
     error_of("simulate", "--elements", "0")
     error_of("simulate", "--elements", "8", "--key-tiles", "1000000")
     error_of("simulate", "--elements", "8,x")
+    for option in ("--elements", "--head-dim", "--key-tiles"):
+        assert "2^26" in error_of("simulate", option, str(2**63 - 1))
+    assert "2^26" in error_of("simulate", "--query-tiles", 65536, "--head-dim", 10**5,
+                              "--key-tiles", 1, "--elements", 1)  # fmt: skip
 
 
 def test_passes_and_footprint_are_measured():
@@ -292,6 +305,9 @@ def test_passes_and_footprint_are_measured():
     longer = hardware_json("touches", "--sizes", "m=512,M0=16")
     assert longer[-1]["peak_live_words"] == one["peak_live_words"]
     error_of("touches", "--sizes", "m=0")
+    assert "found 'q'" in error_of("touches", "--sizes", "q=4")
+    assert "found 'q'" in error_of("touches", CASCADES / "one_pass.cascade", "--sizes", "q=4")
+    assert "--sizes h=..." in error_of("touches", CASCADES / "one_pass.cascade", "--sizes", "b=1")
     error_of("touches", "--sizes", "p=100000,m=100000")
 
 
@@ -375,6 +391,8 @@ def test_the_papers_tables_and_the_search():
         (["--grid", "8", "--kernel", "4", "--q-tile", "2", "--kv-tile", "2", "--steps", "5"],
          "--e2e-share"),
         (["--grid", "8"], "--kernel is needed"),
+        (["--paper", "--grid", "7"], "--grid excludes --paper"),
+        (["--paper", "--e2e-share", "0.5"], "excludes"),
     ],
 )  # fmt: skip
 def test_bad_tiles(arguments, expected):

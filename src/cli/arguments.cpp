@@ -10,23 +10,25 @@
 namespace heed::cli {
 namespace {
 
-const Dims* shape_of(const ExampleCase& example, std::string_view name) {
-  for (const auto& [input, shape] : example.inputs) {
-    if (input == name) return &shape;
-  }
-  return nullptr;
-}
+// Queries and keys of a call.
+struct Rows {
+  const Dims &q, &k;
+  int64_t longest() const { return std::max(q[2], k.rank() == 4 ? k[2] : 0); }
+};
 
-// Tables by distance have twice as many entries as q [B,H,L,D] has tokens, less up to two.
-std::optional<int64_t> resized_table(int64_t extent, const Dims& old_q, const Dims& q) {
-  const int64_t less = old_q.rank() == 4 ? 2 * old_q[2] - extent : -1;
+// Tables by distance have twice as many entries as the longer of q and k [B,H,L,D] has tokens, less up
+// to two.
+std::optional<int64_t> resized_table(int64_t extent, const Rows& old, const Rows& rows) {
+  const int64_t less = old.q.rank() == 4 ? 2 * old.longest() - extent : -1;
   if (less < 0 || less > 2) return {};
-  return 2 * q[2] - less;
+  return 2 * rows.longest() - less;
 }
 
 // An input other than q, k, v: its axes are some of those of q, in their order, or its own. From the last
 // one on, an axis of the same extent is taken for the same; of one axis, heads come first.
-Dims resized(const std::string& input, Dims shape, const Dims& old_q, const Dims& q) {
+Dims resized(const std::string& input, Dims shape, const Rows& old, const Rows& rows) {
+  const bool of_keys = input.ends_with("_k");
+  const Dims &old_q = of_keys ? old.k : old.q, &q = of_keys ? rows.k : rows.q;
   if (shape == old_q) return q;
   if (shape.rank() == 1 && (input == "lengths" || shape[0] == old_q[1])) {
     shape[0] = input == "lengths" ? q[0] : q[1];
@@ -37,13 +39,38 @@ Dims resized(const std::string& input, Dims shape, const Dims& old_q, const Dims
     int same = end;
     while (same >= 0 && old_q[same] != shape[axis]) --same;
     if (same < 0) {
-      shape[axis] = resized_table(shape[axis], old_q, q).value_or(shape[axis]);
+      shape[axis] = resized_table(shape[axis], old, rows).value_or(shape[axis]);
     } else {
       shape[axis] = q[same];
       end = same;
     }
   }
   return shape;
+}
+
+// What mechanisms call their queries, keys and values.
+enum class Role { queries, keys, values, other };
+
+Role role_of(std::string_view input) {
+  if (input == "q" || input == "query") return Role::queries;
+  if (input == "k" || input == "k_cache" || input == "key") return Role::keys;
+  if (input == "v" || input == "v_cache" || input == "value") return Role::values;
+  return Role::other;
+}
+
+const Dims* shape_of(const ExampleCase& example, Role role) {
+  for (const auto& [input, shape] : example.inputs) {
+    if (role_of(input) == role) return &shape;
+  }
+  return nullptr;
+}
+
+void require_role(const ExampleCase& example, Role role, const char* option, const char* what) {
+  if (shape_of(example, role) != nullptr) return;
+  std::vector<std::string> names;
+  for (const auto& [input, shape] : example.inputs) names.push_back(input);
+  throw Error(std::string(option) + ": the call has no " + what + "; its inputs are " +
+              joined(names));
 }
 
 }  // namespace
@@ -85,17 +112,19 @@ DType parse_dtype(std::string_view text) {
               "; known: " + joined(known));
 }
 
-CLI::Validator whole_number(int64_t least) {
-  return {[least](std::string& text) -> std::string {
+CLI::Validator whole_number(int64_t least, int64_t most) {
+  return {[least, most](std::string& text) -> std::string {
             int64_t value = 0;
             const auto [stop, error] =
                 std::from_chars(text.data(), text.data() + text.size(), value);
-            if (error == std::errc{} && stop == text.data() + text.size() && value >= least) {
+            if (error == std::errc{} && stop == text.data() + text.size() && value >= least &&
+                value <= most) {
               text = std::to_string(value);  // what parses it next takes 010 for eight
               return "";
             }
+            const bool any = most == std::numeric_limits<int64_t>::max();
             return "found '" + text + "', needed a whole number from " + std::to_string(least) +
-                   " to 2^63 - 1";
+                   " to " + (any ? "2^63 - 1" : std::to_string(most));
           },
           ""};
 }
@@ -123,9 +152,11 @@ std::vector<const Mechanism*> chosen_mechanisms(const std::string& name) {
 }
 
 ExampleCase with_shapes(const ExampleCase& like, const ShapeArguments& shapes) {
-  const Dims* old_q = shape_of(like, "q");
-  const Dims* old_k = shape_of(like, "k");
+  const Dims* old_q = shape_of(like, Role::queries);
+  const Dims* old_k = shape_of(like, Role::keys);
   if (!shapes.q && !shapes.k && !shapes.v) return like;
+  if (shapes.k) require_role(like, Role::keys, "--k", "keys");
+  if (shapes.v) require_role(like, Role::values, "--v", "values");
   if (old_q == nullptr && !like.inputs.empty()) old_q = &like.inputs.front().second;
   if (old_q == nullptr) throw Error("case " + like.name + " has no inputs; --q does not apply");
   const Dims q = shapes.q.value_or(*old_q);
@@ -136,16 +167,21 @@ ExampleCase with_shapes(const ExampleCase& like, const ShapeArguments& shapes) {
   }
   const Dims k = shapes.k ? *shapes.k : shapes.q || old_k == nullptr ? q : *old_k;
   const Dims v = shapes.v.value_or(k);
+  const Rows old{*old_q, old_k == nullptr ? *old_q : *old_k}, rows{q, k};
   ExampleCase out = like;
   for (auto& [input, shape] : out.inputs) {
-    if (input == "q") {
-      shape = q;
-    } else if (input == "k" || input == "k_cache") {
-      shape = k;
-    } else if (input == "v" || input == "v_cache") {
-      shape = v;
-    } else {
-      shape = resized(input, shape, *old_q, q);
+    switch (role_of(input)) {
+      case Role::queries:
+        shape = q;
+        break;
+      case Role::keys:
+        shape = k;
+        break;
+      case Role::values:
+        shape = v;
+        break;
+      case Role::other:
+        shape = resized(input, shape, old, rows);
     }
   }
   return out;

@@ -1,6 +1,7 @@
 // Arguments that several commands read the same way.
 #pragma once
 #include <cstdint>
+#include <limits>
 #include <optional>
 #include <string>
 #include <string_view>
@@ -19,8 +20,8 @@ Dims parse_shape(std::string_view option, std::string_view text);
 /// Long and short names: float32 or f32; throws Error naming the nearest.
 DType parse_dtype(std::string_view text);
 /// The transform of options that count: refuses what is no whole number, in decimal, from `least` to
-/// 2^63 - 1.
-CLI::Validator whole_number(int64_t least);
+/// `most`, which the option's type has to hold.
+CLI::Validator whole_number(int64_t least, int64_t most = std::numeric_limits<int64_t>::max());
 /// All instruction sets for none; throws Error where this machine cannot run the one asked for.
 std::vector<Isa> isas_to_use(const std::string& text);
 /// Applies --threads where it was given; throws Error below 1.

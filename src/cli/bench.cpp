@@ -4,6 +4,8 @@
 #include <fmt/format.h>
 
 #include <algorithm>
+#include <cctype>
+#include <cmath>
 #include <memory>
 #include <set>
 
@@ -57,7 +59,9 @@ std::vector<ExampleCase> cases_of(const Mechanism& mechanism, const BenchArgumen
 
 void leave_out(const Mechanism& mechanism, const BenchArguments& arguments, const Error& error) {
   if (!arguments.names.empty()) throw error;
-  say("heed: {} is left out: {}\n", mechanism.name, error.what());
+  static std::set<std::string> said;  // types and passes are refused alike
+  const std::string line = fmt::format("heed: {} is left out: {}\n", mechanism.name, error.what());
+  if (said.insert(line).second) say("{}", line);
 }
 
 std::vector<BenchRow> planned_rows(const BenchArguments& arguments) {
@@ -95,9 +99,23 @@ std::vector<BenchRow> planned_rows(const BenchArguments& arguments) {
 
 namespace {
 
+// Of `--q 1,8,512,64 1,8,1024,64 flash`, the option takes all three: a name begins with a letter.
+void move_names_from_shapes(BenchArguments& a) {
+  if (a.q.empty()) return;
+  const auto names = std::stable_partition(a.q.begin() + 1, a.q.end(), [](const std::string& text) {
+    return std::isalpha(static_cast<unsigned char>(text.c_str()[0])) == 0;
+  });
+  a.names.insert(a.names.end(), names, a.q.end());
+  a.q.erase(names, a.q.end());
+}
+
 void require_one_kind(const BenchArguments& a) {
-  const bool rows = a.sweep.empty() && !a.against_plan;
-  if (rows && !a.lengths.empty()) throw Error("--lengths: --sweep length is needed with it");
+  if (std::isnan(a.seconds)) {
+    throw Error("--seconds: found nan, a number from 0.001 to 3600 is needed");
+  }
+  if (a.sweep.empty() && !a.lengths.empty()) {
+    throw Error("--lengths: --sweep length is needed with it");
+  }
   if (!a.sweep.empty() && a.against_plan) {
     throw Error("--against-plan: found --sweep besides, one of the two is needed");
   }
@@ -117,16 +135,17 @@ int bench(const BenchArguments& arguments) {
   require_one_kind(arguments);
   if (!arguments.versus.empty()) require_peers();
   use_threads(arguments.threads);
+  if (!arguments.plot.empty()) require_writable("--plot", arguments.plot);
   if (arguments.against_plan) return against_plan(arguments);
   if (!arguments.sweep.empty()) return sweep_lengths(arguments);
   std::vector<BenchRow> rows = planned_rows(arguments);
   Rooflines rooflines(arguments.run());
   const int wrong = measure(rows, arguments, rooflines);
   if (rows.empty()) throw Error("no mechanism takes these arguments");
+  print_rows(rows, arguments);
   if (!arguments.plot.empty()) {
     write_text("--plot", arguments.plot, bench_roofline(rows, rooflines));
   }
-  print_rows(rows, arguments);
   return wrong == 0 ? kOk : kFailureFound;
 }
 
@@ -143,11 +162,14 @@ void add_bench(CLI::App& app, Outcome& outcome) {
       ->add_option("--vs", a->versus, "Alternate with the same mathematics in PyTorch: --vs torch")
       ->check(CLI::IsMember({"torch"}));
   command->add_flag("--backward", a->backward, "Also time the backward of every call");
-  command->add_option("--q", a->q, "Shapes of the queries: B,H,L,D ...");
+  command->add_option("--q", a->q,
+                      "Shapes of the queries: B,H,L,D ..., or as the mechanism has its axes, "
+                      "B,X,Y,H,D for na2d");
   command->add_option("--k", a->k, "Shape of the keys; without it as the queries");
   command->add_option("--options", a->options, "Options of the call: causal=1,window=256");
   command->add_option("--dtype", a->dtypes, "f64, f32, bf16, f16")
       ->delimiter(',')
+      ->allow_extra_args(false)
       ->capture_default_str();
   command->add_option("--threads", a->threads, "Threads of a call")->transform(whole_number(1));
   command->add_option("--isa", a->isa, "Force this path: portable, avx2, avx512, amx");
@@ -166,7 +188,10 @@ void add_bench(CLI::App& app, Outcome& outcome) {
                       "Also write a figure to this SVG file: the roofline with every row as a "
                       "point, or the sweep");
   command->add_flag("--json", a->json, "JSON");
-  command->callback([a, &outcome] { outcome.exit_code = bench(*a); });
+  command->callback([a, &outcome] {
+    move_names_from_shapes(*a);
+    outcome.exit_code = bench(*a);
+  });
 }
 
 }  // namespace heed::cli

@@ -28,28 +28,22 @@ struct PlanRow {
   Samples dense, speedup;  // milliseconds; dense / neighborhood of neighbouring runs
 };
 
-/// "24" or "8x16x16" of the options; one number stands for all axes.
-std::vector<int64_t> per_axis(const Spec& options, const char* key, const char* fallback,
-                              size_t axes) {
+/// "24" or "8x16x16" of the options.
+std::vector<int64_t> option_per_axis(const Spec& options, const char* key, const char* fallback,
+                                     size_t axes) {
   std::string text = options.text(key).value_or(fallback);
   for (char& c : text) c = c == 'x' ? ',' : c;
-  std::vector<int64_t> numbers = parse_numbers(key, text);
-  if (numbers.size() == 1) numbers.resize(axes, numbers[0]);
-  if (numbers.size() != axes) {
-    throw Error(fmt::format("{}: found {} numbers, one for each of the {} axes is needed", key,
-                            numbers.size(), axes));
-  }
-  return numbers;
+  return per_axis(key, parse_numbers(key, text), axes);
 }
 
 TilePlanCase plan_of(const ExampleCase& example) {
   const Dims& query = *input_shape(example, {"query"});
   const auto axes = static_cast<size_t>(query.rank() - 3);
   const Spec options = Spec::parse_options(example.options);
-  const auto kernel = per_axis(options, "kernel_size", "3", axes);
-  const auto stride = per_axis(options, "stride", "1", axes);
-  const auto dilation = per_axis(options, "dilation", "1", axes);
-  const auto causal = per_axis(options, "is_causal", "0", axes);
+  const auto kernel = option_per_axis(options, "kernel_size", "3", axes);
+  const auto stride = option_per_axis(options, "stride", "1", axes);
+  const auto dilation = option_per_axis(options, "dilation", "1", axes);
+  const auto causal = option_per_axis(options, "is_causal", "0", axes);
   TilePlanCase plan;
   for (size_t a = 0; a < axes; ++a) {
     plan.axes.push_back(

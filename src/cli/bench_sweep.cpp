@@ -26,7 +26,10 @@ struct Crossing {
   double from_tokens = 0;  // 0: at every length measured
 };
 
-int64_t length_of(const BenchRow& row) { return (*input_shape(row.example, {"q", "x"}))[2]; }
+// B,H,L,D, which rows_of has made sure of.
+const Dims& shape_of(const BenchRow& row) { return *input_shape(row.example, {"q", "x"}); }
+
+int64_t length_of(const BenchRow& row) { return shape_of(row)[2]; }
 
 std::vector<int64_t> lengths_of(const BenchArguments& a) {
   std::vector<int64_t> lengths =
@@ -57,7 +60,8 @@ std::vector<BenchRow> rows_of(const BenchArguments& arguments) {
   for (const std::string& name : a.names) {
     const Mechanism& mechanism = find_mechanism(name);
     const ExampleCase like = case_for(mechanism, a);
-    if (like.inputs.empty() || like.inputs.front().second.rank() != 4) {
+    const Dims* queries = input_shape(like, {"q", "x"});
+    if (queries == nullptr || queries->rank() != 4) {
       throw Error(mechanism.name + ": --sweep length needs queries B,H,L,D");
     }
     for (const std::string& dtype : a.dtypes) {
@@ -170,7 +174,7 @@ void print(const std::vector<Curve>& curves, const std::vector<Crossing>& crossi
   Table table(columns);
   for (const Curve& curve : curves) {
     for (const BenchRow* row : curve.rows) {
-      const Dims& q = *input_shape(row->example, {"q", "x"});
+      const Dims& q = shape_of(*row);
       std::vector<std::string> cells = {curve.name, mode_of(row->example)};
       for (int axis = 0; axis < 4; ++axis) cells.push_back(std::to_string(q[axis]));
       cells.push_back(short_number(row->median_ms()));
@@ -201,7 +205,6 @@ int sweep_lengths(const BenchArguments& arguments) {
   const int wrong = measure(rows, arguments, rooflines);
   const std::vector<Curve> curves = curves_of(rows);
   const std::vector<Crossing> crossings = crossings_of(curves);
-  if (!arguments.plot.empty()) write_text("--plot", arguments.plot, figure(curves));
   if (arguments.json) {
     Json json = bench_header_json(arguments);
     json["rows"] = Json::array();
@@ -219,6 +222,7 @@ int sweep_lengths(const BenchArguments& arguments) {
   } else {
     print(curves, crossings, arguments);
   }
+  if (!arguments.plot.empty()) write_text("--plot", arguments.plot, figure(curves));
   return wrong == 0 ? kOk : kFailureFound;
 }
 

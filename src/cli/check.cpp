@@ -24,8 +24,28 @@ struct Arguments {
   bool json = false, all = false;
 };
 
-std::vector<ExampleCase> chosen_cases(const Mechanism& mechanism, const std::string& name) {
-  return name.empty() ? mechanism.cases : std::vector{find_case(mechanism, name)};
+using Point = std::pair<const Mechanism*, ExampleCase>;
+
+// Among all mechanisms, those without the case are left out.
+std::vector<Point> chosen_points(const Arguments& arguments) {
+  const std::string& name = arguments.example;
+  const bool drawn = name.starts_with("random:");  // every mechanism draws such cases
+  std::vector<Point> points;
+  std::vector<std::string> known;
+  for (const Mechanism* mechanism : chosen_mechanisms(arguments.name)) {
+    if (drawn || (!name.empty() && !arguments.name.empty())) {
+      points.emplace_back(mechanism, find_case(*mechanism, name));
+      continue;
+    }
+    for (const ExampleCase& example : mechanism->cases) {
+      if (name.empty() || example.name == name) points.emplace_back(mechanism, example);
+      known.push_back(example.name);
+    }
+  }
+  if (points.empty()) {
+    throw Error("--case: no mechanism has a case '" + name + "'" + did_you_mean(name, known));
+  }
+  return points;
 }
 
 std::vector<DType> chosen_dtypes(const std::vector<std::string>& names) {
@@ -64,12 +84,7 @@ std::vector<CheckRow> all_rows(const Arguments& arguments) {
   const auto dtypes = chosen_dtypes(arguments.dtypes);
   const auto layouts = chosen_layouts(arguments.layouts);
   const auto isas = isas_to_use(arguments.isa);
-  std::vector<std::pair<const Mechanism*, ExampleCase>> points;
-  for (const Mechanism* mechanism : chosen_mechanisms(arguments.name)) {
-    for (ExampleCase& example : chosen_cases(*mechanism, arguments.example)) {
-      points.emplace_back(mechanism, std::move(example));
-    }
-  }
+  const std::vector<Point> points = chosen_points(arguments);
   Progress progress("checking");
   int64_t done = 0;
   std::vector<CheckRow> rows;
@@ -179,11 +194,13 @@ void add_check(CLI::App& app, Outcome& outcome) {
   command->add_option("--case", arguments->example,
                       "Only this example case, or random:SEED for a random call");
   command->add_option("--dtype", arguments->dtypes, "Only these types: f64, f32, bf16, f16")
-      ->delimiter(',');
+      ->delimiter(',')
+      ->allow_extra_args(false);
   command->add_option("--isa", arguments->isa, "Only this path: portable, avx2, avx512, amx");
   command
       ->add_option("--layout", arguments->layouts, "Only these: contiguous, tokens_first, padded")
-      ->delimiter(',');
+      ->delimiter(',')
+      ->allow_extra_args(false);
   command->add_option("--seed", arguments->seed, "Seed of the inputs")
       ->transform(whole_number(0))
       ->capture_default_str();

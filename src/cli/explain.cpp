@@ -26,15 +26,24 @@ ExampleCase example_of(const Mechanism& mechanism, const Arguments& arguments) {
   return example;
 }
 
+// What operators refuse before any kernel is asked. Only kernels of tiles have a largest head dim.
+void check_operands(const Mechanism& mechanism, const NamedTensors& in) {
+  const bool cache = in.contains("k_cache");
+  const OperandNames names = cache ? OperandNames{"k_cache", "v_cache"} : OperandNames();
+  if (!in.contains("q") || !in.contains(names.k)) return;
+  const Tensor& k = in.at(names.k);
+  const Tensor& v = in.contains(names.v) ? in.at(names.v) : k;
+  check_attention(mechanism.name.c_str(), in.at("q"), k, v, names,
+                  mechanism.engine == "tiled" ? kMaxHeadDim : kAnyHeadDim);
+}
+
 void explain(const Arguments& arguments) {
   const Mechanism& mechanism = find_mechanism(arguments.name);
   const ExampleCase example = example_of(mechanism, arguments);
   RunOptions run;
   if (!arguments.isa.empty()) run.isa = isas_to_use(arguments.isa).front();
   const NamedTensors tensors = shapes_only(example, parse_dtype(arguments.dtype));
-  if (mechanism.engine == "tiled" && tensors.count("k") > 0 && tensors.count("v") > 0) {
-    check_attention(mechanism.name.c_str(), tensors.at("q"), tensors.at("k"), tensors.at("v"));
-  }
+  check_operands(mechanism, tensors);
   const auto answers = mechanism.explain(tensors, Spec::parse_options(example.options), run);
   bool chosen = false;
   Json list = Json::array();
@@ -58,7 +67,11 @@ void add_explain(CLI::App& app, Outcome&) {
   CLI::App* command = app.add_subcommand("explain", "Which kernel runs a call, and why");
   auto arguments = std::make_shared<Arguments>();
   command->add_option("NAME", arguments->name, "Mechanism")->required();
-  command->add_option("--q", arguments->q, "Shape of the queries: B,H,L,D")->required();
+  command
+      ->add_option("--q", arguments->q,
+                   "Shape of the queries: B,H,L,D, or as the mechanism has its axes, B,X,Y,H,D for "
+                   "na2d")
+      ->required();
   command->add_option("--k", arguments->k, "Shape of the keys; without it as the queries");
   command->add_option("--v", arguments->v, "Shape of the values; without it as the keys");
   command->add_option("--dtype", arguments->dtype, "f64, f32, bf16 or f16")->capture_default_str();

@@ -10,8 +10,11 @@
 #include <fstream>
 #include <sstream>
 
+#include "cascade/ast.h"
+#include "cascade/lowered.h"
 #include "cli/terminal.h"
 #include "heed/error.h"
+#include "mechanisms/nearest.h"
 
 namespace heed::cli {
 
@@ -41,6 +44,25 @@ void write_text(std::string_view option, const std::string& path, const std::str
   }
 }
 
+void require_writable(std::string_view option, const std::string& path) {
+  namespace fs = std::filesystem;
+  std::error_code error;
+  const bool there = fs::exists(path, error);
+  // To open a pipe and close it again would end it.
+  if (there && !fs::is_regular_file(path, error) && !fs::is_directory(path, error)) return;
+  const bool open = std::ofstream(path, std::ios::binary | std::ios::app).is_open();
+  if (!open) {
+    throw Error(std::string(option) + " " + path + ": cannot write it: " + std::strerror(errno));
+  }
+  if (!there) fs::remove(path, error);
+}
+
+bool is_cascade_file(const std::string& name) {
+  std::error_code error;
+  return name.ends_with(".cascade") || name.find('/') != std::string::npos ||
+         std::filesystem::is_regular_file(name, error);
+}
+
 std::vector<int64_t> parse_numbers(std::string_view option, std::string_view text) {
   std::vector<int64_t> numbers;
   for (size_t begin = 0; begin <= text.size();) {
@@ -53,6 +75,15 @@ std::vector<int64_t> parse_numbers(std::string_view option, std::string_view tex
     }
     numbers.push_back(value);
     begin = comma + 1;
+  }
+  return numbers;
+}
+
+std::vector<int64_t> per_axis(std::string_view option, std::vector<int64_t> numbers, size_t axes) {
+  if (numbers.size() == 1) numbers.resize(axes, numbers[0]);
+  if (numbers.size() != axes) {
+    throw Error(fmt::format("{}: found {} numbers, one for each of the {} axes is needed", option,
+                            numbers.size(), axes));
   }
   return numbers;
 }
@@ -75,6 +106,34 @@ hardware::Sizes parse_sizes(const std::string& text) {
     begin = comma + 1;
   }
   return sizes;
+}
+
+std::vector<std::string> sized_ranks(const cascade::Program& program) {
+  const cascade::Lowered& lowered = *program.ast().lowered;
+  std::vector<std::string> ranks;
+  for (const cascade::Rank& rank : lowered.ranks) {
+    const bool of_a_split = std::any_of(
+        program.ast().splits.begin(), program.ast().splits.end(),
+        [&](const auto& split) { return rank.name == split.outer || rank.name == split.inner; });
+    if (rank.size < 0 && !of_a_split) ranks.push_back(rank.name);
+  }
+  ranks.insert(ranks.end(), lowered.constants.begin(), lowered.constants.end());
+  return ranks;
+}
+
+void require_known_ranks(const hardware::Sizes& sizes, const std::vector<std::string>& ranks) {
+  for (const auto& [rank, size] : sizes) {
+    if (std::find(ranks.begin(), ranks.end(), rank) != ranks.end()) continue;
+    throw Error("--sizes: found '" + rank + "', which no cascade has; known: " + joined(ranks));
+  }
+}
+
+void require_sizes(const hardware::Sizes& sizes, const std::vector<std::string>& ranks) {
+  for (const std::string& rank : ranks) {
+    if (sizes.contains(rank)) continue;
+    throw Error("--sizes: no size of rank '" + rank + "': --sizes " + rank + "=...; needed " +
+                joined(ranks));
+  }
 }
 
 void add_hardware(CLI::App& app, Outcome& outcome) {

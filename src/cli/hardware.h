@@ -23,10 +23,23 @@ void add_hardware_files(CLI::App& hardware);
 std::string read_text(std::string_view option, const std::string& path);
 /// Writes a text file; throws Error naming the option, the file and why.
 void write_text(std::string_view option, const std::string& path, const std::string& text);
+/// Throws what write_text would throw, before a measurement that would be lost; leaves no new file.
+void require_writable(std::string_view option, const std::string& path);
+/// Whether a name on the command line is that of a cascade file instead of a mechanism.
+bool is_cascade_file(const std::string& name);
 /// "30,48,80"; throws Error naming `option`.
 std::vector<int64_t> parse_numbers(std::string_view option, std::string_view text);
 
+/// One number for each axis; a single one stands for all of them.
+std::vector<int64_t> per_axis(std::string_view option, std::vector<int64_t> numbers, size_t axes);
+
 /// "p=4096,m=4096"; throws Error naming --sizes.
 hardware::Sizes parse_sizes(const std::string& text);
+/// The ranks and constants of a cascade that take a size of their own.
+std::vector<std::string> sized_ranks(const cascade::Program& program);
+/// Throws Error naming --sizes where one is given for another rank than these.
+void require_known_ranks(const hardware::Sizes& sizes, const std::vector<std::string>& ranks);
+/// Throws Error naming --sizes where one of these ranks has none.
+void require_sizes(const hardware::Sizes& sizes, const std::vector<std::string>& ranks);
 
 }  // namespace heed::cli

@@ -74,12 +74,16 @@ void cpu(const Arguments& a) {
   use_threads(a.threads);
   RunOptions run;
   if (!a.isa.empty()) run.isa = isas_to_use(a.isa).front();
+  if (!a.plot.empty()) require_writable("--plot", a.plot);
   const ProcessorRates rates = hardware::measure_processor(run);
+  if (a.json) {
+    print_json(rates_json(rates));
+  } else {
+    print_rates(rates);
+  }
   if (!a.plot.empty()) {
     write_text("--plot", a.plot, hardware::roofline_figure(rates.units, rates.levels, {}));
   }
-  if (a.json) return print_json(rates_json(rates));
-  print_rates(rates);
 }
 
 }  // namespace

@@ -251,8 +251,10 @@ void add_hardware_fusemax(CLI::App& hardware) {
                       "Layer from a JSON file (heed hardware files bert)");
   command->add_option("--mapping", a->mapping,
                       "Mapping and binding from a JSON file (heed hardware files binding)");
-  command->add_flag("--area-sweep", a->sweep, "Arrays from 16x16 to 512x512: latency and area");
-  command->add_flag("--means", a->means, "Only the means of FuseMax over flat and unfused");
+  CLI::Option* sweep =
+      command->add_flag("--area-sweep", a->sweep, "Arrays from 16x16 to 512x512: latency and area");
+  command->add_flag("--means", a->means, "Only the means of FuseMax over flat and unfused")
+      ->excludes(sweep);
   command->add_option("--plot", a->plot, "Also write the figures to this SVG file");
   command->add_flag("--json", a->json, "JSON");
   command->callback([a] { fusemax(*a); });

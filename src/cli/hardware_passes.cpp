@@ -2,10 +2,10 @@
 #include <fmt/format.h>
 
 #include <algorithm>
-#include <filesystem>
 #include <memory>
 
 #include "cascade/ast.h"
+#include "cascade/lowered.h"
 #include "cli/hardware.h"
 #include "cli/terminal.h"
 #include "heed/error.h"
@@ -63,8 +63,7 @@ void one_program(const Program& program, const Arguments& arguments) {
 }
 
 bool has_rank(const Program& program, const std::string& rank) {
-  const auto& ranks = program.ast().ranks;
-  return std::any_of(ranks.begin(), ranks.end(), [&](const auto& r) { return r.name == rank; });
+  return program.ast().lowered->find_rank(rank) >= 0;
 }
 
 void one_mechanism(const Mechanism& mechanism, const Arguments& arguments) {
@@ -72,12 +71,15 @@ void one_mechanism(const Mechanism& mechanism, const Arguments& arguments) {
   Json cascades = Json::array();
   for (const CascadeText& text : mechanism.cascades) {
     const Program program = cascade::parse(text.text, text.name);
-    if (arguments.rank.empty() && !has_rank(program, rank)) continue;
+    if (!has_rank(program, rank)) continue;
     const PassReport report = cascade::count_passes(program, rank);
     if (!arguments.json) print_report(text.name, rank, report);
     Json json = report_json(report);
     json["cascade"] = text.name;
     cascades.push_back(std::move(json));
+  }
+  if (cascades.empty() && !arguments.rank.empty()) {
+    throw Error("--rank: no cascade of " + mechanism.name + " has a rank '" + rank + "'");
   }
   if (arguments.json)
     print_json({{"name", mechanism.name}, {"rank", rank}, {"cascades", cascades}});
@@ -159,15 +161,10 @@ void all_mechanisms(const Arguments& arguments) {
   fmt::print("\n-: a cascade that is written without the rank.\n");
 }
 
-bool is_file(const std::string& what) {
-  std::error_code error;
-  return what.ends_with(".cascade") || what.find('/') != std::string::npos ||
-         std::filesystem::exists(what, error);
-}
-
 void passes(const Arguments& arguments) {
   if (arguments.what.empty()) return all_mechanisms(arguments);
-  if (!is_file(arguments.what)) return one_mechanism(find_mechanism(arguments.what), arguments);
+  if (!is_cascade_file(arguments.what))
+    return one_mechanism(find_mechanism(arguments.what), arguments);
   one_program(cascade::parse(read_text("passes", arguments.what), arguments.what), arguments);
 }
 

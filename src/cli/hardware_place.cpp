@@ -90,8 +90,24 @@ void add_mechanism(const Mechanism& mechanism, const Machine& machine, const Siz
   for (const std::string& text : left_out) say("heed: left out: {}\n", text);
 }
 
-bool is_file(const std::string& name) {
-  return name.ends_with(".cascade") || name.find('/') != std::string::npos;
+// The ranks that sizes can be given for: of one of the cascades that are placed.
+std::vector<std::string> sized_ranks_of(const std::vector<std::string>& names) {
+  std::vector<std::string> ranks;
+  const auto add = [&](const cascade::Program& program) {
+    for (const std::string& rank : sized_ranks(program)) {
+      if (std::find(ranks.begin(), ranks.end(), rank) == ranks.end()) ranks.push_back(rank);
+    }
+  };
+  for (const std::string& name : names) {
+    if (is_cascade_file(name)) {
+      add(cascade::parse(read_text("place", name), name));
+      continue;
+    }
+    for (const CascadeText& text : find_mechanism(name).cascades) {
+      add(cascade::parse(text.text, text.name));
+    }
+  }
+  return ranks;
 }
 
 Line line_of_file(const std::string& file, const Arguments& a, const Machine& machine,
@@ -111,14 +127,15 @@ Line line_of_file(const std::string& file, const Arguments& a, const Machine& ma
 std::vector<Line> lines_of(const Arguments& a, const Machine& machine) {
   std::vector<Line> lines;
   const Sizes sizes = parse_sizes(a.sizes);
-  const bool files = std::any_of(a.names.begin(), a.names.end(), is_file);
+  const bool files = std::any_of(a.names.begin(), a.names.end(), is_cascade_file);
   if (!a.rank.empty() && !files) throw Error("--rank: a cascade file is needed with it");
   if (!sizes.empty() && a.names.empty()) {
     throw Error("--sizes: a mechanism or a cascade file is needed with it");
   }
+  if (!sizes.empty()) require_known_ranks(sizes, sized_ranks_of(a.names));
   for (const std::string& name : a.names) {
     const size_t before = lines.size();
-    if (is_file(name)) {
+    if (is_cascade_file(name)) {
       lines.push_back(line_of_file(name, a, machine, sizes));
     } else {
       add_mechanism(find_mechanism(name), machine, sizes, lines);

@@ -44,14 +44,16 @@ struct Simulated {
 Simulated simulate_one(ColumnCase column, const SimulateArguments& a) {
   constexpr int64_t kMostInputs = int64_t{1} << 26;
   const int64_t width = std::max(column.head_dim, column.value_dim);
-  if (column.elements > 0 && width > 0 && column.key_tiles > 0 && column.query_tiles > 0 &&
-      column.elements * width > kMostInputs / column.key_tiles) {
+  const int64_t queries = std::min<int64_t>(column.query_tiles, 1 << 16);
+  // Divisions: products of the numbers given may not fit.
+  if (column.elements > 0 && width > 0 && column.key_tiles > 0 && queries > 0 &&
+      (width > kMostInputs / column.key_tiles / column.elements || width > kMostInputs / queries)) {
     throw Error("simulate: more than 2^26 inputs; smaller sizes are needed");
   }
   const auto some = [](int64_t a_count, int64_t b_count, uint32_t seed) {
     return normal(std::max<int64_t>(a_count, 0) * std::max<int64_t>(b_count, 0), seed);
   };
-  const auto q = some(std::min<int64_t>(column.query_tiles, 1 << 16), column.head_dim, 1);
+  const auto q = some(queries, column.head_dim, 1);
   const auto k = some(column.key_tiles * column.elements, column.head_dim, 2);
   const auto v = some(column.key_tiles * column.elements, column.value_dim, 3);
   if (column.schedule == Schedule::interleaved && !a.lead && !a.lag) {
@@ -197,11 +199,17 @@ std::vector<Streamed> streamed_rows(const TouchArguments& a) {
   if (!a.what.empty()) {
     const std::string rank = a.rank.empty() ? "m" : a.rank;
     const auto program = cascade::parse(read_text("touches", a.what), a.what);
-    return {stream(program, rank, parse_sizes(a.sizes), a.sizes)};
+    const Sizes given = parse_sizes(a.sizes);
+    const std::vector<std::string> ranks = sized_ranks(program);
+    require_known_ranks(given, ranks);
+    require_sizes(given, ranks);
+    return {stream(program, rank, given, a.sizes)};
   }
   if (!a.rank.empty()) throw Error("--rank: a cascade file is needed with it");
   Sizes sizes = {{"b", 1}, {"h", 1}, {"p", 4}, {"m", 256}, {"e", 32}, {"f", 32}};
-  for (const auto& [name, size] : parse_sizes(a.sizes)) sizes[name] = size;
+  const Sizes given = parse_sizes(a.sizes);
+  require_known_ranks(given, {"b", "h", "p", "m", "e", "f", "M0"});
+  for (const auto& [name, size] : given) sizes[name] = size;
   std::vector<Streamed> rows;
   for (const char* name : {"three_pass", "two_pass", "one_pass"}) {
     const std::string file = std::string("cascades/") + name + ".cascade";

@@ -24,17 +24,6 @@ struct Arguments {
   bool search = false, paper = false, json = false;
 };
 
-// One number stands for all axes.
-std::vector<int64_t> per_axis(const char* option, const std::string& text, size_t axes) {
-  std::vector<int64_t> numbers = parse_numbers(option, text);
-  if (numbers.size() == 1) numbers.resize(axes, numbers[0]);
-  if (numbers.size() != axes) {
-    throw Error(fmt::format("{}: found {} numbers, one for each of the {} axes of --grid is needed",
-                            option, numbers.size(), axes));
-  }
-  return numbers;
-}
-
 TilePlanCase plan_of(const Arguments& a) {
   for (const auto& [option, text] : {std::pair<const char*, const std::string&>("--grid", a.grid),
                                      {"--kernel", a.kernel},
@@ -45,10 +34,11 @@ TilePlanCase plan_of(const Arguments& a) {
   TilePlanCase plan;
   plan.tiling = hardware::parse_tiling(a.tiling);
   const std::vector<int64_t> grid = parse_numbers("--grid", a.grid);
-  const auto kernel = per_axis("--kernel", a.kernel, grid.size());
-  const auto stride = per_axis("--stride", a.stride, grid.size());
-  const auto dilation = per_axis("--dilation", a.dilation, grid.size());
-  const auto causal = per_axis("--causal", a.causal, grid.size());
+  const auto kernel = per_axis("--kernel", parse_numbers("--kernel", a.kernel), grid.size());
+  const auto stride = per_axis("--stride", parse_numbers("--stride", a.stride), grid.size());
+  const auto dilation =
+      per_axis("--dilation", parse_numbers("--dilation", a.dilation), grid.size());
+  const auto causal = per_axis("--causal", parse_numbers("--causal", a.causal), grid.size());
   for (size_t i = 0; i < grid.size(); ++i) {
     if (causal[i] != 0 && causal[i] != 1) {
       throw Error(fmt::format("--causal: found {}, 0 or 1 is needed", causal[i]));
@@ -217,7 +207,11 @@ void add_hardware_tiles(CLI::App& hardware) {
       ->capture_default_str();
   command->add_flag("--search-stride", a->search,
                     "All strides that visit fewer tiles than every smaller one");
-  command->add_flag("--paper", a->paper, "The published tables: FLUX, Cosmos, Hunyuan");
+  const std::vector<CLI::Option*> of_a_plan =
+      command->get_options([](const CLI::Option* option) { return !option->check_lname("help"); });
+  CLI::Option* paper =
+      command->add_flag("--paper", a->paper, "The published tables: FLUX, Cosmos, Hunyuan");
+  for (CLI::Option* option : of_a_plan) paper->excludes(option);
   command->add_flag("--json", a->json, "JSON");
   command->callback([a] { tiles(*a); });
 }

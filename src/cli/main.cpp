@@ -20,7 +20,8 @@ using namespace heed::cli;  // NOLINT: the program's own room
 
 constexpr const char* kFooter =
     "Exit codes: 0 ok, 1 a kernel disagrees with its cascade, 2 wrong arguments or input,\n"
-    "3 internal error. `heed COMMAND --help` explains a command.";
+    "3 internal error, 130 run or eval stopped by Ctrl-C. `heed COMMAND --help` explains a "
+    "command.";
 
 void add_commands(CLI::App& app, Outcome& outcome) {
   app.set_version_flag("--version", std::string("heed ") + heed::kVersion);
@@ -72,7 +73,15 @@ std::string leftover_message(const CLI::App& app) {
            heed::did_you_mean(name, option_names(*command)) + "; see heed " + path + "--help";
   }
   const auto names = command_names(*command);
-  if (names.empty()) return owner + "unexpected argument '" + word + "'";
+  if (names.empty()) {
+    const std::string& command_name = command->get_name();
+    const char* how = command_name == "run"    ? "; a prompt is said with -p TEXT or -f FILE, "
+                                                 "a model with --model FILE"
+                      : command_name == "eval" ? "; a text is named with --text FILE, "
+                                                 "a model with --model FILE"
+                                               : "";
+    return owner + "unexpected argument '" + word + "'" + how;
+  }
   return owner + "unknown command '" + word + "'" + heed::did_you_mean(word, names) +
          "; known: " + heed::joined(names);
 }

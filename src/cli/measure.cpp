@@ -4,9 +4,9 @@
 #include <chrono>
 #include <cmath>
 #include <limits>
+#include <random>
 
 #include "cascade/ast.h"
-#include "cascade/sizes.h"
 #include "cli/arguments.h"
 #include "heed/error.h"
 
@@ -15,36 +15,31 @@ namespace {
 
 using Sizes = std::map<std::string, int64_t>;
 
-Sizes rank_sizes(const cascade::Program& program, const cascade::Bindings& bindings) {
-  const cascade::Lowered& lowered = *program.ast().lowered;
-  const std::vector<int64_t> bound = cascade::bind_sizes(lowered, bindings);
-  Sizes sizes;
-  for (size_t i = 0; i < lowered.ranks.size(); ++i) sizes[lowered.ranks[i].name] = bound[i];
-  for (size_t i = 0; i < lowered.constants.size(); ++i) {
-    sizes[lowered.constants[i]] = bound[lowered.ranks.size() + i];
-  }
-  return sizes;
-}
-
-// The share of index tuples for which a predicate of the case holds.
+// The share of index tuples for which a predicate of the case holds. Of long cases some rows of the last
+// rank are counted: one drawn from each of equal stretches, lest they fall in step with a mask's period.
 double kept_share(const cascade::PredicateDeclaration& declared, const Sizes& sizes,
                   const std::function<bool(std::span<const int64_t>)>& predicate) {
-  std::vector<int64_t> extents, index(declared.ranks.size(), 0);
-  double all = 1;
-  for (const std::string& rank : declared.ranks) {
-    extents.push_back(sizes.at(rank));
-    all *= static_cast<double>(extents.back());
-  }
+  constexpr int64_t kMostTuples = int64_t{1} << 26;
+  const size_t last = declared.ranks.size() - 1;
+  const int64_t length = sizes.at(declared.ranks[last]);
+  int64_t rows = 1;
+  for (size_t axis = 0; axis < last; ++axis) rows *= sizes.at(declared.ranks[axis]);
+  if (rows * length == 0) return 0;
+  const int64_t counted = std::clamp<int64_t>(kMostTuples / length, 1, rows);
+  std::mt19937 random(1);
+  std::vector<int64_t> index(last + 1, 0);
   int64_t kept = 0;
-  for (size_t axis = 0; all > 0;) {
-    kept += predicate(index) ? 1 : 0;
-    for (axis = index.size(); axis > 0; --axis) {
-      if (++index[axis - 1] < extents[axis - 1]) break;
-      index[axis - 1] = 0;
+  for (int64_t stretch = 0; stretch < counted; ++stretch) {
+    const int64_t begin = stretch * rows / counted, end = (stretch + 1) * rows / counted;
+    int64_t row = begin + static_cast<int64_t>(random() % static_cast<uint64_t>(end - begin));
+    for (size_t axis = last; axis > 0; --axis) {
+      const int64_t extent = sizes.at(declared.ranks[axis - 1]);
+      index[axis - 1] = row % extent;
+      row /= extent;
     }
-    if (axis == 0) break;
+    for (index[last] = 0; index[last] < length; ++index[last]) kept += predicate(index) ? 1 : 0;
   }
-  return all > 0 ? static_cast<double>(kept) / all : 0;
+  return static_cast<double>(kept) / static_cast<double>(counted * length);
 }
 
 bool is_batch(const cascade::Ast& ast, const std::string& rank) {
@@ -155,7 +150,7 @@ double visible_operations(const Mechanism& mechanism, const NamedTensors& in, co
   for (const CascadeText* text : cascades_for(mechanism, options)) {
     if (!first && defines_further_options(mechanism, *text)) continue;
     const cascade::Program program = cascade::parse(text->text, text->name);
-    const Sizes sizes = rank_sizes(program, bindings);
+    const Sizes sizes = cascade::sizes(program, bindings);
     // A form with a mask over many pairs does no less than the definition, and takes long to count.
     if (!first && largest_mask(program, sizes) > kMostPairs) continue;
     Sizes needed = less;
