@@ -3,6 +3,7 @@
 import json
 import os
 import pathlib
+import signal
 import subprocess
 
 import pytest
@@ -11,6 +12,10 @@ ROOT = pathlib.Path(__file__).resolve().parents[2]
 PROGRAM = pathlib.Path(os.environ.get("HEED_PROGRAM", ROOT / "build" / "heed"))
 # Waiting threads sleep, so that tests side by side do not take each other's cores.
 ENVIRONMENT = {"OMP_WAIT_POLICY": "passive", **os.environ}
+
+# What runs in the background ignores Ctrl-C, and so would the programs started here. A handler of this
+# process is none of theirs.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 
 needs_program = pytest.mark.skipif(not PROGRAM.exists(), reason=f"no program at {PROGRAM}")
 

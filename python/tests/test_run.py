@@ -2,6 +2,7 @@
 
 import os
 import pty
+import select
 import signal
 import subprocess
 import time
@@ -156,6 +157,7 @@ def conversation(model, *steps):
     try:
         for awaited, typed in (*steps, (None, b"")):
             while awaited is None or (found := shown.find(awaited, at)) < 0:
+                assert select.select([parent], [], [], 60)[0], shown
                 try:
                     part = os.read(parent, 4096)
                 except OSError:  # the other side is closed
