@@ -41,8 +41,9 @@ class KeptBlocks {
   bool keep(void* memory, size_t bytes) {
     used_ -= bytes;
     const std::unique_lock lock(mutex_, std::try_to_lock);
-    if (!lock || bytes > limit()) return false;
-    drop_to(limit() - bytes);
+    const size_t most = limit();  // read once: other threads move it
+    if (!lock || bytes > most) return false;
+    drop_to(most - bytes);
     blocks_.push_back({memory, bytes});
     kept_ += bytes;
     return true;
