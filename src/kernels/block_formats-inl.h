@@ -5,8 +5,6 @@
 // Format::decode(block, scales, to) calls to.add(w0, k0, w1, k1) with vectors of weights that begin
 // at columns k0 and k1 of the block, until every column was given once. `scales` is the pair of
 // float16 values at the start of the block as float32 where kPairs says that there is one.
-// A weight of a format with codes is map(code), map = To::map<bits>(scale, offset) standing for
-// scale * code + offset: Widened below, or what else `to` makes of it. Codes of 8 bits are signed.
 #if defined(HEED_BLOCK_FORMATS_INL_H_) == defined(HWY_TARGET_TOGGLE)
 #ifdef HEED_BLOCK_FORMATS_INL_H_
 #undef HEED_BLOCK_FORMATS_INL_H_
@@ -86,12 +84,8 @@ struct NibbleMap {
 using NibbleMap = WideMap;
 #endif
 
-struct Widened {
-  template <int kBits>
-  static HWY_INLINE auto map(float scale, float offset) {
-    return std::conditional_t<(kBits == 4), NibbleMap, WideMap>(scale, offset);
-  }
-};
+template <int kBits>
+using WeightMap = std::conditional_t<(kBits == 4), NibbleMap, WideMap>;
 
 // Plain values, 32 at a time.
 struct F32 {
@@ -147,7 +141,7 @@ struct Q8_0 {
   static constexpr int64_t kWeights = 32, kBytes = 34;
   template <class To>
   static HWY_INLINE void decode(const uint8_t* block, const float* /*scales*/, To& to) {
-    const auto map = To::template map<8>(load_f16(block), 0.0f);
+    const auto map = WeightMap<8>(load_f16(block), 0.0f);
 #pragma GCC unroll 4
     for (int i = 0; i < 16; i += kLanes) {
       to.add(map(load_i8(block + 2 + i)), i, map(load_i8(block + 18 + i)), i + 16);
@@ -158,7 +152,7 @@ struct Q8_0 {
 // 16 bytes whose low nibbles are columns 0..15 and high nibbles columns 16..31.
 template <class To>
 HWY_INLINE void decode_nibbles(const uint8_t* q, float scale, float offset, To& to) {
-  const auto map = To::template map<4>(scale, offset);
+  const auto map = WeightMap<4>(scale, offset);
 #pragma GCC unroll 4
   for (int i = 0; i < 16; i += kLanes) {
     const VI bytes = load_u8(q + i);
@@ -195,7 +189,7 @@ HWY_INLINE void decode_five_bits(const uint8_t* bits, const uint8_t* q, float sc
                                  To& to) {
   uint32_t word;
   std::memcpy(&word, bits, sizeof word);
-  const auto map = To::template map<5>(scale, offset);
+  const auto map = WeightMap<5>(scale, offset);
   const auto with_fifth = [&](VI nibble, int k) HWY_ATTR {
     const auto lane_bit = hn::Shl(hn::Set(DU(), 1u), hn::Iota(DU(), static_cast<uint32_t>(k)));
     const auto is_set = hn::Ne(hn::And(hn::Set(DU(), word), lane_bit), hn::Zero(DU()));
@@ -255,8 +249,8 @@ struct Q4_K {
   static HWY_INLINE void decode(const uint8_t* block, const float* scales, To& to) {
     const GroupScales groups(block + 4, scales[0], scales[1]);
     for (int j = 0; j < 4; ++j) {
-      const auto low = To::template map<4>(groups.scale[2 * j], groups.offset[2 * j]);
-      const auto high = To::template map<4>(groups.scale[2 * j + 1], groups.offset[2 * j + 1]);
+      const auto low = WeightMap<4>(groups.scale[2 * j], groups.offset[2 * j]);
+      const auto high = WeightMap<4>(groups.scale[2 * j + 1], groups.offset[2 * j + 1]);
 #pragma GCC unroll 8
       for (int i = 0; i < 32; i += kLanes) {
         const VI bytes = load_u8(block + 16 + 32 * j + i);
@@ -275,8 +269,8 @@ struct Q5_K {
   static HWY_INLINE void decode(const uint8_t* block, const float* scales, To& to) {
     const GroupScales groups(block + 4, scales[0], scales[1]);
     for (int j = 0; j < 4; ++j) {
-      const auto low = To::template map<5>(groups.scale[2 * j], groups.offset[2 * j]);
-      const auto high = To::template map<5>(groups.scale[2 * j + 1], groups.offset[2 * j + 1]);
+      const auto low = WeightMap<5>(groups.scale[2 * j], groups.offset[2 * j]);
+      const auto high = WeightMap<5>(groups.scale[2 * j + 1], groups.offset[2 * j + 1]);
       const VI bit0 = hn::Set(DI(), 1 << (2 * j)), bit1 = hn::Set(DI(), 2 << (2 * j));
       const auto with_fifth = [](VI nibble, VI fifth, VI bit) HWY_ATTR {
         const auto is_set = hn::TestBit(fifth, bit);
@@ -312,7 +306,7 @@ struct Q6_K {
       for (int part = 0; part < 2; ++part) {
         const auto map = [&](int g) HWY_ATTR {
           const float scale = d * static_cast<float>(group[2 * g + part]);
-          return To::template map<6>(scale, -32.0f * scale);
+          return WeightMap<6>(scale, -32.0f * scale);
         };
         const auto map0 = map(0), map1 = map(1), map2 = map(2), map3 = map(3);
 #pragma GCC unroll 4

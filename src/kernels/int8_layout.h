@@ -7,16 +7,19 @@
 
 namespace heed::kernels {
 
-inline constexpr int64_t kInt8Group = 32;  // columns
+inline constexpr int64_t kInt8Group = 64;  // columns; those past the last are zeros
 inline constexpr int64_t kInt8Rows = 4;    // rows of activations side by side
 inline constexpr int64_t kInt8Panel = 32;  // rows of weights side by side
+
+inline constexpr int64_t int8_groups(int64_t columns) {
+  return (columns + kInt8Group - 1) / kInt8Group;
+}
 
 /// One group of columns of kInt8Rows rows. Rows past the last are zeros.
 struct Int8Group {
   uint8_t codes[kInt8Group / 4][kInt8Rows]
                [4];  // q + 128: the instruction takes one factor unsigned
   float steps[kInt8Rows];
-  float sums[kInt8Rows];  // of the float32 activations
 };
 
 /// The largest activations of kInt8Rows rows, in no order.
@@ -29,23 +32,16 @@ struct Int8Outliers {
 /// kInt8Rows rows of activations: their outliers, then the groups along the columns.
 inline constexpr int64_t int8_block_bytes(int64_t columns) {
   return static_cast<int64_t>(sizeof(Int8Outliers)) +
-         columns / kInt8Group * static_cast<int64_t>(sizeof(Int8Group));
+         int8_groups(columns) * static_cast<int64_t>(sizeof(Int8Group));
 }
 
-/// One group of columns of kInt8Panel rows of weights, as offsets in bytes of arrays
-///   int32 starts[scales][panel]  -128 times the sum of the codes, which takes the 128 of q + 128 out again
-///   float scales[scales][panel], minima[panel] where there are any
-///   int8  codes[group / 4][panel][4]
-/// with one scale, or two for the halves of a group. Groups follow each other along the columns, then
+/// One group of columns of kInt8Panel rows of weights. Groups follow each other along the columns, then
 /// along the rows. Rows past the last are zeros.
-struct WeightGroup {
-  static constexpr int64_t kVector = kInt8Panel * 4;
-  int64_t scales, minima, codes, bytes;
-  constexpr WeightGroup(bool half_groups, bool has_minima)
-      : scales(kVector * (half_groups ? 2 : 1)),
-        minima(2 * scales),
-        codes(minima + (has_minima ? kVector : 0)),
-        bytes(codes + kInt8Group / 4 * kVector) {}
+struct alignas(64) WeightGroup {
+  int32_t
+      starts[kInt8Panel];  // -128 times the sum of the codes: takes the 128 of q + 128 out again
+  float scales[kInt8Panel];
+  int8_t codes[kInt8Group / 4][kInt8Panel][4];
 };
 
 /// Rows [first, end) of y for one panel of w; first is a multiple of kInt8Rows. AVX512-VNNI.

@@ -4,6 +4,7 @@
 #include <array>
 #include <cmath>
 #include <cstring>
+#include <numeric>
 #include <string>
 
 #include "base/parallel.h"
@@ -17,19 +18,18 @@ namespace heed {
 namespace {
 // Groups of columns, rounded up to a multiple of the lanes of any vector.
 constexpr int64_t padded_groups(int64_t columns) {
-  return round_up(columns / kernels::kInt8Group, 16);
+  return round_up(kernels::int8_groups(columns), 16);
 }
 
 // One instruction set's functions.
 struct Int8Kernels {
-  // Rounds float32 [kInt8Rows, columns] without gaps, whose outliers become zero. `largest` is room for
-  // kInt8Rows * padded_groups(columns) numbers.
+  // Rounds float32 [kInt8Rows, whole groups] without gaps, whose outliers become zero. `largest` is room
+  // for kInt8Rows * padded_groups(columns) numbers.
   void (*round)(float* x, int64_t columns, float* largest, std::byte* block);
-  // The codes of a row of weights around zero; scale and minimum of every 16 columns.
-  std::array<void (*)(const uint8_t* row, int64_t columns, int8_t* codes, float* scales,
-                      float* minima),
-             kBlockFormats>
-      read_codes;
+  // The float32 weights of a row.
+  std::array<void (*)(const uint8_t* row, int64_t columns, float* weights), kBlockFormats> read;
+  // Codes of weights in whole groups; the scale of each group.
+  void (*round_weights)(const float* weights, int64_t groups, int8_t* codes, float* scales);
 };
 }  // namespace
 }  // namespace heed
@@ -76,24 +76,20 @@ HWY_INLINE V larger(V a, V b) {
 
 constexpr int kVectors = static_cast<int>(kInt8Group) / kLanes;  // of a group
 
-// Lane r of `largest` is the greatest |x| of row r in a group of columns of float32 rows `columns` apart:
-// NaN if any is, since its bits are the greatest. Lane r of `sums` is their sum.
-HWY_INLINE void measure_group(const float* x, int64_t columns, V& largest, V& sums) {
-  V most[kInt8Rows], sum[kInt8Rows];
+// Lane r of the result is the greatest |x| of row r in a group of columns of float32 rows `stride` apart:
+// NaN if any is, since its bits are the greatest.
+HWY_INLINE V largest_of_rows(const float* x, int64_t stride) {
+  V most[kInt8Rows];
 #pragma GCC unroll 4
   for (int r = 0; r < kInt8Rows; ++r) {
-    const float* row = x + r * columns;
-    sum[r] = hn::LoadU(D(), row);
-    most[r] = hn::Abs(sum[r]);
-#pragma GCC unroll 8
+    const float* row = x + r * stride;
+    most[r] = hn::Abs(hn::LoadU(D(), row));
+#pragma GCC unroll 16
     for (int i = 1; i < kVectors; ++i) {
-      const V v = hn::LoadU(D(), row + i * kLanes);
-      most[r] = larger(most[r], hn::Abs(v));
-      sum[r] = hn::Add(sum[r], v);
+      most[r] = larger(most[r], hn::Abs(hn::LoadU(D(), row + i * kLanes)));
     }
   }
-  largest = join_lanes(most, larger);
-  sums = join_lanes(sum, [](V a, V b) HWY_ATTR { return hn::Add(a, b); });
+  return join_lanes(most, larger);
 }
 
 // Where the greatest bits of n values are, a multiple of the lanes: the first of them.
@@ -112,7 +108,7 @@ HWY_INLINE int64_t place_of_largest(const float* values, int64_t n) {
 
 HWY_INLINE float largest_of_group(const float* x) {
   V most = hn::Abs(hn::LoadU(D(), x));
-#pragma GCC unroll 8
+#pragma GCC unroll 16
   for (int i = 1; i < kVectors; ++i) most = larger(most, hn::Abs(hn::LoadU(D(), x + i * kLanes)));
   return hn::GetLane(hn::BitCast(D(), hn::MaxOfLanes(DI(), hn::BitCast(DI(), most))));
 }
@@ -129,8 +125,8 @@ HWY_INLINE void take_outlier(float* x, float* largest, int64_t padded, int64_t i
   largest[group] = largest_of_group(values);
 }
 
-HWY_INLINE void round_group(const float* x, int64_t columns, const float* largest, int64_t stride,
-                            Int8Group& to) {
+HWY_INLINE void round_group(const float* x, int64_t row_stride, const float* largest,
+                            int64_t stride, Int8Group& to) {
   float inverse[kInt8Rows];
   for (int64_t r = 0; r < kInt8Rows; ++r) {
     const float most = largest[r * stride];
@@ -145,13 +141,13 @@ HWY_INLINE void round_group(const float* x, int64_t columns, const float* larges
       {o, o, o, o, o, o, o, o, 0, 4, 8, 12, o, o, o, o},
       {o, o, o, o, o, o, o, o, o, o, o, o, 0, 4, 8, 12}};
   const hn::Repartition<uint8_t, D> bytes;
-#pragma GCC unroll 8
+#pragma GCC unroll 16
   for (int i = 0; i < kVectors; ++i) {
     auto codes = hn::Set(bytes, 0x80);  // of signed bytes: plus 128
 #pragma GCC unroll 4
     for (int r = 0; r < kInt8Rows; ++r) {
       // Rounded to an integer, which is in the low bits.
-      const V shifted = hn::MulAdd(hn::LoadU(D(), x + r * columns + i * kLanes),
+      const V shifted = hn::MulAdd(hn::LoadU(D(), x + r * row_stride + i * kLanes),
                                    hn::Set(D(), inverse[r]), hn::Set(D(), 0x1.8p23f));
       codes = hn::Xor(codes, hn::TableLookupBytesOr0(hn::BitCast(bytes, shifted),
                                                      hn::LoadDup128(bytes, kLowBytes[r])));
@@ -164,14 +160,11 @@ HWY_INLINE void round_group(const float* x, int64_t columns, const float* larges
 void round_rows(float* x, int64_t columns, float* largest, std::byte* block) {
   auto& outliers = *reinterpret_cast<Int8Outliers*>(block);
   auto* groups = reinterpret_cast<Int8Group*>(&outliers + 1);
-  const int64_t count = columns / kInt8Group, stride = padded_groups(columns);
+  const int64_t count = int8_groups(columns), stride = padded_groups(columns);
+  const int64_t row_stride = count * kInt8Group;
   HWY_ALIGN float of_rows[kLanes];
   for (int64_t g = 0; g < count; ++g) {
-    V most, sums;
-    measure_group(x + g * kInt8Group, columns, most, sums);
-    hn::Store(sums, D(), of_rows);
-    std::memcpy(groups[g].sums, of_rows, sizeof groups[g].sums);
-    hn::Store(most, D(), of_rows);
+    hn::Store(largest_of_rows(x + g * kInt8Group, row_stride), D(), of_rows);
     for (int64_t r = 0; r < kInt8Rows; ++r) largest[r * stride + g] = of_rows[r];
   }
   for (int64_t r = 0; r < kInt8Rows; ++r) {
@@ -180,68 +173,98 @@ void round_rows(float* x, int64_t columns, float* largest, std::byte* block) {
   for (int64_t i = 0; i < Int8Outliers::kCount; ++i) {
     // Rows inside: one waits for memory it has just written while the others go on.
     for (int64_t r = 0; r < kInt8Rows; ++r) {
-      take_outlier(x + r * columns, largest + r * stride, stride, i, r, outliers);
+      take_outlier(x + r * row_stride, largest + r * stride, stride, i, r, outliers);
     }
   }
   for (int64_t g = 0; g < count; ++g) {
-    round_group(x + g * kInt8Group, columns, largest + g, stride, groups[g]);
+    round_group(x + g * kInt8Group, row_stride, largest + g, stride, groups[g]);
   }
 }
 
-struct Coded {
-  VI code;
-  float scale, minimum;
-};
-
-// Codes around zero: half the products of a rounding error with them.
-template <int kBits>
-struct CodeMap {
-  static constexpr int kCentre = kBits == 8 ? 0 : 1 << (kBits - 1);
-  float scale, minimum;
-  HWY_INLINE Coded operator()(VI q) const {
-    return {hn::Sub(q, hn::Set(DI(), kCentre)), scale, minimum};
-  }
-};
-
-// What a block is decoded to.
-struct Codes {
-  int8_t* codes;
-  float* scales;  // of every 16 columns
-  float* minima;
-
-  template <int kBits>
-  static HWY_INLINE CodeMap<kBits> map(float scale, float offset) {
-    return {scale, std::fma(static_cast<float>(CodeMap<kBits>::kCentre), scale, offset)};
-  }
-  HWY_INLINE void put(const Coded& x, int64_t k) {
-    const hn::Rebind<int8_t, DI> bytes;
-    hn::StoreU(hn::DemoteTo(bytes, x.code), bytes, codes + k);
-    scales[k / 16] = x.scale;
-    minima[k / 16] = x.minimum;
-  }
-  HWY_INLINE void add(const Coded& a, int64_t k0, const Coded& b, int64_t k1) {
-    put(a, k0);
-    put(b, k1);
+struct Values {
+  float* values;
+  HWY_INLINE void add(V a, int64_t k0, V b, int64_t k1) {
+    hn::StoreU(a, D(), values + k0);
+    hn::StoreU(b, D(), values + k1);
   }
 };
 
 template <class Format>
-void read_codes(const uint8_t* row, int64_t columns, int8_t* codes, float* scales, float* minima) {
-  HWY_ALIGN float pair[2 * kScaledBlocks] = {};
-  for (int64_t k = 0; k < columns; k += Format::kWeights, row += Format::kBytes) {
-    if constexpr (Format::kPairs) load_pairs(row, Format::kBytes, 1, pair);
-    Codes to{codes + k, scales + k / 16, minima + k / 16};
-    Format::decode(row, pair, to);
+void read_row(const uint8_t* row, int64_t columns, float* weights) {
+  HWY_ALIGN float pairs[2 * kScaledBlocks] = {};
+  const int64_t blocks = columns / Format::kWeights;
+  for (int64_t b = 0; b < blocks; ++b, row += Format::kBytes) {
+    const int64_t place = b % kScaledBlocks;
+    if (Format::kPairs && place == 0) {
+      load_pairs(row, Format::kBytes, std::min(kScaledBlocks, blocks - b), pairs);
+    }
+    Values to{weights + b * Format::kWeights};
+    Format::decode(row, pairs + 2 * place, to);
+  }
+}
+
+// The scale of least squared error of some whose largest code is between 82 and 127, a lane each.
+// Quantised weights lie on lattices, and a scale that meets them rounds less: the finest one's error is
+// half as large again.
+HWY_INLINE float best_scale(const float* weights, float largest) {
+  constexpr int kScales = 16, kParts = kScales / kLanes, kChains = 4;
+  const auto largest_codes = [](int part) HWY_ATTR {
+    const V lane = hn::Iota(D(), static_cast<float>(part * kLanes));
+    return hn::NegMulAdd(lane, hn::Set(D(), 3.0f), hn::Set(D(), 127.0f));
+  };
+  V factors[kParts], errors[kParts][kChains];
+#pragma GCC unroll 16
+  for (int p = 0; p < kParts; ++p) {
+    factors[p] = hn::Mul(largest_codes(p), hn::Set(D(), 1.0f / largest));
+#pragma GCC unroll 4
+    for (V& sum : errors[p]) sum = hn::Zero(D());
+  }
+  for (int64_t k = 0; k < kInt8Group; k += kChains) {
+#pragma GCC unroll 16
+    for (int p = 0; p < kParts; ++p) {
+#pragma GCC unroll 4
+      for (int i = 0; i < kChains; ++i) {
+        const V code = hn::Mul(hn::Set(D(), weights[k + i]), factors[p]);
+        const V error = hn::Sub(code, hn::Round(code));
+        errors[p][i] = hn::MulAdd(error, error, errors[p][i]);
+      }
+    }
+  }
+  HWY_ALIGN float squares[kScales], codes[kScales];
+#pragma GCC unroll 16
+  for (int p = 0; p < kParts; ++p) {
+    const V c = largest_codes(p);
+    hn::Store(c, D(), codes + p * kLanes);
+    V sum = errors[p][0];
+#pragma GCC unroll 4
+    for (int i = 1; i < kChains; ++i) sum = hn::Add(sum, errors[p][i]);
+    hn::Store(hn::Div(sum, hn::Mul(c, c)), D(), squares + p * kLanes);
+  }
+  return largest / codes[std::min_element(squares, squares + kScales) - squares];
+}
+
+void round_weights(const float* weights, int64_t groups, int8_t* codes, float* scales) {
+  const hn::Rebind<int8_t, DI> bytes;
+  for (int64_t g = 0; g < groups; ++g, weights += kInt8Group, codes += kInt8Group) {
+    const float largest = largest_of_group(weights);
+    const bool zero = largest < kSmallest;
+    scales[g] = zero ? 0.0f : best_scale(weights, largest);
+    const V inverse = hn::Set(D(), zero ? 0.0f : 1.0f / scales[g]);
+#pragma GCC unroll 16
+    for (int v = 0; v < kVectors; ++v) {
+      const VI code = hn::NearestInt(hn::Mul(hn::LoadU(D(), weights + v * kLanes), inverse));
+      hn::StoreU(hn::DemoteTo(bytes, code), bytes, codes + v * kLanes);
+    }
   }
 }
 
 }  // namespace
 
 Int8Kernels int8_kernels() {
-  return {
-      round_rows,
-      {nullptr, nullptr, nullptr, read_codes<Q8_0>, read_codes<Q4_0>, read_codes<Q4_1>,
-       read_codes<Q5_0>, read_codes<Q5_1>, read_codes<Q4_K>, read_codes<Q5_K>, read_codes<Q6_K>}};
+  return {round_rows,
+          {nullptr, nullptr, nullptr, read_row<Q8_0>, read_row<Q4_0>, read_row<Q4_1>,
+           read_row<Q5_0>, read_row<Q5_1>, read_row<Q4_K>, read_row<Q5_K>, read_row<Q6_K>},
+          round_weights};
 }
 
 }  // namespace heed::kernels::HWY_NAMESPACE
@@ -273,45 +296,17 @@ const Int8Kernels& kernels_for(const RunOptions& run) {
 }
 
 void check_columns(const char* op, int64_t columns) {
-  if (columns < 1 || columns % kInt8Group != 0) {
-    fail(op, "columns are " + std::to_string(columns) + ", a multiple of " +
-                 std::to_string(kInt8Group) + " is needed");
-  }
+  if (columns < 1) fail(op, "columns are " + std::to_string(columns) + ", 1 is the least");
 }
 
-bool has_minima(BlockFormat format) {
-  return format == BlockFormat::q4_1 || format == BlockFormat::q5_1 ||
-         format == BlockFormat::q4_k || format == BlockFormat::q5_k;
-}
-
-// Rows of one panel as they are read from the file.
-struct CodeRows {
-  int8_t* codes;  // [panel, columns]
-  float* scales;  // [panel, columns / 16]
-  float* minima;
-  int64_t columns;
-};
-
-void write_panel(const CodeRows& rows, const Int8Matrix& w, std::byte* to) {
-  const WeightGroup at(w.half_groups, w.minima);
-  const int64_t scales = w.half_groups ? 2 : 1, span = kInt8Group / scales;
-  for (int64_t k = 0; k < rows.columns; k += kInt8Group, to += at.bytes) {
-    auto* starts = reinterpret_cast<int32_t*>(to);
-    auto* factors = reinterpret_cast<float*>(to + at.scales);
-    auto* minima = reinterpret_cast<float*>(to + at.minima);
+// codes [panel, groups * kInt8Group] and scales [panel, groups] as the product reads them.
+void write_panel(const int8_t* codes, const float* scales, int64_t groups, WeightGroup* to) {
+  for (int64_t g = 0; g < groups; ++g, ++to) {
     for (int64_t n = 0; n < kInt8Panel; ++n) {
-      const int8_t* codes = rows.codes + n * rows.columns + k;
-      const int64_t half = n * (rows.columns / 16) + k / 16;
-      for (int64_t s = 0; s < scales; ++s) {
-        int32_t sum = 0;
-        for (int64_t i = s * span; i < (s + 1) * span; ++i) sum += codes[i];
-        starts[s * kInt8Panel + n] = -128 * sum;
-        factors[s * kInt8Panel + n] = rows.scales[half + s];
-      }
-      if (w.minima) minima[n] = rows.minima[half];
-      for (int64_t q = 0; q < kInt8Group / 4; ++q) {
-        std::memcpy(to + at.codes + (q * kInt8Panel + n) * 4, codes + 4 * q, 4);
-      }
+      const int8_t* row = codes + (n * groups + g) * kInt8Group;
+      to->starts[n] = -128 * std::accumulate(row, row + kInt8Group, 0);
+      to->scales[n] = scales[n * groups + g];
+      for (int64_t q = 0; q < kInt8Group / 4; ++q) std::memcpy(to->codes[q][n], row + 4 * q, 4);
     }
   }
 }
@@ -334,7 +329,8 @@ void fill_int8_rows(const Int8Rows& to, const RunOptions& run,
   constexpr int64_t kValuesPerItem = int64_t{1} << 14;
   const int64_t rows_per_item = round_up(1 + kValuesPerItem / to.columns, kInt8Rows);
   const int64_t items = (to.rows + rows_per_item - 1) / rows_per_item;
-  const int64_t values = kInt8Rows * to.columns, largest = kInt8Rows * padded_groups(to.columns);
+  const int64_t stride = kernels::int8_groups(to.columns) * kInt8Group;
+  const int64_t values = kInt8Rows * stride, largest = kInt8Rows * padded_groups(to.columns);
   const auto round = kernels_for(run).round;
   parallel_for_shares(items, threads_for(run, items), [&](int64_t item, int) {
     Scratch scratch(static_cast<size_t>(values + largest) * sizeof(float));
@@ -343,8 +339,8 @@ void fill_int8_rows(const Int8Rows& to, const RunOptions& run,
     const int64_t end = std::min(to.rows, (item + 1) * rows_per_item);
     for (int64_t m = item * rows_per_item; m < end; m += kInt8Rows) {
       const int64_t count = std::min(kInt8Rows, end - m);
-      make(m, Tensor(x, DType::f32, {count, to.columns}));
-      std::fill(x + count * to.columns, x + values, 0.0f);
+      std::fill(x, x + values, 0.0f);
+      make(m, Tensor(x, DType::f32, {count, to.columns}, {stride, 1}));
       round(x, to.columns, of_groups,
             to.data + m / kInt8Rows * kernels::int8_block_bytes(to.columns));
     }
@@ -352,8 +348,8 @@ void fill_int8_rows(const Int8Rows& to, const RunOptions& run,
 }
 
 int64_t Int8Matrix::bytes() const {
-  return (rows + kInt8Panel - 1) / kInt8Panel * (columns / kInt8Group) *
-         WeightGroup(half_groups, minima).bytes;
+  return ceil_div(rows, kInt8Panel) * kernels::int8_groups(columns) *
+         static_cast<int64_t>(sizeof(WeightGroup));
 }
 
 bool has_codes(BlockFormat format) { return weights_per_block(format) > 1; }
@@ -372,8 +368,6 @@ Int8Matrix int8_matrix(std::span<const BlockMatrix> parts) {
     }
     w.rows += part.rows;
     w.columns = part.columns;
-    w.minima |= has_minima(part.format);
-    w.half_groups |= part.format == BlockFormat::q6_k;
   }
   check_columns("int8_matrix", w.columns);
   return w;
@@ -381,13 +375,14 @@ Int8Matrix int8_matrix(std::span<const BlockMatrix> parts) {
 
 void pack_int8(std::span<const BlockMatrix> parts, const Int8Matrix& to, const RunOptions& run) {
   const Int8Kernels& kernels = kernels_for(run);
-  const int64_t columns = to.columns, panels = (to.rows + kInt8Panel - 1) / kInt8Panel;
+  const int64_t groups = kernels::int8_groups(to.columns), columns = groups * kInt8Group;
+  const int64_t panels = (to.rows + kInt8Panel - 1) / kInt8Panel;
   parallel_for(panels, threads_for(run, panels), [&](int64_t panel, int) {
-    const int64_t halves = columns / 16;
-    Scratch scratch(static_cast<size_t>(kInt8Panel * (columns + 8 * halves)) + 128);
-    CodeRows rows{scratch.take<int8_t>(kInt8Panel * columns),
-                  scratch.take<float>(kInt8Panel * halves),
-                  scratch.take<float>(kInt8Panel * halves), columns};
+    Scratch scratch(static_cast<size_t>(kInt8Panel * (columns + 4 * groups) + 4 * columns) + 256);
+    auto* codes = scratch.take<int8_t>(kInt8Panel * columns);
+    auto* scales = scratch.take<float>(kInt8Panel * groups);
+    auto* row = scratch.take<float>(columns);
+    std::fill(row, row + columns, 0.0f);
     int64_t first = 0, filled = 0;  // of the part; of the panel
     const int64_t begin = panel * kInt8Panel;
     for (const BlockMatrix& part : parts) {
@@ -395,21 +390,15 @@ void pack_int8(std::span<const BlockMatrix> parts, const Int8Matrix& to, const R
       const int64_t end = std::min(first + part.rows, begin + kInt8Panel) - first;
       const auto* data = reinterpret_cast<const uint8_t*>(part.data);
       for (int64_t n = from; n < end; ++n, ++filled) {
-        kernels.read_codes[static_cast<size_t>(part.format)](
-            data + n * part.row_bytes(), columns, rows.codes + filled * columns,
-            rows.scales + filled * halves, rows.minima + filled * halves);
+        kernels.read[static_cast<size_t>(part.format)](data + n * part.row_bytes(), to.columns,
+                                                       row);
+        kernels.round_weights(row, groups, codes + filled * columns, scales + filled * groups);
       }
       first += part.rows;
     }
-    const auto clear = [&](auto* values, int64_t each) {
-      std::fill(values + filled * each, values + kInt8Panel * each, 0);
-    };
-    clear(rows.codes, columns);
-    clear(rows.scales, halves);
-    clear(rows.minima, halves);
-    write_panel(
-        rows, to,
-        to.data + panel * (columns / kInt8Group) * WeightGroup(to.half_groups, to.minima).bytes);
+    std::fill(codes + filled * columns, codes + kInt8Panel * columns, int8_t{0});
+    std::fill(scales + filled * groups, scales + kInt8Panel * groups, 0.0f);
+    write_panel(codes, scales, groups, reinterpret_cast<WeightGroup*>(to.data) + panel * groups);
   });
 }
 

@@ -1,12 +1,12 @@
 // Many activation rows times a quantised weight matrix, in 8-bit integers.
 //
-//   y[m,n] = sum_b  scale[n,b] step[m,b] sum_{k in b} code[n,k] q[m,k]  +  minimum[n,b] sum_{k in b} x[m,k]
+//   y[m,n] = sum_b  scale[n,b] step[m,b] sum_{k in b} code[n,k] q[m,k]
 //
-// over groups b of 32 columns. The weights are those of the file, W = scale * code + minimum, with codes
-// around zero. Activations are rounded: q = round(x / step) with step = max_{k in b} |x| / 127; the four
-// largest of a row are not (arXiv 2208.07339): they are multiplied in float32, and zeros stand in their
-// place where steps are found. Sums of products are exact integers within a group and float32 across
-// groups.
+// over groups b of 64 columns. Both factors are rounded to 8 bits: weights with the scale of least squared
+// error in a group among 16 from max |w| / 127 to max |w| / 82, activations with step = max |x| / 127. The
+// four largest activations of a row are not rounded (arXiv 2208.07339): they are multiplied in float32,
+// and zeros stand in their place where steps are found. Sums of products are exact integers within a
+// group and float32 across groups.
 #pragma once
 #include <cstddef>
 #include <cstdint>
@@ -23,7 +23,7 @@ namespace heed {
 bool has_int8_products(const RunOptions& run = {});
 
 /// Activations [rows, columns] rounded to int8, in memory of int8_rows_bytes() that the caller keeps,
-/// aligned to 64 bytes. columns is a multiple of 32.
+/// aligned to 64 bytes.
 struct Int8Rows {
   std::byte* data = nullptr;
   int64_t rows = 0;
@@ -31,8 +31,8 @@ struct Int8Rows {
 };
 int64_t int8_rows_bytes(int64_t rows, int64_t columns);
 
-/// Calls make(first, x) for some rows at a time, in parallel: x is float32 [n, columns] to be filled with
-/// rows [first, first + n), which are then rounded. A NaN or an infinity makes its whole row NaN or infinite
+/// Calls make(first, x) for some rows at a time, in parallel: x is float32 [n, columns], with a unit stride
+/// in its columns, to be filled with rows [first, first + n), which are then rounded. A NaN or an infinity makes its whole row NaN or infinite
 /// in a product.
 void fill_int8_rows(const Int8Rows& to, const RunOptions& run,
                     const std::function<void(int64_t first, const Tensor& x)>& make);
@@ -42,16 +42,14 @@ struct Int8Matrix {
   std::byte* data = nullptr;
   int64_t rows = 0;
   int64_t columns = 0;
-  bool minima = false;       // some part has them
-  bool half_groups = false;  // some part has scales for groups of 16
 
   int64_t bytes() const;
 };
 
 /// Whether the format has codes of at most 8 bits.
 bool has_codes(BlockFormat format);
-/// The matrix of these parts stacked, without memory. Throws Error for parts without codes, of different
-/// columns, or with a number of columns that is no multiple of 32.
+/// The matrix of these parts stacked, without memory. Throws Error for no parts, parts without codes or of
+/// different columns.
 Int8Matrix int8_matrix(std::span<const BlockMatrix> parts);
 /// Fills to.data, of to.bytes(), where `to` is int8_matrix(parts).
 void pack_int8(std::span<const BlockMatrix> parts, const Int8Matrix& to,

@@ -28,18 +28,14 @@ struct alignas(64) Tile {
 using Sums = __m512[kRows][kVectors];
 
 // The codes of an outlier's column are picked out of their fours by a product with one 1.
-template <bool kHalfGroups, bool kMinima>
 inline __attribute__((always_inline)) void add_outliers(const Int8Outliers& outliers,
-                                                        const std::byte* weights, Sums& sums) {
-  constexpr WeightGroup at(kHalfGroups, kMinima);
+                                                        const WeightGroup* weights, Sums& sums) {
   for (int64_t i = 0; i < Int8Outliers::kCount; ++i) {
 #pragma GCC unroll 4
     for (int r = 0; r < kRows; ++r) {
-      const int64_t k = outliers.columns[i][r], in_group = k % kInt8Group;
-      const std::byte* group = weights + k / kInt8Group * at.bytes;
-      const std::byte* codes = group + at.codes + in_group / 4 * WeightGroup::kVector;
-      const std::byte* scales =
-          group + at.scales + (kHalfGroups ? in_group / 16 * WeightGroup::kVector : 0);
+      const int64_t k = outliers.columns[i][r];
+      const WeightGroup& w = weights[k / kInt8Group];
+      const int8_t* codes = w.codes[k % kInt8Group / 4][0];
       const __m512i one = _mm512_set1_epi32(1 << (8 * (k % 4)));
       const __m512 value = _mm512_set1_ps(outliers.values[i][r]);
 #pragma GCC unroll 2
@@ -47,83 +43,61 @@ inline __attribute__((always_inline)) void add_outliers(const Int8Outliers& outl
         const __m512i code =
             _mm512_dpbusd_epi32(_mm512_setzero_si512(), one, _mm512_load_si512(codes + 64 * v));
         const __m512 weight =
-            _mm512_mul_ps(_mm512_cvtepi32_ps(code), _mm512_load_ps(scales + 64 * v));
+            _mm512_mul_ps(_mm512_cvtepi32_ps(code), _mm512_load_ps(w.scales + 16 * v));
         sums[r][v] = _mm512_fmadd_ps(weight, value, sums[r][v]);
       }
     }
   }
 }
 
-// Sums of four rows of activations with a panel of weights. A group costs 8 steps of integers, and
-// conversion, scale and step (and minimum) once: 64 + 16 (+ 8) multiply-adds of 16 lanes; an outlier costs
-// 6 for its row.
-template <bool kHalfGroups, bool kMinima>
-__attribute__((noinline)) void sum_panel(const std::byte* block, const std::byte* weights,
+// Sums of four rows of activations with a panel of weights. A group costs 16 steps of integers, then
+// conversion, scale and step once: 128 + 16 multiply-adds of 16 lanes; an outlier costs 6 for its row.
+__attribute__((noinline)) void sum_panel(const std::byte* block, const WeightGroup* weights,
                                          int64_t groups, Tile& tile) {
-  constexpr WeightGroup at(kHalfGroups, kMinima);
   const auto* outliers = reinterpret_cast<const Int8Outliers*>(block);
   const auto* x = reinterpret_cast<const Int8Group*>(outliers + 1);
-  const std::byte* w = weights;
-  constexpr int kScales = kHalfGroups ? 2 : 1;
+  const WeightGroup* w = weights;
   Sums sums;
 #pragma GCC unroll 4
   for (auto& row : sums) {
 #pragma GCC unroll 2
     for (auto& sum : row) sum = _mm512_setzero_ps();
   }
-  for (int64_t g = 0; g < groups; ++g, ++x, w += at.bytes) {
-    const auto vector = [&](int64_t offset, int i)
-                            __attribute__((always_inline)) { return w + offset + i * 64; };
-#pragma GCC unroll 2
-    for (int part = 0; part < kScales; ++part) {
-      __m512i dots[kRows][kVectors];
+  for (int64_t g = 0; g < groups; ++g, ++x, ++w) {
+    __m512i dots[kRows][kVectors];
 #pragma GCC unroll 4
-      for (auto& row : dots) {
+    for (auto& row : dots) {
 #pragma GCC unroll 2
-        for (int v = 0; v < kVectors; ++v) {
-          row[v] = _mm512_load_si512(vector(0, part * kVectors + v));
-        }
-      }
-#pragma GCC unroll 8
-      for (int q = part * kQuads / kScales; q < (part + 1) * kQuads / kScales; ++q) {
-        __m512i codes[kVectors];
+      for (int v = 0; v < kVectors; ++v) row[v] = _mm512_load_si512(w->starts + 16 * v);
+    }
+#pragma GCC unroll 16
+    for (int q = 0; q < kQuads; ++q) {
+      __m512i codes[kVectors];
 #pragma GCC unroll 2
-        for (int v = 0; v < kVectors; ++v) {
-          codes[v] = _mm512_load_si512(vector(at.codes, q * kVectors + v));
-        }
-#pragma GCC unroll 4
-        for (int r = 0; r < kRows; ++r) {
-          int four;
-          std::memcpy(&four, x->codes[q][r], sizeof four);
-          const __m512i values = _mm512_set1_epi32(four);
-#pragma GCC unroll 2
-          for (int v = 0; v < kVectors; ++v) {
-            dots[r][v] = _mm512_dpbusd_epi32(dots[r][v], values, codes[v]);
-          }
-        }
-      }
+      for (int v = 0; v < kVectors; ++v) codes[v] = _mm512_load_si512(w->codes[q][16 * v]);
 #pragma GCC unroll 4
       for (int r = 0; r < kRows; ++r) {
+        int four;
+        std::memcpy(&four, x->codes[q][r], sizeof four);
+        const __m512i values = _mm512_set1_epi32(four);
 #pragma GCC unroll 2
         for (int v = 0; v < kVectors; ++v) {
-          const __m512 scale = _mm512_load_ps(vector(at.scales, part * kVectors + v));
-          sums[r][v] = _mm512_fmadd_ps(_mm512_mul_ps(_mm512_cvtepi32_ps(dots[r][v]), scale),
-                                       _mm512_set1_ps(x->steps[r]), sums[r][v]);
+          dots[r][v] = _mm512_dpbusd_epi32(dots[r][v], values, codes[v]);
         }
       }
     }
-    if constexpr (kMinima) {
 #pragma GCC unroll 4
-      for (int r = 0; r < kRows; ++r) {
+    for (int r = 0; r < kRows; ++r) {
+      const __m512 step = _mm512_set1_ps(x->steps[r]);
 #pragma GCC unroll 2
-        for (int v = 0; v < kVectors; ++v) {
-          sums[r][v] = _mm512_fmadd_ps(_mm512_load_ps(vector(at.minima, v)),
-                                       _mm512_set1_ps(x->sums[r]), sums[r][v]);
-        }
+      for (int v = 0; v < kVectors; ++v) {
+        const __m512 scale = _mm512_load_ps(w->scales + 16 * v);
+        sums[r][v] =
+            _mm512_fmadd_ps(_mm512_mul_ps(_mm512_cvtepi32_ps(dots[r][v]), scale), step, sums[r][v]);
       }
     }
   }
-  add_outliers<kHalfGroups, kMinima>(*outliers, weights, sums);
+  add_outliers(*outliers, weights, sums);
 #pragma GCC unroll 4
   for (int r = 0; r < kRows; ++r) {
 #pragma GCC unroll 2
@@ -166,10 +140,8 @@ inline void store(const Tile& tile, T* y, int64_t stride, int64_t rows, int64_t 
 template <class T, bool kAdd>
 void panel_rows(const Int8Rows& x, const Int8Matrix& w, const Tensor& y, int64_t panel,
                 int64_t first, int64_t end) {
-  const int64_t groups = x.columns / kInt8Group, column = panel * kInt8Panel;
-  const auto sum = w.half_groups ? (w.minima ? sum_panel<true, true> : sum_panel<true, false>)
-                                 : (w.minima ? sum_panel<false, true> : sum_panel<false, false>);
-  const std::byte* weights = w.data + panel * groups * WeightGroup(w.half_groups, w.minima).bytes;
+  const int64_t groups = int8_groups(x.columns), column = panel * kInt8Panel;
+  const auto* weights = reinterpret_cast<const WeightGroup*>(w.data) + panel * groups;
   Tile tile;
   for (int64_t m = first; m < end; m += kInt8Rows) {
     const int64_t rows = std::min(kInt8Rows, end - m);
@@ -180,7 +152,7 @@ void panel_rows(const Int8Rows& x, const Int8Matrix& w, const Tensor& y, int64_t
         __builtin_prefetch(to + r * y.stride(0) + c, 1);
       }
     }
-    sum(x.data + m / kInt8Rows * int8_block_bytes(x.columns), weights, groups, tile);
+    sum_panel(x.data + m / kInt8Rows * int8_block_bytes(x.columns), weights, groups, tile);
     store<T, kAdd>(tile, to, y.stride(0), rows, w.rows - column);
   }
 }

@@ -7,6 +7,7 @@
 #include <cstring>
 #include <limits>
 #include <memory>
+#include <span>
 #include <string>
 #include <vector>
 
@@ -43,7 +44,10 @@ struct Rows {
   Rows(const float* x, int64_t rows, int64_t columns, const RunOptions& run = kRun)
       : memory(int8_rows_bytes(rows, columns)), view{memory.data(), rows, columns} {
     fill_int8_rows(view, run, [&](int64_t first, const Tensor& to) {
-      std::memcpy(to.data(), x + first * columns, static_cast<size_t>(to.count()) * sizeof(float));
+      for (int64_t m = 0; m < to.size(0); ++m) {
+        std::memcpy(to.at({m}), x + (first + m) * columns,
+                    static_cast<size_t>(columns) * sizeof(float));
+      }
     });
   }
 };
@@ -70,32 +74,22 @@ std::vector<float> product(const Rows& x, const Int8Matrix& w, const RunOptions&
   return y;
 }
 
-// The weights where every code is the one in the middle, of which codes are counted.
-std::vector<float> middle_weights(const Matrix& w) {
-  struct Fill {
-    BlockFormat format;
-    int begin, end;  // bytes of a block
-    uint8_t byte;
-  };
-  const Fill fills[] = {{BlockFormat::q8_0, 2, 34, 0},     {BlockFormat::q4_0, 2, 18, 0x88},
-                        {BlockFormat::q4_1, 4, 20, 0x88},  {BlockFormat::q5_0, 2, 6, 0xff},
-                        {BlockFormat::q5_0, 6, 22, 0},     {BlockFormat::q5_1, 4, 8, 0xff},
-                        {BlockFormat::q5_1, 8, 24, 0},     {BlockFormat::q4_k, 16, 144, 0x88},
-                        {BlockFormat::q5_k, 16, 48, 0xff}, {BlockFormat::q5_k, 48, 176, 0},
-                        {BlockFormat::q6_k, 0, 128, 0},    {BlockFormat::q6_k, 128, 192, 0xaa}};
-  std::vector<std::byte> bytes = w.bytes;
-  const auto block = static_cast<size_t>(bytes_per_block(w.view.format));
-  for (const Fill& fill : fills) {
-    if (fill.format != w.view.format) continue;
-    for (size_t at = 0; at < bytes.size(); at += block) {
-      std::memset(&bytes[at + static_cast<size_t>(fill.begin)], fill.byte,
-                  static_cast<size_t>(fill.end - fill.begin));
+// Weights [rows, columns] as they were packed.
+struct Packed {
+  std::vector<double> values;
+  std::vector<double> half_scales;  // of each value
+  explicit Packed(const Int8Matrix& w) {
+    const auto* groups = reinterpret_cast<const kernels::WeightGroup*>(w.data);
+    for (int64_t n = 0; n < w.rows; ++n) {
+      for (int64_t k = 0; k < w.columns; ++k) {
+        const auto& group = groups[n / 32 * kernels::int8_groups(w.columns) + k / 64];
+        const auto scale = static_cast<double>(group.scales[n % 32]);
+        values.push_back(scale * group.codes[k % 64 / 4][n % 32][k % 4]);
+        half_scales.push_back(scale / 2);
+      }
     }
   }
-  std::vector<float> values(w.values.size());
-  dequantize(w.format.type, bytes, values.data(), static_cast<int64_t>(values.size()));
-  return values;
-}
+};
 
 // Activations [rows, columns] as they are rounded, in the documented way.
 struct Rounded {
@@ -112,11 +106,13 @@ struct Rounded {
         *largest = 0;
       }
     }
-    for (size_t k = 0; k < x.size(); k += 32) {
+    const auto width = static_cast<size_t>(columns);
+    for (size_t k = 0, end = 0; k < x.size(); k = end) {
+      end = std::min(k + 64, (k / width + 1) * width);
       float most = 0;
-      for (size_t i = k; i < k + 32; ++i) most = std::max(most, std::abs(rest[i]));
+      for (size_t i = k; i < end; ++i) most = std::max(most, std::abs(rest[i]));
       const float step = most * (1.0f / 127.0f), inverse = most < 1e-36f ? 0.0f : 127.0f / most;
-      for (size_t i = k; i < k + 32; ++i) {
+      for (size_t i = k; i < end; ++i) {
         const double scaled = static_cast<double>(rest[i]) * static_cast<double>(inverse);
         values[i] += std::nearbyint(scaled) * static_cast<double>(step);
         half_steps[i] = 0.5000001 * static_cast<double>(step);
@@ -125,27 +121,27 @@ struct Rounded {
   }
 };
 
-// y of one row against a float64 sum of the rounded activations, and against one of the exact ones.
-void expect_row(const Matrix& w, const std::vector<float>& middle, const float* x,
-                const Rounded& rounded, size_t row, const float* y, const std::string& what) {
-  const auto columns = static_cast<size_t>(w.view.columns);
-  for (size_t n = 0; n < static_cast<size_t>(w.view.rows); ++n) {
+// y of one row against a float64 sum of the rounded factors, and against one of the exact ones.
+void expect_row(const std::vector<float>& weights, const Packed& packed, const float* x,
+                const Rounded& rounded, size_t row, size_t columns, const float* y,
+                const std::string& what) {
+  for (size_t n = 0; n < weights.size() / columns; ++n) {
     double needed = 0, exact = 0, size = 0, rounding = 0;
     for (size_t k = 0; k < columns; ++k) {
       const auto value = static_cast<double>(x[k]);
-      const auto weight = static_cast<double>(w.values[n * columns + k]);
-      const auto minimum = static_cast<double>(middle[n * columns + k]);
-      const double q = rounded.values[row * columns + k];
-      needed += (weight - minimum) * q + minimum * value;
+      const auto weight = static_cast<double>(weights[n * columns + k]);
+      const double q = rounded.values[row * columns + k], w = packed.values[n * columns + k];
+      needed += w * q;
       exact += weight * value;
-      size += (std::abs(weight) + std::abs(minimum)) * (std::abs(value) + std::abs(q));
-      rounding += std::abs(weight - minimum) * rounded.half_steps[row * columns + k];
+      size += std::abs(w * q) + std::abs(weight * value);
+      rounding += std::abs(weight) * rounded.half_steps[row * columns + k] +
+                  1.0001 * packed.half_scales[n * columns + k] * std::abs(q);
     }
     // Three roundings of a sum for each group, and those of terms.
-    const double bound = std::ldexp(3 * static_cast<double>(columns) / 32 + 40, -24) * size;
+    const double bound = std::ldexp(3 * static_cast<double>(columns) / 64 + 40, -24) * size;
     ASSERT_TRUE(std::abs(static_cast<double>(y[n]) - needed) <= bound)
-        << what << " row " << n << ": " << y[n] << ", " << needed
-        << " of rounded activations, bound " << bound;
+        << what << " row " << n << ": " << y[n] << ", " << needed << " of rounded factors, bound "
+        << bound;
     ASSERT_TRUE(std::abs(static_cast<double>(y[n]) - exact) <= rounding + bound)
         << what << " row " << n << ": " << y[n] << ", exact " << exact;
   }
@@ -173,7 +169,7 @@ std::vector<Format> formats_with_codes() {
 
 TEST(Int8Rows, RoundsOnEveryInstructionSet) {
   for (Isa isa : available_isas()) {
-    for (int64_t columns : {32, 96, 576}) {
+    for (int64_t columns : {1, 32, 96, 111, 576}) {
       for (int64_t count : {1, 3, 4, 9, 70}) {
         const std::vector<float> x = activations(count, columns, 3);
         const Rounded needed(x, columns);
@@ -182,8 +178,8 @@ TEST(Int8Rows, RoundsOnEveryInstructionSet) {
           const auto* outliers = reinterpret_cast<const kernels::Int8Outliers*>(
               rows.view.data + m / 4 * kernels::int8_block_bytes(columns));
           for (int64_t k = 0; k < columns; ++k) {
-            const auto& group = reinterpret_cast<const kernels::Int8Group*>(outliers + 1)[k / 32];
-            const int code = group.codes[k % 32 / 4][m % 4][k % 4] - 128;
+            const auto& group = reinterpret_cast<const kernels::Int8Group*>(outliers + 1)[k / 64];
+            const int code = group.codes[k % 64 / 4][m % 4][k % 4] - 128;
             double found = code * static_cast<double>(group.steps[m % 4]);
             for (size_t i = 0; i < 4; ++i) {
               if (outliers->columns[i][m % 4] == k) {
@@ -193,15 +189,6 @@ TEST(Int8Rows, RoundsOnEveryInstructionSet) {
             const auto at = static_cast<size_t>(m * columns + k);
             ASSERT_EQ(found, m < count ? needed.values[at] : 0)
                 << name_of(isa) << " " << m << " " << k;
-            if (k % 32 != 0) continue;
-            double sum = 0, size = 0;
-            for (size_t i = at; m < count && i < at + 32; ++i) {
-              sum += static_cast<double>(x[i]);
-              size += static_cast<double>(std::abs(x[i]));
-            }
-            ASSERT_TRUE(std::abs(static_cast<double>(group.sums[m % 4]) - sum) <=
-                        std::ldexp(32, -24) * size)
-                << name_of(isa);
           }
         }
       }
@@ -209,15 +196,44 @@ TEST(Int8Rows, RoundsOnEveryInstructionSet) {
   }
 }
 
-TEST(Int8Rows, WeightsArePackedAlikeOnEveryInstructionSet) {
+// Sum of squared errors of some weights rounded to multiples of a scale.
+double rounding_error(std::span<const float> weights, double scale) {
+  double sum = 0;
+  for (float weight : weights) {
+    const double code = static_cast<double>(weight) / scale;
+    sum += std::pow(scale * (code - std::nearbyint(code)), 2);
+  }
+  return sum;
+}
+
+TEST(Int8Rows, WeightsAreRoundedWithTheBestScaleOnEveryInstructionSet) {
   for (const Format& format : formats_with_codes()) {
-    const Matrix w(format, 37, 512, 4);
-    const Weights portable({w.view}, {.threads = 1, .isa = Isa::portable});
+    const int64_t columns = weights_per_block(format.format) * 3;
+    const Matrix w(format, 37, columns, 4);
     for (Isa isa : available_isas()) {
-      const Weights other({w.view}, {.threads = 3, .isa = isa});
-      EXPECT_EQ(0, std::memcmp(portable.view.data, other.view.data,
-                               static_cast<size_t>(portable.view.bytes())))
-          << name_of(isa) << " " << name_of(format.format);
+      const Packed packed(Weights({w.view}, {.threads = 3, .isa = isa}).view);
+      for (size_t at = 0, end = 0; at < w.values.size(); at = end) {
+        const size_t row_end =
+            (at / static_cast<size_t>(columns) + 1) * static_cast<size_t>(columns);
+        end = std::min(at + 64, row_end);
+        const std::span<const float> weights(&w.values[at], end - at);
+        double largest = 0;
+        for (float weight : weights) {
+          largest = std::max(largest, std::abs(static_cast<double>(weight)));
+        }
+        double least = largest < 1e-36 ? 0 : std::numeric_limits<double>::infinity(), found = 0;
+        for (int codes = 127; codes >= 82 && largest >= 1e-36; codes -= 3) {
+          least = std::min(least, rounding_error(weights, largest / codes));
+        }
+        for (size_t i = at; i < end; ++i) {
+          const double error = packed.values[i] - static_cast<double>(w.values[i]);
+          ASSERT_TRUE(std::abs(error) <= 1.0001 * packed.half_scales[i] + 1e-36);
+          found += error * error;
+        }
+        ASSERT_TRUE(found <= 1.001 * least + 1e-9 * largest * largest)
+            << name_of(isa) << " " << name_of(format.format) << " " << at << ": " << found << ", "
+            << least << " is possible";
+      }
     }
   }
 }
@@ -229,15 +245,15 @@ TEST(Int8Rows, ProductsOfEveryFormat) {
     for (int64_t columns : {block, 3 * block, 9 * block}) {
       for (int64_t rows : {1, 15, 17, 32, 33, 79}) {
         const Matrix w(format, rows, columns, static_cast<uint32_t>(rows * 1000 + columns));
-        const std::vector<float> middle = middle_weights(w);
         const Weights weights({w.view});
+        const Packed packed(weights.view);
         for (int64_t count : {1, 3, 4, 5, 130}) {
           const std::vector<float> x = activations(count, columns, 7);
           const std::vector<float> y = product(Rows(x, columns), weights.view);
           const Rounded rounded(x, columns);
           for (size_t m = 0; m < static_cast<size_t>(count); ++m) {
-            expect_row(w, middle, &x[m * static_cast<size_t>(columns)], rounded, m,
-                       &y[m * static_cast<size_t>(rows)],
+            expect_row(w.values, packed, &x[m * static_cast<size_t>(columns)], rounded, m,
+                       static_cast<size_t>(columns), &y[m * static_cast<size_t>(rows)],
                        std::string(name_of(format.format)) + " [" + std::to_string(rows) + "," +
                            std::to_string(columns) + "], " + std::to_string(count) + " rows");
             if (HasFatalFailure()) return;
@@ -263,16 +279,17 @@ TEST(Int8Rows, PartsOfDifferentFormatsStacked) {
     }
     for (Matrix& part : parts) views.push_back(part.view);
     const Weights weights(views);
-    const std::vector<float> y = product(rows, weights.view);
-    size_t first = 0;
+    const Packed packed(weights.view);
+    std::vector<float> values;
     for (const Matrix& part : parts) {
-      for (size_t m = 0; m < static_cast<size_t>(count); ++m) {
-        expect_row(part, middle_weights(part), &x[m * static_cast<size_t>(columns)], rounded, m,
-                   &y[m * static_cast<size_t>(weights.view.rows) + first],
-                   name_of(part.view.format));
-        if (HasFatalFailure()) return;
-      }
-      first += static_cast<size_t>(part.view.rows);
+      values.insert(values.end(), part.values.begin(), part.values.end());
+    }
+    const std::vector<float> y = product(rows, weights.view);
+    for (size_t m = 0; m < static_cast<size_t>(count); ++m) {
+      expect_row(values, packed, &x[m * static_cast<size_t>(columns)], rounded, m,
+                 static_cast<size_t>(columns), &y[m * static_cast<size_t>(weights.view.rows)],
+                 "stacked");
+      if (HasFatalFailure()) return;
     }
   }
 }
@@ -359,7 +376,7 @@ TEST(Int8Rows, RefusesWhatDoesNotFit) {
   EXPECT_THROW(int8_matrix(std::vector<BlockMatrix>{w.view, plain.view}), Error);
   EXPECT_THROW(int8_matrix(std::vector<BlockMatrix>{}), Error);
   const auto nothing = [](int64_t, const Tensor&) {};
-  EXPECT_THROW(fill_int8_rows({nullptr, 3, 40}, kRun, nothing), Error);
+  EXPECT_THROW(fill_int8_rows({nullptr, 3, 0}, kRun, nothing), Error);
   const Weights weights({w.view}, {.isa = Isa::portable});
   Memory memory(int8_rows_bytes(3, 64));
   std::vector<float> y(64);

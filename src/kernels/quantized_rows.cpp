@@ -26,7 +26,7 @@ namespace hn = hwy::HWY_NAMESPACE;
 // Sums of M activation rows with one weight row. Two accumulators per sum hide the latency of the
 // multiply-add; their number is the same for every M and R below, so results do not depend on those.
 template <int M>
-struct Sums : Widened {
+struct Sums {
   V even[M], odd[M];
   const float* x;
   int64_t x_stride;

@@ -146,8 +146,10 @@ TEST(TransformerRows, ResultsRoundedToInt8) {
         op(Int8Rows{found.as<std::byte>(), rows, columns});
         fill_int8_rows({needed.as<std::byte>(), rows, columns}, run,
                        [&](int64_t first, const Tensor& to) {
-                         std::memcpy(to.data(), wide.view().at({first}),
-                                     static_cast<size_t>(to.count()) * sizeof(float));
+                         for (int64_t m = 0; m < to.size(0); ++m) {
+                           std::memcpy(to.at({m}), wide.view().at({first + m}),
+                                       static_cast<size_t>(columns) * sizeof(float));
+                         }
                        });
         EXPECT_EQ(0, std::memcmp(found.as<void>(), needed.as<void>(), bytes))
             << what << " " << name_of(isa) << " " << name_of(type);
