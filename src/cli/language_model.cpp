@@ -55,8 +55,8 @@ void add_model_options(CLI::App& command, ModelArguments& arguments, const char*
           "over the layers; 15xA/15xB: fifteen layers A, then fifteen B")
       ->capture_default_str();
   command.add_option("--dtype", arguments.dtype,
-                     "f32 (exact), bf16 or int4 (weights as they are quantised, activations of a "
-                     "prompt rounded to int8 or bf16); without it what suits the file");
+                     "f32 (exact), bf16 or int4 (weights as they are quantised; for a prompt they "
+                     "and activations are rounded to int8 or bf16); without it what suits the file");
   command.add_option("--context", arguments.context, context_help)->transform(whole_number(1));
   command.add_option("--threads", arguments.threads, "Threads; without it all cores")
       ->transform(whole_number(1, 1024));  // what set_threads takes

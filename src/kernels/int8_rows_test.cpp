@@ -84,7 +84,8 @@ struct Packed {
       for (int64_t k = 0; k < w.columns; ++k) {
         const auto& group = groups[n / 32 * kernels::int8_groups(w.columns) + k / 64];
         const auto scale = static_cast<double>(group.scales[n % 32]);
-        values.push_back(scale * group.codes[k % 64 / 4][n % 32][k % 4]);
+        const int8_t code = group.codes[k % 64 / 4][n % 32][k % 4];
+        values.push_back(scale * code);
         half_scales.push_back(scale / 2);
       }
     }

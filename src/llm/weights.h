@@ -21,10 +21,9 @@ class GgufFile;
 /// How a model is computed.
 ///   f32   exact: weights of the file widened to float32, float32 activations and cache
 ///   bf16  weights rounded to bfloat16, bfloat16 cache
-///   int4  few rows: the quantised blocks of the file with float32 activations; many rows: the same
-///         with activations rounded to int8 in groups of 32 columns where the processor multiplies
-///         bytes fastest, else weights and activations in bfloat16, or float32 where that is faster;
-///         bfloat16 cache
+///   int4  few rows: the quantised blocks of the file with float32 activations; many rows: weights
+///         and activations rounded to int8 (kernels/int8_rows.h) where the processor multiplies bytes
+///         fastest, else to bfloat16, or in float32 where that is faster; bfloat16 cache
 enum class ModelDtype { f32, bf16, int4 };
 
 const char* name_of(ModelDtype dtype);
