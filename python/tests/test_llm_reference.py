@@ -108,10 +108,11 @@ def test_smollm2_logits(tmp_path):
     ids = [int(i) for i in np.random.default_rng(6).integers(17, 49152, 200)]
     needed = reference_logits(model, ids)
     assert_close(heed_logits(model, ids, tmp_path), needed, 1e-3)
-    # The quick modes round to bfloat16: close on the scale of the logits, and mostly the same choice.
-    for dtype in ("int4", "bf16"):
+    # The quick modes round to bfloat16 or int8 (llama.cpp: 0.078): close on the scale of the logits, and
+    # mostly the same choice.
+    for dtype, bound in (("int4", 0.08), ("bf16", 0.05)):
         found = heed_logits(model, ids, tmp_path, dtype)
-        assert np.sqrt(((found - needed) ** 2).mean()) < 0.05 * needed.std()
+        assert np.sqrt(((found - needed) ** 2).mean()) < bound * needed.std()
         assert (found.argmax(-1) == needed.argmax(-1)).mean() > 0.85
 
 
