@@ -10,6 +10,7 @@
 #include "base/parallel.h"
 #include "base/round_up.h"
 #include "heed/error.h"
+#include "kernels/by_isa.h"
 #include "kernels/int8_layout.h"
 
 #ifndef HEED_INT8_KERNELS_
@@ -272,6 +273,12 @@ HWY_AFTER_NAMESPACE();
 
 #if HWY_ONCE
 namespace heed {
+namespace kernels {
+namespace {
+HEED_TABLE(Int8Kernels, int8_kernels_of, int8_kernels)
+}  // namespace
+}  // namespace kernels
+
 namespace {
 
 using kernels::kInt8Group;
@@ -280,15 +287,7 @@ using kernels::kInt8Rows;
 using kernels::WeightGroup;
 
 const Int8Kernels& kernels_for(const RunOptions& run) {
-  const Isa isa = chosen_isa(run);
-#if HWY_ARCH_X86
-  static const Int8Kernels avx512 = kernels::N_AVX3::int8_kernels();
-  static const Int8Kernels avx2 = kernels::N_AVX2::int8_kernels();
-  if (isa >= Isa::avx512) return avx512;
-  if (isa == Isa::avx2) return avx2;
-#endif
-  static const Int8Kernels portable = kernels::HWY_STATIC_DISPATCH(int8_kernels)();
-  return portable;
+  return kernels::int8_kernels_of(chosen_isa(run));
 }
 
 [[noreturn]] void fail(const char* op, const std::string& text) {

@@ -8,6 +8,7 @@
 #include "base/parallel.h"
 #include "heed/error.h"
 #include "heed/tensor.h"
+#include "kernels/by_isa.h"
 #include "kernels/simd.h"
 #undef HWY_TARGET_INCLUDE
 #define HWY_TARGET_INCLUDE "kernels/quantized_rows.cpp"
@@ -153,6 +154,15 @@ HWY_AFTER_NAMESPACE();
 
 #if HWY_ONCE
 namespace heed {
+namespace kernels {
+namespace {
+using RowKernels = std::array<void (*)(const uint8_t*, int64_t, int64_t, const float*, int64_t,
+                                       int64_t, float*, int64_t, int64_t),
+                              kBlockFormats>;
+HEED_TABLE(RowKernels, row_kernels_of, row_kernels)
+}  // namespace
+}  // namespace kernels
+
 namespace {
 
 struct FormatInfo {
@@ -172,21 +182,6 @@ constexpr std::array<FormatInfo, kBlockFormats> kFormats{{{"F32", 1, 4},
                                                           {"Q6_K", 256, 210}}};
 
 const FormatInfo& info(BlockFormat format) { return kFormats[static_cast<size_t>(format)]; }
-
-using RowKernels = std::array<void (*)(const uint8_t*, int64_t, int64_t, const float*, int64_t,
-                                       int64_t, float*, int64_t, int64_t),
-                              kBlockFormats>;
-
-const RowKernels& row_kernels_for(Isa isa) {
-#if HWY_ARCH_X86
-  static const RowKernels avx512 = kernels::N_AVX3::row_kernels();
-  static const RowKernels avx2 = kernels::N_AVX2::row_kernels();
-  if (isa >= Isa::avx512) return avx512;
-  if (isa == Isa::avx2) return avx2;
-#endif
-  static const RowKernels portable = kernels::HWY_STATIC_DISPATCH(row_kernels)();
-  return portable;
-}
 
 void check(std::span<const RowProduct> products, int64_t x_stride, int64_t count) {
   auto fail = [](const std::string& text) { throw Error("quantized_rows: " + text); };
@@ -237,7 +232,7 @@ void quantized_rows(std::span<const RowProduct> products, const float* x, int64_
     int64_t step = rows_per_item(p.weights);
     items += (p.weights.rows + step - 1) / step;
   }
-  const RowKernels& kernels = row_kernels_for(chosen_isa(run));
+  const auto& row_kernels = kernels::row_kernels_of(chosen_isa(run));
   parallel_for(items, threads_for(run, items), [&](int64_t item, int) {
     for (const RowProduct& p : products) {
       const BlockMatrix& w = p.weights;
@@ -247,7 +242,7 @@ void quantized_rows(std::span<const RowProduct> products, const float* x, int64_
         continue;
       }
       int64_t begin = item * step, rows = std::min(step, w.rows - begin);
-      kernels[static_cast<size_t>(w.format)](
+      row_kernels[static_cast<size_t>(w.format)](
           reinterpret_cast<const uint8_t*>(w.data) + begin * w.row_bytes(), w.row_bytes(),
           w.columns, x, x_stride, count, p.y + begin, p.y_stride, rows);
       return;

@@ -164,9 +164,7 @@ void solve(Block<const double> factor, int64_t n, double* x) {
 
 }  // namespace
 
-void make_second_moments(SecondMomentKernels& kernels) {
-  kernels = {&add_moments, &factorize, &solve};
-}
+SecondMomentKernels make_second_moments() { return {&add_moments, &factorize, &solve}; }
 
 }  // namespace heed::kernels::HWY_NAMESPACE
 HWY_AFTER_NAMESPACE();
@@ -174,21 +172,7 @@ HWY_AFTER_NAMESPACE();
 #if HWY_ONCE
 namespace heed::kernels {
 
-namespace {
-
-void fill(Isa isa, SecondMomentKernels& kernels) HEED_SELECT(make_second_moments, kernels)
-
-    SecondMomentKernels make(Isa isa) {
-  SecondMomentKernels kernels;
-  fill(isa, kernels);
-  return kernels;
-}
-
-}  // namespace
-
-const SecondMomentKernels& second_moment_kernels(Isa isa) {
-  return by_isa<SecondMomentKernels>(isa, &make);
-}
+HEED_TABLE(SecondMomentKernels, second_moment_kernels, make_second_moments)
 
 }  // namespace heed::kernels
 #endif  // HWY_ONCE

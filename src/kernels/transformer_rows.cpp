@@ -9,6 +9,7 @@
 
 #include "base/parallel.h"
 #include "heed/error.h"
+#include "kernels/by_isa.h"
 
 #ifndef HEED_TRANSFORMER_KERNELS_
 #define HEED_TRANSFORMER_KERNELS_
@@ -252,18 +253,16 @@ HWY_AFTER_NAMESPACE();
 
 #if HWY_ONCE
 namespace heed {
+namespace kernels {
+namespace {
+HEED_TABLE(TransformerKernels, transformer_kernels_of, transformer_kernels)
+}  // namespace
+}  // namespace kernels
+
 namespace {
 
 const TransformerKernels& kernels_for(const RunOptions& run) {
-  const Isa isa = chosen_isa(run);
-#if HWY_ARCH_X86
-  static const TransformerKernels avx512 = kernels::N_AVX3::transformer_kernels();
-  static const TransformerKernels avx2 = kernels::N_AVX2::transformer_kernels();
-  if (isa >= Isa::avx512) return avx512;
-  if (isa == Isa::avx2) return avx2;
-#endif
-  static const TransformerKernels portable = kernels::HWY_STATIC_DISPATCH(transformer_kernels)();
-  return portable;
+  return kernels::transformer_kernels_of(chosen_isa(run));
 }
 
 [[noreturn]] void fail(const char* op, const std::string& text) {
