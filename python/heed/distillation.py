@@ -39,9 +39,13 @@ def attention_distillation_loss(
 
     Source: The Hedgehog & the Porcupine (arXiv 2402.04347).
     """
-    return torch.ops.heed.attention_distillation_loss(
-        detached(q), detached(k), feature_q, feature_k, causal, scale
+    # Gradients are made with the loss, from the same products.
+    gradients = torch.is_grad_enabled() and any(
+        isinstance(t, Tensor) and t.requires_grad for t in (feature_q, feature_k)
     )
+    return torch.ops.heed.attention_distillation_loss(
+        detached(q), detached(k), feature_q, feature_k, causal, scale, gradients
+    )[0]
 
 
 def detached(t: Tensor) -> Tensor:

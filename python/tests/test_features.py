@@ -237,6 +237,22 @@ def test_teacher_is_detached():
     assert not heed.attention_distillation_loss(q, k, fq.detach(), fk.detach()).requires_grad
 
 
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_gradients_made_with_the_loss_are_those_of_the_backward(dtype):
+    q, k, fq, fk = loss_inputs(2, 4, 2, 1, 70, 131, 33, 40, dtype)
+    found = []
+    for gradients in (True, False):
+        inputs = [t.clone().requires_grad_() for t in (fq, fk)]
+        loss = torch.ops.heed.attention_distillation_loss(
+            q, k, *inputs, causal=True, gradients=gradients
+        )[0]
+        (3 * loss).backward()
+        found.append((loss.detach(), *(t.grad for t in inputs)))
+    for a, b in zip(*found, strict=True):
+        torch.testing.assert_close(a, b)
+        assert a.dtype == b.dtype
+
+
 def test_loss_of_equal_weights_is_the_entropy():
     """Identity: cross-entropy is at least the teacher's entropy, and equal where A = P."""
     q, k, fq, fk = loss_inputs(1, 1, 1, 1, 12, 12, 1, 1, F64)

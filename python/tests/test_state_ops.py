@@ -69,6 +69,11 @@ CALLS = {
     ),
     "map_performer": (OPS.feature_map, (QKV[0], "performer", PROJECTION), {}),
     "loss": (OPS.attention_distillation_loss, (*QKV[:2], FQ, FK), dict(causal=True)),
+    "loss_gradients": (
+        OPS.attention_distillation_loss,
+        (*QKV[:2], FQ, FK),
+        dict(causal=True, gradients=True),
+    ),
 }
 
 

@@ -25,20 +25,43 @@ void check_inputs(HEED_DISTILLATION_INPUTS) {
   check_tensor({kDistillation, "feature_k", feature_k}, 4, q.device());
 }
 
-at::Tensor distillation_cpu(HEED_DISTILLATION_INPUTS, bool causal, std::optional<double> scale) {
+// The loss and its gradients for a gradient of 1, in the loss's type; [0] where they are not asked for.
+using Results = std::tuple<at::Tensor, at::Tensor, at::Tensor>;
+Results empty_distillation(const at::Tensor& q, const at::Tensor& feature_q,
+                           const at::Tensor& feature_k, bool gradients) {
+  return {empty_statistic(q, {}), empty_statistic(q, feature_q.sym_sizes(), gradients),
+          empty_statistic(q, feature_k.sym_sizes(), gradients)};
+}
+
+Results distillation_cpu(HEED_DISTILLATION_INPUTS, bool causal, std::optional<double> scale,
+                         bool gradients) {
   check_inputs(q, k, feature_q, feature_k);
-  const at::Tensor loss = empty_statistic(q, {});
+  const Results results = empty_distillation(q, feature_q, feature_k, gradients);
+  const auto& [loss, unit_q, unit_k] = results;
   guarded([&] {
-    attention_distillation_loss(view(q), view(k), view(feature_q), view(feature_k), view(loss),
-                                {causal, scale}, run_options());
+    const DistillationOptions options{causal, scale};
+    if (gradients) {
+      attention_distillation_loss_with_gradients(view(q), view(k), view(feature_q), view(feature_k),
+                                                 view(loss), {view(unit_q), view(unit_k)}, options,
+                                                 run_options());
+    } else {
+      attention_distillation_loss(view(q), view(k), view(feature_q), view(feature_k), view(loss),
+                                  options, run_options());
+    }
   });
-  return loss;
+  return results;
 }
 
 std::tuple<at::Tensor, at::Tensor> distillation_backward_cpu(const at::Tensor& grad_loss,
+                                                             const at::Tensor& unit_feature_q,
+                                                             const at::Tensor& unit_feature_k,
                                                              HEED_DISTILLATION_INPUTS, bool causal,
                                                              std::optional<double> scale) {
   check_inputs(q, k, feature_q, feature_k);
+  if (unit_feature_q.sizes() == feature_q.sizes() && unit_feature_k.sizes() == feature_k.sizes()) {
+    return {unit_feature_q.mul(grad_loss).to(feature_q.scalar_type()),
+            unit_feature_k.mul(grad_loss).to(feature_k.scalar_type())};
+  }
   DistillationGradients to;
   guarded([&] {
     to = attention_distillation_loss_backward(view(grad_loss), view(q), view(k), view(feature_q),
@@ -47,12 +70,12 @@ std::tuple<at::Tensor, at::Tensor> distillation_backward_cpu(const at::Tensor& g
   return {take(std::move(to.feature_q), feature_q), take(std::move(to.feature_k), feature_k)};
 }
 
-at::Tensor distillation_meta(HEED_DISTILLATION_INPUTS, bool, std::optional<double>) {
+Results distillation_meta(HEED_DISTILLATION_INPUTS, bool, std::optional<double>, bool gradients) {
   check_inputs(q, k, feature_q, feature_k);
   check_qkv_shapes({kDistillation, "q", q}, {kDistillation, "k", k}, {kDistillation, "k", k});
   check_qkv_shapes({kDistillation, "feature_q", feature_q}, {kDistillation, "feature_k", feature_k},
                    {kDistillation, "feature_k", feature_k});
-  return empty_statistic(q, {});
+  return empty_distillation(q, feature_q, feature_k, gradients);
 }
 
 }  // namespace

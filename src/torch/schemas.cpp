@@ -207,9 +207,12 @@ TORCH_LIBRARY(heed, m) {
 #define HEED_DISTILLATION_ARGUMENTS                                                          \
   "Tensor q, Tensor k, Tensor feature_q, Tensor feature_k, bool causal=False, float? scale=" \
   "None"
-  m.def("attention_distillation_loss(" HEED_DISTILLATION_ARGUMENTS ") -> Tensor loss");
-  m.def("attention_distillation_loss_backward(Tensor grad_loss, " HEED_DISTILLATION_ARGUMENTS
-        ") -> (Tensor grad_feature_q, Tensor grad_feature_k)");
+  m.def("attention_distillation_loss(" HEED_DISTILLATION_ARGUMENTS
+        ", bool gradients=False) -> (Tensor loss, Tensor unit_feature_q, Tensor unit_feature_k)");
+  m.def(
+      "attention_distillation_loss_backward(Tensor grad_loss, Tensor unit_feature_q,"
+      " Tensor unit_feature_k, " HEED_DISTILLATION_ARGUMENTS
+      ") -> (Tensor grad_feature_q, Tensor grad_feature_k)");
 #define HEED_RELU_LINEAR_ARGUMENTS \
   "Tensor q, Tensor k, Tensor v, Tensor temperature, float clamp=100.0"
   m.def("relu_linear_attention(" HEED_RELU_LINEAR_ARGUMENTS ") -> Tensor out");

@@ -2,6 +2,7 @@
 #include <cmath>
 #include <limits>
 #include <memory>
+#include <numeric>
 #include <string>
 #include <vector>
 
@@ -129,20 +130,19 @@ class Distillation {
         feature_stride_(kernels::row_stride(kernels_, call.features)) {}
 
   double loss() {
-    const int64_t items = call_.batch * call_.heads * query_tiles();
-    std::vector<double> sums(static_cast<size_t>(items));
-    parallel(items, [&](int64_t item, Tile& tile) {
+    std::vector<double> sums = no_sums();
+    parallel(static_cast<int64_t>(sums.size()), [&](int64_t item, Tile& tile) {
       const int64_t head = item / query_tiles(), t = item % query_tiles();
       sums[static_cast<size_t>(item)] = weigh(rows_at(head, t), tile);
     });
-    double total = 0;
-    for (double sum : sums) total += sum;
-    return call_.rows() == 0 ? 0 : -total / static_cast<double>(call_.rows());
+    return loss_of(sums);
   }
 
-  // An item is a part of the query tiles that read one head of feature_k: each tile's gradients by its
-  // products serve its queries, and are added to those of the keys. The parts' are added in order.
-  void backward(double grad_loss, const DistillationGradientViews& gradients) {
+  // Returns the loss too. An item is a part of the query tiles that read one head of feature_k: each tile's
+  // gradients by its products serve its queries, and are added to those of the keys. The parts' are added
+  // in order.
+  double gradients(double grad_loss, const DistillationGradientViews& gradients) {
+    std::vector<double> losses = no_sums();
     const T weight =
         static_cast<T>(grad_loss / static_cast<double>(std::max<int64_t>(1, call_.rows())));
     const int64_t heads = call_.batch * call_.fk.size(1);
@@ -155,13 +155,31 @@ class Distillation {
       T* sums = parts > 1 ? kept.data() + item * head_sums : tile.key_sums.data();
       const int64_t end = share_begin(tiles, part + 1, parts);
       for (int64_t t = share_begin(tiles, part, parts); t < end; ++t) {
-        const QueryRows at = rows_at(head * group(call_.fk) + t / query_tiles(), t % query_tiles());
-        weigh(at, tile);
+        const int64_t query_head = head * group(call_.fk) + t / query_tiles();
+        const QueryRows at = rows_at(query_head, t % query_tiles());
+        losses[static_cast<size_t>(query_head * query_tiles() + t % query_tiles())] =
+            weigh(at, tile);
         gradient(at, weight, tile, {sums, feature_stride_}, gradients.feature_q);
       }
       if (parts == 1) store({sums, feature_stride_}, gradients.feature_k, head, 0, call_.keys);
     });
-    if (parts == 1) return;
+    if (parts > 1) add_parts(heads, parts, kept, gradients.feature_k);
+    return loss_of(losses);
+  }
+
+ private:
+  // The sums of all query tiles.
+  std::vector<double> no_sums() const {
+    return std::vector<double>(static_cast<size_t>(call_.batch * call_.heads * query_tiles()));
+  }
+  double loss_of(const std::vector<double>& sums) const {
+    const double total = std::accumulate(sums.begin(), sums.end(), 0.0);
+    return call_.rows() == 0 ? 0 : -total / static_cast<double>(call_.rows());
+  }
+
+  // The gradient of feature_k from the parts of its heads.
+  void add_parts(int64_t heads, int64_t parts, std::vector<T>& kept, const Tensor& to) {
+    const int64_t head_sums = call_.keys * feature_stride_;
     const int64_t blocks = ceil_div(call_.keys, tile_);
     parallel_for(heads * blocks, threads_for(run_, heads * blocks), [&](int64_t item, int) {
       const int64_t head = item / blocks, first = item % blocks * tile_;
@@ -170,11 +188,10 @@ class Distillation {
       for (int64_t part = 1; part < parts; ++part) {
         kernels_.add(sums, sums + part * head_sums, rows * feature_stride_);
       }
-      store({sums, feature_stride_}, gradients.feature_k, head, first, rows);
+      store({sums, feature_stride_}, to, head, first, rows);
     });
   }
 
- private:
   // Rows [begin, begin + count) of a query head.
   struct QueryRows {
     int64_t b, h, begin, count;
@@ -363,6 +380,11 @@ void check_loss(const char* name, const Tensor& loss, DType inputs) {
        std::string("[] of type ") + name_of(wide_type(inputs)) + " is needed");
 }
 
+void check_gradients(const DistillationGradientViews& gradients, const Call& call, DType dtype) {
+  check_rows_like(kOp, "gradient of feature_q", gradients.feature_q, call.fq.shape(), dtype);
+  check_rows_like(kOp, "gradient of feature_k", gradients.feature_k, call.fk.shape(), dtype);
+}
+
 }  // namespace
 
 void attention_distillation_loss(const Tensor& q, const Tensor& k, const Tensor& feature_q,
@@ -393,14 +415,28 @@ void attention_distillation_loss_backward(const Tensor& grad_loss, const Tensor&
                                           const RunOptions& run) {
   const Call call = checked(q, k, feature_q, feature_k, options);
   check_loss("grad_loss", grad_loss, q.dtype());
-  check_rows_like(kOp, "gradient of feature_q", gradients.feature_q, feature_q.shape(),
-                  feature_q.dtype());
-  check_rows_like(kOp, "gradient of feature_k", gradients.feature_k, feature_k.shape(),
-                  feature_k.dtype());
+  check_gradients(gradients, call, feature_q.dtype());
   if (q.dtype() == DType::f64) {
-    Distillation<double>(call, run).backward(*grad_loss.as<double>(), gradients);
+    Distillation<double>(call, run).gradients(*grad_loss.as<double>(), gradients);
   } else {
-    Distillation<float>(call, run).backward(static_cast<double>(*grad_loss.as<float>()), gradients);
+    Distillation<float>(call, run).gradients(static_cast<double>(*grad_loss.as<float>()),
+                                             gradients);
+  }
+}
+
+void attention_distillation_loss_with_gradients(const Tensor& q, const Tensor& k,
+                                                const Tensor& feature_q, const Tensor& feature_k,
+                                                const Tensor& loss,
+                                                const DistillationGradientViews& gradients,
+                                                const DistillationOptions& options,
+                                                const RunOptions& run) {
+  const Call call = checked(q, k, feature_q, feature_k, options);
+  check_loss("loss", loss, q.dtype());
+  check_gradients(gradients, call, wide_type(q.dtype()));
+  if (q.dtype() == DType::f64) {
+    *loss.as<double>() = Distillation<double>(call, run).gradients(1, gradients);
+  } else {
+    *loss.as<float>() = static_cast<float>(Distillation<float>(call, run).gradients(1, gradients));
   }
 }
 
