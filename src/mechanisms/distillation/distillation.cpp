@@ -7,10 +7,14 @@
 #include <vector>
 
 #include "base/parallel.h"
+#include "base/round_up.h"
+#include "engine/candidates.h"
 #include "engine/operands.h"
 #include "heed/attention_distillation_loss.h"
 #include "kernels/cross_entropy_rows.h"
 #include "kernels/matrix.h"
+#include "kernels/tile.h"
+#include "mechanisms/distillation/path.h"
 #include "mechanisms/parameter.h"
 
 namespace heed {
@@ -20,8 +24,8 @@ namespace {
 using kernels::Block;
 using kernels::EntropyFactors;
 using kernels::EntropyRow;
-using kernels::MatrixKernels;
 using kernels::Rows;
+using kernels::TileKernels;
 
 constexpr const char* kOp = "attention_distillation_loss";
 constexpr double kFloor = 1e-12;  // of the student's weights
@@ -42,12 +46,6 @@ struct Call {
 Rows rows_of(const Tensor& t, int64_t b, int64_t h, int64_t begin, int64_t count) {
   return {t.at({b, h, begin}), t.dtype(), t.stride(2), count, t.size(3)};
 }
-Rows columns_of(Rows rows, int64_t begin, int64_t count) {
-  rows.data =
-      static_cast<const std::byte*>(rows.data) + begin * static_cast<int64_t>(size_of(rows.dtype));
-  rows.width = count;
-  return rows;
-}
 Rows slice_of(Rows rows, int64_t begin, int64_t count) {
   rows.data = static_cast<const std::byte*>(rows.data) +
               begin * rows.stride * static_cast<int64_t>(size_of(rows.dtype));
@@ -55,65 +53,89 @@ Rows slice_of(Rows rows, int64_t begin, int64_t count) {
   return rows;
 }
 
-/// Products of a tile of rows with pieces of other rows, straight from the tensors, through packed
-/// pieces of a fixed size.
+Candidate path_of(const Call& call, const RunOptions& run) {
+  return choose_candidate(call.q.dtype(), no_half_operands(call.fq.dtype(), call.keys), run);
+}
+
+// Whole vectors of columns, whose rows do not share cache sets.
+template <class T>
+int64_t block_stride(int64_t columns, int64_t multiple) {
+  const int64_t stride = round_up(columns, multiple);
+  return stride * static_cast<int64_t>(sizeof(T)) % 4096 == 0 ? stride + multiple : stride;
+}
+
+/// Products of a tile of rows with other rows, which are packed in pieces. Weights are T, their padding
+/// columns zero.
 template <class T>
 class RowProducts {
  public:
-  static constexpr int64_t kPiece = 256;  // rows and columns that are packed at once
-
-  RowProducts(const MatrixKernels<T>& kernels, int64_t tile_rows)
+  RowProducts(const TileKernels<T>& kernels, int64_t tile_rows, int64_t width,
+              int64_t weight_stride)
       : kernels_(kernels),
-        stride_(kernels::row_stride(kernels, kPiece)),
-        tile_(static_cast<size_t>(tile_rows * stride_)),
-        piece_(static_cast<size_t>(kPiece * stride_)),
-        transposed_(static_cast<size_t>(kPiece * stride_)) {}
+        piece_keys_(std::clamp<int64_t>((1 << 16) / width / 64 * 64, 64, 256)),
+        rows_(bytes(std::max(kernels.query_bytes(tile_rows, width),
+                             kernels.column_bytes(tile_rows, width)))),
+        piece_(bytes(std::max(kernels.key_bytes(piece_keys_, width),
+                              kernels.value_bytes(piece_keys_, width)))) {
+    if (kernels.half_operands) {
+      rounded_ = Array(DType::bf16, {round_up(tile_rows, 2) * weight_stride});
+    }
+  }
 
   /// out[r][m] = a[r] . b[m]
   void scores(const Rows& a, const Rows& b, Block<T> out) {
-    for (int64_t m = 0; m < b.count; m += kPiece) {
-      const int64_t count = std::min(kPiece, b.count - m);
-      for (int64_t e = 0; e < a.width; e += kPiece) {
-        const int64_t width = std::min(kPiece, a.width - e);
-        kernels_.load_rows(columns_of(a, e, width), block(tile_));
-        kernels_.load_rows(columns_of(slice_of(b, m, count), e, width), block(piece_));
-        kernels_.transpose(readable(piece_), count, width, block(transposed_));
-        kernels_.multiply({tile_.data(), stride_, 1}, readable(transposed_), width,
-                          {out.data + m, out.stride}, a.count, count, e > 0);
-      }
-    }
+    kernels_.pack_queries(a, false, rows_.as<void>());
+    for_pieces(b, [&](const Rows& piece, int64_t m) {
+      kernels_.pack_keys(piece, piece_.as<void>());
+      kernels_.scores(rows_.as<void>(), a.count, piece_.as<void>(), piece.count, a.width, nullptr,
+                      {out.data + m, out.stride});
+    });
   }
 
   /// out[r] += sum_m weights[r][m] b[m]
   void add_weighted(Block<T> weights, int64_t rows, const Rows& b, Block<T> out) {
-    for (int64_t m = 0; m < b.count; m += kPiece) {
-      const int64_t count = std::min(kPiece, b.count - m);
-      for (int64_t f = 0; f < b.width; f += kPiece) {
-        const int64_t width = std::min(kPiece, b.width - f);
-        kernels_.load_rows(columns_of(slice_of(b, m, count), f, width), block(piece_));
-        kernels_.multiply({weights.data + m, weights.stride, 1}, readable(piece_), count,
-                          {out.data + f, out.stride}, rows, width, true);
-      }
+    const std::byte* operand = reinterpret_cast<const std::byte*>(weights.data);
+    int64_t element = sizeof(T);
+    if (kernels_.half_operands) {
+      kernels_.round_weights({weights.data, weights.stride}, rows, b.count, rounded_.as<void>(),
+                             weights.stride);
+      operand = rounded_.as<std::byte>();
+      element = sizeof(bfloat16);
     }
+    for_pieces(b, [&](const Rows& piece, int64_t m) {
+      kernels_.pack_values(piece, piece_.as<void>());
+      kernels_.accumulate(operand + m * element, weights.stride, rows, piece_.as<void>(),
+                          piece.count, piece.width, nullptr, nullptr, out);
+    });
   }
 
-  /// out[m] += sum_r weights[r][m] a[r], m < columns; of a no more rows than a tile has
-  void add_transposed(Block<T> weights, int64_t columns, const Rows& a, Block<T> out) {
-    for (int64_t f = 0; f < a.width; f += kPiece) {
-      const int64_t width = std::min(kPiece, a.width - f);
-      kernels_.load_rows(columns_of(a, f, width), block(tile_));
-      kernels_.multiply({weights.data, 1, weights.stride}, readable(tile_), a.count,
-                        {out.data + f, out.stride}, columns, width, true);
+  /// out[f][m] += sum_r weights[r][m] a[r][f], m < columns; of a no more rows than a tile has
+  void add_columns(Block<T> weights, int64_t columns, const Rows& a, Block<T> out) {
+    const void* operand = weights.data;
+    if (kernels_.half_operands) {
+      kernels_.pair_weights({weights.data, weights.stride}, a.count, columns, rounded_.as<void>(),
+                            weights.stride);
+      operand = rounded_.as<void>();
     }
+    kernels_.pack_columns(a, false, rows_.as<void>());
+    kernels_.accumulate_columns(rows_.as<void>(), a.count, a.width, operand, weights.stride,
+                                columns, nullptr, out);
   }
 
  private:
-  Block<T> block(std::vector<T>& values) { return {values.data(), stride_}; }
-  Block<const T> readable(const std::vector<T>& values) { return {values.data(), stride_}; }
+  // Zeros, as padding rows take part in products.
+  static Array bytes(int64_t count) { return Array::zeros(DType::f32, {ceil_div(count, 4)}); }
 
-  const MatrixKernels<T>& kernels_;
-  int64_t stride_;
-  std::vector<T> tile_, piece_, transposed_;
+  template <class Body>
+  void for_pieces(const Rows& rows, Body&& body) {
+    for (int64_t m = 0; m < rows.count; m += piece_keys_) {
+      body(slice_of(rows, m, std::min(piece_keys_, rows.count - m)), m);
+    }
+  }
+
+  const TileKernels<T>& kernels_;
+  int64_t piece_keys_;
+  Array rows_, piece_, rounded_;
 };
 
 template <class T>
@@ -122,12 +144,16 @@ class Distillation {
   Distillation(const Call& call, const RunOptions& run)
       : call_(call),
         run_(run),
-        kernels_(kernels::matrix_kernels<T>(chosen_isa(run))),
+        products_(product_kernels(call, run)),
         entropy_(kernels::entropy_kernels<T>(chosen_isa(run))),
+        add_(kernels::matrix_kernels<T>(chosen_isa(run)).add),
         strip_(std::min<int64_t>(2048, std::max(call.keys, call.queries))),
         tile_(tile_rows(strip_, call.features)),
-        strip_stride_(kernels::row_stride(kernels_, strip_)),
-        feature_stride_(kernels::row_stride(kernels_, call.features)) {}
+        padded_tile_(round_up(tile_, products_.row_multiple)),
+        strip_stride_(block_stride<T>(strip_, products_.key_multiple)),
+        query_stride_(round_up(call.features, products_.dim_multiple)),
+        key_stride_(block_stride<T>(call.keys, products_.key_multiple)),
+        key_sums_(round_up(call.features, products_.column_multiple) * key_stride_) {}
 
   double loss() {
     std::vector<double> sums = no_sums();
@@ -147,21 +173,21 @@ class Distillation {
         static_cast<T>(grad_loss / static_cast<double>(std::max<int64_t>(1, call_.rows())));
     const int64_t heads = call_.batch * call_.fk.size(1);
     const int64_t tiles = group(call_.fk) * query_tiles(), parts = parts_of(heads, tiles);
-    const int64_t head_sums = call_.keys * feature_stride_;
-    std::vector<T> kept(static_cast<size_t>(parts > 1 ? heads * parts * head_sums : 0));
+    std::vector<T> kept(static_cast<size_t>(parts > 1 ? heads * parts * key_sums_ : 0));
     parallel(heads * parts, [&](int64_t item, Tile& tile) {
       const int64_t head = item / parts, part = item % parts;
-      if (parts == 1) tile.key_sums.assign(static_cast<size_t>(head_sums), T{0});
-      T* sums = parts > 1 ? kept.data() + item * head_sums : tile.key_sums.data();
+      if (parts == 1) tile.key_sums.assign(static_cast<size_t>(key_sums_), T{0});
+      const Block<T> sums{parts > 1 ? kept.data() + item * key_sums_ : tile.key_sums.data(),
+                          key_stride_};
       const int64_t end = share_begin(tiles, part + 1, parts);
       for (int64_t t = share_begin(tiles, part, parts); t < end; ++t) {
         const int64_t query_head = head * group(call_.fk) + t / query_tiles();
         const QueryRows at = rows_at(query_head, t % query_tiles());
         losses[static_cast<size_t>(query_head * query_tiles() + t % query_tiles())] =
             weigh(at, tile);
-        gradient(at, weight, tile, {sums, feature_stride_}, gradients.feature_q);
+        gradient(at, weight, tile, sums, gradients.feature_q);
       }
-      if (parts == 1) store({sums, feature_stride_}, gradients.feature_k, head, 0, call_.keys);
+      if (parts == 1) store_keys(sums, gradients.feature_k, head, 0, call_.keys);
     });
     if (parts > 1) add_parts(heads, parts, kept, gradients.feature_k);
     return loss_of(losses);
@@ -179,16 +205,18 @@ class Distillation {
 
   // The gradient of feature_k from the parts of its heads.
   void add_parts(int64_t heads, int64_t parts, std::vector<T>& kept, const Tensor& to) {
-    const int64_t head_sums = call_.keys * feature_stride_;
-    const int64_t blocks = ceil_div(call_.keys, tile_);
+    constexpr int64_t kKeys = 128;
+    const int64_t blocks = ceil_div(call_.keys, kKeys);
     parallel_for(heads * blocks, threads_for(run_, heads * blocks), [&](int64_t item, int) {
-      const int64_t head = item / blocks, first = item % blocks * tile_;
-      const int64_t rows = std::min(tile_, call_.keys - first);
-      T* sums = kept.data() + head * parts * head_sums + first * feature_stride_;
-      for (int64_t part = 1; part < parts; ++part) {
-        kernels_.add(sums, sums + part * head_sums, rows * feature_stride_);
+      const int64_t head = item / blocks, first = item % blocks * kKeys;
+      const int64_t keys = std::min(kKeys, call_.keys - first);
+      const Block<T> sums{kept.data() + head * parts * key_sums_ + first, key_stride_};
+      for (int64_t f = 0; f < call_.features; ++f) {
+        for (int64_t part = 1; part < parts; ++part) {
+          add_(sums.row(f), sums.row(f) + part * key_sums_, keys);
+        }
       }
-      store({sums, feature_stride_}, to, head, first, rows);
+      store_keys(sums, to, head, first, keys);
     });
   }
 
@@ -205,8 +233,9 @@ class Distillation {
     std::vector<EntropyFactors<T>> factors;
     Block<T> s, r;
     explicit Tile(const Distillation& owner)
-        : products(owner.kernels_, owner.tile_),
-          scores(static_cast<size_t>(owner.tile_ * owner.strip_stride_)),
+        : products(owner.products_, owner.padded_tile_,
+                   std::max(owner.call_.dim, owner.call_.features), owner.strip_stride_),
+          scores(static_cast<size_t>(owner.padded_tile_ * owner.strip_stride_)),
           features(scores.size()),
           factors(static_cast<size_t>(owner.tile_)),
           s{scores.data(), owner.strip_stride_},
@@ -224,7 +253,7 @@ class Distillation {
   // small. The shape decides alone, so threads do not change results.
   int64_t parts_of(int64_t heads, int64_t tiles) const {
     constexpr int64_t kItems = 64, kMostSums = 1 << 25;
-    const int64_t sums = std::max<int64_t>(1, heads * call_.keys * feature_stride_);
+    const int64_t sums = std::max<int64_t>(1, heads * key_sums_);
     const int64_t wanted = ceil_div(kItems, std::max<int64_t>(1, heads));
     return std::max<int64_t>(1, std::min({wanted, tiles, kMostSums / sums}));
   }
@@ -303,36 +332,48 @@ class Distillation {
 
   // After weigh: the gradient of the rows' features, and their share of those of the keys.
   void gradient(const QueryRows& at, T weight, Tile& tile, Block<T> key_sums, const Tensor& to) {
-    tile.query_sums.assign(static_cast<size_t>(tile_ * feature_stride_), T{0});
-    const Block<T> sums{tile.query_sums.data(), feature_stride_};
+    tile.query_sums.assign(static_cast<size_t>(padded_tile_ * query_stride_), T{0});
+    const Block<T> sums{tile.query_sums.data(), query_stride_};
     for_strips(at, tile, false, [&](int64_t first, int64_t last) {
       for (int64_t row = 0; row < at.count; ++row) {
         const int64_t n = seen(at.begin + row, first, last);
         entropy_.gradient(tile.s.row(row), tile.r.row(row), n, static_cast<T>(call_.scale),
                           static_cast<T>(kFloor), weight, tile.factors[static_cast<size_t>(row)]);
-        std::fill(tile.r.row(row) + n, tile.r.row(row) + (last - first), T{0});
+        std::fill(tile.r.row(row) + n,
+                  tile.r.row(row) + round_up(last - first, products_.key_multiple), T{0});
       }
       tile.products.add_weighted(tile.r, at.count, keys_of(call_.fk, at, first, last - first),
                                  sums);
-      tile.products.add_transposed(tile.r, last - first,
-                                   rows_of(call_.fq, at.b, at.h, at.begin, at.count),
-                                   {key_sums.row(first), key_sums.stride});
+      tile.products.add_columns(tile.r, last - first,
+                                rows_of(call_.fq, at.b, at.h, at.begin, at.count),
+                                {key_sums.data + first, key_sums.stride});
     });
-    store(sums, to, at.b * call_.heads + at.h, at.begin, at.count);
+    products_.finish(sums, at.count, call_.features, nullptr, to.at({at.b, at.h, at.begin}),
+                     to.dtype(), to.stride(2));
   }
 
-  // Rows of one head of `to`, heads counted through all sequences.
-  void store(Block<T> sums, const Tensor& to, int64_t head, int64_t begin, int64_t rows) {
-    const int64_t b = head / to.size(1), h = head % to.size(1);
-    kernels_.store_rows({sums.data, sums.stride},
-                        {to.at({b, h, begin}), to.dtype(), to.stride(2), rows, call_.features});
+  // Keys of one head of `to`, heads counted through all sequences.
+  void store_keys(Block<T> sums, const Tensor& to, int64_t head, int64_t first, int64_t keys) {
+    products_.finish_columns(sums, keys, call_.features, 1,
+                             to.at({head / to.size(1), head % to.size(1), first}), to.dtype(),
+                             to.stride(2), nullptr);
+  }
+
+  static const TileKernels<T>& product_kernels(const Call& call, const RunOptions& run) {
+    const Candidate path = path_of(call, run);
+    if constexpr (sizeof(T) == 4) {
+      if (path.half_operands) return *kernels::half_tile_kernels(path.isa);
+    }
+    return kernels::tile_kernels<T>(path.isa);
   }
 
   const Call& call_;
   const RunOptions& run_;
-  const MatrixKernels<T>& kernels_;
+  const TileKernels<T>& products_;
   const kernels::EntropyKernels<T>& entropy_;
-  int64_t strip_, tile_, strip_stride_, feature_stride_;
+  void (*add_)(T* x, const T* y, int64_t n);
+  // Keys of a strip, rows of a tile; strides and sizes of their blocks. Gradients of keys are transposed.
+  int64_t strip_, tile_, padded_tile_, strip_stride_, query_stride_, key_stride_, key_sums_;
 };
 
 void check_features(const Tensor& fq, const Tensor& fk, const Tensor& q, const Tensor& k) {

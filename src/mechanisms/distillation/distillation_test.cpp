@@ -62,6 +62,26 @@ TEST(Distillation, SameBitsForAnyThreadCount) {
   }
 }
 
+TEST(Distillation, GradientsMadeWithTheLossAreThoseOfTheBackward) {
+  for (DType type : {DType::f64, DType::f32, DType::bf16, DType::f16}) {
+    const Call call(type, 150, 2200);
+    const DType wide = wide_type(type);
+    const DistillationOptions causal{.causal = true};
+    const Array loss(wide, {});
+    const DistillationGradients found{Array(wide, call.fq.shape()), Array(wide, call.fk.shape())};
+    attention_distillation_loss_with_gradients(call.q, call.k, call.fq, call.fk, loss,
+                                               {found.feature_q, found.feature_k}, causal);
+    EXPECT_EQ(value(loss), call.loss(causal));
+    const DistillationGradients needed =
+        attention_distillation_loss_backward(one(wide), call.q, call.k, call.fq, call.fk, causal);
+    EXPECT_TRUE(same_bits(convert(found.feature_q, type), needed.feature_q)) << name_of(type);
+    EXPECT_TRUE(same_bits(convert(found.feature_k, type), needed.feature_k)) << name_of(type);
+    EXPECT_THROW(attention_distillation_loss_with_gradients(call.q, call.k, call.fq, call.fk, loss,
+                                                            {found.feature_k, found.feature_q}),
+                 Error);
+  }
+}
+
 // One head is cut into parts of its queries for many threads, many heads are not.
 TEST(Distillation, ManyHeadsAreManyCallsOfOne) {
   constexpr int64_t kHeads = 70;

@@ -2,6 +2,7 @@
 
 #include "engine/candidates.h"
 #include "heed/attention_distillation_loss.h"
+#include "mechanisms/distillation/path.h"
 #include "mechanisms/embedded.h"
 #include "mechanisms/registry.h"
 
@@ -84,6 +85,7 @@ Mechanism distillation_record() {
       distillation_case("odd", {2, 3, 3, 3, 37, 53, 7, 11}),
       distillation_case("causal", {1, 2, 2, 2, 70, 70, 16, 32}, "causal=1"),
       distillation_case("grouped", {2, 6, 2, 3, 33, 45, 12, 8}, "causal=1"),
+      distillation_case("grouped_many_keys", {2, 6, 2, 3, 133, 145, 17, 9}, "causal=1"),
       distillation_case("feature_heads_of_q", {1, 4, 2, 4, 20, 30, 8, 16}),
       distillation_case("more_queries_than_keys", {1, 2, 1, 1, 90, 21, 8, 8}, "causal=1"),
       distillation_case("more_keys_than_queries", {1, 2, 1, 1, 21, 90, 8, 8}, "causal=1,scale=0.9"),
@@ -120,8 +122,10 @@ Mechanism distillation_record() {
     return arrays;
   };
   m.bind = bind;
-  m.explain = [](const NamedTensors&, const Spec&, const RunOptions& run) {
-    return explain_isas(run);
+  m.explain = [](const NamedTensors& in, const Spec&, const RunOptions& run) {
+    return explain_candidates(in.at("q").dtype(),
+                              no_half_operands(in.at("feature_q").dtype(), in.at("k").size(2)), "",
+                              run);
   };
   m.fill = fill;
   return m;
