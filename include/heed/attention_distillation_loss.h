@@ -54,7 +54,7 @@ void attention_distillation_loss_backward(const Tensor& grad_loss, const Tensor&
                                           const DistillationGradientViews& gradients,
                                           const RunOptions& run = {});
 
-/// The loss and, for a grad_loss of 1, its gradients in one go: a third less work than one after the other.
+/// The loss and, for a grad_loss of 1, its gradients, from one pass over the products of all pairs.
 /// `gradients` have the loss's type.
 void attention_distillation_loss_with_gradients(const Tensor& q, const Tensor& k,
                                                 const Tensor& feature_q, const Tensor& feature_k,

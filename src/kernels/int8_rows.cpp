@@ -205,8 +205,8 @@ void read_row(const uint8_t* row, int64_t columns, float* weights) {
 }
 
 // The scale of least squared error of some whose largest code is between 82 and 127, a lane each.
-// Quantised weights lie on lattices, and a scale that meets them rounds less: the finest one's error is
-// half as large again.
+// Quantised weights lie on lattices, and a scale that meets them rounds less: with the finest alone the
+// divergence from float32 in docs/real-model.md was 0.0021.
 HWY_INLINE float best_scale(const float* weights, float largest) {
   constexpr int kScales = 16, kParts = kScales / kLanes, kChains = 4;
   const auto largest_codes = [](int part) HWY_ATTR {
