@@ -17,12 +17,6 @@ const Tables& by_isa(Isa isa, Tables (*make)(Isa)) {
 }
 
 /// Defines GET(isa), which returns the TABLE that MAKE() of the compiled targets returns.
-#if defined(__x86_64__)
-#define HEED_CALL(isa, MAKE) \
-  (isa) == Isa::portable ? N_EMU128::MAKE() : (isa) == Isa::avx2 ? N_AVX2::MAKE() : N_AVX3::MAKE()
-#else
-#define HEED_CALL(isa, MAKE) ((void)(isa), HWY_STATIC_DISPATCH(MAKE)())
-#endif
 #define HEED_TABLE(TABLE, GET, MAKE)                                                   \
   const TABLE& GET(Isa isa) {                                                          \
     return by_isa<TABLE>(isa, [](Isa compiled) { return HEED_CALL(compiled, MAKE); }); \

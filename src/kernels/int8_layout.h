@@ -3,6 +3,7 @@
 #include <cstddef>
 #include <cstdint>
 
+#include "base/round_up.h"
 #include "kernels/int8_rows.h"
 
 namespace heed::kernels {
@@ -11,9 +12,7 @@ inline constexpr int64_t kInt8Group = 64;  // columns; those past the last are z
 inline constexpr int64_t kInt8Rows = 4;    // rows of activations side by side
 inline constexpr int64_t kInt8Panel = 32;  // rows of weights side by side
 
-inline constexpr int64_t int8_groups(int64_t columns) {
-  return (columns + kInt8Group - 1) / kInt8Group;
-}
+inline constexpr int64_t int8_groups(int64_t columns) { return ceil_div(columns, kInt8Group); }
 
 /// One group of columns of kInt8Rows rows. Rows past the last are zeros.
 struct Int8Group {

@@ -319,7 +319,7 @@ bool has_int8_products(const RunOptions& run) {
 }
 
 int64_t int8_rows_bytes(int64_t rows, int64_t columns) {
-  return (rows + kInt8Rows - 1) / kInt8Rows * kernels::int8_block_bytes(columns);
+  return ceil_div(rows, kInt8Rows) * kernels::int8_block_bytes(columns);
 }
 
 void fill_int8_rows(const Int8Rows& to, const RunOptions& run,
@@ -335,10 +335,11 @@ void fill_int8_rows(const Int8Rows& to, const RunOptions& run,
     Scratch scratch(static_cast<size_t>(values + largest) * sizeof(float));
     auto* x = scratch.take<float>(values);
     auto* of_groups = scratch.take<float>(largest);
+    std::fill(x, x + values, 0.0f);  // columns past the last stay so
     const int64_t end = std::min(to.rows, (item + 1) * rows_per_item);
     for (int64_t m = item * rows_per_item; m < end; m += kInt8Rows) {
       const int64_t count = std::min(kInt8Rows, end - m);
-      std::fill(x, x + values, 0.0f);
+      std::fill(x + count * stride, x + values, 0.0f);
       make(m, Tensor(x, DType::f32, {count, to.columns}, {stride, 1}));
       round(x, to.columns, of_groups,
             to.data + m / kInt8Rows * kernels::int8_block_bytes(to.columns));
@@ -375,7 +376,7 @@ Int8Matrix int8_matrix(std::span<const BlockMatrix> parts) {
 void pack_int8(std::span<const BlockMatrix> parts, const Int8Matrix& to, const RunOptions& run) {
   const Int8Kernels& kernels = kernels_for(run);
   const int64_t groups = kernels::int8_groups(to.columns), columns = groups * kInt8Group;
-  const int64_t panels = (to.rows + kInt8Panel - 1) / kInt8Panel;
+  const int64_t panels = ceil_div(to.rows, kInt8Panel);
   parallel_for(panels, threads_for(run, panels), [&](int64_t panel, int) {
     Scratch scratch(static_cast<size_t>(kInt8Panel * (columns + 4 * groups) + 4 * columns) + 256);
     auto* codes = scratch.take<int8_t>(kInt8Panel * columns);
@@ -415,7 +416,7 @@ void int8_product(const Int8Rows& x, const Int8Matrix& w, const Tensor& y, bool 
   }
 #if HWY_ARCH_X86
   constexpr int64_t kRowsPerItem = 128;
-  const int64_t panels = (w.rows + kInt8Panel - 1) / kInt8Panel;
+  const int64_t panels = ceil_div(w.rows, kInt8Panel);
   const int64_t parts = (x.rows + kRowsPerItem - 1) / kRowsPerItem, items = panels * parts;
   const int threads = threads_for(run, items);
   // Rows of y stay with one thread. Among its rows, a panel of weights stays in the first two caches.

@@ -6,6 +6,7 @@
 #pragma once
 #include <cstdint>
 
+#include "base/round_up.h"
 #include "heed/run.h"
 #include "heed/tensor.h"
 #include "kernels/tile.h"
@@ -83,14 +84,17 @@ void make_rows(const MatrixKernels<T>& kernels, const RowsOut& to, Block<T> bloc
   kernels.store_rows({block.data, block.stride}, to);
 }
 
-/// Elements from one row of a scratch matrix to the next: whole vectors, one more than `columns` needs
-/// where `slack` is set, and never a multiple of 4 KiB (rows would then share cache sets).
+/// Elements from one row of a scratch matrix to the next: columns up to a multiple, and never a multiple
+/// of 4 KiB (rows would then share cache sets).
+template <class T>
+int64_t row_stride(int64_t columns, int64_t multiple) {
+  const int64_t stride = round_up(columns, multiple);
+  return stride * static_cast<int64_t>(sizeof(T)) % 4096 == 0 ? stride + multiple : stride;
+}
+/// Of whole vectors, one more than `columns` needs where `slack` is set.
 template <class T>
 int64_t row_stride(const MatrixKernels<T>& kernels, int64_t columns, bool slack = false) {
-  const int64_t lanes = kernels.lanes;
-  int64_t stride = (columns + lanes - 1) / lanes * lanes + (slack ? lanes : 0);
-  if (stride * static_cast<int64_t>(sizeof(T)) % 4096 == 0) stride += lanes;
-  return stride;
+  return row_stride<T>(columns + (slack ? kernels.lanes : 0), kernels.lanes);
 }
 
 }  // namespace heed::kernels

@@ -36,25 +36,20 @@ bool has_full_rate_bf16();
 bool half_dot_rows(Block<const float> queries, int64_t rows, const Rows& k, Block<float> s);
 void add_amx_products(TileKernels<float>& f);
 
-// Defines FUNCTION(isa, tables...) as a choice among the compiled targets' FUNCTION(tables...).
+// What the compiled target for `isa` returns from FUNCTION(...).
 #if defined(__x86_64__)
-#define HEED_SELECT(FUNCTION, ...)     \
-  {                                    \
-    if (isa == Isa::portable) {        \
-      N_EMU128::FUNCTION(__VA_ARGS__); \
-    } else if (isa == Isa::avx2) {     \
-      N_AVX2::FUNCTION(__VA_ARGS__);   \
-    } else {                           \
-      N_AVX3::FUNCTION(__VA_ARGS__);   \
-    }                                  \
-  }
+#define HEED_CALL(isa, FUNCTION, ...)                       \
+  ((isa) == Isa::portable ? N_EMU128::FUNCTION(__VA_ARGS__) \
+   : (isa) == Isa::avx2   ? N_AVX2::FUNCTION(__VA_ARGS__)   \
+                          : N_AVX3::FUNCTION(__VA_ARGS__))
 #else
-#define HEED_SELECT(FUNCTION, ...)              \
-  {                                             \
-    (void)isa;                                  \
-    HWY_STATIC_DISPATCH(FUNCTION)(__VA_ARGS__); \
-  }
+#define HEED_CALL(isa, FUNCTION, ...) ((void)(isa), HWY_STATIC_DISPATCH(FUNCTION)(__VA_ARGS__))
 #endif
+// Defines FUNCTION(isa, tables...) as a choice among the compiled targets' FUNCTION(tables...).
+#define HEED_SELECT(FUNCTION, ...)         \
+  {                                        \
+    HEED_CALL(isa, FUNCTION, __VA_ARGS__); \
+  }
 #define HEED_SELECT_PART(FUNCTION) \
   void FUNCTION(Isa isa, TileKernels<float>& f, TileKernels<double>& d) HEED_SELECT(FUNCTION, f, d)
 #define HEED_SELECT_HALF_PART(FUNCTION) \

@@ -191,5 +191,13 @@ template <class T>
 const TileKernels<T>& tile_kernels(Isa isa);
 /// With operands of bfloat16; null where the instruction set has no products of them.
 const TileKernels<float>* half_tile_kernels(Isa isa);
+/// Either, as a path that was chosen says.
+template <class T>
+const TileKernels<T>& tile_kernels(Isa isa, bool half_operands) {
+  if constexpr (sizeof(T) == 4) {
+    if (half_operands) return *half_tile_kernels(isa);
+  }
+  return tile_kernels<T>(isa);
+}
 
 }  // namespace heed::kernels

@@ -16,14 +16,6 @@ CallKind kind_of(const Problem<T>& problem) {
           policy.features,   problem.v.size(3), score_width, problem.initial.defined()};
 }
 
-template <class T>
-const kernels::TileKernels<T>& product_kernels(const Path& path) {
-  if constexpr (sizeof(T) == 4) {
-    if (path.half_operands) return *kernels::half_tile_kernels(path.isa);
-  }
-  return kernels::tile_kernels<T>(path.isa);
-}
-
 }  // namespace
 
 template <class T>
@@ -32,7 +24,7 @@ ChunkCall<T>::ChunkCall(const Problem<T>& problem, const RunOptions& run, bool d
       run_(run),
       path_(choose_path(kind_of(problem), run)),
       wide_(kernels::tile_kernels<T>(path_.isa)),
-      products_(product_kernels<T>(path_)),
+      products_(kernels::tile_kernels<T>(path_.isa, path_.half_operands)),
       rows_(kernels::chunk_kernels<T>(path_.isa)),
       half_(path_.half_operands),
       batch_(problem.q.size(0)),

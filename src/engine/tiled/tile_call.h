@@ -111,7 +111,7 @@ class TileCall {
         run_(run),
         path_(choose_path(problem, run, backward)),
         wide_(kernels::tile_kernels<T>(path_.isa)),
-        products_(product_kernels()),
+        products_(kernels::tile_kernels<T>(path_.isa, path_.half_operands)),
         head_dim_(problem.sequences[0].q.size(2)),
         value_dim_(problem.sequences[0].v.size(2)),
         group_(problem.sequences[0].q.size(0) / problem.sequences[0].k.size(0)),
@@ -120,13 +120,6 @@ class TileCall {
         shaped_(adds(problem.terms) || problem.policy.softcap > 0 || problem.policy.most) {}
 
   static bool adds(const ScoreTerms* terms) { return terms != nullptr && terms->adds(); }
-
-  const kernels::TileKernels<T>& product_kernels() const {
-    if constexpr (sizeof(T) == 4) {
-      if (path_.half_operands) return *kernels::half_tile_kernels(path_.isa);
-    }
-    return kernels::tile_kernels<T>(path_.isa);
-  }
 
   const Sequence& sequence(int64_t s) const { return problem_.sequences[static_cast<size_t>(s)]; }
 

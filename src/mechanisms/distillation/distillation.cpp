@@ -53,17 +53,6 @@ Rows slice_of(Rows rows, int64_t begin, int64_t count) {
   return rows;
 }
 
-Candidate path_of(const Call& call, const RunOptions& run) {
-  return choose_candidate(call.q.dtype(), no_half_operands(call.fq.dtype(), call.keys), run);
-}
-
-// Whole vectors of columns, whose rows do not share cache sets.
-template <class T>
-int64_t block_stride(int64_t columns, int64_t multiple) {
-  const int64_t stride = round_up(columns, multiple);
-  return stride * static_cast<int64_t>(sizeof(T)) % 4096 == 0 ? stride + multiple : stride;
-}
-
 /// Products of a tile of rows with other rows, which are packed in pieces. Weights are T, their padding
 /// columns zero.
 template <class T>
@@ -150,9 +139,9 @@ class Distillation {
         strip_(std::min<int64_t>(2048, std::max(call.keys, call.queries))),
         tile_(tile_rows(strip_, call.features)),
         padded_tile_(round_up(tile_, products_.row_multiple)),
-        strip_stride_(block_stride<T>(strip_, products_.key_multiple)),
+        strip_stride_(kernels::row_stride<T>(strip_, products_.key_multiple)),
         query_stride_(round_up(call.features, products_.dim_multiple)),
-        key_stride_(block_stride<T>(call.keys, products_.key_multiple)),
+        key_stride_(kernels::row_stride<T>(call.keys, products_.key_multiple)),
         key_sums_(round_up(call.features, products_.column_multiple) * key_stride_) {}
 
   double loss() {
@@ -360,11 +349,9 @@ class Distillation {
   }
 
   static const TileKernels<T>& product_kernels(const Call& call, const RunOptions& run) {
-    const Candidate path = path_of(call, run);
-    if constexpr (sizeof(T) == 4) {
-      if (path.half_operands) return *kernels::half_tile_kernels(path.isa);
-    }
-    return kernels::tile_kernels<T>(path.isa);
+    const Candidate path =
+        choose_candidate(call.q.dtype(), no_half_operands(call.fq.dtype(), call.keys), run);
+    return kernels::tile_kernels<T>(path.isa, path.half_operands);
   }
 
   const Call& call_;

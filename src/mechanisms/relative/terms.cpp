@@ -10,7 +10,6 @@ namespace heed {
 
 using kernels::KeyRange;
 using kernels::Rows;
-using kernels::Skew;
 using tiled::TileAt;
 
 namespace {
@@ -21,12 +20,8 @@ constexpr int64_t kChunkRows = 64;  // rows widened at once
 
 template <class T>
 const kernels::TileKernels<T>& product_kernels(const RelativeInputs& inputs, Isa isa) {
-  if constexpr (sizeof(T) == 4) {
-    const auto* half = kernels::half_tile_kernels(isa);
-    const bool operands = inputs.q.dtype() == DType::bf16 && inputs.rel_key.dtype() == DType::bf16;
-    if (half != nullptr && operands) return *half;
-  }
-  return kernels::tile_kernels<T>(isa);
+  const bool operands = inputs.q.dtype() == DType::bf16 && inputs.rel_key.dtype() == DType::bf16;
+  return kernels::tile_kernels<T>(isa, operands && kernels::half_tile_kernels(isa) != nullptr);
 }
 
 /// Calls body(begin, end, widened rows, their stride) for chunks of rows [begin, end) of a matrix.
