@@ -1,3 +1,5 @@
+#include <functional>
+
 #include "kernels/amx_products.h"
 #include "kernels/amx_tiles.h"
 
@@ -6,6 +8,10 @@ namespace heed::kernels {
 void add_amx_products(TileKernels<float>& f) {
 #if defined(__x86_64__)
   use_tile_unit<HardwareTiles>(f);
+  f.run_ready = [](const std::function<void()>& body) {
+    const HardwareTiles unit;
+    body();
+  };
 #else
   (void)f;
 #endif

@@ -39,6 +39,45 @@ void store_tiles(Unit& unit, float* to, int64_t stride) {
   }
 }
 
+// Scores of 32 rows with all keys in [first, first + columns), a multiple of 32, of a panel. Rows of up to
+// 64 numbers stay in registers meanwhile.
+template <class Unit>
+void panel_scores(Unit& unit, const uint16_t* q, int64_t depth, const uint32_t* keys,
+                  int64_t panel_width, int64_t columns, float* s, int64_t s_stride) {
+  if (depth > 2 * kHalfDepth) {
+    for (int64_t c = 0; c < columns; c += 32) {
+      unit.template zero<0>();
+      unit.template zero<1>();
+      unit.template zero<2>();
+      unit.template zero<3>();
+      multiply_tiles<true>(unit, q, depth, keys + c, panel_width, depth / kHalfDepth);
+      store_tiles<true>(unit, s + c, s_stride);
+    }
+    return;
+  }
+  unit.template load<4>(q, depth * 2);
+  unit.template load<5>(q + 16 * depth, depth * 2);
+  const bool two = depth > kHalfDepth;
+  if (two) {
+    unit.template load<6>(q + kHalfDepth, depth * 2);
+    unit.template load<7>(q + 16 * depth + kHalfDepth, depth * 2);
+  }
+  for (int64_t c = 0; c < columns; c += 16) {
+    unit.template zero<0>();
+    unit.template zero<1>();
+    unit.template load<2>(keys + c, panel_width * 4);
+    unit.template multiply<0, 4, 2>();
+    unit.template multiply<1, 5, 2>();
+    if (two) {
+      unit.template load<3>(keys + (kHalfDepth / 2) * panel_width + c, panel_width * 4);
+      unit.template multiply<0, 6, 3>();
+      unit.template multiply<1, 7, 3>();
+    }
+    unit.template store<0>(s + c, s_stride * 4);
+    unit.template store<1>(s + 16 * s_stride + c, s_stride * 4);
+  }
+}
+
 template <class Unit>
 void tile_scores(const void* queries, int64_t rows, const void* keys, int64_t key_count,
                  int64_t width, const KeyRange* ranges, Block<float> s) {
@@ -49,14 +88,8 @@ void tile_scores(const void* queries, int64_t rows, const void* keys, int64_t ke
       [&](int64_t r, int64_t start, int64_t panel_width, int64_t first, int64_t columns) {
         const auto* q = static_cast<const uint16_t*>(queries) + r * depth;
         const auto* k = static_cast<const uint32_t*>(keys) + start * depth / 2;
-        for (int64_t c = first; c < first + columns; c += 32) {
-          unit.template zero<0>();
-          unit.template zero<1>();
-          unit.template zero<2>();
-          unit.template zero<3>();
-          multiply_tiles<true>(unit, q, depth, k + c, panel_width, depth / kHalfDepth);
-          store_tiles<true>(unit, s.row(r) + start + c, s.stride);
-        }
+        panel_scores(unit, q, depth, k + first, panel_width, columns, s.row(r) + start + first,
+                     s.stride);
       });
 }
 

@@ -29,6 +29,7 @@ inline constexpr int64_t kHalfColumns = 16;
 void add_half_pack_parts(Isa isa, TileKernels<float>& f);
 void add_half_weight_parts(Isa isa, TileKernels<float>& f);
 void add_avx512_half_products(TileKernels<float>& f);  // AVX512-BF16
+void add_avx512_half_weights(TileKernels<float>& f);   // AVX512-BF16, after add_half_weight_parts
 /// Whether products of bfloat16 are faster than those of float32 on AVX-512.
 bool has_full_rate_bf16();
 /// dot_rows with AVX512-BF16; false, and nothing done, for operands that are not exact in bfloat16 or too

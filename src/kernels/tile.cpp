@@ -66,7 +66,10 @@ const TileKernels<double>& tile_kernels<double>(Isa isa) {
 
 const TileKernels<float>* half_tile_kernels(Isa isa) {
   if (isa == Isa::amx) {
-    static const TileKernels<float> amx = make_half_table(Isa::amx, add_amx_products);
+    static const TileKernels<float> amx = make_half_table(Isa::amx, [](TileKernels<float>& table) {
+      add_amx_products(table);
+      add_avx512_half_weights(table);
+    });
     return &amx;
   }
   if (isa == Isa::avx512 && has_full_rate_bf16()) {

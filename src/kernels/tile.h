@@ -17,6 +17,7 @@
 // T is float (float32, bfloat16 and float16 calls) or double (float64 calls).
 #pragma once
 #include <cstdint>
+#include <functional>
 #include <limits>
 
 #include "heed/run.h"
@@ -60,6 +61,10 @@ struct Block {
   T* row(int64_t r) const { return data + r * stride; }
 };
 
+/// Weights of half operands may be written over scores this many rows before their own: first-level caches
+/// do not hold both.
+inline constexpr int64_t kWeightRowsBefore = 16;
+
 enum class WeightKind { softmax, sigmoid, polynomial };
 inline constexpr int kWeightKinds = 3;
 
@@ -75,9 +80,10 @@ struct WeightShape {
       0;  // position of row 0 minus position of key 0; row r, key m: distance + r - m
 };
 
-/// Row statistics of a running softmax, in units of log2: the row's pivot, the sum of its weights
-/// relative to the pivot, and the factor that the last tile put on earlier sums. Sigmoid touches none
-/// of them, polynomial adds its weights to the sum and carries all of it.
+/// Row statistics of a running softmax, in units of log2: the row's pivot (its largest score so far, with
+/// half operands about that), the sum of its weights relative to the pivot, and the factor that the last
+/// tile put on earlier sums. Sigmoid touches none of them, polynomial adds its weights to the sum and
+/// carries all of it.
 template <class T>
 struct RowState {
   T* pivot = nullptr;  // -inf until the row has seen a key
@@ -106,6 +112,10 @@ struct TileKernels {
   int64_t key_multiple = 1;
   int64_t dim_multiple = 1;
 
+  /// Runs `body`, in which calls from this thread find the unit for products ready; null where there is
+  /// nothing to be done. Products work without it, more slowly.
+  void (*run_ready)(const std::function<void()>& body) = nullptr;
+
   int64_t (*query_bytes)(int64_t rows, int64_t width) = nullptr;
   int64_t (*key_bytes)(int64_t keys, int64_t width) = nullptr;
   int64_t (*value_bytes)(int64_t keys, int64_t width) = nullptr;
@@ -117,7 +127,8 @@ struct TileKernels {
   /// `ranges` (one per padded row, or null: all keys) limits the work; what lies outside is undefined.
   void (*scores)(const void* queries, int64_t rows, const void* keys, int64_t key_count,
                  int64_t width, const KeyRange* ranges, Block<T> s) = nullptr;
-  /// Weights go to `weights` (T, may be `s` itself; or bfloat16 with half_operands), exactly 0 outside
+  /// Weights go to `weights` (T, may be `s` itself; or bfloat16 with half_operands, as softmax weights
+  /// at most 2^20 in sum relative to a pivot that may be below the largest score), exactly 0 outside
   /// a row's range, in the padding columns and where a score is -inf (a mask, at any scale). A NaN score
   /// has weight NaN (not in a polynomial of order 0, which looks at no score). Scores outside the range
   /// may be overwritten.
@@ -185,6 +196,13 @@ struct TileKernels {
   void (*add_rows)(Block<const T> weights, int64_t rows, const Rows& v, const T* carry,
                    Block<T> o) = nullptr;
 };
+
+/// Body with the unit for the products of `kernels` ready.
+template <class T, class Body>
+void with_unit(const TileKernels<T>& kernels, Body&& body) {
+  if (kernels.run_ready == nullptr) return body();
+  kernels.run_ready(body);
+}
 
 /// The kernels of one instruction set; those of a weaker one where it adds nothing for T.
 template <class T>

@@ -1,6 +1,7 @@
 // What the tests of the tile kernels share: random operands with their exact values, the tables of this
 // machine, ranges of keys.
 #pragma once
+#include <algorithm>
 #include <cmath>
 #include <cstring>
 #include <limits>
@@ -78,11 +79,23 @@ inline TileKernels<float> emulated_tile_table() {
   return table;
 }
 
+// The same with the weights that go with a tile unit, where the processor can run them.
+inline std::vector<TileKernels<float>> emulated_tile_tables() {
+  std::vector<TileKernels<float>> all = {emulated_tile_table()};
+  const auto& features = cpu_info().features;
+  if (std::find(features.begin(), features.end(), "avx512_bf16") != features.end()) {
+    all.push_back(emulated_tile_table());
+    all.back().name = "emulated tiles, AVX512-BF16";
+    add_avx512_half_weights(all.back());
+  }
+  return all;
+}
+
 template <class Check>
 void for_all_tables(Check&& check) {
   for (const auto* k : tables<float>()) check(*k);
   for (const auto* k : tables<double>()) check(*k);
-  check(emulated_tile_table());
+  for (const auto& k : emulated_tile_tables()) check(k);
 }
 
 inline std::vector<KeyRange> slanted_ranges(int64_t rows, int64_t keys) {

@@ -37,8 +37,9 @@ template <class T>
 void Forward<T>::run() {
   plan_items();
   const auto count = static_cast<int64_t>(items_.size());
-  parallel_for(count, threads_for(run_, count),
-               [&](int64_t i, int) { run_item(items_[static_cast<size_t>(i)]); });
+  parallel_for(count, threads_for(run_, count), [&](int64_t i, int) {
+    kernels::with_unit(products_, [&] { run_item(items_[static_cast<size_t>(i)]); });
+  });
   if (parts_ > 0) merge_parts();
 }
 
@@ -151,7 +152,10 @@ size_t Forward<T>::scratch_bytes(const std::vector<QueryTile>& tiles) const {
     bytes += products_.key_bytes(packed_keys(), head_dim_) +
              products_.value_bytes(packed_keys(), value_dim_);
   }
-  if (path_.half_operands) bytes += 2 * block;
+  if (path_.half_operands) {
+    const int64_t rows = kernels::kWeightRowsBefore + (second_ ? l.block_rows : 0);
+    bytes += static_cast<int64_t>(sizeof(T)) * rows * l.block_stride;
+  }
   return static_cast<size_t>(bytes) + 20 * 64;
 }
 
@@ -168,12 +172,17 @@ typename Forward<T>::Memory Forward<T>::cut(Scratch& scratch, const Item& item,
   m.sum = scratch.take<T>(l.out_rows);
   m.carry = scratch.take<T>(l.out_rows);
   m.out = {scratch.take<T>(l.out_rows * padded_values_), padded_values_};
-  m.scores = {scratch.take<T>(l.block_rows * l.block_stride), l.block_stride};
+  const int64_t before = path_.half_operands ? kernels::kWeightRowsBefore : 0;
+  m.scores = {scratch.take<T>((before + l.block_rows) * l.block_stride) + before * l.block_stride,
+              l.block_stride};
   if (second_ && !path_.few_rows) {
     m.second_scores = {scratch.take<T>(l.block_rows * l.block_stride), l.block_stride};
   }
   m.ranges = scratch.take<KeyRange>(l.block_rows);
-  if (path_.half_operands) m.weights = scratch.take<uint16_t>(l.block_rows * l.block_stride);
+  if (path_.half_operands) m.weights = m.scores.row(-before);
+  if (path_.half_operands && second_) {  // which puts its own weights over the scores
+    m.weights = scratch.take<T>(l.block_rows * l.block_stride);
+  }
   if (path_.few_rows) {
     m.kept = {scratch.take<T>(l.out_rows * (padded_values_ + 2)), padded_values_ + 2};
   } else {
@@ -335,7 +344,8 @@ std::vector<SeenElement> Forward<T>::seen_elements(const std::vector<int64_t>& k
 }
 
 // From shaped scores to sums. `direct`: nobody needs the weights in T. They are then written as operands
-// of the product at once, those of the second stream over the scores.
+// of the product at once, from rows of scores to rows of half as many bytes; those of the second stream
+// over the scores.
 template <class T>
 void Forward<T>::weigh_and_add(const TileAt& at, const Seen& seen, const QueryTile& tile,
                                const PackedTile& packed, bool direct, const Memory& m) const {
@@ -343,18 +353,18 @@ void Forward<T>::weigh_and_add(const TileAt& at, const Seen& seen, const QueryTi
   const RowState<T> state = state_of(tile, m);
   const bool half = path_.half_operands && direct && problem_.policy.dropout == 0;
   const auto& kernels = half ? products_ : wide_;
-  const int64_t stride = m.scores.stride;
+  const int64_t stride = m.scores.stride, weight_stride = half ? 2 * stride : stride;
   void* weights = half ? m.weights : m.scores.data;
   void* second_weights = half ? m.scores.data : m.second_scores.data;
   kernels.weights[kind](m.scores, at.rows, at.keys, seen.ranges, this->weight_shape(at), state,
-                        weights, stride);
+                        weights, weight_stride);
   if (problem_.policy.dropout > 0) {
     drop_out(problem_.policy, sequence(at.sequence).batch, at, m.scores);
   }
   if (second_) {
     products_.scores(packed.second_queries, at.rows, packed.keys, at.keys, head_dim_, seen.ranges,
                      m.second_scores);
-    kernels.second_weights(weights, stride, m.second_scores, at.rows, at.keys, seen.ranges,
+    kernels.second_weights(weights, weight_stride, m.second_scores, at.rows, at.keys, seen.ranges,
                            state.carry, m.pivot + m.second + tile.slot,
                            m.sum + m.second + tile.slot, second_weights);
   }
@@ -364,8 +374,8 @@ void Forward<T>::weigh_and_add(const TileAt& at, const Seen& seen, const QueryTi
                               stride);
       from = m.weights;
     }
-    products_.accumulate(from, stride, at.rows, packed.values, at.keys, value_dim_, seen.ranges,
-                         state.carry, {m.out.row(slot), m.out.stride});
+    products_.accumulate(from, weight_stride, at.rows, packed.values, at.keys, value_dim_,
+                         seen.ranges, state.carry, {m.out.row(slot), m.out.stride});
   };
   accumulate(weights, tile.slot);
   if (second_) accumulate(second_weights, m.second + tile.slot);

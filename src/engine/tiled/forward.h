@@ -67,7 +67,7 @@ class Forward : private TileCall<T> {
     int64_t second;  // rows from a row's state to that of its second stream
     Block scores, second_scores, out;
     Block kept;     // of few rows: out, pivot and sum before a key tile
-    void* weights;  // bfloat16, with half operands
+    void* weights;  // bfloat16, with half operands: over the scores of rows before
     KeyRange* ranges;
   };
 

@@ -1,0 +1,281 @@
+// Weights that become bfloat16 operands, softmax and sigmoid, for processors with AVX-512 of full width:
+// half the instructions of weights.cpp. A softmax row keeps the pivot that it found first as long as the
+// sums of tiles allow, so hardly any maximum is looked for; what does not fit (a new pivot, scores that are
+// NaN or infinite, positions in scores) goes to weights.cpp. Compiled for AVX-512 as a whole, like
+// half_avx512.cpp.
+#include <immintrin.h>
+
+#include <algorithm>
+#include <cstring>
+#include <limits>
+#include <type_traits>
+
+// GCC 12 takes the unused operand of its own intrinsics for a variable (GCC bug 105593).
+#pragma GCC diagnostic ignored "-Wuninitialized"
+#pragma GCC diagnostic ignored "-Wmaybe-uninitialized"
+
+#include "kernels/parts.h"
+
+namespace heed::kernels {
+
+namespace {
+
+constexpr int64_t kLanes = 16, kChunk = kHalfDepth;  // two vectors of scores become one of weights
+constexpr float kNothing = -std::numeric_limits<float>::infinity();
+
+// Sums of a tile up to this: no weight is far above those of other tiles, and nothing overflows.
+constexpr float kMostSum = 0x1p20F;
+
+// From here on half a unit in the last place of a pivot is more than exponents hold, nearly.
+constexpr float kMostPivot = 0x1p29F;
+
+// 2^f for f in [0, 1), highest power first: minimax to 2^-13.2 among cubics that are exact for f = 0 and 1,
+// so that a row with one weight has the sum 1.
+constexpr float kSeries[] = {0.07826797F, 0.22630768F, 0.69542435F, 1};
+
+struct Power {
+  const __m512 c3 = _mm512_set1_ps(kSeries[0]), c2 = _mm512_set1_ps(kSeries[1]),
+               c1 = _mm512_set1_ps(kSeries[2]), c0 = _mm512_set1_ps(kSeries[3]);
+
+  /// 2^x; infinite from 128 on, 0 for -infinity.
+  __attribute__((always_inline)) __m512 operator()(__m512 x) const {
+    const __m512 f = _mm512_reduce_ps(x, _MM_FROUND_TO_NEG_INF);
+    __m512 p = _mm512_fmadd_ps(c3, f, c2);
+    p = _mm512_fmadd_ps(p, f, c1);
+    p = _mm512_fmadd_ps(p, f, c0);
+    return _mm512_scalef_ps(p, x);
+  }
+};
+
+// Subnormal results and operands count as 0 while it lives: making one takes 150 cycles.
+class NoSubnormals {
+ public:
+  NoSubnormals() { _mm_setcsr(before_ | 0x8040); }
+  ~NoSubnormals() { _mm_setcsr(before_); }
+  NoSubnormals(const NoSubnormals&) = delete;
+  NoSubnormals& operator=(const NoSubnormals&) = delete;
+
+ private:
+  const unsigned before_ = _mm_getcsr();
+};
+
+// The lanes of keys [m, m + 16) that lie in a range.
+inline __mmask16 lanes_in(KeyRange range, int64_t m) {
+  const auto up_to = [m](int64_t key) {
+    const int64_t count = key - m < 0 ? 0 : key - m > kLanes ? kLanes : key - m;
+    return (uint32_t{1} << count) - 1;
+  };
+  return static_cast<__mmask16>(up_to(range.end) & ~up_to(range.begin));
+}
+
+// Calls body(m, vectors as a constant, partly visible as a constant) for the chunks of a range.
+template <class Body>
+__attribute__((always_inline)) inline void for_chunks(KeyRange range, Body&& body) {
+  const std::integral_constant<int, 2> two;
+  const std::integral_constant<int, 4> four;
+  int64_t m = range.begin / kChunk * kChunk;
+  if (m < range.begin) {
+    body(m, two, std::true_type());
+    m += kChunk;
+  }
+  for (; m + 2 * kChunk <= range.end; m += 2 * kChunk) body(m, four, std::false_type());
+  if (m + kChunk <= range.end) {
+    body(m, two, std::false_type());
+    m += kChunk;
+  }
+  if (m < range.end) body(m, two, std::true_type());
+}
+
+template <bool kPartly>
+__attribute__((always_inline)) inline __m512 load_scores(const float* s, int64_t m,
+                                                         KeyRange range) {
+  if constexpr (!kPartly) return _mm512_loadu_ps(s + m);
+  return _mm512_mask_loadu_ps(_mm512_set1_ps(kNothing), lanes_in(range, m), s + m);
+}
+
+template <int N>
+__attribute__((always_inline)) inline void store_pairs(const __m512 (&x)[N], uint16_t* out) {
+#pragma GCC unroll 2
+  for (int j = 0; j < N; j += 2) {
+    const __m512bh pairs = _mm512_cvtne2ps_pbh(x[j + 1], x[j]);
+    _mm512_storeu_si512(out + j * kLanes, reinterpret_cast<__m512i>(pairs));
+  }
+}
+
+float maximum(const float* s, KeyRange range) {
+  __m512 most = _mm512_set1_ps(kNothing);
+  for_chunks(range, [&](int64_t m, auto vectors, auto partly) {
+#pragma GCC unroll 4
+    for (int j = 0; j < decltype(vectors)::value; ++j) {
+      const __m512 x = load_scores<decltype(partly)::value>(s, m + j * kLanes, range);
+      most = _mm512_max_ps(most, x);
+    }
+  });
+  return _mm512_reduce_max_ps(most);
+}
+
+// Where a row's exponents begin: its largest score among a few keys, among all if those are hidden.
+float first_pivot(const float* s, KeyRange range) {
+  KeyRange few = range;
+  few.end = static_cast<int32_t>(
+      std::min<int64_t>(range.end, range.begin / kChunk * kChunk + 2 * kChunk));
+  const float most = maximum(s, few);
+  return most == kNothing ? maximum(s, range) : most;
+}
+
+// Weights of a row, and their sum lane by lane.
+__attribute__((always_inline)) inline void weigh_row(const Power& power, const float* s,
+                                                     KeyRange range, __m512 scale, float pivot,
+                                                     uint16_t* out, float* sum) {
+  const __m512 shift = _mm512_set1_ps(pivot);
+  __m512 total[2];
+  total[0] = total[1] = _mm512_setzero_ps();
+  for_chunks(range, [&](int64_t m, auto vectors, auto partly) __attribute__((always_inline)) {
+    constexpr int kVectors = decltype(vectors)::value;
+    __m512 x[kVectors];
+#pragma GCC unroll 4
+    for (int j = 0; j < kVectors; ++j) {
+      x[j] = load_scores<decltype(partly)::value>(s, m + j * kLanes, range);
+      x[j] = power(_mm512_fmsub_ps(x[j], scale, shift));
+      total[j % 2] = _mm512_add_ps(total[j % 2], x[j]);
+    }
+    store_pairs(x, out + m);
+  });
+  _mm512_store_ps(sum, _mm512_add_ps(total[0], total[1]));
+}
+
+// The sums of 16 rows of 16 in their lanes.
+__m512 row_sums(const float* rows) {
+  __m512 x[16];
+#pragma GCC unroll 16
+  for (int r = 0; r < 16; ++r) x[r] = _mm512_load_ps(rows + r * kLanes);
+  // Halves of neighbours are added until every row is one lane.
+  __m512 a[8], b[4], c[2];
+#pragma GCC unroll 8
+  for (int r = 0; r < 8; ++r) {
+    a[r] = _mm512_add_ps(_mm512_unpacklo_ps(x[2 * r], x[2 * r + 1]),
+                         _mm512_unpackhi_ps(x[2 * r], x[2 * r + 1]));
+  }
+#pragma GCC unroll 4
+  for (int r = 0; r < 4; ++r) {
+    b[r] = _mm512_add_ps(_mm512_shuffle_ps(a[2 * r], a[2 * r + 1], 0x44),
+                         _mm512_shuffle_ps(a[2 * r], a[2 * r + 1], 0xee));
+  }
+#pragma GCC unroll 2
+  for (int r = 0; r < 2; ++r) {
+    c[r] = _mm512_add_ps(_mm512_shuffle_f32x4(b[2 * r], b[2 * r + 1], 0x88),
+                         _mm512_shuffle_f32x4(b[2 * r], b[2 * r + 1], 0xdd));
+  }
+  const __m512 sums =
+      _mm512_add_ps(_mm512_shuffle_f32x4(c[0], c[1], 0x88), _mm512_shuffle_f32x4(c[0], c[1], 0xdd));
+  return sums;
+}
+
+// 1 / (1 + 2^-t) to 2^-13. What is hidden at the edges has -infinity as a score, thus weight 0.
+__attribute__((always_inline)) inline void sigmoid_row(const Power& power, const float* s,
+                                                       KeyRange range, __m512 scale, __m512 bias,
+                                                       uint16_t* out) {
+  const __m512 one = _mm512_set1_ps(1);
+  for_chunks(range, [&](int64_t m, auto vectors, auto partly) __attribute__((always_inline)) {
+    constexpr int kVectors = decltype(vectors)::value;
+    __m512 x[kVectors];
+#pragma GCC unroll 4
+    for (int j = 0; j < kVectors; ++j) {
+      x[j] = load_scores<decltype(partly)::value>(s, m + j * kLanes, range);
+      x[j] = power(_mm512_fnmsub_ps(x[j], scale, bias));
+      x[j] = _mm512_rcp14_ps(_mm512_add_ps(x[j], one));
+    }
+    store_pairs(x, out + m);
+  });
+}
+
+using Weigh = std::remove_extent_t<decltype(TileKernels<float>::weights)>;
+
+Weigh general_weights(WeightKind kind) {
+  TileKernels<float> table;
+  add_half_weight_parts(Isa::avx512, table);
+  return table.weights[static_cast<int>(kind)];
+}
+
+// A product of a score that is -infinity with the scale is one as well.
+bool usual(const WeightShape<float>& shape) {
+  return shape.slope == 0 && shape.scale > 0 &&
+         shape.scale < std::numeric_limits<float>::infinity();
+}
+
+KeyRange range_of(const KeyRange* ranges, int64_t r, int64_t key_count) {
+  return ranges != nullptr ? ranges[r] : KeyRange{0, static_cast<int32_t>(key_count)};
+}
+
+// Zeros around the chunks of a range.
+void clear_outside(uint16_t* row, KeyRange range, int64_t key_count) {
+  const int64_t from = range.begin / kChunk * kChunk, to = round_up(range.end, kChunk);
+  const int64_t columns = round_up(key_count, kChunk);
+  std::memset(row, 0, static_cast<size_t>(from) * sizeof(uint16_t));
+  std::memset(row + to, 0, static_cast<size_t>(columns - to) * sizeof(uint16_t));
+}
+
+void softmax_weights(Block<float> s, int64_t rows, int64_t key_count, const KeyRange* ranges,
+                     const WeightShape<float>& shape, const RowState<float>& state, void* weights,
+                     int64_t stride) {
+  static const Weigh general = general_weights(WeightKind::softmax);
+  if (!usual(shape) || shape.bias != 0) {
+    return general(s, rows, key_count, ranges, shape, state, weights, stride);
+  }
+  const Power power;
+  const __m512 scale = _mm512_set1_ps(shape.scale);
+  const auto weights_of = [&](int64_t r) { return static_cast<uint16_t*>(weights) + r * stride; };
+  alignas(64) float sums[kLanes * kLanes] = {};
+  for (int64_t first = 0; first < rows; first += kLanes) {
+    const int64_t count = rows - first < kLanes ? rows - first : kLanes;
+    const NoSubnormals mode;
+    for (int64_t i = 0; i < count; ++i) {
+      const int64_t r = first + i;
+      const KeyRange range = range_of(ranges, r, key_count);
+      float& pivot = state.pivot[r];
+      if (pivot == kNothing && !range.empty()) pivot = first_pivot(s.row(r), range) * shape.scale;
+      weigh_row(power, s.row(r), range, scale, pivot == kNothing ? 0 : pivot, weights_of(r),
+                sums + i * kLanes);
+      if (ranges != nullptr) clear_outside(weights_of(r), range, key_count);
+    }
+    const auto all = static_cast<__mmask16>((1U << count) - 1);
+    const __m512 sum = row_sums(sums);
+    const __m512 pivots = _mm512_abs_ps(_mm512_maskz_loadu_ps(all, state.pivot + first));
+    __mmask16 fit = _mm512_mask_cmp_ps_mask(all, sum, _mm512_set1_ps(kMostSum), _CMP_LE_OQ);
+    fit &= _mm512_cmp_ps_mask(pivots, _mm512_set1_ps(kMostPivot), _CMP_LT_OQ) |
+           _mm512_cmp_ps_mask(sum, _mm512_setzero_ps(), _CMP_EQ_OQ);
+    const __m512 before = _mm512_maskz_loadu_ps(fit, state.sum + first);
+    _mm512_mask_storeu_ps(state.sum + first, fit, _mm512_add_ps(before, sum));
+    _mm512_mask_storeu_ps(state.carry + first, all, _mm512_set1_ps(1));
+    for (unsigned rest = all & ~fit; rest != 0; rest &= rest - 1) {
+      const int64_t r = first + __builtin_ctz(rest);
+      general({s.row(r), s.stride}, 1, key_count, ranges != nullptr ? ranges + r : nullptr, shape,
+              {state.pivot + r, state.sum + r, state.carry + r}, weights_of(r), stride);
+    }
+  }
+}
+
+void sigmoid_weights(Block<float> s, int64_t rows, int64_t key_count, const KeyRange* ranges,
+                     const WeightShape<float>& shape, const RowState<float>& state, void* weights,
+                     int64_t stride) {
+  static const Weigh general = general_weights(WeightKind::sigmoid);
+  if (!usual(shape)) return general(s, rows, key_count, ranges, shape, state, weights, stride);
+  const Power power;
+  const NoSubnormals mode;
+  const __m512 scale = _mm512_set1_ps(shape.scale), bias = _mm512_set1_ps(shape.bias);
+  for (int64_t r = 0; r < rows; ++r) {
+    const KeyRange range = range_of(ranges, r, key_count);
+    auto* out = static_cast<uint16_t*>(weights) + r * stride;
+    sigmoid_row(power, s.row(r), range, scale, bias, out);
+    if (ranges != nullptr) clear_outside(out, range, key_count);
+  }
+}
+
+}  // namespace
+
+void add_avx512_half_weights(TileKernels<float>& f) {
+  f.weights[static_cast<int>(WeightKind::softmax)] = softmax_weights;
+  f.weights[static_cast<int>(WeightKind::sigmoid)] = sigmoid_weights;
+}
+
+}  // namespace heed::kernels
