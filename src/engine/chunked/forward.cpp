@@ -91,6 +91,9 @@ class Forward : public Denominators<T>, public Sweep<T> {
   }
   void complete(T* state) const override { this->complete_total(state, kTotal); }
   void store(int64_t lane, const T* state) const override { this->store_state(state, last_, lane); }
+  void run_ready(const std::function<void()>& body) const override {
+    kernels::with_unit(this->products_, body);
+  }
   void update(int64_t lane, const Turn& at, const T* from, T* to,
               std::byte* memory) const override {
     const int64_t b = lane / this->heads_, h = lane % this->heads_;

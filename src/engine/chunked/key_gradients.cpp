@@ -129,6 +129,9 @@ class KeyGradients : public ChunkCall<T>, public Sweep<T> {
   void store(int64_t lane, const T* state) const override {
     this->store_state(state, gradients_.initial, lane);
   }
+  void run_ready(const std::function<void()>& body) const override {
+    kernels::with_unit(this->products_, body);
+  }
 
   void advance(int64_t lane, int64_t chunk, const FeatureRange& rows, const T* from, const T* added,
                T* to) const override {

@@ -144,6 +144,9 @@ class QueryGradients : public SlopeStates<T>, public Sweep<T> {
   }
 
   void store(int64_t lane, const T* state) const override { this->store_last_slope(lane, state); }
+  void run_ready(const std::function<void()>& body) const override {
+    kernels::with_unit(this->products_, body);
+  }
 
   void add_scales() const {
     std::vector<double>& scales = *gradients_.scales;

@@ -54,6 +54,8 @@ class Sweep {
   /// Not running: a state that is complete, before its uses.
   virtual void complete(T* /*state*/) const {}
   virtual void store(int64_t lane, const T* state) const = 0;
+  /// Runs `body`, a few of the above in one thread, with what they need ready.
+  virtual void run_ready(const std::function<void()>& body) const = 0;
 };
 
 struct SweepShape {
@@ -98,11 +100,13 @@ class Schedule {
     const bool even = groups % shape_.threads == 0 || groups >= 4 * shape_.threads;
     if (shape_.threads == 1 || even || shape_.chunks + shape_.uses < 4) {
       parallel_for(groups, shape_.threads, [&](int64_t group, int) {
-        if (shape_.running) {
-          serial(group);
-        } else {
-          serial_total(group);
-        }
+        sweep_.run_ready([&] {
+          if (shape_.running) {
+            serial(group);
+          } else {
+            serial_total(group);
+          }
+        });
       });
     } else if (shape_.running) {
       shared();
@@ -177,7 +181,9 @@ class Schedule {
   }
 
   void with_memory(int64_t items, const std::function<void(int64_t, std::byte*)>& body) const {
-    for_neighbours(items, shape_.threads, shape_.memory, body);
+    for_neighbours(items, shape_.threads, shape_.memory, [&](int64_t item, std::byte* memory) {
+      sweep_.run_ready([&] { body(item, memory); });
+    });
   }
 
   FeatureRange all_rows() const { return {0, shape_.rows}; }
