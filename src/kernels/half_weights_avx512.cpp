@@ -6,7 +6,6 @@
 #include <immintrin.h>
 
 #include <algorithm>
-#include <cstring>
 #include <limits>
 #include <type_traits>
 
@@ -102,25 +101,17 @@ __attribute__((always_inline)) inline void store_pairs(const __m512 (&x)[N], uin
   }
 }
 
-float maximum(const float* s, KeyRange range) {
+// The largest scores of a row, lane by lane.
+__attribute__((always_inline)) inline __m512 maximum(const float* s, KeyRange range) {
   __m512 most = _mm512_set1_ps(kNothing);
-  for_chunks(range, [&](int64_t m, auto vectors, auto partly) {
+  for_chunks(range, [&](int64_t m, auto vectors, auto partly) __attribute__((always_inline)) {
 #pragma GCC unroll 4
     for (int j = 0; j < decltype(vectors)::value; ++j) {
       const __m512 x = load_scores<decltype(partly)::value>(s, m + j * kLanes, range);
       most = _mm512_max_ps(most, x);
     }
   });
-  return _mm512_reduce_max_ps(most);
-}
-
-// Where a row's exponents begin: its largest score among a few keys, among all if those are hidden.
-float first_pivot(const float* s, KeyRange range) {
-  KeyRange few = range;
-  few.end = static_cast<int32_t>(
-      std::min<int64_t>(range.end, range.begin / kChunk * kChunk + 2 * kChunk));
-  const float most = maximum(s, few);
-  return most == kNothing ? maximum(s, range) : most;
+  return most;
 }
 
 // Weights of a row, and their sum lane by lane.
@@ -144,31 +135,28 @@ __attribute__((always_inline)) inline void weigh_row(const Power& power, const f
   _mm512_store_ps(sum, _mm512_add_ps(total[0], total[1]));
 }
 
-// The sums of 16 rows of 16 in their lanes.
-__m512 row_sums(const float* rows) {
-  __m512 x[16];
-#pragma GCC unroll 16
-  for (int r = 0; r < 16; ++r) x[r] = _mm512_load_ps(rows + r * kLanes);
-  // Halves of neighbours are added until every row is one lane.
+// What `combine` makes of the lanes of each of 16 rows of 16, in the lane of that row.
+template <class Combine>
+__attribute__((always_inline)) inline __m512 reduce_rows(const float* rows, Combine combine) {
+  // Halves of neighbours are combined until every row is one lane.
   __m512 a[8], b[4], c[2];
 #pragma GCC unroll 8
   for (int r = 0; r < 8; ++r) {
-    a[r] = _mm512_add_ps(_mm512_unpacklo_ps(x[2 * r], x[2 * r + 1]),
-                         _mm512_unpackhi_ps(x[2 * r], x[2 * r + 1]));
+    const __m512 x = _mm512_load_ps(rows + 2 * r * kLanes);
+    const __m512 y = _mm512_load_ps(rows + (2 * r + 1) * kLanes);
+    a[r] = combine(_mm512_unpacklo_ps(x, y), _mm512_unpackhi_ps(x, y));
   }
 #pragma GCC unroll 4
   for (int r = 0; r < 4; ++r) {
-    b[r] = _mm512_add_ps(_mm512_shuffle_ps(a[2 * r], a[2 * r + 1], 0x44),
-                         _mm512_shuffle_ps(a[2 * r], a[2 * r + 1], 0xee));
+    b[r] = combine(_mm512_shuffle_ps(a[2 * r], a[2 * r + 1], 0x44),
+                   _mm512_shuffle_ps(a[2 * r], a[2 * r + 1], 0xee));
   }
 #pragma GCC unroll 2
   for (int r = 0; r < 2; ++r) {
-    c[r] = _mm512_add_ps(_mm512_shuffle_f32x4(b[2 * r], b[2 * r + 1], 0x88),
-                         _mm512_shuffle_f32x4(b[2 * r], b[2 * r + 1], 0xdd));
+    c[r] = combine(_mm512_shuffle_f32x4(b[2 * r], b[2 * r + 1], 0x88),
+                   _mm512_shuffle_f32x4(b[2 * r], b[2 * r + 1], 0xdd));
   }
-  const __m512 sums =
-      _mm512_add_ps(_mm512_shuffle_f32x4(c[0], c[1], 0x88), _mm512_shuffle_f32x4(c[0], c[1], 0xdd));
-  return sums;
+  return combine(_mm512_shuffle_f32x4(c[0], c[1], 0x88), _mm512_shuffle_f32x4(c[0], c[1], 0xdd));
 }
 
 // 1 / (1 + 2^-t) to 2^-13. What is hidden at the edges has -infinity as a score, thus weight 0.
@@ -209,10 +197,33 @@ KeyRange range_of(const KeyRange* ranges, int64_t r, int64_t key_count) {
 
 // Zeros around the chunks of a range.
 void clear_outside(uint16_t* row, KeyRange range, int64_t key_count) {
-  const int64_t from = range.begin / kChunk * kChunk, to = round_up(range.end, kChunk);
-  const int64_t columns = round_up(key_count, kChunk);
-  std::memset(row, 0, static_cast<size_t>(from) * sizeof(uint16_t));
-  std::memset(row + to, 0, static_cast<size_t>(columns - to) * sizeof(uint16_t));
+  const auto clear = [row](int64_t from, int64_t to) {
+    for (; from < to; from += kChunk) _mm512_storeu_si512(row + from, _mm512_setzero_si512());
+  };
+  clear(0, range.begin / kChunk * kChunk);
+  clear(round_up(range.end, kChunk), round_up(key_count, kChunk));
+}
+
+// Where exponents begin in the rows from r on that are in `rows`: at a row's largest score among its first
+// keys, among all if those are hidden.
+void find_pivots(Block<float> s, int64_t r, __mmask16 rows, int64_t key_count,
+                 const KeyRange* ranges, float scale, float* pivots) {
+  alignas(64) float most[kLanes * kLanes];
+  for (int64_t i = 0; i < kLanes; ++i) {
+    KeyRange few;
+    if ((rows >> i) & 1) few = range_of(ranges, r + i, key_count);
+    const int64_t end = few.begin / kChunk * kChunk + 2 * kChunk;
+    if (few.end > end) few.end = static_cast<int32_t>(end);
+    _mm512_store_ps(most + i * kLanes, maximum(s.row(r + i), few));
+  }
+  const __m512 found = reduce_rows(most, [](__m512 x, __m512 y) { return _mm512_max_ps(x, y); });
+  _mm512_mask_storeu_ps(pivots, rows, _mm512_mul_ps(found, _mm512_set1_ps(scale)));
+  unsigned hidden = _mm512_mask_cmp_ps_mask(rows, found, _mm512_set1_ps(kNothing), _CMP_EQ_OQ);
+  for (; hidden != 0; hidden &= hidden - 1) {
+    const int i = __builtin_ctz(hidden);
+    const __m512 all = maximum(s.row(r + i), range_of(ranges, r + i, key_count));
+    pivots[i] = _mm512_reduce_max_ps(all) * scale;
+  }
 }
 
 void softmax_weights(Block<float> s, int64_t rows, int64_t key_count, const KeyRange* ranges,
@@ -228,18 +239,22 @@ void softmax_weights(Block<float> s, int64_t rows, int64_t key_count, const KeyR
   alignas(64) float sums[kLanes * kLanes] = {};
   for (int64_t first = 0; first < rows; first += kLanes) {
     const int64_t count = rows - first < kLanes ? rows - first : kLanes;
+    const auto all = static_cast<__mmask16>((1U << count) - 1);
+    const __mmask16 fresh = _mm512_mask_cmp_ps_mask(
+        all, _mm512_maskz_loadu_ps(all, state.pivot + first), _mm512_set1_ps(kNothing), _CMP_EQ_OQ);
+    if (fresh != 0) {
+      find_pivots(s, first, fresh, key_count, ranges, shape.scale, state.pivot + first);
+    }
     const NoSubnormals mode;
     for (int64_t i = 0; i < count; ++i) {
       const int64_t r = first + i;
       const KeyRange range = range_of(ranges, r, key_count);
-      float& pivot = state.pivot[r];
-      if (pivot == kNothing && !range.empty()) pivot = first_pivot(s.row(r), range) * shape.scale;
+      const float pivot = state.pivot[r];
       weigh_row(power, s.row(r), range, scale, pivot == kNothing ? 0 : pivot, weights_of(r),
                 sums + i * kLanes);
       if (ranges != nullptr) clear_outside(weights_of(r), range, key_count);
     }
-    const auto all = static_cast<__mmask16>((1U << count) - 1);
-    const __m512 sum = row_sums(sums);
+    const __m512 sum = reduce_rows(sums, [](__m512 x, __m512 y) { return _mm512_add_ps(x, y); });
     const __m512 pivots = _mm512_abs_ps(_mm512_maskz_loadu_ps(all, state.pivot + first));
     __mmask16 fit = _mm512_mask_cmp_ps_mask(all, sum, _mm512_set1_ps(kMostSum), _CMP_LE_OQ);
     fit &= _mm512_cmp_ps_mask(pivots, _mm512_set1_ps(kMostPivot), _CMP_LT_OQ) |
