@@ -53,9 +53,8 @@ HeadGradients Backward<T>::run() {
   const auto count = static_cast<int64_t>(order.size());
   const int threads = threads_for(run_, count);
   const auto run_unit_at = [&](int lane, int64_t i) {
-    kernels::with_unit(products_, [&] {
-      run_unit(lane, static_cast<int64_t>(order[static_cast<size_t>(i)]));
-    });
+    kernels::with_unit(
+        products_, [&] { run_unit(lane, static_cast<int64_t>(order[static_cast<size_t>(i)])); });
   };
   if (terms_ != nullptr && terms_->has_gradient()) {
     // Sums of the terms go with lanes, so units are dealt out to lanes in a fixed way.
