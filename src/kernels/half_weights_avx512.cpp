@@ -28,22 +28,28 @@ constexpr float kMostSum = 0x1p20F;
 // From here on half a unit in the last place of a pivot is more than exponents hold, nearly.
 constexpr float kMostPivot = 0x1p29F;
 
-// 2^f for f in [0, 1), highest power first: minimax to 2^-13.2 among cubics that are exact for f = 0 and 1,
-// so that a row with one weight has the sum 1.
-constexpr float kSeries[] = {0.07826797F, 0.22630768F, 0.69542435F, 1};
+// 2^f for f in [0, 1), highest power first, exact for f = 0 and 1, so that a row with one weight has the sum
+// 1: minimax to 2^-18.2 where weights are summed up, to 2^-13.2 where they are only rounded.
+constexpr float kQuartic[] = {0.01355575F, 0.05203237F, 0.24137976F, 0.69303212F, 1};
+constexpr float kCubic[] = {0.07826797F, 0.22630768F, 0.69542435F, 1};
 
-struct Power {
-  const __m512 c3 = _mm512_set1_ps(kSeries[0]), c2 = _mm512_set1_ps(kSeries[1]),
-               c1 = _mm512_set1_ps(kSeries[2]), c0 = _mm512_set1_ps(kSeries[3]);
-
+template <int kTerms>
+class Power {
+ public:
+  explicit Power(const float (&series)[kTerms]) {
+    for (int i = 0; i < kTerms; ++i) terms_[i] = _mm512_set1_ps(series[i]);
+  }
   /// 2^x; infinite from 128 on, 0 for -infinity.
   __attribute__((always_inline)) __m512 operator()(__m512 x) const {
     const __m512 f = _mm512_reduce_ps(x, _MM_FROUND_TO_NEG_INF);
-    __m512 p = _mm512_fmadd_ps(c3, f, c2);
-    p = _mm512_fmadd_ps(p, f, c1);
-    p = _mm512_fmadd_ps(p, f, c0);
+    __m512 p = terms_[0];
+#pragma GCC unroll 4
+    for (int i = 1; i < kTerms; ++i) p = _mm512_fmadd_ps(p, f, terms_[i]);
     return _mm512_scalef_ps(p, x);
   }
+
+ private:
+  __m512 terms_[kTerms];
 };
 
 // Subnormal results and operands count as 0 while it lives: making one takes 150 cycles.
@@ -115,7 +121,7 @@ __attribute__((always_inline)) inline __m512 maximum(const float* s, KeyRange ra
 }
 
 // Weights of a row, and their sum lane by lane.
-__attribute__((always_inline)) inline void weigh_row(const Power& power, const float* s,
+__attribute__((always_inline)) inline void weigh_row(const Power<5>& power, const float* s,
                                                      KeyRange range, __m512 scale, float pivot,
                                                      uint16_t* out, float* sum) {
   const __m512 shift = _mm512_set1_ps(pivot);
@@ -160,7 +166,7 @@ __attribute__((always_inline)) inline __m512 reduce_rows(const float* rows, Comb
 }
 
 // 1 / (1 + 2^-t) to 2^-13. What is hidden at the edges has -infinity as a score, thus weight 0.
-__attribute__((always_inline)) inline void sigmoid_row(const Power& power, const float* s,
+__attribute__((always_inline)) inline void sigmoid_row(const Power<4>& power, const float* s,
                                                        KeyRange range, __m512 scale, __m512 bias,
                                                        uint16_t* out) {
   const __m512 one = _mm512_set1_ps(1);
@@ -233,7 +239,7 @@ void softmax_weights(Block<float> s, int64_t rows, int64_t key_count, const KeyR
   if (!usual(shape) || shape.bias != 0) {
     return general(s, rows, key_count, ranges, shape, state, weights, stride);
   }
-  const Power power;
+  const Power<5> power(kQuartic);
   const __m512 scale = _mm512_set1_ps(shape.scale);
   const auto weights_of = [&](int64_t r) { return static_cast<uint16_t*>(weights) + r * stride; };
   alignas(64) float sums[kLanes * kLanes] = {};
@@ -255,10 +261,10 @@ void softmax_weights(Block<float> s, int64_t rows, int64_t key_count, const KeyR
       if (ranges != nullptr) clear_outside(weights_of(r), range, key_count);
     }
     const __m512 sum = reduce_rows(sums, [](__m512 x, __m512 y) { return _mm512_add_ps(x, y); });
-    const __m512 pivots = _mm512_abs_ps(_mm512_maskz_loadu_ps(all, state.pivot + first));
+    const __m512 pivots = _mm512_maskz_loadu_ps(all, state.pivot + first);
     __mmask16 fit = _mm512_mask_cmp_ps_mask(all, sum, _mm512_set1_ps(kMostSum), _CMP_LE_OQ);
-    fit &= _mm512_cmp_ps_mask(pivots, _mm512_set1_ps(kMostPivot), _CMP_LT_OQ) |
-           _mm512_cmp_ps_mask(sum, _mm512_setzero_ps(), _CMP_EQ_OQ);
+    fit &= _mm512_cmp_ps_mask(_mm512_abs_ps(pivots), _mm512_set1_ps(kMostPivot), _CMP_LT_OQ) |
+           _mm512_cmp_ps_mask(pivots, _mm512_set1_ps(kNothing), _CMP_EQ_OQ);
     const __m512 before = _mm512_maskz_loadu_ps(fit, state.sum + first);
     _mm512_mask_storeu_ps(state.sum + first, fit, _mm512_add_ps(before, sum));
     _mm512_mask_storeu_ps(state.carry + first, all, _mm512_set1_ps(1));
@@ -275,7 +281,7 @@ void sigmoid_weights(Block<float> s, int64_t rows, int64_t key_count, const KeyR
                      int64_t stride) {
   static const Weigh general = general_weights(WeightKind::sigmoid);
   if (!usual(shape)) return general(s, rows, key_count, ranges, shape, state, weights, stride);
-  const Power power;
+  const Power<4> power(kCubic);
   const NoSubnormals mode;
   const __m512 scale = _mm512_set1_ps(shape.scale), bias = _mm512_set1_ps(shape.bias);
   for (int64_t r = 0; r < rows; ++r) {

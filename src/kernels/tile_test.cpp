@@ -176,8 +176,7 @@ void check_weights(const TileKernels<T>& k, const WeightCase& n, const WeightSha
             << k.name << " row " << r << ": " << found << ", " << want[row].most;
       }
       ASSERT_NEAR(carry[row], want[row].carry, 1e-5) << k.name << " row " << r;
-      const double exactness = k.half_operands ? 0x1p-13 : 1e-5;
-      ASSERT_NEAR(sum[row], want[row].sum, exactness * (1 + std::abs(want[row].sum))) << k.name;
+      ASSERT_NEAR(sum[row], want[row].sum, 1e-5 * (1 + std::abs(want[row].sum))) << k.name;
     }
   }
 }
@@ -397,7 +396,8 @@ void check_few_rows(const TileKernels<T>& k, int64_t rows, int64_t width, DType 
       }
       double want = 0;
       for (int64_t e = 0; e < width; ++e) want += q.at(r, e) * key.at(m, e);
-      ASSERT_NEAR(s.block().row(r)[m], want, (sizeof(T) == 8 ? 1e-12 : 1e-5) * (4 + width / 8))
+      ASSERT_NEAR(s.block().row(r)[m], want,
+                  (sizeof(T) == 8 ? 1e-12 : 1e-5) * (4 + static_cast<double>(width) / 8))
           << about;
     }
     for (int64_t f = 0; f < width; ++f) {

@@ -70,7 +70,7 @@ void Forward<T>::add_few_rows(const Item& item, const std::vector<QueryTile>& ti
     }
     this->shape_scores(at, seen, scores, {});
     for (const SeenElement& e : seen_elements(finite.rows, at, seen, scores)) {
-      special.push_back({tile.slot + e.row, e.key});
+      special.push_back({.row = tile.slot + e.row, .key = e.key});
     }
     wide_.weights[static_cast<int>(problem_.policy.weight)](
         scores, at.rows, at.keys, seen.ranges, this->weight_shape(at), state_of(tile, m),

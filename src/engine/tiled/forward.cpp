@@ -313,14 +313,14 @@ void Forward<T>::add_tile(const QueryTile& tile, const TileAt& at, const Seen& s
   products_.scores(packed.queries, at.rows, packed.keys, at.keys, head_dim_, seen.ranges, m.scores);
   next.ask(share);
   this->shape_scores(at, seen, m.scores, {});
-  const std::vector<SeenElement> special = seen_elements(packed.infinite, at, seen, m.scores);
-  weigh_and_add(at, seen, tile, packed, special.empty(), m);
+  std::vector<SeenElement> special = seen_elements(packed.infinite, at, seen, m.scores);
+  weigh_and_add(at, seen, tile, packed, special, m);
   if (special.empty()) return;
   const Rows v = rows_of(sequence(at.sequence).v, at.head / group_, at.key, at.key + at.keys);
   for (const SeenElement& e : special) {
-    add_row(v, e.key, m.scores.row(e.row)[e.key], m.out.row(tile.slot + e.row), 1);
+    add_row(v, e.key, static_cast<T>(e.weight), m.out.row(tile.slot + e.row), 1);
     if (second_) {
-      add_row(v, e.key, m.second_scores.row(e.row)[e.key], m.out.row(m.second + tile.slot + e.row),
+      add_row(v, e.key, static_cast<T>(e.second_weight), m.out.row(m.second + tile.slot + e.row),
               1);
     }
   }
@@ -337,21 +337,22 @@ std::vector<SeenElement> Forward<T>::seen_elements(const std::vector<int64_t>& k
         continue;
       }
       if (seen.masked && s.row(r)[key] == -std::numeric_limits<T>::infinity()) continue;
-      elements.push_back({r, key});
+      elements.push_back({.row = r, .key = key});
     }
   }
   return elements;
 }
 
-// From shaped scores to sums. `direct`: nobody needs the weights in T. They are then written as operands
-// of the product at once, from rows of scores to rows of half as many bytes; those of the second stream
-// over the scores.
+// From shaped scores to sums, and to the weights of special elements. Where nobody needs weights in T, they
+// are written as operands of the product at once, from rows of scores to rows of half as many bytes; those
+// of the second stream over the scores.
 template <class T>
 void Forward<T>::weigh_and_add(const TileAt& at, const Seen& seen, const QueryTile& tile,
-                               const PackedTile& packed, bool direct, const Memory& m) const {
+                               const PackedTile& packed, std::vector<SeenElement>& special,
+                               const Memory& m) const {
   const auto kind = static_cast<int>(problem_.policy.weight);
   const RowState<T> state = state_of(tile, m);
-  const bool half = path_.half_operands && direct && problem_.policy.dropout == 0;
+  const bool half = path_.half_operands && special.empty() && problem_.policy.dropout == 0;
   const auto& kernels = half ? products_ : wide_;
   const int64_t stride = m.scores.stride, weight_stride = half ? 2 * stride : stride;
   void* weights = half ? m.weights : m.scores.data;
@@ -367,6 +368,10 @@ void Forward<T>::weigh_and_add(const TileAt& at, const Seen& seen, const QueryTi
     kernels.second_weights(weights, weight_stride, m.second_scores, at.rows, at.keys, seen.ranges,
                            state.carry, m.pivot + m.second + tile.slot,
                            m.sum + m.second + tile.slot, second_weights);
+  }
+  for (SeenElement& e : special) {
+    e.weight = m.scores.row(e.row)[e.key];
+    if (second_) e.second_weight = m.second_scores.row(e.row)[e.key];
   }
   const auto accumulate = [&](const void* from, int64_t slot) {
     if (path_.half_operands && !half) {

@@ -25,8 +25,10 @@ struct Item {
   bool first_part = true;
 };
 
+/// An element with a value that is not finite, and its weights in both streams.
 struct SeenElement {
   int64_t row = 0, key = 0;
+  double weight = 0, second_weight = 0;
 };
 
 template <class T>
@@ -101,7 +103,8 @@ class Forward : private TileCall<T> {
   std::vector<SeenElement> seen_elements(const std::vector<int64_t>& keys, const TileAt& at,
                                          const Seen& seen, Block s) const;
   void weigh_and_add(const TileAt& at, const Seen& seen, const QueryTile& tile,
-                     const PackedTile& packed, bool direct, const Memory& m) const;
+                     const PackedTile& packed, std::vector<SeenElement>& special,
+                     const Memory& m) const;
   void finish(int64_t s, const QueryTile& tile, const Memory& m) const;
   void combine_streams(int64_t s, const QueryTile& tile, int64_t r, const Memory& m) const;
 
