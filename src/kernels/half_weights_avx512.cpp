@@ -5,7 +5,6 @@
 // half_avx512.cpp.
 #include <immintrin.h>
 
-#include <algorithm>
 #include <limits>
 #include <type_traits>
 
