@@ -209,10 +209,10 @@ void clear_outside(uint16_t* row, KeyRange range, int64_t key_count) {
   clear(round_up(range.end, kChunk), round_up(key_count, kChunk));
 }
 
-// Where exponents begin in the rows from r on that are in `rows`: at a row's largest score among its first
-// keys, among all if those are hidden.
-void find_pivots(Block<float> s, int64_t r, __mmask16 rows, int64_t key_count,
-                 const KeyRange* ranges, float scale, float* pivots) {
+// Where exponents begin in those of 16 rows from r on that are in `rows`: at a row's largest score among its
+// first keys, among all if those are hidden.
+__m512 find_pivots(Block<float> s, int64_t r, __mmask16 rows, int64_t key_count,
+                   const KeyRange* ranges, float scale) {
   alignas(64) float most[kLanes * kLanes];
   for (int64_t i = 0; i < kLanes; ++i) {
     KeyRange few;
@@ -221,14 +221,30 @@ void find_pivots(Block<float> s, int64_t r, __mmask16 rows, int64_t key_count,
     if (few.end > end) few.end = static_cast<int32_t>(end);
     _mm512_store_ps(most + i * kLanes, maximum(s.row(r + i), few));
   }
-  const __m512 found = reduce_rows(most, [](__m512 x, __m512 y) { return _mm512_max_ps(x, y); });
-  _mm512_mask_storeu_ps(pivots, rows, _mm512_mul_ps(found, _mm512_set1_ps(scale)));
-  unsigned hidden = _mm512_mask_cmp_ps_mask(rows, found, _mm512_set1_ps(kNothing), _CMP_EQ_OQ);
-  for (; hidden != 0; hidden &= hidden - 1) {
-    const int i = __builtin_ctz(hidden);
-    const __m512 all = maximum(s.row(r + i), range_of(ranges, r + i, key_count));
-    pivots[i] = _mm512_reduce_max_ps(all) * scale;
+  alignas(64) float found[kLanes];
+  _mm512_store_ps(found, reduce_rows(most, [](__m512 x, __m512 y) { return _mm512_max_ps(x, y); }));
+  for (unsigned rest = rows; rest != 0; rest &= rest - 1) {
+    const int i = __builtin_ctz(rest);
+    if (found[i] != kNothing) continue;
+    found[i] = _mm512_reduce_max_ps(maximum(s.row(r + i), range_of(ranges, r + i, key_count)));
   }
+  return _mm512_mul_ps(_mm512_load_ps(found), _mm512_set1_ps(scale));
+}
+
+// Gives rows a pivot that have none yet, or one so low that all they have seen counts as nothing beside
+// usual scores: returns those.
+__mmask16 start_rows(Block<float> s, int64_t r, __mmask16 rows, int64_t key_count,
+                     const KeyRange* ranges, float scale, float* pivots, float* sums) {
+  const __m512 before = _mm512_maskz_loadu_ps(rows, pivots), lowest = _mm512_set1_ps(-kMostPivot);
+  const __mmask16 low = _mm512_mask_cmp_ps_mask(rows, before, lowest, _CMP_LE_OQ);
+  if (low == 0) return 0;
+  const __m512 found = find_pivots(s, r, low, key_count, ranges, scale);
+  const __mmask16 fresh =
+      _mm512_mask_cmp_ps_mask(low, before, _mm512_set1_ps(kNothing), _CMP_EQ_OQ);
+  const __mmask16 raised = _mm512_mask_cmp_ps_mask(low, found, lowest, _CMP_GT_OQ) & ~fresh;
+  _mm512_mask_storeu_ps(pivots, fresh | raised, found);
+  _mm512_mask_storeu_ps(sums, raised, _mm512_setzero_ps());
+  return raised;
 }
 
 void softmax_weights(Block<float> s, int64_t rows, int64_t key_count, const KeyRange* ranges,
@@ -245,11 +261,8 @@ void softmax_weights(Block<float> s, int64_t rows, int64_t key_count, const KeyR
   for (int64_t first = 0; first < rows; first += kLanes) {
     const int64_t count = rows - first < kLanes ? rows - first : kLanes;
     const auto all = static_cast<__mmask16>((1U << count) - 1);
-    const __mmask16 fresh = _mm512_mask_cmp_ps_mask(
-        all, _mm512_maskz_loadu_ps(all, state.pivot + first), _mm512_set1_ps(kNothing), _CMP_EQ_OQ);
-    if (fresh != 0) {
-      find_pivots(s, first, fresh, key_count, ranges, shape.scale, state.pivot + first);
-    }
+    const __mmask16 raised = start_rows(s, first, all, key_count, ranges, shape.scale,
+                                        state.pivot + first, state.sum + first);
     const NoSubnormals mode;
     for (int64_t i = 0; i < count; ++i) {
       const int64_t r = first + i;
@@ -266,11 +279,13 @@ void softmax_weights(Block<float> s, int64_t rows, int64_t key_count, const KeyR
            _mm512_cmp_ps_mask(pivots, _mm512_set1_ps(kNothing), _CMP_EQ_OQ);
     const __m512 before = _mm512_maskz_loadu_ps(fit, state.sum + first);
     _mm512_mask_storeu_ps(state.sum + first, fit, _mm512_add_ps(before, sum));
-    _mm512_mask_storeu_ps(state.carry + first, all, _mm512_set1_ps(1));
+    _mm512_mask_storeu_ps(state.carry + first, all,
+                          _mm512_maskz_mov_ps(~raised, _mm512_set1_ps(1)));
     for (unsigned rest = all & ~fit; rest != 0; rest &= rest - 1) {
       const int64_t r = first + __builtin_ctz(rest);
       general({s.row(r), s.stride}, 1, key_count, ranges != nullptr ? ranges + r : nullptr, shape,
               {state.pivot + r, state.sum + r, state.carry + r}, weights_of(r), stride);
+      if ((raised >> (r - first)) & 1) state.carry[r] = 0;
     }
   }
 }
