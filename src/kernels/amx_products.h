@@ -39,8 +39,8 @@ void store_tiles(Unit& unit, float* to, int64_t stride) {
   }
 }
 
-// Scores of 32 rows with all keys in [first, first + columns), a multiple of 32, of a panel. Rows of up to
-// 64 numbers stay in registers meanwhile.
+// Scores of 32 rows with `columns` keys of a panel, a multiple of 32. Rows of up to 64 numbers stay in
+// registers meanwhile.
 template <class Unit>
 void panel_scores(Unit& unit, const uint16_t* q, int64_t depth, const uint32_t* keys,
                   int64_t panel_width, int64_t columns, float* s, int64_t s_stride) {

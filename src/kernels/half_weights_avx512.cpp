@@ -24,9 +24,6 @@ constexpr float kNothing = -std::numeric_limits<float>::infinity();
 // Sums of a tile up to this: no weight is far above those of other tiles, and nothing overflows.
 constexpr float kMostSum = 0x1p20F;
 
-// From here on half a unit in the last place of a pivot is more than exponents hold, nearly.
-constexpr float kMostPivot = 0x1p29F;
-
 // 2^f for f in [0, 1), highest power first, exact for f = 0 and 1, so that a row with one weight has the sum
 // 1: minimax to 2^-18.2 where weights are summed up, to 2^-13.2 where they are only rounded.
 constexpr float kQuartic[] = {0.01355575F, 0.05203237F, 0.24137976F, 0.69303212F, 1};
@@ -72,29 +69,42 @@ inline __mmask16 lanes_in(KeyRange range, int64_t m) {
   return static_cast<__mmask16>(up_to(range.end) & ~up_to(range.begin));
 }
 
-// Calls body(m, vectors as a constant, partly visible as a constant) for the chunks of a range.
-template <class Body>
-__attribute__((always_inline)) inline void for_chunks(KeyRange range, Body&& body) {
-  const std::integral_constant<int, 2> two;
-  const std::integral_constant<int, 4> four;
-  int64_t m = range.begin / kChunk * kChunk;
-  if (m < range.begin) {
-    body(m, two, std::true_type());
-    m += kChunk;
+template <int N, bool kPartly>
+__attribute__((always_inline)) inline void load_scores(const float* s, int64_t m, KeyRange range,
+                                                       __m512 (&x)[N]) {
+#pragma GCC unroll 4
+  for (int j = 0; j < N; ++j, m += kLanes) {
+    if constexpr (kPartly) {
+      x[j] = _mm512_mask_loadu_ps(_mm512_set1_ps(kNothing), lanes_in(range, m), s + m);
+    } else {
+      x[j] = _mm512_loadu_ps(s + m);
+    }
   }
-  for (; m + 2 * kChunk <= range.end; m += 2 * kChunk) body(m, four, std::false_type());
-  if (m + kChunk <= range.end) {
-    body(m, two, std::false_type());
-    m += kChunk;
-  }
-  if (m < range.end) body(m, two, std::true_type());
 }
 
-template <bool kPartly>
-__attribute__((always_inline)) inline __m512 load_scores(const float* s, int64_t m,
-                                                         KeyRange range) {
-  if constexpr (!kPartly) return _mm512_loadu_ps(s + m);
-  return _mm512_mask_loadu_ps(_mm512_set1_ps(kNothing), lanes_in(range, m), s + m);
+// Calls body(m, N vectors of scores from key m on) for the chunks of a range; -infinity is what it hides.
+template <class Body>
+__attribute__((always_inline)) inline void for_chunks(const float* s, KeyRange range, Body&& body) {
+  int64_t m = range.begin / kChunk * kChunk;
+  const auto edge = [&]() __attribute__((always_inline)) {
+    __m512 x[2];
+    load_scores<2, true>(s, m, range, x);
+    body(m, x);
+    m += kChunk;
+  };
+  if (m < range.begin) edge();
+  for (; m + 2 * kChunk <= range.end; m += 2 * kChunk) {
+    __m512 x[4];
+    load_scores<4, false>(s, m, range, x);
+    body(m, x);
+  }
+  if (m + kChunk <= range.end) {
+    __m512 x[2];
+    load_scores<2, false>(s, m, range, x);
+    body(m, x);
+    m += kChunk;
+  }
+  if (m < range.end) edge();
 }
 
 template <int N>
@@ -109,12 +119,8 @@ __attribute__((always_inline)) inline void store_pairs(const __m512 (&x)[N], uin
 // The largest scores of a row, lane by lane.
 __attribute__((always_inline)) inline __m512 maximum(const float* s, KeyRange range) {
   __m512 most = _mm512_set1_ps(kNothing);
-  for_chunks(range, [&](int64_t m, auto vectors, auto partly) __attribute__((always_inline)) {
-#pragma GCC unroll 4
-    for (int j = 0; j < decltype(vectors)::value; ++j) {
-      const __m512 x = load_scores<decltype(partly)::value>(s, m + j * kLanes, range);
-      most = _mm512_max_ps(most, x);
-    }
+  for_chunks(s, range, [&](int64_t, auto& x) __attribute__((always_inline)) {
+    for (const __m512 some : x) most = _mm512_max_ps(most, some);
   });
   return most;
 }
@@ -126,12 +132,10 @@ __attribute__((always_inline)) inline void weigh_row(const Power<5>& power, cons
   const __m512 shift = _mm512_set1_ps(pivot);
   __m512 total[2];
   total[0] = total[1] = _mm512_setzero_ps();
-  for_chunks(range, [&](int64_t m, auto vectors, auto partly) __attribute__((always_inline)) {
-    constexpr int kVectors = decltype(vectors)::value;
-    __m512 x[kVectors];
+  for_chunks(s, range, [&](int64_t m, auto& x) __attribute__((always_inline)) {
+    constexpr int kVectors = std::extent_v<std::remove_reference_t<decltype(x)>>;
 #pragma GCC unroll 4
     for (int j = 0; j < kVectors; ++j) {
-      x[j] = load_scores<decltype(partly)::value>(s, m + j * kLanes, range);
       x[j] = power(_mm512_fmsub_ps(x[j], scale, shift));
       total[j % 2] = _mm512_add_ps(total[j % 2], x[j]);
     }
@@ -169,14 +173,11 @@ __attribute__((always_inline)) inline void sigmoid_row(const Power<4>& power, co
                                                        KeyRange range, __m512 scale, __m512 bias,
                                                        uint16_t* out) {
   const __m512 one = _mm512_set1_ps(1);
-  for_chunks(range, [&](int64_t m, auto vectors, auto partly) __attribute__((always_inline)) {
-    constexpr int kVectors = decltype(vectors)::value;
-    __m512 x[kVectors];
+  for_chunks(s, range, [&](int64_t m, auto& x) __attribute__((always_inline)) {
 #pragma GCC unroll 4
-    for (int j = 0; j < kVectors; ++j) {
-      x[j] = load_scores<decltype(partly)::value>(s, m + j * kLanes, range);
-      x[j] = power(_mm512_fnmsub_ps(x[j], scale, bias));
-      x[j] = _mm512_rcp14_ps(_mm512_add_ps(x[j], one));
+    for (__m512& some : x) {
+      some = power(_mm512_fnmsub_ps(some, scale, bias));
+      some = _mm512_rcp14_ps(_mm512_add_ps(some, one));
     }
     store_pairs(x, out + m);
   });
@@ -235,7 +236,8 @@ __m512 find_pivots(Block<float> s, int64_t r, __mmask16 rows, int64_t key_count,
 // usual scores: returns those.
 __mmask16 start_rows(Block<float> s, int64_t r, __mmask16 rows, int64_t key_count,
                      const KeyRange* ranges, float scale, float* pivots, float* sums) {
-  const __m512 before = _mm512_maskz_loadu_ps(rows, pivots), lowest = _mm512_set1_ps(-kMostPivot);
+  const __m512 before = _mm512_maskz_loadu_ps(rows, pivots),
+               lowest = _mm512_set1_ps(-kLargePivot<float>);
   const __mmask16 low = _mm512_mask_cmp_ps_mask(rows, before, lowest, _CMP_LE_OQ);
   if (low == 0) return 0;
   const __m512 found = find_pivots(s, r, low, key_count, ranges, scale);
@@ -275,8 +277,9 @@ void softmax_weights(Block<float> s, int64_t rows, int64_t key_count, const KeyR
     const __m512 sum = reduce_rows(sums, [](__m512 x, __m512 y) { return _mm512_add_ps(x, y); });
     const __m512 pivots = _mm512_maskz_loadu_ps(all, state.pivot + first);
     __mmask16 fit = _mm512_mask_cmp_ps_mask(all, sum, _mm512_set1_ps(kMostSum), _CMP_LE_OQ);
-    fit &= _mm512_cmp_ps_mask(_mm512_abs_ps(pivots), _mm512_set1_ps(kMostPivot), _CMP_LT_OQ) |
-           _mm512_cmp_ps_mask(pivots, _mm512_set1_ps(kNothing), _CMP_EQ_OQ);
+    fit &=
+        _mm512_cmp_ps_mask(_mm512_abs_ps(pivots), _mm512_set1_ps(kLargePivot<float>), _CMP_LT_OQ) |
+        _mm512_cmp_ps_mask(pivots, _mm512_set1_ps(kNothing), _CMP_EQ_OQ);
     const __m512 before = _mm512_maskz_loadu_ps(fit, state.sum + first);
     _mm512_mask_storeu_ps(state.sum + first, fit, _mm512_add_ps(before, sum));
     _mm512_mask_storeu_ps(state.carry + first, all,

@@ -10,6 +10,10 @@ namespace heed::kernels {
 /// Row blocks of the products are 6, 8 or 12 rows high.
 inline constexpr int64_t kRowMultiple = 24;
 
+/// From here on half a unit in the last place of a pivot is more than exponents hold, nearly.
+template <class T>
+inline constexpr T kLargePivot = sizeof(T) == 8 ? T{0x1p59} : T{0x1p29};
+
 void add_pack_parts(Isa isa, TileKernels<float>& f, TileKernels<double>& d);
 void add_product_parts(Isa isa, TileKernels<float>& f, TileKernels<double>& d);
 void add_weight_parts(Isa isa, TileKernels<float>& f, TileKernels<double>& d);

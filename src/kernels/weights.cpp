@@ -142,10 +142,6 @@ HWY_INLINE void move_pivots(RowVectors<T>& rows, T scale, T bias, int64_t count,
   hn::Store(hn::Sub(hn::Set(d, bias), shift), d, rows.bias);
 }
 
-// From here on half a unit in the last place of a pivot is more than exponents hold, nearly.
-template <class T>
-inline constexpr T kLargePivot = sizeof(T) == 8 ? T{0x1p59} : T{0x1p29};
-
 template <class T, class Weights, bool kAlibi>
 void softmax_rows(Block<T> s, int64_t rows, int64_t key_count, const KeyRange* ranges,
                   const WeightShape<T>& shape, const RowState<T>& state,

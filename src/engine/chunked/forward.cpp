@@ -33,7 +33,7 @@ class Forward : public Denominators<T>, public Sweep<T> {
     shape.last_wanted = last_.defined() || !shape.running;
     shape.threads = threads_for(this->run_, shape.lanes * std::max(shape.chunks, shape.uses));
     shape.results = {&out_};
-    Schedule<T>(shape, *this).run();
+    Schedule<T>(shape, *this, this->products_).run();
   }
 
  private:
@@ -91,9 +91,6 @@ class Forward : public Denominators<T>, public Sweep<T> {
   }
   void complete(T* state) const override { this->complete_total(state, kTotal); }
   void store(int64_t lane, const T* state) const override { this->store_state(state, last_, lane); }
-  void run_ready(const std::function<void()>& body) const override {
-    kernels::with_unit(this->products_, body);
-  }
   void update(int64_t lane, const Turn& at, const T* from, T* to,
               std::byte* memory) const override {
     const int64_t b = lane / this->heads_, h = lane % this->heads_;

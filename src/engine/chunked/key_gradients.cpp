@@ -49,7 +49,7 @@ class KeyGradients : public ChunkCall<T>, public Sweep<T> {
     shape.last_wanted = !causal || gradients_.initial.defined();
     shape.threads = threads_for(this->run_, shape.lanes * std::max(shape.chunks, shape.uses));
     shape.results = {&gradients_.k, &gradients_.v};
-    Schedule<T>(shape, *this).run();
+    Schedule<T>(shape, *this, this->products_).run();
   }
 
  private:
@@ -128,9 +128,6 @@ class KeyGradients : public ChunkCall<T>, public Sweep<T> {
   void complete(T* state) const override { this->complete_total(state, kTotal); }
   void store(int64_t lane, const T* state) const override {
     this->store_state(state, gradients_.initial, lane);
-  }
-  void run_ready(const std::function<void()>& body) const override {
-    kernels::with_unit(this->products_, body);
   }
 
   void advance(int64_t lane, int64_t chunk, const FeatureRange& rows, const T* from, const T* added,

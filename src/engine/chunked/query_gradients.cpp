@@ -54,7 +54,7 @@ class QueryGradients : public SlopeStates<T>, public Sweep<T> {
     }
     this->start_slopes(shape.chunks);
     shape.results = {&gradients_.q};
-    Schedule<T>(shape, *this).run();
+    Schedule<T>(shape, *this, this->products_).run();
     this->finish_slopes();
     if (gradients_.scales != nullptr) add_scales();
   }
@@ -144,9 +144,6 @@ class QueryGradients : public SlopeStates<T>, public Sweep<T> {
   }
 
   void store(int64_t lane, const T* state) const override { this->store_last_slope(lane, state); }
-  void run_ready(const std::function<void()>& body) const override {
-    kernels::with_unit(this->products_, body);
-  }
 
   void add_scales() const {
     std::vector<double>& scales = *gradients_.scales;

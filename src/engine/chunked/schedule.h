@@ -21,6 +21,7 @@
 #include "base/parallel.h"
 #include "base/round_up.h"
 #include "heed/tensor.h"
+#include "kernels/tile.h"
 
 namespace heed::chunked {
 
@@ -54,8 +55,6 @@ class Sweep {
   /// Not running: a state that is complete, before its uses.
   virtual void complete(T* /*state*/) const {}
   virtual void store(int64_t lane, const T* state) const = 0;
-  /// Runs `body`, a few of the above in one thread, with what they need ready.
-  virtual void run_ready(const std::function<void()>& body) const = 0;
 };
 
 struct SweepShape {
@@ -92,7 +91,9 @@ inline int64_t total_parts(int64_t chunks) { return std::min<int64_t>(16, ceil_d
 template <class T>
 class Schedule {
  public:
-  Schedule(const SweepShape& shape, const Sweep<T>& sweep) : shape_(shape), sweep_(sweep) {}
+  /// `products`: those of the sweep.
+  Schedule(const SweepShape& shape, const Sweep<T>& sweep, const kernels::TileKernels<T>& products)
+      : shape_(shape), sweep_(sweep), products_(products) {}
 
   void run() const {
     const int64_t groups = shape_.groups();
@@ -100,7 +101,7 @@ class Schedule {
     const bool even = groups % shape_.threads == 0 || groups >= 4 * shape_.threads;
     if (shape_.threads == 1 || even || shape_.chunks + shape_.uses < 4) {
       parallel_for(groups, shape_.threads, [&](int64_t group, int) {
-        sweep_.run_ready([&] {
+        kernels::with_unit(products_, [&] {
           if (shape_.running) {
             serial(group);
           } else {
@@ -182,7 +183,7 @@ class Schedule {
 
   void with_memory(int64_t items, const std::function<void(int64_t, std::byte*)>& body) const {
     for_neighbours(items, shape_.threads, shape_.memory, [&](int64_t item, std::byte* memory) {
-      sweep_.run_ready([&] { body(item, memory); });
+      kernels::with_unit(products_, [&] { body(item, memory); });
     });
   }
 
@@ -348,6 +349,7 @@ class Schedule {
 
   const SweepShape& shape_;
   const Sweep<T>& sweep_;
+  const kernels::TileKernels<T>& products_;
 };
 
 }  // namespace heed::chunked

@@ -136,6 +136,8 @@ typename Forward<T>::Layout Forward<T>::layout(const std::vector<QueryTile>& til
   l.out_rows = round_up(streams_ * l.rows, products_.row_multiple);
   l.block_rows = path_.few_rows ? round_up(streams_ * rows, 4) : tile_rows_;
   l.block_stride = this->block_stride();
+  // A second stream puts its own weights over the scores.
+  if (path_.half_operands) l.weight_rows = second_ ? l.block_rows : kernels::kWeightRowsBefore;
   return l;
 }
 
@@ -152,10 +154,7 @@ size_t Forward<T>::scratch_bytes(const std::vector<QueryTile>& tiles) const {
     bytes += products_.key_bytes(packed_keys(), head_dim_) +
              products_.value_bytes(packed_keys(), value_dim_);
   }
-  if (path_.half_operands) {
-    const int64_t rows = kernels::kWeightRowsBefore + (second_ ? l.block_rows : 0);
-    bytes += static_cast<int64_t>(sizeof(T)) * rows * l.block_stride;
-  }
+  bytes += static_cast<int64_t>(sizeof(T)) * l.weight_rows * l.block_stride;
   return static_cast<size_t>(bytes) + 20 * 64;
 }
 
@@ -172,17 +171,12 @@ typename Forward<T>::Memory Forward<T>::cut(Scratch& scratch, const Item& item,
   m.sum = scratch.take<T>(l.out_rows);
   m.carry = scratch.take<T>(l.out_rows);
   m.out = {scratch.take<T>(l.out_rows * padded_values_), padded_values_};
-  const int64_t before = path_.half_operands ? kernels::kWeightRowsBefore : 0;
-  m.scores = {scratch.take<T>((before + l.block_rows) * l.block_stride) + before * l.block_stride,
-              l.block_stride};
+  m.weights = scratch.take<T>((l.weight_rows + l.block_rows) * l.block_stride);
+  m.scores = {static_cast<T*>(m.weights) + l.weight_rows * l.block_stride, l.block_stride};
   if (second_ && !path_.few_rows) {
     m.second_scores = {scratch.take<T>(l.block_rows * l.block_stride), l.block_stride};
   }
   m.ranges = scratch.take<KeyRange>(l.block_rows);
-  if (path_.half_operands) m.weights = m.scores.row(-before);
-  if (path_.half_operands && second_) {  // which puts its own weights over the scores
-    m.weights = scratch.take<T>(l.block_rows * l.block_stride);
-  }
   if (path_.few_rows) {
     m.kept = {scratch.take<T>(l.out_rows * (padded_values_ + 2)), padded_values_ + 2};
   } else {

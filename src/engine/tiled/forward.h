@@ -58,6 +58,7 @@ class Forward : private TileCall<T> {
   /// Sizes of an item's blocks. State and result rows of a second stream lie `rows` rows behind.
   struct Layout {
     int64_t rows, out_rows, block_rows, block_stride;
+    int64_t weight_rows;  // of T in front of the scores, that weights of half operands begin in
   };
 
   /// Everything one item needs, cut from one block of scratch.
