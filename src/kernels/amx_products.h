@@ -80,12 +80,13 @@ void panel_scores(Unit& unit, const uint16_t* q, int64_t depth, const uint32_t* 
 
 template <class Unit>
 void tile_scores(const void* queries, int64_t rows, const void* keys, int64_t key_count,
-                 int64_t width, const KeyRange* ranges, Block<float> s) {
+                 int64_t width, const KeyRange* ranges, Block<float> s, ReadAhead* ahead) {
   Unit unit;
   const int64_t depth = round_up(width, kHalfDepth);
   for_score_blocks(
       rows, key_count, ranges, 32, kHalfPanel, 32,
       [&](int64_t r, int64_t start, int64_t panel_width, int64_t first, int64_t columns) {
+        advance(ahead, 32, columns, depth);
         const auto* q = static_cast<const uint16_t*>(queries) + r * depth;
         const auto* k = static_cast<const uint32_t*>(keys) + start * depth / 2;
         panel_scores(unit, q, depth, k + first, panel_width, columns, s.row(r) + start + first,
@@ -116,26 +117,24 @@ void sum_tiles(Unit& unit, const uint16_t* p, int64_t p_stride, const uint32_t* 
 template <class Unit>
 void tile_accumulate(const void* weights, int64_t p_stride, int64_t rows, const void* values,
                      int64_t key_count, int64_t width, const KeyRange* ranges, const float* carry,
-                     Block<float> o) {
+                     Block<float> o, ReadAhead* ahead) {
   Unit unit;
   const int64_t v_stride = round_up(width, kHalfColumns);
   const auto* v = static_cast<const uint32_t*>(values);
-  for_sum_blocks(
-      rows, key_count, ranges, 32, key_count, kHalfDepth,
-      [&](int64_t r, int64_t from, int64_t to, bool) {
-        if (carry != nullptr) scale_rows(carry + r, v_stride, o.row(r), o.stride);
-        const int64_t steps = (to - from + kHalfDepth - 1) / kHalfDepth;
-        if (steps == 0) return;
-        const auto* p = static_cast<const uint16_t*>(weights) + r * p_stride + from;
-        const uint32_t* pairs = v + from / 2 * v_stride;
-        int64_t f = 0;
-        for (; f + 32 <= v_stride; f += 32) {
-          sum_tiles<true>(unit, p, p_stride, pairs + f, v_stride, steps, o.row(r) + f, o.stride);
-        }
-        if (f < v_stride) {
-          sum_tiles<false>(unit, p, p_stride, pairs + f, v_stride, steps, o.row(r) + f, o.stride);
-        }
-      });
+  for_sum_blocks(rows, key_count, ranges, 32, key_count, kHalfDepth,
+                 [&](int64_t r, int64_t from, int64_t to, bool) {
+                   if (carry != nullptr) scale_rows(carry + r, v_stride, o.row(r), o.stride);
+                   const int64_t steps = (to - from + kHalfDepth - 1) / kHalfDepth;
+                   if (steps == 0) return;
+                   const auto* p = static_cast<const uint16_t*>(weights) + r * p_stride + from;
+                   const uint32_t* pairs = v + from / 2 * v_stride;
+                   for (int64_t f = 0; f < v_stride; f += 32) {
+                     const bool wide = f + 32 <= v_stride;
+                     advance(ahead, 32, wide ? 32 : 16, to - from);
+                     const auto sum = wide ? sum_tiles<true, Unit> : sum_tiles<false, Unit>;
+                     sum(unit, p, p_stride, pairs + f, v_stride, steps, o.row(r) + f, o.stride);
+                   }
+                 });
 }
 
 // C (32 rows f x 32 keys) += A (X^T: 32 rows f, steps of 32 tile rows) B (pairs of tile rows). Pairs of

@@ -13,7 +13,6 @@
 #pragma once
 #include <cstdint>
 
-#include "kernels/prefetch.h"
 #include "kernels/tile.h"
 
 namespace heed::kernels {

@@ -40,26 +40,16 @@ HWY_NOINLINE void outer_block(const T* x, int64_t x_stride, const T* y, int64_t 
   });
 }
 
-// Cache lines to ask for before each register block, so that all are asked for.
-template <class T>
-int64_t ahead_share(const ReadAhead& ahead, int64_t rows, int64_t columns) {
-  const int64_t panel = kPanelVectors * lanes<T>();
-  const auto vectors = static_cast<int>(HWY_MIN(columns, panel) / lanes<T>());
-  const int64_t blocks =
-      HWY_MAX(int64_t{1}, rows / block_rows(vectors)) * ((columns + panel - 1) / panel);
-  return (ahead.lines() + blocks - 1) / blocks;
-}
-
 template <class T>
 void outer(Block<const T> x, Block<const T> y, int64_t depth, int64_t rows, int64_t columns,
            const Decay<T>& decay, Block<const T> from, Block<T> to, const ReadAhead& later) {
   ReadAhead ahead = later;
-  const int64_t share = ahead_share<T>(ahead, rows, columns);
+  ahead.spread(rows * columns * depth);
   for_even_shares(columns / lanes<T>(), kPanelVectors, [&](int64_t vector, int64_t count) {
     const int64_t column = vector * lanes<T>();
     with_vectors(count, [&](auto vectors) {
       for_row_blocks<vectors>(rows, [&](int64_t r, auto height) {
-        ahead.ask(share);
+        advance(&ahead, height, vectors * lanes<T>(), depth);
         outer_block<height, vectors, T>(x.data + r, x.stride, y.data + column, y.stride, depth,
                                         decay,
                                         from.data == nullptr ? nullptr : from.row(r) + column,
@@ -92,13 +82,13 @@ template <class T>
 void read(Block<const T> x, Block<const T> s, int64_t rows, int64_t depth, int64_t columns,
           const RowEnds<T>& ends, Block<T> o, const ReadAhead& later) {
   ReadAhead ahead = later;
-  const int64_t share = ahead_share<T>(ahead, rows, columns);
+  ahead.spread(rows * columns * depth);
   const auto at = [](const T* p, int64_t i) { return p == nullptr ? nullptr : p + i; };
   for_even_shares(columns / lanes<T>(), kPanelVectors, [&](int64_t vector, int64_t count) {
     const int64_t column = vector * lanes<T>();
     with_vectors(count, [&](auto vectors) {
       for_row_blocks<vectors>(rows, [&](int64_t r, auto height) {
-        ahead.ask(share);
+        advance(&ahead, height, vectors * lanes<T>(), depth);
         read_block<height, vectors, T>(x.row(r), x.stride, s.data + column, s.stride, depth,
                                        at(ends.factor, r), at(ends.added, column),
                                        at(ends.added_factor, r), o.row(r) + column, o.stride);

@@ -92,7 +92,7 @@ __attribute__((noinline)) void sum_block(const uint32_t* p, int64_t p_stride, co
 }
 
 void scores(const void* queries, int64_t rows, const void* keys, int64_t key_count, int64_t width,
-            const KeyRange* ranges, Block<float> s) {
+            const KeyRange* ranges, Block<float> s, ReadAhead* ahead) {
   const int64_t depth = round_up(width, kHalfDepth) / 2, pairs = (width + 1) / 2;
   for_score_blocks(
       rows, key_count, ranges, 6, kHalfPanel, 16,
@@ -102,6 +102,7 @@ void scores(const void* queries, int64_t rows, const void* keys, int64_t key_cou
         const auto* k = static_cast<const uint32_t*>(keys) + start * depth + first;
         float* out = s.row(r) + start + first;
         with_height<6>(rows - r, [&](auto height) {
+          advance(ahead, height, columns, width);
           with_columns(columns / 16, [&](auto vectors) {
             score_block<height, vectors>(q, depth, k, panel_width, pairs, out, s.stride);
           });
@@ -112,12 +113,13 @@ void scores(const void* queries, int64_t rows, const void* keys, int64_t key_cou
 template <int NV>
 void sum_columns(const uint16_t* p, int64_t p_stride, int64_t rows, const uint32_t* v,
                  int64_t v_stride, int64_t key_count, const KeyRange* ranges, const float* carry,
-                 Block<float> o, int64_t column) {
+                 Block<float> o, int64_t column, ReadAhead* ahead) {
   constexpr int64_t kRun = 256;  // keys whose pairs of values stay in the first-level cache
   for_sum_blocks(rows, key_count, ranges, half_block_rows(NV), kRun, 2,
                  [&](int64_t r, int64_t from, int64_t to, bool first) {
                    const auto* weights = reinterpret_cast<const uint32_t*>(p + r * p_stride + from);
                    with_height<half_block_rows(NV)>(rows - r, [&](auto height) {
+                     advance(ahead, height, NV * 16, to - from);
                      sum_block<height, NV>(weights, p_stride / 2, v + from / 2 * v_stride + column,
                                            v_stride, (to - from + 1) / 2,
                                            first && carry != nullptr ? carry + r : nullptr,
@@ -128,14 +130,15 @@ void sum_columns(const uint16_t* p, int64_t p_stride, int64_t rows, const uint32
 
 void accumulate(const void* weights, int64_t p_stride, int64_t rows, const void* values,
                 int64_t key_count, int64_t width, const KeyRange* ranges, const float* carry,
-                Block<float> o) {
+                Block<float> o, ReadAhead* ahead) {
   const int64_t v_stride = round_up(width, kHalfColumns);
   const auto* p = static_cast<const uint16_t*>(weights);
   const auto* v = static_cast<const uint32_t*>(values);
   for_even_shares(v_stride / 16, kMostVectors, [&](int64_t vector, int64_t count) {
     const int64_t column = vector * 16;
     with_columns(count, [&](auto vectors) {
-      sum_columns<vectors>(p, p_stride, rows, v, v_stride, key_count, ranges, carry, o, column);
+      sum_columns<vectors>(p, p_stride, rows, v, v_stride, key_count, ranges, carry, o, column,
+                           ahead);
     });
   });
 }

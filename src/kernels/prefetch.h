@@ -2,11 +2,8 @@
 // requests come as evenly as their lines.
 #pragma once
 #include <algorithm>
-#include <array>
-#include <cassert>
 #include <cstddef>
 #include <cstdint>
-#include <initializer_list>
 
 #include "base/round_up.h"
 #include "heed/tensor.h"
@@ -58,60 +55,5 @@ inline void prefetch_far(const void* p, int64_t ahead) {
       reinterpret_cast<const void*>(reinterpret_cast<uintptr_t>(p) + static_cast<uintptr_t>(ahead)),
       0, 2);
 }
-
-/// Rows that are read later, asked for little by little between products: asked for at once, they would
-/// be waited for at once. They need not exist.
-class ReadAhead {
- public:
-  ReadAhead() = default;
-  ReadAhead(std::initializer_list<Rows> list) {
-    for (const Rows& rows : list) add(rows);
-  }
-  void add(const Rows& rows) {
-    if (rows.data == nullptr || rows.count <= 0 || rows.width <= 0) return;
-    const auto element = static_cast<int64_t>(size_of(rows.dtype));
-    const bool together = rows.offsets == nullptr && rows.stride == rows.width;
-    const Lines lines{row_at(rows, 0), rows.stride * element, together ? 1 : rows.count,
-                      rows.width * element * (together ? rows.count : 1),
-                      rows.offsets == nullptr ? nullptr : rows.offsets + 1, element};
-    assert(count_ < static_cast<int64_t>(list_.size()));
-    lines_ += lines.rows * ((lines.row_bytes + kLine - 1) / kLine);
-    list_[static_cast<size_t>(count_++)] = lines;
-  }
-  /// Cache lines not asked for so far.
-  int64_t lines() const { return lines_; }
-  void ask(int64_t lines) {
-    lines = std::min(lines, lines_);
-    lines_ -= lines;
-    while (lines > 0) {
-      Lines& x = list_[static_cast<size_t>(at_)];
-      const int64_t here = std::min(lines, (x.row_bytes - done_ + kLine - 1) / kLine);
-      for (int64_t i = 0; i < here; ++i) prefetch_far(x.data, done_ + i * kLine);
-      lines -= here;
-      done_ += here * kLine;
-      if (done_ < x.row_bytes) continue;
-      done_ = 0;
-      if (--x.rows == 0) {
-        ++at_;
-      } else if (x.offsets == nullptr) {
-        x.data += x.stride;
-      } else {
-        x.data += (x.offsets[0] - x.offsets[-1]) * x.element;
-        ++x.offsets;
-      }
-    }
-  }
-
- private:
-  static constexpr int64_t kLine = 64;  // bytes
-  struct Lines {
-    const std::byte* data = nullptr;
-    int64_t stride = 0, rows = 0, row_bytes = 0;  // bytes from row to row, rows left
-    const int64_t* offsets = nullptr;             // of the next row; null: evenly spaced
-    int64_t element = 0;                          // bytes
-  };
-  std::array<Lines, 4> list_;
-  int64_t count_ = 0, at_ = 0, done_ = 0, lines_ = 0;  // done_: bytes of the row at hand
-};
 
 }  // namespace heed::kernels

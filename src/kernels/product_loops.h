@@ -78,6 +78,11 @@ void for_column_panels(int64_t rows, int64_t keys, const KeyRange* ranges, int64
   }
 }
 
+// Tells who reads ahead, if anybody does, of a product to come.
+inline void advance(ReadAhead* ahead, int64_t rows, int64_t columns, int64_t depth) {
+  if (ahead != nullptr) ahead->advance(rows * columns * depth);
+}
+
 // Calls body(height as a constant) for the next of `rows` rows: kMost, or 4 or 2 at the end.
 template <int kMost, class Body>
 __attribute__((always_inline)) inline void with_height(int64_t rows, Body&& body) {

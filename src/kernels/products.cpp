@@ -26,7 +26,7 @@ HWY_NOINLINE void score_block(const T* q, int64_t q_stride, const T* panel, int6
 
 template <class T>
 void scores(const void* queries, int64_t rows, const void* keys, int64_t key_count, int64_t width,
-            const KeyRange* ranges, Block<T> s) {
+            const KeyRange* ranges, Block<T> s, ReadAhead* ahead) {
   constexpr int64_t kLanes = lanes<T>();
   const int64_t q_stride = round_up(width, kLanes);
   for_score_blocks(
@@ -37,6 +37,7 @@ void scores(const void* queries, int64_t rows, const void* keys, int64_t key_cou
         T* out = s.row(r) + start + first;
         with_vectors(columns / kLanes, [&](auto vectors) {
           with_height<6>(rows - r, [&](auto height) {
+            advance(ahead, height, columns, width);
             score_block<height, vectors, T>(q, q_stride, k, panel_width, width, out, s.stride);
           });
         });
@@ -70,7 +71,7 @@ const T* carry_at(const T* carry, int64_t r) {
 template <class T>
 void accumulate(const void* weights, int64_t p_stride, int64_t rows, const void* values,
                 int64_t key_count, int64_t width, const KeyRange* ranges, const T* carry,
-                Block<T> o) {
+                Block<T> o, ReadAhead* ahead) {
   // Keys whose values stay in the first-level cache while all rows pass over them.
   constexpr int64_t kRun =
       32 * 1024 / (kPanelVectors * lanes<T>() * static_cast<int64_t>(sizeof(T)));
@@ -83,6 +84,7 @@ void accumulate(const void* weights, int64_t p_stride, int64_t rows, const void*
       for_sum_blocks(rows, key_count, ranges, block_rows(vectors), kRun, 1,
                      [&](int64_t r, int64_t from, int64_t to, bool first) {
                        with_height<block_rows(vectors)>(rows - r, [&](auto height) {
+                         advance(ahead, height, vectors * lanes<T>(), to - from);
                          accumulate_block<height, vectors, T>(
                              p + r * p_stride + from, p_stride, v + from * v_stride + column,
                              v_stride, to - from, carry_at(first ? carry : nullptr, r),

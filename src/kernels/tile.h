@@ -22,6 +22,7 @@
 
 #include "heed/run.h"
 #include "heed/tensor.h"
+#include "kernels/read_ahead.h"
 
 namespace heed::kernels {
 
@@ -125,8 +126,9 @@ struct TileKernels {
   bool (*pack_values)(const Rows& v, void* packed) = nullptr;
 
   /// `ranges` (one per padded row, or null: all keys) limits the work; what lies outside is undefined.
+  /// `ahead` (or null) advances with the work.
   void (*scores)(const void* queries, int64_t rows, const void* keys, int64_t key_count,
-                 int64_t width, const KeyRange* ranges, Block<T> s) = nullptr;
+                 int64_t width, const KeyRange* ranges, Block<T> s, ReadAhead* ahead) = nullptr;
   /// Weights go to `weights` (T, may be `s` itself; or bfloat16 with half_operands, as softmax weights
   /// at most 2^20 in sum relative to a pivot that may be below the largest score), exactly 0 outside
   /// a row's range, in the padding columns and where a score is -inf (a mask, at any scale). A NaN score
@@ -137,7 +139,7 @@ struct TileKernels {
                                 void* weights, int64_t weight_stride) = {};
   void (*accumulate)(const void* weights, int64_t weight_stride, int64_t rows, const void* values,
                      int64_t key_count, int64_t width, const KeyRange* ranges, const T* carry,
-                     Block<T> o) = nullptr;
+                     Block<T> o, ReadAhead* ahead) = nullptr;
 
   /// s = caps(s * scale) in place, within the ranges. If `slope` has data it receives the derivative of
   /// the result with respect to s * scale.

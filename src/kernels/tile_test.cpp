@@ -19,7 +19,7 @@ void check_scores(const TileKernels<T>& k, const Sizes& n, DType type,
     k.pack_queries(q.rows(), negate, queries.data());
     k.pack_keys(key.rows(), keys.data());
     k.scores(queries.data(), n.rows, keys.data(), n.keys, n.width,
-             ranges ? ranges->data() : nullptr, s.block());
+             ranges ? ranges->data() : nullptr, s.block(), nullptr);
     const double unit = sizeof(T) == 8 ? 1e-15 : 2e-7;
     for (int64_t r = 0; r < n.rows; ++r) {
       for (int64_t m = 0; m < n.keys; ++m) {
@@ -310,7 +310,7 @@ void check_sums(const TileKernels<T>& k, const Sizes& n, DType type,
   EXPECT_TRUE(k.pack_values(v.rows(), values.data())) << k.name;
   k.accumulate(weights.view().data(), stride, n.rows, values.data(), n.keys, n.value_width,
                ranges ? ranges->data() : nullptr, carried ? carry.data() : nullptr,
-               {out.as<T>(), padded});
+               {out.as<T>(), padded}, nullptr);
   const double unit = sizeof(T) == 8 ? 1e-14 : 1e-6;
   for (int64_t r = 0; r < n.rows; ++r) {
     for (int64_t f = 0; f < n.value_width; ++f) {

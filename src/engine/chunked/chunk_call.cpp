@@ -250,7 +250,7 @@ void ChunkCall<T>::add_half_outer(const Added& added, const Decay<T>& decay,
     // Not into the state: products write whole blocks of rows, more than it has.
     std::fill_n(m.sums.data, size, T{0});
     products_.accumulate(m.x_transposed, stride, features_, m.y_packed, depth, value_dim_, nullptr,
-                         ones(), m.sums);
+                         ones(), m.sums, nullptr);
     if (from.data == nullptr) {
       std::copy_n(m.sums.data, size, to.data);
     } else {
@@ -339,36 +339,16 @@ typename ChunkCall<T>::Left ChunkCall<T>::left(const Rows& x, int64_t readable, 
 }
 
 template <class T>
-template <class Body>
-void ChunkCall<T>::by_shares(const Left& left, int64_t count, ReadAhead& ahead,
-                             const Body& body) const {
-  constexpr int64_t kLinesPerRow = 4;  // the sweeps ask for all of a chunk's rows
-  const int64_t share = round_up(chunk_ / 2, products_.row_multiple);
-  const int64_t row_bytes = left.stride * static_cast<int64_t>(half_ ? 2 : sizeof(T));
-  for (int64_t r = 0; r < count; r += share) {
-    const int64_t rows = std::min(share, count - r);
-    ahead.ask(rows * kLinesPerRow);
-    body(static_cast<const std::byte*>(left.data) + r * row_bytes, r, rows);
-  }
-}
-
-template <class T>
 void ChunkCall<T>::scores(const Left& left, int64_t count, const void* panels, int64_t keys,
-                          int64_t width, const KeyRange* ranges, Block s, ReadAhead& ahead) const {
-  by_shares(left, count, ahead, [&](const void* x, int64_t r, int64_t rows) {
-    products_.scores(x, rows, panels, keys, width, ranges == nullptr ? nullptr : ranges + r,
-                     {s.row(r), s.stride});
-  });
+                          int64_t width, const KeyRange* ranges, Block s, ReadAhead* ahead) const {
+  products_.scores(left.data, count, panels, keys, width, ranges, s, ahead);
 }
 
 template <class T>
 void ChunkCall<T>::accumulate(const Left& left, int64_t count, const void* values, int64_t keys,
                               int64_t width, const KeyRange* ranges, const T* carry, Block o,
-                              ReadAhead& ahead) const {
-  by_shares(left, count, ahead, [&](const void* x, int64_t r, int64_t rows) {
-    products_.accumulate(x, left.stride, rows, values, keys, width,
-                         ranges == nullptr ? nullptr : ranges + r, carry + r, {o.row(r), o.stride});
-  });
+                              ReadAhead* ahead) const {
+  products_.accumulate(left.data, left.stride, count, values, keys, width, ranges, carry, o, ahead);
 }
 
 template <class T>
@@ -424,7 +404,7 @@ template <class T>
 void ChunkCall<T>::weigh_and_add(const WeightMemory& m, int64_t count, int64_t columns,
                                  const KeyRange* ranges, const kernels::WeightFactors<T>& factors,
                                  bool weighed, const Right& right, const T* carry, Block o,
-                                 ReadAhead& ahead) const {
+                                 ReadAhead* ahead) const {
   const int64_t stride = m.scores.stride;
   if (half_ && right.finite) {
     rows_.weigh_half(m.scores, count, columns, ranges, factors, m.rounded, stride);

@@ -8,7 +8,7 @@
 #include "engine/chunked/problem.h"
 #include "engine/chunked/schedule.h"
 #include "kernels/chunk.h"
-#include "kernels/prefetch.h"
+#include "kernels/read_ahead.h"
 
 namespace heed::chunked {
 
@@ -240,12 +240,16 @@ class ChunkCall {
   };
   Left left(const Rows& x, int64_t readable, Block block, void* packed) const;
 
-  /// The products of tile.h by shares of the left rows, before each of which `ahead` asks for some of
-  /// what comes next.
+  /// The products of tile.h.
   void scores(const Left& left, int64_t count, const void* panels, int64_t keys, int64_t width,
-              const KeyRange* ranges, Block s, ReadAhead& ahead) const;
+              const KeyRange* ranges, Block s, ReadAhead* ahead) const;
   void accumulate(const Left& left, int64_t count, const void* values, int64_t keys, int64_t width,
-                  const KeyRange* ranges, const T* carry, Block o, ReadAhead& ahead) const;
+                  const KeyRange* ranges, const T* carry, Block o, ReadAhead* ahead) const;
+  /// Multiply-adds of the products of `rows` rows of a chunk with `columns` others of it and the state: in
+  /// the course of as many the next chunk is asked for.
+  int64_t work(int64_t rows, int64_t columns) const {
+    return rows * (columns * (features_ + value_dim_) + features_ * value_dim_);
+  }
   /// Columns of gradients by feature that score products write at least.
   int64_t written_features() const { return round_up(features_, products_.dim_multiple); }
   static void zero_rows(Block x, int64_t rows, int64_t width) {
@@ -286,7 +290,7 @@ class ChunkCall {
   };
   void weigh_and_add(const WeightMemory& m, int64_t count, int64_t columns, const KeyRange* ranges,
                      const kernels::WeightFactors<T>& factors, bool weighed, const Right& right,
-                     const T* carry, Block o, ReadAhead& ahead) const;
+                     const T* carry, Block o, ReadAhead* ahead) const;
   /// Rows as keys of a score product.
   void panels(const Rows& x, void* packed) const {
     if (half_) {
@@ -320,9 +324,6 @@ class ChunkCall {
   const int64_t score_stride_;
 
  private:
-  // Calls body(left operand, first row, rows).
-  template <class Body>
-  void by_shares(const Left& left, int64_t count, ReadAhead& ahead, const Body& body) const;
   int64_t count(int64_t tokens) const { return ceil_div(tokens, chunk_); }
   int64_t existing(int64_t b) const {
     return problem_.lengths.empty() ? tokens_ : problem_.lengths[static_cast<size_t>(b)];

@@ -111,6 +111,7 @@ class Forward : public Denominators<T>, public Sweep<T> {
     const Chunk next = this->chunk_of_queries(b, at.next);
     ReadAhead ahead{this->queries(b, h, next).rows, this->keys(b, h, next).rows,
                     this->values(b, h, next)};
+    ahead.spread(this->work(chunk.queries, chunk.keys));
     m.ahead = &ahead;
     std::fill_n(m.out.data, this->tile_rows_ * m.out.stride, T{0});
     this->query_ranges(chunk, m.ranges);
@@ -170,7 +171,7 @@ class Forward : public Denominators<T>, public Sweep<T> {
                                  this->queries_ - chunk.query, m.query_rows, m.query);
     if (!this->nothing_before(chunk)) {
       this->accumulate(left, chunk.queries, this->state_values(state, m.state), this->features_,
-                       this->value_dim_, nullptr, this->ones(), m.out, *m.ahead);
+                       this->value_dim_, nullptr, this->ones(), m.out, m.ahead);
     }
     if (this->problem_.policy.key_sum) {
       if (this->problem_.causal) {
@@ -188,12 +189,12 @@ class Forward : public Denominators<T>, public Sweep<T> {
     }
     this->panels(this->operand(k, m.key_rows, m.key_rounded), m.key_panels);
     this->scores(left, chunk.queries, m.key_panels, chunk.keys, this->features_, m.ranges,
-                 m.weights.scores, *m.ahead);
+                 m.weights.scores, m.ahead);
     kernels::WeightFactors<T> factors;
     if (const auto* table = this->decays(h)) factors.decay = table->falling(chunk.shift);
     this->weigh_and_add(m.weights, chunk.queries, chunk.keys, m.ranges, factors, false,
                         this->right(this->values(b, h, chunk), m.values),
-                        this->state_factors(h, chunk.shift + 1), m.out, *m.ahead);
+                        this->state_factors(h, chunk.shift + 1), m.out, m.ahead);
   }
 
   void read_polynomial(int64_t b, int64_t h, const Chunk& chunk, const StateView<T>& state,
@@ -207,7 +208,7 @@ class Forward : public Denominators<T>, public Sweep<T> {
       const Block x{m.query_rows.data, round_up(count, this->products_.dim_multiple)};
       this->features(q, first, count, x);
       this->products_.accumulate(x.data, x.stride, chunk.queries, state.sums.row(first), count,
-                                 this->value_dim_, nullptr, this->ones(), m.out);
+                                 this->value_dim_, nullptr, this->ones(), m.out, nullptr);
       this->add_state_denominators(x, chunk.queries, first, state, m.sums);
     }
     if (chunk.keys == 0) return;
@@ -215,13 +216,13 @@ class Forward : public Denominators<T>, public Sweep<T> {
     this->rows_.pack_rows(q.rows, nullptr, raw);
     this->panels(k.rows, m.key_panels);
     this->products_.scores(raw.data, chunk.queries, m.key_panels, chunk.keys, this->width_,
-                           m.ranges, m.weights.scores);
+                           m.ranges, m.weights.scores, m.ahead);
     this->rows_.polynomial(m.weights.scores, m.sums.weights, chunk.queries, chunk.keys, m.ranges,
                            static_cast<T>(polynomial.scale), polynomial.order);
     this->add_weight_sums(m.sums.weights, chunk.queries, m.ranges, m.sums);
     this->weigh_and_add({m.sums.weights, nullptr}, chunk.queries, chunk.keys, m.ranges, {}, true,
                         this->right(this->values(b, h, chunk), m.values), this->ones(), m.out,
-                        *m.ahead);
+                        m.ahead);
   }
 
   void finish(int64_t b, int64_t h, const Chunk& chunk, const StateView<T>& state,

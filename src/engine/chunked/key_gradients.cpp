@@ -184,6 +184,7 @@ class KeyGradients : public ChunkCall<T>, public Sweep<T> {
     for (int64_t i = 0; i < this->group_; ++i) {
       const StateView<T> state = this->total(states + i * this->total_size(kTotal), kTotal);
       ReadAhead ahead = rows_ahead(b, first + i, chunk, this->chunk_of_keys(b, at.next));
+      ahead.spread(this->work(chunk.keys, chunk.queries));
       m.ahead = &ahead;
       if (this->problem_.policy.polynomial) {
         use_polynomial(b, first + i, chunk, operands, state, key_sum, m);
@@ -300,7 +301,7 @@ class KeyGradients : public ChunkCall<T>, public Sweep<T> {
   void add_own(int64_t b, int64_t h, const Chunk& chunk, const typename Call::Right& right,
                const Memory& m, Block o) const {
     this->weigh_and_add(m.weights, chunk.keys, chunk.queries, m.ranges, weight_factors(b, h, chunk),
-                        false, right, carry(h, chunk), o, *m.ahead);
+                        false, right, carry(h, chunk), o, m.ahead);
   }
 
   // Keys that all queries see.
@@ -332,15 +333,14 @@ class KeyGradients : public ChunkCall<T>, public Sweep<T> {
     this->zero_rows(m.values, chunk.keys, this->padded_values_);
     if (!nothing_behind(chunk)) {
       this->accumulate(operands.key, chunk.keys, this->state_values(state, m.as_values),
-                       this->features_, this->value_dim_, nullptr, this->ones(), m.values,
-                       *m.ahead);
+                       this->features_, this->value_dim_, nullptr, this->ones(), m.values, m.ahead);
     }
     if (chunk.queries > 0) {
       const Source<T> q = this->queries(b, h, chunk);
       if (q.map != nullptr) this->features(q, 0, this->features_, m.query_rows);
       this->panels(this->operand(q, m.query_rows, m.query_rounded), m.query_panels);
       this->scores(operands.key, chunk.keys, m.query_panels, chunk.queries, this->features_,
-                   m.ranges, m.weights.scores, *m.ahead);
+                   m.ranges, m.weights.scores, m.ahead);
       add_own(b, h, chunk, this->right(gradient, m.gradients), m, m.values);
     } else if (this->decays(h) != nullptr) {
       this->rows_.scale_rows(m.values, chunk.keys, this->padded_values_, carry(h, chunk));
@@ -365,12 +365,12 @@ class KeyGradients : public ChunkCall<T>, public Sweep<T> {
       this->zero_rows(m.features, chunk.keys, this->written_features());
     } else {
       this->scores(operands.value, chunk.keys, this->state_keys(state, m.as_keys), this->features_,
-                   this->value_dim_, nullptr, m.features, *m.ahead);
+                   this->value_dim_, nullptr, m.features, m.ahead);
     }
     if (chunk.queries > 0) {
       this->panels(gradient_of(b, h, chunk), m.gradient_panels);
       this->scores(operands.value, chunk.keys, m.gradient_panels, chunk.queries, this->value_dim_,
-                   m.ranges, m.weights.scores, *m.ahead);
+                   m.ranges, m.weights.scores, m.ahead);
       add_own(b, h, chunk, this->right(this->operand(q, m.query_rows, m.query_rounded), m.queries),
               m, m.features);
     } else if (this->decays(h) != nullptr) {
@@ -402,20 +402,20 @@ class KeyGradients : public ChunkCall<T>, public Sweep<T> {
     const Rows gradient = gradient_of(b, h, chunk);
     this->panels(q.rows, m.query_panels);
     this->products_.scores(operands.key.data, chunk.keys, m.query_panels, chunk.queries,
-                           this->width_, m.ranges, m.scores);
+                           this->width_, m.ranges, m.scores, m.ahead);
     this->rows_.polynomial(m.scores, m.polynomial, chunk.keys, chunk.queries, m.ranges,
                            static_cast<T>(polynomial.scale), polynomial.order);
     this->weigh_and_add({m.polynomial, nullptr}, chunk.keys, chunk.queries, m.ranges,
                         weight_factors(b, h, chunk), false, this->right(gradient, m.gradients),
-                        this->ones(), m.values, *m.ahead);
+                        this->ones(), m.values, m.ahead);
     this->panels(gradient, m.gradient_panels);
     this->products_.scores(operands.value.data, chunk.keys, m.gradient_panels, chunk.queries,
-                           this->value_dim_, m.ranges, m.weights.scores);
+                           this->value_dim_, m.ranges, m.weights.scores, m.ahead);
     this->rows_.chain(m.scores, {m.weights.scores.data, m.weights.scores.stride}, chunk.keys,
                       chunk.queries, m.ranges, row_numbers(statistics_.num_scale, b, h, chunk),
                       row_numbers(statistics_.denominator, b, h, chunk), true);
     this->weigh_and_add({m.scores, nullptr}, chunk.keys, chunk.queries, m.ranges, {}, true,
-                        this->right(q.rows, m.queries), this->ones(), key_sum, *m.ahead);
+                        this->right(q.rows, m.queries), this->ones(), key_sum, m.ahead);
   }
 
   void state_tile(int64_t count, int64_t first, const Operands& operands, const StateView<T>& state,
@@ -428,9 +428,9 @@ class KeyGradients : public ChunkCall<T>, public Sweep<T> {
     this->features(k, first, features, x);
     this->products_.accumulate(x.data, padded, count,
                                this->state_values(sums, features, m.as_values), features,
-                               this->value_dim_, nullptr, this->ones(), m.values);
+                               this->value_dim_, nullptr, this->ones(), m.values, nullptr);
     this->products_.scores(operands.value.data, count, this->state_keys(sums, features, m.as_keys),
-                           features, this->value_dim_, nullptr, y);
+                           features, this->value_dim_, nullptr, y, nullptr);
     std::copy_n(state.keys + first, padded, m.row);
     this->rows_.run_add({}, nullptr, {}, y, nullptr, {0, count}, padded, false, m.row);
     k.map->pull(k.at, k.rows, first, features, {y.data, padded}, key_sum);

@@ -161,6 +161,7 @@ class QueryGradients : public SlopeStates<T>, public Sweep<T> {
     if (chunk.queries == 0) return;
     Memory m = memory_at(memory);
     ReadAhead ahead = rows_ahead(b, h, this->chunk_of_queries(b, at.next));
+    ahead.spread(this->work(chunk.queries, chunk.keys));
     m.ahead = &ahead;
     this->query_ranges(chunk, m.ranges);
     Block result = m.rows;
@@ -196,7 +197,7 @@ class QueryGradients : public SlopeStates<T>, public Sweep<T> {
                     Block to, const Memory& m) const {
     this->panels(this->values(b, h, chunk), m.value_panels);
     this->scores(gradient, chunk.queries, m.value_panels, chunk.keys, this->value_dim_, m.ranges,
-                 to, *m.ahead);
+                 to, m.ahead);
   }
 
   Block use_linear(int64_t lane, int64_t index, const Chunk& chunk, T* state,
@@ -212,7 +213,7 @@ class QueryGradients : public SlopeStates<T>, public Sweep<T> {
       this->zero_rows(m.features, chunk.queries, this->written_features());
     } else {
       this->scores(gradient, chunk.queries, this->state_keys(view, m.state), this->features_,
-                   this->value_dim_, nullptr, m.features, *m.ahead);
+                   this->value_dim_, nullptr, m.features, m.ahead);
     }
     if (chunk.keys > 0) value_scores(b, h, chunk, gradient, m.weights.scores, m);
     if (this->slopes_) this->slope_part(lane, index) = slopes_of(b, h, chunk, gradient, state, m);
@@ -222,7 +223,7 @@ class QueryGradients : public SlopeStates<T>, public Sweep<T> {
       if (const auto* table = this->decays(h)) factors.decay = table->falling(chunk.shift);
       this->weigh_and_add(m.weights, chunk.queries, chunk.keys, m.ranges, factors, false,
                           this->right(this->operand(k, m.key_rows, m.key_rounded), m.keys),
-                          this->state_factors(h, chunk.shift + 1), m.features, *m.ahead);
+                          this->state_factors(h, chunk.shift + 1), m.features, m.ahead);
     } else if (this->decays(h) != nullptr) {
       this->rows_.scale_rows(m.features, chunk.queries, this->padded_features_,
                              this->state_factors(h, chunk.shift + 1));
@@ -295,7 +296,7 @@ class QueryGradients : public SlopeStates<T>, public Sweep<T> {
     double sum = state_part(m.features, true);
     this->scores(gradient, chunk.queries,
                  this->state_keys(this->slope_view(state).sums, this->features_, m.state),
-                 this->features_, this->value_dim_, nullptr, m.more_features, *m.ahead);
+                 this->features_, this->value_dim_, nullptr, m.more_features, m.ahead);
     sum += state_part(m.more_features, false);
     const Source<T> q = this->queries(b, h, chunk), k = this->keys(b, h, chunk);
     const auto left = this->left(this->operand(q, m.query_rows, m.query_rounded),
@@ -303,7 +304,7 @@ class QueryGradients : public SlopeStates<T>, public Sweep<T> {
     if (k.map != nullptr) this->features(k, 0, this->features_, m.key_rows);
     this->panels(this->operand(k, m.key_rows, m.key_rounded), m.key_panels);
     this->scores(left, chunk.queries, m.key_panels, chunk.keys, this->features_, m.ranges, m.scores,
-                 *m.ahead);
+                 m.ahead);
     const Block& values = m.weights.scores;
     return sum + this->rows_.distance_sum({m.scores.data, m.scores.stride},
                                           {values.data, values.stride}, chunk.queries, m.ranges,
@@ -388,7 +389,7 @@ class QueryGradients : public SlopeStates<T>, public Sweep<T> {
       this->rows_.pack_rows(q.rows, nullptr, raw);
       this->panels(k.rows, m.key_panels);
       this->products_.scores(raw.data, chunk.queries, m.key_panels, chunk.keys, this->width_,
-                             m.ranges, m.scores);
+                             m.ranges, m.scores, m.ahead);
       this->rows_.polynomial(m.scores, m.sums.weights, chunk.queries, chunk.keys, m.ranges,
                              static_cast<T>(polynomial.scale), polynomial.order);
       this->add_weight_sums(m.sums.weights, chunk.queries, m.ranges, m.sums);
@@ -406,7 +407,7 @@ class QueryGradients : public SlopeStates<T>, public Sweep<T> {
     this->rows_.chain(m.scores, {m.weights.scores.data, m.weights.scores.stride}, chunk.queries,
                       chunk.keys, m.ranges, m.dots, m.sum_dots, false);
     this->weigh_and_add({m.scores, nullptr}, chunk.queries, chunk.keys, m.ranges, {}, true,
-                        this->right(k.rows, m.keys), this->ones(), m.rows, *m.ahead);
+                        this->right(k.rows, m.keys), this->ones(), m.rows, m.ahead);
   }
 
   void state_tile(const Source<T>& q, int64_t count, int64_t first, const void* gradient,
@@ -419,7 +420,7 @@ class QueryGradients : public SlopeStates<T>, public Sweep<T> {
     this->products_.scores(
         gradient, count,
         this->state_keys({state.sums.row(first), state.sums.stride}, features, m.state), features,
-        this->value_dim_, nullptr, y);
+        this->value_dim_, nullptr, y, nullptr);
     this->rows_.row_dots(this->as_rows({x.data, padded}, count, padded), {y.data, padded}, m.dots);
     q.map->pull(q.at, q.rows, first, features, {y.data, padded}, m.rows);
     q.map->pull(q.at, q.rows, first, features, {state.keys + first, 0}, m.more_rows);

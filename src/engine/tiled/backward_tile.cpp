@@ -149,9 +149,10 @@ void Backward<T>::run_tile(int lane, const TileAt& at, const Seen& seen, Block d
     finite = std::all_of(flags, flags + at.rows, [](char f) { return f != 0; });
   }
   const Columns columns = pack_rows(at, finite, m);
-  products_.scores(m.q, at.rows, m.keys, at.keys, head_dim_, seen.ranges, m.s);
-  products_.scores(m.dout, at.rows, m.values, at.keys, value_dim_, seen.ranges, m.a);
-  if (second_) products_.scores(m.r, at.rows, m.keys, at.keys, head_dim_, seen.ranges, m.t);
+  products_.scores(m.q, at.rows, m.keys, at.keys, head_dim_, seen.ranges, m.s, nullptr);
+  products_.scores(m.dout, at.rows, m.values, at.keys, value_dim_, seen.ranges, m.a, nullptr);
+  if (second_)
+    products_.scores(m.r, at.rows, m.keys, at.keys, head_dim_, seen.ranges, m.t, nullptr);
   weigh(at, seen, m);
   if (problem_.head_gradients) sum_head(at, m.a, sums);
   if (terms_ != nullptr && terms_->has_gradient()) {
@@ -254,7 +255,7 @@ void Backward<T>::add_rows(const TileAt& at, const Seen& seen, Block weights, Bl
     operand = m.rounded;
   }
   products_.accumulate(operand, weights.stride, at.rows, m.key_values, at.keys, head_dim_,
-                       seen.ranges, nullptr, to);
+                       seen.ranges, nullptr, to, nullptr);
 }
 
 template class Backward<float>;

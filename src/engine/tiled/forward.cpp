@@ -271,7 +271,7 @@ void Forward<T>::run_item(const Item& item) const {
 template <class T>
 void Forward<T>::run_key_tile(const Item& item, const std::vector<QueryTile>& tiles, Interval keys,
                               kernels::ReadAhead next, const Memory& m) const {
-  const int64_t share = next.lines() / kReadAheadTiles + 1;
+  next.spread(kReadAheadTiles * work(path_.query_tile, tile_keys_));
   const Sequence& s = sequence(item.sequence);
   bool packed = false;
   std::vector<int64_t> infinite;
@@ -288,7 +288,7 @@ void Forward<T>::run_key_tile(const Item& item, const std::vector<QueryTile>& ti
     add_tile(tile, at, seen,
              {packed_queries(tiles, 0, t, m), packed_queries(tiles, streams_ - 1, t, m), m.keys,
               m.values, infinite},
-             next, share, m);
+             next, m);
   }
 }
 
@@ -302,13 +302,13 @@ std::vector<int64_t> Forward<T>::pack_finite(const Rows& v, void* to) const {
 
 template <class T>
 void Forward<T>::add_tile(const QueryTile& tile, const TileAt& at, const Seen& seen,
-                          const PackedTile& packed, kernels::ReadAhead& next, int64_t share,
+                          const PackedTile& packed, kernels::ReadAhead& next,
                           const Memory& m) const {
-  products_.scores(packed.queries, at.rows, packed.keys, at.keys, head_dim_, seen.ranges, m.scores);
-  next.ask(share);
+  products_.scores(packed.queries, at.rows, packed.keys, at.keys, head_dim_, seen.ranges, m.scores,
+                   &next);
   this->shape_scores(at, seen, m.scores, {});
   std::vector<SeenElement> special = seen_elements(packed.infinite, at, seen, m.scores);
-  weigh_and_add(at, seen, tile, packed, special, m);
+  weigh_and_add(at, seen, tile, packed, special, next, m);
   if (special.empty()) return;
   const Rows v = rows_of(sequence(at.sequence).v, at.head / group_, at.key, at.key + at.keys);
   for (const SeenElement& e : special) {
@@ -343,7 +343,7 @@ std::vector<SeenElement> Forward<T>::seen_elements(const std::vector<int64_t>& k
 template <class T>
 void Forward<T>::weigh_and_add(const TileAt& at, const Seen& seen, const QueryTile& tile,
                                const PackedTile& packed, std::vector<SeenElement>& special,
-                               const Memory& m) const {
+                               kernels::ReadAhead& next, const Memory& m) const {
   const auto kind = static_cast<int>(problem_.policy.weight);
   const RowState<T> state = state_of(tile, m);
   const bool half = path_.half_operands && special.empty() && problem_.policy.dropout == 0;
@@ -358,7 +358,7 @@ void Forward<T>::weigh_and_add(const TileAt& at, const Seen& seen, const QueryTi
   }
   if (second_) {
     products_.scores(packed.second_queries, at.rows, packed.keys, at.keys, head_dim_, seen.ranges,
-                     m.second_scores);
+                     m.second_scores, nullptr);
     kernels.second_weights(weights, weight_stride, m.second_scores, at.rows, at.keys, seen.ranges,
                            state.carry, m.pivot + m.second + tile.slot,
                            m.sum + m.second + tile.slot, second_weights);
@@ -374,7 +374,7 @@ void Forward<T>::weigh_and_add(const TileAt& at, const Seen& seen, const QueryTi
       from = m.weights;
     }
     products_.accumulate(from, weight_stride, at.rows, packed.values, at.keys, value_dim_,
-                         seen.ranges, state.carry, {m.out.row(slot), m.out.stride});
+                         seen.ranges, state.carry, {m.out.row(slot), m.out.stride}, &next);
   };
   accumulate(weights, tile.slot);
   if (second_) accumulate(second_weights, m.second + tile.slot);

@@ -5,7 +5,7 @@
 
 #include "base/parallel.h"
 #include "engine/tiled/tile_call.h"
-#include "kernels/prefetch.h"
+#include "kernels/read_ahead.h"
 
 namespace heed::tiled {
 
@@ -98,14 +98,14 @@ class Forward : private TileCall<T> {
   /// Packs values with zeros for what is not finite, and returns the rows that have such elements: 0 * NaN
   /// would let a hidden value through, so each row adds them by itself.
   std::vector<int64_t> pack_finite(const Rows& v, void* to) const;
-  /// Adds keys to the rows of a tile. `next`: rows that are read later, `share` lines of them now.
+  /// Adds keys to the rows of a tile. `next`: rows that are read later.
   void add_tile(const QueryTile& tile, const TileAt& at, const Seen& seen, const PackedTile& packed,
-                kernels::ReadAhead& next, int64_t share, const Memory& m) const;
+                kernels::ReadAhead& next, const Memory& m) const;
   std::vector<SeenElement> seen_elements(const std::vector<int64_t>& keys, const TileAt& at,
                                          const Seen& seen, Block s) const;
   void weigh_and_add(const TileAt& at, const Seen& seen, const QueryTile& tile,
                      const PackedTile& packed, std::vector<SeenElement>& special,
-                     const Memory& m) const;
+                     kernels::ReadAhead& next, const Memory& m) const;
   void finish(int64_t s, const QueryTile& tile, const Memory& m) const;
   void combine_streams(int64_t s, const QueryTile& tile, int64_t r, const Memory& m) const;
 
@@ -119,6 +119,8 @@ class Forward : private TileCall<T> {
   RowState<T> state_of(const QueryTile& tile, const Memory& m) const {
     return {m.pivot + tile.slot, m.sum + tile.slot, m.carry + tile.slot};
   }
+  /// Multiply-adds of a tile without a second stream.
+  int64_t work(int64_t rows, int64_t keys) const { return rows * keys * (head_dim_ + value_dim_); }
   TileAt tile_at(const Item& item, const QueryTile& tile, Interval keys) const {
     return {item.sequence, tile.head, tile.begin, tile.rows(), keys.begin, keys.end - keys.begin};
   }

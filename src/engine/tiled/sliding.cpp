@@ -113,10 +113,11 @@ void Forward<T>::run_sliding(const Item& item) const {
       packed.cover(keys);
       kernels::ReadAhead next;
       if (t + 1 < tiles.size()) next = rows_ahead(item, tiles[t + 1], packed.end());
+      next.spread(work(at.rows, at.keys) * 2 / 3);  // some keys are not seen
       add_tile(one[0], at, seen,
                {packed_queries(one, 0, 0, m), packed_queries(one, streams_ - 1, 0, m),
                 packed.keys_at(keys.begin), packed.values_at(keys.begin), packed.infinite(keys)},
-               next, next.lines(), m);
+               next, m);
     }
     finish(item.sequence, one[0], m);
   }

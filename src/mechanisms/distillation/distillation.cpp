@@ -77,7 +77,7 @@ class RowProducts {
     for_pieces(b, [&](const Rows& piece, int64_t m) {
       kernels_.pack_keys(piece, piece_.as<void>());
       kernels_.scores(rows_.as<void>(), a.count, piece_.as<void>(), piece.count, a.width, nullptr,
-                      {out.data + m, out.stride});
+                      {out.data + m, out.stride}, nullptr);
     });
   }
 
@@ -94,7 +94,7 @@ class RowProducts {
     for_pieces(b, [&](const Rows& piece, int64_t m) {
       kernels_.pack_values(piece, piece_.as<void>());
       kernels_.accumulate(operand + m * element, weights.stride, rows, piece_.as<void>(),
-                          piece.count, piece.width, nullptr, nullptr, out);
+                          piece.count, piece.width, nullptr, nullptr, out, nullptr);
     });
   }
 

@@ -114,13 +114,13 @@ class HalfLayer {
   void apply(const kernels::Rows& x, int64_t h, kernels::Block<float> z, const Memory& m) const {
     kernels_->pack_queries(x, false, m.x);
     kernels_->accumulate(m.x, round_up(dim_, kColumns), x.count, values(h), dim_, width_, nullptr,
-                         nullptr, z);
+                         nullptr, z, nullptr);
   }
   /// dx[r] = dz[r] W[h]^T
   void pull(kernels::Block<const float> dz, int64_t h, int64_t rows, kernels::Block<float> dx,
             const Memory& m) const {
     kernels_->round_weights(dz, rows, width_, m.dz, round_up(width_, kColumns));
-    kernels_->scores(m.dz, rows, keys(h), dim_, width_, nullptr, dx);
+    kernels_->scores(m.dz, rows, keys(h), dim_, width_, nullptr, dx, nullptr);
   }
   /// sum[i][j] += sum_r x[r][i] dz[r][j]
   void add_outer(const kernels::Rows& x, kernels::Block<const float> dz, kernels::Block<float> sum,

@@ -158,7 +158,7 @@ void RelativeTerms<T>::add_terms(const TileAt& at, Block s) const {
     products_.pack_queries(query_rows(at), false, queries);
     products_.pack_keys(table_rows(at, window), keys);
     set_ranges(at, window, ranges);
-    products_.scores(queries, at.rows, keys, columns, head_dim_, ranges, products);
+    products_.scores(queries, at.rows, keys, columns, head_dim_, ranges, products, nullptr);
   }
   skew_.add(s, at.rows, at.keys, window.skew, {products.data, products.stride},
             static_cast<T>(inputs_.scale), bias_.as<T>() + at.head * table_.size(0) + window.begin,
@@ -271,7 +271,7 @@ void RelativeTerms<T>::add_to_queries(const TileAt& at, const Window& window, Bl
     weights = rounded;
   }
   products_.accumulate(weights, skewed.stride, at.rows, values, columns, head_dim_, ranges, nullptr,
-                       sum);
+                       sum, nullptr);
   for (int64_t r = 0; r < at.rows; ++r) {
     for (int64_t e = 0; e < head_dim_; ++e) dq.row(r)[e] += sum.row(r)[e];
   }
