@@ -9,7 +9,8 @@ namespace heed::kernels {
 
 namespace {
 constexpr int64_t kLine = 64;  // bytes
-}
+constexpr int64_t kLinesAtOnce = 8;
+}  // namespace
 
 ReadAhead::ReadAhead(std::initializer_list<Rows> list) {
   for (const Rows& rows : list) add(rows);
@@ -55,15 +56,14 @@ void ReadAhead::ask(int64_t lines) {
 }
 
 void ReadAhead::spread(int64_t multiply_adds) {
-  rate_ = static_cast<double>(lines_) / static_cast<double>(std::max<int64_t>(1, multiply_adds));
-  due_ = 0;
+  if (lines_ == 0) return;
+  wait_ = step_ = std::max<int64_t>(1, multiply_adds * kLinesAtOnce / lines_);
 }
 
-void ReadAhead::advance(int64_t multiply_adds) {
-  due_ += rate_ * static_cast<double>(multiply_adds);
-  const auto whole = static_cast<int64_t>(due_);
-  ask(whole);
-  due_ -= static_cast<double>(whole);
+void ReadAhead::ask_due() {
+  const int64_t times = 1 - wait_ / step_;
+  ask(times * kLinesAtOnce);
+  wait_ = lines_ == 0 ? kNever : wait_ + times * step_;
 }
 
 }  // namespace heed::kernels

@@ -4,14 +4,15 @@
 #include <cstddef>
 #include <cstdint>
 #include <initializer_list>
+#include <limits>
 
 namespace heed::kernels {
 
 struct Rows;
 
 /// Rows that are read later, asked for little by little between products: asked for at once, they would
-/// be waited for at once. They need not exist. Nothing is inline: files compiled for more than the
-/// processor may have call it.
+/// be waited for at once. They need not exist. Files compiled for more than the processor may have call
+/// it: what is not inlined in all places must not be inline.
 class ReadAhead {
  public:
   ReadAhead() = default;
@@ -22,9 +23,13 @@ class ReadAhead {
   void ask(int64_t lines);
   /// From now on `advance` asks for what is left, evenly in the course of so many multiply-adds.
   void spread(int64_t multiply_adds);
-  void advance(int64_t multiply_adds);
+  __attribute__((always_inline)) void advance(int64_t multiply_adds) {
+    wait_ -= multiply_adds;
+    if (wait_ <= 0) ask_due();
+  }
 
  private:
+  void ask_due();
   struct Lines {
     const std::byte* data = nullptr;
     int64_t stride = 0, rows = 0, row_bytes = 0;  // bytes from row to row, rows left
@@ -33,7 +38,8 @@ class ReadAhead {
   };
   std::array<Lines, 4> list_;
   int64_t count_ = 0, at_ = 0, done_ = 0, lines_ = 0;  // done_: bytes of the row at hand
-  double rate_ = 0, due_ = 0;                          // lines per multiply-add, lines
+  static constexpr int64_t kNever = std::numeric_limits<int64_t>::max();
+  int64_t step_ = 0, wait_ = kNever;  // multiply-adds between two requests, until the next
 };
 
 }  // namespace heed::kernels
