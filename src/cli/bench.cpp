@@ -11,8 +11,8 @@
 
 #include "cli/arguments.h"
 #include "cli/commands.h"
-#include "cli/hardware.h"
 #include "cli/peers.h"
+#include "cli/text_files.h"
 #include "heed/error.h"
 
 namespace heed::cli {

@@ -9,6 +9,7 @@
 #include "cli/bench.h"
 #include "cli/commands.h"
 #include "cli/hardware.h"
+#include "cli/text_files.h"
 #include "hardware/plot.h"
 #include "heed/error.h"
 

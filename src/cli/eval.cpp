@@ -9,6 +9,7 @@
 #include "cli/commands.h"
 #include "cli/language_model.h"
 #include "cli/terminal.h"
+#include "cli/text_files.h"
 #include "heed/error.h"
 
 namespace heed::cli {

@@ -3,12 +3,9 @@
 #include <fmt/format.h>
 
 #include <algorithm>
-#include <cerrno>
 #include <charconv>
 #include <cstring>
 #include <filesystem>
-#include <fstream>
-#include <sstream>
 
 #include "cascade/ast.h"
 #include "cascade/lowered.h"
@@ -17,45 +14,6 @@
 #include "mechanisms/nearest.h"
 
 namespace heed::cli {
-
-std::string read_text(std::string_view option, const std::string& path) {
-  const std::string where = std::string(option) + " " + path + ": ";
-  std::error_code error;
-  const auto status = std::filesystem::status(path, error);
-  if (std::filesystem::is_directory(status))
-    throw Error(where + "a file is needed, found a folder");
-  std::ifstream file(path, std::ios::binary);
-  if (!file) throw Error(where + "cannot open it: " + std::strerror(errno));
-  constexpr size_t kMost = size_t{1} << 24;
-  std::string text(kMost + 1, '\0');
-  file.read(text.data(), static_cast<std::streamsize>(text.size()));
-  if (file.bad()) throw Error(where + "cannot read it");
-  text.resize(static_cast<size_t>(file.gcount()));
-  if (text.size() > kMost) throw Error(where + "the file has more than 16 MiB");
-  return text;
-}
-
-void write_text(std::string_view option, const std::string& path, const std::string& text) {
-  std::ofstream file(path, std::ios::binary | std::ios::trunc);
-  file << text;
-  file.close();
-  if (!file) {
-    throw Error(std::string(option) + " " + path + ": cannot write it: " + std::strerror(errno));
-  }
-}
-
-void require_writable(std::string_view option, const std::string& path) {
-  namespace fs = std::filesystem;
-  std::error_code error;
-  const bool there = fs::exists(path, error);
-  // To open a pipe and close it again would end it.
-  if (there && !fs::is_regular_file(path, error) && !fs::is_directory(path, error)) return;
-  const bool open = std::ofstream(path, std::ios::binary | std::ios::app).is_open();
-  if (!open) {
-    throw Error(std::string(option) + " " + path + ": cannot write it: " + std::strerror(errno));
-  }
-  if (!there) fs::remove(path, error);
-}
 
 bool is_cascade_file(const std::string& name) {
   std::error_code error;

@@ -19,12 +19,6 @@ void add_hardware_touches(CLI::App& hardware);
 void add_hardware_cpu(CLI::App& hardware);
 void add_hardware_files(CLI::App& hardware);
 
-/// The text of a file; throws Error naming the option, the file and why.
-std::string read_text(std::string_view option, const std::string& path);
-/// Writes a text file; throws Error naming the option, the file and why.
-void write_text(std::string_view option, const std::string& path, const std::string& text);
-/// Throws what write_text would throw, before a measurement that would be lost; leaves no new file.
-void require_writable(std::string_view option, const std::string& path);
 /// Whether a name on the command line is that of a cascade file instead of a mechanism.
 bool is_cascade_file(const std::string& name);
 /// "30,48,80"; throws Error naming `option`.

@@ -7,6 +7,7 @@
 #include "cli/arguments.h"
 #include "cli/hardware.h"
 #include "cli/terminal.h"
+#include "cli/text_files.h"
 #include "hardware/figures.h"
 #include "hardware/processor.h"
 

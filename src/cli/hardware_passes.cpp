@@ -8,6 +8,7 @@
 #include "cascade/lowered.h"
 #include "cli/hardware.h"
 #include "cli/terminal.h"
+#include "cli/text_files.h"
 #include "heed/error.h"
 #include "mechanisms/registry.h"
 
@@ -165,7 +166,8 @@ void passes(const Arguments& arguments) {
   if (arguments.what.empty()) return all_mechanisms(arguments);
   if (!is_cascade_file(arguments.what))
     return one_mechanism(find_mechanism(arguments.what), arguments);
-  one_program(cascade::parse(read_text("passes", arguments.what), arguments.what), arguments);
+  one_program(cascade::parse(read_text("passes", arguments.what, kMostDescription), arguments.what),
+              arguments);
 }
 
 }  // namespace

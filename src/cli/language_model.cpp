@@ -54,9 +54,10 @@ void add_model_options(CLI::App& command, ModelArguments& arguments, const char*
           "In the place of the model's attention: NAME or NAME:key=value,...; A/B: by turns "
           "over the layers; 15xA/15xB: fifteen layers A, then fifteen B")
       ->capture_default_str();
-  command.add_option("--dtype", arguments.dtype,
-                     "f32 (exact), bf16 or int4 (weights as they are quantised; for a prompt they "
-                     "and activations are rounded to int8 or bf16); without it what suits the file");
+  command.add_option(
+      "--dtype", arguments.dtype,
+      "f32 (exact), bf16 or int4 (weights as they are quantised; for a prompt they "
+      "and activations are rounded to int8 or bf16); without it what suits the file");
   command.add_option("--context", arguments.context, context_help)->transform(whole_number(1));
   command.add_option("--threads", arguments.threads, "Threads; without it all cores")
       ->transform(whole_number(1, 1024));  // what set_threads takes
@@ -88,27 +89,6 @@ LanguageModel load_model(const ModelArguments& arguments) {
         config.context);
   }
   return loaded;
-}
-
-std::string read_text(const char* option, const std::string& path) {
-  const auto fail = [&](int code) {
-    throw Error(std::string(option) + ": cannot read '" + path + "': " + std::strerror(code));
-  };
-  const bool standard = path == "-";
-  const std::unique_ptr<std::FILE, int (*)(std::FILE*)> opened(
-      standard ? nullptr : std::fopen(path.c_str(), "rb"),
-      [](std::FILE* file) { return file == nullptr ? 0 : std::fclose(file); });
-  if (!standard && !opened) fail(errno);
-  std::FILE* file = standard ? stdin : opened.get();
-  std::string text;
-  char part[1 << 16];
-  size_t got = sizeof part;
-  while (got == sizeof part) {
-    got = std::fread(part, 1, sizeof part, file);
-    text.append(part, got);
-  }
-  if (std::ferror(file) != 0) fail(errno);
-  return text;
 }
 
 InterruptGuard::InterruptGuard(bool ends_waiting) {

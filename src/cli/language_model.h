@@ -30,9 +30,6 @@ struct LanguageModel {
 /// Checks every argument before it reads the weights.
 LanguageModel load_model(const ModelArguments& arguments);
 
-/// The whole file, "-" for standard input; throws Error naming `option`.
-std::string read_text(const char* option, const std::string& path);
-
 /// Catches Ctrl-C while it lives: the first one only sets `interrupted`, a second one ends the
 /// program. Where the parent had it ignored, it stays so.
 class InterruptGuard {

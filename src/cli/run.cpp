@@ -7,10 +7,12 @@
 #include <limits>
 #include <memory>
 
+#include "base/text.h"
 #include "cli/arguments.h"
 #include "cli/commands.h"
 #include "cli/language_model.h"
 #include "cli/terminal.h"
+#include "cli/text_files.h"
 #include "heed/error.h"
 #include "llm/chat.h"
 #include "llm/generate.h"
@@ -151,13 +153,6 @@ int answer_once(LanguageModel& loaded, const Arguments& arguments, const std::st
     print_statistics(answer.result, *loaded.model);
   }
   return answer.result.stop == StopReason::cancelled ? kInterrupted : kOk;
-}
-
-std::string_view trimmed(std::string_view text) {
-  constexpr std::string_view kSpaces = " \t\r";
-  const size_t first = std::min(text.find_first_not_of(kSpaces), text.size());
-  text.remove_prefix(first);
-  return text.substr(0, text.find_last_not_of(kSpaces) + 1);
 }
 
 constexpr const char* kCommands = "/reset starts a new conversation, /exit or /quit ends";

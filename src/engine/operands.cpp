@@ -108,4 +108,25 @@ AttentionSizes check_attention(const char* op, const Tensor& q, const Tensor& k,
   return {q.size(0), q.size(1), k.size(1), q.size(2), k.size(2), q.size(3), v.size(3)};
 }
 
+std::vector<int64_t> read_lengths(const char* op, const Tensor& lengths, int64_t batch,
+                                  int64_t tokens) {
+  const bool short_numbers = lengths.dtype() == DType::i32;
+  if (lengths.rank() != 1 || lengths.size(0) != batch ||
+      !(short_numbers || lengths.dtype() == DType::i64)) {
+    fail(op, describe("lengths", lengths),
+         "[B] = [" + std::to_string(batch) + "] of int32 or int64 is needed");
+  }
+  std::vector<int64_t> values;
+  for (int64_t b = 0; b < batch; ++b) {
+    const std::byte* p = lengths.at({b});
+    values.push_back(short_numbers ? *reinterpret_cast<const int32_t*>(p)
+                                   : *reinterpret_cast<const int64_t*>(p));
+    if (values.back() < 0 || values.back() > tokens) {
+      fail(op, "lengths[" + std::to_string(b) + "] is " + std::to_string(values.back()),
+           "0 to " + std::to_string(tokens) + " is needed, the number of keys");
+    }
+  }
+  return values;
+}
+
 }  // namespace heed

@@ -63,6 +63,10 @@ void check_equal(const char* op, const char* a_name, const Tensor& a, int a_axis
 /// That the heads of `t` divide those of q.
 void check_heads(const char* op, const char* name, const Tensor& t, const Tensor& q);
 
+/// How many of `tokens` keys exist in each sequence, from lengths [B].
+std::vector<int64_t> read_lengths(const char* op, const Tensor& lengths, int64_t batch,
+                                  int64_t tokens);
+
 /// Row-major values in the type of the computation.
 template <class T>
 std::vector<T> contiguous_values(const Tensor& t) {

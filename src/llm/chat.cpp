@@ -96,7 +96,7 @@ constexpr std::array<std::string_view, 29> kSpaces = {
     "\u2003", "\u2004", "\u2005", "\u2006", "\u2007", "\u2008", "\u2009", "\u200a",
     "\u2028", "\u2029", "\u202f", "\u205f", "\u3000"};
 
-std::string_view trimmed(std::string_view text) {
+std::string_view stripped(std::string_view text) {
   const auto space_at = [&](auto is_at) {
     const auto found = std::find_if(kSpaces.begin(), kSpaces.end(), is_at);
     return found == kSpaces.end() ? size_t{0} : found->size();
@@ -250,7 +250,7 @@ void ChatTemplate::render_chatml(std::span<const ChatMessage> messages, bool pro
     const auto& [role, content] = messages[i];
     const bool drops = drops_thoughts_ && role == "assistant" && i < answered;
     const std::string_view said = drops ? without_thoughts(content) : content;
-    turn(role, trims_ ? trimmed(said) : said);
+    turn(role, trims_ ? stripped(said) : said);
   }
   if (prompt) out.token(open_).text("assistant\n").text(answer_start_);
 }
@@ -271,9 +271,9 @@ void ChatTemplate::render_llama2(std::span<const ChatMessage> messages, Writer& 
           i, "has role " + messages[i].role + ", needed " + needed + ": Llama 2 turns alternate");
     if (messages[i].role == "user") {
       std::string content = (i == first ? system : std::string()) + messages[i].content;
-      out.token(bos_).text("[INST] ").text(trimmed(content)).text(" [/INST]");
+      out.token(bos_).text("[INST] ").text(stripped(content)).text(" [/INST]");
     } else {
-      out.text(" ").text(trimmed(messages[i].content)).text(" ").token(turn_end_);
+      out.text(" ").text(stripped(messages[i].content)).text(" ").token(turn_end_);
     }
   }
 }
@@ -291,7 +291,7 @@ void ChatTemplate::render_llama3(std::span<const ChatMessage> messages, bool pro
   for (const ChatMessage& message : messages) {
     header(message.role);
     if (message.role == "system") out.text(system_preamble_);
-    out.text(trimmed(message.content)).token(turn_end_);
+    out.text(stripped(message.content)).token(turn_end_);
   }
   if (prompt) header("assistant");
 }

@@ -3,17 +3,12 @@
 #include <charconv>
 #include <cmath>
 
+#include "base/text.h"
 #include "heed/error.h"
 #include "mechanisms/nearest.h"
 
 namespace heed {
 namespace {
-
-std::string_view trimmed(std::string_view text) {
-  const auto first = text.find_first_not_of(" \t");
-  if (first == std::string_view::npos) return {};
-  return text.substr(first, text.find_last_not_of(" \t") - first + 1);
-}
 
 std::string quoted(std::string_view text) { return "'" + std::string(text) + "'"; }
 

@@ -6,20 +6,6 @@
 
 namespace heed::chunked {
 
-namespace {
-
-std::string in_brackets(const char* axis, int64_t size) {
-  return std::string("[") + axis + "] = [" + std::to_string(size) + "]";
-}
-
-int64_t whole_number(const Tensor& t, int64_t i) {
-  const std::byte* p = t.at({i});
-  return t.dtype() == DType::i32 ? *reinterpret_cast<const int32_t*>(p)
-                                 : *reinterpret_cast<const int64_t*>(p);
-}
-
-}  // namespace
-
 void check_out(const char* op, const char* name, const Tensor& given, const Dims& shape,
                DType type) {
   check_result(op, name, given, shape, type);
@@ -35,7 +21,7 @@ void check_out(const char* op, const char* name, const Tensor& given, const Dims
 std::vector<double> check_slopes(const char* op, const Tensor& slopes, int64_t heads) {
   if (slopes.rank() != 1 || slopes.size(0) != heads || !is_floating(slopes.dtype())) {
     fail(op, describe("slopes", slopes),
-         in_brackets("H", heads) + " of a floating type is needed, one per query head");
+         "[H] = [" + std::to_string(heads) + "] of a floating type is needed, one per query head");
   }
   const Array exact = convert(slopes, DType::f64);
   std::vector<double> values(exact.as<double>(), exact.as<double>() + heads);
@@ -44,25 +30,6 @@ std::vector<double> check_slopes(const char* op, const Tensor& slopes, int64_t h
     if (!std::isfinite(slope) || slope < 0) {
       fail(op, "slopes[" + std::to_string(h) + "] is " + std::to_string(slope),
            "a finite number that is not negative is needed: the decay is exp(-slope) a token");
-    }
-  }
-  return values;
-}
-
-std::vector<int64_t> check_lengths(const char* op, const Tensor& lengths, int64_t batch,
-                                   int64_t tokens) {
-  if (!lengths.defined()) return {};
-  const bool whole = lengths.dtype() == DType::i32 || lengths.dtype() == DType::i64;
-  if (lengths.rank() != 1 || lengths.size(0) != batch || !whole) {
-    fail(op, describe("lengths", lengths),
-         in_brackets("B", batch) + " of int32 or int64 is needed");
-  }
-  std::vector<int64_t> values;
-  for (int64_t b = 0; b < batch; ++b) {
-    values.push_back(whole_number(lengths, b));
-    if (values.back() < 0 || values.back() > tokens) {
-      fail(op, "lengths[" + std::to_string(b) + "] is " + std::to_string(values.back()),
-           "0 to " + std::to_string(tokens) + " is needed, the number of keys");
     }
   }
   return values;

@@ -144,9 +144,6 @@ void check_out(const char* op, const char* name, const Tensor& given, const Dims
                DType type);
 /// A tensor [H] of finite numbers that are not negative.
 std::vector<double> check_slopes(const char* op, const Tensor& slopes, int64_t heads);
-/// A tensor [B] of int32 or int64 in 0..tokens; empty if undefined.
-std::vector<int64_t> check_lengths(const char* op, const Tensor& lengths, int64_t batch,
-                                   int64_t tokens);
 /// Throws Error where a state is given to a causal call with more queries than keys: what the first
 /// queries see of it is unknown.
 void check_alignment(const char* op, bool causal, bool has_state, int64_t queries, int64_t keys);

@@ -3,6 +3,7 @@
 #include <algorithm>
 #include <string>
 
+#include "engine/operands.h"
 #include "heed/error.h"
 
 namespace heed::tiled {
@@ -17,28 +18,6 @@ int64_t window_side(const char* op, const char* side, const std::optional<int64_
                 ", a number of keys >= 0 is needed (leave it out for an open side)");
   }
   return std::min(*value, open);
-}
-
-std::vector<int64_t> read_lengths(const char* op, const Tensor& lengths, int64_t batch,
-                                  int64_t most) {
-  if ((lengths.dtype() != DType::i32 && lengths.dtype() != DType::i64) || lengths.rank() != 1 ||
-      lengths.size(0) != batch) {
-    throw Error(std::string(op) + ": " + describe("lengths", lengths) + ", [" +
-                std::to_string(batch) + "] int32 or int64 is needed");
-  }
-  std::vector<int64_t> values(static_cast<size_t>(batch));
-  for (int64_t b = 0; b < batch; ++b) {
-    const std::byte* p = lengths.at({b});
-    int64_t value = lengths.dtype() == DType::i32 ? *reinterpret_cast<const int32_t*>(p)
-                                                  : *reinterpret_cast<const int64_t*>(p);
-    if (value < 0 || value > most) {
-      throw Error(std::string(op) + ": lengths[" + std::to_string(b) + "] is " +
-                  std::to_string(value) + ", a value from 0 to " + std::to_string(most) +
-                  " is needed");
-    }
-    values[static_cast<size_t>(b)] = value;
-  }
-  return values;
 }
 
 }  // namespace

@@ -57,7 +57,9 @@ chunked::Problem<T> make_problem(const Tensor& q, const Tensor& k, const Tensor&
   problem.k = k;
   problem.v = v;
   problem.causal = options.causal;
-  problem.lengths = chunked::check_lengths(kOp, options.lengths, q.size(0), k.size(2));
+  if (options.lengths.defined()) {
+    problem.lengths = read_lengths(kOp, options.lengths, q.size(0), k.size(2));
+  }
   problem.initial = {.sums = options.initial_state.s, .keys = options.initial_state.z};
   problem.total = {.sums = options.forward_state.s, .keys = options.forward_state.z};
   problem.policy.features = q.size(3);
