@@ -60,14 +60,15 @@ struct ChunkKernels {
   void (*weigh_half)(Block<T> s, int64_t rows, int64_t columns, const KeyRange* ranges,
                      const WeightFactors<T>& factors, void* weights, int64_t stride) = nullptr;
 
+  /// `ahead` (or null) of this product and the next advances with the work.
   /// to [rows, columns] = decay(from) + X^T Y with X [depth, rows], Y [depth, columns]. `to` may be
   /// `from`; `from` without data is zero. columns is a multiple of dim_multiple.
   void (*outer)(Block<const T> x, Block<const T> y, int64_t depth, int64_t rows, int64_t columns,
                 const Decay<T>& decay, Block<const T> from, Block<T> to,
-                const ReadAhead& ahead) = nullptr;
+                ReadAhead* ahead) = nullptr;
   /// O [rows, columns] = X S as its rows end, with X [rows, depth], S [depth, columns]; columns as above.
   void (*read)(Block<const T> x, Block<const T> s, int64_t rows, int64_t depth, int64_t columns,
-               const RowEnds<T>& ends, Block<T> o, const ReadAhead& ahead) = nullptr;
+               const RowEnds<T>& ends, Block<T> o, ReadAhead* ahead) = nullptr;
   /// to = decay(from) + added, elementwise; `to` may be `from`.
   void (*advance)(const T* from, const T* added, int64_t count, const Decay<T>& decay,
                   T* to) = nullptr;

@@ -42,14 +42,12 @@ HWY_NOINLINE void outer_block(const T* x, int64_t x_stride, const T* y, int64_t 
 
 template <class T>
 void outer(Block<const T> x, Block<const T> y, int64_t depth, int64_t rows, int64_t columns,
-           const Decay<T>& decay, Block<const T> from, Block<T> to, const ReadAhead& later) {
-  ReadAhead ahead = later;
-  ahead.spread(rows * columns * depth);
+           const Decay<T>& decay, Block<const T> from, Block<T> to, ReadAhead* ahead) {
   for_even_shares(columns / lanes<T>(), kPanelVectors, [&](int64_t vector, int64_t count) {
     const int64_t column = vector * lanes<T>();
     with_vectors(count, [&](auto vectors) {
       for_row_blocks<vectors>(rows, [&](int64_t r, auto height) {
-        advance(&ahead, height, vectors * lanes<T>(), depth);
+        advance(ahead, height, vectors * lanes<T>(), depth);
         outer_block<height, vectors, T>(x.data + r, x.stride, y.data + column, y.stride, depth,
                                         decay,
                                         from.data == nullptr ? nullptr : from.row(r) + column,
@@ -80,15 +78,13 @@ HWY_NOINLINE void read_block(const T* x, int64_t x_stride, const T* s, int64_t s
 
 template <class T>
 void read(Block<const T> x, Block<const T> s, int64_t rows, int64_t depth, int64_t columns,
-          const RowEnds<T>& ends, Block<T> o, const ReadAhead& later) {
-  ReadAhead ahead = later;
-  ahead.spread(rows * columns * depth);
+          const RowEnds<T>& ends, Block<T> o, ReadAhead* ahead) {
   const auto at = [](const T* p, int64_t i) { return p == nullptr ? nullptr : p + i; };
   for_even_shares(columns / lanes<T>(), kPanelVectors, [&](int64_t vector, int64_t count) {
     const int64_t column = vector * lanes<T>();
     with_vectors(count, [&](auto vectors) {
       for_row_blocks<vectors>(rows, [&](int64_t r, auto height) {
-        advance(&ahead, height, vectors * lanes<T>(), depth);
+        advance(ahead, height, vectors * lanes<T>(), depth);
         read_block<height, vectors, T>(x.row(r), x.stride, s.data + column, s.stride, depth,
                                        at(ends.factor, r), at(ends.added, column),
                                        at(ends.added_factor, r), o.row(r) + column, o.stride);

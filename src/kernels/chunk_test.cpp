@@ -86,7 +86,7 @@ TYPED_TEST(Chunks, OuterProductsWithEveryDecay) {
         const kernels::Block<const T> from = at.from_zero  ? kernels::Block<const T>{}
                                              : at.in_place ? found.read()
                                                            : before.read();
-        k.outer(x.read(), y.read(), depth, rows, columns, at.decay, from, found.block(), {});
+        k.outer(x.read(), y.read(), depth, rows, columns, at.decay, from, found.block(), nullptr);
         const double factor = at.from_zero ? 0 : double(at.decay.factor) + (at.decay.keep ? 1 : 0);
         for (int64_t r = 0; r < rows; ++r) {
           for (int64_t c = 0; c < columns; ++c) {
@@ -113,7 +113,10 @@ TYPED_TEST(Chunks, RowsReadFromAState) {
       const Rows x_ahead{x.memory.data(), DType::f32, x.stride, rows, depth};
       const RowEnds<T> all{factor.memory.data(), added.memory.data(), added_factor.memory.data()};
       for (const RowEnds<T>& ends : {RowEnds<T>{}, RowEnds<T>{all.factor, nullptr, nullptr}, all}) {
-        k.read(x.read(), s.read(), rows, depth, columns, ends, o.block(), {x_ahead, x_ahead});
+        ReadAhead ahead{x_ahead, x_ahead};
+        ahead.spread(rows * columns * depth);
+        k.read(x.read(), s.read(), rows, depth, columns, ends, o.block(), &ahead);
+        EXPECT_EQ(ahead.lines(), 0);
         for (int64_t r = 0; r < rows; ++r) {
           for (int64_t c = 0; c < columns; ++c) {
             double want = 0;
@@ -137,8 +140,8 @@ TYPED_TEST(Chunks, OuterInParts) {
     for (const Decay<T>& decay :
          {Decay<T>{1, false}, Decay<T>{T(0.3), false}, Decay<T>{T(-0.1), true}}) {
       Matrix<T> together = s, apart = s;
-      k.outer(x.read(), y.read(), 9, 5, 32, decay, s.read(), together.block(), {});
-      k.outer(x.read(), y.read(), 9, 5, 32, decay, {}, sum.block(), {});
+      k.outer(x.read(), y.read(), 9, 5, 32, decay, s.read(), together.block(), nullptr);
+      k.outer(x.read(), y.read(), 9, 5, 32, decay, {}, sum.block(), nullptr);
       k.advance(s.memory.data(), sum.memory.data(), 5 * 32, decay, apart.memory.data());
       for (int64_t r = 0; r < 5; ++r) {
         for (int64_t c = 0; c < 32; ++c) {

@@ -57,7 +57,7 @@ void ReadAhead::ask(int64_t lines) {
 
 void ReadAhead::spread(int64_t multiply_adds) {
   if (lines_ == 0) return;
-  wait_ = step_ = std::max<int64_t>(1, multiply_adds * kLinesAtOnce / lines_);
+  wait_ = step_ = std::max<int64_t>(1, multiply_adds / ceil_div(lines_, kLinesAtOnce));
 }
 
 void ReadAhead::ask_due() {

@@ -23,9 +23,9 @@ TEST(ReadAhead, CountsCacheLines) {
 
 TEST(ReadAhead, AsksEvenlyWithTheWork) {
   const std::vector<float> x(64 * 16);
-  const Rows rows{x.data(), DType::f32, 64, 16, 64};
-  for (int64_t part : {1, 7, 64, 1000, 5000}) {
-    ReadAhead ahead{rows};
+  for (const auto& [part, count] :
+       {std::pair<int64_t, int64_t>{1, 16}, {7, 16}, {64, 3}, {1000, 1}, {5000, 15}}) {
+    ReadAhead ahead{{x.data(), DType::f32, 64, count, 64}};
     constexpr int64_t kWork = 6400;
     ahead.spread(kWork);
     const int64_t lines = ahead.lines();

@@ -290,7 +290,11 @@ void ChunkCall<T>::update_state(const Added& added, const Decay<T>& decay,
   const int64_t depth = added.y.count;
   const auto before = [](const T* p, int64_t i) { return p == nullptr ? nullptr : p + i; };
   ReadAhead ahead = added.ahead;
-  if (half_) ahead.ask(ahead.lines());
+  if (half_) {  // its product is short
+    ahead.ask(ahead.lines());
+  } else {
+    ahead.spread(depth * features_ * value_dim_);
+  }
   if (to.values != nullptr) add_to_sum(added.y, added.value_factor, from.values, m, to.values);
   kernels::Block<const T> y;
   if (half_) {
@@ -319,7 +323,7 @@ void ChunkCall<T>::update_state(const Added& added, const Decay<T>& decay,
     if (half_) continue;
     rows_.outer(update_rows(added, psi, first, count, block), y, depth, count, padded_values_,
                 decay, {before(from.sums.data, first * from.sums.stride), from.sums.stride},
-                {to.sums.row(first), to.sums.stride}, ahead);
+                {to.sums.row(first), to.sums.stride}, &ahead);
   }
 }
 

@@ -145,9 +145,10 @@ class Forward : public Denominators<T>, public Sweep<T> {
     const bool whole =
         out_.dtype() == wide_type(out_.dtype()) && this->value_dim_ == this->padded_values_;
     const Block to = whole ? Block{reinterpret_cast<T*>(out), out_.stride(2)} : m.out;
+    ReadAhead ahead{this->following(q.rows), this->following(result)};
+    ahead.spread(chunk.queries * this->features_ * this->value_dim_);
     this->rows_.read(x, {state.sums.data, state.sums.stride}, chunk.queries, this->features_,
-                     this->padded_values_, ends, to,
-                     {this->following(q.rows), this->following(result)});
+                     this->padded_values_, ends, to, &ahead);
     if (whole) return;
     this->wide_.finish(to, chunk.queries, this->value_dim_, nullptr, out, out_.dtype(),
                        out_.stride(2));

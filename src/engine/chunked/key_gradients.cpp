@@ -256,11 +256,11 @@ class KeyGradients : public ChunkCall<T>, public Sweep<T> {
   struct Operands {
     Source<T> k;
     typename Call::Left key, value;
-    ReadAhead ahead, results_ahead;
+    ReadAhead ahead;
   };
   Operands pack_keys(const Source<T>& k, int64_t b, int64_t h, const Chunk& chunk,
                      const Memory& m) const {
-    Operands operands{k, {}, {}, {}, {}};
+    Operands operands{k, {}, {}, {}};
     const Rows v = this->values(b, h, chunk);
     if (this->reads_totals()) {
       const auto x = this->whole_features(k, 0, this->features_, m.key_rows);
@@ -271,8 +271,8 @@ class KeyGradients : public ChunkCall<T>, public Sweep<T> {
       return {k,
               {x.data, x.stride},
               {y.data, y.stride},
-              {this->following(k.rows), this->following(v)},
-              {results(gradients_.k), results(gradients_.v)}};
+              {this->following(k.rows), this->following(v), results(gradients_.k),
+               results(gradients_.v)}};
     }
     const int64_t readable = this->tokens_ - chunk.begin;
     if (this->problem_.policy.polynomial) {
@@ -313,13 +313,15 @@ class KeyGradients : public ChunkCall<T>, public Sweep<T> {
     const kernels::Block<const T> transposed{state.transposed.data, state.transposed.stride};
     const kernels::RowEnds<T> with_keys{nullptr, state.keys, this->ones()};
     const auto own_keys = this->separate_sums() ? kernels::RowEnds<T>{} : with_keys;
+    ReadAhead ahead = operands.ahead;
+    ahead.spread(2 * count * this->features_ * this->value_dim_);
     this->rows_.read(x, {state.sums.data, state.sums.stride}, count, this->features_,
-                     this->padded_values_, {nullptr, state.values, this->ones()}, m.values,
-                     operands.ahead);
+                     this->padded_values_, {nullptr, state.values, this->ones()}, m.values, &ahead);
     this->rows_.read(y, transposed, count, this->value_dim_, transposed.stride, own_keys,
-                     m.features, operands.results_ahead);
+                     m.features, &ahead);
     if (!this->separate_sums()) return;
-    this->rows_.read(y, transposed, count, 0, transposed.stride, with_keys, m.more_features, {});
+    this->rows_.read(y, transposed, count, 0, transposed.stride, with_keys, m.more_features,
+                     nullptr);
   }
 
   // Whether the gradient of the state behind a chunk is zero.

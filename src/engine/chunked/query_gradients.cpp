@@ -251,10 +251,11 @@ class QueryGradients : public SlopeStates<T>, public Sweep<T> {
     const Source<T> q = this->queries(b, h, chunk);
     const Rows gradient = gradient_of(b, h, chunk);
     const auto g = this->whole_rows(gradient, m.gradient_rows);
+    ReadAhead ahead{this->following(q.rows), this->following(gradient),
+                    this->following(this->rows(gradients_.q, b, h, chunk.query, rows))};
+    ahead.spread(rows * this->value_dim_ * this->features_);
     this->rows_.read(g, {state.transposed.data, state.transposed.stride}, rows, this->value_dim_,
-                     state.transposed.stride, {}, m.features,
-                     {this->following(q.rows), this->following(gradient),
-                      this->following(this->rows(gradients_.q, b, h, chunk.query, rows))});
+                     state.transposed.stride, {}, m.features, &ahead);
     if (!this->problem_.policy.read_out) return pulled(q, m);
     auto x = this->whole_features(this->for_sums(q, true), 0, this->features_, m.query_rows);
     this->total_denominators(this->as_rows(x, rows, this->features_), state, m.sums);

@@ -151,8 +151,9 @@ void Backward<T>::run_tile(int lane, const TileAt& at, const Seen& seen, Block d
   const Columns columns = pack_rows(at, finite, m);
   products_.scores(m.q, at.rows, m.keys, at.keys, head_dim_, seen.ranges, m.s, nullptr);
   products_.scores(m.dout, at.rows, m.values, at.keys, value_dim_, seen.ranges, m.a, nullptr);
-  if (second_)
+  if (second_) {
     products_.scores(m.r, at.rows, m.keys, at.keys, head_dim_, seen.ranges, m.t, nullptr);
+  }
   weigh(at, seen, m);
   if (problem_.head_gradients) sum_head(at, m.a, sums);
   if (terms_ != nullptr && terms_->has_gradient()) {
