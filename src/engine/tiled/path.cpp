@@ -41,7 +41,7 @@ struct TileSizes {
 // stays in a part of the second-level one beside the accumulators. Long tiles have fewer statistics, but
 // rows that see little of one do not fill it, and backwards keep more blocks of a tile's length.
 TileSizes tile_sizes(const Path& path, bool backward, const Sequence& sequence, size_t element) {
-  if (path.isa == Isa::amx) return {backward ? 64 : 128, 256};
+  if (path.isa == Isa::amx) return {128, 256};
   constexpr int64_t kLong = 512, kShort = 256;
   const TilePlan& plan = sequence.plan;
   const Interval seen = plan.queries() > 0 ? plan.row(plan.queries() / 2) : Interval();
