@@ -32,8 +32,7 @@ std::vector<Workload> layers_of(const Arguments& a) {
   std::vector<Workload> layers;
   if (!a.workload.empty()) {
     if (!a.model.empty()) throw Error("--model: --workload already names the layer");
-    Workload layer =
-        parse_workload(read_text("--workload", a.workload, kMostDescription), a.workload);
+    Workload layer = parse_workload(read_description("--workload", a.workload), a.workload);
     layers.push_back(a.length ? with_length(layer, *a.length) : layer);
     return layers;
   }
@@ -49,12 +48,10 @@ std::vector<Workload> layers_of(const Arguments& a) {
 Plan plan_of(const Arguments& a) {
   Plan plan;
   plan.layers = layers_of(a);
-  if (!a.arch.empty())
-    plan.machine = parse_machine(read_text("--arch", a.arch, kMostDescription), a.arch);
+  if (!a.arch.empty()) plan.machine = parse_machine(read_description("--arch", a.arch), a.arch);
   if (!a.mapping.empty()) {
     if (!a.config.empty()) throw Error("--config: --mapping already names the configuration");
-    plan.mappings.push_back(
-        parse_mapping(read_text("--mapping", a.mapping, kMostDescription), a.mapping));
+    plan.mappings.push_back(parse_mapping(read_description("--mapping", a.mapping), a.mapping));
   } else if (!a.config.empty()) {
     plan.mappings.push_back(builtin_mapping(a.config));
   } else {

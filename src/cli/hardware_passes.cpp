@@ -166,7 +166,7 @@ void passes(const Arguments& arguments) {
   if (arguments.what.empty()) return all_mechanisms(arguments);
   if (!is_cascade_file(arguments.what))
     return one_mechanism(find_mechanism(arguments.what), arguments);
-  one_program(cascade::parse(read_text("passes", arguments.what, kMostDescription), arguments.what),
+  one_program(cascade::parse(read_description("passes", arguments.what), arguments.what),
               arguments);
 }
 

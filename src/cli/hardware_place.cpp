@@ -101,7 +101,7 @@ std::vector<std::string> sized_ranks_of(const std::vector<std::string>& names) {
   };
   for (const std::string& name : names) {
     if (is_cascade_file(name)) {
-      add(cascade::parse(read_text("place", name, kMostDescription), name));
+      add(cascade::parse(read_description("place", name), name));
       continue;
     }
     for (const CascadeText& text : find_mechanism(name).cascades) {
@@ -113,7 +113,7 @@ std::vector<std::string> sized_ranks_of(const std::vector<std::string>& names) {
 
 Line line_of_file(const std::string& file, const Arguments& a, const Machine& machine,
                   const Sizes& sizes) {
-  const auto program = cascade::parse(read_text("place", file, kMostDescription), file);
+  const auto program = cascade::parse(read_description("place", file), file);
   const std::string rank = a.rank.empty() ? "m" : a.rank;
   const Machine& baseline = builtin_machine("baseline");
   Line line{"-", "-", program.name()};
@@ -219,7 +219,7 @@ void place_command(const Arguments& arguments) {
   const Machine machine =
       arguments.arch.empty()
           ? builtin_machine("fusemax")
-          : parse_machine(read_text("--arch", arguments.arch, kMostDescription), arguments.arch);
+          : parse_machine(read_description("--arch", arguments.arch), arguments.arch);
   const std::vector<Line> lines = lines_of(arguments, machine);
   if (!arguments.json) return print_lines(lines);
   Json list = Json::array();

@@ -199,7 +199,7 @@ Streamed stream(const cascade::Program& program, const std::string& rank, const 
 std::vector<Streamed> streamed_rows(const TouchArguments& a) {
   if (!a.what.empty()) {
     const std::string rank = a.rank.empty() ? "m" : a.rank;
-    const auto program = cascade::parse(read_text("touches", a.what, kMostDescription), a.what);
+    const auto program = cascade::parse(read_description("touches", a.what), a.what);
     const Sizes given = parse_sizes(a.sizes);
     const std::vector<std::string> ranks = sized_ranks(program);
     require_known_ranks(given, ranks);
