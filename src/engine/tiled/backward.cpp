@@ -79,6 +79,15 @@ HeadGradients Backward<T>::run() {
 
 template <class T>
 void Backward<T>::prepare_rows() {
+  reserve_rows();
+  const std::vector<RowBlock> blocks = row_blocks();
+  const auto count = static_cast<int64_t>(blocks.size());
+  parallel_for(count, threads_for(run_, count),
+               [&](int64_t i, int) { prepare_block(blocks[static_cast<size_t>(i)]); });
+}
+
+template <class T>
+void Backward<T>::reserve_rows() {
   int64_t total = 0;
   for (const Sequence& s : problem_.sequences) {
     row_base_.push_back(total);
@@ -90,56 +99,56 @@ void Backward<T>::prepare_rows() {
     for (Array* rows : {&t_mean_, &dot_out_, &dot_mean_}) *rows = Array::zeros(type, {total});
   }
   finite_.assign(static_cast<size_t>(total), 1);
+}
 
-  constexpr int64_t kRows = 64;
-  struct Job {
-    int64_t s, head, begin, end;
-  };
-  std::vector<Job> jobs;
+template <class T>
+std::vector<typename Backward<T>::RowBlock> Backward<T>::row_blocks() const {
+  std::vector<RowBlock> blocks;
   for (int64_t s = 0; s < static_cast<int64_t>(problem_.sequences.size()); ++s) {
     const int64_t rows = sequence(s).plan.queries();
     for (int64_t head = 0; head < sequence(s).q.size(0); ++head) {
-      for (int64_t row = 0; row < rows; row += kRows) {
-        jobs.push_back({s, head, row, std::min(row + kRows, rows)});
+      for (int64_t row = 0; row < rows; row += kBlockRows) {
+        blocks.push_back({s, head, row, std::min(row + kBlockRows, rows)});
       }
     }
   }
-  const auto count = static_cast<int64_t>(jobs.size());
-  parallel_for(count, threads_for(run_, count), [&](int64_t i, int) {
-    const Job& job = jobs[static_cast<size_t>(i)];
-    const Sequence& s = sequence(job.s);
-    const int64_t q_bytes = wide_.query_bytes(kRows, head_dim_);
-    const int64_t v_bytes = wide_.query_bytes(kRows, value_dim_);
-    Scratch scratch(static_cast<size_t>(2 * q_bytes + 3 * v_bytes) + 5 * 64);
-    // Rows of T: where they lie if they are that, else a copy.
-    const auto rows = [&](const HeadRows& t, int64_t bytes) -> kernels::Block<const T> {
-      if (!t.defined()) return {};
-      const Rows from = rows_of(t, job.head, job.begin, job.end);
-      const bool as_they_lie = size_of(from.dtype) == sizeof(T) && from.offsets == nullptr;
-      if (as_they_lie) return {static_cast<const T*>(from.data), from.stride};
-      T* to = reinterpret_cast<T*>(scratch.take<std::byte>(bytes));
-      wide_.pack_queries(from, false, to);
-      return {to, round_up(from.width, wide_.dim_multiple)};
-    };
-    const auto g = rows(gradient(job.s).out, v_bytes);
-    const auto mean = rows(s.v_mean, v_bytes);
-    const bool uses_out = problem_.policy.weight == kernels::WeightKind::softmax;
-    const auto out = uses_out ? rows(s.out, v_bytes) : kernels::Block<const T>{};
-    for (int64_t row = job.begin; row < job.end; ++row) {
-      prepare_row(job.s, job.head, row, g.row(row - job.begin), out.row(row - job.begin),
-                  mean.row(row - job.begin));
-    }
-    const bool hides =
-        problem_.terms != nullptr || !s.plan.covers(job.begin, job.end, {0, s.plan.keys()});
-    if (!hides) return;
-    const auto q = rows(s.q, q_bytes), r = rows(s.r, q_bytes);
-    for (int64_t row = job.begin; row < job.end; ++row) {
-      const int64_t at = row - job.begin;
-      finite_[static_cast<size_t>(row_index(job.s, job.head, row))] =
-          all_finite(q.row(at), head_dim_) && all_finite(g.row(at), value_dim_) &&
-          (r.data == nullptr || all_finite(r.row(at), head_dim_));
-    }
-  });
+  return blocks;
+}
+
+template <class T>
+void Backward<T>::prepare_block(const RowBlock& block) {
+  const Sequence& s = sequence(block.sequence);
+  const int64_t q_bytes = wide_.query_bytes(kBlockRows, head_dim_);
+  const int64_t v_bytes = wide_.query_bytes(kBlockRows, value_dim_);
+  Scratch scratch(static_cast<size_t>(2 * q_bytes + 3 * v_bytes) + 5 * 64);
+  // Rows of T: where they lie if they are that, else a copy.
+  const auto rows = [&](const HeadRows& t, int64_t bytes) -> kernels::Block<const T> {
+    if (!t.defined()) return {};
+    const Rows from = rows_of(t, block.head, block.begin, block.end);
+    const bool as_they_lie = size_of(from.dtype) == sizeof(T) && from.offsets == nullptr;
+    if (as_they_lie) return {static_cast<const T*>(from.data), from.stride};
+    T* to = reinterpret_cast<T*>(scratch.take<std::byte>(bytes));
+    wide_.pack_queries(from, false, to);
+    return {to, round_up(from.width, wide_.dim_multiple)};
+  };
+  const auto g = rows(gradient(block.sequence).out, v_bytes);
+  const auto mean = rows(s.v_mean, v_bytes);
+  const bool uses_out = problem_.policy.weight == kernels::WeightKind::softmax;
+  const auto out = uses_out ? rows(s.out, v_bytes) : kernels::Block<const T>{};
+  for (int64_t row = block.begin; row < block.end; ++row) {
+    const int64_t at = row - block.begin;
+    prepare_row(block.sequence, block.head, row, g.row(at), out.row(at), mean.row(at));
+  }
+  const bool hides =
+      problem_.terms != nullptr || !s.plan.covers(block.begin, block.end, {0, s.plan.keys()});
+  if (!hides) return;
+  const auto q = rows(s.q, q_bytes), r = rows(s.r, q_bytes);
+  for (int64_t row = block.begin; row < block.end; ++row) {
+    const int64_t at = row - block.begin;
+    finite_[static_cast<size_t>(row_index(block.sequence, block.head, row))] =
+        all_finite(q.row(at), head_dim_) && all_finite(g.row(at), value_dim_) &&
+        (r.data == nullptr || all_finite(r.row(at), head_dim_));
+  }
 }
 
 template <class T>

@@ -58,6 +58,12 @@ class Backward : private TileCall<T> {
     Array q, r;
   };
 
+  /// Query rows that one thread prepares at a time.
+  struct RowBlock {
+    int64_t sequence, head, begin, end;
+  };
+  static constexpr int64_t kBlockRows = 64;
+
   const SequenceGradient& gradient(int64_t s) const { return gradients_[static_cast<size_t>(s)]; }
   int64_t query_tiles(int64_t s) const {
     return ceil_div(sequence(s).plan.queries(), path_.query_tile);
@@ -69,6 +75,9 @@ class Backward : private TileCall<T> {
 
   // backward.cpp
   void prepare_rows();
+  void reserve_rows();
+  std::vector<RowBlock> row_blocks() const;
+  void prepare_block(const RowBlock& block);
   void prepare_row(int64_t s, int64_t head, int64_t row, const T* g, const T* out, const T* mean);
   void plan_units();
   std::vector<size_t> longest_first() const;

@@ -1,0 +1,206 @@
+// What forward and backward of a feature map share: the checked call, the parameters of all heads, and the
+// steps from x to the features of a tile of tokens.
+#pragma once
+#include <algorithm>
+#include <cmath>
+#include <type_traits>
+#include <vector>
+
+#include "engine/operands.h"
+#include "heed/feature_map.h"
+#include "kernels/feature_rows.h"
+#include "kernels/matrix.h"
+#include "mechanisms/feature_map/layer.h"
+#include "mechanisms/parameter.h"
+
+namespace heed::features {
+
+using kernels::Block;
+using kernels::MatrixKernels;
+using kernels::Rows;
+
+// One checked call. `width` is D', or M for performer: what a row of z holds.
+struct Call {
+  Tensor x, weight, bias, forward_features;
+  FeatureKind kind;
+  int64_t batch, heads, tokens, dim, width, features;
+  DType dtype() const { return x.dtype(); }
+  bool performer() const { return kind == FeatureKind::performer; }
+  Dims out_shape() const { return {batch, heads, tokens, features}; }
+};
+
+inline double input_factor(const Call& call) {  // y = x / D^(1/4) of performer
+  return call.performer() ? 1 / std::sqrt(std::sqrt(static_cast<double>(call.dim))) : 1;
+}
+
+// The parameters of all heads, once a call. Performer's factor D^(-1/4) is in the layer.
+template <class T>
+struct Layer {
+  WideLayer<T> wide;
+  HalfLayer half;  // instead, where the path says so
+  std::vector<T> bias;
+  bool has_weight = false;
+
+  Layer(const Call& call, const Candidate& path, const MatrixKernels<T>& kernels, bool for_backward)
+      : has_weight(call.weight.defined()) {
+    if (call.bias.defined()) bias = contiguous_values<T>(call.bias);
+    if (!has_weight) return;
+    if (path.half_operands) {
+      half = HalfLayer(*kernels::half_tile_kernels(path.isa), call.weight, for_backward);
+    } else {
+      wide = WideLayer<T>(kernels, call.weight, call.performer(),
+                          static_cast<T>(input_factor(call)), for_backward);
+    }
+  }
+};
+
+// Rows of tokens [first, first + count) of one head.
+inline Rows rows_of(const Tensor& t, int64_t b, int64_t h, int64_t first, int64_t count) {
+  return {t.at({b, h, first}), t.dtype(), t.stride(2), count, t.size(3)};
+}
+inline kernels::RowsOut results_of(const Tensor& t, int64_t b, int64_t h, int64_t first,
+                                   int64_t count) {
+  return {t.at({b, h, first}), t.dtype(), t.stride(2), count, t.size(3)};
+}
+
+// Whether a feature is made of one element of x alone.
+inline bool is_element_map(const Call& call) {
+  return kernels::element_by_element(call.kind) && !call.weight.defined() && !call.bias.defined();
+}
+
+inline Candidate path_of(const Call& call, const RunOptions& run) {
+  return choose_candidate(call.dtype(), no_half_operands(call.kind, call.weight), run);
+}
+
+// Tokens of one head that are computed together: few enough for the second-level cache.
+template <class T>
+int64_t tile_rows(const Call& call, const Layer<T>& layer) {
+  constexpr int64_t kBytes = 256 * 1024;
+  const int64_t row_bytes =
+      (call.dim + call.width + call.features) * static_cast<int64_t>(sizeof(T));
+  const int64_t rows = std::clamp<int64_t>(kBytes / row_bytes, 1, layer.half ? 48 : 64);
+  return layer.half ? round_up(rows, layer.half.row_multiple()) : rows;
+}
+
+// Scratch matrices of one worker, and the steps from x to the features of a tile.
+template <class T>
+class Tile {
+ public:
+  Tile(const Call& call, const MatrixKernels<T>& kernels, const Layer<T>& layer, int64_t rows,
+       bool gradients)
+      : call_(call),
+        kernels_(kernels),
+        layer_(layer),
+        x_stride_(stride_of(call.dim)),
+        z_stride_(stride_of(call.width)),
+        phi_stride_(kernels::row_stride(kernels, call.features)),
+        scratch_(bytes(rows, gradients)) {
+    x_block_ = {scratch_.take<T>(rows * x_stride_), x_stride_};
+    z = {scratch_.take<T>(rows * z_stride_), z_stride_};
+    phi = {scratch_.take<T>(rows * phi_stride_), phi_stride_};
+    shift = scratch_.take<T>(rows);
+    row_sums = scratch_.take<T>(rows);
+    if (gradients) {
+      dphi = {scratch_.take<T>(rows * phi_stride_), phi_stride_};
+      dz = {scratch_.take<T>(rows * z_stride_), z_stride_};
+      dx = {scratch_.take<T>(rows * x_stride_), x_stride_};
+    }
+    if (!layer.half) return;
+    half.x = scratch_.take<std::byte>(layer.half.x_bytes(rows));
+    if (!gradients) return;
+    half.dz = scratch_.take<std::byte>(layer.half.dz_bytes(rows));
+    half.columns = scratch_.take<std::byte>(layer.half.column_bytes(rows));
+    half.pairs = scratch_.take<uint32_t>(ceil_div(rows, 2) * z_stride_);
+  }
+
+  Block<const T> x;
+  Block<T> z, dx, phi, dphi, dz;
+  T *shift, *row_sums;
+  HalfLayer::Memory half;
+
+  // Reads x of tokens [first, first + rows), unless its layer reads it itself.
+  void load(const Rows& from) {
+    if (!layer_.half) x = kernels::whole_rows(kernels_, from, x_block_);
+  }
+
+  // Applies weight and bias to what load has read.
+  kernels::FeatureRows<T> apply(const Rows& from, int64_t h) {
+    const int64_t rows = from.count;
+    const T* bias = layer_.bias.empty() ? nullptr : layer_.bias.data() + h * call_.width;
+    kernels::FeatureRows<T> in = features(rows);
+    in.z = {z.data, z.stride};
+    if (layer_.half) {
+      if constexpr (std::is_same_v<T, float>) {
+        std::fill_n(z.data, rows * z.stride, T{0});
+        layer_.half.apply(from, h, z, half);
+      }
+    } else if (layer_.has_weight) {
+      layer_.wide.apply(x, h, rows, z);
+    } else if (bias != nullptr) {
+      kernels_.load_rows(from, z);
+    } else {
+      in.z = x;
+    }
+    for (int64_t r = 0; r < rows && bias != nullptr; ++r) kernels_.add(z.row(r), bias, call_.width);
+    if (call_.performer()) {
+      const double s = input_factor(call_);
+      const T factor = static_cast<T>(s * s / 2);
+      for (int64_t r = 0; r < rows; ++r) {
+        shift[r] = factor * kernels_.dot(x.row(r), x.row(r), call_.dim);
+      }
+    }
+    return in;
+  }
+
+  kernels::FeatureRows<T> features(int64_t rows) const {
+    kernels::FeatureRows<T> in;
+    in.kind = call_.kind;
+    in.rows = rows;
+    in.width = call_.width;
+    in.shift = shift;
+    const auto width = static_cast<double>(call_.width);
+    if (call_.performer()) in.factor = static_cast<T>(1 / std::sqrt(width));
+    if (call_.kind == FeatureKind::taylor2) {
+      in.factor = static_cast<T>(1 / std::sqrt(std::sqrt(width)));
+    }
+    in.floor = static_cast<T>(call_.dtype() == DType::f16 ? 6e-8 : 1e-12);
+    return in;
+  }
+
+ private:
+  int64_t stride_of(int64_t columns) const {
+    if (layer_.half) columns = round_up(columns, HalfLayer::kColumns);
+    return kernels::row_stride(kernels_, columns);
+  }
+
+  size_t bytes(int64_t rows, bool gradients) const {
+    const auto rounded = [](int64_t count, size_t size) {
+      return Scratch::rounded(static_cast<size_t>(count) * size);
+    };
+    const size_t x_bytes = rounded(rows * x_stride_, sizeof(T));
+    const size_t z_bytes = rounded(rows * z_stride_, sizeof(T));
+    size_t sum = (gradients ? 2 : 1) * (x_bytes + z_bytes) +
+                 (gradients ? 2 : 1) * rounded(rows * phi_stride_, sizeof(T)) +
+                 2 * rounded(rows, sizeof(T));
+    if (!layer_.half) return sum;
+    sum += rounded(layer_.half.x_bytes(rows), 1);
+    if (!gradients) return sum;
+    return sum + rounded(layer_.half.dz_bytes(rows), 1) +
+           rounded(layer_.half.column_bytes(rows), 1) +
+           rounded(ceil_div(rows, 2) * z_stride_, sizeof(uint32_t));
+  }
+
+  const Call& call_;
+  const MatrixKernels<T>& kernels_;
+  const Layer<T>& layer_;
+  int64_t x_stride_, z_stride_, phi_stride_;
+  Scratch scratch_;
+  Block<T> x_block_;
+};
+
+// backward.cpp
+template <class T>
+void backward(const Call& call, const Tensor& grad_out, const FeatureMapGradientViews& wanted,
+              const RunOptions& run);
+
+}  // namespace heed::features
