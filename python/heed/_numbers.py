@@ -12,13 +12,15 @@ def whole_number(value: int) -> int:
 
 
 def whole_pair(op: str, name: str, pair: tuple[int, int], needed: str) -> tuple[int, int]:
-    """Both numbers, or a TypeError that says what was found."""
+    """Both numbers, or an error that says what was found: a ValueError beyond 64 bits."""
     if isinstance(pair, (tuple, list)) and len(pair) == 2:
         first, second = pair
-        if type(first) is int and type(second) is int:  # as in most calls
-            return first, second
         try:
-            return whole_number(first), whole_number(second)
+            if not (type(first) is int and type(second) is int):  # seldom
+                first, second = whole_number(first), whole_number(second)
+            if not (-(2**63) <= first < 2**63 and -(2**63) <= second < 2**63):
+                raise ValueError(f"{op}: {name} is {pair!r}, needed are numbers of 64 bits")
+            return first, second
         except TypeError:
             pass
     raise TypeError(f"{op}: {name} is {pair!r}, needed are {needed}")

@@ -1,5 +1,7 @@
 """Seeds as the operators take them."""
 
+import torch
+
 from heed._numbers import whole_number
 
 
@@ -9,6 +11,12 @@ def signed_seed(seed: int) -> int:
         seed = whole_number(seed)  # integers of NumPy and tensors end at 64 bits
     except TypeError:
         raise TypeError(f"seed is {seed!r}; a whole number is needed") from None
+    if torch.compiler.is_compiling():
+        from torch.fx.experimental.symbolic_shapes import guard_or_true
+
+        # One that is traced has 64 bits and cannot be compared.
+        if guard_or_true(-(2**63) <= seed) and guard_or_true(seed < 2**63):
+            return seed
     if -(2**63) <= seed < 2**63:
         return seed
     return (seed + 2**63) % 2**64 - 2**63

@@ -1,12 +1,15 @@
 """PyTorch's own attention function on heed's kernels."""
 
 import re
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
-from torch.nn.attention.bias import CausalBias, CausalVariant
 
 from heed._autocast import autocast
+
+if TYPE_CHECKING:
+    from torch.nn.attention.bias import CausalBias
 
 _ops = torch.ops.heed
 _STRIDED = torch.strided
@@ -41,7 +44,8 @@ def scaled_dot_product_attention(
         attn_mask: broadcastable to ``[..., H, Lq, Lk]``: boolean (True = attend) or floating,
             added to the scores; or a ``torch.nn.attention.bias.CausalBias`` of ``[Lq, Lk]``. Not
             together with ``is_causal``.
-        dropout_p: probability that a weight is dropped; the seed comes from PyTorch's generator.
+        dropout_p: probability that a weight is dropped, 1 included; the seed comes from PyTorch's
+            generator.
         is_causal: query ``i`` sees keys ``j <= i``: aligned to the **start** of the keys, as
             PyTorch does it. :func:`heed.flash_attention` aligns to the end.
         scale: factor of the scores; ``None`` is ``1 / sqrt(D)``.
@@ -71,13 +75,17 @@ def scaled_dot_product_attention(
         lead = _leading_shape(op, query, key, value, enable_gqa)
         q, k, v = (_as_4d(t, lead, enable_gqa) for t in (query, key, value))
     options: dict[str, Tensor | float] = {} if scale is None else {"scale": scale}
-    if attn_mask is not None and isinstance(attn_mask, CausalBias):
-        # The object is a recipe: as a tensor it has memory that nobody wrote.
-        _check_causal_bias(op, attn_mask, query.shape[-2], key.shape[-2])
-        is_causal = attn_mask.variant == CausalVariant.UPPER_LEFT
-        if not is_causal:
-            options["causal"] = True
-        attn_mask = None
+    if attn_mask is not None and type(attn_mask) is not Tensor:
+        # Needs torch._dynamo, which takes as long to import as PyTorch itself.
+        from torch.nn.attention.bias import CausalBias, CausalVariant
+
+        if isinstance(attn_mask, CausalBias):
+            # The object is a recipe: as a tensor it has memory that nobody wrote.
+            _check_causal_bias(op, attn_mask, query.shape[-2], key.shape[-2])
+            is_causal = attn_mask.variant == CausalVariant.UPPER_LEFT
+            if not is_causal:
+                options["causal"] = True
+            attn_mask = None
     if is_causal:
         queries, keys = q.shape[2], k.shape[2]
         # Keys after the last query are seen by none; the rest of the top-left triangle is a window
@@ -94,7 +102,8 @@ def scaled_dot_product_attention(
             raise TypeError(f"{op}: attn_mask has type {found}, needed is bool or a floating type")
         attn_mask = _mask_4d(op, attn_mask, lead, query.shape[-2], key.shape[-2])
         options["mask" if boolean else "bias"] = attn_mask
-    if dropout_p != 0.0:
+    drops_all = dropout_p == 1.0
+    if dropout_p != 0.0 and not drops_all:
         options["dropout_p"] = dropout_p
         options["seed"] = int(torch.randint(2**62, ()))
     try:
@@ -103,6 +112,8 @@ def scaled_dot_product_attention(
         if not str(error).startswith("flash_attention: "):
             raise
         raise type(error)(_under_own_names(str(error))) from None
+    if drops_all:
+        out = out * 0.0
     return out if len(lead) == 2 else out.reshape(lead + out.shape[2:])
 
 
@@ -144,7 +155,7 @@ def _not_dense(op: str, name: str, tensor: Tensor) -> TypeError:
     return TypeError(f"{op}: {name} is {kind}, needed is a dense tensor")
 
 
-def _check_causal_bias(op: str, bias: CausalBias, queries: int, keys: int) -> None:
+def _check_causal_bias(op: str, bias: "CausalBias", queries: int, keys: int) -> None:
     if (bias.seq_len_q, bias.seq_len_kv) != (queries, keys):
         raise ValueError(
             f"{op}: attn_mask is a causal bias of [{bias.seq_len_q}, {bias.seq_len_kv}], needed is "

@@ -301,6 +301,19 @@ def test_seeds_are_any_64_bits(seed):
         assert not torch.equal(draw(seed), draw(7))
 
 
+def test_seeds_drawn_in_the_graph():
+    def drawn(x):
+        seed = int(torch.randint(2**62, ()))
+        return heed.flash_attention(x, x, x, dropout_p=0.5, seed=seed)
+
+    torch.compiler.reset()
+    compiled = torch.compile(drawn, fullgraph=True, backend="aot_eager")
+    torch.manual_seed(3)
+    found = compiled(Q)
+    torch.manual_seed(3)
+    assert torch.equal(found, drawn(Q))
+
+
 def test_seeds_of_numpy_and_pytorch():
     for seed in (np.uint64(2**64 - 1), np.uint64(2**63), np.int64(-5), torch.tensor(3)):
         assert torch.equal(heed.random_permutation(seed, 50), heed.random_permutation(int(seed), 50))
@@ -418,3 +431,8 @@ def test_import_in_a_fresh_process_before_torch():
     script = "import heed, torch; print(heed.flash_attention(*[torch.ones(1, 1, 2, 3)] * 3).sum())"
     run = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
     assert run.stdout == "tensor(6.)\n"
+
+
+def test_importing_is_not_slower_than_pytorch():
+    code = "import sys, heed; assert 'torch._dynamo' not in sys.modules"
+    subprocess.run([sys.executable, "-c", code], check=True)

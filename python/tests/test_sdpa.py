@@ -149,7 +149,7 @@ Q = random(2, 4, 5, 8)
     [
         (lambda f: f(Q, Q, Q, torch.ones(5, 4, dtype=torch.bool)), ["attn_mask", "[5, 4]"]),
         (lambda f: f(Q, Q, Q, torch.ones(5, 5), is_causal=True), ["attn_mask", "is_causal"]),
-        (lambda f: f(Q, Q, Q, None, 1.0), ["dropout_p", "1.0"]),
+        (lambda f: f(Q, Q, Q, None, 1.5), ["dropout_p", "1.5"]),
         (lambda f: f(Q[0, 0, 0], Q, Q), ["query", "[8]"]),
         (lambda f: f(Q, Q[:, :2], Q[:, :2]), ["key [2, 2, 5, 8]", "enable_gqa"]),
         (lambda f: f(Q, Q[:, :3], Q[:, :3], enable_gqa=True), ["4", "3"]),
@@ -201,6 +201,14 @@ def test_type_errors_name_the_argument(call, words):
 def test_autocast_of_no_tensor():
     with torch.autocast("cpu"), pytest.raises(TypeError, match="key is None"):
         heed.scaled_dot_product_attention(Q, None, Q)
+
+
+def test_dropping_every_weight():
+    q = Q.clone().requires_grad_()
+    out = heed.scaled_dot_product_attention(q, q, q, dropout_p=1.0)
+    assert torch.equal(out, torch_sdpa(q, q, q, dropout_p=1.0))
+    out.sum().backward()
+    assert torch.equal(q.grad, torch.zeros_like(q))
 
 
 def test_dropout_in_one_graph():

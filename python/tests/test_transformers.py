@@ -269,6 +269,56 @@ def test_model_of_two_models():
     assert expected.config.vision_config._attn_implementation == "sdpa"
 
 
+SHARED_KEYS = dict(
+    SMALL,
+    vocab_size_per_layer_input=97,
+    num_hidden_layers=4,
+    num_attention_heads=4,
+    global_head_dim=12,
+    num_kv_shared_layers=2,
+    hidden_size_per_layer_input=8,
+    sliding_window=64,
+    layer_types=["sliding_attention", "full_attention"] * 2,
+    max_position_embeddings=128,
+)
+
+
+def test_model_that_drops_queries_where_layers_share_keys():
+    models = [tiny("Gemma4ForCausalLM", "Gemma4TextConfig", i, **SHARED_KEYS) for i in ("heed", "eager")]
+    found, expected = (model(TOKENS, logits_to_keep=3).logits for model in models)
+    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)
+    options = dict(cache_implementation="static", disable_compile=True, do_sample=False)
+    found, expected = (
+        model.generate(
+            TOKENS, max_new_tokens=3, output_logits=True, return_dict_in_generate=True, **options
+        ).logits[0]
+        for model in models
+    )
+    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("side", [None, "left"])
+def test_model_that_widens_its_mask(side):
+    options = dict(SMALL, num_hidden_layers=4, num_key_value_heads=1, max_position_embeddings=128)
+    inputs = dict(attention_mask=None if side is None else padding(side), use_cache=False)
+    found, expected = (
+        tiny("DeepseekV4ForCausalLM", "DeepseekV4Config", i, **options)(TOKENS, **inputs).logits
+        for i in ("heed", "eager")
+    )
+    real = slice(None) if side is None else padding(side).bool()
+    torch.testing.assert_close(found[real], expected[real], rtol=1e-3, atol=1e-3)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_models_that_choose_a_class_are_refused(name):
+    options = dict(VISION, patch_size=7, output_channels=8, mlp_dim=64, global_attn_indexes=[1])
+    with pytest.raises(ValueError, match=f"{name}.*SamVisionModel"):
+        tiny("SamVisionModel", "SamVisionConfig", name, **options, window_size=2)
+    model = tiny("SamVisionModel", "SamVisionConfig", "eager", **options, window_size=2)
+    with pytest.raises(ValueError, match=f"{name}.*SamVisionModel"):
+        model.set_attn_implementation(name)
+
+
 @pytest.mark.parametrize("name", NAMES)
 def test_models_with_attention_of_their_own_are_refused(name):
     with pytest.raises(ValueError, match=f"{name}.*BloomForCausalLM.*attention interface"):

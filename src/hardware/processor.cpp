@@ -104,28 +104,22 @@ std::vector<MemoryLevel> measure_memory(Isa isa, int threads) {
   const int64_t l1 = or_else(cpu.l1d_bytes, kUnknownL1), l2 = or_else(cpu.l2_bytes, kUnknownL2);
   const int64_t l3 = or_else(cpu.l3_bytes, kUnknownL3);
   const Isa vector = isa == Isa::amx ? Isa::avx512 : isa;
-  struct Plan {
-    const char* name;
-    int64_t holds, each;  // bytes: of the level for all threads, of one thread's array
-  };
-  // Half of a level, so that the array stays in it; DRAM with an array that no cache holds.
-  std::vector<Plan> plans = {{"L1", threads * l1, l1 / 2}, {"L2", threads * l2, l2 / 2}};
-  if (l3 / threads > l2) plans.push_back({"L3", l3, l3 / threads / 2});
-  plans.push_back({"DRAM", 0, std::max(l2, std::min(kMostDramBytes, 4 * l3) / threads)});
-  const int64_t most = plans.back().each / static_cast<int64_t>(sizeof(float));
+  // Half of a level each, so that the arrays stay in it; DRAM with arrays that no cache of usual size holds.
+  const int64_t of_l3 = l3 / threads / 2, of_dram = std::min(kMostDramBytes, 4 * l3) / threads;
+  const int64_t most = std::max(l2, of_dram) / static_cast<int64_t>(sizeof(float));
   std::vector<Array> arrays;
   for (int t = 0; t < threads; ++t) arrays.emplace_back(DType::f32, Dims{most});
   parallel_for(threads, threads, [&](int64_t item, int) {  // each thread touches its own pages
     float* data = arrays[static_cast<size_t>(item)].as<float>();
     std::fill(data, data + most, 1.0f);
   });
-  std::vector<MemoryLevel> levels;
-  for (const Plan& plan : plans) {
+  // Bytes a second of all threads that read arrays of `each` bytes over and over.
+  const auto read = [&](int64_t each) {
     // Segments of at most a megabyte, one after the other through the thread's array.
     constexpr int64_t kMostSegment = (1 << 20) / static_cast<int64_t>(sizeof(float));
-    const int64_t count = plan.each / static_cast<int64_t>(sizeof(float));
+    const int64_t count = each / static_cast<int64_t>(sizeof(float));
     const int64_t segment = std::min(count, kMostSegment), segments = count / segment;
-    const double rate = steady_rate(threads, [&](int64_t repeats, int thread, int64_t step) {
+    return steady_rate(threads, [&](int64_t repeats, int thread, int64_t step) {
       const float* data = arrays[static_cast<size_t>(thread)].as<float>();
       double sum = 0;
       for (int64_t r = 0; r < repeats; ++r) {
@@ -135,10 +129,30 @@ std::vector<MemoryLevel> measure_memory(Isa isa, int threads) {
       kept = sum;
       return static_cast<double>(repeats) * static_cast<double>(segment) * sizeof(float);
     });
-    const bool dram = plan.holds == 0;
-    levels.push_back(
-        {plan.name,
-         dram ? std::numeric_limits<double>::infinity() : static_cast<double>(plan.holds), rate});
+  };
+  std::vector<MemoryLevel> levels = {{"L1", static_cast<double>(threads * l1), read(l1 / 2)},
+                                     {"L2", static_cast<double>(threads * l2), read(l2 / 2)}};
+  if (of_l3 > l2) {
+    // A large L3 is shared with others, in virtual machines with other machines: how much of it holds what
+    // these threads read shows where reading becomes slower.
+    const int64_t largest = std::min(of_l3, of_dram);
+    int64_t each = std::min(largest, 8 * l2), holds = l3;
+    const double rate = read(each);
+    while (each < largest) {
+      const int64_t next = std::min(2 * each, largest);
+      if (read(next) < 0.8 * rate) {
+        holds = threads * each;
+        break;
+      }
+      each = next;
+    }
+    levels.push_back({"L3", static_cast<double>(holds), rate});
+  }
+  levels.push_back({"DRAM", std::numeric_limits<double>::infinity(), read(std::max(l2, of_dram))});
+  // What comes from further away comes through the nearer level.
+  for (size_t i = levels.size() - 1; i > 0; --i) {
+    levels[i - 1].bytes_per_second =
+        std::max(levels[i - 1].bytes_per_second, levels[i].bytes_per_second);
   }
   return levels;
 }

@@ -1,6 +1,9 @@
 """What the integration asks of transformers: which models, and which masks."""
 
 import functools
+import inspect
+import re
+import sys
 from collections.abc import Callable
 
 import torch
@@ -10,7 +13,9 @@ from transformers.masking_utils import (
     and_masks,
     bidirectional_mask_function,
     causal_mask_function,
+    eager_mask,
     prepare_padding_mask,
+    sdpa_mask,
     sliding_window_bidirectional_overlay,
     sliding_window_overlay,
 )
@@ -50,12 +55,43 @@ def _check_model(model: PreTrainedModel, requested: str | None, names: list[str]
     if requested not in names:
         return
     declared = model._supports_sdpa or model._supports_attention_backend
-    if not (declared and model._can_set_attn_implementation()):
+    code = _source(type(model))
+    chooses_classes = re.search(r"_CLASSES\[(self\.)?config\._attn_implementation\]", code)
+    if not declared or chooses_classes or not model._can_set_attn_implementation():
         raise ValueError(
             f"attn_implementation is {requested!r}, needed is one that {type(model).__name__} has "
             "code for (as 'eager'): it does not go through transformers' attention interface, or "
             "does not declare it"
         )
+    widens = re.search(r"attention_mask = (torch\.cat|F\.pad|nn\.functional\.pad)\(", code)
+    if widens and not model._supports_sdpa:
+        _FLOAT_MASKED.add(type(model.config))
+
+
+@functools.cache
+def _source(model: type[PreTrainedModel]) -> str:
+    """Of the module that defines the model; empty where it is nowhere to be read."""
+    try:
+        return inspect.getsource(sys.modules[model.__module__])
+    except (KeyError, OSError, TypeError):
+        return ""
+
+
+# Of models that are written for eager's mask alone and append additive columns to it.
+_FLOAT_MASKED: set[type[PreTrainedConfig]] = set()
+
+
+def softmax_mask(*args, config: PreTrainedConfig | None = None, **hints) -> Tensor | None:
+    """The mask of exact attention: bool ``[B, 1, Lq, Lk]``, or None where the layer's causal says all.
+
+    Models that compute with the mask get eager's, of floats.
+    """
+    if type(config) in _FLOAT_MASKED:
+        return eager_mask(*args, config=config, **hints)
+    if getattr(config, "num_kv_shared_layers", 0):
+        # Such a model may drop queries later on, and with them where causal is aligned.
+        hints["allow_is_causal_skip"] = False
+    return sdpa_mask(*args, config=config, **hints)
 
 
 def plain_mask(name: str) -> Callable[..., Tensor | None]:

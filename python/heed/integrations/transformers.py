@@ -51,9 +51,13 @@ def register(
     """
     try:
         from transformers import AttentionInterface
-        from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
+        from transformers.masking_utils import AttentionMaskInterface
 
-        from heed.integrations._transformers import plain_mask, refuse_models_without_interface
+        from heed.integrations._transformers import (
+            plain_mask,
+            refuse_models_without_interface,
+            softmax_mask,
+        )
     except ImportError as error:
         raise ImportError(
             f"heed.integrations.transformers needs transformers 5 or newer: {error}"
@@ -75,7 +79,7 @@ def register(
         )
 
     implementations = {
-        "heed": (_softmax, sdpa_mask),
+        "heed": (_softmax, softmax_mask),
         "heed_sigmoid": (sigmoid, plain_mask("heed_sigmoid")),
         "heed_stochastic": (stochastic, plain_mask("heed_stochastic")),
     }
