@@ -3,7 +3,7 @@
 import heed
 import pytest
 import torch
-from reference import error, random, random_qkv
+from reference import DTYPES, error, random, random_qkv
 from torch.autograd import gradcheck
 from torch.nn.functional import scaled_dot_product_attention as torch_sdpa
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -381,3 +381,23 @@ def test_varlen_mistakes(cu_q, cu_k, words):
         )
     for word in words:
         assert word in str(caught.value)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_a_nan_in_a_query_reaches_only_what_the_query_sees(dtype):
+    def reached(attend, q, k, v):
+        k, v = (t.detach().requires_grad_() for t in (k, v))
+        attend(q, k, v).nan_to_num(0).sum().backward()
+        keys = [t.grad.isnan().any(-1).flatten() for t in (k, v)]
+        assert torch.equal(*keys)
+        return keys[0].nonzero().flatten().tolist()
+
+    q, k, v = (random(1, 1, 70, 8, seed=i).to(dtype) for i in range(3))
+    q[0, 0, 20] = float("nan")
+    seen = torch.rand(70, 70, generator=torch.Generator().manual_seed(3)) < 0.3
+    masked = reached(lambda *t: heed.flash_attention(*t, mask=seen), q, k, v)
+    assert masked == seen[20].nonzero().flatten().tolist()
+    q, k, v = (random(1, 10, 20, 1, 8, seed=i).to(dtype) for i in range(3))
+    q[0, 4, 7] = float("nan")
+    near = reached(lambda *t: heed.na2d(*t, 3), q, k, v)
+    assert near == [20 * y + x for y in (3, 4, 5) for x in (6, 7, 8)]

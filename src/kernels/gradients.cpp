@@ -104,8 +104,8 @@ HWY_INLINE void gradient_row(const ShapedRow<T, kAlibi>& row, const Gradient<T>&
                    for (int j = 0; j < kCount; ++j) {
                      const int64_t at = m + j * lanes<T>();
                      const auto absent = masked<T>(row.s + at);
-                     if constexpr (kKind == WeightKind::polynomial)
-                       w[j] = hn::IfThenZeroElse(absent, w[j]);
+                     // Of polynomials it would not be 0, nor where the pivot is NaN.
+                     w[j] = hn::IfThenZeroElse(absent, w[j]);
                      hn::StoreU(seen_or_zero(seen, w[j]), d, weights + at);
                      hn::StoreU(seen_or_zero(seen, hn::IfThenZeroElse(absent, g[j])), d, ds + at);
                    }
