@@ -1,8 +1,12 @@
 """Draws docs/masks/*.svg: which keys a query sees, for docs/masks.md.
 
-    .venv/bin/python tools/draw_masks.py
+    .venv/bin/python tools/draw_masks.py [--check]
+
+--check writes nothing and fails if a picture differs from what would be drawn.
 """
 
+import argparse
+import sys
 from pathlib import Path
 
 PICTURES = Path(__file__).resolve().parent.parent / "docs" / "masks"
@@ -32,19 +36,48 @@ def draw(name, queries, keys, sees):
                 f'<rect class="{kind}" x="{x}" y="{y}" width="{CELL - 2}" height="{CELL - 2}" rx="3"/>'
             )
     parts.append("</svg>\n")
-    PICTURES.mkdir(parents=True, exist_ok=True)
-    (PICTURES / f"{name}.svg").write_text("\n".join(parts))
+    return "\n".join(parts)
+
+
+def pictures():
+    """The text of each picture by file name."""
+    drawn = {}
+
+    def add(name, *shape):
+        drawn[f"{name}.svg"] = draw(name, *shape)
+
+    add("causal_square", 6, 6, lambda i, j: j <= i)
+    add("causal_more_keys", 4, 9, lambda i, j: j <= i + 5)
+    add("causal_more_queries", 7, 4, lambda i, j: j <= i - 3)
+    add("torch_more_keys", 4, 9, lambda i, j: j <= i)
+    add("window", 6, 9, lambda i, j: i + 3 - 2 <= j <= i + 3 + 1)
+    add("causal_window", 6, 9, lambda i, j: i + 3 - 2 <= j <= i + 3)
+    add("lengths", 6, 9, lambda i, j: j <= i + 3 and j < 6)
+    add("blocks", 8, 12, lambda i, j: (i // 4, j // 4) in {(0, 0), (0, 2), (1, 1), (1, 2)})
+    return drawn
 
 
 def main():
-    draw("causal_square", 6, 6, lambda i, j: j <= i)
-    draw("causal_more_keys", 4, 9, lambda i, j: j <= i + 5)
-    draw("causal_more_queries", 7, 4, lambda i, j: j <= i - 3)
-    draw("torch_more_keys", 4, 9, lambda i, j: j <= i)
-    draw("window", 6, 9, lambda i, j: i + 3 - 2 <= j <= i + 3 + 1)
-    draw("causal_window", 6, 9, lambda i, j: i + 3 - 2 <= j <= i + 3)
-    draw("lengths", 6, 9, lambda i, j: j <= i + 3 and j < 6)
-    draw("blocks", 8, 12, lambda i, j: (i // 4, j // 4) in {(0, 0), (0, 2), (1, 1), (1, 2)})
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--check", action="store_true", help="compare instead of writing")
+    check = parser.parse_args().check
+    drawn = pictures()
+    old = {p.name for p in PICTURES.glob("*.svg")} - set(drawn)
+    differ = sorted(
+        name
+        for name, text in drawn.items()
+        if not (PICTURES / name).is_file() or (PICTURES / name).read_text() != text
+    )
+    if check:
+        for name in [*differ, *sorted(old)]:
+            print(f"docs/masks/{name} is not what is drawn: run tools/draw_masks.py")
+        sys.exit(bool(differ or old))
+    PICTURES.mkdir(parents=True, exist_ok=True)
+    for name in old:
+        (PICTURES / name).unlink()
+    for name in differ:
+        (PICTURES / name).write_text(drawn[name])
+    print(f"{len(drawn)} pictures, {len(differ)} changed")
 
 
 if __name__ == "__main__":

@@ -49,6 +49,16 @@ def test_what_has_no_backward_has_no_such_row():
     assert rows and all(row["pass"] == "forward" for row in rows)
 
 
+def test_what_has_no_backward_is_said():
+    shape = ["--q", "1,2,1,16", "--k", "1,1,40,16", *QUICK]
+    both = bench("decode", "flash", "--backward", *shape)
+    assert both.stderr == "heed: --backward: decode_attention has none, only its forward was timed\n"
+    assert bench("decode", *shape).stderr == ""
+    sweep = ["--sweep", "length", "--lengths", "8,16", "--q", "1,2,1,8", *QUICK]
+    assert bench("decode", "--backward", *sweep).stderr == both.stderr
+    assert bench("flash", "--backward", *sweep).stderr == ""
+
+
 def test_rows_say_which_path_was_asked_for():
     rows = bench_json("kernelized_rpe_attention", "--q", "1,1,64,16")["rows"]
     paths = {row["options"]: row["path"] for row in rows if "path=" in row["options"]}
@@ -138,6 +148,12 @@ def test_grids_and_matrices_take_shapes_of_their_own_rank():
     message = error_of("na2d", "--q", "1,9,7,2")
     assert "--q: found 4 numbers, needed 5" in message
     assert "found '3', needed positive numbers" in error_of("flash", "--q", "3")
+
+
+def test_rows_without_heads_stand_under_the_right_headings():
+    header, row = bench("moh_router", "--q", "2,5,12", *QUICK).stdout.splitlines()[1:3]
+    cells = dict(zip(header.split()[:10], row.split()[:10], strict=True))
+    assert [cells[name] for name in ("B", "H", "Lq", "Lk", "D")] == ["2", "-", "5", "-", "12"]
 
 
 def test_without_a_name_what_does_not_fit_is_left_out():

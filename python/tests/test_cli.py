@@ -1,8 +1,11 @@
 """The program `heed`, as a user meets it: every command, its JSON, its errors and its exit codes."""
 
 import json
+import os
 import signal
 import subprocess
+import sys
+import termios
 
 import pytest
 from program import ENVIRONMENT, PROGRAM, ROOT, error_of, heed, heed_json, needs_program
@@ -96,7 +99,7 @@ def shell(command):
 @pytest.mark.parametrize("place", ["> /dev/full", ">&-"])
 def test_output_that_cannot_be_written_is_an_error(command, place):
     done = shell([*command, place])
-    assert done.returncode == 3
+    assert done.returncode == 2
     assert done.stderr.endswith("heed: cannot write to standard output\n")
     assert "internal error" not in done.stderr
 
@@ -107,6 +110,60 @@ def test_messages_that_cannot_be_written_change_nothing_else(place):
     assert shell(["show", "nothing", place]).returncode == 2
     done = shell([*ONCE, place])
     assert done.returncode == 0 and done.stdout.startswith(" upon a")
+
+
+# --- progress on a terminal ----------------------------------------------------------------------
+
+CLEAR = b"\r\x1b[K"
+
+
+def on_a_terminal(columns, *arguments):
+    """The program with standard error on a terminal of this width, and the other side of that."""
+    parent, child = os.openpty()
+    termios.tcsetwinsize(child, (24, columns))
+    program = subprocess.Popen(
+        [PROGRAM, *arguments], stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, stderr=child,
+        cwd=ROOT, env=ENVIRONMENT,
+    )  # fmt: skip
+    os.close(child)
+    return program, parent
+
+
+def rest_of(parent):
+    shown = b""
+    try:
+        while part := os.read(parent, 4096):
+            shown += part
+    except OSError:  # the other side is closed
+        pass
+    os.close(parent)
+    return shown
+
+
+@pytest.mark.parametrize("columns", [10, 24, 40, 200])
+def test_progress_is_no_wider_than_the_terminal(columns):
+    program, parent = on_a_terminal(columns, "check", "merge", "--case", "one", "--dtype", "f32")
+    shown = rest_of(parent)
+    assert program.wait(timeout=300) == 0
+    first, *lines, last = shown.split(CLEAR)
+    assert first == last == b"" and lines and lines[0].startswith(b"checking ")
+    assert all(len(line) < columns for line in lines)
+    if columns == 24:
+        assert lines[0] == b"checking   0 %  merge_a"
+    if columns == 40:
+        assert lines[0] == b"checking   0 %  merge_attention one flo"
+    if columns == 200:
+        assert lines[0] == b"checking [" + 30 * b"." + b"]   0 %  merge_attention one float32"
+
+
+def test_ctrl_c_clears_the_progress():
+    program, parent = on_a_terminal(60, "check")
+    shown = os.read(parent, 4096)
+    while b"%" not in shown:
+        shown += os.read(parent, 4096)
+    program.send_signal(signal.SIGINT)
+    assert program.wait(timeout=300) == -signal.SIGINT
+    assert (shown + rest_of(parent)).endswith(CLEAR)
 
 
 def test_no_colours_outside_a_terminal():
@@ -218,6 +275,15 @@ def test_bad_arguments_of_check():
         assert "needed a whole number" in error_of("run", option, "0x10")
 
 
+def test_check_of_all_says_what_is_done_where_no_progress_is_drawn():
+    few = ["check", "--case", "causal_gqa", "--dtype", "f32", "--isa", "portable"]
+    lines = heed(*few).stderr.splitlines()
+    assert "heed: checked flash_attention" in lines
+    assert all(line.startswith("heed: checked ") for line in lines)
+    assert heed(*few, "--json").stderr == heed("check", "merge").stderr == ""
+    assert "minutes" in heed("check", "--help").stdout
+
+
 def test_check_of_a_case_leaves_out_what_has_none():
     rows = heed_json("check", "--case", "causal_gqa", "--dtype", "f32", "--isa", "portable")
     assert rows and {row["case"] for row in rows} == {"causal_gqa"}
@@ -246,6 +312,9 @@ def test_explain_refuses_what_the_operator_refuses():
     message = error_of("explain", "decode", "--q", "1,8,1,64", "--k", "1,2,9,64", "--v", "1,2,8,64")
     assert "number of keys 8 but k_cache has 9" in message
     assert "no values" in error_of("explain", "feature_map", "--q", "1,2,9,8", "--v", "1,2,9,8")
+    heed("explain", "decode", "--q", "1,8,16,64")
+    shape = ["decode", "--q", "1,8,17,64"]
+    assert error_of("explain", *shape) == error_of("bench", *shape)
 
 
 @pytest.mark.parametrize(
@@ -275,6 +344,63 @@ def test_cpu_follows_the_forced_instruction_set():
     assert found["kernels"]["flash_attention"]["float32"].startswith("portable")
     for arguments in (["cpu"], ["cpu", "--json"]):
         assert "'sse'" in error_of(*arguments, env={"HEED_ISA": "sse"})
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [ONCE, ["eval", *STORY, "--text", "LICENSE"], ["check", "merge"], ["bench", "merge"],
+     ["explain", "flash", "--q", "1,1,8,8"], ["cpu"]],
+)  # fmt: skip
+def test_a_wrong_instruction_set_is_that_of_the_environment(arguments):
+    message = error_of(*arguments, env={"HEED_ISA": "sse"})
+    assert message.startswith("heed: HEED_ISA: instruction set 'sse' is unknown")
+
+
+def test_check_follows_the_forced_instruction_set():
+    few = ["check", "merge", "--dtype", "f32", "--layout", "padded"]
+    rows = heed_json(*few, env={"HEED_ISA": "portable"})
+    assert rows == heed_json(*few, "--isa", "portable")
+    every = heed_json(*few, env={"HEED_ISA": ""})
+    assert {row["path"] for row in rows} <= {row["path"] for row in every}
+    widest = heed_json("cpu")["instruction_sets"][-1]
+    assert heed_json(*few, "--isa", "portable", env={"HEED_ISA": widest}) == rows
+
+
+def test_hardware_without_a_command_prints_its_help():
+    assert heed("hardware", code=2).stderr == heed("hardware", "--help").stdout
+
+
+def test_hardware_files_are_named_once():
+    names = error_of("hardware", "files", "nope").split("there are ")[1].strip().split(", ")
+    assert "flat" in names and len(names) == len(set(names))
+
+
+def test_cascades_that_are_not_placed_are_named():
+    lines = heed("hardware", "place", "--json").stderr.splitlines()
+    assert len(lines) == 1 and lines[0].startswith("heed: left out: ")
+    assert "na1d_masked of na1d" in lines[0] and "rank whose passes are counted" in lines[0]
+
+
+# --- what programs draw and write ----------------------------------------------------------------
+
+
+def test_pictures_are_what_is_drawn(tmp_path):
+    tools = tmp_path / "tools"
+    tools.mkdir()
+    script = tools / "draw_masks.py"
+    script.write_text((ROOT / "tools" / "draw_masks.py").read_text())
+
+    def draw(tool, *arguments):
+        return subprocess.run([sys.executable, tool, *arguments], capture_output=True, text=True)
+
+    assert draw(ROOT / "tools" / "draw_masks.py", "--check").returncode == 0
+    assert draw(script, "--check").returncode == 1 and not (tmp_path / "docs").exists()
+    assert draw(script).returncode == 0 and draw(script, "--check").returncode == 0
+    picture = tmp_path / "docs" / "masks" / "window.svg"
+    picture.write_text("old")
+    done = draw(script, "--check")
+    assert done.returncode == 1 and "window.svg" in done.stdout and picture.read_text() == "old"
+    assert draw(script, "--chek").returncode == 2
 
 
 def test_bench():

@@ -192,6 +192,25 @@ def test_commands_of_a_conversation(chat_model):
     assert code == 0 and b"/reset starts" in shown and shown.count(b"in attention") == 1
 
 
+def test_help_in_a_conversation(chat_model):
+    code, shown = conversation(
+        chat_model, (b"Ctrl-D ends", b""), (b"> ", b"/help\n"), (b"/reset starts", b""),
+        (b"> ", b"/exit\n"),
+    )  # fmt: skip
+    assert code == 0 and b"there is no" not in shown and b"in attention" not in shown
+    text = " ".join(heed("run", "--help").stdout.split())
+    assert "a chat starts on a terminal" in text and "piped is one prompt" in text
+
+
+def test_a_line_that_the_terminal_cuts_is_not_answered(chat_model):
+    code, shown = conversation(
+        chat_model, (b"> ", b"a" * 5000 + b"\n"), (b"nothing was asked; -f FILE", b""),
+        (b"> ", b"Hello\n"), (b"in attention", b""), (b"> ", b"/exit\n"),
+    )  # fmt: skip
+    assert code == 0 and b"cuts a line at 4095 bytes" in shown
+    assert shown.count(b"in attention") == 1
+
+
 @pytest.mark.parametrize("last", [b"\x03", b"\x04", b"/exit\n"])
 def test_ctrl_c_at_the_prompt_says_how_to_end(chat_model, last):
     code, shown = conversation(
@@ -328,6 +347,7 @@ def test_stochastic_attention_follows_its_seed():
         (["-p", "x", "--attention", "taylor_state:order=4"], "0 to 3"),
         (["-p", "x", "--attention", "affine_scaled:alpha=inf"], "alpha is inf"),
         (["-p", "x", "--dtype", "f31"], "did you mean 'f32'"),
+        (["-p", "x", "--dtype", "f16"], "dtype is f16, needed is f32, bf16 or int4"),
         (["-p", "x", "--temperature", "-1"], "temperature"),
         (["-p", "x", "--top-p", "2"], "top_p"),
         (["-p", "x", "--threads", "0"], "thread"),
@@ -364,6 +384,8 @@ def test_missing_and_broken_models(tmp_path):
     broken.write_bytes(b"not a model")
     error_of("eval", "--model", broken, "--text", STORIES)
     error_of("run", "--model", tmp_path, "-p", "x")
+    message = error_of("run", "--model", "/dev/null", "-p", "x")
+    assert "'/dev/null' is not a regular file" in message
 
 
 def test_models_of_a_folder_have_names(tmp_path):
@@ -433,6 +455,19 @@ def test_eval(tmp_path):
     assert found["tokens_per_s"] > 0 and found["cache_bytes"] > 0 == found["state_bytes"]
     assert "perplexity" in heed(*arguments).stdout
     assert heed_json(*arguments[:-1], "-", stdin=file.read_text())["tokens"] == found["tokens"]
+    apart = heed_json(*arguments, "--context", "64", "--stride", "64")
+    windows = -(-found["tokens"] // 64)
+    assert apart["complete"] and apart["scored_tokens"] == found["tokens"] - windows
+    assert apart["tokens"] == found["tokens"] and windows > 1
+
+
+def test_eval_says_where_a_text_is_not_utf8(tmp_path):
+    file = tmp_path / "story.txt"
+    file.write_bytes(b"Once upon a \xff time")
+    note = "is not UTF-8 throughout"
+    assert note in heed("eval", "--model", STORIES, "--text", file).stderr
+    file.write_text("Once upon a \u00ff time")
+    assert note not in heed("eval", "--model", STORIES, "--text", file).stderr
 
 
 def test_eval_of_mixes_and_states(tmp_path):
@@ -488,5 +523,7 @@ def test_eval_refuses(tmp_path):
     error_of(*base, "--text", empty)
     assert "stride" in error_of(*base, "--text", STORIES, "--stride", "0")
     text = ["--text", ROOT / "LICENSE"]
-    assert "stride" in error_of(*base, *text, "--context", "32", "--stride", "32")
-    assert "context" in error_of(*base, *text, "--context", "1")
+    assert "stride" in error_of(*base, *text, "--context", "32", "--stride", "33")
+    for context in ("0", "1"):
+        message = error_of(*base, *text, "--context", context)
+        assert f"--context: found '{context}', needed a whole number from 2" in message

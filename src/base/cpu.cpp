@@ -156,12 +156,20 @@ Isa require_available(Isa isa, const char* asked_by) {
               ", which this machine cannot run; it has up to " + name_of(available.back()));
 }
 
+Isa parse_forced_isa(const char* name) {
+  try {
+    return parse_isa(name);
+  } catch (const Error& error) {
+    throw Error(std::string("HEED_ISA: ") + error.what());
+  }
+}
+
 }  // namespace
 
 Isa default_isa() {
   const char* forced = std::getenv("HEED_ISA");
   if (forced == nullptr || *forced == '\0') return available_isas().back();
-  return require_available(parse_isa(forced), "HEED_ISA");
+  return require_available(parse_forced_isa(forced), "HEED_ISA");
 }
 
 Isa chosen_isa(const RunOptions& run) {

@@ -3,6 +3,7 @@
 #include <CLI/CLI.hpp>
 #include <algorithm>
 #include <charconv>
+#include <cstdlib>
 
 #include "heed/error.h"
 #include "mechanisms/nearest.h"
@@ -130,7 +131,11 @@ CLI::Validator whole_number(int64_t least, int64_t most) {
 }
 
 std::vector<Isa> isas_to_use(const std::string& text) {
-  if (text.empty()) return available_isas();
+  if (text.empty()) {
+    const char* forced = std::getenv("HEED_ISA");
+    if (forced == nullptr || *forced == '\0') return available_isas();
+    return {default_isa()};
+  }
   const Isa isa = parse_isa(text);
   const auto& available = available_isas();
   if (std::find(available.begin(), available.end(), isa) == available.end()) {

@@ -22,7 +22,7 @@ DType parse_dtype(std::string_view text);
 /// The transform of options that count: refuses what is no whole number, in decimal, from `least` to
 /// `most`, which the option's type has to hold.
 CLI::Validator whole_number(int64_t least, int64_t most = std::numeric_limits<int64_t>::max());
-/// All instruction sets for none; throws Error where this machine cannot run the one asked for.
+/// For none those of HEED_ISA, or all; throws Error where this machine cannot run the one asked for.
 std::vector<Isa> isas_to_use(const std::string& text);
 /// Applies --threads where it was given; throws Error below 1.
 void use_threads(const std::optional<int>& threads);

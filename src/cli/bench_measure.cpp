@@ -97,6 +97,15 @@ void time_row(BenchRow& row, const Call& call, const BenchArguments& arguments,
   for (size_t i = 0; i < row.heed.size(); ++i) row.ratio.push_back(row.peer[i] / row.heed[i]);
 }
 
+void note_missing_backward(const std::vector<BenchRow>& rows) {
+  const Mechanism* last = nullptr;
+  for (const BenchRow& row : rows) {
+    if (row.mechanism == last || row.mechanism->backward) continue;
+    last = row.mechanism;
+    say("heed: --backward: {} has none, only its forward was timed\n", last->name);
+  }
+}
+
 }  // namespace
 
 void QuickChecks::check(BenchRow& row) {
@@ -151,6 +160,7 @@ int measure(std::vector<BenchRow>& rows, const BenchArguments& arguments, Roofli
     return false;
   });
   progress.clear();
+  if (arguments.backward) note_missing_backward(rows);
   return wrong;
 }
 

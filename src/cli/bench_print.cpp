@@ -14,10 +14,12 @@ namespace {
 
 constexpr auto kRight = Table::Align::right;
 
-/// A number of the shape [B,H,L,D], or of a grid [B,*grid,H,D] "64x64" in the place of L.
+/// A number of the shape [B,H,L,D], of [B,L,D] without heads, or of a grid [B,*grid,H,D] "64x64" in the
+/// place of L.
 std::string extent(const ExampleCase& example, std::initializer_list<const char*> inputs,
                    int axis) {
   if (const Dims* shape = input_shape(example, inputs); shape != nullptr) {
+    if (shape->rank() == 3) return axis == 1 ? "-" : std::to_string((*shape)[axis - (axis > 1)]);
     return shape->rank() > axis ? std::to_string((*shape)[axis]) : "-";
   }
   const Dims* grid = input_shape(example, {inputs.size() == 2 ? "key" : "query"});

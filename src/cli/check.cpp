@@ -87,8 +87,12 @@ std::vector<CheckRow> all_rows(const Arguments& arguments) {
   const std::vector<Point> points = chosen_points(arguments);
   Progress progress("checking");
   int64_t done = 0;
+  const bool told = arguments.name.empty() && !arguments.json && !is_terminal(stderr);
   std::vector<CheckRow> rows;
   for (const auto& [mechanism, example] : points) {
+    if (told && !rows.empty() && rows.back().mechanism != mechanism->name) {
+      say("heed: checked {}\n", rows.back().mechanism);
+    }
     append(rows, check_cascades(*mechanism, example, arguments.seed));
     for (DType dtype : dtypes) {
       progress.show(done++, static_cast<int64_t>(points.size() * dtypes.size()),
@@ -190,7 +194,8 @@ void add_check(CLI::App& app, Outcome& outcome) {
   CLI::App* command = app.add_subcommand(
       "check", "Compare the kernels with their cascades in float64 on this machine");
   auto arguments = std::make_shared<Arguments>();
-  command->add_option("NAME", arguments->name, "Mechanism; without it all of them");
+  command->add_option("NAME", arguments->name,
+                      "Mechanism: takes seconds; without it all of them, which takes minutes");
   command->add_option("--case", arguments->example,
                       "Only this example case, or random:SEED for a random call");
   command->add_option("--dtype", arguments->dtypes, "Only these types: f64, f32, bf16, f16")

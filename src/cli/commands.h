@@ -6,7 +6,7 @@ namespace heed::cli {
 
 inline constexpr int kOk = 0;
 inline constexpr int kFailureFound = 1;  // heed check, heed bench: a kernel disagrees
-inline constexpr int kUsageError = 2;    // arguments or input files
+inline constexpr int kUsageError = 2;    // arguments, input, or output that cannot be written
 inline constexpr int kInternalError = 3;
 
 /// Where a command leaves its exit code.

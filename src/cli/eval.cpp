@@ -11,6 +11,7 @@
 #include "cli/terminal.h"
 #include "cli/text_files.h"
 #include "heed/error.h"
+#include "llm/utf8.h"
 
 namespace heed::cli {
 namespace {
@@ -36,9 +37,13 @@ int eval(const Arguments& arguments) {
   };
   const Perplexity result = perplexity(*loaded.model, tokens, options);
   progress.clear();
+  if (to_valid_utf8(text) != text) {
+    say("heed: --text: '{}' is not UTF-8 throughout, U+FFFD was scored in the place of other "
+        "bytes\n",
+        arguments.text);
+  }
   const double rate =
       result.total_seconds > 0 ? static_cast<double>(result.passed) / result.total_seconds : 0;
-  const bool complete = result.scored + 1 == static_cast<int64_t>(tokens.size());
   const double share =
       result.total_seconds > 0 ? result.attention_seconds / result.total_seconds : 0;
   if (arguments.json) {
@@ -52,15 +57,16 @@ int eval(const Arguments& arguments) {
                 {"attention_share", share},
                 {"cache_bytes", loaded.model->cache_bytes()},
                 {"state_bytes", loaded.model->state_bytes()},
-                {"complete", complete}});
+                {"complete", result.complete}});
   } else {
     fmt::print("perplexity {:.4f}  ({} tokens scored, context {}, {:.4f} nats per token)\n",
                result.perplexity, result.scored, loaded.model->context(), result.mean_nll);
     flush_output();
     say("[{:.1f} s, {:.1f} tokens/s, {:.0f} % of the time in attention{}]\n", result.total_seconds,
-        rate, 100 * share, complete ? "" : "; interrupted, the rest of the text is not in it");
+        rate, 100 * share,
+        result.complete ? "" : "; interrupted, the rest of the text is not in it");
   }
-  return complete ? kOk : kInterrupted;
+  return result.complete ? kOk : kInterrupted;
 }
 
 }  // namespace
@@ -70,10 +76,13 @@ void add_eval(CLI::App& app, Outcome& outcome) {
   auto arguments = std::make_shared<Arguments>();
   command->add_option("--text", arguments->text, "File with the text, - for standard input")
       ->required();
-  add_model_options(*command, arguments->model, "Tokens in a window; without it the model's");
+  add_model_options(*command, arguments->model,
+                    "Tokens in a window, 2 or more; without it the model's", 2);
   command
-      ->add_option("--stride", arguments->stride,
-                   "Tokens from window to window; without it half a window")
+      ->add_option(
+          "--stride", arguments->stride,
+          "Tokens from window to window, 1 to those of a window, where windows are apart and "
+          "the first token of each is not scored; without it half a window")
       ->transform(whole_number(1));
   command->add_flag("--json", arguments->json, "JSON");
   command->footer(

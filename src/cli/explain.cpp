@@ -7,6 +7,7 @@
 #include "cli/commands.h"
 #include "cli/terminal.h"
 #include "engine/operands.h"
+#include "heed/flash_attention.h"
 
 namespace heed::cli {
 namespace {
@@ -33,8 +34,14 @@ void check_operands(const Mechanism& mechanism, const NamedTensors& in) {
   if (!in.contains("q") || !in.contains(names.k)) return;
   const Tensor& k = in.at(names.k);
   const Tensor& v = in.contains(names.v) ? in.at(names.v) : k;
-  check_attention(mechanism.name.c_str(), in.at("q"), k, v, names,
+  const Tensor& q = in.at("q");
+  check_attention(mechanism.name.c_str(), q, k, v, names,
                   mechanism.engine == "tiled" ? kMaxHeadDim : kAnyHeadDim);
+  if (cache && q.size(2) > kMaxDecodeQueries) {
+    throw Error(
+        fmt::format("{}: {} has {} queries; at most {} are supported, use flash_attention for more",
+                    mechanism.name, describe("q", q), q.size(2), kMaxDecodeQueries));
+  }
 }
 
 void explain(const Arguments& arguments) {

@@ -107,7 +107,7 @@ void add_hardware(CLI::App& app, Outcome& outcome) {
   add_hardware_files(*hardware);
   hardware->callback([hardware, &outcome] {
     if (!hardware->get_subcommands().empty()) return;
-    say("{}", hardware->help());
+    say("{}", hardware->help("heed"));
     outcome.exit_code = kUsageError;
   });
 }

@@ -1,6 +1,7 @@
 // heed hardware files: the built-in machines, layers, mappings and cascades, to read and to copy.
 #include <fmt/format.h>
 
+#include <algorithm>
 #include <memory>
 
 #include "cli/hardware.h"
@@ -37,9 +38,9 @@ void list() {
 void show(const std::string& name) {
   std::vector<std::string> names, matches;
   for (std::string_view file : hardware::data_files()) {
-    names.push_back(short_name(file));
-    const std::string with_kind = short_name(file) + "." + kind(file);
-    if (name == short_name(file) || name == with_kind || name == file) {
+    const std::string brief = short_name(file), with_kind = brief + "." + kind(file);
+    if (std::find(names.begin(), names.end(), brief) == names.end()) names.push_back(brief);
+    if (name == brief || name == with_kind || name == file) {
       matches.emplace_back(file);
     }
   }

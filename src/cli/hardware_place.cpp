@@ -2,6 +2,7 @@
 #include <fmt/format.h>
 
 #include <algorithm>
+#include <map>
 #include <memory>
 #include <set>
 
@@ -61,12 +62,18 @@ std::vector<const CascadeText*> cascades_of(const Mechanism& mechanism,
   return texts;
 }
 
-// A cascade that says nothing about the machine (a rank of other name, a missing operation) is left
-// out with a word on standard error.
+using LeftOut = std::map<std::string, std::set<std::string>>;  // cascades by reason
+
+void say_left_out(const LeftOut& left_out) {
+  for (const auto& [reason, cascades] : left_out) {
+    say("heed: left out: {}: {}\n", fmt::join(cascades, ", "), reason);
+  }
+}
+
+// A cascade that says nothing about the machine (a rank of other name, a missing operation) is left out.
 void add_mechanism(const Mechanism& mechanism, const Machine& machine, const Sizes& sizes,
-                   std::vector<Line>& lines) {
+                   std::vector<Line>& lines, LeftOut& left_out) {
   const Machine& baseline = builtin_machine("baseline");
-  std::set<std::string> left_out;
   for (const ExampleCase* example : cases_of(mechanism)) {
     double definition = 0;
     const cascade::Bindings bindings = bind_case(mechanism, *example);
@@ -80,7 +87,9 @@ void add_mechanism(const Mechanism& mechanism, const Machine& machine, const Siz
         line.baseline =
             placement_cost(baseline, place(baseline, *text, mechanism.pass_rank, bindings, sizes));
       } catch (const Error& error) {
-        left_out.insert(mechanism.name + " " + text->name + ": " + error.what());
+        const bool counted = passes_of(mechanism, *text).has_value();
+        left_out[counted ? error.what() : "written without the rank whose passes are counted"]
+            .insert(text->name + " of " + mechanism.name);
         continue;
       }
       if (definition == 0) definition = line.baseline.unfused_s;
@@ -88,7 +97,6 @@ void add_mechanism(const Mechanism& mechanism, const Machine& machine, const Siz
       lines.push_back(line);
     }
   }
-  for (const std::string& text : left_out) say("heed: left out: {}\n", text);
 }
 
 // The ranks that sizes can be given for: of one of the cascades that are placed.
@@ -127,6 +135,7 @@ Line line_of_file(const std::string& file, const Arguments& a, const Machine& ma
 
 std::vector<Line> lines_of(const Arguments& a, const Machine& machine) {
   std::vector<Line> lines;
+  LeftOut left_out;
   const Sizes sizes = parse_sizes(a.sizes);
   const bool files = std::any_of(a.names.begin(), a.names.end(), is_cascade_file);
   if (!a.rank.empty() && !files) throw Error("--rank: a cascade file is needed with it");
@@ -139,19 +148,25 @@ std::vector<Line> lines_of(const Arguments& a, const Machine& machine) {
     if (is_cascade_file(name)) {
       lines.push_back(line_of_file(name, a, machine, sizes));
     } else {
-      add_mechanism(find_mechanism(name), machine, sizes, lines);
+      add_mechanism(find_mechanism(name), machine, sizes, lines, left_out);
     }
     if (lines.size() == before) {
+      say_left_out(left_out);
       throw Error("place: no cascade of " + name + " runs on this machine");
     }
   }
-  if (!a.names.empty()) return lines;
+  if (!a.names.empty()) {
+    say_left_out(left_out);
+    return lines;
+  }
   Progress progress("placing");
   int64_t done = 0;
   for (const Mechanism& mechanism : mechanisms()) {
     progress.show(done++, static_cast<int64_t>(mechanisms().size()), mechanism.name);
-    add_mechanism(mechanism, machine, sizes, lines);
+    add_mechanism(mechanism, machine, sizes, lines, left_out);
   }
+  progress.clear();
+  say_left_out(left_out);
   return lines;
 }
 

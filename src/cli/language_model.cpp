@@ -41,7 +41,8 @@ ModelDtype dtype_of(const std::string& text) {
 
 }  // namespace
 
-void add_model_options(CLI::App& command, ModelArguments& arguments, const char* context_help) {
+void add_model_options(CLI::App& command, ModelArguments& arguments, const char* context_help,
+                       int64_t least_context) {
   command
       .add_option(
           "--model", arguments.model,
@@ -58,13 +59,15 @@ void add_model_options(CLI::App& command, ModelArguments& arguments, const char*
       "--dtype", arguments.dtype,
       "f32 (exact), bf16 or int4 (weights as they are quantised; for a prompt they "
       "and activations are rounded to int8 or bf16); without it what suits the file");
-  command.add_option("--context", arguments.context, context_help)->transform(whole_number(1));
+  command.add_option("--context", arguments.context, context_help)
+      ->transform(whole_number(least_context));
   command.add_option("--threads", arguments.threads, "Threads; without it all cores")
       ->transform(whole_number(1, 1024));  // what set_threads takes
 }
 
 LanguageModel load_model(const ModelArguments& arguments) {
   use_threads(arguments.threads);
+  (void)default_isa();  // what is wrong with HEED_ISA is none of --attention
   ModelOptions options;
   if (arguments.dtype) options.dtype = dtype_of(*arguments.dtype);
   options.run.threads = arguments.threads;

@@ -18,7 +18,8 @@ struct ModelArguments {
   std::optional<int64_t> context;
   std::optional<int> threads;
 };
-void add_model_options(CLI::App& command, ModelArguments& arguments, const char* context_help);
+void add_model_options(CLI::App& command, ModelArguments& arguments, const char* context_help,
+                       int64_t least_context = 1);
 /// Where the help of these options goes on.
 inline constexpr const char* kModelFooter = "docs/real-model.md says more of --attention.";
 

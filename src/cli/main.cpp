@@ -20,8 +20,8 @@ using namespace heed::cli;  // NOLINT: the program's own room
 
 constexpr const char* kFooter =
     "Exit codes: 0 ok, 1 a kernel disagrees with its cascade, 2 wrong arguments or input,\n"
-    "3 internal error, 130 run or eval stopped by Ctrl-C. `heed COMMAND --help` explains a "
-    "command.";
+    "or output that cannot be written, 3 internal error, 130 run or eval stopped by Ctrl-C.\n"
+    "`heed COMMAND --help` explains a command.";
 
 void add_commands(CLI::App& app, Outcome& outcome) {
   app.set_version_flag("--version", std::string("heed ") + heed::kVersion);
@@ -136,7 +136,7 @@ int main(int argc, char** argv) {
     }
   }
   if (std::fflush(stdout) != 0 || std::ferror(stdout) != 0) {
-    code = report("cannot write to standard output", kInternalError);
+    code = report("cannot write to standard output", kUsageError);
   }
   return code;
 }

@@ -89,6 +89,9 @@ fs::path find_model(const std::string& name) {
   if (std::error_code error; fs::is_directory(name, error)) {
     throw Error("--model: '" + name + "' is a folder, a GGUF file is needed");
   }
+  if (std::error_code error; fs::exists(name, error)) {
+    throw Error("--model: '" + name + "' is not a regular file, a GGUF file is needed");
+  }
   std::vector<std::string> known = {kSmolLm};
   for (const fs::path& folder : model_folders()) {
     if (is_file(folder / (name + ".gguf"))) return folder / (name + ".gguf");

@@ -155,7 +155,8 @@ int answer_once(LanguageModel& loaded, const Arguments& arguments, const std::st
   return answer.result.stop == StopReason::cancelled ? kInterrupted : kOk;
 }
 
-constexpr const char* kCommands = "/reset starts a new conversation, /exit or /quit ends";
+constexpr const char* kCommands =
+    "/reset starts a new conversation, /exit or /quit ends, /help says this";
 
 // The next line that says something; none at its end, which two times Ctrl-C in a row are too.
 std::optional<std::string> next_line() {
@@ -177,6 +178,9 @@ std::optional<std::string> next_line() {
   }
 }
 
+// What the kernel keeps of a line that is typed, without the newline (termios(3)).
+constexpr size_t kTerminalLine = 4095;
+
 // "/rset", but not "/etc/hosts is empty".
 bool is_word_after_slash(std::string_view text) {
   return text.starts_with('/') && text.find_first_of(" \t/", 1) == std::string_view::npos;
@@ -192,6 +196,17 @@ int converse(LanguageModel& loaded, const Arguments& arguments) {
     if (command == "/exit" || command == "/quit") return kOk;
     if (command == "/reset") {
       messages = opening(arguments);
+      continue;
+    }
+    if (command == "/help") {
+      say("{}\n", kCommands);
+      continue;
+    }
+    if (line->size() == kTerminalLine) {
+      say("heed: the terminal cuts a line at {} bytes, so nothing was asked; -f FILE takes a "
+          "longer "
+          "prompt\n",
+          kTerminalLine);
       continue;
     }
     if (is_word_after_slash(command)) {
@@ -270,7 +285,10 @@ void add_run(CLI::App& app, Outcome& outcome) {
           ->capture_default_str()};
   command->add_flag("--json", arguments->json, "JSON at the end instead of words as they come");
   command->footer(
-      std::string("After Ctrl-C the statistics are printed and the exit code is 130.\n") +
+      std::string(
+          "Without -p and -f, a chat starts on a terminal (/help lists its commands); standard\n"
+          "input that is piped is one prompt.\n"
+          "After Ctrl-C the statistics are printed and the exit code is 130.\n") +
       kModelFooter);
   command->callback([arguments, draws, &outcome] {
     for (const CLI::Option* option : draws) {

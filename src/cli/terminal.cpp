@@ -1,10 +1,12 @@
 #include "cli/terminal.h"
 
 #include <fmt/format.h>
+#include <sys/ioctl.h>
 #include <unistd.h>
 
 #include <algorithm>
 #include <cmath>
+#include <csignal>
 #include <cstdlib>
 #include <stdexcept>
 
@@ -14,6 +16,40 @@ namespace {
 std::string painted(std::string_view text, int code) {
   if (!coloured(stdout)) return std::string(text);
   return fmt::format("\x1b[{}m{}\x1b[0m", code, text);
+}
+
+constexpr std::string_view kClearLine = "\r\x1b[K";
+
+int columns_of(std::FILE* stream) {
+  constexpr int kUnknown = 80;
+  winsize size{};
+  return ioctl(fileno(stream), TIOCGWINSZ, &size) == 0 && size.ws_col > 0 ? size.ws_col : kUnknown;
+}
+
+// What a terminal shows of a text in UTF-8 within this many columns.
+std::string_view cut(std::string_view text, int columns) {
+  size_t end = 0;
+  for (int shown = 0; end < text.size(); ++end) {
+    const bool continues = (static_cast<unsigned char>(text[end]) & 0xC0U) == 0x80U;
+    if (!continues && ++shown > columns) break;
+  }
+  return text.substr(0, end);
+}
+
+// Before Ctrl-C ends the program. SA_RESETHAND: the second signal is the last.
+extern "C" void clear_and_end(int signal) {
+  [[maybe_unused]] const auto written = write(STDERR_FILENO, kClearLine.data(), kClearLine.size());
+  std::raise(signal);
+}
+
+// Only where Ctrl-C would end the program without a word: other handlers stop what draws.
+void replace_interrupt(void (*old_handler)(int), void (*new_handler)(int), int flags) {
+  struct sigaction action{};
+  sigaction(SIGINT, nullptr, &action);
+  if (action.sa_handler != old_handler) return;
+  action.sa_handler = new_handler;
+  action.sa_flags = flags;
+  sigaction(SIGINT, &action, nullptr);
 }
 
 }  // namespace
@@ -89,17 +125,30 @@ void Progress::show(int64_t done, int64_t total, std::string_view note) {
   if (drawn_ && done < total && now - last_ < std::chrono::milliseconds(100)) return;
   last_ = now;
   drawn_ = true;
-  constexpr int kWidth = 30;
-  const auto filled = static_cast<int>(std::clamp<int64_t>(done * kWidth / total, 0, kWidth));
-  say("\r\x1b[K{} [{:#<{}}{:.<{}}] {:3d} %  {}", label_, "", filled, "", kWidth - filled,
-      done * 100 / total, note);
+  replace_interrupt(SIG_DFL, clear_and_end, static_cast<int>(SA_RESETHAND | SA_NODEFER));
+  // A full last column would wrap.
+  say("{}{}", kClearLine, line(done, total, note, columns_of(stderr) - 1));
   std::fflush(stderr);
+}
+
+std::string Progress::line(int64_t done, int64_t total, std::string_view note, int columns) const {
+  constexpr int kWidest = 30;
+  const std::string text = fmt::format("{:3d} %  {}", done * 100 / total, note);
+  const int room = columns - static_cast<int>(label_.size() + text.size()) - 4;  // of " [] "
+  std::string bar;
+  if (room > 0) {
+    const int width = std::min(kWidest, room);
+    const auto filled = static_cast<int>(std::clamp<int64_t>(done * width / total, 0, width));
+    bar = fmt::format("[{:#<{}}{:.<{}}] ", "", filled, "", width - filled);
+  }
+  return std::string(cut(fmt::format("{} {}{}", label_, bar, text), columns));
 }
 
 void Progress::clear() {
   if (!drawn_) return;
-  say("\r\x1b[K");
+  say("{}", kClearLine);
   std::fflush(stderr);
+  replace_interrupt(clear_and_end, SIG_DFL, 0);
   drawn_ = false;
 }
 

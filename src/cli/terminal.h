@@ -57,7 +57,8 @@ class Table {
   std::vector<std::vector<std::string>> rows_;
 };
 
-/// A bar on standard error while it is a terminal; silent otherwise. Cleared at the end.
+/// A bar on standard error while it is a terminal, no wider than that; silent otherwise. Cleared at the
+/// end, and where Ctrl-C ends the program.
 class Progress {
  public:
   explicit Progress(std::string label);
@@ -68,6 +69,8 @@ class Progress {
   void clear();
 
  private:
+  std::string line(int64_t done, int64_t total, std::string_view note, int columns) const;
+
   std::string label_;
   bool active_;
   bool drawn_ = false;

@@ -26,11 +26,11 @@ std::string refusal(const Candidate& candidate, DType dtype, const std::string& 
                     Isa strongest) {
   if (std::string reason = refusal_of_isa(candidate.isa, strongest); !reason.empty()) return reason;
   if (!candidate.half_operands) return "";
-  if (kernels::half_tile_kernels(candidate.isa) == nullptr) {
-    return "this processor multiplies bfloat16 no faster than float32";
-  }
   if (dtype != DType::bf16) {
     return std::string("it multiplies bfloat16, the call is ") + name_of(dtype);
+  }
+  if (kernels::half_tile_kernels(candidate.isa) == nullptr) {
+    return "this processor multiplies bfloat16 no faster than float32";
   }
   return no_half;
 }

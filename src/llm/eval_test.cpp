@@ -36,14 +36,27 @@ TEST(Perplexity, EqualsTheDefinitionForEveryWindow) {
   const std::vector<int32_t> tokens = text_tokens(file);
   const int64_t count = static_cast<int64_t>(tokens.size());
   ASSERT_GT(count, 60);
-  for (auto [context, stride] : std::vector<std::pair<int64_t, int64_t>>{
-           {count, 10}, {count + 9, 10}, {32, 8}, {32, 31}, {17, 16}, {20, 1}, {2, 1}}) {
+  for (auto [context, stride] :
+       std::vector<std::pair<int64_t, int64_t>>{{count, 10},
+                                                {count + 9, 10},
+                                                {32, 8},
+                                                {32, 31},
+                                                {17, 16},
+                                                {20, 1},
+                                                {2, 1},
+                                                {32, 32},
+                                                {1 + (count - 1) / 2, 1 + (count - 1) / 2},
+                                                {count - 1, count - 1},
+                                                {2, 2}}) {
     Model model = plain_model(file, context);
     double sum = 0;
+    int64_t scored = 0;
     for (int64_t t = 1; t < count;
          ++t) {  // the first window begin, begin + stride, ... that holds t
       int64_t begin = 0;
       while (begin + context <= t) begin += stride;
+      if (begin == t) continue;  // nothing precedes it in its window
+      ++scored;
       EXPECT_EQ(model.truncate(0), 0);
       const auto rows = all_logits(
           model,
@@ -53,13 +66,15 @@ TEST(Perplexity, EqualsTheDefinitionForEveryWindow) {
     int64_t last = 0;
     const Perplexity found = perplexity(model, tokens, {stride, [&](int64_t n, int64_t total) {
                                                           EXPECT_GT(n, last);
-                                                          EXPECT_EQ(total, count - 1);
+                                                          EXPECT_EQ(total, scored);
                                                           last = n;
                                                           return true;
                                                         }});
-    EXPECT_EQ(last, count - 1);
-    EXPECT_EQ(found.scored, count - 1);
-    EXPECT_NEAR(found.mean_nll, sum / static_cast<double>(count - 1), 1e-4)
+    EXPECT_EQ(last, scored);
+    EXPECT_EQ(found.scored, scored);
+    EXPECT_EQ(scored, stride < context ? count - 1 : count - 1 - (count - 1) / context);
+    EXPECT_TRUE(found.complete);
+    EXPECT_NEAR(found.mean_nll, sum / static_cast<double>(scored), 1e-4)
         << context << " " << stride;
     EXPECT_NEAR(found.perplexity, std::exp(found.mean_nll), 1e-9);
     EXPECT_GT(found.attention_seconds, 0);
@@ -74,6 +89,7 @@ TEST(Perplexity, StopsWhenAsked) {
   const Perplexity part =
       perplexity(model, tokens, {10, [](int64_t n, int64_t) { return n < 25; }});
   EXPECT_EQ(part.scored, 29);
+  EXPECT_FALSE(part.complete);
   EXPECT_TRUE(std::isfinite(part.perplexity));
 }
 
@@ -114,7 +130,7 @@ TEST(Perplexity, Refusals) {
   EXPECT_THROW(perplexity(model, one), Error);
   EXPECT_THROW(perplexity(narrow, tokens), Error);
   EXPECT_THROW(perplexity(model, tokens, {0, {}}), Error);
-  EXPECT_THROW(perplexity(model, tokens, {20, {}}), Error);
+  EXPECT_THROW(perplexity(model, tokens, {21, {}}), Error);
 }
 
 }  // namespace

@@ -237,7 +237,7 @@ ModelDtype parse_model_dtype(std::string_view name) {
   for (size_t i = 0; i < kDtypeNames.size(); ++i) {
     if (name == kDtypeNames[i]) return static_cast<ModelDtype>(i);
   }
-  throw Error("dtype is " + std::string(name) + ", f32, bf16 or int4 is needed");
+  throw Error("dtype is " + std::string(name) + ", needed is f32, bf16 or int4");
 }
 
 void WeightMatrix::multiply(const Tensor& x, const Tensor& y, const RunOptions& run) const {

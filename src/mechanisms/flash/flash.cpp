@@ -11,7 +11,6 @@ namespace heed {
 namespace {
 
 constexpr const char* kFlash = "flash_attention";
-constexpr int64_t kMaxDecodeQueries = 16;
 
 AttentionResult make_result(const Tensor& q, const Tensor& v) {
   if (q.rank() != 4 || v.rank() != 4) return {};  // the checks of the call explain it
