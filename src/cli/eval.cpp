@@ -38,8 +38,7 @@ int eval(const Arguments& arguments) {
   const Perplexity result = perplexity(*loaded.model, tokens, options);
   progress.clear();
   if (to_valid_utf8(text) != text) {
-    say("heed: --text: '{}' is not UTF-8 throughout, U+FFFD was scored in the place of other "
-        "bytes\n",
+    say("heed: --text: '{}' is not UTF-8 throughout, U+FFFD stood for other bytes\n",
         arguments.text);
   }
   const double rate =

@@ -203,9 +203,8 @@ int converse(LanguageModel& loaded, const Arguments& arguments) {
       continue;
     }
     if (line->size() == kTerminalLine) {
-      say("heed: the terminal cuts a line at {} bytes, so nothing was asked; -f FILE takes a "
-          "longer "
-          "prompt\n",
+      say("heed: the terminal cuts a line at {} bytes, so nothing was asked; -f FILE takes longer "
+          "prompts\n",
           kTerminalLine);
       continue;
     }
