@@ -1,4 +1,4 @@
-// The same for rows of any type and one by one, and for operands of bfloat16.
+// Kernels of a chunk for rows of any type, row by row, and for operands of bfloat16, against plain loops in double.
 #include "kernels/chunk_test.h"
 
 namespace heed::kernels::chunk_tests {
