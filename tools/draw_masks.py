@@ -6,10 +6,10 @@
 """
 
 import argparse
-import sys
-from pathlib import Path
 
-PICTURES = Path(__file__).resolve().parent.parent / "docs" / "masks"
+from written_files import ROOT, write_or_check
+
+PICTURES = ROOT / "docs" / "masks"
 CELL, MARGIN = 22, 34
 
 STYLE = """<style>
@@ -61,23 +61,8 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--check", action="store_true", help="compare instead of writing")
     check = parser.parse_args().check
-    drawn = pictures()
-    old = {p.name for p in PICTURES.glob("*.svg")} - set(drawn)
-    differ = sorted(
-        name
-        for name, text in drawn.items()
-        if not (PICTURES / name).is_file() or (PICTURES / name).read_text() != text
-    )
-    if check:
-        for name in [*differ, *sorted(old)]:
-            print(f"docs/masks/{name} is not what is drawn: run tools/draw_masks.py")
-        sys.exit(bool(differ or old))
-    PICTURES.mkdir(parents=True, exist_ok=True)
-    for name in old:
-        (PICTURES / name).unlink()
-    for name in differ:
-        (PICTURES / name).write_text(drawn[name])
-    print(f"{len(drawn)} pictures, {len(differ)} changed")
+    texts = {PICTURES / name: text for name, text in pictures().items()}
+    write_or_check(texts, check, "draw_masks.py", set(PICTURES.glob("*.svg")) - set(texts))
 
 
 if __name__ == "__main__":

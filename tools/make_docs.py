@@ -10,10 +10,10 @@ import argparse
 import json
 import os
 import subprocess
-import sys
 from pathlib import Path
 
-ROOT = Path(__file__).resolve().parent.parent
+from written_files import ROOT, write_or_check
+
 PROGRAM = Path(os.environ.get("HEED_PROGRAM", ROOT / "build" / "heed"))
 PAGES = ROOT / "docs" / "mechanisms"
 
@@ -120,25 +120,10 @@ def main():
     if arguments.accuracy:
         ACCURACY.write_text(accuracy())
         return
-    check = arguments.check
     mechanisms = heed("list")
-    pages = {file_name(m["name"]): page(m) for m in mechanisms} | {"README.md": index(mechanisms)}
-    old = {p.name for p in PAGES.glob("*.md")} - set(pages)
-    differ = sorted(
-        name
-        for name, text in pages.items()
-        if not (PAGES / name).is_file() or (PAGES / name).read_text() != text
-    )
-    if check:
-        for name in [*differ, *sorted(old)]:
-            print(f"docs/mechanisms/{name} is not what the program says: run tools/make_docs.py")
-        sys.exit(bool(differ or old))
-    PAGES.mkdir(parents=True, exist_ok=True)
-    for name in old:
-        (PAGES / name).unlink()
-    for name in differ:
-        (PAGES / name).write_text(pages[name])
-    print(f"{len(pages)} pages, {len(differ)} changed")
+    pages = {PAGES / file_name(m["name"]): page(m) for m in mechanisms}
+    pages[PAGES / "README.md"] = index(mechanisms)
+    write_or_check(pages, arguments.check, "make_docs.py", set(PAGES.glob("*.md")) - set(pages))
 
 
 if __name__ == "__main__":

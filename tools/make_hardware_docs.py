@@ -12,11 +12,11 @@ import os
 import re
 import shlex
 import subprocess
-import sys
 import tempfile
 from pathlib import Path
 
-ROOT = Path(__file__).resolve().parent.parent
+from written_files import ROOT, write_or_check
+
 PAGE = ROOT / "docs" / "hardware.md"
 FIGURES = ROOT / "docs" / "hardware"
 PROGRAM = Path(os.environ.get("HEED_PROGRAM", ROOT / "build" / "heed"))
@@ -61,17 +61,7 @@ def main():
     texts = {PAGE: filled(PAGE.read_text())}
     figures = COMPUTED | (MEASURED if arguments.measure else {})
     texts |= {FIGURES / name: drawn(command) for name, command in figures.items()}
-    differ = [path for path, text in texts.items() if not path.is_file() or path.read_text() != text]
-    for path in differ:
-        if arguments.check:
-            name = path.relative_to(ROOT)
-            print(f"{name} is not what the program says: run tools/make_hardware_docs.py")
-        else:
-            path.parent.mkdir(exist_ok=True)
-            path.write_text(texts[path])
-    if arguments.check:
-        sys.exit(bool(differ))
-    print(f"{len(texts)} files, {len(differ)} changed")
+    write_or_check(texts, arguments.check, "make_hardware_docs.py")
 
 
 if __name__ == "__main__":

@@ -102,9 +102,6 @@ struct DecodeOptions {
   Tensor sink = {};                    // [H]
 };
 
-/// Queries of a sequence that decode_attention takes.
-inline constexpr int64_t kMaxDecodeQueries = 16;
-
 /// Attention of the last Lq <= 16 tokens of each sequence over its cache, causal among themselves.
 /// q [B,H,Lq,D]  k_cache, v_cache [B,Hkv,capacity,D(v)]  lengths [B] int32 or int64, keys that exist
 /// (the Lq newest included). Query i of sequence b sees keys j <= lengths[b] - Lq + i. The keys are

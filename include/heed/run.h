@@ -15,7 +15,9 @@ const char* name_of(Isa isa);
 Isa parse_isa(std::string_view name);  // throws Error listing the names
 /// Those this processor and operating system can run, weakest first; portable is always there.
 const std::vector<Isa>& available_isas();
-/// The strongest available, or what the environment variable HEED_ISA forces.
+/// What the environment variable HEED_ISA forces. Throws Error if that is unknown or this machine cannot run it.
+std::optional<Isa> forced_isa();
+/// The strongest available, or what HEED_ISA forces.
 Isa default_isa();
 
 struct RunOptions;

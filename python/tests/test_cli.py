@@ -388,7 +388,8 @@ def test_pictures_are_what_is_drawn(tmp_path):
     tools = tmp_path / "tools"
     tools.mkdir()
     script = tools / "draw_masks.py"
-    script.write_text((ROOT / "tools" / "draw_masks.py").read_text())
+    for name in ("draw_masks.py", "written_files.py"):
+        (tools / name).write_text((ROOT / "tools" / name).read_text())
 
     def draw(tool, *arguments):
         return subprocess.run([sys.executable, tool, *arguments], capture_output=True, text=True)

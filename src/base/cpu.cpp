@@ -156,21 +156,21 @@ Isa require_available(Isa isa, const char* asked_by) {
               ", which this machine cannot run; it has up to " + name_of(available.back()));
 }
 
-Isa parse_forced_isa(const char* name) {
+}  // namespace
+
+std::optional<Isa> forced_isa() {
+  const char* name = std::getenv("HEED_ISA");
+  if (name == nullptr || *name == '\0') return std::nullopt;
+  Isa isa = Isa::portable;
   try {
-    return parse_isa(name);
+    isa = parse_isa(name);
   } catch (const Error& error) {
     throw Error(std::string("HEED_ISA: ") + error.what());
   }
+  return require_available(isa, "HEED_ISA");
 }
 
-}  // namespace
-
-Isa default_isa() {
-  const char* forced = std::getenv("HEED_ISA");
-  if (forced == nullptr || *forced == '\0') return available_isas().back();
-  return require_available(parse_forced_isa(forced), "HEED_ISA");
-}
+Isa default_isa() { return forced_isa().value_or(available_isas().back()); }
 
 Isa chosen_isa(const RunOptions& run) {
   return run.isa ? require_available(*run.isa, "isa") : default_isa();

@@ -3,7 +3,6 @@
 #include <CLI/CLI.hpp>
 #include <algorithm>
 #include <charconv>
-#include <cstdlib>
 
 #include "heed/error.h"
 #include "mechanisms/nearest.h"
@@ -132,9 +131,8 @@ CLI::Validator whole_number(int64_t least, int64_t most) {
 
 std::vector<Isa> isas_to_use(const std::string& text) {
   if (text.empty()) {
-    const char* forced = std::getenv("HEED_ISA");
-    if (forced == nullptr || *forced == '\0') return available_isas();
-    return {default_isa()};
+    const std::optional<Isa> forced = forced_isa();
+    return forced ? std::vector<Isa>{*forced} : available_isas();
   }
   const Isa isa = parse_isa(text);
   const auto& available = available_isas();

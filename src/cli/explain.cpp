@@ -7,7 +7,6 @@
 #include "cli/commands.h"
 #include "cli/terminal.h"
 #include "engine/operands.h"
-#include "heed/flash_attention.h"
 
 namespace heed::cli {
 namespace {
@@ -37,11 +36,7 @@ void check_operands(const Mechanism& mechanism, const NamedTensors& in) {
   const Tensor& q = in.at("q");
   check_attention(mechanism.name.c_str(), q, k, v, names,
                   mechanism.engine == "tiled" ? kMaxHeadDim : kAnyHeadDim);
-  if (cache && q.size(2) > kMaxDecodeQueries) {
-    throw Error(
-        fmt::format("{}: {} has {} queries; at most {} are supported, use flash_attention for more",
-                    mechanism.name, describe("q", q), q.size(2), kMaxDecodeQueries));
-  }
+  if (cache) check_decode_queries(mechanism.name.c_str(), q);
 }
 
 void explain(const Arguments& arguments) {

@@ -67,7 +67,7 @@ void add_model_options(CLI::App& command, ModelArguments& arguments, const char*
 
 LanguageModel load_model(const ModelArguments& arguments) {
   use_threads(arguments.threads);
-  (void)default_isa();  // what is wrong with HEED_ISA is none of --attention
+  (void)forced_isa();  // what is wrong with HEED_ISA is none of --attention
   ModelOptions options;
   if (arguments.dtype) options.dtype = dtype_of(*arguments.dtype);
   options.run.threads = arguments.threads;

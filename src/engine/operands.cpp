@@ -92,6 +92,14 @@ void check_heads(const char* op, const char* name, const Tensor& t, const Tensor
        std::string("the heads of q must be a multiple of those of ") + name);
 }
 
+void check_decode_queries(const char* op, const Tensor& q) {
+  constexpr int64_t kMost = 16;
+  if (q.size(2) <= kMost) return;
+  throw Error(std::string(op) + ": " + describe("q", q) + " has " + std::to_string(q.size(2)) +
+              " queries; at most " + std::to_string(kMost) +
+              " are supported, use flash_attention for more");
+}
+
 AttentionSizes check_attention(const char* op, const Tensor& q, const Tensor& k, const Tensor& v,
                                OperandNames names, int64_t most_dim) {
   check_head_rows(op, "q", q, most_dim);

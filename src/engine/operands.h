@@ -57,6 +57,8 @@ struct OperandNames {
 /// Checks q, k and v for themselves and against each other.
 AttentionSizes check_attention(const char* op, const Tensor& q, const Tensor& k, const Tensor& v,
                                OperandNames names = {}, int64_t most_dim = kMaxHeadDim);
+/// That a sequence has no more queries than decoding takes at once, 16.
+void check_decode_queries(const char* op, const Tensor& q);
 /// That a and b have one size along an axis of each, the `what` of both.
 void check_equal(const char* op, const char* a_name, const Tensor& a, int a_axis,
                  const char* b_name, const Tensor& b, int b_axis, std::string_view what);

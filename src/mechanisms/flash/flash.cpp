@@ -125,11 +125,7 @@ void decode_attention(const Tensor& q, const Tensor& k_cache, const Tensor& v_ca
                       const DecodeOptions& options, const RunOptions& run) {
   constexpr const char* kOp = "decode_attention";
   tiled::check_operands(kOp, q, k_cache, v_cache, out, lse, {"k_cache", "v_cache"});
-  if (q.size(2) > kMaxDecodeQueries) {
-    throw Error(std::string(kOp) + ": " + describe("q", q) + " has " + std::to_string(q.size(2)) +
-                " queries; at most " + std::to_string(kMaxDecodeQueries) +
-                " are supported, use flash_attention for more");
-  }
+  check_decode_queries(kOp, q);
   if (options.splits < 0) {
     throw Error(std::string(kOp) + ": splits is " + std::to_string(options.splits) +
                 "; 0 (chosen) or a positive number is needed");
