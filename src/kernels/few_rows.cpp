@@ -233,12 +233,23 @@ HWY_INLINE void add_vector(const T* p, int64_t p_stride, int64_t rows, const Fro
 
 template <int K, class T, class From>
 HWY_NOINLINE void add_keys(const T* p, int64_t p_stride, int64_t rows, const From* v,
-                           int64_t v_stride, int64_t width, T* o, int64_t o_stride) {
+                           int64_t v_stride, int64_t width, int64_t ahead, T* o, int64_t o_stride) {
   constexpr int64_t kPair = 2 * lanes<T>();
+  // Between the products, but in the order of memory, unlike the columns: that keeps the stream going.
+  const int64_t pairs = HWY_MAX(width / kPair, 1), share = (K + pairs - 1) / pairs;
+  int64_t asked = 0;
+  const auto ask = [&](int64_t keys) HWY_ATTR {
+    for (const int64_t end = HWY_MIN(asked + keys, K); asked < end; ++asked) {
+      for (int64_t e = 0; e < width; e += kLine<From>)
+        prefetch_far(v + asked * v_stride + e, ahead);
+    }
+  };
   int64_t f = 0;
   for (; f + kPair <= width; f += kPair) {
+    ask(share);
     add_pair<K, T, From>(p, p_stride, rows, v + f, v_stride, o + f, o_stride);
   }
+  ask(K);
   for (; f < width; f += lanes<T>()) {
     add_vector<K, T, From>(p, p_stride, rows, v + f, v_stride, width - f, o + f, o_stride);
   }
@@ -290,18 +301,12 @@ void add_rows(Block<const T> weights, int64_t rows, const Rows& v, const T* carr
     prepare_sums<T, From>(rows, v.width, carry, o);
     int64_t m = 0;
     for (; m + kKeys <= v.count; m += kKeys) {
-      // In the order of memory, unlike the columns below: that keeps the stream going.
-      for (int64_t i = m; i < m + kKeys; ++i) {
-        for (int64_t f = 0; f < v.width; f += kLine<From>) {
-          prefetch_far(data + i * v.stride + f, ahead);
-        }
-      }
       add_keys<kKeys, T, From>(weights.data + m, weights.stride, rows, data + m * v.stride,
-                               v.stride, v.width, o.data, o.stride);
+                               v.stride, v.width, ahead, o.data, o.stride);
     }
     for (; m < v.count; ++m) {
       add_keys<1, T, From>(weights.data + m, weights.stride, rows, data + m * v.stride, v.stride,
-                           v.width, o.data, o.stride);
+                           v.width, ahead, o.data, o.stride);
     }
     join_sums<T, From>(rows, v.width, o);
   });
