@@ -240,8 +240,9 @@ HWY_NOINLINE void add_keys(const T* p, int64_t p_stride, int64_t rows, const Fro
   int64_t asked = 0;
   const auto ask = [&](int64_t keys) HWY_ATTR {
     for (const int64_t end = HWY_MIN(asked + keys, K); asked < end; ++asked) {
-      for (int64_t e = 0; e < width; e += kLine<From>)
+      for (int64_t e = 0; e < width; e += kLine<From>) {
         prefetch_far(v + asked * v_stride + e, ahead);
+      }
     }
   };
   int64_t f = 0;
