@@ -25,11 +25,12 @@ HWY_INLINE V decayed_sum(Full<T> d, const Decay<T>& decay, V s, V added) {
 template <int MR, int NV, class T>
 HWY_NOINLINE void outer_block(const T* x, int64_t x_stride, const T* y, int64_t y_stride,
                               int64_t depth, const Decay<T>& decay, const T* from,
-                              int64_t from_stride, T* to, int64_t to_stride) {
+                              int64_t from_stride, T* to, int64_t to_stride,
+                              const LinesDue& due) {
   const Full<T> d;
   hn::Vec<Full<T>> sum[MR][NV];
   for_block<MR, NV>([&](int r, int j) HWY_ATTR { sum[r][j] = hn::Zero(d); });
-  add_product<MR, NV, T>(x, 1, x_stride, y, y_stride, depth, sum);
+  add_product<MR, NV, T>(x, 1, x_stride, y, y_stride, depth, sum, due);
   for_block<MR, NV>([&](int r, int j) HWY_ATTR {
     const int64_t column = j * lanes<T>();
     if (from != nullptr) {
@@ -47,11 +48,11 @@ void outer(Block<const T> x, Block<const T> y, int64_t depth, int64_t rows, int6
     const int64_t column = vector * lanes<T>();
     with_vectors(count, [&](auto vectors) {
       for_row_blocks<vectors>(rows, [&](int64_t r, auto height) {
-        advance(ahead, height, vectors * lanes<T>(), depth);
         outer_block<height, vectors, T>(x.data + r, x.stride, y.data + column, y.stride, depth,
                                         decay,
                                         from.data == nullptr ? nullptr : from.row(r) + column,
-                                        from.stride, to.row(r) + column, to.stride);
+                                        from.stride, to.row(r) + column, to.stride,
+                                        lines_due(ahead, height, vectors * lanes<T>(), depth));
       });
     });
   });
@@ -60,11 +61,11 @@ void outer(Block<const T> x, Block<const T> y, int64_t depth, int64_t rows, int6
 template <int MR, int NV, class T>
 HWY_NOINLINE void read_block(const T* x, int64_t x_stride, const T* s, int64_t s_stride,
                              int64_t depth, const T* factor, const T* added, const T* added_factor,
-                             T* o, int64_t o_stride) {
+                             T* o, int64_t o_stride, const LinesDue& due) {
   const Full<T> d;
   hn::Vec<Full<T>> sum[MR][NV];
   for_block<MR, NV>([&](int r, int j) HWY_ATTR { sum[r][j] = hn::Zero(d); });
-  add_product<MR, NV, T>(x, x_stride, 1, s, s_stride, depth, sum);
+  add_product<MR, NV, T>(x, x_stride, 1, s, s_stride, depth, sum, due);
   for_block<MR, NV>([&](int r, int j) HWY_ATTR {
     auto result = sum[r][j];
     if (factor != nullptr) result = hn::Mul(result, hn::Set(d, factor[r]));
@@ -84,10 +85,10 @@ void read(Block<const T> x, Block<const T> s, int64_t rows, int64_t depth, int64
     const int64_t column = vector * lanes<T>();
     with_vectors(count, [&](auto vectors) {
       for_row_blocks<vectors>(rows, [&](int64_t r, auto height) {
-        advance(ahead, height, vectors * lanes<T>(), depth);
         read_block<height, vectors, T>(x.row(r), x.stride, s.data + column, s.stride, depth,
                                        at(ends.factor, r), at(ends.added, column),
-                                       at(ends.added_factor, r), o.row(r) + column, o.stride);
+                                       at(ends.added_factor, r), o.row(r) + column, o.stride,
+                                       lines_due(ahead, height, vectors * lanes<T>(), depth));
       });
     });
   });

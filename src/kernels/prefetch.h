@@ -31,7 +31,7 @@ inline const std::byte* row_at(const Rows& rows, int64_t r) {
 /// For loops over blocks of `count` rows that read `step` columns [column, column + step) of all of them
 /// after the others, which looks like no stream: asks for a share of the rows from `first` on, in the
 /// order of memory. Evenly spaced, they may lie behind the last row, where the next call goes on.
-inline void prefetch_share(const Rows& rows, int64_t first, int64_t count, int64_t column,
+__attribute__((always_inline)) inline void prefetch_share(const Rows& rows, int64_t first, int64_t count, int64_t column,
                            int64_t step) {
   constexpr int64_t kLine = 64;
   const int64_t bytes = rows.width * static_cast<int64_t>(size_of(rows.dtype));
@@ -50,7 +50,7 @@ inline void prefetch_share(const Rows& rows, int64_t first, int64_t count, int64
 /// Into the second-level cache: the first level has too few requests under way for full bandwidth. May
 /// lie behind the last row, as the next call goes on there; asking for memory that does not exist does
 /// nothing.
-inline void prefetch_far(const void* p, int64_t ahead) {
+__attribute__((always_inline)) inline void prefetch_far(const void* p, int64_t ahead) {
   __builtin_prefetch(  // NOLINTNEXTLINE(performance-no-int-to-ptr): no pointer into an object
       reinterpret_cast<const void*>(reinterpret_cast<uintptr_t>(p) + static_cast<uintptr_t>(ahead)),
       0, 2);

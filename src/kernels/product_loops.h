@@ -83,6 +83,12 @@ inline void advance(ReadAhead* ahead, int64_t rows, int64_t columns, int64_t dep
   if (ahead != nullptr) ahead->advance(rows * columns * depth);
 }
 
+// What it leaves to that product to ask for.
+inline LinesDue lines_due(ReadAhead* ahead, int64_t rows, int64_t columns, int64_t depth) {
+  if (ahead == nullptr) return {};
+  return ahead->due(rows * columns * depth);
+}
+
 // Calls body(height as a constant) for the next of `rows` rows: kMost, or 4 or 2 at the end.
 template <int kMost, class Body>
 __attribute__((always_inline)) inline void with_height(int64_t rows, Body&& body) {

@@ -33,13 +33,14 @@ void ReadAhead::add(const Rows& rows) {
 
 int64_t ReadAhead::lines() const { return lines_; }
 
-void ReadAhead::ask(int64_t lines) {
+template <class Body>
+void ReadAhead::for_lines(int64_t lines, const Body& body) {
   lines = std::min(lines, lines_);
   lines_ -= lines;
   while (lines > 0) {
     Lines& x = list_[static_cast<size_t>(at_)];
     const int64_t here = std::min(lines, (x.row_bytes - done_ + kLine - 1) / kLine);
-    for (int64_t i = 0; i < here; ++i) prefetch_far(x.data, done_ + i * kLine);
+    for (int64_t i = 0; i < here; ++i) body(x.data + done_ + i * kLine);
     lines -= here;
     done_ += here * kLine;
     if (done_ < x.row_bytes) continue;
@@ -55,15 +56,32 @@ void ReadAhead::ask(int64_t lines) {
   }
 }
 
+void ReadAhead::ask(int64_t lines) {
+  for_lines(lines, [](const std::byte* line) { prefetch_far(line, 0); });
+}
+
 void ReadAhead::spread(int64_t multiply_adds) {
   if (lines_ == 0) return;
   wait_ = step_ = std::max<int64_t>(1, multiply_adds / ceil_div(lines_, kLinesAtOnce));
 }
 
-void ReadAhead::ask_due() {
+int64_t ReadAhead::count_due() {
   const int64_t times = 1 - wait_ / step_;
-  ask(times * kLinesAtOnce);
-  wait_ = lines_ == 0 ? kNever : wait_ + times * step_;
+  wait_ += times * step_;
+  return std::min(times * kLinesAtOnce, lines_);
+}
+
+void ReadAhead::ask_due() {
+  ask(count_due());
+  if (lines_ == 0) wait_ = kNever;
+}
+
+LinesDue ReadAhead::take_due() {
+  LinesDue due{due_.data(), std::min<int64_t>(count_due(), due_.size())};
+  int64_t i = 0;
+  for_lines(due.count, [&](const std::byte* line) { due_[static_cast<size_t>(i++)] = line; });
+  if (lines_ == 0) wait_ = kNever;
+  return due;
 }
 
 }  // namespace heed::kernels

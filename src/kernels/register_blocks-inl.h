@@ -12,6 +12,8 @@
 #include <cstdint>
 #include <type_traits>
 
+#include "kernels/prefetch.h"
+#include "kernels/read_ahead.h"
 #include "kernels/vector-inl.h"
 
 HWY_BEFORE_NAMESPACE();
@@ -63,6 +65,23 @@ HWY_INLINE void add_product(const T* HWY_RESTRICT a, int64_t a_row, int64_t a_de
 #pragma GCC unroll 4
       for (int j = 0; j < NV; ++j) sum[r][j] = hn::MulAdd(x, row[j], sum[r][j]);
     }
+  }
+}
+
+// The same, asking for the lines that are due on the way.
+template <int MR, int NV, class T>
+HWY_INLINE void add_product(const T* a, int64_t a_row, int64_t a_depth, const T* b,
+                            int64_t b_stride, int64_t depth, hn::Vec<Full<T>> (&sum)[MR][NV],
+                            const LinesDue& due) {
+  if (due.count == 0) return add_product<MR, NV, T>(a, a_row, a_depth, b, b_stride, depth, sum);
+  constexpr int64_t kSteps = 8;
+  const int64_t share = ceil_div(due.count, ceil_div(depth, kSteps));
+  for (int64_t i = 0, line = 0; i < depth; i += kSteps) {
+    for (const int64_t end = HWY_MIN(line + share, due.count); line < end; ++line) {
+      prefetch_far(due.lines[line], 0);
+    }
+    add_product<MR, NV, T>(a + i * a_depth, a_row, a_depth, b + i * b_stride, b_stride,
+                           HWY_MIN(kSteps, depth - i), sum);
   }
 }
 
