@@ -25,19 +25,20 @@ HWY_INLINE V decayed_sum(Full<T> d, const Decay<T>& decay, V s, V added) {
 template <int MR, int NV, class T>
 HWY_NOINLINE void outer_block(const T* x, int64_t x_stride, const T* y, int64_t y_stride,
                               int64_t depth, const Decay<T>& decay, const T* from,
-                              int64_t from_stride, T* to, int64_t to_stride,
-                              const LinesDue& due) {
+                              int64_t from_stride, T* to, int64_t to_stride, const LinesDue& due) {
   const Full<T> d;
   hn::Vec<Full<T>> sum[MR][NV];
   for_block<MR, NV>([&](int r, int j) HWY_ATTR { sum[r][j] = hn::Zero(d); });
   add_product<MR, NV, T>(x, 1, x_stride, y, y_stride, depth, sum, due);
+  if (from != nullptr) {
+    const Decay<T> by = decay;
+    for_block<MR, NV>([&](int r, int j) HWY_ATTR {
+      const auto before = hn::LoadU(d, from + r * from_stride + j * lanes<T>());
+      sum[r][j] = decayed_sum<T>(d, by, before, sum[r][j]);
+    });
+  }
   for_block<MR, NV>([&](int r, int j) HWY_ATTR {
-    const int64_t column = j * lanes<T>();
-    if (from != nullptr) {
-      sum[r][j] =
-          decayed_sum<T>(d, decay, hn::LoadU(d, from + r * from_stride + column), sum[r][j]);
-    }
-    hn::StoreU(sum[r][j], d, to + r * to_stride + column);
+    hn::StoreU(sum[r][j], d, to + r * to_stride + j * lanes<T>());
   });
 }
 
@@ -48,11 +49,10 @@ void outer(Block<const T> x, Block<const T> y, int64_t depth, int64_t rows, int6
     const int64_t column = vector * lanes<T>();
     with_vectors(count, [&](auto vectors) {
       for_row_blocks<vectors>(rows, [&](int64_t r, auto height) {
-        outer_block<height, vectors, T>(x.data + r, x.stride, y.data + column, y.stride, depth,
-                                        decay,
-                                        from.data == nullptr ? nullptr : from.row(r) + column,
-                                        from.stride, to.row(r) + column, to.stride,
-                                        lines_due(ahead, height, vectors * lanes<T>(), depth));
+        outer_block<height, vectors, T>(
+            x.data + r, x.stride, y.data + column, y.stride, depth, decay,
+            from.data == nullptr ? nullptr : from.row(r) + column, from.stride, to.row(r) + column,
+            to.stride, lines_due(ahead, height, vectors * lanes<T>(), depth));
       });
     });
   });
@@ -66,15 +66,18 @@ HWY_NOINLINE void read_block(const T* x, int64_t x_stride, const T* s, int64_t s
   hn::Vec<Full<T>> sum[MR][NV];
   for_block<MR, NV>([&](int r, int j) HWY_ATTR { sum[r][j] = hn::Zero(d); });
   add_product<MR, NV, T>(x, x_stride, 1, s, s_stride, depth, sum, due);
-  for_block<MR, NV>([&](int r, int j) HWY_ATTR {
-    auto result = sum[r][j];
-    if (factor != nullptr) result = hn::Mul(result, hn::Set(d, factor[r]));
-    if (added != nullptr) {
-      result =
-          hn::MulAdd(hn::Set(d, added_factor[r]), hn::LoadU(d, added + j * lanes<T>()), result);
-    }
-    hn::StoreU(result, d, o + r * o_stride + j * lanes<T>());
-  });
+  if (factor != nullptr) {
+    for_block<MR, NV>([&](int r, int j)
+                          HWY_ATTR { sum[r][j] = hn::Mul(sum[r][j], hn::Set(d, factor[r])); });
+  }
+  if (added != nullptr) {
+    for_block<MR, NV>([&](int r, int j) HWY_ATTR {
+      const auto row = hn::LoadU(d, added + j * lanes<T>());
+      sum[r][j] = hn::MulAdd(hn::Set(d, added_factor[r]), row, sum[r][j]);
+    });
+  }
+  for_block<MR, NV>([&](int r, int j)
+                        HWY_ATTR { hn::StoreU(sum[r][j], d, o + r * o_stride + j * lanes<T>()); });
 }
 
 template <class T>

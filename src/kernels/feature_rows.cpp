@@ -78,11 +78,8 @@ HWY_INLINE Halves<T> exponentials(const T* z, int64_t n, T slope, Halves<T> shif
 template <class T>
 HWY_INLINE void scale_to_floor(T* x, int64_t n, T factor, T floor) {
   const Full<T> d;
-  const auto f = hn::Set(d, factor), least = hn::Set(d, floor);
-  map_row<T>(x, n, x, [&](V<T> v) HWY_ATTR {
-    const auto y = hn::Mul(v, f);
-    return hn::IfThenElse(hn::Lt(y, least), least, y);
-  });
+  const auto f = hn::Set(d, factor);
+  map_row<T>(x, n, x, [&](V<T> v) HWY_ATTR { return at_least(d, floor, hn::Mul(v, f)); });
 }
 
 template <class T>

@@ -62,9 +62,12 @@ HWY_NOINLINE void multiply_block(Factor<T> a, Block<const T> b, int64_t depth, B
                                  bool add) {
   const Full<T> d;
   hn::Vec<Full<T>> sum[MR][NV];
-  for_block<MR, NV>([&](int r, int j) HWY_ATTR {
-    sum[r][j] = add ? hn::LoadU(d, c.row(r) + j * lanes<T>()) : hn::Zero(d);
-  });
+  if (add) {
+    for_block<MR, NV>([&](int r, int j)
+                          HWY_ATTR { sum[r][j] = hn::LoadU(d, c.row(r) + j * lanes<T>()); });
+  } else {
+    for_block<MR, NV>([&](int r, int j) HWY_ATTR { sum[r][j] = hn::Zero(d); });
+  }
   add_product<MR, NV, T>(a.data, a.row, a.depth, b.data, b.stride, depth, sum);
   for_block<MR, NV>([&](int r, int j)
                         HWY_ATTR { hn::StoreU(sum[r][j], d, c.row(r) + j * lanes<T>()); });

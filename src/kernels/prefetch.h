@@ -31,8 +31,9 @@ inline const std::byte* row_at(const Rows& rows, int64_t r) {
 /// For loops over blocks of `count` rows that read `step` columns [column, column + step) of all of them
 /// after the others, which looks like no stream: asks for a share of the rows from `first` on, in the
 /// order of memory. Evenly spaced, they may lie behind the last row, where the next call goes on.
-__attribute__((always_inline)) inline void prefetch_share(const Rows& rows, int64_t first, int64_t count, int64_t column,
-                           int64_t step) {
+__attribute__((always_inline)) inline void prefetch_share(const Rows& rows, int64_t first,
+                                                          int64_t count, int64_t column,
+                                                          int64_t step) {
   constexpr int64_t kLine = 64;
   const int64_t bytes = rows.width * static_cast<int64_t>(size_of(rows.dtype));
   const int64_t steps = (rows.width + step - 1) / step, share = (count + steps - 1) / steps;

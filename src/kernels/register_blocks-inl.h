@@ -46,6 +46,7 @@ HWY_INLINE void for_row_blocks(int64_t rows, Body&& body) {
   };
   blocks(std::integral_constant<int, block_rows(NV)>());
   blocks(std::integral_constant<int, 4>());
+  blocks(std::integral_constant<int, 2>());
   blocks(std::integral_constant<int, 1>());
 }
 
