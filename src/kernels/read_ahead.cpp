@@ -65,22 +65,19 @@ void ReadAhead::spread(int64_t multiply_adds) {
   wait_ = step_ = std::max<int64_t>(1, multiply_adds / ceil_div(lines_, kLinesAtOnce));
 }
 
-int64_t ReadAhead::count_due() {
-  const int64_t times = 1 - wait_ / step_;
-  wait_ += times * step_;
-  return std::min(times * kLinesAtOnce, lines_);
+int64_t ReadAhead::count_due(int64_t most) {
+  const int64_t times = std::min(1 - wait_ / step_, most / kLinesAtOnce);
+  const int64_t lines = std::min(times * kLinesAtOnce, lines_);
+  wait_ = lines == lines_ ? kNever : wait_ + times * step_;
+  return lines;
 }
 
-void ReadAhead::ask_due() {
-  ask(count_due());
-  if (lines_ == 0) wait_ = kNever;
-}
+void ReadAhead::ask_due() { ask(count_due(lines_ + kLinesAtOnce)); }
 
 LinesDue ReadAhead::take_due() {
-  LinesDue due{due_.data(), std::min<int64_t>(count_due(), due_.size())};
-  int64_t i = 0;
-  for_lines(due.count, [&](const std::byte* line) { due_[static_cast<size_t>(i++)] = line; });
-  if (lines_ == 0) wait_ = kNever;
+  const LinesDue due{due_.data(), count_due(static_cast<int64_t>(due_.size()))};
+  auto next = due_.begin();
+  for_lines(due.count, [&](const std::byte* line) { *next++ = line; });
   return due;
 }
 

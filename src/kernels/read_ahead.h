@@ -34,7 +34,8 @@ class ReadAhead {
     wait_ -= multiply_adds;
     if (wait_ <= 0) ask_due();
   }
-  /// The same, except for lines left to the product itself; they are known until the next call.
+  /// Leaves them to the product instead, 64 at most: the others come with the next one. The lines stay
+  /// known until the next call.
   __attribute__((always_inline)) LinesDue due(int64_t multiply_adds) {
     wait_ -= multiply_adds;
     if (wait_ > 0) return {};
@@ -44,7 +45,7 @@ class ReadAhead {
  private:
   void ask_due();
   LinesDue take_due();
-  int64_t count_due();
+  int64_t count_due(int64_t most);
   template <class Body>
   void for_lines(int64_t lines, const Body& body);
   struct Lines {
@@ -57,7 +58,7 @@ class ReadAhead {
   int64_t count_ = 0, at_ = 0, done_ = 0, lines_ = 0;  // done_: bytes of the row at hand
   static constexpr int64_t kNever = std::numeric_limits<int64_t>::max();
   int64_t step_ = 0, wait_ = kNever;  // multiply-adds between two requests, until the next
-  std::array<const std::byte*, 64> due_;
+  std::array<const std::byte*, 64> due_{};
 };
 
 }  // namespace heed::kernels

@@ -2,6 +2,7 @@
 
 #include <gtest/gtest.h>
 
+#include <algorithm>
 #include <vector>
 
 #include "kernels/tile.h"
@@ -37,6 +38,39 @@ TEST(ReadAhead, AsksEvenlyWithTheWork) {
     EXPECT_EQ(ahead.lines(), 0) << part;
     ahead.advance(part);
     EXPECT_EQ(ahead.lines(), 0) << part;
+  }
+}
+
+// Every line of all rows once, none for long after its turn.
+TEST(ReadAhead, LeavesEveryLineToAProduct) {
+  const std::vector<float> x(1 << 16);
+  const std::vector<int64_t> offsets{0, 4096, 1024};
+  const auto* base = reinterpret_cast<const std::byte*>(x.data());
+  for (const int64_t part : {1, 7, 64, 1000, 5000}) {
+    ReadAhead ahead{{x.data(), DType::f32, 32, 50, 32},
+                    {x.data() + 8192, DType::f32, 100, 30, 40},
+                    {x.data() + 16384, DType::f32, 0, 3, 16, offsets.data()}};
+    constexpr int64_t kWork = 6400;
+    ahead.spread(kWork);
+    const int64_t lines = ahead.lines();
+    std::vector<int64_t> met;
+    for (int64_t done = 0; done < kWork + 4 * part; done += part) {
+      const LinesDue due = ahead.due(part);
+      ASSERT_LE(due.count, 64);
+      for (int64_t i = 0; i < due.count; ++i) met.push_back(due.lines[i] - base);
+      EXPECT_EQ(static_cast<int64_t>(met.size()) + ahead.lines(), lines);
+      const int64_t turn = lines * std::min(done + part, kWork) / kWork;
+      if (part < 1000) {
+        EXPECT_NEAR(static_cast<double>(met.size()), static_cast<double>(turn), 9);
+      }
+    }
+    std::vector<int64_t> all;
+    for (int64_t i = 0; i < 100; ++i) all.push_back(i * 64);
+    for (int64_t r = 0; r < 30; ++r) {
+      for (int64_t i = 0; i < 3; ++i) all.push_back(4 * (8192 + 100 * r) + i * 64);
+    }
+    for (const int64_t offset : offsets) all.push_back(4 * (16384 + offset));
+    EXPECT_EQ(met, all) << part;
   }
 }
 
