@@ -1,5 +1,6 @@
 // Asking for rows of keys and values ahead of their use, one cache line for each that is used, so that
-// requests come as evenly as their lines.
+// requests come as evenly as their lines. Always inlined: GCC takes a function that does nothing else for
+// one without effect, and leaves out its calls.
 #pragma once
 #include <algorithm>
 #include <cstddef>

@@ -74,7 +74,9 @@ template <int MR, int NV, class T>
 HWY_INLINE void add_product(const T* a, int64_t a_row, int64_t a_depth, const T* b,
                             int64_t b_stride, int64_t depth, hn::Vec<Full<T>> (&sum)[MR][NV],
                             const LinesDue& due) {
-  if (due.count == 0) return add_product<MR, NV, T>(a, a_row, a_depth, b, b_stride, depth, sum);
+  if (due.count == 0 || depth == 0) {
+    return add_product<MR, NV, T>(a, a_row, a_depth, b, b_stride, depth, sum);
+  }
   constexpr int64_t kSteps = 8;
   const int64_t share = ceil_div(due.count, ceil_div(depth, kSteps));
   for (int64_t i = 0, line = 0; i < depth; i += kSteps) {
