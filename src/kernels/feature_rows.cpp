@@ -163,8 +163,7 @@ template <class T, class Body>
 HWY_INLINE void with_element_map(FeatureKind kind, Body&& body) {
   const Full<T> d;
   if (kind == FeatureKind::relu) {
-    return body([=](V<T> x)
-                    HWY_ATTR { return hn::IfThenElse(hn::Lt(x, hn::Zero(d)), hn::Zero(d), x); });
+    return body([=](V<T> x) HWY_ATTR { return at_least(d, T{0}, x); });
   }
   if (kind == FeatureKind::exp) return body([=](V<T> x) HWY_ATTR { return exp_of<T>(x); });
   body([=](V<T> x) HWY_ATTR {  // elu1
