@@ -25,7 +25,7 @@ HWY_INLINE V decayed_sum(Full<T> d, const Decay<T>& decay, V s, V added) {
 template <int MR, int NV, class T>
 HWY_NOINLINE void outer_block(const T* x, int64_t x_stride, const T* y, int64_t y_stride,
                               int64_t depth, const Decay<T>& decay, const T* from,
-                              int64_t from_stride, T* to, int64_t to_stride, const LinesDue& due) {
+                              int64_t from_stride, T* to, int64_t to_stride, LinesDue* due) {
   const Full<T> d;
   hn::Vec<Full<T>> sum[MR][NV];
   for_block<MR, NV>([&](int r, int j) HWY_ATTR { sum[r][j] = hn::Zero(d); });
@@ -61,7 +61,7 @@ void outer(Block<const T> x, Block<const T> y, int64_t depth, int64_t rows, int6
 template <int MR, int NV, class T>
 HWY_NOINLINE void read_block(const T* x, int64_t x_stride, const T* s, int64_t s_stride,
                              int64_t depth, const T* factor, const T* added, const T* added_factor,
-                             T* o, int64_t o_stride, const LinesDue& due) {
+                             T* o, int64_t o_stride, LinesDue* due) {
   const Full<T> d;
   hn::Vec<Full<T>> sum[MR][NV];
   for_block<MR, NV>([&](int r, int j) HWY_ATTR { sum[r][j] = hn::Zero(d); });

@@ -75,18 +75,17 @@ void pack_panels(const Rows& x, T* to) {
   });
 }
 
-// sum of x_i y_i; y is read in whole vectors
-template <class T, class From>
-HWY_INLINE T dot(const From* x, const T* y, int64_t width) {
+// sum of x_i y_i; both are read in whole vectors
+template <class T>
+HWY_INLINE T dot(const T* x, const T* y, int64_t width) {
   const Full<T> d;
   auto even = hn::Zero(d), odd = hn::Zero(d);
   int64_t i = 0;
   for (; i + lanes<T>() < width; i += 2 * lanes<T>()) {
-    const int64_t next = i + lanes<T>();
-    even = hn::MulAdd(load_elements<T>(x + i, width - i), hn::LoadU(d, y + i), even);
-    odd = hn::MulAdd(load_elements<T>(x + next, width - next), hn::LoadU(d, y + next), odd);
+    even = hn::MulAdd(hn::LoadU(d, x + i), hn::LoadU(d, y + i), even);
+    odd = hn::MulAdd(hn::LoadU(d, x + i + lanes<T>()), hn::LoadU(d, y + i + lanes<T>()), odd);
   }
-  if (i < width) even = hn::MulAdd(load_elements<T>(x + i, width - i), hn::LoadU(d, y + i), even);
+  if (i < width) even = hn::MulAdd(hn::LoadU(d, x + i), hn::LoadU(d, y + i), even);
   return hn::GetLane(hn::SumOfLanes(d, hn::Add(even, odd)));
 }
 
@@ -132,33 +131,73 @@ void run_add(Block<const T> x, const T* x_factor, TokenRange x_tokens, Block<T> 
   }
 }
 
+// N vectors, one after the other, whose lanes add up to a_r . b_r of rows from `first` on; those that do not
+// exist repeat the last.
+template <int N, class T, class From>
+HWY_INLINE void row_products(const From* data, const Rows& a, Block<const T> b, int64_t first,
+                             T* to) {
+  const Full<T> d;
+  const int64_t width = a.width;
+  const From* x[N];
+  const T* y[N];
+  hn::Vec<Full<T>> sum[N][1];
+  for_block<N, 1>([&](int i, int) HWY_ATTR {
+    const int64_t row = HWY_MIN(first + i, a.count - 1);
+    x[i] = data + row * a.stride;
+    y[i] = b.row(row);
+    sum[i][0] = hn::Zero(d);
+  });
+  for (int64_t c = 0; c < width; c += lanes<T>()) {
+    for_block<N, 1>([&](int i, int) HWY_ATTR {
+      sum[i][0] =
+          hn::MulAdd(load_elements<T>(x[i] + c, width - c), hn::LoadU(d, y[i] + c), sum[i][0]);
+    });
+  }
+  for_block<N, 1>([&](int i, int) HWY_ATTR { hn::StoreU(sum[i][0], d, to + i * lanes<T>()); });
+}
+
+// A vector of rows at a time, whose sums of lanes are then taken together.
 template <class T>
 void row_dots(const Rows& a, Block<const T> b, T* dots) {
+  constexpr int64_t kLanes = lanes<T>();
+  constexpr int kTogether = HWY_MIN(kLanes, 4);
   with_element_type<T>(a.dtype, [&](auto from) HWY_ATTR {
     const auto* data = static_cast<const decltype(from)*>(a.data);
-    for (int64_t r = 0; r < a.count; ++r) {
-      dots[r] += dot(data + r * a.stride, b.row(r), a.width);
+    for (int64_t first = 0; first < a.count; first += kLanes) {
+      HWY_ALIGN T square[kLanes * kLanes];
+      for (int64_t r = 0; r < kLanes; r += kTogether) {
+        row_products<kTogether, T>(data, a, b, first + r, square + r * kLanes);
+      }
+      const auto add = [](auto x, auto y) HWY_ATTR { return hn::Add(x, y); };
+      const auto old = load_elements<T>(dots + first, a.count - first);
+      store_elements<T>(hn::Add(old, reduce_rows<T>(square, add)), dots + first, a.count - first);
     }
   });
 }
 
-// NV vectors of columns; `width` of them exist.
+// NV vectors of columns; `width` of them exist. Rows go to one of few sums, which do not wait for each other.
 template <int NV, class T, class From>
 HWY_INLINE void sum_columns(const From* x, int64_t stride, const T* factor, int64_t rows,
                             int64_t width, T* sum) {
   const Full<T> d;
-  hn::Vec<Full<T>> total[1][NV];
-  for_block<1, NV>([&](int r, int j) HWY_ATTR { total[r][j] = hn::Zero(d); });
-  for (int64_t i = 0; i < rows; ++i) {
-    const auto f = hn::Set(d, factor == nullptr ? T{1} : factor[i]);
-    for_block<1, NV>([&](int r, int j) HWY_ATTR {
+  constexpr int kSums = NV > 2 ? 2 : 4;
+  hn::Vec<Full<T>> total[kSums][NV];
+  for_block<kSums, NV>([&](int r, int j) HWY_ATTR { total[r][j] = hn::Zero(d); });
+  const auto add = [&](int64_t i, auto count) HWY_ATTR {
+    for_block<count, NV>([&](int r, int j) HWY_ATTR {
+      const auto f = hn::Set(d, factor == nullptr ? T{1} : factor[i + r]);
       const int64_t column = j * lanes<T>();
-      const auto row = load_elements<T>(x + i * stride + column, width - column);
+      const auto row = load_elements<T>(x + (i + r) * stride + column, width - column);
       total[r][j] = hn::MulAdd(f, row, total[r][j]);
     });
-  }
-  for_block<1, NV>([&](int r, int j)
-                       HWY_ATTR { hn::StoreU(total[r][j], d, sum + j * lanes<T>()); });
+  };
+  int64_t i = 0;
+  for (; i + kSums <= rows; i += kSums) add(i, std::integral_constant<int, kSums>());
+  for (; i < rows; ++i) add(i, std::integral_constant<int, 1>());
+  for_block<1, NV>([&](int, int j) HWY_ATTR {
+    for (int r = 1; r < kSums; ++r) total[0][j] = hn::Add(total[0][j], total[r][j]);
+    hn::StoreU(total[0][j], d, sum + j * lanes<T>());
+  });
 }
 
 template <class T>

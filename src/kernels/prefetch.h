@@ -8,6 +8,7 @@
 
 #include "base/round_up.h"
 #include "heed/tensor.h"
+#include "kernels/read_ahead.h"
 #include "kernels/tile.h"
 
 namespace heed::kernels {
@@ -56,6 +57,19 @@ __attribute__((always_inline)) inline void prefetch_far(const void* p, int64_t a
   __builtin_prefetch(  // NOLINTNEXTLINE(performance-no-int-to-ptr): no pointer into an object
       reinterpret_cast<const void*>(reinterpret_cast<uintptr_t>(p) + static_cast<uintptr_t>(ahead)),
       0, 2);
+}
+
+/// The next `count` of these lines, as far as there are so many.
+__attribute__((always_inline)) inline void prefetch_lines(LinesDue& due, int64_t count) {
+  constexpr int64_t kLine = 64;
+  count = std::min(count, due.count);
+  due.count -= count;
+  for (; count > 0; --count) {
+    prefetch_far(due.row, due.at * kLine);
+    if (++due.at < due.row_lines) continue;
+    due.at = 0;
+    due.row += due.stride;
+  }
 }
 
 }  // namespace heed::kernels

@@ -84,9 +84,8 @@ inline void advance(ReadAhead* ahead, int64_t rows, int64_t columns, int64_t dep
 }
 
 // What it leaves to that product to ask for.
-inline LinesDue lines_due(ReadAhead* ahead, int64_t rows, int64_t columns, int64_t depth) {
-  if (ahead == nullptr) return {};
-  return ahead->due(rows * columns * depth);
+inline LinesDue* lines_due(ReadAhead* ahead, int64_t rows, int64_t columns, int64_t depth) {
+  return ahead == nullptr ? nullptr : ahead->due(rows * columns * depth);
 }
 
 // Calls body(height as a constant) for the next of `rows` rows: kMost, or 4 or 2 at the end.

@@ -10,10 +10,11 @@ namespace heed::kernels {
 
 struct Rows;
 
-/// Cache lines for a product to ask for in its course.
+/// Cache lines for a product to ask for in its course: `count` of evenly spaced rows, line after line.
 struct LinesDue {
-  const std::byte* const* lines = nullptr;
-  int64_t count = 0;
+  const std::byte* row = nullptr;
+  int64_t stride = 0, row_lines = 1;  // bytes from row to row; lines of each
+  int64_t at = 0, count = 0;          // the first line, in `row`, and how many from there
 };
 
 /// Rows that are read later, asked for little by little in the course of products: asked for at once, they
@@ -34,31 +35,28 @@ class ReadAhead {
     wait_ -= multiply_adds;
     if (wait_ <= 0) ask_due();
   }
-  /// Leaves them to the product instead, 64 at most: the others come with the next one. The lines stay
-  /// known until the next call.
-  __attribute__((always_inline)) LinesDue due(int64_t multiply_adds) {
+  /// Leaves them to the product instead, those of one group of rows at a time; null if there are none.
+  /// Valid until the next call. What no product follows for is asked for at once.
+  __attribute__((always_inline)) LinesDue* due(int64_t multiply_adds) {
     wait_ -= multiply_adds;
-    if (wait_ > 0) return {};
-    return take_due();
+    return wait_ > 0 ? nullptr : take_due();
   }
 
  private:
-  void ask_due();
-  LinesDue take_due();
-  int64_t count_due(int64_t most);
-  template <class Body>
-  void for_lines(int64_t lines, const Body& body);
   struct Lines {
-    const std::byte* data = nullptr;
-    int64_t stride = 0, rows = 0, row_bytes = 0;  // bytes from row to row, rows left
-    const int64_t* offsets = nullptr;             // of the next row; null: evenly spaced
-    int64_t element = 0;                          // bytes
+    const std::byte* row = nullptr;  // the next, of which `done` lines are not left
+    int64_t stride = 0, rows = 0, row_lines = 1, done = 0;
+    const int64_t* offsets = nullptr;  // of the row behind it; null: evenly spaced
+    int64_t element = 0;               // bytes
   };
+  void ask_due();
+  LinesDue* take_due();
+  void take(int64_t most);
   std::array<Lines, 4> list_;
-  int64_t count_ = 0, at_ = 0, done_ = 0, lines_ = 0;  // done_: bytes of the row at hand
+  int64_t count_ = 0, at_ = 0, lines_ = 0;
   static constexpr int64_t kNever = std::numeric_limits<int64_t>::max();
   int64_t step_ = 0, wait_ = kNever;  // multiply-adds between two requests, until the next
-  std::array<const std::byte*, 64> due_{};
+  LinesDue due_;
 };
 
 }  // namespace heed::kernels

@@ -45,6 +45,7 @@ HWY_INLINE void for_row_blocks(int64_t rows, Body&& body) {
     for (; r + height <= rows; r += height) body(r, height);
   };
   blocks(std::integral_constant<int, block_rows(NV)>());
+  if constexpr (block_rows(NV) > 8) blocks(std::integral_constant<int, 8>());
   blocks(std::integral_constant<int, 4>());
   blocks(std::integral_constant<int, 2>());
   blocks(std::integral_constant<int, 1>());
@@ -69,20 +70,18 @@ HWY_INLINE void add_product(const T* HWY_RESTRICT a, int64_t a_row, int64_t a_de
   }
 }
 
-// The same, asking for the lines that are due on the way.
+// The same, asking on the way for the lines that are due, if any.
 template <int MR, int NV, class T>
 HWY_INLINE void add_product(const T* a, int64_t a_row, int64_t a_depth, const T* b,
                             int64_t b_stride, int64_t depth, hn::Vec<Full<T>> (&sum)[MR][NV],
-                            const LinesDue& due) {
-  if (due.count == 0 || depth == 0) {
+                            LinesDue* due) {
+  if (due == nullptr || depth == 0) {
     return add_product<MR, NV, T>(a, a_row, a_depth, b, b_stride, depth, sum);
   }
   constexpr int64_t kSteps = 8;
-  const int64_t share = ceil_div(due.count, ceil_div(depth, kSteps));
-  for (int64_t i = 0, line = 0; i < depth; i += kSteps) {
-    for (const int64_t end = HWY_MIN(line + share, due.count); line < end; ++line) {
-      prefetch_far(due.lines[line], 0);
-    }
+  const int64_t share = ceil_div(due->count, ceil_div(depth, kSteps));
+  for (int64_t i = 0; i < depth; i += kSteps) {
+    prefetch_lines(*due, share);
     add_product<MR, NV, T>(a + i * a_depth, a_row, a_depth, b + i * b_stride, b_stride,
                            HWY_MIN(kSteps, depth - i), sum);
   }

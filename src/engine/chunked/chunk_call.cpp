@@ -289,7 +289,7 @@ void ChunkCall<T>::update_state(const Added& added, const Decay<T>& decay,
                                 const UpdateMemory& m) const {
   const int64_t depth = added.y.count;
   const auto before = [](const T* p, int64_t i) { return p == nullptr ? nullptr : p + i; };
-  ReadAhead ahead = added.ahead;
+  ReadAhead ahead{added.next_x, added.next_y};
   if (half_) {  // its product is short
     ahead.ask(ahead.lines());
   } else {

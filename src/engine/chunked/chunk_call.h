@@ -77,7 +77,7 @@ class ChunkCall {
   struct Added {
     Source<T> x, psi;
     Rows y;
-    ReadAhead ahead;  // what the next update reads
+    Rows next_x, next_y;  // of the next update: asked for on the way
     const T *factor = nullptr, *key_factor = nullptr, *value_factor = nullptr;
   };
   struct UpdateMemory {

@@ -17,7 +17,7 @@ class Denominators : public ChunkCall<T> {
     Block query_rows, key_rows;  // features of denominators
     Block weights;               // polynomial
     T* denominators = nullptr;   // per query
-    ReadOut* ends = nullptr;     // per query
+    ReadOuts ends;               // per query
     T* row = nullptr;
   };
   /// Whether the state that a chunk reads is zero.
@@ -30,7 +30,8 @@ class Denominators : public ChunkCall<T> {
     const int64_t rows = this->tile_rows_, width = this->padded_features_;
     Memory m;
     m.denominators = cut.take<T>(rows);
-    m.ends = cut.take<ReadOut>(rows);
+    m.ends = {cut.take<double>(rows), cut.take<double>(rows), cut.take<double>(rows),
+              cut.take<double>(rows)};
     m.row = cut.take<T>(std::max(width, this->padded_values_));
     if (policy.polynomial) {
       m.weights = {cut.take<T>(rows * this->score_stride_), this->score_stride_};
@@ -59,7 +60,8 @@ class Denominators : public ChunkCall<T> {
     added.x = this->keys(b, h, chunk);
     added.psi = this->for_sums(added.x, false);
     added.y = this->values(b, h, chunk);
-    added.ahead = {this->keys(b, h, next).rows, this->values(b, h, next)};
+    added.next_x = this->keys(b, h, next).rows;
+    added.next_y = this->values(b, h, next);
     if (const auto* table = this->decays(h)) added.factor = table->falling(chunk.tokens - 1);
     this->update_state(added, this->chunk_decay(h, at.chunk), from, to, m);
   }

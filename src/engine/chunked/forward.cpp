@@ -156,11 +156,15 @@ class Forward : public Denominators<T>, public Sweep<T> {
 
   void row_ends(int64_t b, int64_t h, const Chunk& chunk, const Memory& m) const {
     this->read_ends(b, chunk, m.sums);
+    const ReadOuts& ends = m.sums.ends;
     const double scale = this->scale(h);
-    for (int64_t r = 0; r < chunk.queries; ++r) {
-      m.num_scale[r] = static_cast<T>(scale * m.sums.ends[r].num_scale);
-      m.sum_scale[r] = static_cast<T>(-scale * m.sums.ends[r].sum_scale);
+    scaled(ends.num_scale, chunk.queries, scale, m.num_scale);
+    if (this->problem_.policy.value_sum) {
+      scaled(ends.sum_scale, chunk.queries, -scale, m.sum_scale);
     }
+  }
+  static void scaled(const double* from, int64_t count, double factor, T* to) {
+    for (int64_t r = 0; r < count; ++r) to[r] = static_cast<T>(factor * from[r]);
   }
 
   void read_linear(int64_t b, int64_t h, const Chunk& chunk, const StateView<T>& state,

@@ -149,7 +149,8 @@ class KeyGradients : public ChunkCall<T>, public Sweep<T> {
     added.key_factor = row_numbers(statistics_.denominator, b, h, chunk);
     added.value_factor = row_numbers(statistics_.sum_scale, b, h, chunk);
     added.factor = num_scale;
-    added.ahead = {this->queries(b, h, next).rows, gradient_of(b, h, next)};
+    added.next_x = this->queries(b, h, next).rows;
+    added.next_y = gradient_of(b, h, next);
     if (const auto* table = this->decays(h)) {
       const T* decays = table->rising(chunk.shift + 1);
       for (int64_t r = 0; r < chunk.queries; ++r) {

@@ -71,16 +71,27 @@ struct ReadOut {
 struct EndingRows {
   int64_t batch = 0, tokens = 0, step = 0, count = 0;
 };
+/// ReadOut of many rows.
+struct ReadOuts {
+  double *num_scale = nullptr, *sum_scale = nullptr, *num_slope = nullptr, *sum_slope = nullptr;
+};
 /// How they end, given their denominators.
 template <class T>
-using ReadOutRows = std::function<void(const EndingRows& at, const T* denominators, ReadOut* rows)>;
+using ReadOutRows =
+    std::function<void(const EndingRows& at, const T* denominators, const ReadOuts& rows)>;
 
 /// Rows that each end as row(batch, tokens, denominator) says.
 template <class T, class Row>
 ReadOutRows<T> each_row(Row row) {
-  return [row](const EndingRows& at, const T* denominators, ReadOut* rows) {
+  return [row](const EndingRows& at, const T* denominators, const ReadOuts& rows) {
+    const ReadOuts to = rows;  // not known to the compiler: stores leave it as it is
     for (int64_t r = 0; r < at.count; ++r) {
-      rows[r] = row(at.batch, at.tokens + r * at.step, static_cast<double>(denominators[r]));
+      const ReadOut end =
+          row(at.batch, at.tokens + r * at.step, static_cast<double>(denominators[r]));
+      to.num_scale[r] = end.num_scale;
+      to.sum_scale[r] = end.sum_scale;
+      to.num_slope[r] = end.num_slope;
+      to.sum_slope[r] = end.sum_slope;
     }
   };
 }

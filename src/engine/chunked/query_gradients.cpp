@@ -318,8 +318,9 @@ class QueryGradients : public SlopeStates<T>, public Sweep<T> {
     const auto first = static_cast<size_t>(lane * this->queries_ + chunk.query);
     const double scale = this->scale(lane % this->heads_);
     this->read_ends(lane / this->heads_, chunk, m.sums);
+    const ReadOuts& ends = m.sums.ends;
     for (int64_t r = 0; r < chunk.queries; ++r) {
-      const ReadOut& row = m.sums.ends[r];
+      const ReadOut row{ends.num_scale[r], ends.sum_scale[r], ends.num_slope[r], ends.sum_slope[r]};
       const auto dot = static_cast<double>(m.dots[r]), sum_dot = static_cast<double>(m.sum_dots[r]);
       const double gradient = row.num_slope * dot - row.sum_slope * sum_dot;
       const size_t i = first + static_cast<size_t>(r);

@@ -127,7 +127,8 @@ class Step : public ChunkCall<T> {
     const Policy<T>& policy = this->problem_.policy;
     ReadOut row;
     if (policy.read_out) {
-      policy.read_out({b, 1, 0, 1}, &denominators_[static_cast<size_t>(lane)], &row);
+      policy.read_out({b, 1, 0, 1}, &denominators_[static_cast<size_t>(lane)],
+                      {&row.num_scale, &row.sum_scale, &row.num_slope, &row.sum_slope});
       row.num_scale *= this->scale(h);
       row.sum_scale *= this->scale(h);
     }
