@@ -1,10 +1,10 @@
 """Times heed's linear operators side by side with the same mathematics under torch.compile.
 
-    .venv/bin/python tools/bench_vs_torch.py [NAME ...] [--eager] [--seconds S] [--json]
+    .venv/bin/python tools/bench_vs_torch.py [NAME ...] [--dtype T] [--eager] [--seconds S] [--json]
 
 The compositions are the best that PyTorch's own operators give on a processor: chunks of matrix
 products with a state between them, sums over the keys, FFTs. Each is first compared with heed's result
-and gradients; a row that differs is not timed. Calls of both sides alternate; medians, and the median
+and gradients in float32; a row that differs is not timed. Calls of both sides alternate; medians, and the median
 ratio of neighbours. `heed bench --vs torch` does the same without torch.compile.
 """
 
@@ -14,7 +14,7 @@ import math
 import statistics
 import sys
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Callable
 
 import torch
@@ -34,22 +34,26 @@ def chunks(x):
 
 
 def causal_sums(q, k, v, slopes=None):
-    """sum over s <= t of exp(-slopes (t - s)) (q_t . k_s) v_s."""
+    """sum over s <= t of exp(-slopes (t - s)) (q_t . k_s) v_s, with states in float32."""
     qc, kc, vc = chunks(q), chunks(k), chunks(v)
-    place = torch.arange(CHUNK, device=q.device, dtype=q.dtype)
+    place = torch.arange(CHUNK, device=q.device)
     scores = qc @ kc.transpose(-1, -2)
     state_q, state_k, decay = qc, kc, None
     if slopes is not None:
         slope = slopes.view(-1, 1, 1, 1)
-        scores = scores * torch.exp(-slope * (place[:, None] - place).clamp_min(0))
-        state_q = qc * torch.exp(-slope * (place + 1)[:, None])
-        state_k = kc * torch.exp(-slope * (CHUNK - 1 - place)[:, None])
+
+        def decay_over(tokens):
+            return torch.exp(-slope * tokens).to(q.dtype)
+
+        scores = scores * decay_over((place[:, None] - place).clamp_min(0))
+        state_q = qc * decay_over((place + 1)[:, None])
+        state_k = kc * decay_over((CHUNK - 1 - place)[:, None])
         decay = torch.exp(-slope * CHUNK).squeeze(-1)
-    sums = (state_k.transpose(-1, -2) @ vc).unbind(2)
+    sums = (state_k.transpose(-1, -2) @ vc).float().unbind(2)
     states = [torch.zeros_like(sums[0])]
     for s in sums[:-1]:
         states.append((states[-1] if decay is None else states[-1] * decay) + s)
-    out = scores.tril() @ vc + state_q @ torch.stack(states, 2)
+    out = scores.tril() @ vc + state_q @ torch.stack(states, 2).to(q.dtype)
     return out.flatten(2, 3)[:, :, : q.shape[2]]
 
 
@@ -90,7 +94,8 @@ def mala_read_out(sums, totals, v_sum, seen, dim):
 
 def turned(x, cosine, sine):
     """Pairs of features rotated, as the published code of MALA does."""
-    return x * cosine + torch.stack([-x[..., 1::2], x[..., ::2]], -1).flatten(-2) * sine
+    other = torch.stack([-x[..., 1::2], x[..., ::2]], -1).flatten(-2)
+    return x * cosine.to(x.dtype) + other * sine.to(x.dtype)
 
 
 def grid_turns(side, dim):
@@ -114,7 +119,7 @@ def mala_grid(q, k, v, cosine, sine):
 
 def relu_linear(q, k, v, temperature):
     both = q.relu() @ (k.relu().transpose(-1, -2) @ with_ones(v))
-    return temperature.view(-1, 1, 1) * both[..., :-1] / both[..., -1:].clamp_min(100)
+    return temperature.view(-1, 1, 1).to(q.dtype) * both[..., :-1] / both[..., -1:].clamp_min(100)
 
 
 def kernelized_rpe(q, k, v, rpb, projection):
@@ -156,6 +161,11 @@ class Case:
     ours: Callable
     theirs: dict  # title -> composition
     differentiable: tuple  # indices of inputs
+
+    def to(self, dtype):
+        """The same with inputs of another type; numbers of heads stay float32."""
+        inputs = tuple(x.to(dtype) if x.dim() > 1 else x for x in self.inputs)
+        return replace(self, inputs=inputs)
 
 
 def normal(*shape, scale=1.0):
@@ -277,19 +287,20 @@ def times(calls, seconds):
 def measure(case, mode, title, composition, arguments):
     """One row: heed and one composition, eager and compiled, whichever is faster."""
     torch.manual_seed(1)
+    forward = mode == "forward"
     candidates = {f"{title}, eager": composition}
     if not arguments.eager:
         torch._dynamo.reset()
         candidates[f"{title}, compiled"] = torch.compile(composition)
     out_gradient = torch.randn_like(case.ours(*case.inputs))
 
-    def prepare(call):
-        forward = mode == "forward"
+    def prepare(call, case, out_gradient):
         return forward_only(call, case) if forward else with_gradients(call, case, out_gradient)
 
-    calls = {"heed": prepare(case.ours)}
-    calls |= {name: prepare(call) for name, call in candidates.items()}
-    results = {name: call() for name, call in calls.items()}
+    compared = {"heed": case.ours, **candidates}
+    results = {name: prepare(call, case, out_gradient)() for name, call in compared.items()}
+    case, out_gradient = case.to(arguments.dtype), out_gradient.to(arguments.dtype)
+    calls = {name: prepare(call, case, out_gradient) for name, call in compared.items()}
     rows = []
     for name in candidates:
         error = difference(results["heed"], results[name])
@@ -327,6 +338,8 @@ def print_table(rows):
 def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("names", nargs="*", metavar="NAME", help=", ".join(CASES))
+    parser.add_argument("--dtype", type=lambda name: getattr(torch, name), default=torch.float32,
+                        metavar="float32|bfloat16", help="of rows of queries, keys and values")  # fmt: skip
     parser.add_argument("--eager", action="store_true", help="do not compile")
     parser.add_argument("--seconds", type=float, default=1.0, help="to measure each call")
     parser.add_argument("--json", action="store_true")
