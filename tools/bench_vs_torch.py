@@ -299,7 +299,8 @@ def measure(case, mode, title, composition, arguments):
 
     compared = {"heed": case.ours, **candidates}
     results = {name: prepare(call, case, out_gradient)() for name, call in compared.items()}
-    case, out_gradient = case.to(arguments.dtype), out_gradient.to(arguments.dtype)
+    dtype = getattr(torch, arguments.dtype)
+    case, out_gradient = case.to(dtype), out_gradient.to(dtype)
     calls = {name: prepare(call, case, out_gradient) for name, call in compared.items()}
     rows = []
     for name in candidates:
@@ -338,8 +339,8 @@ def print_table(rows):
 def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("names", nargs="*", metavar="NAME", help=", ".join(CASES))
-    parser.add_argument("--dtype", type=lambda name: getattr(torch, name), default=torch.float32,
-                        metavar="float32|bfloat16", help="of rows of queries, keys and values")  # fmt: skip
+    parser.add_argument("--dtype", choices=["float32", "bfloat16"], default="float32",
+                        help="of queries, keys, values and weights")  # fmt: skip
     parser.add_argument("--eager", action="store_true", help="do not compile")
     parser.add_argument("--seconds", type=float, default=1.0, help="to measure each call")
     parser.add_argument("--json", action="store_true")

@@ -333,13 +333,14 @@ def test_the_roofline_shows_rows_as_points(tmp_path):
     xml.etree.ElementTree.fromstring(text)
 
 
-def test_the_comparison_with_compiled_pytorch():
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_the_comparison_with_compiled_pytorch(dtype):
     heed = pytest.importorskip("heed")
     if not hasattr(heed, "relu_linear_attention"):
         pytest.skip("these operators are not built")
     done = subprocess.run(
         [sys.executable, ROOT / "tools" / "bench_vs_torch.py", "relu_linear_attention", "--eager",
-         "--seconds", "0.001", "--json"],
+         "--seconds", "0.001", "--json", "--dtype", dtype],
         capture_output=True, text=True, timeout=280,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
