@@ -195,6 +195,7 @@ HWY_INLINE void sum_columns(const From* x, int64_t stride, const T* factor, int6
   for (; i + kSums <= rows; i += kSums) add(i, std::integral_constant<int, kSums>());
   for (; i < rows; ++i) add(i, std::integral_constant<int, 1>());
   for_block<1, NV>([&](int, int j) HWY_ATTR {
+#pragma GCC unroll 4
     for (int r = 1; r < kSums; ++r) total[0][j] = hn::Add(total[0][j], total[r][j]);
     hn::StoreU(total[0][j], d, sum + j * lanes<T>());
   });
