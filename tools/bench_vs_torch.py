@@ -4,8 +4,8 @@
 
 The compositions are the best that PyTorch's own operators give on a processor: chunks of matrix
 products with a state between them, sums over the keys, FFTs. Each is first compared with heed's result
-and gradients in float32; a row that differs is not timed. Calls of both sides alternate; medians, and the median
-ratio of neighbours. `heed bench --vs torch` does the same without torch.compile.
+and gradients in float32; a row that differs is not timed. Calls of both sides alternate; medians, and
+the median ratio of neighbours. `heed bench --vs torch` does the same without torch.compile.
 """
 
 import argparse
@@ -163,7 +163,7 @@ class Case:
     differentiable: tuple  # indices of inputs
 
     def to(self, dtype):
-        """The same with inputs of another type; numbers of heads stay float32."""
+        """The same with inputs of another type; one number per head stays float32."""
         inputs = tuple(x.to(dtype) if x.dim() > 1 else x for x in self.inputs)
         return replace(self, inputs=inputs)
 

@@ -163,9 +163,10 @@ void row_dots(const Rows& a, Block<const T> b, T* dots) {
   constexpr int kTogether = HWY_MIN(kLanes, 4);
   with_element_type<T>(a.dtype, [&](auto from) HWY_ATTR {
     const auto* data = static_cast<const decltype(from)*>(a.data);
+    HWY_ALIGN T square[kLanes * kLanes] = {};
     for (int64_t first = 0; first < a.count; first += kLanes) {
-      HWY_ALIGN T square[kLanes * kLanes];
-      for (int64_t r = 0; r < kLanes; r += kTogether) {
+      // Of less than a vector of rows, what the rest of the square adds up to is not kept.
+      for (int64_t r = 0; r < HWY_MIN(kLanes, a.count - first); r += kTogether) {
         row_products<kTogether, T>(data, a, b, first + r, square + r * kLanes);
       }
       const auto add = [](auto x, auto y) HWY_ATTR { return hn::Add(x, y); };

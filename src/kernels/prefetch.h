@@ -36,14 +36,13 @@ inline const std::byte* row_at(const Rows& rows, int64_t r) {
 __attribute__((always_inline)) inline void prefetch_share(const Rows& rows, int64_t first,
                                                           int64_t count, int64_t column,
                                                           int64_t step) {
-  constexpr int64_t kLine = 64;
   const int64_t bytes = rows.width * static_cast<int64_t>(size_of(rows.dtype));
   const int64_t steps = (rows.width + step - 1) / step, share = (count + steps - 1) / steps;
   const int64_t begin = column / step * share;
   if (rows.offsets != nullptr) count = std::min(count, rows.count - first);
   for (int64_t r = begin; r < std::min(begin + share, count); ++r) {
     const auto row = reinterpret_cast<uintptr_t>(row_at(rows, first + r));
-    for (int64_t i = 0; i < bytes; i += kLine) {
+    for (int64_t i = 0; i < bytes; i += LinesDue::kLine) {
       __builtin_prefetch(  // NOLINTNEXTLINE(performance-no-int-to-ptr): no pointer into an object
           reinterpret_cast<const void*>(row + static_cast<uintptr_t>(i)));
     }
@@ -61,15 +60,19 @@ __attribute__((always_inline)) inline void prefetch_far(const void* p, int64_t a
 
 /// The next `count` of these lines, as far as there are so many.
 __attribute__((always_inline)) inline void prefetch_lines(LinesDue& due, int64_t count) {
-  constexpr int64_t kLine = 64;
   count = std::min(count, due.count);
   due.count -= count;
   for (; count > 0; --count) {
-    prefetch_far(due.row, due.at * kLine);
+    prefetch_far(due.row, due.at * LinesDue::kLine);
     if (++due.at < due.row_lines) continue;
     due.at = 0;
     due.row += due.stride;
   }
+}
+
+/// All that is left of these lines, and those behind them.
+__attribute__((always_inline)) inline void prefetch_rest(LinesDue* due) {
+  for (int64_t i = 0; i <= due->behind; ++i) prefetch_lines(due[i], due[i].count);
 }
 
 }  // namespace heed::kernels

@@ -8,7 +8,6 @@
 namespace heed::kernels {
 
 namespace {
-constexpr int64_t kLine = 64;  // bytes
 constexpr int64_t kLinesAtOnce = 8;
 }  // namespace
 
@@ -24,7 +23,7 @@ void ReadAhead::add(const Rows& rows) {
   const Lines lines{row_at(rows, 0),
                     rows.stride * element,
                     together ? 1 : rows.count,
-                    ceil_div(row_bytes, kLine),
+                    ceil_div(row_bytes, LinesDue::kLine),
                     0,
                     rows.offsets == nullptr ? nullptr : rows.offsets + 1,
                     element};
@@ -35,17 +34,18 @@ void ReadAhead::add(const Rows& rows) {
 
 int64_t ReadAhead::lines() const { return lines_; }
 
-// The next lines of evenly spaced rows, to due_. There must be some.
-void ReadAhead::take(int64_t most) {
+// The next lines of evenly spaced rows. There must be some.
+void ReadAhead::take(int64_t most, LinesDue& due) {
   Lines& x = list_[static_cast<size_t>(at_)];
   const int64_t even = (x.offsets == nullptr ? x.rows : 1) * x.row_lines;
   const int64_t count = std::min(most, even - x.done);
   // Member by member: the vectors of a copy would wait for the single numbers that were just stored.
-  due_.row = x.row;
-  due_.stride = x.stride;
-  due_.row_lines = x.row_lines;
-  due_.at = x.done;
-  due_.count = count;
+  due.row = x.row;
+  due.stride = x.stride;
+  due.row_lines = x.row_lines;
+  due.at = x.done;
+  due.count = count;
+  due.behind = 0;
   lines_ -= count;
   x.done += count;
   if (x.done < x.row_lines) return;
@@ -65,8 +65,8 @@ void ReadAhead::take(int64_t most) {
 void ReadAhead::ask(int64_t lines) {
   const int64_t rest = lines_ - std::min(lines, lines_);
   while (lines_ > rest) {
-    take(lines_ - rest);
-    prefetch_lines(due_, due_.count);
+    take(lines_ - rest, due_[0]);
+    prefetch_rest(due_.data());
   }
 }
 
@@ -76,22 +76,21 @@ void ReadAhead::spread(int64_t multiply_adds) {
 }
 
 void ReadAhead::ask_due() {
-  while (wait_ <= 0) {
-    take_due();
-    prefetch_lines(due_, due_.count);
-  }
+  while (wait_ <= 0) prefetch_rest(take_due());
 }
 
 LinesDue* ReadAhead::take_due() {
   const int64_t most = (1 - wait_ / step_) * kLinesAtOnce;
-  take(most);
-  if (lines_ > 0 && lines_ <= most - due_.count) {  // all are due
-    const LinesDue due = due_;
-    ask(lines_);
-    due_ = due;
+  LinesDue* due = due_.data();
+  take(most, *due);
+  int64_t taken = due->count;
+  while (lines_ > 0 && lines_ <= most - taken && due + due->behind != &due_.back()) {
+    LinesDue& next = due[++due->behind];
+    take(lines_, next);
+    taken += next.count;
   }
-  wait_ = lines_ == 0 ? kNever : wait_ + due_.count * step_ / kLinesAtOnce;
-  return &due_;
+  wait_ = lines_ == 0 ? kNever : wait_ + taken * step_ / kLinesAtOnce;
+  return due;
 }
 
 }  // namespace heed::kernels

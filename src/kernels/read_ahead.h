@@ -12,9 +12,11 @@ struct Rows;
 
 /// Cache lines for a product to ask for in its course: `count` of evenly spaced rows, line after line.
 struct LinesDue {
+  static constexpr int64_t kLine = 64;  // bytes
   const std::byte* row = nullptr;
   int64_t stride = 0, row_lines = 1;  // bytes from row to row; lines of each
   int64_t at = 0, count = 0;          // the first line, in `row`, and how many from there
+  int64_t behind = 0;                 // as many more lie behind this one: for the product's end
 };
 
 /// Rows that are read later, asked for little by little in the course of products: asked for at once, they
@@ -35,8 +37,8 @@ class ReadAhead {
     wait_ -= multiply_adds;
     if (wait_ <= 0) ask_due();
   }
-  /// Leaves them to the product instead, those of one group of rows at a time; null if there are none.
-  /// Valid until the next call. What no product follows for is asked for at once.
+  /// Leaves them to the product instead: those of one group of rows, and once all are due those of the
+  /// others behind them. Null if there are none. Valid until the next call.
   __attribute__((always_inline)) LinesDue* due(int64_t multiply_adds) {
     wait_ -= multiply_adds;
     return wait_ > 0 ? nullptr : take_due();
@@ -51,12 +53,12 @@ class ReadAhead {
   };
   void ask_due();
   LinesDue* take_due();
-  void take(int64_t most);
+  void take(int64_t most, LinesDue& due);
   std::array<Lines, 4> list_;
   int64_t count_ = 0, at_ = 0, lines_ = 0;
   static constexpr int64_t kNever = std::numeric_limits<int64_t>::max();
   int64_t step_ = 0, wait_ = kNever;  // multiply-adds between two requests, until the next
-  LinesDue due_;
+  std::array<LinesDue, 4> due_;
 };
 
 }  // namespace heed::kernels

@@ -85,6 +85,7 @@ HWY_INLINE void add_product(const T* a, int64_t a_row, int64_t a_depth, const T*
     add_product<MR, NV, T>(a + i * a_depth, a_row, a_depth, b + i * b_stride, b_stride,
                            HWY_MIN(kSteps, depth - i), sum);
   }
+  prefetch_rest(due);
 }
 
 // body(r, j) for every vector of a block, unrolled.
