@@ -1,5 +1,6 @@
 #include <functional>
 
+#include "kernels/amx_attention.h"
 #include "kernels/amx_products.h"
 #include "kernels/amx_tiles.h"
 
@@ -12,6 +13,14 @@ void add_amx_products(TileKernels<float>& f) {
     const HardwareTiles unit;
     body();
   };
+#else
+  (void)f;
+#endif
+}
+
+void add_amx_attention(TileKernels<float>& f) {
+#if defined(__x86_64__)
+  use_tile_attention<HardwareTiles>(f);
 #else
   (void)f;
 #endif

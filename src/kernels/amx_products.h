@@ -9,20 +9,38 @@
 
 namespace heed::kernels {
 
+/// Pairs B of a product, in tiles of 16 pairs x 16 columns.
+struct TilePairs {
+  const uint32_t* data;
+  int64_t stride;       // from pair to pair
+  int64_t step;         // to the tile of the next 16 pairs
+  int64_t beside = 16;  // to that of the next 16 columns
+};
+
+/// Pairs whose rows of columns lie one after the other.
+inline TilePairs pair_rows(const uint32_t* data, int64_t stride) {
+  return {data, stride, kHalfDepth / 2 * stride};
+}
+
+/// Packed values: whole tiles one after the other.
+inline TilePairs value_tiles(const uint32_t* data, int64_t width) {
+  return {data, 16, kHalfDepth / 2 * width, 16 * 16};
+}
+
 /// C (32 rows x 16 or 32 columns, float) from steps of A (32 x 32 bfloat16) and B (pairs).
 /// Registers: 0-3 C, 4-5 A, 6-7 B.
 template <bool kWide, class Unit>
-void multiply_tiles(Unit& unit, const uint16_t* a, int64_t a_stride, const uint32_t* b,
-                    int64_t b_stride, int64_t steps) {
+void multiply_tiles(Unit& unit, const uint16_t* a, int64_t a_stride, const TilePairs& b,
+                    int64_t steps) {
   for (int64_t step = 0; step < steps; ++step) {
-    const uint32_t* pairs = b + step * (kHalfDepth / 2) * b_stride;
+    const uint32_t* pairs = b.data + step * b.step;
     unit.template load<4>(a + step * kHalfDepth, a_stride * 2);
-    unit.template load<6>(pairs, b_stride * 4);
+    unit.template load<6>(pairs, b.stride * 4);
     unit.template multiply<0, 4, 6>();
     unit.template load<5>(a + 16 * a_stride + step * kHalfDepth, a_stride * 2);
     unit.template multiply<2, 5, 6>();
     if constexpr (kWide) {
-      unit.template load<7>(pairs + 16, b_stride * 4);
+      unit.template load<7>(pairs + b.beside, b.stride * 4);
       unit.template multiply<1, 4, 7>();
       unit.template multiply<3, 5, 7>();
     }
@@ -50,7 +68,7 @@ void panel_scores(Unit& unit, const uint16_t* q, int64_t depth, const uint32_t* 
       unit.template zero<1>();
       unit.template zero<2>();
       unit.template zero<3>();
-      multiply_tiles<true>(unit, q, depth, keys + c, panel_width, depth / kHalfDepth);
+      multiply_tiles<true>(unit, q, depth, pair_rows(keys + c, panel_width), depth / kHalfDepth);
       store_tiles<true>(unit, s + c, s_stride);
     }
     return;
@@ -102,15 +120,15 @@ inline void scale_rows(const float* carry, int64_t columns, float* o, int64_t st
 }
 
 template <bool kWide, class Unit>
-void sum_tiles(Unit& unit, const uint16_t* p, int64_t p_stride, const uint32_t* v, int64_t v_stride,
-               int64_t steps, float* o, int64_t o_stride) {
+void sum_tiles(Unit& unit, const uint16_t* p, int64_t p_stride, const TilePairs& v, int64_t steps,
+               float* o, int64_t o_stride) {
   unit.template load<0>(o, o_stride * 4);
   unit.template load<2>(o + 16 * o_stride, o_stride * 4);
   if constexpr (kWide) {
     unit.template load<1>(o + 16, o_stride * 4);
     unit.template load<3>(o + 16 * o_stride + 16, o_stride * 4);
   }
-  multiply_tiles<kWide>(unit, p, p_stride, v, v_stride, steps);
+  multiply_tiles<kWide>(unit, p, p_stride, v, steps);
   store_tiles<kWide>(unit, o, o_stride);
 }
 
@@ -132,7 +150,8 @@ void tile_accumulate(const void* weights, int64_t p_stride, int64_t rows, const 
                      const bool wide = f + 32 <= v_stride;
                      advance(ahead, 32, wide ? 32 : 16, to - from);
                      const auto sum = wide ? sum_tiles<true, Unit> : sum_tiles<false, Unit>;
-                     sum(unit, p, p_stride, pairs + f, v_stride, steps, o.row(r) + f, o.stride);
+                     sum(unit, p, p_stride, value_tiles(pairs + 16 * f, v_stride), steps,
+                         o.row(r) + f, o.stride);
                    }
                  });
 }
@@ -147,8 +166,10 @@ void column_tiles(Unit& unit, const uint16_t* x, int64_t x_stride, const uint32_
   unit.template load<1>(c + 16, c_stride * 4);
   unit.template load<2>(c + 16 * c_stride, c_stride * 4);
   unit.template load<3>(c + 16 * c_stride + 16, c_stride * 4);
-  multiply_tiles<true>(unit, x, x_stride, w, w_stride, steps);
-  if (rest != nullptr) multiply_tiles<true>(unit, x + steps * kHalfDepth, x_stride, rest, 32, 1);
+  multiply_tiles<true>(unit, x, x_stride, pair_rows(w, w_stride), steps);
+  if (rest != nullptr) {
+    multiply_tiles<true>(unit, x + steps * kHalfDepth, x_stride, pair_rows(rest, 32), 1);
+  }
   store_tiles<true>(unit, c, c_stride);
 }
 

@@ -125,10 +125,10 @@ __attribute__((always_inline)) inline __m512 maximum(const float* s, KeyRange ra
   return most;
 }
 
-// Weights of a row, and their sum lane by lane.
-__attribute__((always_inline)) inline void weigh_row(const Power<5>& power, const float* s,
-                                                     KeyRange range, __m512 scale, float pivot,
-                                                     uint16_t* out, float* sum) {
+// Weights of a row; returns their sum lane by lane.
+__attribute__((always_inline)) inline __m512 weigh_row(const Power<5>& power, const float* s,
+                                                       KeyRange range, __m512 scale, float pivot,
+                                                       uint16_t* out) {
   const __m512 shift = _mm512_set1_ps(pivot);
   __m512 total[2];
   total[0] = total[1] = _mm512_setzero_ps();
@@ -141,7 +141,7 @@ __attribute__((always_inline)) inline void weigh_row(const Power<5>& power, cons
     }
     store_pairs(x, out + m);
   });
-  _mm512_store_ps(sum, _mm512_add_ps(total[0], total[1]));
+  return _mm512_add_ps(total[0], total[1]);
 }
 
 // What `combine` makes of the lanes of each of 16 rows of 16, in the lane of that row.
@@ -270,8 +270,8 @@ void softmax_weights(Block<float> s, int64_t rows, int64_t key_count, const KeyR
       const int64_t r = first + i;
       const KeyRange range = range_of(ranges, r, key_count);
       const float pivot = state.pivot[r];
-      weigh_row(power, s.row(r), range, scale, pivot == kNothing ? 0 : pivot, weights_of(r),
-                sums + i * kLanes);
+      _mm512_store_ps(sums + i * kLanes, weigh_row(power, s.row(r), range, scale,
+                                                   pivot == kNothing ? 0 : pivot, weights_of(r)));
       if (ranges != nullptr) clear_outside(weights_of(r), range, key_count);
     }
     const __m512 sum = reduce_rows(sums, [](__m512 x, __m512 y) { return _mm512_add_ps(x, y); });
@@ -309,7 +309,52 @@ void sigmoid_weights(Block<float> s, int64_t rows, int64_t key_count, const KeyR
   }
 }
 
+// softmax_chunk; `whole`: a panel of which every row sees every key.
+template <bool kWhole>
+__attribute__((noinline)) uint32_t weigh_chunk(const WeightChunk& chunk, float scale,
+                                               const float* pivots, float* lane_sums) {
+  const Power<5> power(kQuartic);
+  const __m512 factor = _mm512_set1_ps(scale), most = _mm512_set1_ps(kMostSum);
+  const NoSubnormals mode;
+  const int64_t lines = chunk.next_bytes / 64 / chunk.rows;
+  const auto* next = static_cast<const char*>(chunk.next);
+  uint32_t misfits = 0;
+  for (int64_t r = 0; r < chunk.rows; ++r, lane_sums += kLanes) {
+    for (int64_t i = 0; i < lines; ++i, next += 64) _mm_prefetch(next, _MM_HINT_T0);
+    uint16_t* out = chunk.weights.row(r);
+    const KeyRange range = kWhole ? KeyRange{0, kHalfPanel} : range_of(chunk.ranges, r, chunk.keys);
+    const float pivot = !kWhole && pivots[r] == kNothing ? 0 : pivots[r];
+    const __m512 sum = weigh_row(power, chunk.scores.row(r), range, factor, pivot, out);
+    if constexpr (!kWhole) clear_outside(out, range, kHalfPanel);
+    if (_mm512_cmp_ps_mask(sum, most, _CMP_NLE_UQ) != 0) {
+      misfits |= uint32_t{1} << r;
+    } else {
+      _mm512_store_ps(lane_sums, _mm512_add_ps(_mm512_load_ps(lane_sums), sum));
+    }
+  }
+  return misfits;
+}
+
 }  // namespace
+
+uint32_t softmax_chunk(const WeightChunk& chunk, float scale, const float* pivots,
+                       float* lane_sums) {
+  const bool whole = chunk.ranges == nullptr && chunk.keys == kHalfPanel;
+  return whole ? weigh_chunk<true>(chunk, scale, pivots, lane_sums)
+               : weigh_chunk<false>(chunk, scale, pivots, lane_sums);
+}
+
+void take_lane_sums(float* lane_sums, int64_t rows, float* sums) {
+  for (int64_t r = 0; r < rows; r += kLanes, lane_sums += kLanes * kLanes) {
+    const auto all = static_cast<__mmask16>((1U << (rows - r < kLanes ? rows - r : kLanes)) - 1);
+    const __m512 sum =
+        reduce_rows(lane_sums, [](__m512 x, __m512 y) { return _mm512_add_ps(x, y); });
+    _mm512_mask_storeu_ps(sums + r, all, _mm512_add_ps(sum, _mm512_maskz_loadu_ps(all, sums + r)));
+    for (int64_t i = 0; i < kLanes; ++i) {
+      _mm512_store_ps(lane_sums + i * kLanes, _mm512_setzero_ps());
+    }
+  }
+}
 
 void add_avx512_half_weights(TileKernels<float>& f) {
   f.weights[static_cast<int>(WeightKind::softmax)] = softmax_weights;

@@ -81,6 +81,7 @@ HWY_INLINE const uint16_t* half_row(const Rows& x, int64_t r) {
   return r < x.count ? static_cast<const uint16_t*>(x.data) + x.offset(r) : nullptr;
 }
 
+template <bool kTiles>
 bool pack_half_values(const Rows& v, void* packed) {
   const Full<uint32_t> d;
   const Full<float> df;
@@ -88,11 +89,15 @@ bool pack_half_values(const Rows& v, void* packed) {
   auto bad = hn::Zero(df);
   for (int64_t m = 0; m < keys; m += 2) {
     const uint16_t *even = half_row(v, m), *odd = half_row(v, m + 1);
-    auto* to = static_cast<uint32_t*>(packed) + m / 2 * stride;
+    auto* to = static_cast<uint32_t*>(packed);
+    to += kTiles ? m / kHalfDepth * (kHalfDepth / 2) * stride + m % kHalfDepth / 2 * kHalfColumns
+                 : m / 2 * stride;
     for (int64_t f = 0; f < stride; f += lanes<uint32_t>()) {
+      constexpr int64_t kTile = kHalfDepth / 2 * kHalfColumns;
+      const int64_t column = kTiles ? f / kHalfColumns * kTile + f % kHalfColumns : f;
       const auto low = load_words(even, f, v.width);
       const auto high = hn::ShiftLeft<16>(load_words(odd, f, v.width));
-      hn::StoreU(hn::Or(low, high), d, to + f);
+      hn::StoreU(hn::Or(low, high), d, to + column);
       const auto x = hn::BitCast(df, hn::ShiftLeft<16>(low)), y = hn::BitCast(df, high);
       bad = hn::Or(bad, hn::Or(hn::Sub(x, x), hn::Sub(y, y)));  // 0 if finite, else NaN
     }
@@ -176,7 +181,7 @@ void add_half_pack_parts(TileKernels<float>& f) {
   };
   f.pack_queries = pack_half_queries;
   f.pack_keys = pack_half_keys;
-  f.pack_values = pack_half_values;
+  f.pack_values = pack_half_values<false>;
   f.column_bytes = [](int64_t rows, int64_t width) {
     return round_up(rows, kHalfDepth) * round_up(width, kHalfDepth) * 2;
   };
@@ -185,11 +190,14 @@ void add_half_pack_parts(TileKernels<float>& f) {
   f.pair_weights = pair_weights;
 }
 
+void add_tile_value_parts(TileKernels<float>& f) { f.pack_values = pack_half_values<true>; }
+
 }  // namespace heed::kernels::HWY_NAMESPACE
 HWY_AFTER_NAMESPACE();
 
 #if HWY_ONCE
 namespace heed::kernels {
 HEED_SELECT_HALF_PART(add_half_pack_parts)
+HEED_SELECT_HALF_PART(add_tile_value_parts)
 }  // namespace heed::kernels
 #endif

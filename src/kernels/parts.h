@@ -23,7 +23,7 @@ void add_few_row_parts(Isa isa, TileKernels<float>& f, TileKernels<double>& d);
 
 // bfloat16 products. Operands are packed in pairs of neighbours along the summed axis:
 //   queries, weights  [row][padded depth]          keys    panels of 64: [depth / 2][key][2]
-//   values            [key / 2][padded width][2]
+//   values            [key / 2][padded width][2], for a tile unit [key / 32][column / 16][16][16][2]
 //   columns           [padded width][padded rows]  paired weights  [row / 2][padded key][2]
 // with depth, keys and columns' rows and width padded with zeros to kHalfDepth, one step of a matrix
 // tile.
@@ -31,6 +31,7 @@ inline constexpr int64_t kHalfDepth = 32;
 inline constexpr int64_t kHalfPanel = 64;
 inline constexpr int64_t kHalfColumns = 16;
 void add_half_pack_parts(Isa isa, TileKernels<float>& f);
+void add_tile_value_parts(Isa isa, TileKernels<float>& f);  // after it: values in tiles
 void add_half_weight_parts(Isa isa, TileKernels<float>& f);
 void add_avx512_half_products(TileKernels<float>& f);  // AVX512-BF16
 void add_avx512_half_weights(TileKernels<float>& f);   // AVX512-BF16, after add_half_weight_parts
@@ -40,6 +41,25 @@ bool has_full_rate_bf16();
 /// large.
 bool half_dot_rows(Block<const float> queries, int64_t rows, const Rows& k, Block<float> s);
 void add_amx_products(TileKernels<float>& f);
+
+/// Scores of up to 32 rows with the keys of one panel, and where their weights go.
+struct WeightChunk {
+  Block<float> scores;
+  Block<uint16_t> weights;
+  int64_t rows = 0, keys = 0;
+  const KeyRange* ranges = nullptr;  // of each row; null: all keys
+  const void* next = nullptr;        // read later: to be brought into the first-level cache
+  int64_t next_bytes = 0;            // a multiple of 64 for each row
+};
+/// AVX512-BF16: softmax weights by the pivots that rows have, zeros for the rest of the panel. Sums are
+/// added lane by lane, 16 a row, aligned to 64 bytes. Returns the rows, a bit each, that need another pivot:
+/// their weights are undefined, their sums as before.
+uint32_t softmax_chunk(const WeightChunk& chunk, float scale, const float* pivots,
+                       float* lane_sums);
+/// Moves the sums of up to 32 rows to `sums`. There are lanes for a multiple of 16 rows.
+void take_lane_sums(float* lane_sums, int64_t rows, float* sums);
+/// A tile unit's `attend`, after its products and add_avx512_half_weights.
+void add_amx_attention(TileKernels<float>& f);
 
 // What the compiled target for `isa` returns from FUNCTION(...).
 #if defined(__x86_64__)

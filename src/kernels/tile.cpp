@@ -67,8 +67,10 @@ const TileKernels<double>& tile_kernels<double>(Isa isa) {
 const TileKernels<float>* half_tile_kernels(Isa isa) {
   if (isa == Isa::amx) {
     static const TileKernels<float> amx = make_half_table(Isa::amx, [](TileKernels<float>& table) {
+      add_tile_value_parts(Isa::amx, table);
       add_amx_products(table);
       add_avx512_half_weights(table);
+      add_amx_attention(table);
     });
     return &amx;
   }

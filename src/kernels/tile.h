@@ -102,6 +102,13 @@ struct RoundedPivot {
   static constexpr T kError = 4 * std::numeric_limits<T>::epsilon();  // relative
 };
 
+/// Packed operands of a tile.
+struct TileOperands {
+  const void *queries = nullptr, *keys = nullptr, *values = nullptr;
+  int64_t rows = 0, key_count = 0, width = 0, value_width = 0;
+  const KeyRange* ranges = nullptr;  // null: all keys
+};
+
 template <class T>
 struct TileKernels {
   const char* name = "";
@@ -140,6 +147,10 @@ struct TileKernels {
   void (*accumulate)(const void* weights, int64_t weight_stride, int64_t rows, const void* values,
                      int64_t key_count, int64_t width, const KeyRange* ranges, const T* carry,
                      Block<T> o, ReadAhead* ahead) = nullptr;
+  /// `scores`, `weights` and `accumulate` in one, by chunks of keys that stay in the first-level cache; null
+  /// where nothing is won by it. For shapes without a slope whose scale is finite and above 0.
+  void (*attend[kWeightKinds])(const TileOperands& x, const WeightShape<T>& shape,
+                               const RowState<T>& state, Block<T> o, ReadAhead* ahead) = {};
 
   /// s = caps(s * scale) in place, within the ranges. If `slope` has data it receives the derivative of
   /// the result with respect to s * scale.

@@ -74,6 +74,7 @@ inline TileKernels<float> emulated_tile_table() {
   TileKernels<float> table = tile_kernels<float>(Isa::portable);
   table.name = "emulated tiles";
   add_half_pack_parts(Isa::portable, table);
+  add_tile_value_parts(Isa::portable, table);
   add_half_weight_parts(Isa::portable, table);
   use_tile_unit<EmulatedTiles>(table);
   return table;

@@ -304,6 +304,7 @@ template <class T>
 void Forward<T>::add_tile(const QueryTile& tile, const TileAt& at, const Seen& seen,
                           const PackedTile& packed, kernels::ReadAhead& next,
                           const Memory& m) const {
+  if (attend_tile(tile, at, seen, packed, next, m)) return;
   products_.scores(packed.queries, at.rows, packed.keys, at.keys, head_dim_, seen.ranges, m.scores,
                    &next);
   this->shape_scores(at, seen, m.scores, {});
@@ -318,6 +319,22 @@ void Forward<T>::add_tile(const QueryTile& tile, const TileAt& at, const Seen& s
               1);
     }
   }
+}
+
+template <class T>
+bool Forward<T>::attend_tile(const QueryTile& tile, const TileAt& at, const Seen& seen,
+                             const PackedTile& packed, kernels::ReadAhead& next,
+                             const Memory& m) const {
+  const auto attend = products_.attend[static_cast<int>(problem_.policy.weight)];
+  const auto shape = this->weight_shape(at);
+  if (attend == nullptr || !path_.fused || seen.masked || !packed.infinite.empty() ||
+      !(shape.scale > 0 && std::isfinite(shape.scale))) {
+    return false;
+  }
+  attend({packed.queries, packed.keys, packed.values, at.rows, at.keys, head_dim_, value_dim_,
+          seen.ranges},
+         shape, state_of(tile, m), {m.out.row(tile.slot), m.out.stride}, &next);
+  return true;
 }
 
 template <class T>

@@ -101,6 +101,9 @@ class Forward : private TileCall<T> {
   /// Adds keys to the rows of a tile. `next`: rows that are read later.
   void add_tile(const QueryTile& tile, const TileAt& at, const Seen& seen, const PackedTile& packed,
                 kernels::ReadAhead& next, const Memory& m) const;
+  /// The same in one, where the kernels have it and nothing is special; false: nothing done.
+  bool attend_tile(const QueryTile& tile, const TileAt& at, const Seen& seen,
+                   const PackedTile& packed, kernels::ReadAhead& next, const Memory& m) const;
   std::vector<SeenElement> seen_elements(const std::vector<int64_t>& keys, const TileAt& at,
                                          const Seen& seen, Block s) const;
   void weigh_and_add(const TileAt& at, const Seen& seen, const QueryTile& tile,
