@@ -327,7 +327,7 @@ bool Forward<T>::attend_tile(const QueryTile& tile, const TileAt& at, const Seen
                              const Memory& m) const {
   const auto attend = products_.attend[static_cast<int>(problem_.policy.weight)];
   const auto shape = this->weight_shape(at);
-  if (attend == nullptr || !path_.fused || seen.masked || !packed.infinite.empty() ||
+  if (attend == nullptr || !path_.fused || !packed.infinite.empty() ||
       !(shape.scale > 0 && std::isfinite(shape.scale))) {
     return false;
   }

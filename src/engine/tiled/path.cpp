@@ -40,17 +40,13 @@ struct TileSizes {
 // The score block and one panel of keys share the first-level cache; a packed key tile with its values
 // stays in a part of the second-level one beside the accumulators. Long tiles have fewer statistics, but
 // rows that see little of one do not fill it, and backwards keep more blocks of a tile's length.
-// `masks`: some tiles may have elements hidden.
-TileSizes tile_sizes(const Path& path, bool backward, bool masks, const Sequence& sequence,
-                     size_t element) {
+TileSizes tile_sizes(const Path& path, bool backward, const Sequence& sequence, size_t element) {
   const int64_t key_bytes =
       (sequence.q.size(2) + sequence.v.size(2)) * static_cast<int64_t>(element);
   if (path.isa == Isa::amx) {
     // `attend` needs no score block: the longer a tile, the longer its rows' sums stay in reach.
     constexpr int64_t kPacked = 512 << 10;
-    return {128, path.fused && !masks
-                     ? std::clamp<int64_t>(kPacked / key_bytes / 64 * 64, 256, 2048)
-                     : 256};
+    return {128, path.fused ? std::clamp<int64_t>(kPacked / key_bytes / 64 * 64, 256, 2048) : 256};
   }
   constexpr int64_t kLong = 512, kShort = 256;
   const TilePlan& plan = sequence.plan;
@@ -93,11 +89,12 @@ const Sequence& longest(const Problem& problem) {
       [](const Sequence& a, const Sequence& b) { return a.plan.queries() < b.plan.queries(); });
 }
 
-// Whether nothing comes between scores, weights and sums but masks.
+// Whether nothing comes between scores, weights and sums.
 bool attends(const Problem& problem) {
   const Policy& policy = problem.policy;
-  return policy.softcap == 0 && !policy.most && policy.alibi_slope.empty() && policy.dropout == 0 &&
-         !longest(problem).r.defined() && (problem.terms == nullptr || !problem.terms->adds());
+  return policy.weight != kernels::WeightKind::polynomial && policy.softcap == 0 && !policy.most &&
+         policy.alibi_slope.empty() && policy.dropout == 0 && !longest(problem).r.defined() &&
+         problem.terms == nullptr;
 }
 
 int64_t group_of(const Sequence& s) {
@@ -139,7 +136,7 @@ Path choose_path(const Problem& problem, const RunOptions& run, bool backward) {
   path.few_rows = few_rows(call);
   const size_t element = path.half_operands ? 2 : call.dtype == DType::f64 ? 8 : 4;
   path.fused = path.half_operands && !backward && !path.few_rows && attends(problem);
-  const TileSizes sizes = tile_sizes(path, backward, problem.terms != nullptr, sequence, element);
+  const TileSizes sizes = tile_sizes(path, backward, sequence, element);
   // Tiles beyond what there is would only be cleared and skipped over.
   path.key_tile =
       std::min(problem.key_tile > 0 ? problem.key_tile : sizes.key_tile, round_up(keys, 64));
@@ -152,6 +149,7 @@ Path choose_path(const Problem& problem, const RunOptions& run, bool backward) {
     const int64_t sight = longest_sight(problem, path.query_tile, most);
     path.sliding = sight <= most;
     if (path.sliding) path.key_tile = std::max(sight, kSlideStep);
+    path.fused = path.fused && !path.sliding;  // which ends of ranges would be most of
   }
   path.group_rows =
       path.few_rows ? call.rows_per_key_head : rows_per_item(problem, path.query_tile, run);

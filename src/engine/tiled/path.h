@@ -24,7 +24,7 @@ struct Path {
   Isa isa = Isa::portable;
   bool half_operands = false;  // bfloat16 products
   bool few_rows = false;       // products straight from unpacked keys and values
-  bool fused = false;          // tiles without a mask by `attend`, where the kernels have one
+  bool fused = false;          // tiles by `attend`, where the kernels have one
   bool sliding = false;        // a query tile meets all keys that it sees at once, as one key tile
   int64_t query_tile = 0, key_tile = 0;
   int64_t group_rows = 0;  // query rows of a head that share one packed key tile
