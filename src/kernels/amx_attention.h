@@ -38,9 +38,10 @@ class RowAttention {
     const KeyRange seen = joint_range(ranges, 0, rows_, x_.key_count);
     if (seen.empty()) return;
     if constexpr (kKind == WeightKind::softmax) find_settled();
+    const int64_t end = std::min(round_up(seen.end, kHalfDepth), x_.key_count);
     waiting_ = from_ = seen.begin / kHalfPanel * kHalfPanel;
     for (int64_t key = waiting_; key < seen.end; key += kHalfPanel) {
-      const int64_t keys = std::min(kHalfPanel, x_.key_count - key);
+      const int64_t keys = std::min(kHalfPanel, end - key);
       add_scores(key, keys);
       weigh(key, keys, key + 2 * kHalfPanel <= seen.end);
       if (key + kHalfPanel - from_ >= most_waiting_ || key + kHalfPanel >= seen.end) {
@@ -68,10 +69,11 @@ class RowAttention {
   }
 
   void add_scores(int64_t key, int64_t keys) {
-    const int64_t columns = round_up(keys, kHalfDepth);
+    const int64_t columns = round_up(keys, kHalfDepth),
+                  width = std::min(kHalfPanel, round_up(x_.key_count, kHalfDepth) - key);
     advance(ahead_, kRows, columns, depth_);
     panel_scores(unit_, static_cast<const uint16_t*>(x_.queries) + first_ * depth_, depth_,
-                 panel(key), columns, columns, scores_, kHalfPanel);
+                 panel(key), width, columns, scores_, kHalfPanel);
   }
 
   // `more`: another whole panel follows.
@@ -83,14 +85,20 @@ class RowAttention {
                       .ranges = ranges_of(key, keys)};
     if constexpr (kKind != WeightKind::softmax) {
       weigh_rows(chunk, 0, rows_);
-    } else if ((seeing_ & ~settled_) != 0) {
-      find_pivots(chunk, key, 0, rows_);
+      return;
+    }
+    if ((seeing_ & ~settled_) != 0) {
+      find_first_pivots(chunk, seeing_, shape_.scale, state_.pivot);
+      find_settled();
+    }
+    if ((seeing_ & ~settled_) != 0) {
+      move_pivots(chunk, key, 0, rows_);
     } else {
       chunk.next = panel(key + kHalfPanel);
       if (more && rows_ == kRows) chunk.next_bytes = kHalfPanel * depth_ * 2;
       uint32_t misfits = softmax_chunk(chunk, shape_.scale, state_.pivot, lane_sums_);
       for (; misfits != 0; misfits &= misfits - 1) {
-        find_pivots(chunk, key, std::countr_zero(misfits), 1);
+        move_pivots(chunk, key, std::countr_zero(misfits), 1);
       }
     }
   }
@@ -112,7 +120,7 @@ class RowAttention {
   }
 
   // Weights of rows [r, r + count) that may move their pivots: sums and values so far move along.
-  void find_pivots(const WeightChunk& chunk, int64_t key, int64_t r, int64_t count) {
+  void move_pivots(const WeightChunk& chunk, int64_t key, int64_t r, int64_t count) {
     take_lane_sums(lane_sums_, rows_, state_.sum);
     weigh_rows(chunk, r, count);
     for (int64_t i = r; i < r + count; ++i) {

@@ -344,6 +344,17 @@ uint32_t softmax_chunk(const WeightChunk& chunk, float scale, const float* pivot
                : weigh_chunk<false>(chunk, scale, pivots, lane_sums);
 }
 
+void find_first_pivots(const WeightChunk& chunk, uint32_t rows, float scale, float* pivots) {
+  for (int64_t r = 0; r < chunk.rows; r += kLanes) {
+    const auto some = static_cast<__mmask16>(rows >> r);
+    const __mmask16 fresh = _mm512_mask_cmp_ps_mask(some, _mm512_maskz_loadu_ps(some, pivots + r),
+                                                    _mm512_set1_ps(kNothing), _CMP_EQ_OQ);
+    if (fresh == 0) continue;
+    const __m512 found = find_pivots(chunk.scores, r, fresh, chunk.keys, chunk.ranges, scale);
+    _mm512_mask_storeu_ps(pivots + r, fresh, found);
+  }
+}
+
 void take_lane_sums(float* lane_sums, int64_t rows, float* sums) {
   for (int64_t r = 0; r < rows; r += kLanes, lane_sums += kLanes * kLanes) {
     const auto all = static_cast<__mmask16>((1U << (rows - r < kLanes ? rows - r : kLanes)) - 1);

@@ -56,6 +56,8 @@ struct WeightChunk {
 /// their weights are undefined, their sums as before.
 uint32_t softmax_chunk(const WeightChunk& chunk, float scale, const float* pivots,
                        float* lane_sums);
+/// Pivots of those `rows` that have none: the largest of their scores in the chunk.
+void find_first_pivots(const WeightChunk& chunk, uint32_t rows, float scale, float* pivots);
 /// Moves the sums of up to 32 rows to `sums`. There are lanes for a multiple of 16 rows.
 void take_lane_sums(float* lane_sums, int64_t rows, float* sums);
 /// A tile unit's `attend`, after its products and add_avx512_half_weights.
