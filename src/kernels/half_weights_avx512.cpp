@@ -345,8 +345,8 @@ uint32_t softmax_chunk(const WeightChunk& chunk, float scale, const float* pivot
 }
 
 void find_first_pivots(const WeightChunk& chunk, uint32_t rows, float scale, float* pivots) {
-  for (int64_t r = 0; r < chunk.rows; r += kLanes) {
-    const auto some = static_cast<__mmask16>(rows >> r);
+  for (int64_t r = 0; r < chunk.rows; r += kLanes, rows >>= kLanes) {
+    const auto some = static_cast<__mmask16>(rows);
     const __mmask16 fresh = _mm512_mask_cmp_ps_mask(some, _mm512_maskz_loadu_ps(some, pivots + r),
                                                     _mm512_set1_ps(kNothing), _CMP_EQ_OQ);
     if (fresh == 0) continue;
