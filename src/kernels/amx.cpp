@@ -1,18 +1,27 @@
 #include <functional>
 
 #include "kernels/amx_attention.h"
+#include "kernels/amx_few_rows.h"
 #include "kernels/amx_products.h"
 #include "kernels/amx_tiles.h"
 
 namespace heed::kernels {
 
+namespace {
+
+#if defined(__x86_64__)
+void run_with_tiles(const std::function<void()>& body) {
+  const HardwareTiles unit;
+  body();
+}
+#endif
+
+}  // namespace
+
 void add_amx_products(TileKernels<float>& f) {
 #if defined(__x86_64__)
   use_tile_unit<HardwareTiles>(f);
-  f.run_ready = [](const std::function<void()>& body) {
-    const HardwareTiles unit;
-    body();
-  };
+  f.run_ready = run_with_tiles;
 #else
   (void)f;
 #endif
@@ -21,6 +30,15 @@ void add_amx_products(TileKernels<float>& f) {
 void add_amx_attention(TileKernels<float>& f) {
 #if defined(__x86_64__)
   use_tile_attention<HardwareTiles>(f);
+#else
+  (void)f;
+#endif
+}
+
+void add_amx_few_rows(TileKernels<float>& f) {
+#if defined(__x86_64__)
+  use_tile_few_rows<HardwareTiles>(f);
+  f.run_ready = run_with_tiles;
 #else
   (void)f;
 #endif

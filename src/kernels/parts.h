@@ -63,6 +63,26 @@ void take_lane_sums(float* lane_sums, int64_t rows, float* sums);
 /// A tile unit's `attend`, after its products and add_avx512_half_weights.
 void add_amx_attention(TileKernels<float>& f);
 
+/// Few rows on a tile unit, the part of vectors (AVX512-BF16). A tile has 16 rows of 16 numbers or pairs.
+inline constexpr int64_t kQueryTile = 16 * 16;
+/// Up to 16 rows of queries, their width a multiple of 32, as pairs [width / 2][16]; false if bfloat16 would
+/// change one.
+bool pack_query_tiles(Block<const float> queries, int64_t rows, int64_t width, uint32_t* to);
+/// Scores of 16 keys, [key][row], to s[row].
+void turn_scores(const float* tile, int64_t rows, float* s, int64_t stride);
+/// Weights of 32 keys as bfloat16 [16][32], and behind the rows what they were rounded by: from row 8 on, in
+/// a second tile for more than 8 rows.
+void split_weights(const float* weights, int64_t stride, int64_t rows, uint16_t* to);
+/// 32 rows of values as tiles of pairs: lanes of 128 bits of neighbouring tiles take turns in their columns,
+/// a multiple of 32. Asks for some of `due` meanwhile.
+void pair_values(const uint16_t* v, int64_t stride, int64_t columns, uint32_t* tiles,
+                 LinesDue& due);
+/// o = carry o + sums [16][width] of products of both.
+void add_split_sums(const float* sums, int64_t width, int64_t rows, const float* carry,
+                    Block<float> o);
+/// A tile unit's dot_rows and add_rows, and its run_ready.
+void add_amx_few_rows(TileKernels<float>& f);
+
 // What the compiled target for `isa` returns from FUNCTION(...).
 #if defined(__x86_64__)
 #define HEED_CALL(isa, FUNCTION, ...)                       \

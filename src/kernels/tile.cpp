@@ -56,6 +56,15 @@ TileKernels<float> make_half_table(Isa isa, void (*add_products)(TileKernels<flo
 
 template <>
 const TileKernels<float>& tile_kernels<float>(Isa isa) {
+  if (isa == Isa::amx) {
+    static const TileKernels<float> amx = [] {
+      TileKernels<float> table = by_isa(Isa::avx512, make_tables).f;
+      table.name = name_of(Isa::amx);
+      add_amx_few_rows(table);
+      return table;
+    }();
+    return amx;
+  }
   return by_isa(isa, make_tables).f;
 }
 

@@ -373,64 +373,6 @@ TEST(TilePack, ReportsNonFiniteValues) {
   check_finite_flag(emulated_tile_table());
 }
 
-// `query_type`: queries that are exact in bfloat16 may take another way than others.
-template <class T>
-void check_few_rows(const TileKernels<T>& k, int64_t rows, int64_t width, DType type,
-                    DType query_type) {
-  const int64_t keys = 23, padded = round_up(width, k.dim_multiple);
-  const Matrix q(query_type, rows, width, padded, 1), key(type, keys, width, width + 1, 2);
-  Array queries = Array::zeros(dtype_of<T>, {rows, padded});
-  copy(q.storage.view().slice(1, 0, width), queries.view().slice(1, 0, width));
-  Buffer<T> s(round_up(rows, 4), 40, static_cast<T>(kNaN));
-  k.dot_rows({queries.as<T>(), padded}, rows, key.rows(), s.block());
-  Array out = convert(q.storage, dtype_of<T>);
-  std::vector<T> carry(static_cast<size_t>(rows), T(0.25));
-  k.add_rows({s.memory.data(), s.stride}, rows, key.rows(), carry.data(), {out.as<T>(), padded});
-  const auto about = std::string(k.name) + " " + name_of(type) + " width " + std::to_string(width) +
-                     " rows " + std::to_string(rows);
-  for (int64_t r = 0; r < rows; ++r) {
-    for (int64_t m = 0; m < 40; ++m) {
-      if (m >= keys) {
-        ASSERT_TRUE(std::isnan(s.block().row(r)[m])) << about;
-        continue;
-      }
-      double want = 0;
-      for (int64_t e = 0; e < width; ++e) want += q.at(r, e) * key.at(m, e);
-      ASSERT_NEAR(s.block().row(r)[m], want,
-                  (sizeof(T) == 8 ? 1e-12 : 1e-5) * (4 + static_cast<double>(width) / 8))
-          << about;
-    }
-    for (int64_t f = 0; f < width; ++f) {
-      double want = 0.25 * q.at(r, f), magnitude = 1;
-      for (int64_t m = 0; m < keys; ++m) {
-        want += double{s.block().row(r)[m]} * key.at(m, f);
-        magnitude += std::abs(double{s.block().row(r)[m]} * key.at(m, f));
-      }
-      ASSERT_NEAR(out.as<T>()[r * padded + f], want, (sizeof(T) == 8 ? 1e-13 : 1e-6) * magnitude)
-          << about;
-    }
-  }
-}
-
-template <class T>
-void check_all_few_rows(const TileKernels<T>& k) {
-  for (int64_t rows : {1, 2, 3, 4, 5, 9, 16, 33}) {
-    for (int64_t width : {1, 3, 16, 33, 64, 80, 128, 256, 300}) {
-      for (DType type : input_types(k)) {
-        check_few_rows<T>(k, rows, width, type, dtype_of<T>);
-        check_few_rows<T>(k, rows, width, type, type);
-      }
-    }
-  }
-}
-
-TEST(FewRows, EveryIsa) {
-  for (Isa isa : available_isas()) {
-    check_all_few_rows(tile_kernels<float>(isa));
-    check_all_few_rows(tile_kernels<double>(isa));
-  }
-}
-
 template <class T>
 void check_finish(const TileKernels<T>& k) {
   const std::vector<DType> types = sizeof(T) == 8

@@ -75,9 +75,12 @@ int64_t longest_sight(const Problem& problem, int64_t query_tile, int64_t most) 
   return longest;
 }
 
+// From here on products of few rows take longer than reading the keys; a tile unit's do not.
+constexpr int64_t kTileRows = 4;
+
 // Why bfloat16 products are not for a call.
 std::string no_half_operands(const CallKind& call) {
-  if (!few_rows(call)) return "";
+  if (!few_rows(call) || call.rows_per_key_head >= kTileRows) return "";
   return std::to_string(call.rows_per_key_head) +
          " query rows per key head: reading the keys is the bound, not products";
 }
@@ -132,10 +135,10 @@ Path choose_path(const Problem& problem, const RunOptions& run, bool backward) {
   const int64_t queries = std::max<int64_t>(1, sequence.plan.queries()), keys = most_keys(problem);
   Path path;
   path.isa = chosen.isa;
-  path.half_operands = chosen.half_operands;
   path.few_rows = few_rows(call);
+  path.half_operands = chosen.half_operands && !path.few_rows;
   const size_t element = path.half_operands ? 2 : call.dtype == DType::f64 ? 8 : 4;
-  path.fused = path.half_operands && !backward && !path.few_rows && attends(problem);
+  path.fused = path.half_operands && !backward && attends(problem);
   const TileSizes sizes = tile_sizes(path, backward, sequence, element);
   // Tiles beyond what there is would only be cleared and skipped over.
   path.key_tile =
