@@ -139,14 +139,21 @@ Path choose_path(const Problem& problem, const RunOptions& run, bool backward) {
   path.half_operands = chosen.half_operands && !path.few_rows;
   const size_t element = path.half_operands ? 2 : call.dtype == DType::f64 ? 8 : 4;
   path.fused = path.half_operands && !backward && attends(problem);
-  const TileSizes sizes = tile_sizes(path, backward, sequence, element);
+  path.part_keys = part_keys(call, problem, queries, keys);
+  TileSizes sizes = tile_sizes(path, backward, sequence, element);
+  if (path.few_rows && path.isa == Isa::amx && !problem.splits) {
+    // Products of few rows on a tile unit are short beside what is done once a tile. A window would see
+    // little of a long one.
+    const Interval seen = sequence.plan.rows(0, sequence.plan.queries());
+    const bool window = seen.begin > 0 && seen.end - seen.begin < 4 * path.part_keys;
+    if (!window) sizes.key_tile = path.part_keys;
+  }
   // Tiles beyond what there is would only be cleared and skipped over.
   path.key_tile =
       std::min(problem.key_tile > 0 ? problem.key_tile : sizes.key_tile, round_up(keys, 64));
   path.query_tile = path.few_rows            ? call.rows_per_key_head
                     : problem.query_tile > 0 ? problem.query_tile
                                              : std::min(sizes.query_tile, round_up(queries, 8));
-  path.part_keys = part_keys(call, problem, queries, keys);
   if (!backward && !path.few_rows && path.part_keys == 0 && problem.key_tile == 0) {
     const int64_t most = path.isa == Isa::amx ? kMostSightOfTileUnit : kMostSight;
     const int64_t sight = longest_sight(problem, path.query_tile, most);
