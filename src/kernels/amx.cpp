@@ -21,15 +21,8 @@ void run_with_tiles(const std::function<void()>& body) {
 void add_amx_products(TileKernels<float>& f) {
 #if defined(__x86_64__)
   use_tile_unit<HardwareTiles>(f);
-  f.run_ready = run_with_tiles;
-#else
-  (void)f;
-#endif
-}
-
-void add_amx_attention(TileKernels<float>& f) {
-#if defined(__x86_64__)
   use_tile_attention<HardwareTiles>(f);
+  f.run_ready = run_with_tiles;
 #else
   (void)f;
 #endif

@@ -123,11 +123,10 @@ class RowAttention {
   void move_pivots(const WeightChunk& chunk, int64_t key, int64_t r, int64_t count) {
     take_lane_sums(lane_sums_, rows_, state_.sum);
     weigh_rows(chunk, r, count);
-    for (int64_t i = r; i < r + count; ++i) {
-      const float carry = state_.carry[i];
-      if (carry == 1) continue;
+    const float* carry = state_.carry + r;
+    if (std::any_of(carry, carry + count, [](float c) { return c != 1; })) {
       add_values(key);
-      for (int64_t f = 0; f < v_stride_; ++f) o_.row(i)[f] *= carry;
+      scale_rows(carry, count, v_stride_, o_.row(r), o_.stride);
     }
     find_settled();
   }
@@ -192,7 +191,6 @@ void attend_tile(const TileOperands& x, const WeightShape<float>& shape,
   }
 }
 
-/// After the products of the unit and add_avx512_half_weights.
 template <class Unit>
 void use_tile_attention(TileKernels<float>& f) {
   f.attend[static_cast<int>(WeightKind::softmax)] = attend_tile<Unit, WeightKind::softmax>;

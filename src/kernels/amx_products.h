@@ -112,8 +112,9 @@ void tile_scores(const void* queries, int64_t rows, const void* keys, int64_t ke
       });
 }
 
-inline void scale_rows(const float* carry, int64_t columns, float* o, int64_t stride) {
-  for (int64_t r = 0; r < 32; ++r) {
+inline void scale_rows(const float* carry, int64_t rows, int64_t columns, float* o,
+                       int64_t stride) {
+  for (int64_t r = 0; r < rows; ++r) {
     if (carry[r] == 1) continue;
     for (int64_t f = 0; f < columns; ++f) o[r * stride + f] *= carry[r];
   }
@@ -141,7 +142,7 @@ void tile_accumulate(const void* weights, int64_t p_stride, int64_t rows, const 
   const auto* v = static_cast<const uint32_t*>(values);
   for_sum_blocks(rows, key_count, ranges, 32, key_count, kHalfDepth,
                  [&](int64_t r, int64_t from, int64_t to, bool) {
-                   if (carry != nullptr) scale_rows(carry + r, v_stride, o.row(r), o.stride);
+                   if (carry != nullptr) scale_rows(carry + r, 32, v_stride, o.row(r), o.stride);
                    const int64_t steps = (to - from + kHalfDepth - 1) / kHalfDepth;
                    if (steps == 0) return;
                    const auto* p = static_cast<const uint16_t*>(weights) + r * p_stride + from;

@@ -40,7 +40,7 @@ bool has_full_rate_bf16();
 /// dot_rows with AVX512-BF16; false, and nothing done, for operands that are not exact in bfloat16 or too
 /// large.
 bool half_dot_rows(Block<const float> queries, int64_t rows, const Rows& k, Block<float> s);
-void add_amx_products(TileKernels<float>& f);
+void add_amx_products(TileKernels<float>& f);  // and `attend`
 
 /// Scores of up to 32 rows with the keys of one panel, and where their weights go.
 struct WeightChunk {
@@ -60,8 +60,6 @@ uint32_t softmax_chunk(const WeightChunk& chunk, float scale, const float* pivot
 void find_first_pivots(const WeightChunk& chunk, uint32_t rows, float scale, float* pivots);
 /// Moves the sums of up to 32 rows to `sums`. There are lanes for a multiple of 16 rows.
 void take_lane_sums(float* lane_sums, int64_t rows, float* sums);
-/// A tile unit's `attend`, after its products and add_avx512_half_weights.
-void add_amx_attention(TileKernels<float>& f);
 
 /// Few rows on a tile unit, the part of vectors (AVX512-BF16). A tile has 16 rows of 16 numbers or pairs.
 inline constexpr int64_t kQueryTile = 16 * 16;

@@ -79,7 +79,6 @@ const TileKernels<float>* half_tile_kernels(Isa isa) {
       add_tile_value_parts(Isa::amx, table);
       add_amx_products(table);
       add_avx512_half_weights(table);
-      add_amx_attention(table);
     });
     return &amx;
   }
