@@ -48,6 +48,7 @@ TileKernels<float> make_half_table(Isa isa, void (*add_products)(TileKernels<flo
   table.name = name_of(isa);
   add_half_pack_parts(isa, table);
   add_half_weight_parts(isa, table);
+  add_avx512_half_weights(table);
   add_products(table);
   return table;
 }
@@ -78,7 +79,6 @@ const TileKernels<float>* half_tile_kernels(Isa isa) {
     static const TileKernels<float> amx = make_half_table(Isa::amx, [](TileKernels<float>& table) {
       add_tile_value_parts(Isa::amx, table);
       add_amx_products(table);
-      add_avx512_half_weights(table);
     });
     return &amx;
   }
