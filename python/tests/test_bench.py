@@ -279,6 +279,7 @@ def test_measured_beside_planned():
         assert row["mean_speedup"] == pytest.approx(64 / mean)
         assert row["flop_speedup"] == pytest.approx(64**2 / 24**2)
         assert 1 < row["kernel"]["speedup"] <= row["flop_speedup"] * (1 + 1e-9)
+        assert 1 < row["kernel"]["predicted"] < row["kernel"]["speedup"]
         assert row["kernel"]["visited_mean"] <= row["kernel"]["dense"]
         assert sound(row["ms"]) and sound(row["dense_ms"]) and sound(row["measured_speedup"])
     blocks = found["kernel_size=24,stride=8"]["kernel"]

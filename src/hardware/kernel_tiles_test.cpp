@@ -94,6 +94,8 @@ TEST(KernelTiles, WholeBoxesReachTheBound) {
   const std::vector<NeighborhoodAxis> axes = {{64, 24, 8}, {64, 24, 8}};
   const KernelTiles tiles = kernel_tiles(axes, 64, 64, DType::f32, {});
   EXPECT_NEAR(tiles.speedup, 64.0 * 64 / (24 * 24), 1e-9);
+  EXPECT_LT(tiles.predicted, tiles.speedup);
+  EXPECT_GT(tiles.predicted, tiles.speedup / 2);
   EXPECT_EQ(tiles.query_tile.size(), 2u);
 }
 

@@ -69,8 +69,9 @@ namespace {
 constexpr double kElement = 10;     // a score: exponential, maximum, sum
 constexpr double kRow = 500;        // a row of a tile: accumulators and statistics in and out
 constexpr double kTile = 10000;     // a tile
-constexpr double kHidden = 6;       // a score of a tile that is masked
-constexpr double kHiddenRow = 500;  // a row of a tile that is masked
+constexpr double kMasked = 6;       // a score of a tile that is masked
+constexpr double kMaskedRow = 500;  // a row of a tile that is masked
+constexpr double kCopied = 28;      // an element of a token
 constexpr int64_t kFewestRows = 32, kMostRows = 64, kMostKeys = 256;
 
 struct AxisCount {
@@ -190,9 +191,9 @@ double computed_along(const GridPoint& rows, const GridPoint& keys, size_t axis,
   return std::min(computed, count.visited * static_cast<double>(keys[axis]));
 }
 
-// Work of all pairs of boxes. A box that is visited is computed whole along all axes but the slowest.
-double cost_of(const GridPoint& rows, const GridPoint& keys, const Counts& counts,
-               const TileCosts& costs) {
+// Of all pairs of boxes. A box that is visited is computed whole along all axes but the slowest; every part
+// of a box counts as masked.
+TileWork estimate(const GridPoint& rows, const GridPoint& keys, const Counts& counts) {
   double all_rows = 1, all_keys = 1, visited = 1, full = 1, computed = 1;
   bool slowest = true;
   for (size_t a = 0; a < kGridAxes; ++a) {
@@ -206,12 +207,23 @@ double cost_of(const GridPoint& rows, const GridPoint& keys, const Counts& count
     full *= counts[a].full;
   }
   all_rows = std::ceil(all_rows / kRowBlock) * kRowBlock;
-  const double dims = costs.product * static_cast<double>(costs.head_dim + costs.value_dim);
-  return computed * all_rows * (dims + kElement) + visited * (all_rows * kRow + kTile) +
-         (visited - full) * all_rows * (all_keys * kHidden + kHiddenRow);
+  const double parts = (visited - full) * all_rows;
+  return {.scores = computed * all_rows,
+          .sums = computed * all_rows,
+          .tiles = visited,
+          .rows = visited * all_rows,
+          .masked_rows = parts,
+          .masked_pairs = parts * all_keys};
 }
 
 }  // namespace
+
+double cost_of(const TileWork& work, const TileCosts& costs) {
+  return work.scores * (costs.product * static_cast<double>(costs.head_dim) + kElement) +
+         work.sums * costs.product * static_cast<double>(costs.value_dim) + work.tiles * kTile +
+         work.rows * kRow + work.masked_rows * kMaskedRow + work.masked_pairs * kMasked +
+         work.copied * static_cast<double>(costs.head_dim + costs.value_dim) * kCopied;
+}
 
 TileCosts tile_costs(int64_t head_dim, int64_t value_dim, DType dtype, const RunOptions& run) {
   TileCosts costs{head_dim, value_dim, dtype == DType::f64 ? 8 : 4};
@@ -245,7 +257,7 @@ TileShapes choose_tiles(const tiled::GridGroup& group, const tiled::Neighborhood
         keys[a] = key_sides[a][k[a]];
         counts[a] = axes[a].count(q[a], k[a]);
       }
-      const double cost = cost_of(rows, keys, counts, costs);
+      const double cost = cost_of(estimate(rows, keys, counts), costs);
       if (cost >= least) continue;
       least = cost;
       for (size_t a = 0; a < kGridAxes; ++a) {

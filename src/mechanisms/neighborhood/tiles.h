@@ -62,6 +62,16 @@ struct TileCosts {
 
 TileCosts tile_costs(int64_t head_dim, int64_t value_dim, DType dtype, const RunOptions& run);
 
+/// What visits of tiles consist of.
+struct TileWork {
+  double scores = 0, sums = 0;               // pairs of tokens in the two products
+  double tiles = 0, rows = 0;                // visited, and their rows
+  double masked_rows = 0, masked_pairs = 0;  // of tiles of which single scores are hidden
+  double copied = 0;  // tokens with their D + Dv elements, out of place or back
+};
+/// Multiply-adds of float32's products that take as long.
+double cost_of(const TileWork& work, const TileCosts& costs);
+
 /// The cheapest of a few hundred shapes by the number of tile pairs that they visit.
 TileShapes choose_tiles(const tiled::GridGroup& group, const tiled::Neighborhood& grid,
                         const TileCosts& costs);
