@@ -134,7 +134,8 @@ class RowAttention {
   void weigh_rows(const WeightChunk& chunk, int64_t r, int64_t count) {
     static const TileKernels<float> kernels = [] {
       TileKernels<float> table;
-      add_avx512_half_weights(table);
+      add_avx512_half_softmax(table);
+      add_avx512_half_sigmoid(table);
       return table;
     }();
     kernels.weights[static_cast<int>(kKind)](

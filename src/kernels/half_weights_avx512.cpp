@@ -367,8 +367,11 @@ void take_lane_sums(float* lane_sums, int64_t rows, float* sums) {
   }
 }
 
-void add_avx512_half_weights(TileKernels<float>& f) {
+void add_avx512_half_softmax(TileKernels<float>& f) {
   f.weights[static_cast<int>(WeightKind::softmax)] = softmax_weights;
+}
+
+void add_avx512_half_sigmoid(TileKernels<float>& f) {
   f.weights[static_cast<int>(WeightKind::sigmoid)] = sigmoid_weights;
 }
 

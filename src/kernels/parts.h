@@ -34,7 +34,11 @@ void add_half_pack_parts(Isa isa, TileKernels<float>& f);
 void add_tile_value_parts(Isa isa, TileKernels<float>& f);  // after it: values in tiles
 void add_half_weight_parts(Isa isa, TileKernels<float>& f);
 void add_avx512_half_products(TileKernels<float>& f);  // AVX512-BF16
-void add_avx512_half_weights(TileKernels<float>& f);   // AVX512-BF16, after add_half_weight_parts
+// AVX512-BF16, after add_half_weight_parts. This softmax keeps a row's first pivot, so that its largest weight
+// is rounded too, which that of a running maximum, 1, is not: up to an eighth more error where one key has
+// most of the weight. Worth it where exponentials are much of the time, beside a tile unit.
+void add_avx512_half_softmax(TileKernels<float>& f);
+void add_avx512_half_sigmoid(TileKernels<float>& f);
 /// Whether products of bfloat16 are faster than those of float32 on AVX-512.
 bool has_full_rate_bf16();
 /// dot_rows with AVX512-BF16; false, and nothing done, for operands that are not exact in bfloat16 or too

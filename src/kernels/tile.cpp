@@ -48,7 +48,7 @@ TileKernels<float> make_half_table(Isa isa, void (*add_products)(TileKernels<flo
   table.name = name_of(isa);
   add_half_pack_parts(isa, table);
   add_half_weight_parts(isa, table);
-  add_avx512_half_weights(table);
+  add_avx512_half_sigmoid(table);
   add_products(table);
   return table;
 }
@@ -78,6 +78,7 @@ const TileKernels<float>* half_tile_kernels(Isa isa) {
   if (isa == Isa::amx) {
     static const TileKernels<float> amx = make_half_table(Isa::amx, [](TileKernels<float>& table) {
       add_tile_value_parts(Isa::amx, table);
+      add_avx512_half_softmax(table);
       add_amx_products(table);
     });
     return &amx;

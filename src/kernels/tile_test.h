@@ -87,7 +87,8 @@ inline std::vector<TileKernels<float>> emulated_tile_tables() {
   if (std::find(features.begin(), features.end(), "avx512_bf16") != features.end()) {
     all.push_back(emulated_tile_table());
     all.back().name = "emulated tiles, AVX512-BF16";
-    add_avx512_half_weights(all.back());
+    add_avx512_half_softmax(all.back());
+    add_avx512_half_sigmoid(all.back());
   }
   return all;
 }
