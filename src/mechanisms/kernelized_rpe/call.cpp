@@ -28,7 +28,6 @@ OffsetWeights<T> offset_weights(const Call& call) {
   OffsetWeights<T> weights;
   weights.span = call.span;
   weights.values.assign(static_cast<size_t>(heads * n), T{0});
-  weights.reversed = weights.values;
   weights.some_zero.assign(static_cast<size_t>(heads), 0);
   for (int64_t h = 0; h < heads; ++h) {
     const Used entries = used(call, rpb, h);
@@ -41,7 +40,6 @@ OffsetWeights<T> offset_weights(const Call& call) {
       const double b = entries.first[i];
       const T c = static_cast<T>(b == -kInfinity ? 0 : std::exp(b - most));
       weights.values[static_cast<size_t>(h * n + i)] = c;
-      weights.reversed[static_cast<size_t>(h * n + n - 1 - i)] = c;
       if (c == 0) weights.some_zero[static_cast<size_t>(h)] = 1;
     }
   }

@@ -47,11 +47,9 @@ template <class T>
 struct OffsetWeights {
   int64_t span = 0;
   std::vector<T> values;        // [H, offsets]: entry span + o
-  std::vector<T> reversed;      // entry span - o
   std::vector<char> some_zero;  // [H]: an offset that is not masked has weight 0
 
   const T* of(int64_t h) const { return values.data() + h * (2 * span + 1); }
-  const T* reversed_of(int64_t h) const { return reversed.data() + h * (2 * span + 1); }
 };
 template <class T>
 OffsetWeights<T> offset_weights(const Call& call);

@@ -1,5 +1,7 @@
 // All pairs of tokens, tile by tile: scores of features times the weights of offsets, like a linear
-// attention that cannot be reordered. A column of ones beside the values makes the denominators.
+// attention that cannot be reordered. A column of ones beside the values makes the denominators, or a sum
+// of each row where that column would take a vector of its own. The backward meets every pair once: shares
+// of a head's queries add up what they give to all keys, and these parts are added in order.
 #include <algorithm>
 #include <atomic>
 #include <cmath>
@@ -33,7 +35,7 @@ struct TokenRows {
       : tokens(tokens_of_head),
         width(width_of_row),
         stride(kernels::row_stride(kernels, width_of_row)),
-        piece_stride(kernels::row_stride(kernels, kPiece)),
+        piece_stride(kernels::row_stride(kernels, kPiece, true)),
         rows(static_cast<size_t>(heads * tokens * stride)),
         pieces(with_pieces
                    ? static_cast<size_t>(heads * ceil_div(tokens, kPiece) * width * piece_stride)
@@ -67,7 +69,9 @@ class Direct {
         e_(call.sizes.value_dim),
         group_(call.sizes.group()),
         tiles_(ceil_div(l_, kTile)),
-        key_heads_(call.sizes.batch * call.sizes.kv_heads) {}
+        key_heads_(call.sizes.batch * call.sizes.kv_heads),
+        sums_rows_(e_ % kernels_.lanes == 0),
+        ones_(static_cast<size_t>(kPiece), T{1}) {}
 
   void forward(const Tensor& out) {
     for_flights(false, [&](Flight& flight) {
@@ -86,11 +90,14 @@ class Direct {
 
   void backward(const Tensor& grad_out, const KernelizedRpeGradientViews& gradients) {
     constexpr int64_t kBytes = 512 << 10;  // of the second-level cache
+    constexpr int64_t kParts = 16;         // of all heads together, whatever the threads
     keeps_scores_ = kTile * l_ * static_cast<int64_t>(sizeof(T)) <= kBytes;
+    shares_ = std::clamp<int64_t>(ceil_div(kParts, key_heads_ * group_), 1, tiles_);
     std::vector<double> drpb(static_cast<size_t>(call_.sizes.heads * call_.offsets()));
     for_flights(true, [&](Flight& flight) {
-      query_sweep(flight, grad_out, gradients.q, drpb);
-      key_sweep(flight, gradients);
+      std::vector<Part> parts = query_sweep(flight, grad_out, gradients.q);
+      add_offset_gradients(flight, parts, drpb);
+      finish_keys(flight, parts, gradients);
     });
     store_rpb_gradient(call_, drpb, gradients.rpb);
   }
@@ -107,8 +114,6 @@ class Direct {
     std::vector<T> largest;           // exponents of keys, by query head and tile
     std::vector<char> finite_values;  // by key head and tile
     std::vector<char> finite_keys;    // by query head and tile
-    TokenRows<T> queries, gradients;  // backward: features; gradients of the sums
-    std::vector<char> finite_queries, finite_gradients;  // by query head and tile
     Flight(const Direct& owner, int64_t first_head, int64_t heads, bool backward)
         : first(first_head),
           count(heads),
@@ -116,23 +121,27 @@ class Direct {
           values(owner.kernels_, heads, owner.l_, owner.e_ + 1, backward),
           largest(static_cast<size_t>(heads * owner.group_ * owner.tiles_)),
           finite_values(static_cast<size_t>(heads * owner.tiles_)),
-          finite_keys(largest.size()),
-          queries(owner.kernels_, backward ? heads * owner.group_ : 0, owner.l_,
-                  owner.call_.features, backward),
-          gradients(owner.kernels_, backward ? heads * owner.group_ : 0, owner.l_, owner.e_ + 1,
-                    backward),
-          finite_queries(largest.size()),
-          finite_gradients(largest.size()) {}
+          finite_keys(largest.size()) {}
+  };
+
+  /// What one share of a head's queries adds to the gradients of features of keys, of values and of offsets.
+  struct Part {
+    TokenRows<T> features, values;
+    std::vector<T> offsets;
+    explicit Part(const Direct& owner)
+        : features(owner.kernels_, 1, owner.l_, owner.call_.features, false),
+          values(owner.kernels_, 1, owner.l_, owner.e_, false),
+          offsets(static_cast<size_t>(owner.call_.offsets())) {}
   };
 
   /// Scratch of one thread.
   struct Work {
     typename Features<T>::Work features;
-    std::vector<T> phi_values, sum_values, score_values, weight_values, gradient_values;
-    Block<T> phi, sums, scores, weights, dphi;
+    std::vector<T> phi_values, sum_values, score_values, weight_values, dphi_values, g_values;
+    Block<T> phi, sums, scores, weights, dphi, g;
     explicit Work(const Direct& owner) : features(owner.features_, kTile) {
       const auto block = [&](std::vector<T>& values, int64_t width) {
-        const int64_t stride = kernels::row_stride(owner.kernels_, width);
+        const int64_t stride = kernels::row_stride(owner.kernels_, width, width >= kPiece);
         values.resize(static_cast<size_t>(kTile * stride));
         return Block<T>{values.data(), stride};
       };
@@ -140,7 +149,8 @@ class Direct {
       sums = block(sum_values, owner.e_ + 1);
       scores = block(score_values, owner.keeps_scores_ ? owner.l_ : kPiece);
       weights = block(weight_values, kPiece);
-      dphi = block(gradient_values, owner.call_.features);
+      dphi = block(dphi_values, owner.call_.features);
+      g = block(g_values, owner.e_ + 1);
     }
   };
 
@@ -154,7 +164,8 @@ class Direct {
   template <class Body>
   void for_flights(bool backward, Body&& body) {
     constexpr int64_t kBytes = 16 << 20;
-    const int64_t floats = (backward ? 4 : 2) * (call_.features * group_ + e_ + 1) * l_;
+    const int64_t copies = backward ? 2 + shares_ : 2;
+    const int64_t floats = copies * (call_.features * group_ + e_ + 1) * l_;
     const int64_t threads = threads_for(run_, 1 << 20);
     const int64_t wanted = std::max(kBytes / (floats * static_cast<int64_t>(sizeof(T)) + 1),
                                     ceil_div(4 * threads, tiles_ * group_));
@@ -213,7 +224,8 @@ class Direct {
   }
 
   int64_t last_key(int64_t query) const { return call_.options.causal ? query + 1 : l_; }
-  int64_t first_query(int64_t key) const { return call_.options.causal ? key : 0; }
+  /// Whether all queries from `begin` on see all keys before `end`.
+  bool see_all(int64_t begin, int64_t end) const { return !call_.options.causal || end <= begin; }
 
   // scores[r][m] = phi[r] . feature of key first + m, for keys of one piece
   void piece_scores(Block<T> phi, TokenRows<T>& of, int64_t head, int64_t first, int64_t count,
@@ -245,8 +257,11 @@ class Direct {
       const Block<T> scores = scores_of(work, first);
       weighed_scores(flight, head, h, begin, first, count, rows, phi, scores);
       add_keys(scores, flight.values.at(key_head, first), first, count, work.sums, begin, rows,
-               e_ + 1,
+               sums_rows_ ? e_ : e_ + 1,
                flight.finite_values[static_cast<size_t>(key_head * tiles_ + begin / kTile)]);
+      for (int64_t r = 0; sums_rows_ && r < rows; ++r) {
+        work.sums.row(r)[e_] += kernels_.dot(scores.row(r), ones_.data(), count);
+      }
     }
   }
 
@@ -263,46 +278,45 @@ class Direct {
     }
   }
 
-  // to[r] += sum over `count` tokens of weights[r] x, where row r sees those of seen(r) and its other
-  // weights are 0. 0 times a NaN would be NaN: unless all of x is `finite`, every row reads its own
-  // tokens only.
-  template <class Visible>
-  void add_products(Block<T> weights, Block<T> x, int64_t count, Block<T> to, int64_t rows,
-                    int64_t width, bool finite, Visible&& seen) {
-    if (finite) {
-      kernels_.multiply({weights.data, weights.stride, 1}, readable(x), count, to, rows, width,
-                        true);
-      return;
-    }
-    for (int64_t r = 0; r < rows; ++r) {
-      const auto [begin, end] = seen(r);
-      kernels_.multiply({weights.row(r) + begin, weights.stride, 1},
-                        {x.data + begin * x.stride, x.stride}, end - begin, {to.row(r), to.stride},
-                        1, width, true);
-    }
-  }
-
   struct Range {
     int64_t begin, end;
   };
 
-  // The same for queries [begin, begin + rows) and keys [first, first + count). Only keys of the queries'
-  // own tile are seen by some of them and not by others: `finite` is about that tile.
-  void add_keys(Block<T> weights, Block<T> keys, int64_t first, int64_t count, Block<T> to,
-                int64_t begin, int64_t rows, int64_t width, char finite) {
-    const bool all_seen = !call_.options.causal || first + count <= begin;
-    add_products(weights, keys, count, to, rows, width, all_seen || finite != 0, [&](int64_t r) {
-      return Range{0, std::clamp<int64_t>(last_key(begin + r) - first, 0, count)};
-    });
+  // to[r] += sum over `count` tokens of weights(r, token) x, where row r sees those of seen(r) and its other
+  // weights are 0. 0 times a NaN would be NaN: unless all rows see all tokens or all of x is `finite`, every
+  // row reads its own tokens only.
+  template <class Seen>
+  void add_products(kernels::Factor<T> weights, Block<T> x, int64_t count, Block<T> to,
+                    int64_t rows, int64_t width, bool finite, Seen&& seen) {
+    if (finite) {
+      kernels_.multiply(weights, readable(x), count, to, rows, width, true);
+      return;
+    }
+    for (int64_t r = 0; r < rows; ++r) {
+      const Range range = seen(r);
+      const T* from = weights.data + r * weights.row + range.begin * weights.depth;
+      kernels_.multiply({from, weights.row, weights.depth}, {x.row(range.begin), x.stride},
+                        range.end - range.begin, {to.row(r), to.stride}, 1, width, true);
+    }
   }
 
-  // The same for keys [begin, begin + rows) and queries [first, first + count) from `begin` on.
-  void add_queries(Block<T> weights, Block<T> queries, int64_t first, int64_t count, Block<T> to,
-                   int64_t begin, int64_t rows, int64_t width, char finite) {
-    const bool all_seen = !call_.options.causal || first >= begin + rows;
-    add_products(weights, queries, count, to, rows, width, all_seen || finite != 0, [&](int64_t r) {
-      return Range{std::clamp<int64_t>(first_query(begin + r) - first, 0, count), count};
-    });
+  // What queries [begin, begin + rows) get from keys [first, first + count). Only keys of the queries' own
+  // tile are seen by some of them and not by others: `finite` is about that tile.
+  void add_keys(Block<T> weights, Block<T> keys, int64_t first, int64_t count, Block<T> to,
+                int64_t begin, int64_t rows, int64_t width, char finite) {
+    add_products({weights.data, weights.stride, 1}, keys, count, to, rows, width,
+                 see_all(begin, first + count) || finite != 0, [&](int64_t r) {
+                   return Range{0, std::clamp<int64_t>(last_key(begin + r) - first, 0, count)};
+                 });
+  }
+
+  // What those keys get from the queries.
+  void add_queries(Block<T> weights, Block<T> queries, int64_t begin, int64_t rows, Block<T> to,
+                   int64_t first, int64_t count, int64_t width, bool finite) {
+    add_products({weights.data, 1, weights.stride}, queries, rows, to, count, width,
+                 see_all(begin, first + count) || finite, [&](int64_t m) {
+                   return Range{std::clamp<int64_t>(first + m - begin, 0, rows), rows};
+                 });
   }
 
   // sums become results; returns 1 / denominator, 0 where nothing is visible.
@@ -338,40 +352,32 @@ class Direct {
     }
   }
 
-  // dq, and per query head the gradients of its offsets.
-  void query_sweep(Flight& flight, const Tensor& grad_out, const Tensor& dq,
-                   std::vector<double>& drpb) {
-    const int64_t heads = flight.count * group_, n = call_.offsets();
-    const int64_t threads = threads_for(run_, 1 << 20);
-    const int64_t shares = std::clamp<int64_t>(ceil_div(4 * threads, heads), 1, tiles_);
-    std::vector<T> parts(static_cast<size_t>(heads * shares * n));
-    parallel(heads * shares, [&](int64_t item, Work& work) {
-      const int64_t head = item / shares, share = item % shares;
-      const int64_t end = share_begin(tiles_, share + 1, shares);
-      for (int64_t tile = share_begin(tiles_, share, shares); tile < end; ++tile) {
-        query_tile(flight, head, tile * kTile, grad_out, dq, parts.data() + item * n, work);
+  // dq, and the parts of all else: those of a head's shares one behind the other.
+  std::vector<Part> query_sweep(Flight& flight, const Tensor& grad_out, const Tensor& dq) {
+    std::vector<Part> parts;
+    for (int64_t i = 0; i < flight.count * group_ * shares_; ++i) parts.emplace_back(*this);
+    parallel(static_cast<int64_t>(parts.size()), [&](int64_t item, Work& work) {
+      const int64_t head = item / shares_, share = item % shares_;
+      const int64_t end = share_begin(tiles_, share + 1, shares_);
+      for (int64_t tile = share_begin(tiles_, share, shares_); tile < end; ++tile) {
+        query_tile(flight, head, tile * kTile, grad_out, dq, parts[static_cast<size_t>(item)],
+                   work);
       }
     });
-    for (int64_t item = 0; item < heads * shares; ++item) {
-      double* to = drpb.data() + call_.place(flight.first, item / shares).h * n;
-      const T* from = parts.data() + item * n;
-      for (int64_t i = 0; i < n; ++i) to[i] += static_cast<double>(from[i]);
-    }
+    return parts;
   }
 
   void query_tile(Flight& flight, int64_t head, int64_t begin, const Tensor& grad_out,
-                  const Tensor& dq, T* drpb, Work& work) {
+                  const Tensor& dq, Part& part, Work& work) {
     const Place at = call_.place(flight.first, head);
     const int64_t rows = std::min(kTile, l_ - begin), key_head = head / group_;
-    const Block<T> phi = flight.queries.at(head, begin), g = flight.gradients.at(head, begin);
+    const Block<T> phi = work.phi, g = work.g;
     features_.queries(at.b, at.h, begin, rows, work.features, phi);
     sums(flight, head, at.h, begin, rows, work, phi);
     sum_gradients(grad_out, at, begin, rows, work, g);
-    const auto tile = static_cast<size_t>(head * tiles_ + begin / kTile);
-    flight.finite_queries[tile] = all_finite(phi, rows, call_.features);
-    flight.finite_gradients[tile] = all_finite(g, rows, e_ + 1);
-    flight.queries.transpose(kernels_, head, begin, rows);
-    flight.gradients.transpose(kernels_, head, begin, rows);
+    const bool finite_phi = all_finite(phi, rows, call_.features),
+               finite_g = all_finite(g, rows, e_);
+    const char finite_keys = flight.finite_keys[static_cast<size_t>(head * tiles_ + begin / kTile)];
     for (int64_t r = 0; r < rows; ++r) std::fill_n(work.dphi.row(r), work.dphi.stride, T{0});
     const int64_t end = last_key(begin + rows - 1);
     for (int64_t first = 0; first < end; first += kPiece) {
@@ -385,13 +391,16 @@ class Direct {
         const int64_t token = begin + r;
         const int64_t visible = std::clamp<int64_t>(last_key(token), first, first + count);
         for_runs(call_, token, first, visible, [&](int64_t key, int64_t n, int64_t entry) {
-          kernels_.add_products(drpb + entry, scores.row(r) + (key - first),
+          kernels_.add_products(part.offsets.data() + entry, scores.row(r) + (key - first),
                                 work.weights.row(r) + (key - first), n);
         });
         weigh(weights_.of(at.h), token, 0, last_key(token), first, count, work.weights.row(r));
       }
       add_keys(work.weights, flight.keys.at(head, first), first, count, work.dphi, begin, rows,
-               call_.features, flight.finite_keys[tile]);
+               call_.features, finite_keys);
+      add_queries(work.weights, phi, begin, rows, part.features.at(0, first), first, count,
+                  call_.features, finite_phi);
+      add_queries(scores, g, begin, rows, part.values.at(0, first), first, count, e_, finite_g);
     }
     features_.gradient(false, at.b, at.h, begin, rows, readable(phi), readable(work.dphi),
                        work.features);
@@ -399,8 +408,19 @@ class Direct {
                                                      dq.stride(2), rows, call_.sizes.dim});
   }
 
-  // dk and dv: the same tiles transposed, keys as rows and queries as columns.
-  void key_sweep(Flight& flight, const KernelizedRpeGradientViews& gradients) {
+  void add_offset_gradients(const Flight& flight, const std::vector<Part>& parts,
+                            std::vector<double>& drpb) const {
+    const int64_t n = call_.offsets();
+    for (int64_t item = 0; item < static_cast<int64_t>(parts.size()); ++item) {
+      double* to = drpb.data() + call_.place(flight.first, item / shares_).h * n;
+      const std::vector<T>& from = parts[static_cast<size_t>(item)].offsets;
+      for (int64_t i = 0; i < n; ++i) to[i] += static_cast<double>(from[static_cast<size_t>(i)]);
+    }
+  }
+
+  // dk and dv from the parts.
+  void finish_keys(Flight& flight, std::vector<Part>& parts,
+                   const KernelizedRpeGradientViews& gradients) {
     parallel(flight.count * tiles_, [&](int64_t item, Work& work) {
       const int64_t key_head = item / tiles_, begin = item % tiles_ * kTile;
       const int64_t rows = std::min(kTile, l_ - begin), dim = call_.sizes.dim;
@@ -410,7 +430,14 @@ class Direct {
       for (int64_t member = 0; member < group_; ++member) {
         const int64_t head = key_head * group_ + member;
         const Place at = call_.place(flight.first, head);
-        key_tile(flight, head, at.h, begin, rows, work);
+        for (int64_t r = 0; r < rows; ++r) {
+          std::fill_n(work.dphi.row(r), work.dphi.stride, T{0});
+          for (int64_t share = 0; share < shares_; ++share) {
+            Part& part = parts[static_cast<size_t>(head * shares_ + share)];
+            kernels_.add(work.dphi.row(r), part.features.at(0, begin + r).data, call_.features);
+            kernels_.add(work.sums.row(r), part.values.at(0, begin + r).data, e_);
+          }
+        }
         features_.gradient(true, at.b, at.h, begin, rows, readable(flight.keys.at(head, begin)),
                            readable(work.dphi), work.features);
         for (int64_t r = 0; r < rows; ++r) kernels_.add(sum.row(r), work.features.dx.row(r), dim);
@@ -425,29 +452,6 @@ class Direct {
     });
   }
 
-  // Adds one query head's part to the gradients of values in work.sums; those of features to work.dphi.
-  void key_tile(Flight& flight, int64_t head, int64_t h, int64_t begin, int64_t rows, Work& work) {
-    for (int64_t r = 0; r < rows; ++r) std::fill_n(work.dphi.row(r), work.dphi.stride, T{0});
-    const Block<T> phi = flight.keys.at(head, begin),
-                   values = flight.values.at(head / group_, begin);
-    const auto tile = static_cast<size_t>(head * tiles_ + begin / kTile);
-    for (int64_t first = first_query(begin), count = 0; first < l_; first += count) {
-      count = std::min(kPiece - first % kPiece, l_ - first);
-      piece_scores(phi, flight.queries, head, first, count, rows, work.scores);
-      piece_scores(values, flight.gradients, head, first, count, rows, work.weights);
-      for (int64_t r = 0; r < rows; ++r) {
-        for (Block<T>* block : {&work.scores, &work.weights}) {
-          weigh(weights_.reversed_of(h), begin + r, first_query(begin + r), l_, first, count,
-                block->row(r));
-        }
-      }
-      add_queries(work.weights, flight.queries.at(head, first), first, count, work.dphi, begin,
-                  rows, call_.features, flight.finite_queries[tile]);
-      add_queries(work.scores, flight.gradients.at(head, first), first, count, work.sums, begin,
-                  rows, e_, flight.finite_gradients[tile]);
-    }
-  }
-
   const Call& call_;
   const RunOptions& run_;
   const kernels::MatrixKernels<T>& kernels_;
@@ -455,6 +459,9 @@ class Direct {
   OffsetWeights<T> weights_;
   int64_t l_, e_, group_, tiles_, key_heads_;
   std::vector<std::unique_ptr<Work>> works_;
+  const bool sums_rows_;  // a column of ones would take a vector of its own
+  const std::vector<T> ones_;
+  int64_t shares_ = 1;
   bool keeps_scores_ = false;  // of the pieces that a tile of queries meets
   std::atomic<bool> underflow_ = false;
 };
