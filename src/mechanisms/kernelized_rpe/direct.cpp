@@ -90,9 +90,8 @@ class Direct {
 
   void backward(const Tensor& grad_out, const KernelizedRpeGradientViews& gradients) {
     constexpr int64_t kBytes = 512 << 10;  // of the second-level cache
-    constexpr int64_t kParts = 16;         // of all heads together, whatever the threads
     keeps_scores_ = kTile * l_ * static_cast<int64_t>(sizeof(T)) <= kBytes;
-    shares_ = std::clamp<int64_t>(ceil_div(kParts, key_heads_ * group_), 1, tiles_);
+    shares_ = shares_of_queries();
     std::vector<double> drpb(static_cast<size_t>(call_.sizes.heads * call_.offsets()));
     for_flights(true, [&](Flight& flight) {
       std::vector<Part> parts = query_sweep(flight, grad_out, gradients.q);
@@ -107,6 +106,15 @@ class Direct {
 
  private:
   static constexpr T kSmallest = sizeof(T) == 4 ? static_cast<T>(1e-30) : T{0};
+
+  /// Into how many shares the backward cuts the queries of a head, whatever the threads: 16 over all heads, but
+  /// no more than 4 where they take much memory.
+  int64_t shares_of_queries() const {
+    constexpr int64_t kShares = 16, kFew = 4, kBytes = 64 << 20;
+    const int64_t bytes = l_ * (call_.features + e_) * static_cast<int64_t>(sizeof(T));
+    const int64_t most = std::max(kFew, kBytes / (bytes + 1));
+    return std::clamp<int64_t>(ceil_div(kShares, key_heads_ * group_), 1, std::min(most, tiles_));
+  }
 
   struct Flight {
     int64_t first, count;
@@ -357,7 +365,7 @@ class Direct {
     std::vector<Part> parts;
     for (int64_t i = 0; i < flight.count * group_ * shares_; ++i) parts.emplace_back(*this);
     parallel(static_cast<int64_t>(parts.size()), [&](int64_t item, Work& work) {
-      const int64_t head = item / shares_, share = item % shares_;
+      const int64_t head = item / shares_, share = shares_ - 1 - item % shares_;  // long ones first
       const int64_t end = share_begin(tiles_, share + 1, shares_);
       for (int64_t tile = share_begin(tiles_, share, shares_); tile < end; ++tile) {
         query_tile(flight, head, tile * kTile, grad_out, dq, parts[static_cast<size_t>(item)],
