@@ -53,10 +53,10 @@ struct KernelizedRpeOptions {
 };
 
 /// The model behind `automatic`: estimated seconds of one head's forward on one core.
-///   direct  2 * pairs * (F + Dv + 1) operations at 50, 40 or 5 GFLOP/s (AVX-512, AVX2, portable),
-///           half of that in float64; pairs = L^2, causal half of it
+///   direct  2 * pairs * (F + Dv in sixteens) operations at 97, 75 or 5 GFLOP/s (AVX-512, AVX2, portable) and
+///           0.17 ns a pair, twice that in float64; pairs = L^2, causal half of it
 ///   fft     F * (Dv + 1) complex transforms of N points, N the next product of 2, 3 and 5 from twice the
-///           positions on, at 2.2 ns * N log2 N (float64 calls: 11 ns)
+///           positions on, at 1.7 ns * N log2 N (float64 calls: 11 ns)
 /// F = M, for trf 2M, for elu1 D; positions = L, on a grid those of its padded rows, Gy * (2Gx - 1).
 struct RpeCost {
   double direct = 0, fft = 0;

@@ -228,13 +228,15 @@ RpePath parse_rpe_path(std::string_view name) { return parse("path", name, kPath
 
 RpeCost kernelized_rpe_cost(int64_t tokens, int64_t positions, int64_t features, int64_t value_dim,
                             bool causal, DType dtype, Isa isa) {
-  const bool wide = dtype == DType::f64;
-  const double rate = (isa >= Isa::avx512 ? 50e9 : isa == Isa::avx2 ? 40e9 : 5e9) / (wide ? 2 : 1);
+  const double wide = dtype == DType::f64 ? 2 : 1;
+  const double rate = (isa >= Isa::avx512 ? 97e9 : isa == Isa::avx2 ? 75e9 : 5e9) / wide;
   const double l = static_cast<double>(tokens), f = static_cast<double>(features);
-  const double channels = static_cast<double>(value_dim + 1);
+  const double pairs = l * l * (causal ? 0.5 : 1.0);
+  const double columns = static_cast<double>(round_up(value_dim, 16));
   const auto n = static_cast<double>(kernels::good_fft_length(2 * std::max<int64_t>(1, positions)));
-  return {.direct = 2 * l * l * (causal ? 0.5 : 1.0) * (f + channels) / rate,
-          .fft = f * channels * (wide ? 11e-9 : 2.2e-9) * n * std::log2(n)};
+  return {.direct = pairs * (2 * (f + columns) / rate + wide * 0.17e-9),
+          .fft = f * static_cast<double>(value_dim + 1) * (wide == 2 ? 11e-9 : 1.7e-9) * n *
+                 std::log2(n)};
 }
 
 void kernelized_rpe_attention(const Tensor& q, const Tensor& k, const Tensor& v, const Tensor& rpb,
