@@ -71,7 +71,7 @@ constexpr double kRow = 500;        // a row of a tile: accumulators and statist
 constexpr double kTile = 10000;     // a tile
 constexpr double kMasked = 6;       // a score of a tile that is masked
 constexpr double kMaskedRow = 500;  // a row of a tile that is masked
-constexpr double kCopied = 28;      // an element of a token
+constexpr double kCopied = 33;      // an element of a token
 constexpr int64_t kFewestRows = 32, kMostRows = 64, kMostKeys = 256;
 
 struct AxisCount {
