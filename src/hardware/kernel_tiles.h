@@ -18,7 +18,7 @@ struct KernelTiles {
   /// they take at once (na::kRowBlock, na::kKeyStep) see what one of them sees, between the first and the
   /// last key of each.
   double speedup = 0;
-  /// The same with what rows, tiles and masks cost besides (na::cost_of): what a call should gain.
+  /// The same with what rows, tiles, masks and copies cost besides (na::cost_of): what a call should gain.
   double predicted = 0;
 };
 

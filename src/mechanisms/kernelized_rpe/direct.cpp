@@ -172,8 +172,8 @@ class Direct {
   template <class Body>
   void for_flights(bool backward, Body&& body) {
     constexpr int64_t kBytes = 16 << 20;
-    const int64_t copies = backward ? 2 + shares_ : 2;
-    const int64_t floats = copies * (call_.features * group_ + e_ + 1) * l_;
+    const int64_t parts = backward ? shares_ * group_ * (call_.features + e_) : 0;
+    const int64_t floats = (2 * (call_.features * group_ + e_ + 1) + parts) * l_;
     const int64_t threads = threads_for(run_, 1 << 20);
     const int64_t wanted = std::max(kBytes / (floats * static_cast<int64_t>(sizeof(T)) + 1),
                                     ceil_div(4 * threads, tiles_ * group_));
