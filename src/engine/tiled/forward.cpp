@@ -121,8 +121,7 @@ int64_t Forward<T>::slots(const std::vector<QueryTile>& tiles) const {
 template <class T>
 int64_t Forward<T>::query_bytes(const std::vector<QueryTile>& tiles) const {
   if (path_.few_rows) {
-    return round_up(streams_ * slots(tiles), products_.row_multiple) * padded_dim_ *
-           static_cast<int64_t>(sizeof(T));
+    return streams_ * slots(tiles) * padded_dim_ * static_cast<int64_t>(sizeof(T));
   }
   return streams_ * static_cast<int64_t>(tiles.size()) *
          round_up(products_.query_bytes(tile_rows_, head_dim_), 64);
@@ -131,10 +130,9 @@ int64_t Forward<T>::query_bytes(const std::vector<QueryTile>& tiles) const {
 template <class T>
 typename Forward<T>::Layout Forward<T>::layout(const std::vector<QueryTile>& tiles) const {
   Layout l{};
-  const int64_t rows = slots(tiles);
-  l.rows = path_.few_rows ? rows : round_up(rows, products_.row_multiple);
-  l.out_rows = round_up(streams_ * l.rows, products_.row_multiple);
-  l.block_rows = path_.few_rows ? round_up(streams_ * rows, 4) : tile_rows_;
+  l.rows = slots(tiles);
+  l.out_rows = streams_ * l.rows;
+  l.block_rows = path_.few_rows ? round_up(l.out_rows, 4) : tile_rows_;
   l.block_stride = this->block_stride();
   // A second stream puts its own weights over the scores.
   if (path_.half_operands) l.weight_rows = second_ ? l.block_rows : kernels::kWeightRowsBefore;
