@@ -3,7 +3,8 @@
 //   T(x) = sum over n <= order of x^n / n!        x[p,m] = scale * q_p . k_m
 //   out_p = sum_m T(x[p,m]) v_m / d_p             d_p = sum_m T(x[p,m])       over m <= p
 //
-// computed with a state, whose size does not depend on the number of tokens:
+// computed with a state, whose size does not depend on the number of tokens (or, for an even order without
+// initial state, from all pairs while these are fewer products):
 //   s = sum_m mono(k_m)^T v_m  [n,Dv]     z = sum_m mono(k_m)  [n]
 // mono(k) are the products of up to `order` elements of k, each unordered choice once (the symmetric
 // storage of Kronecker powers): 1, then k_a, then k_a k_b, then k_a k_b k_c, by degree and in lexical

@@ -46,7 +46,8 @@ def taylor_state_attention(
 
     ``out_i = sum_j T(x_ij) v_j / d_i`` with ``x_ij = scale q_i . k_j`` and ``d_i = sum_j T(x_ij)``
     over ``j <= i + Lk - Lq``: the numbers of ``recurrent_softmax_attention(order=order)``, computed
-    with a state whose size does not depend on the number of tokens.
+    with a state whose size does not depend on the number of tokens. An even order that starts from
+    no state takes the products of all pairs while these are fewer.
 
     Args:
         q: ``[B, H, Lq, D]``; shapes, types and strides as in :func:`heed.flash_attention`.

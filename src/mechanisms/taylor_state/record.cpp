@@ -4,6 +4,7 @@
 #include "kernels/monomials.h"
 #include "mechanisms/chunked_case.h"
 #include "mechanisms/embedded.h"
+#include "mechanisms/taylor_state/path.h"
 
 namespace heed {
 
@@ -120,6 +121,18 @@ NamedArrays backward_taylor(const NamedTensors& in, const NamedTensors& out_grad
   return arrays;
 }
 
+std::vector<PathAnswer> explain_taylor(const NamedTensors& in, const Spec& options,
+                                       const RunOptions& run) {
+  const bool pairs =
+      taylor_by_pairs(in.at("q"), in.at("k"), in.at("v"), taylor_options(in, options));
+  std::vector<PathAnswer> answers =
+      pairs ? explain_attention(in, options, run) : explain_chunked(in, true, run);
+  for (PathAnswer& answer : answers) {
+    answer.path = (pairs ? "all pairs, " : "state, ") + answer.path;
+  }
+  return answers;
+}
+
 ModelAttention taylor_in_model(const Spec& options, const ModelLayer& at) {
   const TaylorOptions chosen = taylor_options({}, options);
   const int64_t monomials = taylor_state_size(at.head_dim, chosen.order);
@@ -157,9 +170,7 @@ Mechanism taylor_record() {
   m.forward = forward_taylor;
   m.backward = backward_taylor;
   m.bind = bind_taylor;
-  m.explain = [](const NamedTensors& in, const Spec&, const RunOptions& run) {
-    return explain_chunked(in, true, run);
-  };
+  m.explain = explain_taylor;
   m.fill = fill_taylor;
   m.random_case = random_taylor_case;
   m.model_attention = taylor_in_model;

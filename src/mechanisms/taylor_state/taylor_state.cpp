@@ -4,8 +4,10 @@
 
 #include "engine/chunked/problem.h"
 #include "heed/error.h"
+#include "heed/recurrent_softmax_attention.h"
 #include "heed/taylor_state_attention.h"
 #include "kernels/monomials.h"
+#include "mechanisms/taylor_state/path.h"
 
 namespace heed {
 
@@ -132,6 +134,37 @@ void run_backward(const Tensor& q, const Tensor& k, const Tensor& v, const Tenso
                     {into.q, into.k, into.v, {.sums = into.s, .keys = into.z}, nullptr}, run);
 }
 
+RecurrentSoftmaxOptions over_pairs(const TaylorOptions& options) {
+  return {.order = options.order, .scale = options.scale};
+}
+
+template <class T>
+void run_forward_by_pairs(const Tensor& q, const Tensor& k, const Tensor& v, const Tensor& out,
+                          const TaylorState& state, const TaylorOptions& options,
+                          const RunOptions& run) {
+  recurrent_softmax_attention(q, k, v, out, {}, {}, over_pairs(options), run);
+  if (!state.s.defined() && !state.z.defined()) return;
+  run_forward<T>(q.slice(2, 0, 0), k, v, out.slice(2, 0, 0), state, options, run);
+}
+
+void run_backward_by_pairs(const Tensor& q, const Tensor& k, const Tensor& v,
+                           const Tensor& out_gradient, const TaylorGradientViews& into,
+                           const TaylorOptions& options, const RunOptions& run) {
+  const RecurrentSoftmaxOptions pairs = over_pairs(options);
+  const DType type = wide_type(q.dtype());
+  const Array out(q.dtype(), out_gradient.shape()), core(type, out_gradient.shape());
+  const Array sums(type, {q.size(0), q.size(1), q.size(2)});
+  recurrent_softmax_attention(q, k, v, out, core, sums, pairs, run);
+  const RecurrentSoftmaxGradients gradients =
+      recurrent_softmax_attention_backward(out_gradient, q, k, v, core, sums, pairs, run);
+  const auto give = [](const Array& from, const Tensor& to) {
+    if (to.defined()) copy(from, to);
+  };
+  give(gradients.q, into.q);
+  give(gradients.k, into.k);
+  give(gradients.v, into.v);
+}
+
 }  // namespace
 
 int64_t taylor_state_size(int64_t head_dim, int64_t order) {
@@ -143,6 +176,22 @@ int64_t taylor_state_size(int64_t head_dim, int64_t order) {
   return size;
 }
 
+// In short sequences products of all pairs are fewer than those with states. Even orders alone: their
+// weights are positive, so no rounding of a weight grows in a quotient.
+bool taylor_by_pairs(const Tensor& q, const Tensor& k, const Tensor& v,
+                     const TaylorOptions& options) {
+  constexpr int64_t kMostWidth = 256;  // of the tiled engine
+  const int64_t queries = q.size(2), keys = k.size(2), dim = q.size(3), width = v.size(3);
+  if (options.initial_state.s.defined() || options.order % 2 != 0 || queries > keys) return false;
+  if (dim > kMostWidth || width > kMostWidth) return false;
+  const double seen = static_cast<double>(queries) * (static_cast<double>(2 * keys - queries) / 2);
+  const double pairs = seen * static_cast<double>(dim + width);
+  constexpr int64_t kMonomial = 12;  // columns that making a monomial costs as much as, measured
+  const double state =
+      static_cast<double>(taylor_state_size(dim, options.order) * (width + kMonomial));
+  return pairs < state * static_cast<double>(queries + keys);
+}
+
 void taylor_state_attention(const Tensor& q, const Tensor& k, const Tensor& v, const Tensor& out,
                             const TaylorState& state, const TaylorOptions& options,
                             const RunOptions& run) {
@@ -150,11 +199,14 @@ void taylor_state_attention(const Tensor& q, const Tensor& k, const Tensor& v, c
   if (!out.defined()) throw Error(std::string(kOp) + ": out is missing");
   chunked::check_out(kOp, "out", out, out_shape(q, v), q.dtype());
   check_state(kOp, "state s", "state z", state, q, v, options);
-  if (q.dtype() == DType::f64) {
-    run_forward<double>(q, k, v, out, state, options, run);
-  } else {
-    run_forward<float>(q, k, v, out, state, options, run);
-  }
+  const bool pairs = taylor_by_pairs(q, k, v, options);
+  const auto forward = [&](auto zero) {
+    using T = decltype(zero);
+    const auto way = pairs ? run_forward_by_pairs<T> : run_forward<T>;
+    way(q, k, v, out, state, options, run);
+  };
+  if (q.dtype() == DType::f64) return forward(0.0);
+  forward(0.0F);
 }
 
 TaylorResult taylor_state_attention(const Tensor& q, const Tensor& k, const Tensor& v,
@@ -180,6 +232,10 @@ void taylor_state_attention_backward(const Tensor& q, const Tensor& k, const Ten
   chunked::check_out(kBackward, "gradient of v", gradients.v, v.shape(), v.dtype());
   check_state(kBackward, "gradient of initial_state s", "gradient of initial_state z",
               {gradients.s, gradients.z}, q, v, options);
+  const bool state_used = state_gradient.s.defined() || state_gradient.z.defined();
+  if (!state_used && taylor_by_pairs(q, k, v, options)) {
+    return run_backward_by_pairs(q, k, v, out_gradient, gradients, options, run);
+  }
   if (q.dtype() == DType::f64) {
     run_backward<double>(q, k, v, out_gradient, state_gradient, gradients, options, run);
   } else {

@@ -2,10 +2,12 @@
 // paper, messages.
 #include <gtest/gtest.h>
 
+#include <algorithm>
 #include <cmath>
 
 #include "heed/heed.h"
 #include "mechanisms/chunked_test.h"
+#include "mechanisms/taylor_state/path.h"
 
 namespace heed {
 namespace {
@@ -135,6 +137,51 @@ TEST(Taylor, GradientsAreThoseOfFiniteDifferences) {
       }
     }
   }
+}
+
+// A state of zeros is the start of a sequence too, but leaves all pairs no choice.
+TEST(Taylor, AllPairsGiveTheNumbersOfTheState) {
+  for (DType type : {DType::f64, DType::f32, DType::bf16}) {
+    const double bound = type == DType::f64 ? 1e-13 : type == DType::f32 ? 1e-6 : 8e-3;
+    for (int64_t queries : {int64_t{90}, int64_t{37}}) {
+      const Inputs in(type, 4, 2, 90, 9, 11);
+      const Tensor q = in.q.view().slice(2, 90 - queries, 90);
+      const Array gradient = random_array(type, {1, 4, queries, 11}, 4);
+      TaylorOptions pairs = of_order(2, 0.4), from_state = pairs;
+      const DType wide = type == DType::f64 ? type : DType::f32;
+      const Array s = Array::zeros(wide, {1, 4, 55, 11}), z = Array::zeros(wide, {1, 4, 55});
+      from_state.initial_state = {s, z};
+      ASSERT_TRUE(taylor_by_pairs(q, in.k, in.v, pairs));
+      ASSERT_FALSE(taylor_by_pairs(q, in.k, in.v, from_state));
+      for (Isa isa : available_isas()) {
+        const RunOptions run{.threads = 2, .isa = isa};
+        const TaylorResult one = taylor_state_attention(q, in.k, in.v, pairs, run);
+        const TaylorResult other = taylor_state_attention(q, in.k, in.v, from_state, run);
+        EXPECT_LT(relative_error(one.out, other.out), bound) << name_of(type) << name_of(isa);
+        EXPECT_LT(relative_error(one.s, other.s), std::min(bound, 1e-6)) << name_of(isa);
+        EXPECT_LT(relative_error(one.z, other.z), std::min(bound, 1e-6)) << name_of(isa);
+        Array alone(type, gradient.shape());
+        taylor_state_attention(q, in.k, in.v, alone, {}, pairs, run);
+        EXPECT_TRUE(same_bits(alone, one.out)) << name_of(isa);
+        const TaylorGradients g =
+            taylor_state_attention_backward(q, in.k, in.v, gradient, {}, pairs, run);
+        const TaylorGradients want =
+            taylor_state_attention_backward(q, in.k, in.v, gradient, {}, from_state, run);
+        EXPECT_LT(relative_error(g.q, want.q), bound) << name_of(type) << name_of(isa);
+        EXPECT_LT(relative_error(g.k, want.k), bound) << name_of(type) << name_of(isa);
+        EXPECT_LT(relative_error(g.v, want.v), bound) << name_of(type) << name_of(isa);
+      }
+    }
+  }
+}
+
+TEST(Taylor, LongSequencesTakeTheState) {
+  const auto pairs = [](int64_t tokens, int64_t dim, int64_t order) {
+    const Array x = Array::zeros(DType::f32, {1, 1, tokens, dim});
+    return taylor_by_pairs(x, x, x, of_order(order, 1));
+  };
+  EXPECT_TRUE(pairs(500, 16, 2) && pairs(4096, 64, 2));
+  EXPECT_FALSE(pairs(700, 16, 2) || pairs(8192, 64, 2) || pairs(100, 16, 3));
 }
 
 TEST(Taylor, ErrorsNameTheArgumentWhatItWasAndWhatIsNeeded) {
