@@ -42,22 +42,6 @@ void pack_queries(const Rows& q, bool negate, void* packed) {
   });
 }
 
-// Columns [e, e + lanes) of rows m, m + 1, ... of one vector each; zeros behind the last row and column.
-template <class T, class From>
-HWY_INLINE void load_square(const Rows& x, int64_t m, int64_t e, hn::Vec<Full<T>>* rows) {
-  const Full<T> d;
-  const From* p = static_cast<const From*>(x.data) + e;
-  const int64_t columns = x.width - e;
-  if (HWY_LIKELY(m + lanes<T>() <= x.count && columns >= lanes<T>())) {
-    for (int64_t i = 0; i < lanes<T>(); ++i) rows[i] = Load<T, From>::full(d, p + x.offset(m + i));
-    return;
-  }
-  const auto some = static_cast<size_t>(HWY_MIN(columns, lanes<T>()));
-  for (int64_t i = 0; i < lanes<T>(); ++i) {
-    rows[i] = m + i < x.count ? Load<T, From>::first(d, p + x.offset(m + i), some) : hn::Zero(d);
-  }
-}
-
 // Panels of kPanelVectors vectors of keys: element (e, key) at panel[e * panel width + key].
 template <class T>
 void pack_keys(const Rows& k, void* packed) {

@@ -8,6 +8,7 @@
 
 #include <hwy/highway.h>
 
+#include "kernels/tile.h"
 #include "kernels/vector-inl.h"
 
 HWY_BEFORE_NAMESPACE();
@@ -59,6 +60,22 @@ HWY_INLINE void exchange_blocks(const hn::Vec<Full<T>>* v, hn::Vec<Full<T>>* to)
   static_assert(kBlocks == 1);
   to[0] = v[0];
 #endif
+}
+
+// Columns [e, e + lanes) of rows m, m + 1, ... of one vector each; zeros behind the last row and column.
+template <class T, class From>
+HWY_INLINE void load_square(const Rows& x, int64_t m, int64_t e, hn::Vec<Full<T>>* rows) {
+  const Full<T> d;
+  const From* p = static_cast<const From*>(x.data) + e;
+  const int64_t columns = x.width - e;
+  if (HWY_LIKELY(m + lanes<T>() <= x.count && columns >= lanes<T>())) {
+    for (int64_t i = 0; i < lanes<T>(); ++i) rows[i] = Load<T, From>::full(d, p + x.offset(m + i));
+    return;
+  }
+  const auto some = static_cast<size_t>(HWY_MIN(columns, lanes<T>()));
+  for (int64_t i = 0; i < lanes<T>(); ++i) {
+    rows[i] = m + i < x.count ? Load<T, From>::first(d, p + x.offset(m + i), some) : hn::Zero(d);
+  }
 }
 
 // As many rows as a vector has lanes; store(c, column c of the rows).

@@ -5,6 +5,7 @@
 
 #include "base/parallel.h"
 #include "mechanisms/neighborhood/grid_rows.h"
+#include "mechanisms/neighborhood/small_windows.h"
 #include "mechanisms/row_values.h"
 
 namespace heed::na {
@@ -176,6 +177,7 @@ void backward_with_additional(const GridCall& call, const GridRows& grid, const 
 
 void forward(const GridCall& call, const RunOptions& run) {
   if (call.empty()) return;
+  if (takes_small_windows(call, run) && small_windows_forward(call, run)) return;
   const GridRows grid(call, run);
   const CallRows rows = rows_of(call, grid);
   if (!call.has_additional()) return tiled::forward(grid_problem(call, grid, rows), run);

@@ -2,12 +2,14 @@
 #include <cmath>
 #include <memory>
 
+#include "engine/candidates.h"
 #include "engine/tiled/path.h"
 #include "engine/tiled/problem.h"
 #include "heed/error.h"
 #include "heed/neighborhood_attention.h"
 #include "mechanisms/attention_case.h"
 #include "mechanisms/embedded.h"
+#include "mechanisms/neighborhood/small_windows.h"
 #include "mechanisms/registry.h"
 
 namespace heed {
@@ -342,8 +344,16 @@ NamedArrays named(NeighborhoodGradients gradients) {
   return arrays;
 }
 
-std::vector<PathAnswer> explain(int rank, const NamedTensors& in, const RunOptions& run) {
+std::vector<PathAnswer> explain(int rank, const NamedTensors& in, const Spec& spec,
+                                const RunOptions& run) {
   const Tensor &query = in.at("query"), &key = in.at("key");
+  const na::GridCall call("explain", rank, query, key, in.at("value"), {}, {},
+                          options_of(in, spec));
+  if (na::takes_small_windows(call, run)) {
+    std::vector<PathAnswer> answers = explain_isas(run);
+    for (PathAnswer& answer : answers) answer.path = "small windows, " + answer.path;
+    return answers;
+  }
   int64_t rows = query.size(rank + 1) / std::max<int64_t>(1, key.size(rank + 1));
   for (int a = 1; a <= rank; ++a) rows *= query.size(a);
   return tiled::explain({rows, query.dtype(), false, rank > 1}, run);
@@ -431,8 +441,8 @@ Mechanism record(int rank, Forward forward, Backward backward, std::vector<Examp
   m.bind = [rank](const NamedTensors& in, const Spec& spec) { return bind(rank, in, spec); };
   m.random_case = [rank](uint64_t seed) { return random_grid_case(rank, seed); };
   m.shrink = [rank](const ExampleCase& example) { return shrunk(rank, example); };
-  m.explain = [rank](const NamedTensors& in, const Spec&, const RunOptions& run) {
-    return explain(rank, in, run);
+  m.explain = [rank](const NamedTensors& in, const Spec& spec, const RunOptions& run) {
+    return explain(rank, in, spec, run);
   };
   if (rank == 1) m.model_attention = line_in_model;
   return m;

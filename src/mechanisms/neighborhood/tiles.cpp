@@ -246,8 +246,8 @@ TileShapes choose_tiles(const tiled::GridGroup& group, const tiled::Neighborhood
   const int64_t cached = 128 * 1024 / ((costs.head_dim + costs.value_dim) * costs.element);
   const int64_t most_keys = std::clamp<int64_t>(cached, 64, kMostKeys);
   const auto key_shapes = shapes(key_sides, 64, most_keys);
-  double least = std::numeric_limits<double>::infinity();
   TileShapes best;
+  best.cost = std::numeric_limits<double>::infinity();
   for (const Choice& q : shapes(query_sides, kFewestRows, kMostRows)) {
     for (const Choice& k : key_shapes) {
       GridPoint rows, keys;
@@ -258,8 +258,8 @@ TileShapes choose_tiles(const tiled::GridGroup& group, const tiled::Neighborhood
         counts[a] = axes[a].count(q[a], k[a]);
       }
       const double cost = cost_of(estimate(rows, keys, counts), costs);
-      if (cost >= least) continue;
-      least = cost;
+      if (cost >= best.cost) continue;
+      best.cost = cost;
       for (size_t a = 0; a < kGridAxes; ++a) {
         best.queries[a] = {query_sides[a][q[a]], 0};
         best.keys[a] = axes[a].keys(q[a], k[a]);

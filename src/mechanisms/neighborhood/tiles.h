@@ -51,6 +51,7 @@ inline constexpr int64_t kRowBlock = 6, kKeyStep = 16;
 
 struct TileShapes {
   Boxes queries, keys;
+  double cost = 0;  // estimated, of one residue group
 };
 
 /// What the choice of shapes depends on besides the grid.

@@ -1,0 +1,15 @@
+// Small windows on planes: neighbouring queries of a line in the lanes of vectors meet the keys they see and
+// few others, where tiles would compute several times as many pairs.
+#pragma once
+#include "mechanisms/neighborhood/grid_call.h"
+
+namespace heed::na {
+
+/// Whether the forward of the call is estimated to take less time here than in tiles.
+bool takes_small_windows(const GridCall& call, const RunOptions& run);
+
+/// Writes out and lse of any call that has one line or plane and no bias or additional keys. False where an
+/// input or a sum of weights is not finite: then what was written means nothing, and tiles say what is right.
+bool small_windows_forward(const GridCall& call, const RunOptions& run);
+
+}  // namespace heed::na
