@@ -27,10 +27,11 @@ constexpr int64_t kMostLines = 8;         // of queries, that products take at o
 constexpr int64_t kMostLanes = 16;
 constexpr double kLog2E = 1.4426950408889634;
 
-// Costs in the units of tiles.cpp, measured with AVX-512 in float32.
-constexpr double kProduct = 1.3;  // a multiply-add
-constexpr double kWeight = 10;    // a score: exponential, maximum, sum
-constexpr double kToken = 40;     // an element of a token, turned and turned back
+// Costs in the units of tiles.cpp, measured in float32.
+constexpr double kProduct = 1.3;       // a multiply-add with AVX-512
+constexpr double kProductOfFew = 1.9;  // without: fewer lines share what is loaded
+constexpr double kWeight = 10;         // a score: exponential, maximum, sum
+constexpr double kToken = 40;          // an element of a token, turned and turned back
 
 /// Neighbouring queries of a line, one a lane: at which shifts they see keys.
 template <class T>
@@ -373,9 +374,10 @@ bool takes_small_windows(const GridCall& call, const RunOptions& run) {
   for (const auto& window : lane_windows<double>(group.lines[2], lanes)) {
     shifts += static_cast<double>(window.shifts);
   }
+  const double product = isa == Isa::avx512 || isa == Isa::amx ? kProduct : kProductOfFew;
   const auto widths = static_cast<double>(dim + values);
   const auto tokens = static_cast<double>(group.lines[1].length() * group.lines[2].length());
-  const double cost = lines * shifts * static_cast<double>(lanes) * (kProduct * widths + kWeight) +
+  const double cost = lines * shifts * static_cast<double>(lanes) * (product * widths + kWeight) +
                       tokens * widths * kToken;
   return cost < choose_tiles(group, call.grid, tile_costs(dim, values, dtype, run)).cost;
 }
