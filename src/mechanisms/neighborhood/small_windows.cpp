@@ -186,11 +186,17 @@ class SmallWindows {
     return items;
   }
 
-  Rows rows(const Tensor& t, const Item& item, int64_t head, int64_t y, Interval points) const {
+  static std::byte* point(const Tensor& t, const Item& item, int64_t head, int64_t y, int64_t x) {
     const Plane<T>& p = *item.plane;
-    const int64_t x = p.first[1] + points.begin * p.step[1];
-    return {t.at({item.batch, 0, p.first[0] + y * p.step[0], x, head, 0}), t.dtype(),
-            t.stride(3) * p.step[1], points.end - points.begin, t.size(kWidth)};
+    return t.at({item.batch, 0, p.first[0] + y * p.step[0], p.first[1] + x * p.step[1], head});
+  }
+  // Elements from a point of a line to the next.
+  static int64_t point_stride(const Tensor& t, const Item& item) {
+    return t.stride(3) * item.plane->step[1];
+  }
+  static Rows rows(const Tensor& t, const Item& item, int64_t head, int64_t y, Interval points) {
+    return {point(t, item, head, y, points.begin), t.dtype(), point_stride(t, item),
+            points.end - points.begin, t.size(kWidth)};
   }
 
   bool run_item(const Item& item) const {
@@ -332,17 +338,15 @@ class SmallWindows {
 
   void finish(const Item& item, int64_t y, const LaneWindow<T>& window, T* out, const T* pivot,
               const T* sum) const {
-    const Interval points{window.begin, window.begin + window.count};
     kernels_.divide(out, values_, sum);
-    const Rows to = rows(call_.out, item, item.head, y, points);
-    tiles_.finish_columns({out, lanes_}, window.count, values_, 1, const_cast<void*>(to.data),
-                          to.dtype, to.stride, nullptr);
+    tiles_.finish_columns({out, lanes_}, window.count, values_, 1,
+                          point(call_.out, item, item.head, y, window.begin), call_.out.dtype(),
+                          point_stride(call_.out, item), nullptr);
     if (!call_.lse.defined()) return;
-    const Rows lse = rows(call_.lse, item, item.head, y, points);
-    auto* values = static_cast<T*>(const_cast<void*>(lse.data));
+    T* lse = reinterpret_cast<T*>(point(call_.lse, item, item.head, y, window.begin));
     for (int64_t i = 0; i < window.count; ++i) {
       const double total = double{pivot[i]} + std::log2(double{sum[i]});
-      values[i * lse.stride] = static_cast<T>(total / kLog2E);
+      lse[i * point_stride(call_.lse, item)] = static_cast<T>(total / kLog2E);
     }
   }
 

@@ -8,8 +8,9 @@ namespace heed::na {
 /// Whether the forward of the call is estimated to take less time here than in tiles.
 bool takes_small_windows(const GridCall& call, const RunOptions& run);
 
-/// Writes out and lse of any call that has one line or plane and no bias or additional keys. False where an
-/// input or a sum of weights is not finite: then what was written means nothing, and tiles say what is right.
+/// Writes out and lse of any call on a line or plane without bias and additional keys, whose windows have at
+/// most 32 lines. False where an input or a sum of weights is not finite: then what was written means
+/// nothing, and tiles say what is right.
 bool small_windows_forward(const GridCall& call, const RunOptions& run);
 
 }  // namespace heed::na
