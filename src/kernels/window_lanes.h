@@ -1,6 +1,6 @@
 // Attention over small windows of lines of keys, with neighbouring queries of a line in the lanes of a
-// vector: query x and key x + shift meet for every shift of a window, so that no product is of a pair that
-// is not seen. Lines are turned: element e of their point x lies at line[e * stride + x].
+// vector: query x and key x + shift meet for every shift of a window, so that products are of pairs that are
+// seen, but for lanes at borders and behind the line. Lines are turned: element e of their point x lies at line[e * stride + x].
 #pragma once
 #include "heed/run.h"
 #include "kernels/tile.h"

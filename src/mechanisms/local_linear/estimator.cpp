@@ -2,12 +2,12 @@
 
 #include <cmath>
 #include <limits>
+#include <numbers>
 
 namespace heed::local_linear {
 
 namespace {
 
-constexpr double kLog2E = 1.4426950408889634;
 constexpr double kNaN = std::numeric_limits<double>::quiet_NaN();
 
 // Rows whose moments, n x stride each, take about 2 MiB together: as many as blocks of 6 allow.
@@ -158,7 +158,7 @@ void Estimator::weigh(Block q, int64_t count, const Keys& keys, const kernels::K
     }
   }
   kernels::WeightShape<double> shape;
-  shape.scale = std::abs(call_.scale) * kLog2E;
+  shape.scale = std::abs(call_.scale) * std::numbers::log2e;
   tile_.weights[static_cast<int>(kernels::WeightKind::softmax)](w, count, keys.count, ranges, shape,
                                                                 state, w.data, w.stride);
   for (int64_t m : keys.bad_keys) {

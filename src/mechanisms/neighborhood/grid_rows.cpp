@@ -10,13 +10,20 @@ using tiled::Interval;
 using tiled::kGridAxes;
 using tiled::TilePlan;
 
-GridRows::GridRows(const GridCall& call, const RunOptions& run)
-    : call_(call), boxed_(call.rank > 1) {
+TileShapes shapes_for(const GridCall& call, const RunOptions& run) {
+  if (call.rank == 1) return {};
+  const TileCosts costs =
+      tile_costs(call.query.size(kWidth), call.value.size(kWidth), call.query.dtype(), run);
+  return choose_tiles(call.grid.group(0), call.grid, costs);
+}
+
+GridRows::GridRows(const GridCall& call, const TileShapes& shapes)
+    : call_(call), boxed_(call.rank > 1), shapes_(shapes) {
   if (call.rpb.defined()) {
     bias_.emplace(call.rpb, wide_type(call.query.dtype()), call.grid);
   }
   if (boxed_) {
-    plan_boxes(run);
+    plan_boxes();
   } else {
     plan_lines();
   }
@@ -40,10 +47,7 @@ void GridRows::plan_lines() {
   if (bias_) terms_ = std::make_unique<LineTerms>(&*bias_, plans_);
 }
 
-void GridRows::plan_boxes(const RunOptions& run) {
-  const TileCosts costs =
-      tile_costs(call_.query.size(kWidth), call_.value.size(kWidth), call_.query.dtype(), run);
-  shapes_ = choose_tiles(call_.grid.group(0), call_.grid, costs);
+void GridRows::plan_boxes() {
   queries_.emplace(call_.grid, shapes_.queries);
   keys_.emplace(call_.grid, shapes_.keys);
   std::map<GridPoint, std::shared_ptr<const GroupTiles>> by_length;

@@ -19,12 +19,16 @@ struct GridTensor {
   tiled::HeadRows entry(int64_t b) const;
 };
 
+/// Boxes of planes and grids; lines have none.
+TileShapes shapes_for(const GridCall& call, const RunOptions& run);
+
 class GridRows {
  public:
   enum class Side { queries, keys };
   using Outside = BoxOrder::Outside;
 
-  GridRows(const GridCall& call, const RunOptions& run);
+  /// `shapes`: what shapes_for chose.
+  GridRows(const GridCall& call, const TileShapes& shapes);
 
   int64_t groups() const { return call_.grid.groups(); }
   int64_t rows(Side side) const { return boxed_ ? order(side).rows() : call_.query.size(3); }
@@ -46,11 +50,11 @@ class GridRows {
  private:
   const BoxOrder& order(Side side) const { return side == Side::queries ? *queries_ : *keys_; }
   void plan_lines();
-  void plan_boxes(const RunOptions& run);
+  void plan_boxes();
 
   const GridCall& call_;
   const bool boxed_;
-  TileShapes shapes_;
+  const TileShapes shapes_;
   std::optional<BoxOrder> queries_, keys_;
   std::vector<tiled::TilePlan> plans_;  // of each residue group
   std::optional<RelativeBias> bias_;

@@ -177,8 +177,9 @@ void backward_with_additional(const GridCall& call, const GridRows& grid, const 
 
 void forward(const GridCall& call, const RunOptions& run) {
   if (call.empty()) return;
-  if (takes_small_windows(call, run) && small_windows_forward(call, run)) return;
-  const GridRows grid(call, run);
+  const TileShapes shapes = shapes_for(call, run);
+  if (takes_small_windows(call, shapes, run) && small_windows_forward(call, run)) return;
+  const GridRows grid(call, shapes);
   const CallRows rows = rows_of(call, grid);
   if (!call.has_additional()) return tiled::forward(grid_problem(call, grid, rows), run);
   const DType type = wide_type(call.query.dtype());
@@ -198,7 +199,7 @@ void forward(const GridCall& call, const RunOptions& run) {
 
 Array backward(const GridCall& call, const CallGradients& to, const RunOptions& run) {
   if (call.empty()) return {};
-  const GridRows grid(call, run);
+  const GridRows grid(call, shapes_for(call, run));
   CallRows rows = rows_of(call, grid);
   rows.out = grid.tokens(call.out, Side::queries, Outside::nearest);  // read here
   const RowGradients gradients{grid.tokens(to.out, Side::queries, Outside::nearest),

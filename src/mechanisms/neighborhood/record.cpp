@@ -9,6 +9,7 @@
 #include "heed/neighborhood_attention.h"
 #include "mechanisms/attention_case.h"
 #include "mechanisms/embedded.h"
+#include "mechanisms/neighborhood/grid_rows.h"
 #include "mechanisms/neighborhood/small_windows.h"
 #include "mechanisms/registry.h"
 
@@ -349,7 +350,7 @@ std::vector<PathAnswer> explain(int rank, const NamedTensors& in, const Spec& sp
   const Tensor &query = in.at("query"), &key = in.at("key");
   const na::GridCall call("explain", rank, query, key, in.at("value"), {}, {},
                           options_of(in, spec));
-  if (na::takes_small_windows(call, run)) {
+  if (na::takes_small_windows(call, na::shapes_for(call, run), run)) {
     std::vector<PathAnswer> answers = explain_isas(run);
     for (PathAnswer& answer : answers) answer.path = "small windows, " + answer.path;
     return answers;

@@ -4,13 +4,12 @@
 #include <array>
 #include <atomic>
 #include <cmath>
-#include <limits>
+#include <numbers>
 #include <vector>
 
 #include "base/parallel.h"
 #include "base/round_up.h"
 #include "kernels/window_lanes.h"
-#include "mechanisms/neighborhood/tiles.h"
 
 namespace heed::na {
 
@@ -25,7 +24,6 @@ constexpr int64_t kChunkPoints = 64;      // of a line that is turned at once
 constexpr int64_t kMostWindowLines = 32;  // of keys, that one query sees
 constexpr int64_t kMostLines = 8;         // of queries, that products take at once
 constexpr int64_t kMostLanes = 16;
-constexpr double kLog2E = 1.4426950408889634;
 
 // Costs in the units of tiles.cpp, measured in float32.
 constexpr double kProduct = 1.3;       // a multiply-add with AVX-512
@@ -255,7 +253,7 @@ class SmallWindows {
       finite &= kernels_.turn(rows(call_.value, item, key_head, m.turned, points), 1,
                               line(m.values, p, m, m.turned, values_) + column, m.stride);
     }
-    const auto factor = static_cast<T>(call_.scale * kLog2E);
+    const auto factor = static_cast<T>(call_.scale * std::numbers::log2e);
     for (int64_t y = lines.begin; y < lines.end; ++y) {
       finite &=
           kernels_.turn(rows(call_.query, item, item.head, y, item.points), factor,
@@ -346,7 +344,7 @@ class SmallWindows {
     T* lse = reinterpret_cast<T*>(point(call_.lse, item, item.head, y, window.begin));
     for (int64_t i = 0; i < window.count; ++i) {
       const double total = double{pivot[i]} + std::log2(double{sum[i]});
-      lse[i * point_stride(call_.lse, item)] = static_cast<T>(total / kLog2E);
+      lse[i * point_stride(call_.lse, item)] = static_cast<T>(total / std::numbers::log2e);
     }
   }
 
@@ -361,7 +359,7 @@ class SmallWindows {
 
 }  // namespace
 
-bool takes_small_windows(const GridCall& call, const RunOptions& run) {
+bool takes_small_windows(const GridCall& call, const TileShapes& shapes, const RunOptions& run) {
   const bool plane = call.rank > 1 && call.grid.axis(0).length == 1;
   if (!plane || call.has_additional() || call.rpb.defined()) return false;
   const GridGroup group = call.grid.group(0);
@@ -370,20 +368,19 @@ bool takes_small_windows(const GridCall& call, const RunOptions& run) {
     if (keys.end - keys.begin > kMostWindowLines) return false;
     lines += static_cast<double>(keys.end - keys.begin);
   }
-  const int64_t dim = call.query.size(kWidth), values = call.value.size(kWidth);
-  const DType dtype = call.query.dtype();
   const Isa isa = chosen_isa(run);
-  const int64_t lanes = dtype == DType::f64 ? kernels::window_kernels<double>(isa).lanes
-                                            : kernels::window_kernels<float>(isa).lanes;
+  const int64_t lanes = call.query.dtype() == DType::f64
+                            ? kernels::window_kernels<double>(isa).lanes
+                            : kernels::window_kernels<float>(isa).lanes;
   for (const auto& window : lane_windows<double>(group.lines[2], lanes)) {
     shifts += static_cast<double>(window.shifts);
   }
   const double product = isa == Isa::avx512 || isa == Isa::amx ? kProduct : kProductOfFew;
-  const auto widths = static_cast<double>(dim + values);
+  const auto widths = static_cast<double>(call.query.size(kWidth) + call.value.size(kWidth));
   const auto tokens = static_cast<double>(group.lines[1].length() * group.lines[2].length());
   const double cost = lines * shifts * static_cast<double>(lanes) * (product * widths + kWeight) +
                       tokens * widths * kToken;
-  return cost < choose_tiles(group, call.grid, tile_costs(dim, values, dtype, run)).cost;
+  return cost < shapes.cost;
 }
 
 bool small_windows_forward(const GridCall& call, const RunOptions& run) {

@@ -10,6 +10,7 @@
 
 #include "engine/operands.h"
 #include "heed/heed.h"
+#include "mechanisms/neighborhood/grid_rows.h"
 #include "mechanisms/test_arrays.h"
 
 namespace heed::na {
@@ -150,7 +151,8 @@ TEST(SmallWindows, AreTakenWhereTilesWouldComputeFarMore) {
   const auto taken = [](int64_t side, int64_t kernel, int64_t stride, DType type) {
     const Array x = Array::zeros(type, {1, side, side, 1, 32});
     const PlaneCase n{side, side, 1, 1, 32, 32, {kernel}, {stride}};
-    return takes_small_windows(GridCall("test", 2, x, x, x, {}, {}, options_of(n)), {});
+    const GridCall call("test", 2, x, x, x, {}, {}, options_of(n));
+    return takes_small_windows(call, shapes_for(call, {}), {});
   };
   EXPECT_TRUE(taken(56, 3, 1, DType::f32) && taken(56, 7, 1, DType::f32));
   EXPECT_TRUE(taken(56, 5, 1, DType::bf16));
