@@ -5,6 +5,7 @@
 #define HWY_TARGET_INCLUDE "kernels/window_lanes.cpp"
 #include <hwy/foreach_target.h>
 // After foreach_target.
+#include <algorithm>
 #include <limits>
 #include <utility>
 
@@ -17,9 +18,11 @@ namespace heed::kernels::HWY_NAMESPACE {
 namespace {
 namespace hn = hwy::HWY_NAMESPACE;
 
-// Accumulators: lines of queries times shifts or columns, of 32 or 16 registers.
+// Accumulators: lines times shifts or columns, of 32 or 16 registers.
 constexpr int kLines = kPanelVectors == 4 ? 6 : 2;
-constexpr int kColumns = kPanelVectors == 4 ? 4 : 6;
+constexpr int columns_beside(int lines) {
+  return std::min(8, (kPanelVectors == 4 ? 24 : 12) / lines);
+}
 
 // Calls body(count as a constant) for a count from 1 to kMost.
 template <int kMost, class Body>
@@ -29,14 +32,26 @@ HWY_INLINE void with_count(int64_t count, Body&& body) {
   }(std::make_integer_sequence<int, kMost>());
 }
 
-// Calls body(first, count as a constant) for even parts of at most kColumns.
-template <class Body>
+// Calls body(first, count as a constant) for even parts of at most kMost.
+template <int kMost, class Body>
 HWY_INLINE void for_columns(int64_t n, Body&& body) {
-  const int64_t parts = (n + kColumns - 1) / kColumns;
+  const int64_t parts = (n + kMost - 1) / kMost;
   for (int64_t part = 0; part < parts; ++part) {
     const int64_t first = n * part / parts, end = n * (part + 1) / parts;
-    with_count<kColumns>(end - first, [&](auto count) { body(first, count); });
+    with_count<kMost>(end - first, [&](auto count) { body(first, count); });
   }
+}
+
+// Loaded once for several products: GCC would rather read memory again in each of them, and what lies in
+// two cache lines takes two reads.
+template <class V>
+HWY_INLINE V once(V x) {
+#if HWY_TARGET == HWY_AVX3
+  __asm__("" : "+v"(x.raw));
+#elif HWY_TARGET == HWY_AVX2
+  __asm__("" : "+x"(x.raw));
+#endif
+  return x;
 }
 
 template <class T, class From>
@@ -77,7 +92,8 @@ bool turn(const Rows& x, T factor, T* to, int64_t stride) {
 
 template <class T, int R, int J>
 HWY_NOINLINE void score_block(const T* q, int64_t q_stride, int64_t q_line, const T* k,
-                              int64_t k_stride, int64_t width, int64_t first, T* const* s) {
+                              int64_t k_stride, int64_t width, int64_t first, T* const* s,
+                              int64_t step) {
   const Full<T> d;
   hn::Vec<Full<T>> sums[R][J];
 #pragma GCC unroll 8
@@ -91,7 +107,7 @@ HWY_NOINLINE void score_block(const T* q, int64_t q_stride, int64_t q_line, cons
     for (int r = 0; r < R; ++r) query[r] = hn::LoadU(d, q + r * q_line + e * q_stride);
 #pragma GCC unroll 8
     for (int j = 0; j < J; ++j) {
-      const auto key = hn::LoadU(d, k + e * k_stride + first + j);
+      const auto key = once(hn::LoadU(d, k + e * k_stride + first + j));
 #pragma GCC unroll 8
       for (int r = 0; r < R; ++r) sums[r][j] = hn::MulAdd(query[r], key, sums[r][j]);
     }
@@ -99,17 +115,18 @@ HWY_NOINLINE void score_block(const T* q, int64_t q_stride, int64_t q_line, cons
 #pragma GCC unroll 8
   for (int r = 0; r < R; ++r) {
 #pragma GCC unroll 8
-    for (int j = 0; j < J; ++j) hn::StoreU(sums[r][j], d, s[r] + (first + j) * lanes<T>());
+    for (int j = 0; j < J; ++j) hn::StoreU(sums[r][j], d, s[r] + (first + j) * step);
   }
 }
 
 template <class T>
 void scores(const T* queries, int64_t query_stride, int64_t query_line, int64_t lines,
-            const T* keys, int64_t key_stride, int64_t width, int64_t shifts, T* const* s) {
+            const T* keys, int64_t key_stride, int64_t width, int64_t shifts, T* const* s,
+            int64_t step) {
   with_count<kLines>(lines, [&](auto rows) {
-    for_columns(shifts, [&](int64_t first, auto count) {
+    for_columns<columns_beside(rows)>(shifts, [&](int64_t first, auto count) {
       score_block<T, rows, count>(queries, query_stride, query_line, keys, key_stride, width, first,
-                                  s);
+                                  s, step);
     });
   });
 }
@@ -158,48 +175,45 @@ bool weights(T* s, int64_t count, int64_t shifts, const LaneShifts<T>& seen, T* 
 }
 
 template <class T, int R, int F>
-HWY_NOINLINE void sum_block(const T* const* weights, const T* const* values, int64_t count,
-                            int64_t value_stride, int64_t first, int64_t shifts, T* out,
-                            int64_t out_line) {
+HWY_NOINLINE void sum_block(const WindowSums<T>& x, int64_t first) {
   const Full<T> d;
   hn::Vec<Full<T>> sums[R][F];
-  T* to = out + first * lanes<T>();
+  T* to = x.out + first * x.out_step;
 #pragma GCC unroll 8
   for (int r = 0; r < R; ++r) {
 #pragma GCC unroll 8
-    for (int f = 0; f < F; ++f) sums[r][f] = hn::LoadU(d, to + r * out_line + f * lanes<T>());
+    for (int f = 0; f < F; ++f) sums[r][f] = hn::LoadU(d, to + r * x.out_line + f * x.out_step);
   }
-  for (int64_t c = 0; c < count; ++c) {
-    const T* v = values[c] + first * value_stride;
-    for (int64_t j = 0; j < shifts; ++j) {
+  for (int64_t c = 0; c < x.count; ++c) {
+    const T* v = x.values[c] + first * x.value_stride;
+    const T* w[R];
+#pragma GCC unroll 8
+    for (int r = 0; r < R; ++r) w[r] = x.weights[r] + c * x.weight_line;
+    for (int64_t j = 0; j < x.shifts; ++j) {
       hn::Vec<Full<T>> weight[R];
 #pragma GCC unroll 8
-      for (int r = 0; r < R; ++r) {
-        weight[r] = hn::LoadU(d, weights[r] + (c * shifts + j) * lanes<T>());
-      }
+      for (int r = 0; r < R; ++r) weight[r] = hn::LoadU(d, w[r] + j * x.weight_step);
 #pragma GCC unroll 8
       for (int f = 0; f < F; ++f) {
-        const auto value = hn::LoadU(d, v + f * value_stride + j);
+        const auto value = once(hn::LoadU(d, v + f * x.value_stride));
 #pragma GCC unroll 8
         for (int r = 0; r < R; ++r) sums[r][f] = hn::MulAdd(weight[r], value, sums[r][f]);
       }
+      v += x.value_step;
     }
   }
 #pragma GCC unroll 8
   for (int r = 0; r < R; ++r) {
 #pragma GCC unroll 8
-    for (int f = 0; f < F; ++f) hn::StoreU(sums[r][f], d, to + r * out_line + f * lanes<T>());
+    for (int f = 0; f < F; ++f) hn::StoreU(sums[r][f], d, to + r * x.out_line + f * x.out_step);
   }
 }
 
 template <class T>
-void sums(const T* const* weights, int64_t lines, const T* const* values, int64_t count,
-          int64_t value_stride, int64_t width, int64_t shifts, T* out, int64_t out_line) {
-  with_count<kLines>(lines, [&](auto rows) {
-    for_columns(width, [&](int64_t first, auto columns) {
-      sum_block<T, rows, columns>(weights, values, count, value_stride, first, shifts, out,
-                                  out_line);
-    });
+void sums(const WindowSums<T>& x) {
+  with_count<kLines>(x.lines, [&](auto rows) {
+    for_columns<columns_beside(rows)>(
+        x.width, [&](int64_t first, auto columns) { sum_block<T, rows, columns>(x, first); });
   });
 }
 
@@ -214,8 +228,40 @@ void divide(T* out, int64_t width, const T* sum) {
 }
 
 template <class T>
+void gradients(T* s, T* dp, int64_t shifts, int64_t step, const LaneShifts<T>& seen, const T* pivot,
+               const T* offset) {
+  constexpr int kGroup = 4;
+  const Full<T> d;
+  const auto most = hn::LoadU(d, pivot), add = hn::LoadU(d, offset);
+  const bool all = seen.first == nullptr;
+  const auto first = all ? hn::Zero(d) : hn::LoadU(d, seen.first);
+  const auto last = all ? hn::Set(d, std::numeric_limits<T>::infinity()) : hn::LoadU(d, seen.last);
+  const auto some = [&](int64_t j, auto group) HWY_ATTR {
+    constexpr int kVectors = group;
+    hn::Vec<Full<T>> t[kVectors];
+#pragma GCC unroll 4
+    for (int i = 0; i < kVectors; ++i) {
+      t[i] = hn::Min(hn::Sub(hn::LoadU(d, s + (j + i) * step), most), hn::Zero(d));
+    }
+    exp2<Exactness::full>(d, t);
+#pragma GCC unroll 4
+    for (int i = 0; i < kVectors; ++i) {
+      const auto shift = hn::Set(d, static_cast<T>(j + i));
+      const auto sees = hn::And(hn::Ge(shift, first), hn::Lt(shift, last));
+      T* at = dp + (j + i) * step;
+      const auto gradient = hn::Mul(t[i], hn::Add(hn::LoadU(d, at), add));
+      hn::StoreU(hn::IfThenElseZero(sees, t[i]), d, s + (j + i) * step);
+      hn::StoreU(hn::IfThenElseZero(sees, gradient), d, at);
+    }
+  };
+  int64_t j = 0;
+  for (; j + kGroup <= shifts; j += kGroup) some(j, std::integral_constant<int, kGroup>());
+  for (; j < shifts; ++j) some(j, std::integral_constant<int, 1>());
+}
+
+template <class T>
 WindowKernels<T> table() {
-  return {lanes<T>(), kLines, turn<T>, scores<T>, weights<T>, sums<T>, divide<T>};
+  return {lanes<T>(), kLines, turn<T>, scores<T>, weights<T>, sums<T>, divide<T>, gradients<T>};
 }
 
 }  // namespace

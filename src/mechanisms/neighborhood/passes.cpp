@@ -199,7 +199,11 @@ void forward(const GridCall& call, const RunOptions& run) {
 
 Array backward(const GridCall& call, const CallGradients& to, const RunOptions& run) {
   if (call.empty()) return {};
-  const GridRows grid(call, shapes_for(call, run));
+  const TileShapes shapes = shapes_for(call, run);
+  if (takes_small_windows_backward(call, shapes, run) && small_windows_backward(call, to, run)) {
+    return {};
+  }
+  const GridRows grid(call, shapes);
   CallRows rows = rows_of(call, grid);
   rows.out = grid.tokens(call.out, Side::queries, Outside::nearest);  // read here
   const RowGradients gradients{grid.tokens(to.out, Side::queries, Outside::nearest),

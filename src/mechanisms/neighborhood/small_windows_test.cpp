@@ -6,6 +6,7 @@
 #include <cmath>
 #include <limits>
 #include <string>
+#include <utility>
 #include <vector>
 
 #include "engine/operands.h"
@@ -61,36 +62,77 @@ Array seen_pairs(const tiled::Neighborhood& grid) {
   return mask;
 }
 
+/// [B,Y,X,H] of a wide type as [B,H,Y*X] in float64.
+Array sums_of(const Tensor& t) {
+  const Tensor wide(t.data(), t.dtype(), {t.size(0), t.size(1), t.size(2), t.size(3), 1},
+                    {t.stride(0), t.stride(1), t.stride(2), t.stride(3), 1});
+  const Array rows = sequence_of(wide);
+  return convert(
+      Tensor(rows.view().data(), DType::f64, {t.size(0), t.size(3), rows.view().size(2)}),
+      DType::f64);
+}
+
+/// A call with random input, and where its results go.
+struct PlaneArrays {
+  PlaneArrays(const PlaneCase& n, DType type)
+      : q(make(n, type, n.heads, n.dim, 1)),
+        k(make(n, type, n.kv_heads, n.dim, 2)),
+        v(make(n, type, n.kv_heads, n.values, 3)),
+        out(type, {kBatch, n.lines, n.points, n.heads, n.values}),
+        lse(wide_type(type), {kBatch, n.lines, n.points, n.heads}),
+        grad_out(make(n, type, n.heads, n.values, 4)),
+        grad_lse(random_array(wide_type(type), lse.shape(), 5)),
+        dq(type, q.shape()),
+        dk(type, k.shape()),
+        dv(type, v.shape()),
+        call("test", 2, q, k, v, out, lse, options_of(n)),
+        gradients{six_axes(grad_out, 2),
+                  six_axes_of_sums(grad_lse, 2),
+                  six_axes(dq, 2),
+                  six_axes(dk, 2),
+                  six_axes(dv, 2),
+                  {},
+                  {}} {}
+  static Array make(const PlaneCase& n, DType type, int64_t heads, int64_t width, uint32_t seed) {
+    return random_array(type, {kBatch, n.lines, n.points, heads, width}, seed);
+  }
+
+  static constexpr int64_t kBatch = 2;
+  Array q, k, v, out, lse, grad_out, grad_lse, dq, dk, dv;
+  GridCall call;
+  CallGradients gradients;
+};
+
+// The reference of the backward gets the rounded results of the forward.
 void check_case(const PlaneCase& n, DType type, Isa isa) {
-  const int64_t batch = 2;
-  const auto make = [&](int64_t heads, int64_t width, uint32_t seed) {
-    return random_array(type, {batch, n.lines, n.points, heads, width}, seed);
-  };
-  const Array q = make(n.heads, n.dim, 1), k = make(n.kv_heads, n.dim, 2);
-  const Array v = make(n.kv_heads, n.values, 3);
-  const Array out(type, {batch, n.lines, n.points, n.heads, n.values});
-  const Array lse(wide_type(type), {batch, n.lines, n.points, n.heads});
-  const GridCall call("test", 2, q, k, v, out, lse, options_of(n));
   const std::string about = std::string(name_of(type)) + " " + name_of(isa) + " " +
                             std::to_string(n.lines) + "x" + std::to_string(n.points) + " kernel " +
                             std::to_string(n.kernel[0]) + " dim " + std::to_string(n.dim);
-  ASSERT_TRUE(small_windows_forward(call, {.threads = 2, .isa = isa})) << about;
-  const Array mask = seen_pairs(call.grid);
+  const RunOptions run{.threads = 2, .isa = isa};
+  const PlaneArrays x(n, type);
+  ASSERT_TRUE(small_windows_forward(x.call, run)) << about;
+  ASSERT_TRUE(small_windows_backward(x.call, x.gradients, run)) << about;
+  const Array mask = seen_pairs(x.call.grid);
   FlashOptions dense;
   dense.mask = mask;
-  const AttentionResult want =
-      flash_attention(sequence_of(q), sequence_of(k), sequence_of(v), dense);
+  const Array q = sequence_of(x.q), k = sequence_of(x.k), v = sequence_of(x.v);
+  const AttentionResult want = flash_attention(q, k, v, dense);
   const double bound = type == DType::f64    ? 1e-13
                        : type == DType::f32  ? 3e-6
                        : type == DType::bf16 ? 1e-2
                                              : 1.5e-3;
-  EXPECT_LT(largest_difference(sequence_of(out), want.out), bound) << about;
-  const Tensor sums(lse.view().data(), lse.view().dtype(), {batch, n.lines, n.points, n.heads, 1},
-                    {n.lines * n.points * n.heads, n.points * n.heads, n.heads, 1, 1});
-  const Tensor rows(want.lse.view().data(), DType::f64, {batch, n.heads, n.lines * n.points, 1},
-                    {n.heads * n.lines * n.points, n.lines * n.points, 1, 1});
-  EXPECT_LT(largest_difference(sequence_of(sums), rows), type == DType::f64 ? 1e-13 : 1e-5)
+  EXPECT_LT(largest_difference(sequence_of(x.out), want.out), bound) << about;
+  EXPECT_LT(largest_difference(sums_of(x.lse), want.lse), type == DType::f64 ? 1e-13 : 1e-5)
       << about;
+  const FlashGradients grads =
+      flash_attention_backward(sequence_of(x.grad_out), sums_of(x.grad_lse), q, k, v,
+                               sequence_of(x.out), sums_of(x.lse), dense);
+  const std::pair<const Array*, const Array*> pairs[] = {
+      {&x.dq, &grads.q}, {&x.dk, &grads.k}, {&x.dv, &grads.v}};
+  for (const auto& [got, exact] : pairs) {
+    const double size = largest_difference(*exact, Array::zeros(DType::f64, exact->shape()));
+    EXPECT_LT(largest_difference(sequence_of(*got), *exact), bound * std::max(1.0, size)) << about;
+  }
 }
 
 TEST(SmallWindows, EveryTypeIsaAndShape) {
@@ -115,15 +157,18 @@ TEST(SmallWindows, EveryTypeIsaAndShape) {
 }
 
 TEST(SmallWindows, SameBitsForAnyThreadCount) {
-  const Array x = random_array(DType::f32, {1, 60, 130, 3, 20}, 1);
-  const PlaneCase n{60, 130, 3, 3, 20, 20, {5}};
-  const Array one(DType::f32, x.shape()), more(DType::f32, x.shape());
-  ASSERT_TRUE(
-      small_windows_forward(GridCall("test", 2, x, x, x, one, {}, options_of(n)), {.threads = 1}));
+  const PlaneCase n{60, 130, 6, 3, 20, 20, {5}};
+  const PlaneArrays one(n, DType::f32);
+  ASSERT_TRUE(small_windows_forward(one.call, {.threads = 1}));
+  ASSERT_TRUE(small_windows_backward(one.call, one.gradients, {.threads = 1}));
   for (int threads : {2, 7, 16}) {
-    ASSERT_TRUE(small_windows_forward(GridCall("test", 2, x, x, x, more, {}, options_of(n)),
-                                      {.threads = threads}));
-    EXPECT_TRUE(same_bits(one, more)) << threads;
+    const PlaneArrays more(n, DType::f32);
+    ASSERT_TRUE(small_windows_forward(more.call, {.threads = threads}));
+    ASSERT_TRUE(small_windows_backward(more.call, more.gradients, {.threads = threads}));
+    EXPECT_TRUE(same_bits(one.out, more.out)) << threads;
+    EXPECT_TRUE(same_bits(one.dq, more.dq)) << threads;
+    EXPECT_TRUE(same_bits(one.dk, more.dk)) << threads;
+    EXPECT_TRUE(same_bits(one.dv, more.dv)) << threads;
   }
 }
 
@@ -147,16 +192,37 @@ TEST(SmallWindows, LeavesWhatIsNotFiniteToTiles) {
   }
 }
 
+TEST(SmallWindows, LeaveUnusualGradientsToTiles) {
+  const PlaneCase n{9, 20, 2, 1, 8, 8, {3}};
+  const auto usual = [&](const auto& change) {
+    PlaneArrays x(n, DType::f32);
+    EXPECT_TRUE(small_windows_forward(x.call, {}));
+    change(x);
+    return small_windows_backward(x.call, x.gradients, {});
+  };
+  constexpr float kInf = std::numeric_limits<float>::infinity();
+  EXPECT_TRUE(usual([](PlaneArrays&) {}));
+  EXPECT_FALSE(usual([](PlaneArrays& x) { x.k.as<float>()[100] = kInf; }));
+  EXPECT_FALSE(usual([](PlaneArrays& x) { x.grad_out.as<float>()[77] = NAN; }));
+  EXPECT_FALSE(usual([](PlaneArrays& x) { x.grad_lse.as<float>()[55] = kInf; }));
+  EXPECT_FALSE(usual([](PlaneArrays& x) { x.lse.as<float>()[33] = -kInf; }));
+  EXPECT_FALSE(usual([](PlaneArrays& x) { x.lse.as<float>()[33] = 2e6F; })) << "rounded to eighths";
+}
+
 TEST(SmallWindows, AreTakenWhereTilesWouldComputeFarMore) {
-  const auto taken = [](int64_t side, int64_t kernel, int64_t stride, DType type) {
+  const auto taken = [](auto takes, int64_t side, int64_t kernel, int64_t stride, DType type) {
     const Array x = Array::zeros(type, {1, side, side, 1, 32});
     const PlaneCase n{side, side, 1, 1, 32, 32, {kernel}, {stride}};
     const GridCall call("test", 2, x, x, x, {}, {}, options_of(n));
-    return takes_small_windows(call, shapes_for(call, {}), {});
+    return takes(call, shapes_for(call, {}), RunOptions());
   };
-  EXPECT_TRUE(taken(56, 3, 1, DType::f32) && taken(56, 7, 1, DType::f32));
-  EXPECT_TRUE(taken(56, 5, 1, DType::bf16));
-  EXPECT_FALSE(taken(14, 13, 1, DType::f32) || taken(64, 24, 8, DType::f32));
+  for (const auto takes : {takes_small_windows, takes_small_windows_backward}) {
+    EXPECT_TRUE(taken(takes, 56, 3, 1, DType::f32));
+    EXPECT_TRUE(taken(takes, 56, 7, 1, DType::f32));
+    EXPECT_TRUE(taken(takes, 56, 5, 1, DType::bf16));
+    EXPECT_FALSE(taken(takes, 14, 13, 1, DType::f32));
+    EXPECT_FALSE(taken(takes, 64, 24, 8, DType::f32));
+  }
 }
 
 }  // namespace
