@@ -35,21 +35,6 @@ constexpr double kProductOfFew = 1.3, kProductOfFewOfOneLine = 1.35;
 constexpr double kWeight = 12;     // a score
 constexpr double kTileToken = 10;  // an element of a token, more in tiles than here
 
-/// Shifts from the queries that see them to some neighbouring keys, by the first of these keys / lanes.
-std::vector<Interval> key_shifts(const tiled::WindowLine& line, int64_t lanes) {
-  std::vector<Interval> shifts(static_cast<size_t>(ceil_div(line.length(), lanes)));
-  for (int64_t query = 0; query < line.length(); ++query) {
-    const Interval keys = line.keys_of(query);
-    for (int64_t key = keys.begin; key < keys.end; ++key) {
-      Interval& all = shifts[static_cast<size_t>(key / lanes)];
-      const int64_t shift = key - query;
-      all = all.empty() ? Interval{shift, shift + 1}
-                        : Interval{std::min(all.begin, shift), std::max(all.end, shift + 1)};
-    }
-  }
-  return shifts;
-}
-
 /// Rows of scores: queries of a part of a line, with zeros beside them.
 struct ScoreRows {
   Interval span;                // queries that see keys of the part, in whole vectors, and its own
@@ -77,11 +62,7 @@ template <class T>
 class SmallWindowsBackward : PlaneCall<T> {
  public:
   SmallWindowsBackward(const GridCall& call, const CallGradients& gradients, const RunOptions& run)
-      : Base(call, run), gradients_(gradients) {
-    for (int64_t g = 0; g < call.grid.groups(); ++g) {
-      key_shifts_.push_back(key_shifts(call.grid.group(g).lines[2], lanes_));
-    }
-  }
+      : Base(call, run), gradients_(gradients) {}
 
   bool run() {
     // Lines of queries beside a band are met again in others.
@@ -343,8 +324,7 @@ class SmallWindowsBackward : PlaneCall<T> {
   // What queries of line y give to the vector of keys at point x in all lines of the item that they see.
   void add_to_keys(const Item& item, Interval lines, int64_t y, int64_t x, const Memory& m) const {
     const Plane<T>& p = *item.plane;
-    const Interval shifts = key_shifts_[static_cast<size_t>(&p - Base::planes_.data())]
-                                       [static_cast<size_t>(x / lanes_)];
+    const Interval shifts = p.key_shifts[static_cast<size_t>(x / lanes_)];
     const Interval seen = met(item, y);
     const Interval keys{std::max(seen.begin, item.lines.begin), std::min(seen.end, item.lines.end)};
     if (shifts.empty() || keys.empty()) return;
@@ -381,7 +361,6 @@ class SmallWindowsBackward : PlaneCall<T> {
   }
 
   const CallGradients& gradients_;
-  std::vector<std::vector<Interval>> key_shifts_;  // of each plane
   std::atomic<bool> usual_{true};
 };
 

@@ -14,6 +14,20 @@ namespace {
 
 constexpr int64_t kChunkPoints = 64;  // of a line that is turned at once
 
+std::vector<Interval> shifts_of_keys(const WindowLine& line, int64_t lanes) {
+  std::vector<Interval> shifts(static_cast<size_t>(ceil_div(line.length(), lanes)));
+  for (int64_t query = 0; query < line.length(); ++query) {
+    const Interval keys = line.keys_of(query);
+    for (int64_t key = keys.begin; key < keys.end; ++key) {
+      Interval& all = shifts[static_cast<size_t>(key / lanes)];
+      const int64_t shift = key - query;
+      all = all.empty() ? Interval{shift, shift + 1}
+                        : Interval{std::min(all.begin, shift), std::max(all.end, shift + 1)};
+    }
+  }
+  return shifts;
+}
+
 }  // namespace
 
 template <class T>
@@ -57,6 +71,7 @@ Plane<T>::Plane(const GridGroup& group, int64_t width, const kernels::WindowKern
     : points(group.lines[2].length()),
       seen(line_windows(group.lines[1])),
       windows(lane_windows<T>(group.lines[2], kernels.lanes)),
+      key_shifts(shifts_of_keys(group.lines[2], kernels.lanes)),
       first{group.first_token / width, group.first_token % width},
       step{group.token_step[1] / width, group.token_step[2]} {
   for (const LaneWindow<T>& w : windows) {

@@ -59,6 +59,8 @@ struct Plane {
   int64_t points;              // of a line
   std::vector<Interval> seen;  // lines of keys, by each line of queries; neither end decreases
   std::vector<LaneWindow<T>> windows;
+  std::vector<Interval>
+      key_shifts;  // from queries to neighbouring keys that they see, by vectors of keys
   std::array<int64_t, 2> first, step;  // tokens of the grid, along its last two axes
   int64_t before = 0, behind = 0;      // points beside queries that shifts reach
   int64_t most_shifts = 0;
