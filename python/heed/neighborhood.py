@@ -11,19 +11,36 @@ PerAxis = int | Sequence[int]
 CausalPerAxis = bool | Sequence[bool] | None  # None: False
 
 
-def _per_axis(op: str, name: str, value: PerAxis | CausalPerAxis, axes: int) -> list[int]:
-    """One number for all axes or one for each, as numbers for each."""
+def _per_axis(op: str, name: str, value: object, axes: int) -> list:
+    """One value for all axes or one for each, as values for each."""
     values = list(value) if isinstance(value, (tuple, list)) else [value] * axes
     if len(values) != axes:
         raise ValueError(
             f"{op}: {name} is {value!r}, needed is one value or one for each of the {axes} axes"
         )
-    if all(isinstance(one, (int, torch.SymInt)) for one in values):
-        return [int(one) for one in values]
+    return values
+
+
+def _sizes(op: str, name: str, value: PerAxis, axes: int) -> list[int]:
+    """Whole numbers."""
+    values = _per_axis(op, name, value, axes)
     try:
-        return [operator.index(one) for one in values]
+        if any(isinstance(one, bool) for one in values):
+            raise TypeError
+        return [
+            int(one) if isinstance(one, (int, torch.SymInt)) else operator.index(one)
+            for one in values
+        ]
     except TypeError:
         raise TypeError(f"{op}: {name} is {value!r}, needed are whole numbers") from None
+
+
+def _flags(op: str, name: str, value: CausalPerAxis, axes: int) -> list[int]:
+    """Flags, also as 0 and 1."""
+    values = _per_axis(op, name, False if value is None else value, axes)
+    if not all(isinstance(one, int) and one in (0, 1) for one in values):
+        raise TypeError(f"{op}: {name} is {value!r}, needed is True or False")
+    return [int(one) for one in values]
 
 
 def _neighborhood(
@@ -32,8 +49,8 @@ def _neighborhood(
     key: Tensor,
     value: Tensor,
     kernel_size: PerAxis,
-    stride: PerAxis,
-    dilation: PerAxis,
+    stride: PerAxis | None,
+    dilation: PerAxis | None,
     is_causal: CausalPerAxis,
     scale: float | None,
     additional_keys: Tensor | None,
@@ -46,10 +63,10 @@ def _neighborhood(
         query,
         key,
         value,
-        _per_axis(op, "kernel_size", kernel_size, axes),
-        _per_axis(op, "stride", stride, axes),
-        _per_axis(op, "dilation", dilation, axes),
-        _per_axis(op, "is_causal", False if is_causal is None else is_causal, axes),
+        _sizes(op, "kernel_size", kernel_size, axes),
+        _sizes(op, "stride", 1 if stride is None else stride, axes),
+        _sizes(op, "dilation", 1 if dilation is None else dilation, axes),
+        _flags(op, "is_causal", is_causal, axes),
         scale,
         additional_keys,
         additional_values,
@@ -64,8 +81,8 @@ def na1d(
     key: Tensor,
     value: Tensor,
     kernel_size: PerAxis,
-    stride: PerAxis = ...,
-    dilation: PerAxis = ...,
+    stride: PerAxis | None = ...,
+    dilation: PerAxis | None = ...,
     is_causal: CausalPerAxis = ...,
     scale: float | None = ...,
     additional_keys: Tensor | None = ...,
@@ -79,8 +96,8 @@ def na1d(
     key: Tensor,
     value: Tensor,
     kernel_size: PerAxis,
-    stride: PerAxis = ...,
-    dilation: PerAxis = ...,
+    stride: PerAxis | None = ...,
+    dilation: PerAxis | None = ...,
     is_causal: CausalPerAxis = ...,
     scale: float | None = ...,
     additional_keys: Tensor | None = ...,
@@ -94,8 +111,8 @@ def na1d(
     key: Tensor,
     value: Tensor,
     kernel_size: PerAxis,
-    stride: PerAxis = 1,
-    dilation: PerAxis = 1,
+    stride: PerAxis | None = 1,
+    dilation: PerAxis | None = 1,
     is_causal: CausalPerAxis = False,
     scale: float | None = None,
     additional_keys: Tensor | None = None,
@@ -163,8 +180,8 @@ def na2d(
     key: Tensor,
     value: Tensor,
     kernel_size: PerAxis,
-    stride: PerAxis = ...,
-    dilation: PerAxis = ...,
+    stride: PerAxis | None = ...,
+    dilation: PerAxis | None = ...,
     is_causal: CausalPerAxis = ...,
     scale: float | None = ...,
     additional_keys: Tensor | None = ...,
@@ -178,8 +195,8 @@ def na2d(
     key: Tensor,
     value: Tensor,
     kernel_size: PerAxis,
-    stride: PerAxis = ...,
-    dilation: PerAxis = ...,
+    stride: PerAxis | None = ...,
+    dilation: PerAxis | None = ...,
     is_causal: CausalPerAxis = ...,
     scale: float | None = ...,
     additional_keys: Tensor | None = ...,
@@ -193,8 +210,8 @@ def na2d(
     key: Tensor,
     value: Tensor,
     kernel_size: PerAxis,
-    stride: PerAxis = 1,
-    dilation: PerAxis = 1,
+    stride: PerAxis | None = 1,
+    dilation: PerAxis | None = 1,
     is_causal: CausalPerAxis = False,
     scale: float | None = None,
     additional_keys: Tensor | None = None,
@@ -248,8 +265,8 @@ def na3d(
     key: Tensor,
     value: Tensor,
     kernel_size: PerAxis,
-    stride: PerAxis = ...,
-    dilation: PerAxis = ...,
+    stride: PerAxis | None = ...,
+    dilation: PerAxis | None = ...,
     is_causal: CausalPerAxis = ...,
     scale: float | None = ...,
     additional_keys: Tensor | None = ...,
@@ -263,8 +280,8 @@ def na3d(
     key: Tensor,
     value: Tensor,
     kernel_size: PerAxis,
-    stride: PerAxis = ...,
-    dilation: PerAxis = ...,
+    stride: PerAxis | None = ...,
+    dilation: PerAxis | None = ...,
     is_causal: CausalPerAxis = ...,
     scale: float | None = ...,
     additional_keys: Tensor | None = ...,
@@ -278,8 +295,8 @@ def na3d(
     key: Tensor,
     value: Tensor,
     kernel_size: PerAxis,
-    stride: PerAxis = 1,
-    dilation: PerAxis = 1,
+    stride: PerAxis | None = 1,
+    dilation: PerAxis | None = 1,
     is_causal: CausalPerAxis = False,
     scale: float | None = None,
     additional_keys: Tensor | None = None,

@@ -293,6 +293,19 @@ def test_same_bits_again():
         assert torch.equal(a, b)
 
 
+def test_results_that_no_gradient_needs_may_be_changed():
+    x, weight = wanted(random(1, 2, 8, 4), random(4, 3))
+    changed = heed.depthwise_causal_conv(x, weight)
+    changed.mul_(2)
+    gradients = torch.autograd.grad(changed.sum(), [x, weight])
+    expected = torch.autograd.grad(2 * heed.depthwise_causal_conv(x, weight).sum(), [x, weight])
+    for got, want in zip(gradients, expected, strict=True):
+        assert torch.equal(got, want)
+    q, k, v = wanted(*random_qkv(1, 2, 1, 4, 6, 3, 2))
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        heed.flash_attention(q, k, v).mul_(2).sum().backward()
+
+
 def test_second_derivatives_are_refused():
     q, k, v = small()
     (g,) = torch.autograd.grad(heed.flash_attention(q, k, v).sum(), q, create_graph=True)

@@ -246,6 +246,9 @@ EXTRA = random(2, 3, 2, 8)
 def test_numbers_may_be_those_of_numpy_and_causal_none():
     expected = heed.na2d(Q, K, V, 3, 2)
     assert torch.equal(heed.na2d(Q, K, V, np.int64(3), [np.int32(2), 2], is_causal=None), expected)
+    assert torch.equal(
+        heed.na2d(Q, K, V, 3, stride=None, dilation=None), heed.na2d(Q, K, V, 3, 1, 1)
+    )
 
 
 @pytest.mark.parametrize(
@@ -260,6 +263,9 @@ def test_numbers_may_be_those_of_numpy_and_causal_none():
         (dict(key=random(2, 6, 7, 8, 2).mT), ValueError, ["key", "stride"]),
         (dict(kernel_size=(3, 3, 3)), ValueError, ["kernel_size", "(3, 3, 3)", "2 axes"]),
         (dict(kernel_size=2.5), TypeError, ["kernel_size", "2.5"]),
+        (dict(kernel_size=True), TypeError, ["kernel_size", "True"]),
+        (dict(kernel_size=None), TypeError, ["kernel_size", "None"]),
+        (dict(is_causal=2), TypeError, ["is_causal", "2", "True or False"]),
         (dict(kernel_size=7), ValueError, ["kernel_size", "axis 0", "7", "6"]),
         (dict(stride=4), ValueError, ["stride", "axis 0", "4", "3"]),
         (dict(dilation=3), ValueError, ["kernel_size", "axis 0", "2"]),

@@ -48,44 +48,69 @@ HWY_INLINE hn::Vec<Full<T>> sums_as(const double* sums) {
   return hn::Combine(Full<float>(), high, low);
 }
 
-// sums += sign * the rows [begin, end) of x
+// A running sum of rows: `sums`, those of magnitudes, and the largest of these since the last start.
+template <class Sum>
+struct WindowState {
+  Sum *sums, *sizes, *peaks;
+  int64_t width;
+};
+
+// Adds sign * the rows [begin, end) of x.
 template <class T, class From, class Sum>
-void add_window(const From* x, int64_t stride, int64_t width, int64_t begin, int64_t end, Sum sign,
-                Sum* sums) {
+void add_window(const From* x, int64_t stride, int64_t begin, int64_t end, Sum sign,
+                const WindowState<Sum>& to) {
   const auto signs = hn::Set(Full<Sum>(), sign);
   for (int64_t m = begin; m < end; ++m) {
     const From* row = x + m * stride;
-    for (int64_t i = 0; i < width; i += lanes<T>()) {
-      add_vector(sums + i, load_elements<T>(row + i, width - i), signs);
+    for (int64_t i = 0; i < to.width; i += lanes<T>()) {
+      const auto value = load_elements<T>(row + i, to.width - i);
+      add_vector(to.sums + i, value, signs);
+      add_vector(to.sizes + i, hn::Abs(value), signs);
     }
   }
 }
 
+// Whether sums are finite and not mostly what is left of larger ones.
 template <class Sum>
-bool all_finite(const Sum* sums, int64_t width) {
+bool trusted(const WindowState<Sum>& x) {
+  constexpr Sum kMostLoss = 256;  // of magnitudes
   const Full<Sum> d;
-  auto bad = hn::Zero(d);
-  for_each_vector<Sum>(width, [&](int64_t i, auto all) HWY_ATTR {
-    const auto x = load_some<Sum>(all, sums + i);
-    bad = hn::Or(bad, hn::Sub(x, x));  // 0 if finite, else NaN
+  const auto loss = hn::Set(d, kMostLoss);
+  auto good = hn::FirstN(d, static_cast<size_t>(lanes<Sum>()));
+  for_each_vector<Sum>(x.width, [&](int64_t i, auto all) HWY_ATTR {
+    const auto sum = load_some<Sum>(all, x.sums + i), size = load_some<Sum>(all, x.sizes + i);
+    const auto peak = load_some<Sum>(all, x.peaks + i), difference = hn::Sub(sum, sum);
+    good = hn::And(good, hn::Ge(hn::Mul(size, loss), hn::Add(peak, difference)));
   });
-  return hn::AllTrue(d, hn::Eq(bad, bad));
+  return hn::AllTrue(d, good);
+}
+
+template <class Sum>
+void note_peaks(const WindowState<Sum>& x) {
+  const Full<Sum> d;
+  for (int64_t i = 0; i < x.width; i += lanes<Sum>()) {
+    hn::StoreU(hn::Max(hn::LoadU(d, x.peaks + i), hn::LoadU(d, x.sizes + i)), d, x.peaks + i);
+  }
 }
 
 template <class T, class From, class Sum>
-void slide(const From* x, int64_t stride, int64_t width, RowWindow& at, const RowWindow& to,
-           Sum* sums) {
+void slide(const From* x, int64_t stride, RowWindow& at, const RowWindow& to,
+           const WindowState<Sum>& state) {
   const auto restart = [&] {
-    std::fill_n(sums, width, Sum{0});
+    for (Sum* part : {state.sums, state.sizes, state.peaks}) {
+      std::fill_n(part, state.width, Sum{0});
+    }
     at.begin = at.end = to.begin;
   };
   if (to.begin >= at.end) restart();
-  add_window<T, From, Sum>(x, stride, width, at.end, to.end, 1, sums);
+  add_window<T, From, Sum>(x, stride, at.end, to.end, 1, state);
+  note_peaks(state);
   if (to.begin > at.begin) {
-    add_window<T, From, Sum>(x, stride, width, at.begin, to.begin, -1, sums);
-    if (!all_finite(sums, width)) {
+    add_window<T, From, Sum>(x, stride, at.begin, to.begin, -1, state);
+    if (!trusted(state)) {
       restart();
-      add_window<T, From, Sum>(x, stride, width, to.begin, to.end, 1, sums);
+      add_window<T, From, Sum>(x, stride, to.begin, to.end, 1, state);
+      note_peaks(state);
     }
   }
   at = {to.begin, HWY_MAX(to.begin, to.end)};
@@ -99,9 +124,10 @@ void window_sums(const Rows& x, RowWindow& at, const RowWindow* windows, int64_t
     using Sum = std::conditional_t<sizeof(From) == 2, float, double>;
     const Full<T> d;
     auto* sums = static_cast<Sum*>(memory);
+    const int64_t padded = round_up(x.width, lanes<T>());
+    const WindowState<Sum> state{sums, sums + padded, sums + 2 * padded, x.width};
     for (int64_t r = 0; r < rows; ++r) {
-      slide<T, From, Sum>(static_cast<const From*>(x.data), x.stride, x.width, at, windows[r],
-                          sums);
+      slide<T, From, Sum>(static_cast<const From*>(x.data), x.stride, at, windows[r], state);
       const auto factor = hn::Set(d, factors[r]);
       for (int64_t i = 0; i < x.width; i += lanes<T>()) {
         hn::StoreU(hn::Mul(factor, sums_as<T>(sums + i)), d, out.row(r) + i);

@@ -17,8 +17,9 @@ template <class T>
 struct RowMapKernels {
   /// out[r] = factors[r] * sum of the rows [windows[r].begin, windows[r].end) of x. Neither end of the
   /// windows decreases. `sums` holds the sum over the window `at` before the call (a window that begins
-  /// and ends at one place has the sum 0) and over the last one after it: 8 bytes for each column,
-  /// padded to whole vectors; float64, float32 for 16-bit x. What is not finite leaves with its row.
+  /// and ends at one place has the sum 0) and over the last one after it, and what tells when to sum anew:
+  /// 24 bytes for each column, padded to whole vectors; float64, float32 for 16-bit x. What is not finite,
+  /// or far larger than the rest, leaves with its row.
   void (*window_sums)(const Rows& x, RowWindow& at, const RowWindow* windows, int64_t rows,
                       const T* factors, void* sums, Block<T> out) = nullptr;
   /// x[r] = a[r] x[r] + b[r] y[r] in place; columns of y are padded to whole vectors.

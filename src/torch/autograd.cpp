@@ -11,6 +11,7 @@
 #include <ATen/core/Tensor.h>
 #include <ATen/core/dispatch/Dispatcher.h>
 #include <ATen/ops/empty.h>
+#include <ATen/ops/zeros.h>
 #include <ATen/ops/zeros_like.h>
 #include <torch/csrc/autograd/autograd_not_implemented_fallback.h>
 #include <torch/csrc/autograd/custom_function.h>
@@ -89,7 +90,8 @@ struct Rule {
       : backward_op(c10::Dispatcher::singleton().findSchemaOrThrow(
             (op.schema().name() + "_backward").c_str(), "")),
         differentiable(op.schema().returns().size()),
-        kept(op.schema().returns().size()) {
+        kept(op.schema().returns().size()),
+        needed(op.schema().returns().size()) {
     const auto& arguments = op.schema().arguments();
     const auto& results = op.schema().returns();
     for (const c10::Argument& argument : arguments) {
@@ -100,8 +102,7 @@ struct Rule {
       if (name.starts_with("grad_")) {
         const auto i = static_cast<size_t>(find(results, without_grad(name)));
         differentiable[i] = true;
-        // Where no gradient arrives, it is made in the shape of the result.
-        kept[i] = kept[i] || !is_optional(wanted);
+        needed[i] = !is_optional(wanted);
         sources.push_back({is_optional(wanted) ? From::gradient : From::needed_gradient, i});
       } else if (name == kMask) {
         sources.push_back({From::mask, 0});
@@ -118,10 +119,11 @@ struct Rule {
   }
 
   OperatorHandle backward_op;
-  std::vector<bool> takes_tensor;          // by argument of the operator
-  std::vector<Source> sources;             // of each argument of the backward
-  std::vector<size_t> gradient_of;         // the argument, for each result of the backward
-  std::vector<bool> differentiable, kept;  // by result of the operator; kept: the backward reads it
+  std::vector<bool> takes_tensor;   // by argument of the operator
+  std::vector<Source> sources;      // of each argument of the backward
+  std::vector<size_t> gradient_of;  // the argument, for each result of the backward
+  // By result of the operator: whether the backward reads it, and needs a gradient of it.
+  std::vector<bool> differentiable, kept, needed;
 };
 
 const Rule& rule_of(const OperatorHandle& op) {
@@ -178,12 +180,20 @@ struct Differentiable : torch::autograd::Function<Differentiable> {
   }
 };
 
-// What the backward finds again: tensors in order, then the results that it reads; and the arguments,
-// with `true` in the place of each tensor that was given.
+// A number in all places, without memory for them.
+at::Tensor zeros_of(const at::Tensor& like) {
+  return at::zeros({}, like.options()).expand_symint(like.sym_sizes());
+}
+
+// What the backward finds again: tensors in order, then the results that it reads, or zeros where it may only need
+// them instead of a gradient; and the arguments, with `true` in the place of each tensor that was given.
 void save(AutogradContext& ctx, const OperatorHandle& op, const Rule& rule, Stack arguments,
           variable_list tensors, at::ArrayRef<IValue> results) {
   for (size_t i = 0; i < results.size(); ++i) {
-    tensors.push_back(rule.kept[i] ? results[i].toTensor() : at::Tensor());
+    const bool zeros = rule.needed[i] && !rule.kept[i];
+    tensors.push_back(rule.kept[i] ? results[i].toTensor()
+                      : zeros      ? zeros_of(results[i].toTensor())
+                                   : at::Tensor());
   }
   ctx.save_for_backward(std::move(tensors));
   ctx.set_materialize_grads(false);

@@ -132,6 +132,50 @@ TEST(AffineScaled, WhatIsNotFiniteLeavesTheWindowAgain) {
   }
 }
 
+// What a running sum subtracts again must not take the bits of the others with it. Rows 40 to 43 hold
+// large values, rows up to 48 and keys from 35 to 43 meet them.
+TEST(AffineScaled, LargeValuesLeaveTheWindowAgain) {
+  for (DType type : kTypes) {
+    const double large = type == DType::f16 ? 6e4 : 1e20;
+    const double bound = type == DType::f64 ? 1e-12 : type == DType::f32 ? 1e-5 : 3e-2;
+    const Inputs in = inputs(type, 80, 80);
+    AffineScaledOptions options = causal();
+    options.masks.window.left = 5;
+    const auto with_large = [&](const Array& x) {
+      Array wide = convert(x, DType::f64);
+      for (int64_t i = 0; i < 4; ++i)
+        wide.as<double>()[(40 + i) * 12 + 3] = large / std::pow(90, i);
+      return convert(wide, type);
+    };
+    const auto expect_same_but = [&](const Array& got, const Array& want, int64_t begin,
+                                     int64_t end) {
+      const Array a = convert(got, DType::f64), b = convert(want, DType::f64);
+      for (int64_t i = 0; i < a.count(); ++i) {
+        const int64_t row = i / 12 % 80;
+        if (i / 960 < 2 && i % 12 == 3 && row >= begin && row < end) continue;
+        ASSERT_NEAR(a.as<double>()[i], b.as<double>()[i], bound) << name_of(type) << " row " << row;
+      }
+    };
+    const Array grads = random_array(type, {2, 4, 80, 12}, 6);
+    for (Isa isa : available_isas()) {
+      const RunOptions run{.isa = isa};
+      const Array out(type, {2, 4, 80, 12}), softmax(wide_type(type), {2, 4, 80, 12});
+      const Array lse(wide_type(type), {2, 4, 80});
+      affine_scaled_attention(in.q, in.k, in.v, in.alpha, in.alpha_mean, out, softmax, lse, options,
+                              run);
+      expect_same_but(affine_scaled_attention(in.q, in.k, with_large(in.v), in.alpha, in.alpha_mean,
+                                              options, run),
+                      out, 40, 49);
+      const auto value_gradient = [&](const Array& grad_out) {
+        return affine_scaled_attention_backward(grad_out, in.q, in.k, in.v, in.alpha, in.alpha_mean,
+                                                softmax, lse, options, run)
+            .v;
+      };
+      expect_same_but(value_gradient(with_large(grads)), value_gradient(grads), 35, 44);
+    }
+  }
+}
+
 TEST(AffineScaled, SeparateSoftmaxOutGivesTheSameResult) {
   for (DType type : kTypes) {
     const Inputs in = inputs(type, 70, 90);

@@ -39,14 +39,14 @@ void MeanMix<T>::for_items(int64_t length, const Body& body) const {
   parallel_for(items, threads_for(in_.run, items), [&](int64_t item, int) {
     const int64_t elements = kBlockRows * padded_;
     Scratch scratch(static_cast<size_t>(elements) * sizeof(T) +
-                    static_cast<size_t>(padded_) * sizeof(double) +
+                    static_cast<size_t>(3 * padded_) * sizeof(double) +
                     kBlockRows * (sizeof(T) + sizeof(kernels::RowWindow)) + 4 * 64);
     Means means{};
     means.rows = {scratch.take<T>(elements), padded_};
-    means.sums = scratch.take<double>(padded_);
+    means.sums = scratch.take<double>(3 * padded_);
     means.windows = scratch.take<kernels::RowWindow>(kBlockRows);
     means.factors = scratch.take<T>(kBlockRows);
-    std::fill_n(static_cast<double*>(means.sums), padded_, 0.0);
+    std::fill_n(static_cast<double*>(means.sums), 3 * padded_, 0.0);
     const int64_t pair = item / per_head, begin = item % per_head * kItemRows;
     const int64_t end = std::min(begin + kItemRows, length);
     for (int64_t row = begin; row < end; row += kBlockRows) {

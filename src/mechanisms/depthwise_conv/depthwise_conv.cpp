@@ -31,13 +31,14 @@ void check_inputs(const Tensor& x, const Tensor& weight, const Tensor& bias) {
   check_x("x", x);
   const int64_t heads = x.size(1), dim = x.size(3);
   const int rank = weight.rank();
-  if ((rank != 2 && rank != 3) || weight.shape().back() < 1) {
-    throw Error(std::string(kOp) + ": " + describe("weight", weight) +
-                "; [D,W] or [H,D,W] with W >= 1 is needed");
+  const int64_t taps = rank == 0 ? 0 : weight.shape().back();
+  const Dims shared{dim, taps}, own{heads, dim, taps};
+  if (taps < 1 || (weight.shape() != shared && weight.shape() != own)) {
+    throw Error(std::string(kOp) + ": " + describe("weight", weight) + " but " + describe("x", x) +
+                "; [D,W] or [H,D,W] with W >= 1 is needed, here [" + std::to_string(dim) +
+                ",W] or [" + std::to_string(heads) + "," + std::to_string(dim) + ",W]");
   }
-  const int64_t taps = weight.shape().back();
-  check_parameter(kOp, "weight", weight, rank == 2 ? Dims{dim, taps} : Dims{heads, dim, taps},
-                  x.dtype());
+  check_parameter(kOp, "weight", weight, weight.shape(), x.dtype());
   if (!bias.defined()) return;
   check_parameter(kOp, "bias", bias, bias.rank() == 2 ? Dims{heads, dim} : Dims{dim}, x.dtype());
 }
