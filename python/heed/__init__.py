@@ -2,9 +2,10 @@
 
 All operators take tensors in the layout ``[B, H, L, D]`` (batch, heads, tokens, head dim), as
 ``torch.nn.functional.scaled_dot_product_attention`` does, on the CPU, in float64, float32, bfloat16
-or float16. They use as many threads as ``torch.set_num_threads`` says, and the result has the same
-bits for any number of threads. They work under ``torch.compile``. Where a
-function says so it is differentiable once; second derivatives raise a ``RuntimeError``.
+or float16. They use as many threads as ``torch.set_num_threads`` says; results have the same bits for
+any number of threads, gradients for the same number of threads. They work under ``torch.compile``.
+Where a function says so it is differentiable once; second derivatives and forward-mode derivatives
+raise a ``RuntimeError``.
 """
 
 from heed import _library

@@ -102,6 +102,8 @@ def scaled_dot_product_attention(
             raise TypeError(f"{op}: attn_mask has type {found}, needed is bool or a floating type")
         attn_mask = _mask_4d(op, attn_mask, lead, query.shape[-2], key.shape[-2])
         options["mask" if boolean else "bias"] = attn_mask
+    if not 0.0 <= dropout_p <= 1.0:
+        raise ValueError(f"{op}: dropout_p is {dropout_p}, needed is a probability from 0 to 1")
     drops_all = dropout_p == 1.0
     if dropout_p != 0.0 and not drops_all:
         options["dropout_p"] = dropout_p
