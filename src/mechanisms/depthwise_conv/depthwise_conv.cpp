@@ -35,8 +35,9 @@ void check_inputs(const Tensor& x, const Tensor& weight, const Tensor& bias) {
   const Dims shared{dim, taps}, own{heads, dim, taps};
   if (taps < 1 || (weight.shape() != shared && weight.shape() != own)) {
     throw Error(std::string(kOp) + ": " + describe("weight", weight) + " but " + describe("x", x) +
-                "; [D,W] or [H,D,W] with W >= 1 is needed, here [" + std::to_string(dim) +
-                ",W] or [" + std::to_string(heads) + "," + std::to_string(dim) + ",W]");
+                "; [D,W] or [H,D,W] with W >= 1 is needed, as " +
+                to_string(Dims{dim, std::max<int64_t>(taps, 1)}) + " or " +
+                to_string(Dims{heads, dim, std::max<int64_t>(taps, 1)}));
   }
   check_parameter(kOp, "weight", weight, weight.shape(), x.dtype());
   if (!bias.defined()) return;
