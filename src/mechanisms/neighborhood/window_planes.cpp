@@ -18,11 +18,12 @@ std::vector<Interval> shifts_of_keys(const WindowLine& line, int64_t lanes) {
   std::vector<Interval> shifts(static_cast<size_t>(ceil_div(line.length(), lanes)));
   for (int64_t query = 0; query < line.length(); ++query) {
     const Interval keys = line.keys_of(query);
-    for (int64_t key = keys.begin; key < keys.end; ++key) {
-      Interval& all = shifts[static_cast<size_t>(key / lanes)];
-      const int64_t shift = key - query;
-      all = all.empty() ? Interval{shift, shift + 1}
-                        : Interval{std::min(all.begin, shift), std::max(all.end, shift + 1)};
+    for (int64_t n = keys.begin / lanes; n * lanes < keys.end; ++n) {
+      const int64_t begin = std::max(keys.begin, n * lanes) - query;
+      const int64_t end = std::min(keys.end, (n + 1) * lanes) - query;
+      Interval& all = shifts[static_cast<size_t>(n)];
+      all = all.empty() ? Interval{begin, end}
+                        : Interval{std::min(all.begin, begin), std::max(all.end, end)};
     }
   }
   return shifts;
