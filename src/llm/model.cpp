@@ -7,6 +7,7 @@
 #include <utility>
 
 #include "heed/error.h"
+#include "base/round_up.h"
 #include "kernels/transformer_rows.h"
 #include "llm/gguf.h"
 
@@ -107,7 +108,11 @@ void Model::make_room(int64_t rows) {
   const auto make = [&](int64_t columns) { return Array(DType::f32, {rows, columns}); };
   const int64_t head_columns = config_.heads * config_.head_dim;
   stream_ = make(config_.width);
-  input_ = make(std::max({config_.width, head_columns, config_.hidden}));
+  // Or rows of int8 in blocks, which are more bytes where a matrix has few columns.
+  const int64_t columns = std::max({config_.width, head_columns, config_.hidden});
+  const int64_t bytes = std::max(rows * columns * static_cast<int64_t>(sizeof(float)),
+                                 int8_rows_bytes(rows, columns));
+  input_ = Array(DType::f32, {ceil_div(bytes, static_cast<int64_t>(sizeof(float)))});
   sum_ = make(config_.width);
   qkv_ = make(config_.qkv_rows());
   heads_ = make(head_columns);
@@ -216,7 +221,6 @@ template <class Make>
 void Model::multiply(const WeightMatrix& w, const Make& make, const Tensor& y, bool add) {
   const int64_t rows = y.size(0);
   if (w.int8.data != nullptr && rows > few_rows(weights_.dense_type)) {
-    // Smaller than float32 would be.
     const Int8Rows x{input_.as<std::byte>(), rows, w.columns};
     make(x);
     int8_product(x, w.int8, y, add, run_);
