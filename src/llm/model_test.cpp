@@ -259,6 +259,47 @@ TEST(Model, TinyFileWorks) {
   EXPECT_EQ(refusal([](TinyFile&) {}), "");
 }
 
+// In blocks of int8, rows of 32 columns take more memory than in float32.
+TEST(Model, NarrowQuantisedMatricesHaveRoomForTheirRows) {
+  constexpr uint32_t kFloat32 = 0, kQ4 = 2;
+  GgufBuilder file;
+  file.string("general.architecture", "llama");
+  for (const auto& [key, number] :
+       std::vector<std::pair<std::string, uint32_t>>{{"block_count", 1},
+                                                     {"embedding_length", 32},
+                                                     {"attention.head_count", 1},
+                                                     {"feed_forward_length", 32},
+                                                     {"context_length", 64}}) {
+    file.integer("llama." + key, number);
+  }
+  file.value("llama.attention.layer_norm_rms_epsilon", gguf_value::kFloat32, 1e-5f);
+  uint64_t offset = 0;
+  const auto tensor = [&](const std::string& name, const std::vector<uint64_t>& dims) {
+    const bool matrix = dims.size() == 2;
+    file.tensor(name, dims, matrix ? kQ4 : kFloat32, offset);
+    const uint64_t bytes = matrix ? dims[1] * 18 : dims[0] * 4;
+    offset += (bytes + 31) / 32 * 32;
+  };
+  tensor("token_embd.weight", {32, 40});
+  tensor("output_norm.weight", {32});
+  for (const char* name : {"attn_norm", "ffn_norm"}) {
+    tensor(std::string("blk.0.") + name + ".weight", {32});
+  }
+  for (const char* name :
+       {"attn_q", "attn_k", "attn_v", "attn_output", "ffn_gate", "ffn_up", "ffn_down"}) {
+    tensor(std::string("blk.0.") + name + ".weight", {32, 32});
+  }
+  const std::string bytes = file.data(std::string(offset, '\0')).build();
+  const GgufFile parsed = parse_gguf(bytes);
+  for (int32_t rows : {5, 6, 9, 33}) {
+    Model model(parsed, plain_options());
+    std::vector<int32_t> tokens(static_cast<size_t>(rows));
+    std::iota(tokens.begin(), tokens.end(), 0);
+    model.append(tokens);
+    EXPECT_EQ(model.logits().size(), 40u);
+  }
+}
+
 TEST(Model, PositionsAreScaledByAnyOfTheKeysForIt) {
   const auto frequency = [](std::function<void(GgufBuilder&)> more) {
     TinyFile tiny;
