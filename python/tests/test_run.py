@@ -74,6 +74,13 @@ def test_tokenizers_that_do_not_fit_the_model(tmp_path):
     assert max(heed_json(*BARE, "60", *draw)["tokens"]) < 400
 
 
+@pytest.mark.parametrize("option", ["--temperature", "--top-p", "--max-tokens"])
+@pytest.mark.parametrize("value", ["", "warm"])
+def test_what_is_no_number_is_refused(option, value):
+    message = error_of(*ONCE, "-p", "Once", option, value)
+    assert option in message and f"found '{value}'" in message and "needed" in message
+
+
 @pytest.mark.parametrize("option", ["--top-k", "--top-p", "--min-p", "--seed"])
 def test_options_of_draws_need_a_temperature(option):
     message = error_of(*ONCE, "-p", "Once", option, "1")

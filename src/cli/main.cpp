@@ -3,6 +3,7 @@
 
 #include <csignal>
 #include <cstdio>
+#include <cstdlib>
 #include <exception>
 #include <new>
 #include <string_view>
@@ -36,6 +37,24 @@ void add_commands(CLI::App& app, Outcome& outcome) {
   add_explain(app, outcome);
   add_cpu(app, outcome);
   add_hardware(app, outcome);
+}
+
+// Of options that take numbers; CLI11 reads nothing at all as 0.
+void refuse_what_is_no_number(CLI::App& app) {
+  for (CLI::Option* option : app.get_options()) {
+    const std::string type = option->get_type_name();
+    if (!type.starts_with("INT") && !type.starts_with("UINT") && !type.starts_with("FLOAT"))
+      continue;
+    option->check([](const std::string& value) {
+      char* end = nullptr;
+      std::strtod(value.c_str(), &end);
+      const bool number = !value.empty() && *end == '\0';
+      return number ? std::string() : "found '" + value + "', needed a number";
+    });
+  }
+  for (CLI::App* command : app.get_subcommands([](const CLI::App*) { return true; })) {
+    refuse_what_is_no_number(*command);
+  }
 }
 
 std::vector<std::string> option_names(const CLI::App& command) {
@@ -104,6 +123,7 @@ int run_program(int argc, char** argv) {
   CLI::App app("Attention on the CPU, proven against its equations", "heed");
   Outcome outcome;
   add_commands(app, outcome);
+  refuse_what_is_no_number(app);
   try {
     app.parse(argc, argv);
     if (app.get_subcommands().empty()) {
