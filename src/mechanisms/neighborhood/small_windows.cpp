@@ -1,7 +1,6 @@
 #include "mechanisms/neighborhood/small_windows.h"
 
 #include <algorithm>
-#include <atomic>
 #include <cmath>
 #include <numbers>
 #include <vector>
@@ -29,12 +28,8 @@ class SmallWindows : PlaneCall<T> {
   bool forward() {
     // Keys and values that are turned beside a band of lines are turned again for others.
     constexpr int64_t kFewestLines = 8;
-    const std::vector<Item> items = this->items(call_.heads(), kFewestLines, call_.query.size(2));
-    const auto count = static_cast<int64_t>(items.size());
-    parallel_for(count, threads_for(run_, count), [&](int64_t i, int) {
-      if (finite_ && !run_item(items[static_cast<size_t>(i)])) finite_ = false;
-    });
-    return finite_;
+    return this->run_all(this->items(call_.heads(), kFewestLines, call_.query.size(2)),
+                         [&](const Item& item) { return run_item(item); });
   }
 
  private:
@@ -171,8 +166,6 @@ class SmallWindows : PlaneCall<T> {
       lse[i * Base::point_stride(call_.lse, item)] = static_cast<T>(total / std::numbers::log2e);
     }
   }
-
-  std::atomic<bool> finite_{true};
 };
 
 }  // namespace

@@ -7,7 +7,6 @@
 //     dQ = dS K                                 of the part's own queries
 //     dV += p^T dO;  dK += dS^T Q               keys in lanes, queries shifted
 #include <algorithm>
-#include <atomic>
 #include <cmath>
 #include <limits>
 #include <numbers>
@@ -67,13 +66,9 @@ class SmallWindowsBackward : PlaneCall<T> {
   bool run() {
     // Lines of queries beside a band are met again in others.
     const int64_t fewest = 2 * Base::planes_[0].window_lines + 2;
-    const std::vector<Item> items =
-        this->items(call_.key.size(kHeads), fewest, std::max(fewest, kMostOwnLines));
-    const auto count = static_cast<int64_t>(items.size());
-    parallel_for(count, threads_for(run_, count), [&](int64_t i, int) {
-      if (usual_ && !run_item(items[static_cast<size_t>(i)])) usual_ = false;
-    });
-    return usual_;
+    return this->run_all(
+        this->items(call_.key.size(kHeads), fewest, std::max(fewest, kMostOwnLines)),
+        [&](const Item& item) { return run_item(item); });
   }
 
  private:
@@ -361,7 +356,6 @@ class SmallWindowsBackward : PlaneCall<T> {
   }
 
   const CallGradients& gradients_;
-  std::atomic<bool> usual_{true};
 };
 
 }  // namespace

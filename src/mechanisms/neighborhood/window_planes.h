@@ -3,6 +3,7 @@
 #pragma once
 #include <algorithm>
 #include <array>
+#include <atomic>
 #include <vector>
 
 #include "base/parallel.h"
@@ -59,8 +60,7 @@ struct Plane {
   int64_t points;              // of a line
   std::vector<Interval> seen;  // lines of keys, by each line of queries; neither end decreases
   std::vector<LaneWindow<T>> windows;
-  std::vector<Interval>
-      key_shifts;  // from queries to neighbouring keys that they see, by vectors of keys
+  std::vector<Interval> key_shifts;    // at which the keys of a vector are seen
   std::array<int64_t, 2> first, step;  // tokens of the grid, along its last two axes
   int64_t before = 0, behind = 0;      // points beside queries that shifts reach
   int64_t most_shifts = 0;
@@ -93,6 +93,17 @@ class PlaneCall {
  protected:
   /// `heads` heads of each batch entry, in parts of lines: of at least `fewest` where there are as many.
   std::vector<PlaneItem<T>> items(int64_t heads, int64_t fewest, int64_t most) const;
+
+  /// Whether run(item) is true for all of them; once it is not, the rest may be left out.
+  template <class Run>
+  bool run_all(const std::vector<PlaneItem<T>>& items, const Run& run) const {
+    std::atomic<bool> good{true};
+    const auto count = static_cast<int64_t>(items.size());
+    parallel_for(count, threads_for(run_, count), [&](int64_t i, int) {
+      if (good && !run(items[static_cast<size_t>(i)])) good = false;
+    });
+    return good;
+  }
 
   static std::byte* point(const Tensor& t, const PlaneItem<T>& item, int64_t head, int64_t y,
                           int64_t x);
