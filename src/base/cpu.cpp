@@ -192,6 +192,9 @@ const CpuInfo& cpu_info() {
     if (s.avx512_bf16) found.features.push_back("avx512_bf16");
     if (s.full_rate_bf16) found.features.push_back("full_rate_bf16");
     if (s.amx) found.features.push_back("amx_bf16");
+#if defined(__aarch64__)
+    found.features.push_back("neon");  // what the portable kernels are compiled to
+#endif
     return found;
   }();
   return info;

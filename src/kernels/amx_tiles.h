@@ -1,5 +1,5 @@
 // The tile unit as eight numbered registers of 16 rows x 64 bytes, in two versions with one interface:
-// AMX itself, and plain memory that does the same, so that the loops around it run on any machine.
+// AMX itself (amx.cpp), and plain memory that does the same, so that the loops around it run on any machine.
 #pragma once
 #include <cstdint>
 #include <cstring>
@@ -7,57 +7,6 @@
 #include "heed/tensor.h"
 
 namespace heed::kernels {
-
-#if defined(__x86_64__)
-/// AMX-BF16 by its instructions; needs no compiler flag. The configuration is loaded by the
-/// constructor and released by the destructor, in the thread that uses it: 190 cycles together, which
-/// instances inside others do not need.
-class HardwareTiles {
- public:
-  HardwareTiles() {
-    struct alignas(64) Configuration {
-      uint8_t palette = 1, start_row = 0, reserved[14] = {};
-      uint16_t row_bytes[16] = {64, 64, 64, 64, 64, 64, 64, 64};
-      uint8_t rows[16] = {16, 16, 16, 16, 16, 16, 16, 16};
-    };
-    static const Configuration configuration;
-    if (instances()++ > 0) return;
-    __asm__ volatile("ldtilecfg %0" ::"m"(configuration) : "memory");
-  }
-  ~HardwareTiles() {
-    if (--instances() > 0) return;
-    __asm__ volatile("tilerelease" ::: "memory");
-  }
-  HardwareTiles(const HardwareTiles&) = delete;
-  HardwareTiles& operator=(const HardwareTiles&) = delete;
-
-  template <int kTile>
-  void zero() {
-    __asm__ volatile("tilezero %%tmm%c0" ::"i"(kTile));
-  }
-  template <int kTile>
-  void load(const void* from, int64_t stride_bytes) {
-    __asm__ volatile("tileloadd (%0,%1,1), %%tmm%c2" ::"r"(from), "r"(stride_bytes), "i"(kTile)
-                     : "memory");
-  }
-  template <int kTile>
-  void store(void* to, int64_t stride_bytes) {
-    __asm__ volatile("tilestored %%tmm%c2, (%0,%1,1)" ::"r"(to), "r"(stride_bytes), "i"(kTile)
-                     : "memory");
-  }
-  /// C[i][j] += sum over pairs of A[i][pair] . B[pair][j]
-  template <int kC, int kA, int kB>
-  void multiply() {
-    __asm__ volatile("tdpbf16ps %%tmm%c2, %%tmm%c1, %%tmm%c0" ::"i"(kC), "i"(kA), "i"(kB));
-  }
-
- private:
-  static int& instances() {
-    static thread_local int count = 0;
-    return count;
-  }
-};
-#endif
 
 class EmulatedTiles {
  public:

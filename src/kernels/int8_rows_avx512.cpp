@@ -1,7 +1,6 @@
 // Products of bytes with AVX512-VNNI (vpdpbusd): four products and their sum per 32-bit lane, four times the
 // rate of float32. Highway 1.0 has no name for the instruction, so this file is compiled for AVX-512 as a
 // whole and reached only after the processor has been asked.
-#if defined(__x86_64__)
 #include <immintrin.h>
 
 #include <algorithm>
@@ -168,4 +167,3 @@ void int8_panel_avx512(const Int8Rows& x, const Int8Matrix& w, const Tensor& y, 
 }
 
 }  // namespace heed::kernels
-#endif

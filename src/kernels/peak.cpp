@@ -65,8 +65,6 @@ HWY_AFTER_NAMESPACE();
 
 #if HWY_ONCE
 
-#include "kernels/amx_tiles.h"
-
 namespace heed::kernels {
 namespace {
 
@@ -75,47 +73,6 @@ void select_multiply_adds(Isa isa, DType dtype, int64_t rounds, int64_t& count, 
 
         void select_sum(Isa isa, const float* data, int64_t count, double& sum)
             HEED_SELECT(sum_floats, data, count, sum)
-#if defined(__x86_64__)
-    // Two tiles against two, four sums: 16 x 16 results, 32 products each. Random values: zeros make the
-    // unit look faster than it is.
-    int64_t run_amx(int64_t rounds, double& sink) {
-  alignas(64) bfloat16 values[512];
-  uint32_t state = 1;
-  for (bfloat16& value : values) {
-    state = state * 1664525u + 1013904223u;
-    value = to_bfloat16(static_cast<float>(state >> 8) * 0x1p-24f - 0.5f);
-  }
-  alignas(64) float result[256];
-  HardwareTiles tiles;
-  tiles.zero<0>();
-  tiles.zero<1>();
-  tiles.zero<2>();
-  tiles.zero<3>();
-  tiles.load<4>(values, 64);
-  tiles.load<5>(values, 64);
-  tiles.load<6>(values, 64);
-  tiles.load<7>(values, 64);
-  for (int64_t r = 0; r < rounds; ++r) {
-    tiles.multiply<0, 4, 6>();
-    tiles.multiply<1, 4, 7>();
-    tiles.multiply<2, 5, 6>();
-    tiles.multiply<3, 5, 7>();
-  }
-  sink = 0;
-  const auto add = [&] {
-    for (float x : result) sink += static_cast<double>(x);
-  };
-  tiles.store<0>(result, 64);
-  add();
-  tiles.store<1>(result, 64);
-  add();
-  tiles.store<2>(result, 64);
-  add();
-  tiles.store<3>(result, 64);
-  add();
-  return rounds * 4 * 16 * 16 * 32;
-}
-#endif
 
 }  // namespace
 
@@ -127,12 +84,8 @@ int64_t run_multiply_adds(Isa isa, DType dtype, int64_t rounds, double& sink) {
 
 int64_t run_half_multiply_adds(Isa isa, int64_t rounds, double& sink) {
   sink = 0;
-#if defined(__x86_64__)
   if (isa == Isa::amx) return run_amx(rounds, sink);
   if (isa == Isa::avx512 && has_full_rate_bf16()) return run_avx512_pairs(rounds, sink);
-#else
-  (void)isa, (void)rounds;
-#endif
   return 0;
 }
 

@@ -19,7 +19,8 @@ int64_t run_half_multiply_adds(Isa isa, int64_t rounds, double& sink);
 /// The sum of `count` floats, read once from first to last.
 double read_floats(Isa isa, const float* data, int64_t count);
 
-// Of the file that is compiled for AVX-512 as a whole.
+// Of files for x86 alone.
+int64_t run_amx(int64_t rounds, double& sink);
 int64_t run_avx512_pairs(int64_t rounds, double& sink);
 
 }  // namespace heed::kernels

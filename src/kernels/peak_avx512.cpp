@@ -1,5 +1,4 @@
 // Compiled for AVX-512 as a whole; reached only after the processor has been asked.
-#if defined(__x86_64__)
 #include <immintrin.h>
 
 // GCC 12 takes the unused operand of its own intrinsics for a variable (GCC bug 105593).
@@ -30,4 +29,3 @@ int64_t run_avx512_pairs(int64_t rounds, double& sink) {
 }
 
 }  // namespace heed::kernels
-#endif

@@ -32,6 +32,7 @@ struct Sums {
   const float* x;
   int64_t x_stride;
 
+  HWY_INLINE Sums() {}  // an implicit one has no target
   HWY_INLINE void clear() {
 #pragma GCC unroll 4
     for (int m = 0; m < M; ++m) even[m] = odd[m] = hn::Zero(D());
