@@ -82,6 +82,9 @@ struct VarlenOptions {
   std::optional<double> scale = {};
   double softcap = 0;
   Tensor alibi_slopes = {};  // [H]
+  Tensor sink = {};          // [H]
+  double dropout_p = 0;      // drops of sequence b what flash_attention drops of batch entry b
+  uint64_t seed = 0;
 };
 
 /// q [Tq,H,D]  k [Tk,Hkv,D]  v [Tk,Hkv,Dv]  out [Tq,H,Dv]  lse [H,Tq]
@@ -100,6 +103,8 @@ struct DecodeOptions {
   std::optional<int64_t> window = {};  // keys to the left that a query sees besides its own
   int64_t splits = 0;                  // parts the keys are cut into; 0 chooses
   Tensor sink = {};                    // [H]
+  double softcap = 0;
+  Tensor alibi_slopes = {};  // [H], the distance of query i counted from lengths[b] - Lq + i
 };
 
 /// Attention of the last Lq <= 16 tokens of each sequence over its cache, causal among themselves.

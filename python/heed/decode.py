@@ -19,6 +19,8 @@ def decode_attention(
     window: int = ...,
     sink: Tensor | None = ...,
     splits: int = ...,
+    softcap: float = ...,
+    alibi_slopes: Tensor | None = ...,
     return_lse: Literal[False] = ...,
 ) -> Tensor: ...
 @overload
@@ -32,6 +34,8 @@ def decode_attention(
     window: int = ...,
     sink: Tensor | None = ...,
     splits: int = ...,
+    softcap: float = ...,
+    alibi_slopes: Tensor | None = ...,
     return_lse: Literal[True],
 ) -> tuple[Tensor, Tensor]: ...
 def decode_attention(
@@ -44,6 +48,8 @@ def decode_attention(
     window: int = -1,
     sink: Tensor | None = None,
     splits: int = 0,
+    softcap: float = 0.0,
+    alibi_slopes: Tensor | None = None,
     return_lse: bool = False,
 ) -> Tensor | tuple[Tensor, Tensor]:
     """Softmax attention of the newest few tokens of each sequence over its key-value cache.
@@ -63,6 +69,9 @@ def decode_attention(
         sink: ``[H]``, a logit per head that enters the sum of a query's weights and no value.
         splits: parts that the keys are cut into; 0 chooses. The choice does not depend on the
             number of threads.
+        softcap: as in :func:`heed.flash_attention`.
+        alibi_slopes: ``[H]`` of any floating type: adds ``-slope[h] * (lengths[b] - Lq + i - j)``
+            to the scores.
         return_lse: also return ``lse``.
 
     Returns:
@@ -73,7 +82,9 @@ def decode_attention(
 
     Forward only. Source: FlashAttention-2 (arXiv 2307.08691), split keys of its decoding kernel.
     """
-    out, lse = _ops.decode_attention(q, k_cache, v_cache, lengths, scale, window, sink, splits)
+    out, lse = _ops.decode_attention(
+        q, k_cache, v_cache, lengths, scale, window, sink, splits, softcap, alibi_slopes
+    )
     return (out, lse) if return_lse else out
 
 

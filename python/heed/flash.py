@@ -167,6 +167,9 @@ def flash_attention_varlen(
     scale: float | None = None,
     softcap: float = 0.0,
     alibi_slopes: Tensor | None = None,
+    sink: Tensor | None = None,
+    dropout_p: float = 0.0,
+    seed: int = 0,
     return_lse: bool = False,
 ) -> Tensor | tuple[Tensor, Tensor]:
     """:func:`flash_attention` of sequences of different lengths packed one behind the other.
@@ -178,8 +181,10 @@ def flash_attention_varlen(
         v: ``[Tk, Hkv, Dv]``.
         cu_seqlens_q: ``[sequences + 1]``, int32 or int64, from 0 to ``Tq``, never decreasing.
         cu_seqlens_k: the same for keys, up to ``Tk``.
-        causal, window, scale, softcap, alibi_slopes: as in :func:`flash_attention`, each sequence
-            on its own: causal is aligned to the end of its keys.
+        causal, window, scale, softcap, alibi_slopes, sink: as in :func:`flash_attention`, each
+            sequence on its own: causal is aligned to the end of its keys.
+        dropout_p, seed: as in :func:`flash_attention`: of sequence ``b`` the weights are dropped
+            that are dropped there of entry ``b`` of a batch.
         return_lse: also return ``lse``.
 
     Returns:
@@ -188,7 +193,7 @@ def flash_attention_varlen(
     Raises:
         ValueError, TypeError, RuntimeError: as :func:`flash_attention`.
 
-    Differentiable in q, k, v and alibi_slopes. Source: FlashAttention-2 (arXiv 2307.08691).
+    Differentiable in q, k, v, alibi_slopes and sink. Source: FlashAttention-2 (arXiv 2307.08691).
     """
     left, right = window_sides("flash_attention_varlen", window)
     out, lse = _ops.flash_attention_varlen(
@@ -203,5 +208,8 @@ def flash_attention_varlen(
         scale,
         softcap,
         alibi_slopes,
+        sink,
+        dropout_p,
+        signed_seed(seed),
     )
     return (out, lse) if return_lse else out

@@ -49,30 +49,44 @@ def scores64(q, k, scale=None):
     return q.double() @ repeat_heads(k, q.shape[1]).double().mT * scale
 
 
-def attention64(q, k, v, seen, scale=None):
-    """``(out, lse)`` in float64; rows that see nothing are 0 and -inf."""
-    scores = scores64(q, k, scale).masked_fill(~seen, -math.inf)
+def shaped(scores, softcap=0.0, slopes=None):
+    """Scaled scores capped, and less by the slope for each key away from the query's place."""
+    if softcap > 0:
+        scores = softcap * (scores / softcap).tanh()
+    if slopes is not None:
+        lq, lk = scores.shape[-2:]
+        distance = torch.arange(lq)[:, None] + lk - lq - torch.arange(lk)[None, :]
+        scores = scores - slopes.to(scores.dtype)[:, None, None] * distance.abs()
+    return scores
+
+
+def attention64(q, k, v, seen, scale=None, *, softcap=0.0, slopes=None, sink=None, kept=1.0):
+    """``(out, lse)`` in float64; rows that see nothing are 0 and -inf. ``kept`` are the dropout's
+    factors of the weights."""
+    scores = shaped(scores64(q, k, scale), softcap, slopes).masked_fill(~seen, -math.inf)
     lse = scores.logsumexp(-1)
+    if sink is not None:
+        lse = torch.logaddexp(lse, sink.double()[:, None])
     weights = (scores - lse[..., None]).exp().nan_to_num(0.0)  # only empty rows have -inf - -inf
     values = repeat_heads(v, q.shape[1]).double()
-    return weights @ values, lse
+    return weights * kept @ values, lse
 
 
 def sigmoid64(q, k, v, seen, bias, scale=None, slopes=None):
-    scores = scores64(q, k, scale) + bias
-    lq, lk = scores.shape[-2:]
-    if slopes is not None:
-        distance = torch.arange(lq)[:, None] + lk - lq - torch.arange(lk)[None, :]
-        scores = scores - slopes.double()[:, None, None] * distance.abs()
+    scores = shaped(scores64(q, k, scale) + bias, slopes=slopes)
     weights = scores.sigmoid().masked_fill(~seen, 0.0)
     return weights @ repeat_heads(v, q.shape[1]).double()
 
 
-def naive_softmax(q, k, v, seen, scale=None):
+def naive_softmax(q, k, v, seen, scale=None, *, softcap=0.0, slopes=None, sink=None, kept=1.0):
     """The textbook composition in the inputs' own type."""
     scale = 1 / math.sqrt(q.shape[-1]) if scale is None else scale
-    scores = q @ repeat_heads(k, q.shape[1]).mT * scale
-    weights = scores.masked_fill(~seen, -math.inf).softmax(-1).nan_to_num(0.0)
+    scores = shaped(q @ repeat_heads(k, q.shape[1]).mT * scale, softcap, slopes)
+    scores = scores.masked_fill(~seen, -math.inf)
+    if sink is not None:
+        logits = sink.to(q.dtype)[:, None, None].expand(*scores.shape[:-1], 1)
+        scores = torch.cat([scores, logits], -1)
+    weights = scores.softmax(-1).nan_to_num(0.0)[..., : k.shape[2]] * kept
     return weights @ repeat_heads(v, q.shape[1])
 
 

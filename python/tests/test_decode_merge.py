@@ -17,25 +17,39 @@ from reference import (
 )
 
 
-def decode64(q, k, v, lengths, window, scale=None):
+def decode64(q, k, v, lengths, window, scale=None, **options):
     """Each sequence on its own over the keys it has, and the naive result in the same type."""
     parts = []
     for b, length in enumerate(lengths.tolist()):
         seen = visible(q.shape[2], length, causal=True, window=(window, -1))
         args = (q[b : b + 1], k[b : b + 1, :, :length], v[b : b + 1, :, :length], seen, scale)
-        parts.append((*attention64(*args), naive_softmax(*args)))
+        parts.append((*attention64(*args, **options), naive_softmax(*args, **options)))
     return [torch.cat(p) for p in zip(*parts)]
 
 
-def check_decode(q, k, v, lengths, *, window=-1, scale=None, splits=0):
+def check_decode(
+    q, k, v, lengths, *, window=-1, scale=None, splits=0, softcap=0.0, slopes=None, sink=None
+):
     k, v = k.clone(), v.clone()
     for b, length in enumerate(lengths.tolist()):
         k[b, :, length:] = math.nan
         v[b, :, length:] = math.inf
     out, lse = heed.decode_attention(
-        q, k, v, lengths, window=window, scale=scale, splits=splits, return_lse=True
+        q,
+        k,
+        v,
+        lengths,
+        window=window,
+        scale=scale,
+        splits=splits,
+        softcap=softcap,
+        alibi_slopes=slopes,
+        sink=sink,
+        return_lse=True,
     )
-    expected, expected_lse, naive = decode64(q, k, v, lengths, window, scale)
+    expected, expected_lse, naive = decode64(
+        q, k, v, lengths, window, scale, softcap=softcap, slopes=slopes, sink=sink
+    )
     assert_accurate(out, expected, naive)
     assert_lse(lse, expected_lse)
     return out
@@ -56,6 +70,40 @@ def test_decode_sizes(dtype, lq, d, dv):
 def test_decode_splits_and_windows(dtype, lq, splits, window):
     q, k, v = random_qkv(2, 4, 1, lq, 300, 24, dtype=dtype)
     check_decode(q, k, v, torch.tensor([300, 131], dtype=torch.int32), window=window, splits=splits)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("lq", [1, 4])
+@pytest.mark.parametrize("window, splits", [(-1, 0), (-1, 3), (120, 0), (120, 2)])
+@pytest.mark.parametrize("softcap", [0.0, 0.8])
+@pytest.mark.parametrize("given", [(), ("slopes",), ("sink",), ("slopes", "sink")])
+def test_decode_options(dtype, lq, window, splits, softcap, given):
+    q, k, v = random_qkv(4, 6, 2, lq, 1300, 24, 20, dtype=dtype)
+    k, v = (t.transpose(1, 2).contiguous().transpose(1, 2) for t in (k, v))
+    lengths = torch.tensor([1300, 0, 131, 7])
+    values = {
+        "slopes": torch.tensor([0.5, 0.1, 0.02, 0.0, -0.001, 1.0]).repeat_interleave(2)[::2],
+        "sink": random(6, dtype=dtype, seed=4),
+    }
+    options = {name: values[name] for name in given}
+    check_decode(q, k, v, lengths, window=window, splits=splits, softcap=softcap, **options)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("window", [-1, 9])
+def test_decode_with_options_is_flash_of_each_sequence(dtype, window):
+    q, k, v = random_qkv(3, 4, 2, 3, 90, 32, dtype=dtype)
+    lengths = torch.tensor([90, 3, 41])
+    slopes, sink = random(4, seed=4).abs(), random(4, seed=5)
+    options = dict(softcap=1.5, alibi_slopes=slopes, sink=sink, return_lse=True)
+    decoded = heed.decode_attention(q, k, v, lengths, window=window, **options)
+    for b, length in enumerate(lengths):
+        own = (q[b : b + 1], k[b : b + 1, :, :length], v[b : b + 1, :, :length])
+        out, lse = heed.flash_attention(*own, causal=True, window=(window, -1), **options)
+        seen = visible(3, length, True, (window, -1))
+        naive = naive_softmax(*own, seen, softcap=1.5, slopes=slopes, sink=sink)
+        assert_accurate(decoded[0][b : b + 1], out.double(), naive)
+        assert_lse(decoded[1][b : b + 1], lse.double())
 
 
 @pytest.mark.parametrize("dtype", DTYPES)

@@ -100,6 +100,7 @@ def flash_varlen(q, k, v, **options):
         (heed.flash_attention, "flash_attention", "alibi_slopes", (2,), 3),
         (heed.flash_attention, "flash_attention", "sink", (2,), 5),
         (flash_varlen, "flash_attention_varlen", "alibi_slopes", (2,), 3),
+        (flash_varlen, "flash_attention_varlen", "sink", (2,), 4),
         (heed.sigmoid_attention, "sigmoid_attention", "bias", (2,), 3),
         (heed.sigmoid_attention, "sigmoid_attention", "alibi_slopes", (2,), 4),
     ],
@@ -207,12 +208,15 @@ def test_nothing_to_attend_to_leaves_gradients_of_zero(name, b, h, l):
 
 @pytest.mark.parametrize("cu", [[0], [0, 0, 0]])
 def test_no_packed_tokens_leave_gradients_of_zero(cu):
-    slopes = torch.rand(2, requires_grad=True)
+    slopes, sink = torch.rand(2, requires_grad=True), torch.rand(2, requires_grad=True)
     tokens = torch.randn(0, 2, 8, requires_grad=True)
     cu = torch.tensor(cu)
-    out = heed.flash_attention_varlen(tokens, tokens, tokens, cu, cu, alibi_slopes=slopes)
+    out = heed.flash_attention_varlen(
+        tokens, tokens, tokens, cu, cu, alibi_slopes=slopes, sink=sink
+    )
     out.sum().backward()
     assert torch.equal(slopes.grad, torch.zeros(2))
+    assert torch.equal(sink.grad, torch.zeros(2))
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])

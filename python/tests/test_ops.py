@@ -16,6 +16,7 @@ K = random(2, 2, 7, 8, seed=1)
 V = random(2, 2, 7, 6, seed=2)
 LSE = random(2, 4, 5)
 LENGTHS = torch.tensor([7, 5])
+ENDS = (torch.tensor([0, 2, 5]), torch.tensor([0, 4, 7]))  # of packed queries and keys
 
 OPS = torch.ops.heed
 CALLS = {
@@ -24,7 +25,16 @@ CALLS = {
         (Q, K, V),
         {"causal": True, "window_left": 3, "lengths": LENGTHS, "scale": 0.3},
     ),
-    "decode_attention": (OPS.decode_attention.default, (Q, K, V, LENGTHS), {"window": 4}),
+    "flash_attention_varlen": (
+        OPS.flash_attention_varlen.default,
+        (*(t[0].transpose(0, 1) for t in (Q, K, V)), *ENDS),
+        {"alibi_slopes": random(4), "sink": random(4), "dropout_p": 0.25, "seed": 3},
+    ),
+    "decode_attention": (
+        OPS.decode_attention.default,
+        (Q, K, V, LENGTHS),
+        {"window": 4, "sink": random(4), "softcap": 1.5, "alibi_slopes": random(4)},
+    ),
     "merge_attention": (OPS.merge_attention.default, (Q, LSE, Q, LSE), {}),
     "sigmoid_attention": (
         OPS.sigmoid_attention.default,
@@ -122,6 +132,12 @@ def test_decode_mistakes(call, error, words):
         (lambda: decode(window=-2), ValueError, ["window", "-2"]),
         (lambda: decode(splits=-1), ValueError, ["splits", "-1"]),
         (lambda: decode(lengths=None), TypeError, ["lengths", "None"]),
+        (lambda: decode(softcap=-1.0), ValueError, ["decode_attention", "softcap", "-1"]),
+        (lambda: decode(softcap=float("nan")), ValueError, ["softcap", "nan"]),
+        (lambda: decode(alibi_slopes=torch.ones(2)), ValueError, ["alibi_slopes", "[2]", "[4]"]),
+        (lambda: decode(alibi_slopes=torch.ones(4, 1)), ValueError, ["alibi_slopes", "2", "1"]),
+        (lambda: decode(alibi_slopes=torch.ones(4).int()), ValueError, ["alibi_slopes", "int32"]),
+        (lambda: decode(sink=torch.ones(3)), ValueError, ["sink", "[3]", "[4]"]),
         (lambda: merge(out_a=None), TypeError, ["out_a", "None"]),
         (lambda: sigmoid(bias=torch.zeros(3)), ValueError, ["bias", "3", "4"]),
         (lambda: sigmoid(bias=torch.zeros(())), ValueError, ["bias", "0", "1"]),
@@ -178,8 +194,8 @@ BACKWARDS = {
     "flash_attention": (OPS.flash_attention, (), {"alibi_slopes": (4,), "bias": (7,), "sink": (4,)}),
     "flash_attention_varlen": (
         OPS.flash_attention_varlen,
-        (torch.tensor([0, 2, 5]), torch.tensor([0, 4, 7])),
-        {"alibi_slopes": (4,)},
+        ENDS,
+        {"alibi_slopes": (4,), "sink": (4,)},
     ),
     "sigmoid_attention": (OPS.sigmoid_attention, (), {"bias": (4,), "alibi_slopes": (4,)}),
 }
@@ -258,7 +274,15 @@ def everything(q, k, v, lengths):
     return (
         merged,
         heed.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True),
-        heed.decode_attention(q, k, v, lengths, window=5),
+        heed.decode_attention(
+            q, k, v, lengths, window=5, softcap=2.0, alibi_slopes=q.mean((0, 2, 3))
+        ),
+        heed.flash_attention_varlen(
+            *(t[0].transpose(0, 1) for t in (q, k, v)),
+            *(torch.tensor([0, t.shape[2]]) for t in (q, k)),
+            sink=q.mean((0, 2, 3)),
+            dropout_p=0.25,
+        ),
         heed.sigmoid_attention(q, k, v, bias=-1.0, lengths=lengths),
     )
 
@@ -275,18 +299,25 @@ def test_compile(dynamic):
             assert torch.equal(found, expected)
 
 
-def test_one_graph_serves_all_seeds():
-    torch.compiler.reset()
-    compiled = torch.compile(
-        lambda q, seed: heed.flash_attention(q, q, q, dropout_p=0.5, seed=seed),
-        fullgraph=True,
-        dynamic=True,
-        backend="aot_eager",
+def drop(q, seed):
+    return heed.flash_attention(q, q, q, dropout_p=0.5, seed=seed)
+
+
+def drop_packed(q, seed):
+    tokens = q[0].transpose(0, 1)
+    ends = torch.tensor([0, tokens.shape[0]])
+    return heed.flash_attention_varlen(
+        tokens, tokens, tokens, ends, ends, dropout_p=0.5, seed=seed
     )
+
+
+@pytest.mark.parametrize("dropped", [drop, drop_packed])
+def test_one_graph_serves_all_seeds(dropped):
+    torch.compiler.reset()
+    compiled = torch.compile(dropped, fullgraph=True, dynamic=True, backend="aot_eager")
     with torch._dynamo.config.patch(error_on_recompile=True):
         for seed in (11, 12, 2**62):
-            expected = heed.flash_attention(Q, Q, Q, dropout_p=0.5, seed=seed)
-            assert torch.equal(compiled(Q, seed), expected)
+            assert torch.equal(compiled(Q, seed), dropped(Q, seed))
 
 
 @pytest.mark.parametrize("seed", [-1, 2**63, 2**64 - 1])
@@ -295,7 +326,8 @@ def test_seeds_are_any_64_bits(seed):
     for draw in (
         lambda s: heed.random_permutation(s, 50),
         lambda s: heed.nn.random_projection(1, 4, 4, seed=s),
-        lambda s: heed.flash_attention(Q, Q, Q, dropout_p=0.5, seed=s),
+        lambda s: drop(Q, s),
+        lambda s: drop_packed(Q, s),
     ):
         assert torch.equal(draw(seed), draw(same))
         assert not torch.equal(draw(seed), draw(7))
@@ -303,8 +335,7 @@ def test_seeds_are_any_64_bits(seed):
 
 def test_seeds_drawn_in_the_graph():
     def drawn(x):
-        seed = int(torch.randint(2**62, ()))
-        return heed.flash_attention(x, x, x, dropout_p=0.5, seed=seed)
+        return drop(x, int(torch.randint(2**62, ())))
 
     torch.compiler.reset()
     compiled = torch.compile(drawn, fullgraph=True, backend="aot_eager")

@@ -131,6 +131,12 @@ std::optional<at::Tensor> held_input(const char* op, const char* name,
   return small_input(*given, at_least);
 }
 
+std::optional<at::Tensor> held_per_head(const char* op, const char* name,
+                                        const std::optional<at::Tensor>& given,
+                                        const at::Tensor& q) {
+  return held_input(op, name, given, 1, q.device(), statistics_type(q.scalar_type()));
+}
+
 at::Tensor gradient_input(const at::Tensor& gradient) {
   return gradient.dim() == 0 || gradient.size(-1) <= 1 || gradient.stride(-1) == 1
              ? gradient

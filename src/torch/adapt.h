@@ -61,6 +61,11 @@ std::optional<at::Tensor> held_input(const char* op, const char* name,
                                      c10::Device device,
                                      std::optional<at::ScalarType> at_least = {});
 
+/// held_input of [H], one number per head of q, of at least the statistics type beside it.
+std::optional<at::Tensor> held_per_head(const char* op, const char* name,
+                                        const std::optional<at::Tensor>& given,
+                                        const at::Tensor& q);
+
 /// A gradient as kernels read it: a unit stride in the last dimension.
 at::Tensor gradient_input(const at::Tensor& gradient);
 std::optional<at::Tensor> gradient_input(const std::optional<at::Tensor>& gradient);

@@ -23,14 +23,17 @@ void check_decode(const at::Tensor& q, const at::Tensor& k, const at::Tensor& v,
 
 Results decode_cpu(const at::Tensor& q, const at::Tensor& k, const at::Tensor& v,
                    const at::Tensor& lengths, std::optional<double> scale, int64_t window,
-                   const MaybeTensor& sink, int64_t splits) {
+                   const MaybeTensor& sink, int64_t splits, double softcap,
+                   const MaybeTensor& alibi_slopes) {
   check_decode(q, k, v, lengths);
-  const MaybeTensor held =
-      held_input(kDecode, "sink", sink, 1, q.device(), statistics_type(q.scalar_type()));
+  const MaybeTensor held[] = {held_per_head(kDecode, "sink", sink, q),
+                              held_per_head(kDecode, "alibi_slopes", alibi_slopes, q)};
   const DecodeOptions options{.scale = scale,
                               .window = window_side(kDecode, "window", window),
                               .splits = splits,
-                              .sink = view(held)};
+                              .sink = view(held[0]),
+                              .softcap = softcap,
+                              .alibi_slopes = view(held[1])};
   const at::Tensor plain_lengths = small_input(lengths);
   auto [out, lse] = empty_results(q, v);
   guarded([&, &out = out, &lse = lse] {
@@ -43,8 +46,9 @@ Results decode_cpu(const at::Tensor& q, const at::Tensor& k, const at::Tensor& v
 // NOLINTBEGIN(performance-unnecessary-value-param): the dispatcher passes SymInt by value
 Results decode_meta(const at::Tensor& q, const at::Tensor& k, const at::Tensor& v,
                     const at::Tensor& lengths, std::optional<double>, c10::SymInt,
-                    const MaybeTensor& sink, int64_t) {
+                    const MaybeTensor& sink, int64_t, double, const MaybeTensor& alibi_slopes) {
   check_optional(kDecode, "sink", sink, 1, q.device());
+  check_optional(kDecode, "alibi_slopes", alibi_slopes, 1, q.device());
   check_decode(q, k, v, lengths);
   check_qkv_shapes({kDecode, "q", q}, {kDecode, "k_cache", k}, {kDecode, "v_cache", v});
   return empty_results(q, v);

@@ -54,10 +54,8 @@ MaybeTensor score_input(const MaybeTensor& given) {
 struct HeldFlash {
   HeldFlash(const at::Tensor& q, HEED_FLASH_ARGS)
       : masks(kFlash, causal, window_left, window_right, lengths, q.device()),
-        held{held_input(kFlash, "alibi_slopes", alibi_slopes, 1, q.device(),
-                        statistics_type(q.scalar_type())),
-             score_input(mask), score_input(bias),
-             held_input(kFlash, "sink", sink, 1, q.device(), statistics_type(q.scalar_type())),
+        held{held_per_head(kFlash, "alibi_slopes", alibi_slopes, q), score_input(mask),
+             score_input(bias), held_per_head(kFlash, "sink", sink, q),
              held_input(kFlash, "block_mask", block_mask, 3, q.device())} {
     options.masks = masks.masks;
     options.scale = scale;
@@ -133,13 +131,15 @@ Results flash_meta(const at::Tensor& q, const at::Tensor& k, const at::Tensor& v
 
 #define HEED_VARLEN_ARGS                                                               \
   bool causal, int64_t window_left, int64_t window_right, std::optional<double> scale, \
-      double softcap, const MaybeTensor &alibi_slopes
-#define HEED_VARLEN_NAMES causal, window_left, window_right, scale, softcap, alibi_slopes
+      double softcap, const MaybeTensor &alibi_slopes, const MaybeTensor &sink,        \
+      double dropout_p, int64_t seed
+#define HEED_VARLEN_NAMES \
+  causal, window_left, window_right, scale, softcap, alibi_slopes, sink, dropout_p, seed
 
 struct HeldVarlen {
   HeldVarlen(const at::Tensor& q, const at::Tensor& cu_q, const at::Tensor& cu_k, HEED_VARLEN_ARGS)
-      : slopes(held_input(kVarlen, "alibi_slopes", alibi_slopes, 1, q.device(),
-                          statistics_type(q.scalar_type()))) {
+      : held{held_per_head(kVarlen, "alibi_slopes", alibi_slopes, q),
+             held_per_head(kVarlen, "sink", sink, q)} {
     check_tensor({kVarlen, "cu_seqlens_q", cu_q}, 1, q.device());
     check_tensor({kVarlen, "cu_seqlens_k", cu_k}, 1, q.device());
     queries = small_input(cu_q);
@@ -149,9 +149,12 @@ struct HeldVarlen {
                       window_side(kVarlen, "window[1]", window_right)};
     options.scale = scale;
     options.softcap = softcap;
-    options.alibi_slopes = view(slopes);
+    options.alibi_slopes = view(held[0]);
+    options.sink = view(held[1]);
+    options.dropout_p = dropout_p;
+    options.seed = static_cast<uint64_t>(seed);
   }
-  MaybeTensor slopes;
+  MaybeTensor held[2];
   at::Tensor queries, keys;
   VarlenOptions options;
 };
@@ -176,11 +179,11 @@ Results varlen_cpu(const at::Tensor& q, const at::Tensor& k, const at::Tensor& v
   return {take(std::move(result.out), q), take(std::move(result.lse), q)};
 }
 
-std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor> varlen_backward_cpu(
+std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor> varlen_backward_cpu(
     const at::Tensor& grad_out, const MaybeTensor& grad_lse, const at::Tensor& q,
     const at::Tensor& k, const at::Tensor& v, const at::Tensor& out, const at::Tensor& lse,
     const at::Tensor& cu_seqlens_q, const at::Tensor& cu_seqlens_k, HEED_VARLEN_ARGS,
-    std::array<bool, 4> output_mask) {
+    std::array<bool, 5> output_mask) {
   check_packed(q, k, v);
   const HeldVarlen held(q, cu_seqlens_q, cu_seqlens_k, HEED_VARLEN_NAMES);
   const at::Tensor g = gradient_input(grad_out);
@@ -194,18 +197,21 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor> varlen_backward_cpu(
   return {take_wanted(std::move(to.q), output_mask[0], q),
           take_wanted(std::move(to.k), output_mask[1], k),
           take_wanted(std::move(to.v), output_mask[2], v),
-          take_gradient(std::move(to.alibi_slopes), alibi_slopes, q)};
+          take_gradient(std::move(to.alibi_slopes), alibi_slopes, q),
+          take_gradient(output_mask[4] ? std::move(to.sink) : Array(), sink, q)};
 }
 
 // NOLINTBEGIN(performance-unnecessary-value-param): the dispatcher passes SymInt by value
 Results varlen_meta(const at::Tensor& q, const at::Tensor& k, const at::Tensor& v,
                     const at::Tensor& cu_seqlens_q, const at::Tensor& cu_seqlens_k, bool,
                     c10::SymInt, c10::SymInt, std::optional<double>, double,
-                    const MaybeTensor& alibi_slopes) {
+                    const MaybeTensor& alibi_slopes, const MaybeTensor& sink, double,
+                    c10::SymInt) {
   check_packed(q, k, v);
   check_tensor({kVarlen, "cu_seqlens_q", cu_seqlens_q}, 1, q.device());
   check_tensor({kVarlen, "cu_seqlens_k", cu_seqlens_k}, 1, q.device());
   check_optional(kVarlen, "alibi_slopes", alibi_slopes, 1, q.device());
+  check_optional(kVarlen, "sink", sink, 1, q.device());
   const c10::SymInt out[] = {q.sym_size(0), q.sym_size(1), v.sym_size(2)};
   const c10::SymInt lse[] = {q.sym_size(1), q.sym_size(0)};
   return {at::empty_symint(out, q.options()),

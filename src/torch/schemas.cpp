@@ -27,7 +27,8 @@ TORCH_LIBRARY(heed, m) {
       " Tensor grad_bias, Tensor grad_sink)");
 #define HEED_VARLEN_OPTIONS                                                              \
   "bool causal=False, SymInt window_left=-1, SymInt window_right=-1, float? scale=None," \
-  " float softcap=0.0, Tensor? alibi_slopes=None"
+  " float softcap=0.0, Tensor? alibi_slopes=None, Tensor? sink=None,"                    \
+  " float dropout_p=0.0, SymInt seed=0"
   m.def(
       "flash_attention_varlen(Tensor q, Tensor k, Tensor v, Tensor cu_seqlens_q,"
       " Tensor cu_seqlens_k, " HEED_VARLEN_OPTIONS ") -> (Tensor out, Tensor lse)");
@@ -35,12 +36,12 @@ TORCH_LIBRARY(heed, m) {
       "flash_attention_varlen_backward(Tensor grad_out, Tensor? grad_lse, Tensor q, Tensor k,"
       " Tensor v, Tensor out, Tensor lse, Tensor cu_seqlens_q, Tensor "
       "cu_seqlens_k, " HEED_VARLEN_OPTIONS
-      ", bool[4] output_mask=[True, True, True, True]) -> (Tensor grad_q, Tensor grad_k, Tensor "
-      "grad_v, Tensor grad_alibi_slopes)");
+      ", bool[5] output_mask=[True, True, True, True, True]) -> (Tensor grad_q, Tensor grad_k,"
+      " Tensor grad_v, Tensor grad_alibi_slopes, Tensor grad_sink)");
   m.def(
       "decode_attention(Tensor q, Tensor k_cache, Tensor v_cache, Tensor lengths,"
-      " float? scale=None, SymInt window=-1, Tensor? sink=None, int splits=0)"
-      " -> (Tensor out, Tensor lse)");
+      " float? scale=None, SymInt window=-1, Tensor? sink=None, int splits=0,"
+      " float softcap=0.0, Tensor? alibi_slopes=None) -> (Tensor out, Tensor lse)");
   m.def(
       "merge_attention(Tensor out_a, Tensor lse_a, Tensor out_b, Tensor lse_b)"
       " -> (Tensor out, Tensor lse)");

@@ -1,9 +1,9 @@
-#include <cmath>
 #include <memory>
 #include <string>
 
 #include "heed/error.h"
 #include "heed/flash_attention.h"
+#include "mechanisms/flash/policy.h"
 #include "mechanisms/flash/terms.h"
 
 namespace heed {
@@ -51,35 +51,14 @@ std::unique_ptr<Call> make_call(const Tensor& q, const Tensor& k, const Tensor& 
       q, k, v, out, lse,
       tiled::TilePlan::from_masks(kFlash, options.masks, q.size(0), q.size(2), k.size(2)));
   problem.scale = tiled::resolve_scale(kFlash, options.scale, q.size(3));
-  if (!(options.softcap >= 0) || !std::isfinite(options.softcap)) {
-    throw Error(std::string(kFlash) + ": softcap is " + std::to_string(options.softcap) +
-                "; 0 (none) or a positive number is needed");
-  }
-  if (!(options.dropout_p >= 0 && options.dropout_p < 1)) {
-    throw Error(std::string(kFlash) + ": dropout_p is " + std::to_string(options.dropout_p) +
-                "; a probability from 0 up to, not including, 1 is needed");
-  }
-  problem.policy.softcap = options.softcap;
-  problem.policy.dropout = options.dropout_p;
-  problem.policy.seed = options.seed;
-  if (options.alibi_slopes.defined()) {
-    problem.policy.alibi_slope =
-        tiled::per_head(kFlash, "alibi_slopes", options.alibi_slopes, heads);
-  }
-  if (options.sink.defined()) {
-    problem.policy.sink = tiled::per_head(kFlash, "sink", options.sink, heads);
-  }
+  problem.policy = softmax_policy(kFlash, heads, options.softcap, options.alibi_slopes,
+                                  options.sink, options.dropout_p, options.seed);
   if (call->terms.needed()) problem.terms = &call->terms;
   if (options.block_mask.defined()) {
     problem.query_tile = tile_for_block(options.block_size[0], q.size(2), 16, 64);
     problem.key_tile = tile_for_block(options.block_size[1], k.size(2), 64, 256);
   }
   return call;
-}
-
-Array head_gradient(const std::vector<double>& sums, const Tensor& like) {
-  if (!like.defined()) return {};
-  return convert(Tensor(sums.data(), DType::f64, like.shape()), like.dtype());
 }
 
 }  // namespace
@@ -137,9 +116,8 @@ void decode_attention(const Tensor& q, const Tensor& k_cache, const Tensor& v_ca
                              tiled::TilePlan::for_decoding(kOp, lengths, options.window, q.size(0),
                                                            q.size(2), k_cache.size(2)));
   problem.scale = tiled::resolve_scale(kOp, options.scale, q.size(3));
-  if (options.sink.defined()) {
-    problem.policy.sink = tiled::per_head(kOp, "sink", options.sink, q.size(1));
-  }
+  problem.policy =
+      softmax_policy(kOp, q.size(1), options.softcap, options.alibi_slopes, options.sink);
   if (options.splits > 0) problem.splits = options.splits;
   tiled::forward(problem, run);
 }

@@ -221,6 +221,67 @@ TEST(FlashVarlen, SlopeGradientsThatAreNotWantedAreLeftOut) {
   EXPECT_FALSE(some.alibi_slopes.view().defined());
 }
 
+TEST(FlashVarlen, SequencesOfOneLengthAreABatch) {
+  constexpr int64_t kBatch = 3, kQueries = 50, kKeys = 70;
+  std::vector<int32_t> query_ends, key_ends;
+  for (int32_t b = 0; b <= kBatch; ++b) {
+    query_ends.push_back(b * kQueries);
+    key_ends.push_back(b * kKeys);
+  }
+  const Tensor cu_q(query_ends.data(), DType::i32, {kBatch + 1});
+  const Tensor cu_k(key_ends.data(), DType::i32, {kBatch + 1});
+  // [B,H,L,D] as tokens [B*L,H,D] of the same memory, and back.
+  const auto batch = [](const Tensor& t, int64_t length) {
+    const int64_t heads = t.size(1), dim = t.size(2);
+    return Tensor(t.data(), t.dtype(), {kBatch, heads, length, dim},
+                  {length * heads * dim, dim, heads * dim, 1});
+  };
+  for (DType type : {DType::f64, DType::f32, DType::bf16, DType::f16}) {
+    const Array q = random_array(type, {kBatch * kQueries, 4, 24}, 1),
+                k = random_array(type, {kBatch * kKeys, 2, 24}, 2);
+    const Array v = random_array(type, {kBatch * kKeys, 2, 16}, 3),
+                g = random_array(type, {kBatch * kQueries, 4, 16}, 4);
+    const Array slopes = random_array(DType::f32, {4}, 5),
+                sink = random_array(DType::f32, {4}, 6);
+    for (Isa isa : available_isas()) {
+      RunOptions run;
+      run.isa = isa;
+      FlashOptions options;
+      options.masks.causal = true;
+      options.softcap = 2;
+      options.alibi_slopes = slopes;
+      options.sink = sink;
+      options.dropout_p = 0.3;
+      options.seed = 11;
+      const VarlenOptions packed{.causal = true,
+                                 .softcap = 2,
+                                 .alibi_slopes = slopes,
+                                 .sink = sink,
+                                 .dropout_p = 0.3,
+                                 .seed = 11};
+      const Tensor q4 = batch(q, kQueries), k4 = batch(k, kKeys), v4 = batch(v, kKeys);
+      const AttentionResult expected = flash_attention(q4, k4, v4, options, run);
+      const AttentionResult found = flash_attention_varlen(q, k, v, cu_q, cu_k, packed, run);
+      const FlashGradients wanted =
+          flash_attention_backward(batch(g, kQueries), {}, q4, k4, v4, expected.out, expected.lse,
+                                   options, run);
+      const FlashGradients to = flash_attention_varlen_backward(
+          g, {}, q, k, v, found.out, found.lse, cu_q, cu_k, packed, run);
+      const auto same = [&](const Array& a, const Array& b, int64_t length, const char* name) {
+        const Tensor view = length > 0 ? batch(a, length) : a.view();
+        EXPECT_EQ(largest_difference(view, b), 0)
+            << name << " " << name_of(type) << " " << name_of(isa);
+      };
+      same(found.out, expected.out, kQueries, "out");
+      same(to.q, wanted.q, kQueries, "q");
+      same(to.k, wanted.k, kKeys, "k");
+      same(to.v, wanted.v, kKeys, "v");
+      same(to.alibi_slopes, wanted.alibi_slopes, 0, "alibi_slopes");
+      same(to.sink, wanted.sink, 0, "sink");
+    }
+  }
+}
+
 TEST(Flash, MergeOfAnyPartitionIsTheWhole) {
   Array q = random_array(DType::f32, {2, 3, 33, 16}, 1),
         k = random_array(DType::f32, {2, 3, 120, 16}, 2);
@@ -247,11 +308,17 @@ TEST(Decode, AnySplitGivesTheSameRows) {
     Array v = random_array(type, {2, 2, 3000, 24}, 3);
     int64_t lengths[] = {2750, 40};
     const Tensor given(lengths, DType::i64, {2});
-    const AttentionResult chosen = decode_attention(q, k, v, given);
-    for (int64_t splits : {int64_t{1}, int64_t{2}, int64_t{5}, int64_t{100}, INT64_MAX}) {
-      const AttentionResult cut = decode_attention(q, k, v, given, {{}, {}, splits});
-      EXPECT_LT(largest_difference(cut.out, chosen.out), type == DType::f32 ? 1e-6 : 1e-2);
-      EXPECT_LT(largest_difference(cut.lse, chosen.lse), 1e-5);
+    const Array numbers = random_array(DType::f32, {6}, 4);
+    for (const Tensor& per_head : {Tensor(), numbers.view()}) {
+      DecodeOptions options{
+          .sink = per_head, .softcap = per_head.defined() ? 1.5 : 0, .alibi_slopes = per_head};
+      const AttentionResult chosen = decode_attention(q, k, v, given, options);
+      for (int64_t splits : {int64_t{1}, int64_t{2}, int64_t{5}, int64_t{100}, INT64_MAX}) {
+        options.splits = splits;
+        const AttentionResult cut = decode_attention(q, k, v, given, options);
+        EXPECT_LT(largest_difference(cut.out, chosen.out), type == DType::f32 ? 1e-6 : 1e-2);
+        EXPECT_LT(largest_difference(cut.lse, chosen.lse), 1e-5);
+      }
     }
   }
 }
@@ -305,6 +372,22 @@ TEST(Errors, NameTheArgumentWhatItWasAndWhatIsNeeded) {
   says(error_of([&] { decode_attention(many, k, k, given); }), {"17 queries", "16"});
   says(error_of([&] { decode_attention(q, k, k, given, {{}, {}, -1}); }), {"splits is -1"});
   says(error_of([&] { decode_attention(q, k, k, given, {{}, -3, 0}); }), {"window left is -3"});
+  const Array three_numbers = random_array(DType::f32, {3}, 1);
+  says(error_of([&] { decode_attention(q, k, k, given, {.softcap = -1}); }),
+       {"decode_attention: softcap is -1", "positive"});
+  says(error_of([&] { decode_attention(q, k, k, given, {.alibi_slopes = three_numbers}); }),
+       {"decode_attention: alibi_slopes [3]", "[4]"});
+  says(error_of([&] { decode_attention(q, k, k, given, {.sink = three_numbers}); }),
+       {"decode_attention: sink [3]", "[4]"});
+  const int32_t boundaries[] = {0, 9};
+  const Tensor cu(boundaries, DType::i32, {2});
+  const auto packed_error = [&](const VarlenOptions& options) {
+    const Array t = random_array(DType::f32, {9, 4, 8}, 1);
+    return error_of([&] { flash_attention_varlen(t, t, t, cu, cu, options); });
+  };
+  says(packed_error({.sink = three_numbers}), {"flash_attention_varlen: sink [3]", "[4]"});
+  says(packed_error({.dropout_p = 1}), {"flash_attention_varlen: dropout_p is 1", "not including"});
+  says(packed_error({.dropout_p = kNaN}), {"flash_attention_varlen: dropout_p is nan"});
   const AttentionResult r = flash_attention(q, k, k);
   says(error_of([&] { merge_attention(r.out, r.lse, many, r.lse); }), {"out_b", "same shape"});
   says(error_of([&] { merge_attention(r.out, r.out, r.out, r.lse); }),

@@ -11,19 +11,20 @@ namespace heed {
 
 namespace {
 
+Tensor input_or_none(const NamedTensors& in, const char* name) {
+  const auto found = in.find(name);
+  return found == in.end() ? Tensor() : found->second;
+}
+
 FlashOptions flash_options(const NamedTensors& in, const Spec& options) {
   require_attention_keys(options, {"softcap", "block_rows", "block_keys", "dropout", "seed"});
   FlashOptions chosen{masks_of(in, options), options.number("scale")};
-  const auto input = [&](const char* name) {
-    const auto found = in.find(name);
-    return found == in.end() ? Tensor() : found->second;
-  };
   chosen.softcap = options.number("softcap").value_or(0);
-  chosen.alibi_slopes = input("alibi_slopes");
-  chosen.mask = input("mask");
-  chosen.bias = input("bias");
-  chosen.sink = input("sink");
-  chosen.block_mask = input("block_mask");
+  chosen.alibi_slopes = input_or_none(in, "alibi_slopes");
+  chosen.mask = input_or_none(in, "mask");
+  chosen.bias = input_or_none(in, "bias");
+  chosen.sink = input_or_none(in, "sink");
+  chosen.block_mask = input_or_none(in, "block_mask");
   chosen.block_size = {options.integer("block_rows").value_or(64),
                        options.integer("block_keys").value_or(64)};
   chosen.dropout_p = options.number("dropout").value_or(0);
@@ -150,15 +151,17 @@ struct More {
   Dims shape;
   DType type = DType::f32;
 };
-ExampleCase option_case(const char* name, const AttentionShape& shape, const char* options,
-                        const std::vector<More>& inputs = {}) {
-  ExampleCase example = attention_case(name, shape, options);
+ExampleCase with_options(ExampleCase example, const std::vector<More>& inputs) {
   example.definition = "with_options";
   for (const More& input : inputs) {
     example.inputs.emplace_back(input.name, input.shape);
     example.types[input.name] = input.type;
   }
   return example;
+}
+ExampleCase option_case(const char* name, const AttentionShape& shape, const char* options,
+                        const std::vector<More>& inputs = {}) {
+  return with_options(attention_case(name, shape, options), inputs);
 }
 
 std::vector<ExampleCase> option_cases() {
@@ -261,13 +264,16 @@ ExampleCase random_decode_case(uint64_t seed) {
   if (random.chance(0.2)) {
     options += (options.empty() ? "splits=" : ",splits=") + std::to_string(random.between(1, 5));
   }
-  ExampleCase example = decode_case("", s, options);
-  if (random.chance(0.2)) {
-    example.inputs.emplace_back("sink", Dims{s.heads});
-    example.types["sink"] = DType::f32;
-    example.definition = "with_options";
+  std::vector<More> more;
+  if (random.chance(0.2)) more.push_back({"sink", {s.heads}});
+  if (random.chance(0.2)) more.push_back({"alibi_slopes", {s.heads}});
+  const bool capped = random.chance(0.2);
+  if (capped) {
+    options +=
+        (options.empty() ? "softcap=" : ",softcap=") + std::to_string(random.number(0.5, 3));
   }
-  return example;
+  ExampleCase example = decode_case("", s, options);
+  return capped || !more.empty() ? with_options(std::move(example), more) : example;
 }
 
 Mechanism flash_record() {
@@ -318,12 +324,20 @@ Mechanism flash_record() {
 // Decoding is the same mechanism with queries aligned to lengths[b] instead of the end of the cache.
 cascade::Bindings bind_decode(const NamedTensors& in, const Spec& options) {
   NamedTensors renamed = {{"q", in.at("q")}, {"k", in.at("k_cache")}, {"v", in.at("v_cache")}};
-  if (const auto sink = in.find("sink"); sink != in.end()) renamed["sink"] = sink->second;
+  for (const char* name : {"sink", "alibi_slopes"}) {
+    if (const auto given = in.find(name); given != in.end()) renamed[name] = given->second;
+  }
   cascade::Bindings bindings = bind_flash(renamed, Spec::parse_options(""));
   const std::vector<double> lengths = to_nd(in.at("lengths")).values;
+  cascade::NdArray behind{{in.at("q").size(0)}, {}};
+  for (const double length : lengths) {
+    behind.values.push_back(static_cast<double>(in.at("k_cache").size(2)) - length);
+  }
+  bindings.tensors["Behind"] = std::move(behind);
   const auto window = options.integer("window");
   const int64_t queries = in.at("q").size(2);
   if (options.has("scale")) bindings.scalars["scale"] = *options.number("scale");
+  bindings.scalars["softcap"] = options.number("softcap").value_or(0);
   bindings.predicates["keep"] = [lengths, window, queries](std::span<const int64_t> i) {
     const int64_t position =
         static_cast<int64_t>(lengths[static_cast<size_t>(i[0])]) - queries + i[1];
@@ -338,7 +352,7 @@ void fill_decode(const ExampleCase& example, const std::string& input, uint64_t 
   for (auto& [name, shape] : renamed.inputs) {
     if (name == "k_cache") name = "k";
   }
-  fill_lengths(renamed, input, seed, to_fill);
+  fill_flash(renamed, input, seed, to_fill);
 }
 
 DecodeOptions decode_options(const NamedTensors& in, const Spec& options) {
@@ -346,7 +360,9 @@ DecodeOptions decode_options(const NamedTensors& in, const Spec& options) {
   chosen.scale = options.number("scale");
   chosen.window = options.integer("window");
   chosen.splits = options.integer("splits").value_or(0);
-  if (const auto sink = in.find("sink"); sink != in.end()) chosen.sink = sink->second;
+  chosen.sink = input_or_none(in, "sink");
+  chosen.softcap = options.number("softcap").value_or(0);
+  chosen.alibi_slopes = input_or_none(in, "alibi_slopes");
   return chosen;
 }
 
@@ -367,17 +383,21 @@ Mechanism decode_record() {
              decode_case("window", {3, 3, 1, 4, 90, 33, 33}, "window=11"),
              decode_case("splits", {3, 3, 3, 2, 1400, 8, 8}, "splits=3"),
              decode_case("many_keys", {1, 3, 1, 1, 2600, 16, 16}, "")};
-  ExampleCase sink = decode_case("sink", {3, 4, 2, 2, 2100, 16, 16}, "");
-  sink.inputs.emplace_back("sink", Dims{4});
-  sink.types["sink"] = DType::f32;
-  sink.definition = "with_options";
-  m.cases.push_back(sink);
+  const auto more = [&](const char* name, const AttentionShape& shape, const char* options,
+                        const std::vector<More>& inputs) {
+    m.cases.push_back(with_options(decode_case(name, shape, options), inputs));
+  };
+  more("sink", {3, 4, 2, 2, 2100, 16, 16}, "", {{"sink", {4}}});
+  more("softcap", {3, 4, 2, 3, 90, 16, 16}, "softcap=1.5", {});
+  more("alibi", {3, 4, 2, 3, 90, 16, 12}, "", {{"alibi_slopes", {4}}});
+  more("options_cut", {3, 4, 2, 2, 2100, 16, 16}, "softcap=2,window=1500",
+       {{"alibi_slopes", {4}}, {"sink", {4}}});
   for (int64_t keys : {512, 4096, 16384}) {
     m.bench_cases.push_back(
         decode_case("kv" + std::to_string(keys), {1, 32, 8, 1, keys, 128, 128}, ""));
   }
   m.forward = [](const NamedTensors& in, const Spec& options, const RunOptions& run) {
-    options.require_known({"window", "scale", "splits"});
+    options.require_known({"window", "scale", "splits", "softcap"});
     return named(decode_attention(in.at("q"), in.at("k_cache"), in.at("v_cache"), in.at("lengths"),
                                   decode_options(in, options), run));
   };

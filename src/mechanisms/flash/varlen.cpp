@@ -1,8 +1,7 @@
-#include <cmath>
 #include <string>
 
-#include "engine/tiled/problem.h"
 #include "heed/flash_attention.h"
+#include "mechanisms/flash/policy.h"
 
 namespace heed {
 
@@ -97,15 +96,8 @@ tiled::Problem make_problem(const Packed& p, const VarlenOptions& options) {
     problem.sequences.push_back(std::move(s));
   }
   problem.scale = tiled::resolve_scale(kOp, options.scale, p.q.size(3));
-  if (!(options.softcap >= 0) || !std::isfinite(options.softcap)) {
-    fail(kOp, "softcap is " + std::to_string(options.softcap),
-         "0 (none) or a positive number is needed");
-  }
-  problem.policy.softcap = options.softcap;
-  if (options.alibi_slopes.defined()) {
-    problem.policy.alibi_slope =
-        tiled::per_head(kOp, "alibi_slopes", options.alibi_slopes, p.q.size(1));
-  }
+  problem.policy = softmax_policy(kOp, p.q.size(1), options.softcap, options.alibi_slopes,
+                                  options.sink, options.dropout_p, options.seed);
   return problem;
 }
 
@@ -149,10 +141,9 @@ FlashGradients flash_attention_varlen_backward(const Tensor& grad_out, const Ten
   }
   const tiled::HeadGradients heads = tiled::backward(problem, gradients, nullptr, run);
   if (problem.head_gradients) {
-    to.alibi_slopes =
-        convert(Tensor(heads.alibi_slope.data(), DType::f64, options.alibi_slopes.shape()),
-                options.alibi_slopes.dtype());
+    to.alibi_slopes = head_gradient(heads.alibi_slope, options.alibi_slopes);
   }
+  to.sink = head_gradient(heads.sink, options.sink);
   return to;
 }
 
