@@ -129,10 +129,10 @@ Results flash_meta(const at::Tensor& q, const at::Tensor& k, const at::Tensor& v
 }
 // NOLINTEND(performance-unnecessary-value-param)
 
-#define HEED_VARLEN_ARGS                                                               \
-  bool causal, int64_t window_left, int64_t window_right, std::optional<double> scale, \
-      double softcap, const MaybeTensor &alibi_slopes, const MaybeTensor &sink,        \
-      double dropout_p, int64_t seed
+#define HEED_VARLEN_ARGS                                                                          \
+  bool causal, int64_t window_left, int64_t window_right, std::optional<double> scale,            \
+      double softcap, const MaybeTensor &alibi_slopes, const MaybeTensor &sink, double dropout_p, \
+      int64_t seed
 #define HEED_VARLEN_NAMES \
   causal, window_left, window_right, scale, softcap, alibi_slopes, sink, dropout_p, seed
 
@@ -205,8 +205,7 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor> varlen_ba
 Results varlen_meta(const at::Tensor& q, const at::Tensor& k, const at::Tensor& v,
                     const at::Tensor& cu_seqlens_q, const at::Tensor& cu_seqlens_k, bool,
                     c10::SymInt, c10::SymInt, std::optional<double>, double,
-                    const MaybeTensor& alibi_slopes, const MaybeTensor& sink, double,
-                    c10::SymInt) {
+                    const MaybeTensor& alibi_slopes, const MaybeTensor& sink, double, c10::SymInt) {
   check_packed(q, k, v);
   check_tensor({kVarlen, "cu_seqlens_q", cu_seqlens_q}, 1, q.device());
   check_tensor({kVarlen, "cu_seqlens_k", cu_seqlens_k}, 1, q.device());

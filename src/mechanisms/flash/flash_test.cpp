@@ -241,8 +241,7 @@ TEST(FlashVarlen, SequencesOfOneLengthAreABatch) {
                 k = random_array(type, {kBatch * kKeys, 2, 24}, 2);
     const Array v = random_array(type, {kBatch * kKeys, 2, 16}, 3),
                 g = random_array(type, {kBatch * kQueries, 4, 16}, 4);
-    const Array slopes = random_array(DType::f32, {4}, 5),
-                sink = random_array(DType::f32, {4}, 6);
+    const Array slopes = random_array(DType::f32, {4}, 5), sink = random_array(DType::f32, {4}, 6);
     for (Isa isa : available_isas()) {
       RunOptions run;
       run.isa = isa;
@@ -262,11 +261,10 @@ TEST(FlashVarlen, SequencesOfOneLengthAreABatch) {
       const Tensor q4 = batch(q, kQueries), k4 = batch(k, kKeys), v4 = batch(v, kKeys);
       const AttentionResult expected = flash_attention(q4, k4, v4, options, run);
       const AttentionResult found = flash_attention_varlen(q, k, v, cu_q, cu_k, packed, run);
-      const FlashGradients wanted =
-          flash_attention_backward(batch(g, kQueries), {}, q4, k4, v4, expected.out, expected.lse,
-                                   options, run);
-      const FlashGradients to = flash_attention_varlen_backward(
-          g, {}, q, k, v, found.out, found.lse, cu_q, cu_k, packed, run);
+      const FlashGradients wanted = flash_attention_backward(
+          batch(g, kQueries), {}, q4, k4, v4, expected.out, expected.lse, options, run);
+      const FlashGradients to = flash_attention_varlen_backward(g, {}, q, k, v, found.out,
+                                                                found.lse, cu_q, cu_k, packed, run);
       const auto same = [&](const Array& a, const Array& b, int64_t length, const char* name) {
         const Tensor view = length > 0 ? batch(a, length) : a.view();
         EXPECT_EQ(largest_difference(view, b), 0)

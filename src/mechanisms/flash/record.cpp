@@ -269,8 +269,7 @@ ExampleCase random_decode_case(uint64_t seed) {
   if (random.chance(0.2)) more.push_back({"alibi_slopes", {s.heads}});
   const bool capped = random.chance(0.2);
   if (capped) {
-    options +=
-        (options.empty() ? "softcap=" : ",softcap=") + std::to_string(random.number(0.5, 3));
+    options += (options.empty() ? "softcap=" : ",softcap=") + std::to_string(random.number(0.5, 3));
   }
   ExampleCase example = decode_case("", s, options);
   return capped || !more.empty() ? with_options(std::move(example), more) : example;
