@@ -31,7 +31,7 @@ Perplexity perplexity(Model& model, std::span<const int32_t> tokens,
   const int64_t windows = stride < context ? 1 : 1 + (count - 1) / context;
   const int64_t total = count - windows;  // the first token of windows that are apart is not scored
   int64_t next = 1;                       // the token to score; the row before it gives its logits
-  bool go_on = true;
+  bool go_on = true, finite = true;
   for (int64_t begin = 0; go_on && result.scored < total; begin += stride) {
     next = std::max(next, begin + 1);
     const int64_t end = std::min(count, begin + context);
@@ -42,15 +42,20 @@ Perplexity perplexity(Model& model, std::span<const int32_t> tokens,
     const int64_t parts = 1 + (rows - 1) / model.chunk();
     for (int64_t part = 0; go_on && part < parts; ++part) {
       const int64_t from = begin + rows * part / parts, to = begin + rows * (part + 1) / parts;
-      model.append(tokens.subspan(static_cast<size_t>(from), static_cast<size_t>(to - from)),
-                   std::max<int64_t>(0, next - 1 - from),
-                   [&](int64_t i, std::span<const float> logits) {
-                     next = from + i + 1;
-                     const int32_t token = tokens[static_cast<size_t>(next++)];
-                     sum += log_sum_exp(logits.data(), static_cast<int64_t>(logits.size())) -
-                            static_cast<double>(logits[static_cast<size_t>(token)]);
-                     ++result.scored;
-                   });
+      model.append(
+          tokens.subspan(static_cast<size_t>(from), static_cast<size_t>(to - from)),
+          std::max<int64_t>(0, next - 1 - from), [&](int64_t i, std::span<const float> logits) {
+            next = from + i + 1;
+            const int32_t token = tokens[static_cast<size_t>(next++)];
+            const double all = log_sum_exp(logits.data(), static_cast<int64_t>(logits.size()));
+            finite = finite && std::isfinite(all);
+            sum += all - static_cast<double>(logits[static_cast<size_t>(token)]);
+            ++result.scored;
+          });
+      if (!finite) {
+        throw Error("perplexity: the logits for tokens " + std::to_string(from + 1) + " to " +
+                    std::to_string(to) + " hold NaN or infinity, needed finite ones or -inf");
+      }
       result.passed += to - from;
       if (options.on_progress) go_on = options.on_progress(result.scored, total);
     }

@@ -29,8 +29,8 @@ struct Perplexity {
 /// Windows of the model's context move over the text by `stride`. Every token but the first is scored once,
 /// in the first window that holds it, so all but those of the first window see at least context - stride
 /// tokens before them. With stride = context windows are apart, and the first token of each is not scored.
-/// What the model knew before is forgotten. Throws Error for fewer than two tokens and for options out of
-/// range.
+/// What the model knew before is forgotten. Throws Error for fewer than two tokens, for options out of
+/// range and where logits hold NaN or infinity.
 Perplexity perplexity(Model& model, std::span<const int32_t> tokens,
                       const PerplexityOptions& options = {});
 

@@ -2,7 +2,9 @@
 
 #include <gtest/gtest.h>
 
+#include <algorithm>
 #include <cmath>
+#include <limits>
 
 #include "heed/error.h"
 #include "llm/test_models.h"
@@ -131,6 +133,18 @@ TEST(Perplexity, Refusals) {
   EXPECT_THROW(perplexity(narrow, tokens), Error);
   EXPECT_THROW(perplexity(model, tokens, {0, {}}), Error);
   EXPECT_THROW(perplexity(model, tokens, {21, {}}), Error);
+  const ModelAttention broken{.over_cache = [](const Tensor&, const Tensor&, const Tensor&,
+                                               const Tensor& out, const RunOptions&) {
+    std::fill_n(out.as<float>(), out.count(), std::numeric_limits<float>::quiet_NaN());
+  }};
+  Model nan(file, {.context = 20, .attention = {broken}});
+  try {
+    perplexity(nan, tokens);
+    FAIL() << "a perplexity of NaN";
+  } catch (const Error& error) {
+    EXPECT_NE(std::string(error.what()).find("tokens 1 to 19 hold NaN"), std::string::npos)
+        << error.what();
+  }
 }
 
 }  // namespace

@@ -11,6 +11,7 @@
 
 #include "heed/error.h"
 #include "llm/gguf_builder.h"
+#include "llm/shown.h"
 
 namespace heed {
 namespace {
@@ -96,6 +97,9 @@ TEST(Gguf, AbsentKeysAndWrongTypes) {
   expect_throws([&] { file.require_integer("none"); }, "\"none\" is missing");
   expect_throws([&] { file.string("u8"); }, "\"u8\" is of type uint8, needed a string");
   expect_throws([&] { file.integer("f32"); }, "\"f32\" is of type float32, needed an integer");
+  const std::string folders(40, 'a'), name(40, 'b');
+  EXPECT_EQ(shown(folders + name), '"' + folders + name + '"');
+  EXPECT_EQ(shown(folders + "/" + name), '"' + folders + "..." + name + '"');
   expect_throws([&] { file.integer("words"); }, "\"words\" is an array of string");
   expect_throws([&] { file.number("name"); }, "needed a number");
   expect_throws([&] { file.boolean("u8"); }, "needed a bool");

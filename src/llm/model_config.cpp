@@ -87,6 +87,12 @@ std::vector<double> rotary_frequencies(const GgufFile& file, const Keys& keys, i
 ModelConfig read_model_config(const GgufFile& file) {
   constexpr int64_t kMost = int64_t{1} << 24;  // no size of a real model is near it
   ModelConfig config;
+  if (const int64_t parts = file.integer("split.count").value_or(1); parts > 1) {
+    throw Error("model file " + shown(file.name()) + ": it is part " +
+                std::to_string(file.integer("split.no").value_or(0) + 1) + " of " +
+                std::to_string(parts) +
+                ", needed one file of all parts: llama-gguf-split --merge joins them");
+  }
   config.architecture = file.require_string("general.architecture");
   if (config.architecture != "llama" && config.architecture != "qwen2" &&
       config.architecture != "qwen3") {

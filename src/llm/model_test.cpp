@@ -257,6 +257,12 @@ std::string refusal(const std::function<void(TinyFile&)>& change) {
 
 TEST(Model, TinyFileWorks) {
   EXPECT_EQ(refusal([](TinyFile&) {}), "");
+  EXPECT_EQ(refusal([](TinyFile& f) {
+              f.more = [](GgufBuilder& b) {
+                b.value("split.count", gguf_value::kUint16, uint16_t{1});
+              };
+            }),
+            "");
 }
 
 // In blocks of int8, rows of 32 columns take more memory than in float32.
@@ -330,6 +336,12 @@ TEST(Model, RefusalsNameWhatIsWrong) {
   expect("general.architecture", [](TinyFile& f) { f.architecture = "mamba"; });
   expect("\"\\x1b[31m\"", [](TinyFile& f) { f.architecture = "\x1b[31m"; });
   expect("\"\\x1b[31m\"", [](TinyFile& f) { f.tensors.push_back({"\x1b[31m", {4}}); });
+  expect("part 2 of 3, needed one file of all parts: llama-gguf-split --merge", [](TinyFile& f) {
+    f.more = [](GgufBuilder& b) {
+      b.value("split.no", gguf_value::kUint16, uint16_t{1});
+      b.value("split.count", gguf_value::kUint16, uint16_t{3});
+    };
+  });
   expect("block_count", [](TinyFile& f) { f.set("block_count", 0); });
   expect("blk.1.attn_norm.weight", [](TinyFile& f) { f.set("block_count", 2); });
   expect("head_count_kv", [](TinyFile& f) {

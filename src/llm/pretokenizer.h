@@ -10,10 +10,14 @@ struct pcre2_real_match_data_8;
 
 namespace heed {
 
+/// The name of ours that llama.cpp treats alike (llama3 is llama-bpe), which most names are themselves.
+std::string_view pretokenizer_like(std::string_view name);
+
 /// The pre-tokenizers of `tokenizer.ggml.pre`.
 class Pretokenizer {
  public:
-  /// smollm, gpt-2, llama-bpe or qwen2; throws Error naming these for anything else.
+  /// smollm, gpt-2, llama-bpe, qwen2 or another name of these; throws Error naming the four for anything
+  /// else.
   explicit Pretokenizer(std::string_view name);
 
   /// Calls word(part) for the parts of a text in order; together they are the text. The text must be

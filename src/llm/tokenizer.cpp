@@ -8,6 +8,7 @@
 #include "heed/error.h"
 #include "llm/bpe.h"
 #include "llm/gguf.h"
+#include "llm/pretokenizer.h"
 #include "llm/shown.h"
 #include "llm/special_tokens.h"
 #include "llm/spm.h"
@@ -165,7 +166,7 @@ void TokenizerModel::read_ends(const GgufFile& file) {
   std::optional<bool> asks_eos = file.boolean("tokenizer.ggml.add_eos_token");
   // Files that do not say: Llama models begin every text with BOS, the others do not.
   bool is_llama = file.require_string("tokenizer.ggml.model") == "llama" ||
-                  file.string("tokenizer.ggml.pre") == "llama-bpe";
+                  pretokenizer_like(file.string("tokenizer.ggml.pre").value_or("")) == "llama-bpe";
   adds_bos = asks_bos.value_or(is_llama && bos.has_value());
   adds_eos = asks_eos.value_or(false);
   if (adds_bos && !bos)

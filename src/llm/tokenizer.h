@@ -35,7 +35,7 @@ struct EncodeOptions {
 
 /// Tokenizers of GGUF files, `tokenizer.ggml.model`:
 ///  - `gpt2`: byte-level BPE (Radford et al. 2019) with the pre-tokenizers smollm, gpt-2, llama-bpe and
-///    qwen2 (`tokenizer.ggml.pre`). A byte that has no token in the vocabulary is dropped, as in the
+///    qwen2 (`tokenizer.ggml.pre`, also by names that mean one of these: llama3, ...). A byte that has no token in the vocabulary is dropped, as in the
 ///    reference implementation. No Unicode normalisation takes place.
 ///  - `llama`: BPE by piece scores as in SentencePiece (Kudo and Richardson, arXiv:1808.06226) with byte
 ///    fallback. With add_space_prefix a space is put before the text and after each control token.

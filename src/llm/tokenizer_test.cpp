@@ -81,6 +81,11 @@ TEST(Tokenizer, EqualsOtherImplementations) {
     ++cases[kind];
   }
   ASSERT_EQ(cases.size(), 5u);
+  for (const auto& [other, ours] :
+       {std::pair("llama3", "llama-bpe"), {"deepseek-r1-qwen", "qwen2"}, {"exaone4", "gpt-2"}}) {
+    const std::string text = "It's 12345\n\n  words";
+    EXPECT_EQ(bpe(other).encode(text, kPlain), tokenizers.at(ours).encode(text, kPlain)) << other;
+  }
   for (const auto& [kind, count] : cases) EXPECT_GE(count, 15) << kind;
 }
 
@@ -309,6 +314,7 @@ TEST(Tokenizer, BadFiles) {
   bad(GgufBuilder(), "\"tokenizer.ggml.tokens\" is missing");
   bad(GgufBuilder().strings("tokenizer.ggml.tokens", {}), "has 0 tokens");
   bad(bpe_file({"a b"}, "other"), "\"other\", needed smollm, gpt-2, llama-bpe or qwen2");
+  bad(bpe_file({"a b"}, "jina-v2-de"), "\"jina-v2-de\", needed smollm");
   bad(bpe_file({"ab"}), "merge 0 \"ab\" is malformed");
   bad(bpe_file({"a b", "a "}), "merge 1 \"a \" is malformed");
   bad(bpe_file({""}), "merge 0 \"\" is malformed");

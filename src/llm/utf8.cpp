@@ -40,6 +40,15 @@ Utf8Step utf8_step(std::string_view text) {
   return {end, complete, !complete};
 }
 
+std::optional<size_t> first_ill_formed(std::string_view text) {
+  for (size_t at = 0; at < text.size();) {
+    const Utf8Step step = utf8_step(text.substr(at));
+    if (!step.valid) return at;
+    at += step.bytes;
+  }
+  return std::nullopt;
+}
+
 std::string to_valid_utf8(std::string_view text) {
   std::string out;
   out.reserve(text.size());

@@ -1,6 +1,7 @@
 // UTF-8 as Unicode defines it (no surrogates, nothing above U+10FFFF, shortest form only).
 #pragma once
 #include <cstddef>
+#include <optional>
 #include <string>
 #include <string_view>
 
@@ -17,6 +18,9 @@ struct Utf8Step {
   bool cut;
 };
 Utf8Step utf8_step(std::string_view text);
+
+/// Where the first ill-formed sequence begins.
+std::optional<size_t> first_ill_formed(std::string_view text);
 
 /// The text with each ill-formed sequence replaced by U+FFFD, as Python's errors="replace" does.
 std::string to_valid_utf8(std::string_view text);
