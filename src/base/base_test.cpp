@@ -5,6 +5,7 @@
 #include <bit>
 #include <chrono>
 #include <cmath>
+#include <functional>
 #include <limits>
 #include <set>
 #include <stdexcept>
@@ -254,7 +255,18 @@ TEST(Scratch, IsUsableAfterAnAllocationThatFailed) {
     Scratch first(1024);
     before = first.take<std::byte>(1);
   }
-  EXPECT_THROW(Scratch(size_t{1} << 60), std::bad_alloc);
+  constexpr size_t kTooMuch = size_t{1} << 60;
+  const auto refused = [](const std::function<void()>& allocate) -> std::string {
+    try {
+      allocate();
+    } catch (const OutOfMemory& error) {
+      return error.what();
+    }
+    return "nothing";
+  };
+  const std::string said = "memory: 1152921504606846976 bytes are needed, the system refuses them";
+  EXPECT_EQ(refused([] { Scratch scratch(kTooMuch); }), said);
+  EXPECT_EQ(refused([] { Array array(DType::boolean, {int64_t{kTooMuch}}); }), said);
   for (int i = 0; i < 2; ++i) {  // one block again, used in turn
     Scratch next(1024);
     const std::byte* memory = next.take<std::byte>(1);

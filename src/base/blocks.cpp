@@ -2,6 +2,7 @@
 
 #include <algorithm>
 #include <atomic>
+#include <cstdio>
 #include <cstdlib>
 #include <mutex>
 #include <new>
@@ -94,6 +95,11 @@ bool is_kept(size_t bytes) { return kKeepsBlocks && bytes >= kHugePage; }
 
 }  // namespace
 
+OutOfMemory::OutOfMemory(size_t bytes) noexcept {
+  std::snprintf(text_.data(), text_.size(), "memory: %zu bytes are needed, the system refuses them",
+                bytes);
+}
+
 void* allocate_block(size_t bytes) {
   if (is_kept(bytes)) {
     if (void* memory = kept_blocks().take(bytes)) return memory;
@@ -103,7 +109,7 @@ void* allocate_block(size_t bytes) {
   void* memory = nullptr;
   if (posix_memalign(&memory, bytes >= kHugePage ? kHugePage : kLine, rounded) != 0) {
     if (is_kept(bytes)) kept_blocks().not_used(bytes);
-    throw std::bad_alloc();
+    throw OutOfMemory(bytes);
   }
   prefer_huge_pages(memory, rounded);
   return memory;

@@ -11,6 +11,7 @@
 #include <string>
 #include <vector>
 
+#include "base/blocks.h"
 #include "heed/error.h"
 
 namespace heed {
@@ -141,7 +142,7 @@ Scratch::Scratch(size_t bytes) {
     }
     next_ = block.memory;
   }
-  if (next_ == nullptr && bytes > 0) throw std::bad_alloc();
+  if (next_ == nullptr && bytes > 0) throw OutOfMemory(bytes);
   block.in_use = true;
   end_ = next_ + bytes;
 #ifndef NDEBUG
