@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -36,6 +37,9 @@ def test_help_names_every_command():
 def test_every_command_has_help(command):
     text = heed(command, "--help").stdout
     assert "--help" in text and "Usage" in text
+    # An option that takes several values in one word is not shown as one that takes several words.
+    assert ("--dtype TYPE[,TYPE...]" in text) == (command in ("check", "bench"))
+    assert ("--layout LAYOUT[,LAYOUT...]" in text) == (command == "check")
 
 
 def test_no_command_is_a_usage_error():
@@ -86,8 +90,8 @@ STORY = ["--model", "models/stories260K.gguf"]
 ONCE = ["run", *STORY, "--no-chat", "-p", "Once", "--max-tokens", "3"]
 
 
-def shell(command):
-    words = " ".join(map(str, [PROGRAM, *command]))
+def shell(command, before=""):
+    words = before + " ".join(map(str, [PROGRAM, *command]))
     return subprocess.run(
         ["bash", "-c", words], capture_output=True, text=True, cwd=ROOT, env=ENVIRONMENT
     )
@@ -104,6 +108,13 @@ def test_output_that_cannot_be_written_is_an_error(command, place):
     assert "internal error" not in done.stderr
 
 
+def test_too_little_memory_says_how_much_was_needed():
+    long = ["bench", "flash", "--q", "1,8,1000000,256", "--seconds", "0.001"]
+    done = shell(long, before="ulimit -v 10000000; ")  # in KiB
+    assert done.returncode == 2 and done.stdout == ""
+    assert re.fullmatch(r"heed: memory: \d{10,11} bytes are needed, .*\n", done.stderr)
+
+
 @pytest.mark.parametrize("place", ["2> /dev/full", "2>&-"])
 def test_messages_that_cannot_be_written_change_nothing_else(place):
     assert shell(["nothing", place]).returncode == 2
@@ -117,13 +128,13 @@ def test_messages_that_cannot_be_written_change_nothing_else(place):
 CLEAR = b"\r\x1b[K"
 
 
-def on_a_terminal(columns, *arguments):
+def on_a_terminal(columns, *arguments, kind="xterm"):
     """The program with standard error on a terminal of this width, and the other side of that."""
     parent, child = os.openpty()
     termios.tcsetwinsize(child, (24, columns))
     program = subprocess.Popen(
         [PROGRAM, *arguments], stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, stderr=child,
-        cwd=ROOT, env=ENVIRONMENT,
+        cwd=ROOT, env={**ENVIRONMENT, "TERM": kind},
     )  # fmt: skip
     os.close(child)
     return program, parent
@@ -154,6 +165,11 @@ def test_progress_is_no_wider_than_the_terminal(columns):
         assert lines[0] == b"checking   0 %  merge_attention one flo"
     if columns == 200:
         assert lines[0] == b"checking [" + 30 * b"." + b"]   0 %  merge_attention one float32"
+
+
+def test_no_progress_where_the_terminal_has_no_escape_sequences():
+    program, parent = on_a_terminal(80, "check", "merge", "--dtype", "f32", kind="dumb")
+    assert rest_of(parent) == b"" and program.wait(timeout=300) == 0
 
 
 def test_ctrl_c_clears_the_progress():
@@ -220,6 +236,7 @@ def test_show_counts_as_numbers():
     assert error_of("show", "lightning", "--sizes", "b=1").endswith("b, e, h, m, p, f, j, i, t\n")
     assert "'zz'" in error_of("show", "lightning", "--sizes", "zz=1")
     assert "key=value" in error_of("show", "sigmoid", "--sizes", "b")
+    assert "--sizes: option 'b': found 'x'" in error_of("show", "sigmoid", "--sizes", "b=x")
 
 
 def test_show_latex_and_html():
@@ -261,14 +278,34 @@ def test_check_table():
     assert all(line.split()[-1] == "ok" for line in lines[1:-1])
 
 
-def test_bad_arguments_of_check():
-    assert "portable, avx2, avx512, amx" in error_of("check", "--isa", "sse")
-    error_of("check", "--threads", "0")
-    error_of("check", "--seed", "many")
-    assert "found '-1', needed a whole number" in error_of("check", "--seed", "-1")
-    assert "needed a whole number" in error_of("run", "--seed", "99999999999999999999")
-    assert "needed a whole number" in error_of("run", "--max-tokens", "-1")
-    assert "found '0', needed a whole number from 1" in error_of("check", "--threads", "0")
+@pytest.mark.parametrize(
+    "arguments, expected",
+    [
+        (["check", "--isa", "sse"], "--isa: instruction set 'sse' is unknown"),
+        (["check", "--isa", "sse"], "portable, avx2, avx512, amx"),
+        (["check", "--isa", "amx", "--isa", "avx2"], "--isa: given 2 times, needed once"),
+        (["run", "-p", "a", "-p", "b", "--prompt", "c"], "--prompt: given 3 times, needed once"),
+        (["check", "--seed", "many"], "--seed: found 'many', needed a whole number"),
+        (["check", "--seed", "-1"], "found '-1', needed a whole number"),
+        (["run", "--seed", 2**64], f"found '{2**64}', needed a whole number from 0 to 2^64 - 1"),
+        (["run", "--max-tokens", "-1"], "needed a whole number from 0 to 2^63 - 1"),
+        (["check", "--threads", "0"], "found '0', needed a whole number from 1 to 1024"),
+        (["check", "--threads", "1025"], "found '1025', needed a whole number from 1 to 1024"),
+        (["bench", "--threads", "1025"], "--threads: found '1025'"),
+        (["hardware", "cpu", "--threads", "1025"], "--threads: found '1025'"),
+        (["check", "--layout", "foo"], "--layout: unknown layout 'foo'; known: contiguous, "),
+        (["check", "--dtype", "f8"], "--dtype: unknown type 'f8'"),
+        (["bench", "--dtype", "f8"], "; known: float64, "),
+        (["bench", "--seconds", "abc"], "--seconds: found 'abc', needed a number"),
+        (["bench", "--seconds", "5000"], "--seconds: Value 5000 not in range"),
+        (["bench", "--options", "causal"], "--options: options 'causal': found 'causal'"),
+    ],
+)
+def test_bad_arguments(arguments, expected):
+    assert expected in error_of(*arguments)
+
+
+def test_numbers_that_overflow():
     # One that overflows is not the largest that fits, nor is 0x10 one that people count with.
     for option in ("--context", "--top-k", "--threads"):
         assert option in error_of("run", option, "99999999999999999999")
@@ -302,6 +339,17 @@ def test_explain():
     portable = heed_json("explain", "flash", "--q", "1,8,512,80", "--isa", "portable")
     assert next(a for a in portable if a["chosen"])["path"].startswith("portable")
     assert "chosen" in heed("explain", "flash", "--q", "1,8,512,80", "--k", "1,2,64,80").stdout
+
+
+def test_explain_of_options():
+    grid = ["explain", "na2d", "--q", "1,16,16,8,64", "--options"]
+    near, far = (heed_json(*grid, f"kernel_size={size}")[0]["path"] for size in (3, 15))
+    assert near.startswith("small windows") and not far.startswith("small windows")
+    call = ["explain", "--q", "1,8,64,64", "--options"]
+    assert "order is 9" in error_of(*call, "order=9", "taylor_state")
+    for name in ("flash", "magnitude_aware_linear", "feature_map"):
+        assert "unknown option 'foo'" in error_of(*call, "foo=1", name)
+    assert "--causal" in error_of(*call, "causal=0", "flash", "--causal")
 
 
 def test_explain_refuses_what_the_operator_refuses():

@@ -29,8 +29,8 @@ def hardware_json(*arguments):
     return program.heed_json("hardware", *arguments)
 
 
-def error_of(*arguments):
-    return program.error_of("hardware", *arguments)
+def error_of(*arguments, **options):
+    return program.error_of("hardware", *arguments, **options)
 
 
 def published(name):
@@ -53,12 +53,24 @@ def test_without_a_command_the_commands_are_listed():
     assert all(f"\n  {command} " in done.stderr for command in COMMANDS)
 
 
+def test_names_that_are_neither_file_nor_mechanism(tmp_path):
+    (tmp_path / "folder").mkdir()
+    (tmp_path / "flash").mkdir()
+    for command in ("passes", "place"):
+        message = error_of(command, "folder", cwd=tmp_path)
+        assert message.startswith("heed: 'folder' is a folder, unknown mechanism 'folder'")
+        message = error_of(command, "nofile", cwd=tmp_path)
+        assert message.startswith("heed: no file 'nofile', unknown mechanism 'nofile'")
+    assert hardware("passes", "flash", cwd=tmp_path).stdout
+
+
 def test_typing_mistakes_name_what_was_meant():
     assert "did you mean 'tiles'" in error_of("tlies")
     assert "did you mean '--kernel'" in error_of("tiles", "--kernl", "3")
     assert "did you mean 'binding'" in error_of("fusemax", "--config", "bindng")
     assert "did you mean 'bert'" in error_of("fusemax", "--model", "brt")
     assert "did you mean 'flash'" in error_of("passes", "falsh")
+    assert error_of("fusemax", "--model", "brt").startswith("heed: --model: unknown model")
     assert "did you mean 'fusemax'" in error_of("files", "fusemx")
 
 

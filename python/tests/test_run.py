@@ -56,6 +56,8 @@ def test_the_newline_at_the_end_of_a_file_is_none_of_the_prompt(tmp_path, end, s
     assert (heed_json(*ONCE, stdin=text + end)["prompt_tokens"] == tokens) == same
     assert (heed_json(*ONCE, "-f", file)["prompt_tokens"] == tokens) == same
     assert "prompt is empty" in error_of(*ONCE, stdin="\n")
+    file.write_bytes(b"Once \xc3")
+    assert "--file: found byte 0xc3 at offset 5, needed UTF-8" in error_of(*ONCE, "-f", file)
 
 
 def test_a_text_that_goes_on_has_no_end_token(tmp_path):
@@ -101,6 +103,12 @@ def test_options_of_draws_need_a_temperature(option):
         ([*ONCE, "-p", "x", "--attention", "flash:seed=1"], "window, softcap, scale"),
         ([*ONCE, "-p", "x", "--attention", "sigmoid:right=1"], "bias, window, scale"),
         ([*ONCE, "-p", "x", "--attention", "unknown"], "a model takes: "),
+        ([*ONCE, "-p", "x", "--attention", f"stochastic:seed={2**64}"], "-2^63 to 2^63 - 1"),
+        (["run", "-p", "x", "--dtype", "int4x"], "--dtype: dtype is int4x, needed is f32, "),
+        ([*ONCE, "-p", "x", "--temperature", "nan"], "--temperature: found 'nan'"),
+        ([*ONCE, "-p", os.fsdecode(b"ab\xff")], "--prompt: found byte 0xff at offset 2"),
+        (["run", "-p", "x", "--system", os.fsdecode(b"\xc3(")], "--system: found byte 0xc3"),
+        (["eval", "--text", "LICENSE", "--stride", "x"], "--stride: found 'x', needed a whole"),
     ],
 )
 def test_refusals(arguments, expected):
@@ -212,6 +220,7 @@ def test_help_in_a_conversation(chat_model):
 def test_a_line_that_the_terminal_cuts_is_not_answered(chat_model):
     code, shown = conversation(
         chat_model, (b"> ", b"a" * 5000 + b"\n"), (b"nothing was asked; -f FILE", b""),
+        (b"> ", b"a\xff\n"), (b"not UTF-8 from byte 1 on", b""),
         (b"> ", b"Hello\n"), (b"in attention", b""), (b"> ", b"/exit\n"),
     )  # fmt: skip
     assert code == 0 and b"cuts a line at 4095 bytes" in shown
@@ -266,6 +275,7 @@ def test_run_draws_by_seed():
     draw = ["-p", "Once", "--max-tokens", "30", "--temperature", "1", "--top-k", "40"]
     first, again, other = (stories(*draw, "--seed", seed)["tokens"] for seed in (1, 1, 2))
     assert first == again != other
+    assert stories(*draw, "--seed", 2**64 - 1)["tokens"] != first
 
 
 def test_run_with_other_attention():
@@ -393,6 +403,10 @@ def test_missing_and_broken_models(tmp_path):
     error_of("run", "--model", tmp_path, "-p", "x")
     message = error_of("run", "--model", "/dev/null", "-p", "x")
     assert "'/dev/null' is not a regular file" in message
+    loop = tmp_path / "loop"
+    loop.symlink_to(loop)
+    message = error_of("run", "--model", loop, "-p", "x")
+    assert f"--model: cannot read '{loop}': " in message
 
 
 def test_models_of_a_folder_have_names(tmp_path):
@@ -475,6 +489,11 @@ def test_eval_says_where_a_text_is_not_utf8(tmp_path):
     assert note in heed("eval", "--model", STORIES, "--text", file).stderr
     file.write_text("Once upon a \u00ff time")
     assert note not in heed("eval", "--model", STORIES, "--text", file).stderr
+
+
+def test_a_perplexity_of_nan_is_an_error():
+    text = ["--model", STORIES, "--text", "LICENSE", "--attention", "flash:scale=1e38"]
+    assert "hold NaN or infinity" in error_of("eval", *text, "--json")
 
 
 def test_eval_of_mixes_and_states(tmp_path):

@@ -108,13 +108,13 @@ DType parse_dtype(std::string_view text) {
     if (text == name) return dtype;
     known.emplace_back(name);
   }
-  throw Error("unknown type '" + std::string(text) + "'" + did_you_mean(text, known) +
+  throw Error("--dtype: unknown type '" + std::string(text) + "'" + did_you_mean(text, known) +
               "; known: " + joined(known));
 }
 
-CLI::Validator whole_number(int64_t least, int64_t most) {
+CLI::Validator whole_number(uint64_t least, uint64_t most) {
   return {[least, most](std::string& text) -> std::string {
-            int64_t value = 0;
+            uint64_t value = 0;
             const auto [stop, error] =
                 std::from_chars(text.data(), text.data() + text.size(), value);
             if (error == std::errc{} && stop == text.data() + text.size() && value >= least &&
@@ -122,9 +122,12 @@ CLI::Validator whole_number(int64_t least, int64_t most) {
               text = std::to_string(value);  // what parses it next takes 010 for eight
               return "";
             }
-            const bool any = most == std::numeric_limits<int64_t>::max();
+            const std::string up_to = most == std::numeric_limits<int64_t>::max() ? "2^63 - 1"
+                                      : most == std::numeric_limits<uint64_t>::max()
+                                          ? "2^64 - 1"
+                                          : std::to_string(most);
             return "found '" + text + "', needed a whole number from " + std::to_string(least) +
-                   " to " + (any ? "2^63 - 1" : std::to_string(most));
+                   " to " + up_to;
           },
           ""};
 }
@@ -134,13 +137,18 @@ std::vector<Isa> isas_to_use(const std::string& text) {
     const std::optional<Isa> forced = forced_isa();
     return forced ? std::vector<Isa>{*forced} : available_isas();
   }
-  const Isa isa = parse_isa(text);
+  const Isa isa = reading("--isa", [&] { return parse_isa(text); });
   const auto& available = available_isas();
   if (std::find(available.begin(), available.end(), isa) == available.end()) {
     throw Error("--isa " + text + ": this machine cannot run it; it has up to " +
                 name_of(available.back()));
   }
   return {isa};
+}
+
+void add_threads(CLI::App& command, std::optional<int>& threads, const char* help) {
+  command.add_option("--threads", threads, help)
+      ->transform(whole_number(1, 1024));  // what set_threads takes
 }
 
 void use_threads(const std::optional<int>& threads) {

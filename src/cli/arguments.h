@@ -7,24 +7,37 @@
 #include <string_view>
 #include <vector>
 
+#include "heed/error.h"
 #include "mechanisms/registry.h"
 
 namespace CLI {
+class App;
 class Validator;
-}
+}  // namespace CLI
 
 namespace heed::cli {
 
+/// What `read` gives; its Error under the option's name.
+template <class Read>
+auto reading(std::string_view option, const Read& read) {
+  try {
+    return read();
+  } catch (const Error& error) {
+    throw Error(std::string(option) + ": " + error.what());
+  }
+}
+
 /// "B,H,L,D", or as many positive numbers as a mechanism's inputs have; throws Error naming `option`.
 Dims parse_shape(std::string_view option, std::string_view text);
-/// Long and short names: float32 or f32; throws Error naming the nearest.
+/// Long and short names: float32 or f32; throws Error naming --dtype and the nearest.
 DType parse_dtype(std::string_view text);
 /// The transform of options that count: refuses what is no whole number, in decimal, from `least` to
 /// `most`, which the option's type has to hold.
-CLI::Validator whole_number(int64_t least, int64_t most = std::numeric_limits<int64_t>::max());
+CLI::Validator whole_number(uint64_t least, uint64_t most = std::numeric_limits<int64_t>::max());
 /// For none those of HEED_ISA, or all; throws Error where this machine cannot run the one asked for.
 std::vector<Isa> isas_to_use(const std::string& text);
-/// Applies --threads where it was given; throws Error below 1.
+/// --threads, which use_threads applies where it was given.
+void add_threads(CLI::App& command, std::optional<int>& threads, const char* help);
 void use_threads(const std::optional<int>& threads);
 
 /// The mechanisms a command works on: the named one, or all for an empty name.

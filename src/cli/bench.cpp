@@ -5,7 +5,6 @@
 
 #include <algorithm>
 #include <cctype>
-#include <cmath>
 #include <memory>
 #include <set>
 
@@ -71,7 +70,9 @@ std::vector<BenchRow> planned_rows(const BenchArguments& arguments) {
   if (chosen.empty()) chosen = chosen_mechanisms("");
   for (const std::string& q : arguments.q) (void)parse_shape("--q", q);
   if (!arguments.k.empty()) (void)parse_shape("--k", arguments.k);
-  if (arguments.options) (void)Spec::parse_options(*arguments.options);
+  if (arguments.options) {
+    reading("--options", [&] { return Spec::parse_options(*arguments.options); });
+  }
   std::vector<DType> types;
   for (const std::string& dtype : arguments.dtypes) types.push_back(parse_dtype(dtype));
   std::vector<BenchRow> rows;
@@ -110,9 +111,6 @@ void move_names_from_shapes(BenchArguments& a) {
 }
 
 void require_one_kind(const BenchArguments& a) {
-  if (std::isnan(a.seconds)) {
-    throw Error("--seconds: found nan, a number from 0.001 to 3600 is needed");
-  }
   if (a.sweep.empty() && !a.lengths.empty()) {
     throw Error("--lengths: --sweep length is needed with it");
   }
@@ -170,8 +168,8 @@ void add_bench(CLI::App& app, Outcome& outcome) {
   command->add_option("--dtype", a->dtypes, "f64, f32, bf16, f16")
       ->delimiter(',')
       ->allow_extra_args(false)
-      ->capture_default_str();
-  command->add_option("--threads", a->threads, "Threads of a call")->transform(whole_number(1));
+      ->option_text("TYPE[,TYPE...]=float32");
+  add_threads(*command, a->threads, "Threads of a call");
   command->add_option("--isa", a->isa, "Force this path: portable, avx2, avx512, amx");
   command->add_option("--seconds", a->seconds, "Time to measure each kernel")
       ->check(CLI::Range(0.001, 3600.0))

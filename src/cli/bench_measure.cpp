@@ -109,8 +109,7 @@ void note_missing_backward(const std::vector<BenchRow>& rows) {
 }  // namespace
 
 void QuickChecks::check(BenchRow& row) {
-  const ExampleCase small =
-      row.mechanism->shrink ? row.mechanism->shrink(row.example) : shrunk(row.example);
+  const ExampleCase small = twin_of(*row.mechanism, row.example);
   const std::string key = row.mechanism->name + "|" + name_of(row.dtype) + "|" + text_of(small);
   auto place = found_.find(key);
   if (place == found_.end()) {

@@ -4,6 +4,7 @@
 #include <fmt/format.h>
 
 #include <cmath>
+#include <limits>
 #include <map>
 #include <memory>
 
@@ -60,7 +61,9 @@ std::vector<Layout> chosen_layouts(const std::vector<std::string>& names) {
   if (names.empty()) return {std::begin(kLayouts), std::end(kLayouts)};
   std::vector<Layout> layouts;
   layouts.reserve(names.size());
-  for (const std::string& name : names) layouts.push_back(parse_layout(name));
+  for (const std::string& name : names) {
+    layouts.push_back(reading("--layout", [&] { return parse_layout(name); }));
+  }
   return layouts;
 }
 
@@ -87,7 +90,7 @@ std::vector<CheckRow> all_rows(const Arguments& arguments) {
   const std::vector<Point> points = chosen_points(arguments);
   Progress progress("checking");
   int64_t done = 0;
-  const bool told = arguments.name.empty() && !arguments.json && !is_terminal(stderr);
+  const bool told = arguments.name.empty() && !arguments.json && !draws_on(stderr);
   std::vector<CheckRow> rows;
   for (const auto& [mechanism, example] : points) {
     if (told && !rows.empty() && rows.back().mechanism != mechanism->name) {
@@ -200,17 +203,18 @@ void add_check(CLI::App& app, Outcome& outcome) {
                       "Only this example case, or random:SEED for a random call");
   command->add_option("--dtype", arguments->dtypes, "Only these types: f64, f32, bf16, f16")
       ->delimiter(',')
-      ->allow_extra_args(false);
+      ->allow_extra_args(false)
+      ->option_text("TYPE[,TYPE...]");
   command->add_option("--isa", arguments->isa, "Only this path: portable, avx2, avx512, amx");
   command
       ->add_option("--layout", arguments->layouts, "Only these: contiguous, tokens_first, padded")
       ->delimiter(',')
-      ->allow_extra_args(false);
+      ->allow_extra_args(false)
+      ->option_text("LAYOUT[,LAYOUT...]");
   command->add_option("--seed", arguments->seed, "Seed of the inputs")
-      ->transform(whole_number(0))
+      ->transform(whole_number(0, std::numeric_limits<uint64_t>::max()))
       ->capture_default_str();
-  command->add_option("--threads", arguments->threads, "Threads of a call")
-      ->transform(whole_number(1));
+  add_threads(*command, arguments->threads, "Threads of a call");
   command->add_flag("--all", arguments->all,
                     "Every result and layout instead of the worst of them");
   command->add_flag("--json", arguments->json, "JSON, every result and layout");

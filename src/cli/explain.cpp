@@ -5,6 +5,7 @@
 
 #include "cli/arguments.h"
 #include "cli/commands.h"
+#include "cli/measure.h"
 #include "cli/terminal.h"
 #include "engine/operands.h"
 
@@ -13,6 +14,7 @@ namespace {
 
 struct Arguments {
   std::string name, q, k, v, dtype = "float32", isa;
+  std::optional<std::string> options;
   bool causal = false, json = false;
 };
 
@@ -22,6 +24,10 @@ ExampleCase example_of(const Mechanism& mechanism, const Arguments& arguments) {
   if (!arguments.k.empty()) shapes.k = parse_shape("--k", arguments.k);
   if (!arguments.v.empty()) shapes.v = parse_shape("--v", arguments.v);
   ExampleCase example = with_shapes(mechanism.bench_cases.at(0), shapes);
+  if (arguments.options) {
+    example.options =
+        reading("--options", [&] { return Spec::parse_options(*arguments.options); }).str();
+  }
   if (arguments.causal) example.options = with_option(example.options, "causal", "1");
   return example;
 }
@@ -44,9 +50,17 @@ void explain(const Arguments& arguments) {
   const ExampleCase example = example_of(mechanism, arguments);
   RunOptions run;
   if (!arguments.isa.empty()) run.isa = isas_to_use(arguments.isa).front();
-  const NamedTensors tensors = shapes_only(example, parse_dtype(arguments.dtype));
+  const DType dtype = parse_dtype(arguments.dtype);
+  const Spec options = Spec::parse_options(example.options);
+  const NamedTensors tensors = shapes_only(example, dtype);
   check_operands(mechanism, tensors);
-  const auto answers = mechanism.explain(tensors, Spec::parse_options(example.options), run);
+  const auto answers = mechanism.explain(tensors, options, run);
+  // What is wrong with an option that no path depends on shows in a call.
+  if (arguments.options) {
+    const ExampleCase twin = twin_of(mechanism, example);
+    (void)mechanism.forward(views(make_inputs(mechanism, twin, dtype, 1)),
+                            Spec::parse_options(twin.options), run);
+  }
   bool chosen = false;
   Json list = Json::array();
   Table table({{"path"}, {"can run"}, {""}});
@@ -76,9 +90,12 @@ void add_explain(CLI::App& app, Outcome&) {
       ->required();
   command->add_option("--k", arguments->k, "Shape of the keys; without it as the queries");
   command->add_option("--v", arguments->v, "Shape of the values; without it as the keys");
+  CLI::Option* options = command->add_option("--options", arguments->options,
+                                             "Options of the call: causal=1,window=256");
   command->add_option("--dtype", arguments->dtype, "f64, f32, bf16 or f16")->capture_default_str();
   command->add_option("--isa", arguments->isa, "Force this path: portable, avx2, avx512, amx");
-  command->add_flag("--causal", arguments->causal, "Causal mask; every path has it");
+  command->add_flag("--causal", arguments->causal, "Causal mask; every path has it")
+      ->excludes(options);
   command->add_flag("--json", arguments->json, "JSON");
   command->callback([arguments] { explain(*arguments); });
 }

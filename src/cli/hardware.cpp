@@ -20,6 +20,17 @@ bool is_cascade_file(const std::string& name) {
          std::filesystem::is_regular_file(name, error);
 }
 
+const Mechanism& mechanism_instead_of_file(const std::string& name) {
+  try {
+    return find_mechanism(name);
+  } catch (const Error& error) {
+    std::error_code unknown;
+    const bool folder = std::filesystem::is_directory(name, unknown);
+    throw Error((folder ? "'" + name + "' is a folder" : "no file '" + name + "'") + ", " +
+                error.what());
+  }
+}
+
 std::vector<int64_t> parse_numbers(std::string_view option, std::string_view text) {
   std::vector<int64_t> numbers;
   for (size_t begin = 0; begin <= text.size();) {

@@ -7,6 +7,7 @@
 
 #include "cli/commands.h"
 #include "hardware/einsum.h"
+#include "mechanisms/registry.h"
 
 namespace heed::cli {
 
@@ -21,6 +22,8 @@ void add_hardware_files(CLI::App& hardware);
 
 /// Whether a name on the command line is that of a cascade file instead of a mechanism.
 bool is_cascade_file(const std::string& name);
+/// The mechanism of a name that is none; throws Error that speaks of both.
+const Mechanism& mechanism_instead_of_file(const std::string& name);
 /// "30,48,80"; throws Error naming `option`.
 std::vector<int64_t> parse_numbers(std::string_view option, std::string_view text);
 

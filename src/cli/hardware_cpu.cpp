@@ -93,8 +93,7 @@ void add_hardware_cpu(CLI::App& hardware) {
   CLI::App* command = hardware.add_subcommand(
       "cpu", "This machine's limits, measured: multiply-adds, cache and memory bandwidth");
   auto a = std::make_shared<Arguments>();
-  command->add_option("--threads", a->threads, "Threads that measure together")
-      ->transform(whole_number(1));
+  add_threads(*command, a->threads, "Threads that measure together");
   command->add_option("--isa", a->isa, "Strongest instruction set: portable, avx2, avx512, amx");
   command->add_option("--plot", a->plot, "Also write the roofline to this SVG file");
   command->add_flag("--json", a->json, "JSON");

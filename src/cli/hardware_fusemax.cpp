@@ -28,6 +28,10 @@ struct Plan {
   std::optional<Machine> machine;  // instead of each mapping's own
 };
 
+std::string named_workload(const std::string& model) {
+  return reading("--model", [&] { return builtin_workload(model).name; });
+}
+
 std::vector<Workload> layers_of(const Arguments& a) {
   std::vector<Workload> layers;
   if (!a.workload.empty()) {
@@ -37,7 +41,7 @@ std::vector<Workload> layers_of(const Arguments& a) {
     return layers;
   }
   std::vector<std::string> models = builtin_workloads();
-  if (!a.model.empty()) models = {builtin_workload(a.model).name};
+  if (!a.model.empty()) models = {named_workload(a.model)};
   const std::vector<int64_t> lengths = a.length ? std::vector<int64_t>{*a.length} : paper_lengths();
   for (const std::string& model : models) {
     for (int64_t length : lengths) layers.push_back(with_length(builtin_workload(model), length));
@@ -53,7 +57,7 @@ Plan plan_of(const Arguments& a) {
     if (!a.config.empty()) throw Error("--config: --mapping already names the configuration");
     plan.mappings.push_back(parse_mapping(read_description("--mapping", a.mapping), a.mapping));
   } else if (!a.config.empty()) {
-    plan.mappings.push_back(builtin_mapping(a.config));
+    plan.mappings.push_back(reading("--config", [&] { return builtin_mapping(a.config); }));
   } else {
     for (const std::string& name : builtin_mappings())
       plan.mappings.push_back(builtin_mapping(name));
@@ -195,7 +199,7 @@ void sweep(const Arguments& a) {
   Json list = Json::array();
   std::vector<AreaPoint> points;
   std::vector<std::string> models = builtin_workloads();
-  if (!a.model.empty()) models = {builtin_workload(a.model).name};
+  if (!a.model.empty()) models = {named_workload(a.model)};
   for (const std::string& model : models) {
     for (int64_t elements : {16, 32, 64, 128, 256, 512}) {
       const Workload layer = with_length(builtin_workload(model), a.length.value_or(kPaperLength));

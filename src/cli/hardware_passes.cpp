@@ -165,7 +165,7 @@ void all_mechanisms(const Arguments& arguments) {
 void passes(const Arguments& arguments) {
   if (arguments.what.empty()) return all_mechanisms(arguments);
   if (!is_cascade_file(arguments.what))
-    return one_mechanism(find_mechanism(arguments.what), arguments);
+    return one_mechanism(mechanism_instead_of_file(arguments.what), arguments);
   one_program(cascade::parse(read_description("passes", arguments.what), arguments.what),
               arguments);
 }

@@ -112,7 +112,7 @@ std::vector<std::string> sized_ranks_of(const std::vector<std::string>& names) {
       add(cascade::parse(read_description("place", name), name));
       continue;
     }
-    for (const CascadeText& text : find_mechanism(name).cascades) {
+    for (const CascadeText& text : mechanism_instead_of_file(name).cascades) {
       add(cascade::parse(text.text, text.name));
     }
   }
@@ -148,7 +148,7 @@ std::vector<Line> lines_of(const Arguments& a, const Machine& machine) {
     if (is_cascade_file(name)) {
       lines.push_back(line_of_file(name, a, machine, sizes));
     } else {
-      add_mechanism(find_mechanism(name), machine, sizes, lines, left_out);
+      add_mechanism(mechanism_instead_of_file(name), machine, sizes, lines, left_out);
     }
     if (lines.size() == before) {
       say_left_out(left_out);

@@ -13,7 +13,6 @@
 #include "cli/terminal.h"
 #include "heed/error.h"
 #include "llm/attention_pattern.h"
-#include "mechanisms/nearest.h"
 
 namespace heed::cli {
 namespace {
@@ -21,23 +20,6 @@ namespace {
 volatile std::sig_atomic_t g_interrupted = 0;  // a signal handler can reach nothing else
 
 extern "C" void on_interrupt(int) { g_interrupted = 1; }
-
-std::vector<ModelAttention> attention_of(const std::string& pattern, const ModelConfig& config) {
-  try {
-    return parse_attention(pattern, config);
-  } catch (const Error& error) {
-    throw Error(std::string("--attention: ") + error.what());
-  }
-}
-
-ModelDtype dtype_of(const std::string& text) {
-  try {
-    return parse_model_dtype(text);
-  } catch (const Error& error) {
-    throw Error(std::string("--dtype: ") + error.what() +
-                did_you_mean(text, {"f32", "bf16", "int4"}));
-  }
-}
 
 }  // namespace
 
@@ -61,21 +43,23 @@ void add_model_options(CLI::App& command, ModelArguments& arguments, const char*
       "and activations are rounded to int8 or bf16); without it what suits the file");
   command.add_option("--context", arguments.context, context_help)
       ->transform(whole_number(least_context));
-  command.add_option("--threads", arguments.threads, "Threads; without it all cores")
-      ->transform(whole_number(1, 1024));  // what set_threads takes
+  add_threads(command, arguments.threads, "Threads; without it all cores");
 }
 
 LanguageModel load_model(const ModelArguments& arguments) {
   use_threads(arguments.threads);
   (void)forced_isa();  // what is wrong with HEED_ISA is none of --attention
   ModelOptions options;
-  if (arguments.dtype) options.dtype = dtype_of(*arguments.dtype);
+  if (arguments.dtype) {
+    options.dtype = reading("--dtype", [&] { return parse_model_dtype(*arguments.dtype); });
+  }
   options.run.threads = arguments.threads;
   options.context = arguments.context;
   LanguageModel loaded;
   loaded.file = std::make_unique<GgufFile>(GgufFile::open(find_model(arguments.model)));
   const ModelConfig config = read_model_config(*loaded.file);
-  options.attention = attention_of(arguments.attention, config);
+  options.attention =
+      reading("--attention", [&] { return parse_attention(arguments.attention, config); });
   const bool has_cache =
       std::any_of(options.attention.begin(), options.attention.end(),
                   [](const ModelAttention& layer) { return layer.over_cache != nullptr; });

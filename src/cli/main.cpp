@@ -1,6 +1,7 @@
 // The program: adds the commands, turns errors into one line on standard error and an exit code.
 #include <fmt/format.h>
 
+#include <cmath>
 #include <csignal>
 #include <cstdio>
 #include <cstdlib>
@@ -8,6 +9,7 @@
 #include <new>
 #include <string_view>
 
+#include "base/blocks.h"
 #include "cli/commands.h"
 #include "cli/terminal.h"
 #include "cli/wait_policy.h"
@@ -21,7 +23,8 @@ using namespace heed::cli;  // NOLINT: the program's own room
 
 constexpr const char* kFooter =
     "Exit codes: 0 ok, 1 a kernel disagrees with its cascade, 2 wrong arguments or input,\n"
-    "or output that cannot be written, 3 internal error, 130 run or eval stopped by Ctrl-C.\n"
+    "too little memory, or output that cannot be written, 3 internal error, 130 run or eval\n"
+    "stopped by Ctrl-C.\n"
     "`heed COMMAND --help` explains a command.";
 
 void add_commands(CLI::App& app, Outcome& outcome) {
@@ -39,18 +42,18 @@ void add_commands(CLI::App& app, Outcome& outcome) {
   add_hardware(app, outcome);
 }
 
-// Of options that take numbers; CLI11 reads nothing at all as 0.
+// Of options that take numbers, before any range is asked; CLI11 reads nothing at all as 0.
 void refuse_what_is_no_number(CLI::App& app) {
   for (CLI::Option* option : app.get_options()) {
-    const std::string type = option->get_type_name();
-    if (!type.starts_with("INT") && !type.starts_with("UINT") && !type.starts_with("FLOAT"))
-      continue;
-    option->check([](const std::string& value) {
-      char* end = nullptr;
-      std::strtod(value.c_str(), &end);
-      const bool number = !value.empty() && *end == '\0';
-      return number ? std::string() : "found '" + value + "', needed a number";
-    });
+    if (!option->get_type_name().starts_with("FLOAT")) continue;  // others are whole_number
+    option->transform(CLI::Validator(
+        [](const std::string& value) {
+          char* end = nullptr;
+          const double number = std::strtod(value.c_str(), &end);
+          const bool good = !value.empty() && *end == '\0' && !std::isnan(number);
+          return good ? std::string() : "found '" + value + "', needed a number";
+        },
+        ""));
   }
   for (CLI::App* command : app.get_subcommands([](const CLI::App*) { return true; })) {
     refuse_what_is_no_number(*command);
@@ -105,6 +108,20 @@ std::string leftover_message(const CLI::App& app) {
          "; known: " + heed::joined(names);
 }
 
+// The one of which CLI11 says "At Most 1 required but received 2"; null for its other complaints.
+const CLI::Option* given_too_often(const CLI::App& app) {
+  for (const CLI::Option* option : app.get_options()) {
+    if (option->get_multi_option_policy() == CLI::MultiOptionPolicy::Throw &&
+        static_cast<int>(option->count()) > option->get_items_expected_max()) {
+      return option;
+    }
+  }
+  for (const CLI::App* command : app.get_subcommands()) {
+    if (const CLI::Option* option = given_too_often(*command)) return option;
+  }
+  return nullptr;
+}
+
 int report(const std::string& message, int exit_code) {
   std::fflush(stdout);
   say("heed: {}\n", message);
@@ -115,6 +132,13 @@ int parse_error(const CLI::App& app, const CLI::ParseError& error) {
   if (error.get_exit_code() == static_cast<int>(CLI::ExitCodes::Success)) return app.exit(error);
   if (dynamic_cast<const CLI::ExtrasError*>(&error) != nullptr) {
     return report(leftover_message(app), kUsageError);
+  }
+  if (dynamic_cast<const CLI::ArgumentMismatch*>(&error) != nullptr) {
+    if (const CLI::Option* option = given_too_often(app)) {
+      return report(
+          fmt::format("{}: given {} times, needed once", option->get_name(), option->count()),
+          kUsageError);
+    }
   }
   return report(error.what(), kUsageError);
 }
@@ -148,8 +172,10 @@ int main(int argc, char** argv) {
     code = run_program(argc, argv);
   } catch (const heed::Error& error) {
     code = report(error.what(), kUsageError);
+  } catch (const heed::OutOfMemory& error) {
+    code = report(error.what(), kUsageError);
   } catch (const std::bad_alloc&) {
-    code = report("not enough memory", kInternalError);
+    code = report("memory: the system refuses what is needed", kUsageError);
   } catch (const std::exception& error) {
     if (std::ferror(stdout) == 0) {
       code = report(std::string("internal error: ") + error.what(), kInternalError);

@@ -170,7 +170,8 @@ const Dims* input_shape(const ExampleCase& example, std::initializer_list<const 
   return nullptr;
 }
 
-ExampleCase shrunk(const ExampleCase& example) {
+ExampleCase twin_of(const Mechanism& mechanism, const ExampleCase& example) {
+  if (mechanism.shrink) return mechanism.shrink(example);
   constexpr int64_t kQueries = 64;
   ShapeArguments shapes;
   if (const Dims* x = input_shape(example, {"x"}); x != nullptr && x->rank() == 4) {

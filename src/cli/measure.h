@@ -28,7 +28,8 @@ double visible_operations(const Mechanism& mechanism, const NamedTensors& in, co
 /// The shape of the first of these inputs that the case has; nullptr for none.
 const Dims* input_shape(const ExampleCase& example, std::initializer_list<const char*> names);
 
-/// The case with one sequence, one group of heads and at most 64 queries and 96 keys.
-ExampleCase shrunk(const ExampleCase& example);
+/// A call like the case, small enough for float64: the record's own, else with one sequence, one group of
+/// heads and at most 64 queries and 96 keys.
+ExampleCase twin_of(const Mechanism& mechanism, const ExampleCase& example);
 
 }  // namespace heed::cli

@@ -85,12 +85,17 @@ std::optional<fs::path> find_smollm2() {
 }  // namespace
 
 fs::path find_model(const std::string& name) {
-  if (is_file(name)) return name;
-  if (std::error_code error; fs::is_directory(name, error)) {
+  std::error_code why;
+  const fs::file_status found = fs::status(name, why);
+  if (fs::is_regular_file(found)) return name;
+  if (fs::is_directory(found)) {
     throw Error("--model: '" + name + "' is a folder, a GGUF file is needed");
   }
-  if (std::error_code error; fs::exists(name, error)) {
+  if (fs::exists(found)) {
     throw Error("--model: '" + name + "' is not a regular file, a GGUF file is needed");
+  }
+  if (!fs::status_known(found)) {
+    throw Error("--model: cannot read '" + name + "': " + why.message());
   }
   std::vector<std::string> known = {kSmolLm};
   for (const fs::path& folder : model_folders()) {

@@ -16,6 +16,7 @@
 #include "heed/error.h"
 #include "llm/chat.h"
 #include "llm/generate.h"
+#include "llm/utf8.h"
 
 namespace heed::cli {
 namespace {
@@ -38,11 +39,23 @@ std::string without_last_newline(std::string text) {
   return text;
 }
 
+// The tokenizer would read other bytes as U+FFFD.
+std::string utf8_of(std::string_view option, std::string text) {
+  if (const auto at = first_ill_formed(text)) {
+    throw Error(fmt::format("{}: found byte 0x{:02x} at offset {}, needed UTF-8", option,
+                            static_cast<unsigned char>(text[*at]), *at));
+  }
+  return text;
+}
+
 // The prompt that was given, from the option, a file, or a pipe; none: a conversation.
 std::optional<std::string> given_prompt(const Arguments& arguments) {
-  if (arguments.prompt) return arguments.prompt;
-  if (arguments.file) return without_last_newline(read_text("--file", *arguments.file));
-  if (!is_terminal(stdin)) return without_last_newline(read_text("standard input", "-"));
+  if (arguments.prompt) return utf8_of("--prompt", *arguments.prompt);
+  const auto read = [](const char* option, const std::string& path) {
+    return utf8_of(option, without_last_newline(read_text(option, path)));
+  };
+  if (arguments.file) return read("--file", *arguments.file);
+  if (!is_terminal(stdin)) return read("standard input", "-");
   return std::nullopt;
 }
 
@@ -208,6 +221,10 @@ int converse(LanguageModel& loaded, const Arguments& arguments) {
           kTerminalLine);
       continue;
     }
+    if (const auto at = first_ill_formed(*line)) {
+      say("heed: the line is not UTF-8 from byte {} on, so nothing was asked\n", *at);
+      continue;
+    }
     if (is_word_after_slash(command)) {
       say("there is no {}: {}\n", command, kCommands);
       continue;
@@ -236,6 +253,7 @@ int run(const Arguments& arguments) {
   if (arguments.system && arguments.no_chat) {
     throw Error("--system: --no-chat has no system message");
   }
+  if (arguments.system) (void)utf8_of("--system", *arguments.system);
   const auto prompt = given_prompt(arguments);
   if (!prompt && (arguments.no_chat || arguments.json)) {
     throw Error("--no-chat and --json need a prompt: -p TEXT, -f FILE or standard input");
@@ -280,7 +298,7 @@ void add_run(CLI::App& app, Outcome& outcome) {
       command->add_option("--min-p", sampler.min_p, "Draw among tokens of this share of the best's")
           ->capture_default_str(),
       command->add_option("--seed", sampler.seed, "Seed of the draws")
-          ->transform(whole_number(0))
+          ->transform(whole_number(0, std::numeric_limits<uint64_t>::max()))
           ->capture_default_str()};
   command->add_flag("--json", arguments->json, "JSON at the end instead of words as they come");
   command->footer(

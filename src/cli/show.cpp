@@ -3,6 +3,7 @@
 
 #include <memory>
 
+#include "cli/arguments.h"
 #include "cli/commands.h"
 #include "cli/terminal.h"
 #include "heed/error.h"
@@ -46,7 +47,7 @@ std::string cell(const Polynomial& polynomial, const std::optional<Sizes>& sizes
 // The sizes of all ranks that the counts of the mechanism's cascades have.
 std::optional<Sizes> parse_sizes(const std::string& text, const Mechanism& m) {
   if (text.empty()) return std::nullopt;
-  const Spec given = Spec::parse_options(text);
+  const Spec given = reading("--sizes", [&] { return Spec::parse_options(text); });
   Sizes sizes;
   std::vector<std::string> needed;
   for (const CascadeText& cascade : m.cascades) {
@@ -67,7 +68,7 @@ std::optional<Sizes> parse_sizes(const std::string& text, const Mechanism& m) {
     }
   }
   for (auto& [rank, size] : sizes) {
-    const auto value = given.integer(rank);
+    const auto value = reading("--sizes", [&] { return given.integer(rank); });
     if (!value || *value < 1) {
       throw Error("--sizes: no positive size of rank '" + rank + "'; needed " + joined(needed));
     }

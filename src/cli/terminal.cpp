@@ -62,11 +62,14 @@ void flush_output() {
 
 bool is_terminal(std::FILE* stream) { return isatty(fileno(stream)) == 1; }
 
+bool draws_on(std::FILE* stream) {
+  const char* terminal = std::getenv("TERM");
+  return is_terminal(stream) && !(terminal != nullptr && std::string_view(terminal) == "dumb");
+}
+
 bool coloured(std::FILE* stream) {
   const char* no_colour = std::getenv("NO_COLOR");
-  const char* terminal = std::getenv("TERM");
-  if (no_colour != nullptr && *no_colour != '\0') return false;
-  return is_terminal(stream) && !(terminal != nullptr && std::string_view(terminal) == "dumb");
+  return (no_colour == nullptr || *no_colour == '\0') && draws_on(stream);
 }
 
 std::string bold(std::string_view text) { return painted(text, 1); }
@@ -115,7 +118,7 @@ void Table::print(int indent) const {
   for (const auto& row : rows_) fmt::print("{}\n", line([&](size_t c) { return row[c]; }));
 }
 
-Progress::Progress(std::string label) : label_(std::move(label)), active_(is_terminal(stderr)) {}
+Progress::Progress(std::string label) : label_(std::move(label)), active_(draws_on(stderr)) {}
 
 Progress::~Progress() { clear(); }
 

@@ -18,6 +18,8 @@ using Json = nlohmann::ordered_json;
 /// True where a person reads the stream and has not set NO_COLOR.
 bool coloured(std::FILE* stream);
 bool is_terminal(std::FILE* stream);
+/// True for a terminal that understands escape sequences.
+bool draws_on(std::FILE* stream);
 
 std::string bold(std::string_view text);  // for standard output
 std::string green(std::string_view text);
@@ -57,7 +59,7 @@ class Table {
   std::vector<std::vector<std::string>> rows_;
 };
 
-/// A bar on standard error while it is a terminal, no wider than that; silent otherwise. Cleared at the
+/// A bar on standard error while that draws, no wider than that; silent otherwise. Cleared at the
 /// end, and where Ctrl-C ends the program.
 class Progress {
  public:

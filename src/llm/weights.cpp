@@ -13,6 +13,7 @@
 #include "llm/dense.h"
 #include "llm/gguf.h"
 #include "llm/shown.h"
+#include "mechanisms/nearest.h"
 
 namespace heed {
 
@@ -237,7 +238,8 @@ ModelDtype parse_model_dtype(std::string_view name) {
   for (size_t i = 0; i < kDtypeNames.size(); ++i) {
     if (name == kDtypeNames[i]) return static_cast<ModelDtype>(i);
   }
-  throw Error("dtype is " + std::string(name) + ", needed is f32, bf16 or int4");
+  throw Error("dtype is " + std::string(name) + ", needed is f32, bf16 or int4" +
+              did_you_mean(name, {kDtypeNames.begin(), kDtypeNames.end()}));
 }
 
 void WeightMatrix::multiply(const Tensor& x, const Tensor& y, const RunOptions& run) const {

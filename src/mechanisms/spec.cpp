@@ -94,7 +94,7 @@ std::optional<int64_t> Spec::integer(std::string_view key) const {
   const auto value = text(key);
   if (!value) return std::nullopt;
   const auto number = whole<int64_t>(*value);
-  if (!number) wrong_value(key, *value, "an integer");
+  if (!number) wrong_value(key, *value, "an integer from -2^63 to 2^63 - 1");
   return number;
 }
 

@@ -65,6 +65,8 @@ TEST(Spec, RefusesBadValuesByKey) {
     EXPECT_NE(message_of([&] { spec.integer(key); }).find(std::string("'") + key + "'"),
               std::string::npos);
   }
+  EXPECT_NE(message_of([&] { spec.integer("big"); }).find("from -2^63 to 2^63 - 1"),
+            std::string::npos);
   for (const char* key : {"s", "n", "w", "plus"}) EXPECT_THROW(spec.number(key), Error) << key;
   EXPECT_THROW(spec.flag("f"), Error);
 }

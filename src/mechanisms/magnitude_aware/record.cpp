@@ -257,8 +257,8 @@ ExampleCase shrunk(const ExampleCase& example) {
   const auto add = [&](const char* key, const std::string& value) {
     options += (options.empty() ? "" : ",") + std::string(key) + "=" + value;
   };
-  for (const char* key : {"causal", "form", "scale", "eps"}) {
-    if (spec.has(key)) add(key, *spec.text(key));
+  for (const std::string& key : spec.keys()) {
+    if (key != "height" && key != "width") add(key.c_str(), *spec.text(key));
   }
   if (spec.has("width")) {
     add("height", std::to_string(kSide));
