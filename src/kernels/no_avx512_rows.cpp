@@ -1,12 +1,21 @@
 // As no_avx512.cpp, for rows of bytes.
 #include "heed/error.h"
+#include "kernels/byte_rows.h"
 #include "kernels/int8_layout.h"
 
 namespace heed::kernels {
 
+namespace {
+[[noreturn]] void absent() { throw Error("this processor has no AVX512-VNNI"); }
+}  // namespace
+
 void int8_panel_avx512(const Int8Rows&, const Int8Matrix&, const Tensor&, bool, int64_t, int64_t,
                        int64_t) {
-  throw Error("this processor has no AVX512-VNNI");
+  absent();
+}
+void split_columns_avx512(const float*, int64_t, SplitColumns*) { absent(); }
+void byte_rows_avx512(const BlockMatrix&, const SplitColumns*, int64_t, int64_t, float*, int64_t) {
+  absent();
 }
 
 }  // namespace heed::kernels

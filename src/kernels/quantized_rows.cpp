@@ -6,9 +6,11 @@
 #include <string>
 
 #include "base/parallel.h"
+#include "base/round_up.h"
 #include "heed/error.h"
 #include "heed/tensor.h"
 #include "kernels/by_isa.h"
+#include "kernels/byte_rows.h"
 #include "kernels/simd.h"
 #undef HWY_TARGET_INCLUDE
 #define HWY_TARGET_INCLUDE "kernels/quantized_rows.cpp"
@@ -209,7 +211,40 @@ void check(std::span<const RowProduct> products, int64_t x_stride, int64_t count
   }
 }
 
+bool weights_in_codes(std::span<const RowProduct> products) {
+  return std::any_of(products.begin(), products.end(),
+                     [](const RowProduct& p) { return weights_per_block(p.weights.format) > 1; });
+}
+
+// Activations as products of bytes read them.
+class SplitRows {
+ public:
+  SplitRows(const float* x, int64_t x_stride, int64_t count, int64_t columns)
+      : count_(count),
+        stride_(ceil_div(columns, kernels::kSplitColumns)),
+        scratch_(static_cast<size_t>(count * stride_) * sizeof(kernels::SplitColumns)),
+        rows_(scratch_.take<kernels::SplitColumns>(count * stride_)) {
+    for (int64_t m = 0; m < count; ++m) {
+      kernels::split_columns_avx512(x + m * x_stride, columns, rows_ + m * stride_);
+    }
+  }
+  void multiply(const BlockMatrix& w, float* y, int64_t y_stride) const {
+    kernels::byte_rows_avx512(w, rows_, stride_, count_, y, y_stride);
+  }
+
+ private:
+  int64_t count_, stride_;
+  Scratch scratch_;
+  kernels::SplitColumns* rows_;
+};
+
 }  // namespace
+
+bool kernels::has_byte_rows(Isa isa) {
+  const auto& features = cpu_info().features;
+  return isa >= Isa::avx512 &&
+         std::find(features.begin(), features.end(), "avx512_vnni") != features.end();
+}
 
 const char* name_of(BlockFormat format) { return info(format).name; }
 int64_t weights_per_block(BlockFormat format) { return info(format).weights; }
@@ -233,8 +268,11 @@ void quantized_rows(std::span<const RowProduct> products, const float* x, int64_
     int64_t step = rows_per_item(p.weights);
     items += (p.weights.rows + step - 1) / step;
   }
-  const auto& row_kernels = kernels::row_kernels_of(chosen_isa(run));
-  parallel_for(items, threads_for(run, items), [&](int64_t item, int) {
+  const Isa isa = chosen_isa(run);
+  const auto& row_kernels = kernels::row_kernels_of(isa);
+  const bool bytes = kernels::has_byte_rows(isa) && weights_in_codes(products);
+  const SplitRows split(x, x_stride, bytes ? count : 0, products[0].weights.columns);
+  parallel_for_shares(items, threads_for(run, items), [&](int64_t item, int) {
     for (const RowProduct& p : products) {
       const BlockMatrix& w = p.weights;
       int64_t step = rows_per_item(w), own = (w.rows + step - 1) / step;
@@ -243,6 +281,11 @@ void quantized_rows(std::span<const RowProduct> products, const float* x, int64_
         continue;
       }
       int64_t begin = item * step, rows = std::min(step, w.rows - begin);
+      if (bytes && weights_per_block(w.format) > 1) {
+        split.multiply({w.format, w.data + begin * w.row_bytes(), rows, w.columns}, p.y + begin,
+                       p.y_stride);
+        return;
+      }
       row_kernels[static_cast<size_t>(w.format)](
           reinterpret_cast<const uint8_t*>(w.data) + begin * w.row_bytes(), w.row_bytes(),
           w.columns, x, x_stride, count, p.y + begin, p.y_stride, rows);

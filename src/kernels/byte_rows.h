@@ -1,0 +1,31 @@
+// Few activation rows times quantised weights with AVX512-VNNI: what quantized_rows.cpp takes where the
+// processor has it. Each activation is three bytes, so that products of bytes give the sums of float32:
+//
+//   x[k] = step[k/32] (65536 high[k] + 256 middle[k] + low[k]),  step = max |x| / (127 * 65536)
+#pragma once
+#include <cstdint>
+
+#include "kernels/quantized_rows.h"
+
+namespace heed::kernels {
+
+inline constexpr int64_t kSplitColumns = 256;
+
+/// Columns of one row of activations; those past the last are zeros. Column 32 g + 8 v + i is byte
+/// 64 v + 8 g + i.
+struct alignas(64) SplitColumns {
+  int8_t high[kSplitColumns], middle[kSplitColumns], low[kSplitColumns];
+  float steps[8];     // of 32 columns each; NaN where one is NaN or infinite
+  float sums[8];      // of 32 columns: what an offset of their weights multiplies
+  float centres[16];  // of 16 columns: -32 times their sum, for weights code - 32
+};
+
+/// Whether formats of codes have products of bytes.
+bool has_byte_rows(Isa isa);
+/// `columns` values into ceil(columns / kSplitColumns) elements.
+void split_columns_avx512(const float* x, int64_t columns, SplitColumns* to);
+/// y[m,n] = sum_k W[n,k] x[m,k] for a format of codes; row m of x lies at x + m * x_stride.
+void byte_rows_avx512(const BlockMatrix& w, const SplitColumns* x, int64_t x_stride, int64_t count,
+                      float* y, int64_t y_stride);
+
+}  // namespace heed::kernels

@@ -1,0 +1,474 @@
+// Compiled for AVX-512 as a whole, like int8_rows_avx512.cpp. Codes, bytes without a sign, meet the three
+// bytes of activations (vpdpbusd). A vector has eight columns of each of eight groups, so that four of them,
+// with all columns of the groups, are summed in integers before they meet the groups' scales.
+#include <immintrin.h>
+
+#include <cstring>
+#include <type_traits>
+
+// GCC 12 takes the unused operand of its own intrinsics for a variable (GCC bug 105593).
+#pragma GCC diagnostic ignored "-Wuninitialized"
+#pragma GCC diagnostic ignored "-Wmaybe-uninitialized"
+
+#include "kernels/byte_rows.h"
+
+#define HEED_INLINE __attribute__((always_inline)) inline
+
+namespace heed::kernels {
+
+namespace {
+
+constexpr int64_t kAhead = 4096;  // bytes of weights asked for ahead of their use
+constexpr int64_t kChunk = kSplitColumns;
+
+HEED_INLINE __m512i load(const void* p) { return _mm512_loadu_si512(p); }
+HEED_INLINE __m128i load_16(const uint8_t* p) {
+  return _mm_loadu_si128(reinterpret_cast<const __m128i*>(p));
+}
+HEED_INLINE __m256i load_32(const uint8_t* p) {
+  return _mm256_loadu_si256(reinterpret_cast<const __m256i*>(p));
+}
+HEED_INLINE int read_16(const uint8_t* p) {
+  uint16_t value;
+  std::memcpy(&value, p, sizeof value);
+  return value;
+}
+HEED_INLINE uint32_t read_32(const uint8_t* p) {
+  uint32_t value;
+  std::memcpy(&value, p, sizeof value);
+  return value;
+}
+
+// [low, high]
+HEED_INLINE __m512 joined(__m256 low, __m256 high) {
+  return _mm512_insertf32x8(_mm512_castps256_ps512(low), high, 1);
+}
+
+// Eight blocks of 32 weights that begin with a float16 scale d: [d, centre * d].
+template <int64_t kBytes>
+HEED_INLINE __m512 scales_around(const uint8_t* b, float centre) {
+  __m128i raw = _mm_cvtsi32_si128(read_16(b));
+  raw = _mm_insert_epi16(raw, read_16(b + 1 * kBytes), 1);
+  raw = _mm_insert_epi16(raw, read_16(b + 2 * kBytes), 2);
+  raw = _mm_insert_epi16(raw, read_16(b + 3 * kBytes), 3);
+  raw = _mm_insert_epi16(raw, read_16(b + 4 * kBytes), 4);
+  raw = _mm_insert_epi16(raw, read_16(b + 5 * kBytes), 5);
+  raw = _mm_insert_epi16(raw, read_16(b + 6 * kBytes), 6);
+  raw = _mm_insert_epi16(raw, read_16(b + 7 * kBytes), 7);
+  const __m256 d = _mm256_cvtph_ps(raw);
+  return joined(d, _mm256_mul_ps(d, _mm256_set1_ps(centre)));
+}
+
+// Eight blocks that begin with a scale d and a minimum m: [d, m].
+template <int64_t kBytes>
+HEED_INLINE __m512 scales_and_minima(const uint8_t* b) {
+  const auto four = [](const uint8_t* p) __attribute__((always_inline)) {
+    __m128i raw = _mm_cvtsi32_si128(static_cast<int>(read_32(p)));
+    raw = _mm_insert_epi32(raw, static_cast<int>(read_32(p + 1 * kBytes)), 1);
+    raw = _mm_insert_epi32(raw, static_cast<int>(read_32(p + 2 * kBytes)), 2);
+    return _mm_insert_epi32(raw, static_cast<int>(read_32(p + 3 * kBytes)), 3);
+  };
+  const __m512 pairs = _mm512_cvtph_ps(_mm256_set_m128i(four(b + 4 * kBytes), four(b)));
+  const __m512i order = _mm512_setr_epi32(0, 2, 4, 6, 8, 10, 12, 14, 1, 3, 5, 7, 9, 11, 13, 15);
+  return _mm512_permutexvar_ps(order, pairs);
+}
+
+// 16 bytes of each of eight blocks: as [0] the first eight, as [1] the last eight.
+struct Halves {
+  __m512i of[2];
+};
+template <int64_t kBytes>
+HEED_INLINE Halves halves_of_blocks(const uint8_t* q) {
+  const auto four = [](const uint8_t* p) __attribute__((always_inline)) {
+    __m512i x = _mm512_broadcast_i32x4(load_16(p));
+    x = _mm512_mask_broadcast_i32x4(x, 0x00f0, load_16(p + 2 * kBytes));
+    x = _mm512_mask_broadcast_i32x4(x, 0x0f00, load_16(p + 4 * kBytes));
+    return _mm512_mask_broadcast_i32x4(x, 0xf000, load_16(p + 6 * kBytes));
+  };
+  const __m512i even = four(q), odd = four(q + kBytes);
+  return {{_mm512_unpacklo_epi64(even, odd), _mm512_unpackhi_epi64(even, odd)}};
+}
+
+// Low nibbles are columns 0..15 of a block, high ones 16..31.
+HEED_INLINE __m512i nibbles(const Halves& halves, int v) {
+  const __m512i bytes = halves.of[v % 2];
+  return _mm512_and_si512(v < 2 ? bytes : _mm512_srli_epi64(bytes, 4), _mm512_set1_epi8(15));
+}
+
+// Fifth bits of eight blocks, a bit each column from `p` on: those of vector v.
+template <int64_t kBytes>
+HEED_INLINE void fifth_bits(const uint8_t* p, __mmask64 (&masks)[4]) {
+#pragma GCC unroll 4
+  for (auto& mask : masks) mask = 0;
+#pragma GCC unroll 8
+  for (int g = 0; g < 8; ++g) {
+    const uint32_t bits = read_32(p + g * kBytes);
+#pragma GCC unroll 4
+    for (int v = 0; v < 4; ++v) masks[v] |= __mmask64{bits >> (8 * v) & 255} << (8 * g);
+  }
+}
+
+HEED_INLINE __m512i with_fifth(__m512i codes, __mmask64 set) {
+  return _mm512_mask_add_epi8(codes, set, codes, _mm512_set1_epi8(16));
+}
+
+// Formats, as block_formats-inl.h describes them, a chunk at a time. factors(): [scale, offset] of the
+// groups of 32 columns; codes(v): eight columns from 8 v on of each of the groups.
+template <int64_t kBlockBytes>
+struct Blocks {
+  static constexpr int64_t kBytes = kBlockBytes, kWeights = 32;
+  const uint8_t* b;
+};
+
+struct Q8_0 : Blocks<34> {
+  HEED_INLINE explicit Q8_0(const uint8_t* p) : Blocks{p} {
+    const auto eight = [p](int64_t g, int64_t v) __attribute__((always_inline)) {
+      const auto pair = [p](int64_t at) __attribute__((always_inline)) {
+        const uint8_t* q = p + at * kBytes + 2;
+        return _mm512_inserti64x4(_mm512_castsi256_si512(load_32(q)), load_32(q + kBytes), 1);
+      };
+      // Columns of v and v + 1 of four blocks.
+      const __m512i order =
+          _mm512_add_epi64(_mm512_setr_epi64(0, 4, 8, 12, 1, 5, 9, 13), _mm512_set1_epi64(v));
+      return _mm512_permutex2var_epi64(pair(g), order, pair(g + 2));
+    };
+#pragma GCC unroll 2
+    for (int64_t v = 0; v < 4; v += 2) {
+      const __m512i low = eight(0, v), high = eight(4, v);
+      vectors[v] = _mm512_shuffle_i64x2(low, high, 0x44);
+      vectors[v + 1] = _mm512_shuffle_i64x2(low, high, 0xee);
+    }
+  }
+  HEED_INLINE __m512 factors() const { return scales_around<kBytes>(b, -128); }
+  HEED_INLINE __m512i codes(int v) const {
+    return _mm512_xor_si512(vectors[v], _mm512_set1_epi8(-128));
+  }
+  __m512i vectors[4];
+};
+
+struct Q4_0 : Blocks<18> {
+  HEED_INLINE explicit Q4_0(const uint8_t* p) : Blocks{p}, q(halves_of_blocks<kBytes>(p + 2)) {}
+  HEED_INLINE __m512 factors() const { return scales_around<kBytes>(b, -8); }
+  HEED_INLINE __m512i codes(int v) const { return nibbles(q, v); }
+  Halves q;
+};
+
+struct Q4_1 : Blocks<20> {
+  HEED_INLINE explicit Q4_1(const uint8_t* p) : Blocks{p}, q(halves_of_blocks<kBytes>(p + 4)) {}
+  HEED_INLINE __m512 factors() const { return scales_and_minima<kBytes>(b); }
+  HEED_INLINE __m512i codes(int v) const { return nibbles(q, v); }
+  Halves q;
+};
+
+struct Q5_0 : Blocks<22> {
+  HEED_INLINE explicit Q5_0(const uint8_t* p) : Blocks{p}, q(halves_of_blocks<kBytes>(p + 6)) {
+    fifth_bits<kBytes>(p + 2, fifth);
+  }
+  HEED_INLINE __m512 factors() const { return scales_around<kBytes>(b, -16); }
+  HEED_INLINE __m512i codes(int v) const { return with_fifth(nibbles(q, v), fifth[v]); }
+  Halves q;
+  __mmask64 fifth[4];
+};
+
+struct Q5_1 : Blocks<24> {
+  HEED_INLINE explicit Q5_1(const uint8_t* p) : Blocks{p}, q(halves_of_blocks<kBytes>(p + 8)) {
+    fifth_bits<kBytes>(p + 4, fifth);
+  }
+  HEED_INLINE __m512 factors() const { return scales_and_minima<kBytes>(b); }
+  HEED_INLINE __m512i codes(int v) const { return with_fifth(nibbles(q, v), fifth[v]); }
+  Halves q;
+  __mmask64 fifth[4];
+};
+
+// Four times 32 bytes: low nibbles are one group, high ones the next.
+struct GroupNibbles {
+  HEED_INLINE explicit GroupNibbles(const uint8_t* q) : first(load(q)), second(load(q + 64)) {}
+  HEED_INLINE __m512i codes(int v) const {
+    const __m512i order =
+        _mm512_add_epi64(_mm512_setr_epi64(0, 0, 4, 4, 8, 8, 12, 12), _mm512_set1_epi64(v));
+    const __m512i shifts = _mm512_setr_epi64(0, 4, 0, 4, 0, 4, 0, 4);
+    const __m512i bytes = _mm512_permutex2var_epi64(first, order, second);
+    return _mm512_and_si512(_mm512_srlv_epi64(bytes, shifts), _mm512_set1_epi8(15));
+  }
+  __m512i first, second;
+};
+
+// d and dmin with the eight 6-bit scales and minima that are packed into 12 bytes: [d scale, -dmin minimum].
+HEED_INLINE __m512 group_factors(const uint8_t* b) {
+  const uint32_t s = read_32(b + 4), m = read_32(b + 8), high = read_32(b + 12);
+  const __m128i packed =
+      _mm_setr_epi32(static_cast<int>(s & 0x3f3f3f3f),
+                     static_cast<int>((high & 0x0f0f0f0f) | ((s >> 6 & 0x03030303) << 4)),
+                     static_cast<int>(m & 0x3f3f3f3f),
+                     static_cast<int>((high >> 4 & 0x0f0f0f0f) | ((m >> 6 & 0x03030303) << 4)));
+  const __m128 pair = _mm_xor_ps(_mm_cvtph_ps(_mm_cvtsi32_si128(static_cast<int>(read_32(b)))),
+                                 _mm_setr_ps(0.0F, -0.0F, 0, 0));
+  const __m512i which = _mm512_setr_epi32(0, 0, 0, 0, 0, 0, 0, 0, 1, 1, 1, 1, 1, 1, 1, 1);
+  return _mm512_mul_ps(_mm512_cvtepi32_ps(_mm512_cvtepu8_epi32(packed)),
+                       _mm512_permutexvar_ps(which, _mm512_castps128_ps512(pair)));
+}
+
+struct Q4_K {
+  static constexpr int64_t kBytes = 144, kWeights = 256;
+  HEED_INLINE explicit Q4_K(const uint8_t* p) : b(p), q(p + 16) {}
+  HEED_INLINE __m512 factors() const { return group_factors(b); }
+  HEED_INLINE __m512i codes(int v) const { return q.codes(v); }
+  const uint8_t* b;
+  GroupNibbles q;
+};
+
+struct Q5_K {
+  static constexpr int64_t kBytes = 176, kWeights = 256;
+  HEED_INLINE explicit Q5_K(const uint8_t* p) : b(p), q(p + 48) {}
+  HEED_INLINE __m512 factors() const { return group_factors(b); }
+  HEED_INLINE __m512i codes(int v) const {
+    int64_t eight;
+    std::memcpy(&eight, b + 16 + 8 * v, sizeof eight);
+    const __m512i bits =
+        _mm512_setr_epi64(0x0101010101010101, 0x0202020202020202, 0x0404040404040404,
+                          0x0808080808080808, 0x1010101010101010, 0x2020202020202020,
+                          0x4040404040404040, static_cast<int64_t>(0x8080808080808080));
+    return with_fifth(q.codes(v), _mm512_test_epi8_mask(_mm512_set1_epi64(eight), bits));
+  }
+  const uint8_t* b;
+  GroupNibbles q;
+};
+
+// Scales of 16 columns: factors() are those of all sixteen groups.
+struct Q6_K {
+  static constexpr int64_t kBytes = 210, kWeights = 256;
+  HEED_INLINE explicit Q6_K(const uint8_t* p)
+      : b(p), first(load(p)), second(load(p + 64)), high(load(p + 128)) {}
+  HEED_INLINE __m512 factors() const {
+    const __m512 d = _mm512_broadcastss_ps(_mm_cvtph_ps(_mm_cvtsi32_si128(read_16(b + 208))));
+    return _mm512_mul_ps(_mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(load_16(b + 192))), d);
+  }
+  // A half of 128 columns: 32 from low nibbles of 32 bytes, 32 from those of the next 32, then from their
+  // high ones; bit pairs of its 32 bytes `high` in this order.
+  HEED_INLINE __m512i codes(int v) const {
+    const __m512i at = _mm512_set1_epi64(v);
+    const __m512i order = _mm512_add_epi64(_mm512_setr_epi64(0, 4, 0, 4, 8, 12, 8, 12), at);
+    const __m512i low = _mm512_srlv_epi64(_mm512_permutex2var_epi64(first, order, second),
+                                          _mm512_setr_epi64(0, 0, 4, 4, 0, 0, 4, 4));
+    const __m512i which = _mm512_add_epi64(_mm512_setr_epi64(0, 0, 0, 0, 4, 4, 4, 4), at);
+    const __m512i pairs = _mm512_rolv_epi64(_mm512_permutexvar_epi64(which, high),
+                                            _mm512_setr_epi64(4, 2, 0, 62, 4, 2, 0, 62));
+    constexpr int kAndThenOr = 0xea;
+    return _mm512_ternarylogic_epi64(low, _mm512_set1_epi8(0x0f),
+                                     _mm512_and_si512(pairs, _mm512_set1_epi8(0x30)), kAndThenOr);
+  }
+  const uint8_t* b;
+  __m512i first, second, high;
+};
+
+// Sums of codes times the three bytes of activations.
+struct Dots {
+  __m512i high, middle, low;
+
+  HEED_INLINE Dots() : high(_mm512_setzero_si512()), middle(high), low(high) {}
+  HEED_INLINE void add(__m512i codes, const SplitColumns& x, int v) {
+    high = _mm512_dpbusd_epi32(high, codes, load(x.high + 64 * v));
+    middle = _mm512_dpbusd_epi32(middle, codes, load(x.middle + 64 * v));
+    low = _mm512_dpbusd_epi32(low, codes, load(x.low + 64 * v));
+  }
+  /// In units of steps. 256 high + middle: at most 2^27.
+  HEED_INLINE __m512 sum() const {
+    const __m512i upper = _mm512_add_epi32(_mm512_slli_epi32(high, 8), middle);
+    return _mm512_fmadd_ps(_mm512_cvtepi32_ps(upper), _mm512_set1_ps(256), _mm512_cvtepi32_ps(low));
+  }
+};
+
+// Lanes 2 g and 2 g + 1 get factor kStep g + kFirst.
+template <int kStep, int kFirst>
+HEED_INLINE __m512 for_lanes(__m512 factors) {
+  constexpr int s = kStep, f = kFirst;
+  return _mm512_permutexvar_ps(
+      _mm512_setr_epi32(f, f, s + f, s + f, 2 * s + f, 2 * s + f, 3 * s + f, 3 * s + f, 4 * s + f,
+                        4 * s + f, 5 * s + f, 5 * s + f, 6 * s + f, 6 * s + f, 7 * s + f,
+                        7 * s + f),
+      factors);
+}
+
+// Adds a chunk of one weight row to the sums of M rows of activations.
+template <class Format, int M>
+HEED_INLINE void add_chunk(const uint8_t* b, const SplitColumns* x, int64_t x_stride,
+                           __m512 (&sums)[M]) {
+  const Format chunk(b);
+  const __m512 factors = chunk.factors();
+  if constexpr (std::is_same_v<Format, Q6_K>) {
+    const __m512 even = for_lanes<2, 0>(factors), odd = for_lanes<2, 1>(factors);
+    const __m512i codes[] = {chunk.codes(0), chunk.codes(1), chunk.codes(2), chunk.codes(3)};
+#pragma GCC unroll 4
+    for (int m = 0; m < M; ++m) {
+      const SplitColumns& of = x[m * x_stride];
+      Dots first, second;
+      first.add(codes[0], of, 0);
+      first.add(codes[1], of, 1);
+      second.add(codes[2], of, 2);
+      second.add(codes[3], of, 3);
+      const __m512 both = _mm512_fmadd_ps(second.sum(), odd, _mm512_mul_ps(first.sum(), even));
+      sums[m] = _mm512_fmadd_ps(factors, _mm512_load_ps(of.centres), sums[m]);
+      sums[m] = _mm512_fmadd_ps(both, for_lanes<1, 0>(_mm512_load_ps(of.steps)), sums[m]);
+    }
+  } else {
+    const __m512i codes[] = {chunk.codes(0), chunk.codes(1), chunk.codes(2), chunk.codes(3)};
+#pragma GCC unroll 4
+    for (int m = 0; m < M; ++m) {
+      const SplitColumns& of = x[m * x_stride];
+      Dots dots;
+#pragma GCC unroll 4
+      for (int v = 0; v < 4; ++v) dots.add(codes[v], of, v);
+      const __m512 scaled = _mm512_mul_ps(factors, _mm512_load_ps(of.steps));
+      sums[m] = _mm512_mask_add_ps(sums[m], 0xff00, sums[m], scaled);
+      sums[m] = _mm512_fmadd_ps(dots.sum(), for_lanes<1, 0>(scaled), sums[m]);
+    }
+  }
+}
+
+// The last blocks of a row, with zeros behind them.
+template <class Format>
+struct Tail {
+  static constexpr int64_t kVectors = (kChunk / Format::kWeights * Format::kBytes + 63) / 64;
+  alignas(64) uint8_t bytes[kVectors * 64];
+  __mmask64 masks[kVectors];
+
+  HEED_INLINE explicit Tail(int64_t count) {
+    for (int64_t i = 0; i < kVectors; ++i, count -= 64) {
+      masks[i] = count <= 0 ? 0 : count >= 64 ? ~__mmask64{0} : (__mmask64{1} << count) - 1;
+    }
+  }
+  HEED_INLINE void read(const uint8_t* from) {
+#pragma GCC unroll 8
+    for (int64_t i = 0; i < kVectors; ++i) {
+      _mm512_store_si512(bytes + 64 * i, _mm512_maskz_loadu_epi8(masks[i], from + 64 * i));
+    }
+  }
+};
+
+template <class Format, int M>
+void add_rows(const BlockMatrix& w, const SplitColumns* x, int64_t x_stride, float* y,
+              int64_t y_stride) {
+  constexpr int64_t kBytes = kChunk / Format::kWeights * Format::kBytes;
+  const int64_t chunks = w.columns / kChunk, rest = w.columns % kChunk;
+  const int64_t row_bytes = w.columns / Format::kWeights * Format::kBytes;
+  Tail<Format> tail(rest / Format::kWeights * Format::kBytes);
+  const auto* b = reinterpret_cast<const uint8_t*>(w.data);
+  for (int64_t n = 0; n < w.rows; ++n, b += row_bytes) {
+    __m512 sums[M];
+#pragma GCC unroll 4
+    for (auto& sum : sums) sum = _mm512_setzero_ps();
+    for (int64_t c = 0; c < chunks; ++c) {
+      const uint8_t* chunk = b + c * kBytes;
+#pragma GCC unroll 5
+      for (int64_t line = 0; line < kBytes; line += 64) {
+        _mm_prefetch(reinterpret_cast<const char*>(chunk + kAhead + line), _MM_HINT_T0);
+      }
+      add_chunk<Format, M>(chunk, x + c, x_stride, sums);
+    }
+    if (rest > 0) {
+      tail.read(b + chunks * kBytes);
+      add_chunk<Format, M>(tail.bytes, x + chunks, x_stride, sums);
+    }
+#pragma GCC unroll 4
+    for (int m = 0; m < M; ++m) y[m * y_stride + n] = _mm512_reduce_add_ps(sums[m]);
+  }
+}
+
+template <class Format>
+void rows_of(const BlockMatrix& w, const SplitColumns* x, int64_t x_stride, int64_t count, float* y,
+             int64_t y_stride) {
+  int64_t m = 0;
+  for (; m + 4 <= count; m += 4) {
+    add_rows<Format, 4>(w, x + m * x_stride, x_stride, y + m * y_stride, y_stride);
+  }
+  for (; m + 2 <= count; m += 2) {
+    add_rows<Format, 2>(w, x + m * x_stride, x_stride, y + m * y_stride, y_stride);
+  }
+  if (m < count) add_rows<Format, 1>(w, x + m * x_stride, x_stride, y + m * y_stride, y_stride);
+}
+
+// The largest of |x|, as bits: NaN is above infinity.
+HEED_INLINE uint32_t largest_bits(__m512 a, __m512 b) {
+  const __m512i magnitude = _mm512_set1_epi32(0x7fffffff);
+  return static_cast<uint32_t>(_mm512_reduce_max_epi32(
+      _mm512_max_epi32(_mm512_and_si512(_mm512_castps_si512(a), magnitude),
+                       _mm512_and_si512(_mm512_castps_si512(b), magnitude))));
+}
+
+HEED_INLINE __mmask16 first_lanes(int64_t count) {
+  return static_cast<__mmask16>(count <= 0 ? 0 : count >= 16 ? 0xffff : (1 << count) - 1);
+}
+
+}  // namespace
+
+void split_columns_avx512(const float* x, int64_t columns, SplitColumns* to) {
+  constexpr uint32_t kInfinity = 0x7f800000, kSmallest = 0x0d800000;  // 2^-100
+  for (int64_t begin = 0; begin < columns; begin += kChunk, ++to) {
+    for (int64_t g = 0; g < 8; ++g) {
+      __m512 values[2];
+      for (int64_t i = 0; i < 2; ++i) {
+        const int64_t at = begin + 32 * g + 16 * i;
+        values[i] = _mm512_maskz_loadu_ps(first_lanes(columns - at), x + at);
+      }
+      const uint32_t bits = largest_bits(values[0], values[1]);
+      float largest;
+      std::memcpy(&largest, &bits, sizeof largest);
+      const bool finite = bits < kInfinity, zero = bits < kSmallest;
+      const float step = zero ? 0.0F : largest * (1.0F / 8323072);
+      const __m512 inverse = _mm512_set1_ps(zero || !finite ? 0.0F : 8323072 / largest);
+      float sum = 0;
+      for (int64_t i = 0; i < 2; ++i) {
+        const __mmask16 kept = finite ? 0xffff : 0;
+        const __m512i q = _mm512_cvtps_epi32(_mm512_maskz_mul_ps(kept, values[i], inverse));
+        // Bytes with a sign: what is above 127 counts in the next one.
+        const auto byte = [](__m512i all) __attribute__((always_inline)) {
+          return _mm512_srai_epi32(_mm512_slli_epi32(all, 24), 24);
+        };
+        const __m512i low = byte(q), rest = _mm512_srai_epi32(_mm512_sub_epi32(q, low), 8);
+        const __m512i middle = byte(rest);
+        const __m512i high = _mm512_srai_epi32(_mm512_sub_epi32(rest, middle), 8);
+        const auto store = [g, i](int8_t* bytes, __m512i all) __attribute__((always_inline)) {
+          const __m128i sixteen = _mm512_cvtepi32_epi8(all);
+          int8_t* to_first = bytes + 128 * i + 8 * g;
+          _mm_storel_epi64(reinterpret_cast<__m128i*>(to_first), sixteen);
+          _mm_storel_epi64(reinterpret_cast<__m128i*>(to_first + 64),
+                           _mm_unpackhi_epi64(sixteen, sixteen));
+        };
+        store(to->high, high);
+        store(to->middle, middle);
+        store(to->low, low);
+        const float half = step * static_cast<float>(_mm512_reduce_add_epi32(q));
+        to->centres[2 * g + i] = -32 * half;
+        sum += half;
+      }
+      to->steps[g] = finite ? step : __builtin_nanf("");
+      to->sums[g] = sum;
+    }
+  }
+}
+
+void byte_rows_avx512(const BlockMatrix& w, const SplitColumns* x, int64_t x_stride, int64_t count,
+                      float* y, int64_t y_stride) {
+  switch (w.format) {
+    case BlockFormat::q8_0:
+      return rows_of<Q8_0>(w, x, x_stride, count, y, y_stride);
+    case BlockFormat::q4_0:
+      return rows_of<Q4_0>(w, x, x_stride, count, y, y_stride);
+    case BlockFormat::q4_1:
+      return rows_of<Q4_1>(w, x, x_stride, count, y, y_stride);
+    case BlockFormat::q5_0:
+      return rows_of<Q5_0>(w, x, x_stride, count, y, y_stride);
+    case BlockFormat::q5_1:
+      return rows_of<Q5_1>(w, x, x_stride, count, y, y_stride);
+    case BlockFormat::q4_k:
+      return rows_of<Q4_K>(w, x, x_stride, count, y, y_stride);
+    case BlockFormat::q5_k:
+      return rows_of<Q5_K>(w, x, x_stride, count, y, y_stride);
+    case BlockFormat::q6_k:
+      return rows_of<Q6_K>(w, x, x_stride, count, y, y_stride);
+    default:
+      return;  // plain values: quantized_rows.cpp does not ask
+  }
+}
+
+}  // namespace heed::kernels
