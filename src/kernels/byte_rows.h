@@ -11,8 +11,7 @@ namespace heed::kernels {
 
 inline constexpr int64_t kSplitColumns = 256;
 
-/// Columns of one row of activations; those past the last are zeros. Column 32 g + 8 v + i is byte
-/// 64 v + 8 g + i.
+/// Columns of one row of activations. Column 32 g + 8 v + i is byte 64 v + 8 g + i.
 struct alignas(64) SplitColumns {
   int8_t high[kSplitColumns], middle[kSplitColumns], low[kSplitColumns];
   float steps[8];     // of 32 columns each; NaN where one is NaN or infinite
@@ -20,12 +19,17 @@ struct alignas(64) SplitColumns {
   float centres[16];  // of 16 columns: -32 times their sum, for weights code - 32
 };
 
+/// `count` rows of activations, `stride` elements each: their columns, repeated until they fill whole ones.
+struct SplitRows {
+  const SplitColumns* data = nullptr;
+  int64_t count = 0, stride = 0;
+};
+
 /// Whether formats of codes have products of bytes.
 bool has_byte_rows(Isa isa);
-/// `columns` values into ceil(columns / kSplitColumns) elements.
-void split_columns_avx512(const float* x, int64_t columns, SplitColumns* to);
-/// y[m,n] = sum_k W[n,k] x[m,k] for a format of codes; row m of x lies at x + m * x_stride.
-void byte_rows_avx512(const BlockMatrix& w, const SplitColumns* x, int64_t x_stride, int64_t count,
-                      float* y, int64_t y_stride);
+/// Columns, a multiple of 32, as often as needed for `chunks` elements.
+void split_columns_avx512(const float* x, int64_t columns, int64_t chunks, SplitColumns* to);
+/// y[m,n] = sum_k W[n,k] x[m,k] for a format of codes. The bits of y depend on n modulo 8.
+void byte_rows_avx512(const BlockMatrix& w, const SplitRows& x, float* y, int64_t y_stride);
 
 }  // namespace heed::kernels

@@ -18,7 +18,7 @@ namespace heed::kernels {
 
 namespace {
 
-constexpr int64_t kAhead = 4096;  // bytes of weights asked for ahead of their use
+constexpr int64_t kAhead = 2048;  // bytes of weights asked for ahead of their use
 constexpr int64_t kChunk = kSplitColumns;
 
 HEED_INLINE __m512i load(const void* p) { return _mm512_loadu_si512(p); }
@@ -44,7 +44,13 @@ HEED_INLINE __m512 joined(__m256 low, __m256 high) {
   return _mm512_insertf32x8(_mm512_castps256_ps512(low), high, 1);
 }
 
-// Eight blocks of 32 weights that begin with a float16 scale d: [d, centre * d].
+// Eight float16 scales d: [d, centre * d].
+HEED_INLINE __m512 around(__m128i raw, float centre) {
+  const __m256 d = _mm256_cvtph_ps(raw);
+  return joined(d, _mm256_mul_ps(d, _mm256_set1_ps(centre)));
+}
+
+// Those at the start of eight blocks of 32 weights.
 template <int64_t kBytes>
 HEED_INLINE __m512 scales_around(const uint8_t* b, float centre) {
   __m128i raw = _mm_cvtsi32_si128(read_16(b));
@@ -55,8 +61,7 @@ HEED_INLINE __m512 scales_around(const uint8_t* b, float centre) {
   raw = _mm_insert_epi16(raw, read_16(b + 5 * kBytes), 5);
   raw = _mm_insert_epi16(raw, read_16(b + 6 * kBytes), 6);
   raw = _mm_insert_epi16(raw, read_16(b + 7 * kBytes), 7);
-  const __m256 d = _mm256_cvtph_ps(raw);
-  return joined(d, _mm256_mul_ps(d, _mm256_set1_ps(centre)));
+  return around(raw, centre);
 }
 
 // Eight blocks that begin with a scale d and a minimum m: [d, m].
@@ -117,6 +122,7 @@ HEED_INLINE __m512i with_fifth(__m512i codes, __mmask64 set) {
 template <int64_t kBlockBytes>
 struct Blocks {
   static constexpr int64_t kBytes = kBlockBytes, kWeights = 32;
+  static constexpr bool kSixteen = false;
   const uint8_t* b;
 };
 
@@ -148,7 +154,12 @@ struct Q8_0 : Blocks<34> {
 
 struct Q4_0 : Blocks<18> {
   HEED_INLINE explicit Q4_0(const uint8_t* p) : Blocks{p}, q(halves_of_blocks<kBytes>(p + 2)) {}
-  HEED_INLINE __m512 factors() const { return scales_around<kBytes>(b, -8); }
+  HEED_INLINE __m512 factors() const {
+    // The scales lie in the first 128 bytes, nine words apart.
+    const __m512i words = _mm512_castsi128_si512(_mm_setr_epi16(0, 9, 18, 27, 36, 45, 54, 63));
+    const __m512i raw = _mm512_permutex2var_epi16(load(b), words, load(b + 64));
+    return around(_mm512_castsi512_si128(raw), -8);
+  }
   HEED_INLINE __m512i codes(int v) const { return nibbles(q, v); }
   Halves q;
 };
@@ -193,16 +204,19 @@ struct GroupNibbles {
   __m512i first, second;
 };
 
-// d and dmin with the eight 6-bit scales and minima that are packed into 12 bytes: [d scale, -dmin minimum].
+// d, dmin and the eight 6-bit scales and minima that are packed into 12 bytes: [d scale, -dmin minimum].
 HEED_INLINE __m512 group_factors(const uint8_t* b) {
-  const uint32_t s = read_32(b + 4), m = read_32(b + 8), high = read_32(b + 12);
-  const __m128i packed =
-      _mm_setr_epi32(static_cast<int>(s & 0x3f3f3f3f),
-                     static_cast<int>((high & 0x0f0f0f0f) | ((s >> 6 & 0x03030303) << 4)),
-                     static_cast<int>(m & 0x3f3f3f3f),
-                     static_cast<int>((high >> 4 & 0x0f0f0f0f) | ((m >> 6 & 0x03030303) << 4)));
-  const __m128 pair = _mm_xor_ps(_mm_cvtph_ps(_mm_cvtsi32_si128(static_cast<int>(read_32(b)))),
-                                 _mm_setr_ps(0.0F, -0.0F, 0, 0));
+  const __m128i x =
+      load_16(b);  // d and dmin, scales, minima, upper halves of the last four of both
+  // Scales 0..3, scales 4..7, minima 0..3, minima 4..7.
+  const __m128i own =
+      _mm_and_si128(_mm_srlv_epi32(_mm_shuffle_epi32(x, 0xa5), _mm_setr_epi32(0, 2, 0, 2)),
+                    _mm_setr_epi32(0x3f3f3f3f, 0x30303030, 0x3f3f3f3f, 0x30303030));
+  const __m128i lent =
+      _mm_and_si128(_mm_srlv_epi32(_mm_shuffle_epi32(x, 0xff), _mm_setr_epi32(0, 0, 0, 4)),
+                    _mm_setr_epi32(0, 0x0f0f0f0f, 0, 0x0f0f0f0f));
+  const __m128i packed = _mm_or_si128(own, lent);
+  const __m128 pair = _mm_xor_ps(_mm_cvtph_ps(x), _mm_setr_ps(0.0F, -0.0F, 0, 0));
   const __m512i which = _mm512_setr_epi32(0, 0, 0, 0, 0, 0, 0, 0, 1, 1, 1, 1, 1, 1, 1, 1);
   return _mm512_mul_ps(_mm512_cvtepi32_ps(_mm512_cvtepu8_epi32(packed)),
                        _mm512_permutexvar_ps(which, _mm512_castps128_ps512(pair)));
@@ -210,6 +224,7 @@ HEED_INLINE __m512 group_factors(const uint8_t* b) {
 
 struct Q4_K {
   static constexpr int64_t kBytes = 144, kWeights = 256;
+  static constexpr bool kSixteen = false;
   HEED_INLINE explicit Q4_K(const uint8_t* p) : b(p), q(p + 16) {}
   HEED_INLINE __m512 factors() const { return group_factors(b); }
   HEED_INLINE __m512i codes(int v) const { return q.codes(v); }
@@ -219,6 +234,7 @@ struct Q4_K {
 
 struct Q5_K {
   static constexpr int64_t kBytes = 176, kWeights = 256;
+  static constexpr bool kSixteen = false;
   HEED_INLINE explicit Q5_K(const uint8_t* p) : b(p), q(p + 48) {}
   HEED_INLINE __m512 factors() const { return group_factors(b); }
   HEED_INLINE __m512i codes(int v) const {
@@ -237,6 +253,7 @@ struct Q5_K {
 // Scales of 16 columns: factors() are those of all sixteen groups.
 struct Q6_K {
   static constexpr int64_t kBytes = 210, kWeights = 256;
+  static constexpr bool kSixteen = true;
   HEED_INLINE explicit Q6_K(const uint8_t* p)
       : b(p), first(load(p)), second(load(p + 64)), high(load(p + 128)) {}
   HEED_INLINE __m512 factors() const {
@@ -289,102 +306,105 @@ HEED_INLINE __m512 for_lanes(__m512 factors) {
       factors);
 }
 
-// Adds a chunk of one weight row to the sums of M rows of activations.
-template <class Format, int M>
-HEED_INLINE void add_chunk(const uint8_t* b, const SplitColumns* x, int64_t x_stride,
-                           __m512 (&sums)[M]) {
-  const Format chunk(b);
-  const __m512 factors = chunk.factors();
-  if constexpr (std::is_same_v<Format, Q6_K>) {
-    const __m512 even = for_lanes<2, 0>(factors), odd = for_lanes<2, 1>(factors);
-    const __m512i codes[] = {chunk.codes(0), chunk.codes(1), chunk.codes(2), chunk.codes(3)};
-#pragma GCC unroll 4
-    for (int m = 0; m < M; ++m) {
-      const SplitColumns& of = x[m * x_stride];
-      Dots first, second;
-      first.add(codes[0], of, 0);
-      first.add(codes[1], of, 1);
-      second.add(codes[2], of, 2);
-      second.add(codes[3], of, 3);
-      const __m512 both = _mm512_fmadd_ps(second.sum(), odd, _mm512_mul_ps(first.sum(), even));
-      sums[m] = _mm512_fmadd_ps(factors, _mm512_load_ps(of.centres), sums[m]);
-      sums[m] = _mm512_fmadd_ps(both, for_lanes<1, 0>(_mm512_load_ps(of.steps)), sums[m]);
-    }
-  } else {
-    const __m512i codes[] = {chunk.codes(0), chunk.codes(1), chunk.codes(2), chunk.codes(3)};
-#pragma GCC unroll 4
-    for (int m = 0; m < M; ++m) {
-      const SplitColumns& of = x[m * x_stride];
-      Dots dots;
-#pragma GCC unroll 4
-      for (int v = 0; v < 4; ++v) dots.add(codes[v], of, v);
-      const __m512 scaled = _mm512_mul_ps(factors, _mm512_load_ps(of.steps));
-      sums[m] = _mm512_mask_add_ps(sums[m], 0xff00, sums[m], scaled);
-      sums[m] = _mm512_fmadd_ps(dots.sum(), for_lanes<1, 0>(scaled), sums[m]);
-    }
-  }
-}
-
-// The last blocks of a row, with zeros behind them.
-template <class Format>
-struct Tail {
-  static constexpr int64_t kVectors = (kChunk / Format::kWeights * Format::kBytes + 63) / 64;
-  alignas(64) uint8_t bytes[kVectors * 64];
-  __mmask64 masks[kVectors];
-
-  HEED_INLINE explicit Tail(int64_t count) {
-    for (int64_t i = 0; i < kVectors; ++i, count -= 64) {
-      masks[i] = count <= 0 ? 0 : count >= 64 ? ~__mmask64{0} : (__mmask64{1} << count) - 1;
-    }
-  }
-  HEED_INLINE void read(const uint8_t* from) {
-#pragma GCC unroll 8
-    for (int64_t i = 0; i < kVectors; ++i) {
-      _mm512_store_si512(bytes + 64 * i, _mm512_maskz_loadu_epi8(masks[i], from + 64 * i));
-    }
-  }
+// What a chunk adds to a row's sum: products in lanes 2 g and 2 g + 1, offsets in lane 8 + g; of formats with
+// scales of 16 columns both are in the products.
+struct Terms {
+  __m512 products, offsets;
 };
 
+template <class Format>
+HEED_INLINE Terms terms_of(const __m512i (&codes)[4], __m512 factors, const SplitColumns& x) {
+  const __m512 steps = _mm512_load_ps(x.steps);
+  Dots dots[2];
+#pragma GCC unroll 4
+  for (int v = 0; v < 4; ++v) dots[Format::kSixteen ? v / 2 : 0].add(codes[v], x, v);
+  if constexpr (Format::kSixteen) {
+    const __m512 first = _mm512_mul_ps(dots[0].sum(), for_lanes<2, 0>(factors));
+    const __m512 both = _mm512_fmadd_ps(dots[1].sum(), for_lanes<2, 1>(factors), first);
+    const __m512 products = _mm512_mul_ps(both, for_lanes<1, 0>(steps));
+    return {_mm512_fmadd_ps(factors, _mm512_load_ps(x.centres), products), _mm512_setzero_ps()};
+  } else {
+    const __m512 scaled = _mm512_mul_ps(factors, steps);
+    return {_mm512_mul_ps(dots[0].sum(), for_lanes<1, 0>(scaled)), scaled};
+  }
+}
+
+// Lanes of the terms of groups [begin, end).
+HEED_INLINE __mmask16 product_lanes(int64_t begin, int64_t end) {
+  return static_cast<__mmask16>((1U << 2 * end) - (1U << 2 * begin));
+}
+HEED_INLINE __mmask16 offset_lanes(int64_t begin, int64_t end) {
+  return static_cast<__mmask16>((1U << (8 + end)) - (1U << (8 + begin)));
+}
+
+// Rows are read as one stream of groups, so that a chunk may hold the end of one and the beginning of the
+// next: copies of short rows, to fill chunks, would be read before they have reached the cache.
 template <class Format, int M>
-void add_rows(const BlockMatrix& w, const SplitColumns* x, int64_t x_stride, float* y,
-              int64_t y_stride) {
+void add_rows(const BlockMatrix& w, const SplitRows& x, float* y, int64_t y_stride) {
   constexpr int64_t kBytes = kChunk / Format::kWeights * Format::kBytes;
-  const int64_t chunks = w.columns / kChunk, rest = w.columns % kChunk;
-  const int64_t row_bytes = w.columns / Format::kWeights * Format::kBytes;
-  Tail<Format> tail(rest / Format::kWeights * Format::kBytes);
+  const int64_t groups = w.columns / 32, all = w.rows * groups;
   const auto* b = reinterpret_cast<const uint8_t*>(w.data);
-  for (int64_t n = 0; n < w.rows; ++n, b += row_bytes) {
-    __m512 sums[M];
+  __m512 sums[M];
 #pragma GCC unroll 4
-    for (auto& sum : sums) sum = _mm512_setzero_ps();
-    for (int64_t c = 0; c < chunks; ++c) {
-      const uint8_t* chunk = b + c * kBytes;
+  for (auto& sum : sums) sum = _mm512_setzero_ps();
+  int64_t left = groups;  // of the row
+  const SplitColumns *columns = x.data, *end = x.data + x.stride;
+  for (int64_t at = 0; at < all; at += 8, b += kBytes) {
 #pragma GCC unroll 5
-      for (int64_t line = 0; line < kBytes; line += 64) {
-        _mm_prefetch(reinterpret_cast<const char*>(chunk + kAhead + line), _MM_HINT_T0);
-      }
-      add_chunk<Format, M>(chunk, x + c, x_stride, sums);
+    for (int64_t line = 0; line < kBytes; line += 64) {
+      _mm_prefetch(reinterpret_cast<const char*>(b + kAhead + line), _MM_HINT_T0);
     }
-    if (rest > 0) {
-      tail.read(b + chunks * kBytes);
-      add_chunk<Format, M>(tail.bytes, x + chunks, x_stride, sums);
+    const int64_t count = all - at < 8 ? all - at : 8;
+    alignas(64) uint8_t last[kBytes];
+    if (count < 8) {
+      std::memset(last, 0, kBytes);
+      std::memcpy(last, b, static_cast<size_t>(count * Format::kBytes));
     }
+    const Format chunk(count < 8 ? last : b);
+    const __m512i codes[] = {chunk.codes(0), chunk.codes(1), chunk.codes(2), chunk.codes(3)};
+    const __m512 factors = chunk.factors();
+    Terms terms[M];
 #pragma GCC unroll 4
-    for (int m = 0; m < M; ++m) y[m * y_stride + n] = _mm512_reduce_add_ps(sums[m]);
+    for (int m = 0; m < M; ++m) {
+      terms[m] = terms_of<Format>(codes, factors, columns[m * x.stride]);
+    }
+    if (++columns == end) columns = x.data;
+    for (int64_t begin = 0; begin < count;) {
+      const int64_t stop = left < count - begin ? begin + left : count;
+      const __mmask16 products = product_lanes(begin, stop), offsets = offset_lanes(begin, stop);
+#pragma GCC unroll 4
+      for (int m = 0; m < M; ++m) {
+        sums[m] = _mm512_mask_add_ps(sums[m], products, sums[m], terms[m].products);
+        if constexpr (!Format::kSixteen) {
+          sums[m] = _mm512_mask_add_ps(sums[m], offsets, sums[m], terms[m].offsets);
+        }
+      }
+      left -= stop - begin;
+      begin = stop;
+      if (left > 0) continue;
+#pragma GCC unroll 4
+      for (int m = 0; m < M; ++m) {
+        y[m * y_stride] = _mm512_reduce_add_ps(sums[m]);
+        sums[m] = _mm512_setzero_ps();
+      }
+      ++y;
+      left = groups;
+    }
   }
 }
 
 template <class Format>
-void rows_of(const BlockMatrix& w, const SplitColumns* x, int64_t x_stride, int64_t count, float* y,
-             int64_t y_stride) {
-  int64_t m = 0;
-  for (; m + 4 <= count; m += 4) {
-    add_rows<Format, 4>(w, x + m * x_stride, x_stride, y + m * y_stride, y_stride);
-  }
-  for (; m + 2 <= count; m += 2) {
-    add_rows<Format, 2>(w, x + m * x_stride, x_stride, y + m * y_stride, y_stride);
-  }
-  if (m < count) add_rows<Format, 1>(w, x + m * x_stride, x_stride, y + m * y_stride, y_stride);
+void rows_of(const BlockMatrix& w, SplitRows x, float* y, int64_t y_stride) {
+  const auto add = [&](auto rows) {
+    for (; x.count >= rows.value; x.count -= rows.value) {
+      add_rows<Format, rows.value>(w, x, y, y_stride);
+      x.data += rows.value * x.stride;
+      y += rows.value * y_stride;
+    }
+  };
+  add(std::integral_constant<int, 4>());
+  add(std::integral_constant<int, 2>());
+  add(std::integral_constant<int, 1>());
 }
 
 // The largest of |x|, as bits: NaN is above infinity.
@@ -395,21 +415,15 @@ HEED_INLINE uint32_t largest_bits(__m512 a, __m512 b) {
                        _mm512_and_si512(_mm512_castps_si512(b), magnitude))));
 }
 
-HEED_INLINE __mmask16 first_lanes(int64_t count) {
-  return static_cast<__mmask16>(count <= 0 ? 0 : count >= 16 ? 0xffff : (1 << count) - 1);
-}
-
 }  // namespace
 
-void split_columns_avx512(const float* x, int64_t columns, SplitColumns* to) {
+void split_columns_avx512(const float* x, int64_t columns, int64_t chunks, SplitColumns* to) {
   constexpr uint32_t kInfinity = 0x7f800000, kSmallest = 0x0d800000;  // 2^-100
-  for (int64_t begin = 0; begin < columns; begin += kChunk, ++to) {
+  const float *from = x, *end = x + columns;
+  for (int64_t c = 0; c < chunks; ++c, ++to) {
     for (int64_t g = 0; g < 8; ++g) {
-      __m512 values[2];
-      for (int64_t i = 0; i < 2; ++i) {
-        const int64_t at = begin + 32 * g + 16 * i;
-        values[i] = _mm512_maskz_loadu_ps(first_lanes(columns - at), x + at);
-      }
+      const __m512 values[] = {_mm512_loadu_ps(from), _mm512_loadu_ps(from + 16)};
+      from = from + 32 == end ? x : from + 32;
       const uint32_t bits = largest_bits(values[0], values[1]);
       float largest;
       std::memcpy(&largest, &bits, sizeof largest);
@@ -429,9 +443,9 @@ void split_columns_avx512(const float* x, int64_t columns, SplitColumns* to) {
         const __m512i high = _mm512_srai_epi32(_mm512_sub_epi32(rest, middle), 8);
         const auto store = [g, i](int8_t* bytes, __m512i all) __attribute__((always_inline)) {
           const __m128i sixteen = _mm512_cvtepi32_epi8(all);
-          int8_t* to_first = bytes + 128 * i + 8 * g;
-          _mm_storel_epi64(reinterpret_cast<__m128i*>(to_first), sixteen);
-          _mm_storel_epi64(reinterpret_cast<__m128i*>(to_first + 64),
+          int8_t* first = bytes + 128 * i + 8 * g;
+          _mm_storel_epi64(reinterpret_cast<__m128i*>(first), sixteen);
+          _mm_storel_epi64(reinterpret_cast<__m128i*>(first + 64),
                            _mm_unpackhi_epi64(sixteen, sixteen));
         };
         store(to->high, high);
@@ -447,25 +461,24 @@ void split_columns_avx512(const float* x, int64_t columns, SplitColumns* to) {
   }
 }
 
-void byte_rows_avx512(const BlockMatrix& w, const SplitColumns* x, int64_t x_stride, int64_t count,
-                      float* y, int64_t y_stride) {
+void byte_rows_avx512(const BlockMatrix& w, const SplitRows& x, float* y, int64_t y_stride) {
   switch (w.format) {
     case BlockFormat::q8_0:
-      return rows_of<Q8_0>(w, x, x_stride, count, y, y_stride);
+      return rows_of<Q8_0>(w, x, y, y_stride);
     case BlockFormat::q4_0:
-      return rows_of<Q4_0>(w, x, x_stride, count, y, y_stride);
+      return rows_of<Q4_0>(w, x, y, y_stride);
     case BlockFormat::q4_1:
-      return rows_of<Q4_1>(w, x, x_stride, count, y, y_stride);
+      return rows_of<Q4_1>(w, x, y, y_stride);
     case BlockFormat::q5_0:
-      return rows_of<Q5_0>(w, x, x_stride, count, y, y_stride);
+      return rows_of<Q5_0>(w, x, y, y_stride);
     case BlockFormat::q5_1:
-      return rows_of<Q5_1>(w, x, x_stride, count, y, y_stride);
+      return rows_of<Q5_1>(w, x, y, y_stride);
     case BlockFormat::q4_k:
-      return rows_of<Q4_K>(w, x, x_stride, count, y, y_stride);
+      return rows_of<Q4_K>(w, x, y, y_stride);
     case BlockFormat::q5_k:
-      return rows_of<Q5_K>(w, x, x_stride, count, y, y_stride);
+      return rows_of<Q5_K>(w, x, y, y_stride);
     case BlockFormat::q6_k:
-      return rows_of<Q6_K>(w, x, x_stride, count, y, y_stride);
+      return rows_of<Q6_K>(w, x, y, y_stride);
     default:
       return;  // plain values: quantized_rows.cpp does not ask
   }

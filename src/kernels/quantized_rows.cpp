@@ -3,6 +3,7 @@
 #include <algorithm>
 #include <array>
 #include <cstring>
+#include <numeric>
 #include <string>
 
 #include "base/parallel.h"
@@ -217,25 +218,24 @@ bool weights_in_codes(std::span<const RowProduct> products) {
 }
 
 // Activations as products of bytes read them.
-class SplitRows {
+class SplitActivations {
  public:
-  SplitRows(const float* x, int64_t x_stride, int64_t count, int64_t columns)
-      : count_(count),
-        stride_(ceil_div(columns, kernels::kSplitColumns)),
+  SplitActivations(const float* x, int64_t x_stride, int64_t count, int64_t columns)
+      : stride_(columns / std::gcd(columns, kernels::kSplitColumns)),
         scratch_(static_cast<size_t>(count * stride_) * sizeof(kernels::SplitColumns)),
-        rows_(scratch_.take<kernels::SplitColumns>(count * stride_)) {
+        rows_{nullptr, count, stride_} {
+    auto* to = scratch_.take<kernels::SplitColumns>(count * stride_);
+    rows_.data = to;
     for (int64_t m = 0; m < count; ++m) {
-      kernels::split_columns_avx512(x + m * x_stride, columns, rows_ + m * stride_);
+      kernels::split_columns_avx512(x + m * x_stride, columns, stride_, to + m * stride_);
     }
   }
-  void multiply(const BlockMatrix& w, float* y, int64_t y_stride) const {
-    kernels::byte_rows_avx512(w, rows_, stride_, count_, y, y_stride);
-  }
+  const kernels::SplitRows& rows() const { return rows_; }
 
  private:
-  int64_t count_, stride_;
+  int64_t stride_;
   Scratch scratch_;
-  kernels::SplitColumns* rows_;
+  kernels::SplitRows rows_;
 };
 
 }  // namespace
@@ -261,7 +261,7 @@ void quantized_rows(std::span<const RowProduct> products, const float* x, int64_
   // Work items of about 32 KB of weights: they stay in the L1 or L2 cache while the rows of x pass.
   constexpr int64_t kItemBytes = 32 << 10;
   auto rows_per_item = [](const BlockMatrix& w) {
-    return std::max<int64_t>(4, kItemBytes / w.row_bytes() / 4 * 4);
+    return std::max<int64_t>(8, kItemBytes / w.row_bytes() / 8 * 8);
   };
   int64_t items = 0;
   for (const RowProduct& p : products) {
@@ -271,7 +271,7 @@ void quantized_rows(std::span<const RowProduct> products, const float* x, int64_
   const Isa isa = chosen_isa(run);
   const auto& row_kernels = kernels::row_kernels_of(isa);
   const bool bytes = kernels::has_byte_rows(isa) && weights_in_codes(products);
-  const SplitRows split(x, x_stride, bytes ? count : 0, products[0].weights.columns);
+  const SplitActivations split(x, x_stride, bytes ? count : 0, products[0].weights.columns);
   parallel_for_shares(items, threads_for(run, items), [&](int64_t item, int) {
     for (const RowProduct& p : products) {
       const BlockMatrix& w = p.weights;
@@ -282,8 +282,8 @@ void quantized_rows(std::span<const RowProduct> products, const float* x, int64_
       }
       int64_t begin = item * step, rows = std::min(step, w.rows - begin);
       if (bytes && weights_per_block(w.format) > 1) {
-        split.multiply({w.format, w.data + begin * w.row_bytes(), rows, w.columns}, p.y + begin,
-                       p.y_stride);
+        kernels::byte_rows_avx512({w.format, w.data + begin * w.row_bytes(), rows, w.columns},
+                                  split.rows(), p.y + begin, p.y_stride);
         return;
       }
       row_kernels[static_cast<size_t>(w.format)](
