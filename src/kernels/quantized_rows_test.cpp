@@ -4,7 +4,9 @@
 
 #include <cmath>
 #include <cstring>
+#include <functional>
 #include <limits>
+#include <utility>
 #include <vector>
 
 #include "heed/error.h"
@@ -82,9 +84,61 @@ TEST(QuantizedRows, SeveralMatricesOfDifferentFormatsInOneCall) {
   }
 }
 
+// Rows whose activations are rounded together differ by as much as float32 allows.
+TEST(QuantizedRows, ActivationsOfAnySize) {
+  constexpr int64_t kColumns = 512, kRows = 9;
+  const auto fill = [](const std::function<float(int64_t)>& value) {
+    std::vector<float> x(kColumns);
+    for (int64_t k = 0; k < kColumns; ++k) x[static_cast<size_t>(k)] = value(k);
+    return x;
+  };
+  const std::vector<float> some = normals(kColumns, 8);
+  const auto normal = [&](int64_t k) { return some[static_cast<size_t>(k)]; };
+  const std::pair<const char*, std::vector<float>> cases[] = {
+      {"zeros", fill([](int64_t) { return 0.0F; })},
+      {"equal", fill([](int64_t) { return -1.7F; })},
+      {"one", fill([](int64_t k) { return k == 77 ? 3.0F : 0.0F; })},
+      {"one far above", fill([&](int64_t k) { return k == 300 ? 1e6F : normal(k); })},
+      {"groups far apart", fill([&](int64_t k) { return std::ldexp(normal(k), k / 32 * 8 - 64); })},
+      {"small", fill([&](int64_t k) { return std::ldexp(normal(k), -95); })},
+      {"large", fill([&](int64_t k) { return normal(k) * 1e32F; })}};
+  for (Isa isa : available_isas()) {
+    for (const Format& format : kFormats) {
+      const Matrix w(format, kRows, kColumns, 9);
+      for (const auto& [what, x] : cases) {
+        std::vector<float> y(kRows, std::numeric_limits<float>::quiet_NaN());
+        const RowProduct product{w.view, y.data(), kRows};
+        quantized_rows({&product, 1}, x.data(), kColumns, 1, {.isa = isa});
+        expect_product(w, x.data(), y.data(),
+                       std::string(name_of(isa)) + " " + name_of(format.format) + ", " + what);
+        if (HasFatalFailure()) return;
+      }
+      for (float bad :
+           {std::numeric_limits<float>::quiet_NaN(), std::numeric_limits<float>::infinity()}) {
+        std::vector<float> x = some, y(kRows);
+        x[200] = bad;
+        const RowProduct product{w.view, y.data(), kRows};
+        quantized_rows({&product, 1}, x.data(), kColumns, 1, {.isa = isa});
+        for (int64_t n = 0; n < kRows; ++n) {
+          if (w.values[static_cast<size_t>(n * kColumns + 200)] == 0) continue;
+          EXPECT_FALSE(std::isfinite(y[static_cast<size_t>(n)]))
+              << name_of(isa) << " " << name_of(format.format) << " row " << n;
+        }
+      }
+    }
+  }
+}
+
 TEST(QuantizedRows, SameBitsForAnyGroupingAndThreadCount) {
-  for (const Format& format : kFormats) {
-    const int64_t columns = 768, rows = 131, count = 7;
+  for (const auto& [format, columns] : [] {
+         std::vector<std::pair<Format, int64_t>> pairs;
+         for (const Format& f : kFormats) {
+           pairs.emplace_back(f, 768);
+           if (weights_per_block(f.format) <= 32) pairs.emplace_back(f, 96);
+         }
+         return pairs;
+       }()) {
+    const int64_t rows = 2051, count = 7;
     const Matrix w(format, rows, columns, 5);
     const std::vector<float> x = normals(count * columns, 6);
     const size_t size = static_cast<size_t>(count * rows);
