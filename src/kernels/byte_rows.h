@@ -1,5 +1,6 @@
-// Few activation rows times quantised weights with AVX512-VNNI: what quantized_rows.cpp takes where the
-// processor has it. Each activation is three bytes, so that products of bytes give the sums of float32:
+// Few activation rows times quantised weights in products of bytes (AVX512-VNNI, AVX2), which
+// quantized_rows.cpp takes where the processor has them. Each activation is three bytes, so that their sums
+// are those of float32:
 //
 //   x[k] = step[k/32] (65536 high[k] + 256 middle[k] + low[k]),  step = max |x| / (127 * 65536)
 #pragma once
@@ -25,11 +26,20 @@ struct SplitRows {
   int64_t count = 0, stride = 0;
 };
 
-/// Whether formats of codes have products of bytes.
-bool has_byte_rows(Isa isa);
-/// Columns, a multiple of 32, as often as needed for `chunks` elements.
+/// Products of bytes for formats of codes.
+struct ByteRowKernels {
+  /// Columns, a multiple of 32, as often as needed for `chunks` elements.
+  void (*split)(const float* x, int64_t columns, int64_t chunks, SplitColumns* to);
+  /// y[m,n] = sum_k W[n,k] x[m,k]. The bits of y depend on n modulo 8.
+  void (*multiply)(const BlockMatrix& w, const SplitRows& x, float* y, int64_t y_stride);
+};
+/// Null where the instruction set has none.
+const ByteRowKernels* byte_row_kernels(Isa isa);
+
+// Of the files that are compiled for one instruction set: AVX512-VNNI, AVX2.
 void split_columns_avx512(const float* x, int64_t columns, int64_t chunks, SplitColumns* to);
-/// y[m,n] = sum_k W[n,k] x[m,k] for a format of codes. The bits of y depend on n modulo 8.
 void byte_rows_avx512(const BlockMatrix& w, const SplitRows& x, float* y, int64_t y_stride);
+void split_columns_avx2(const float* x, int64_t columns, int64_t chunks, SplitColumns* to);
+void byte_rows_avx2(const BlockMatrix& w, const SplitRows& x, float* y, int64_t y_stride);
 
 }  // namespace heed::kernels

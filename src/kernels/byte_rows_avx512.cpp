@@ -3,23 +3,15 @@
 // with all columns of the groups, are summed in integers before they meet the groups' scales.
 #include <immintrin.h>
 
-#include <cstring>
-#include <type_traits>
-
 // GCC 12 takes the unused operand of its own intrinsics for a variable (GCC bug 105593).
 #pragma GCC diagnostic ignored "-Wuninitialized"
 #pragma GCC diagnostic ignored "-Wmaybe-uninitialized"
 
-#include "kernels/byte_rows.h"
-
-#define HEED_INLINE __attribute__((always_inline)) inline
+#include "kernels/byte_rows-inl.h"
 
 namespace heed::kernels {
 
 namespace {
-
-constexpr int64_t kAhead = 2048;  // bytes of weights asked for ahead of their use
-constexpr int64_t kChunk = kSplitColumns;
 
 HEED_INLINE __m512i load(const void* p) { return _mm512_loadu_si512(p); }
 HEED_INLINE __m128i load_16(const uint8_t* p) {
@@ -28,17 +20,6 @@ HEED_INLINE __m128i load_16(const uint8_t* p) {
 HEED_INLINE __m256i load_32(const uint8_t* p) {
   return _mm256_loadu_si256(reinterpret_cast<const __m256i*>(p));
 }
-HEED_INLINE int read_16(const uint8_t* p) {
-  uint16_t value;
-  std::memcpy(&value, p, sizeof value);
-  return value;
-}
-HEED_INLINE uint32_t read_32(const uint8_t* p) {
-  uint32_t value;
-  std::memcpy(&value, p, sizeof value);
-  return value;
-}
-
 // [low, high]
 HEED_INLINE __m512 joined(__m256 low, __m256 high) {
   return _mm512_insertf32x8(_mm512_castps256_ps512(low), high, 1);
@@ -68,10 +49,10 @@ HEED_INLINE __m512 scales_around(const uint8_t* b, float centre) {
 template <int64_t kBytes>
 HEED_INLINE __m512 scales_and_minima(const uint8_t* b) {
   const auto four = [](const uint8_t* p) __attribute__((always_inline)) {
-    __m128i raw = _mm_cvtsi32_si128(static_cast<int>(read_32(p)));
-    raw = _mm_insert_epi32(raw, static_cast<int>(read_32(p + 1 * kBytes)), 1);
-    raw = _mm_insert_epi32(raw, static_cast<int>(read_32(p + 2 * kBytes)), 2);
-    return _mm_insert_epi32(raw, static_cast<int>(read_32(p + 3 * kBytes)), 3);
+    __m128i raw = _mm_cvtsi32_si128(read_32(p));
+    raw = _mm_insert_epi32(raw, read_32(p + 1 * kBytes), 1);
+    raw = _mm_insert_epi32(raw, read_32(p + 2 * kBytes), 2);
+    return _mm_insert_epi32(raw, read_32(p + 3 * kBytes), 3);
   };
   const __m512 pairs = _mm512_cvtph_ps(_mm256_set_m128i(four(b + 4 * kBytes), four(b)));
   const __m512i order = _mm512_setr_epi32(0, 2, 4, 6, 8, 10, 12, 14, 1, 3, 5, 7, 9, 11, 13, 15);
@@ -107,7 +88,7 @@ HEED_INLINE void fifth_bits(const uint8_t* p, __mmask64 (&masks)[4]) {
   for (auto& mask : masks) mask = 0;
 #pragma GCC unroll 8
   for (int g = 0; g < 8; ++g) {
-    const uint32_t bits = read_32(p + g * kBytes);
+    const auto bits = static_cast<uint32_t>(read_32(p + g * kBytes));
 #pragma GCC unroll 4
     for (int v = 0; v < 4; ++v) masks[v] |= __mmask64{bits >> (8 * v) & 255} << (8 * g);
   }
@@ -127,6 +108,7 @@ struct Blocks {
 };
 
 struct Q8_0 : Blocks<34> {
+  static constexpr BlockFormat kFormat = BlockFormat::q8_0;
   HEED_INLINE explicit Q8_0(const uint8_t* p) : Blocks{p} {
     const auto eight = [p](int64_t g, int64_t v) __attribute__((always_inline)) {
       const auto pair = [p](int64_t at) __attribute__((always_inline)) {
@@ -153,6 +135,7 @@ struct Q8_0 : Blocks<34> {
 };
 
 struct Q4_0 : Blocks<18> {
+  static constexpr BlockFormat kFormat = BlockFormat::q4_0;
   HEED_INLINE explicit Q4_0(const uint8_t* p) : Blocks{p}, q(halves_of_blocks<kBytes>(p + 2)) {}
   HEED_INLINE __m512 factors() const {
     // The scales lie in the first 128 bytes, nine words apart.
@@ -165,6 +148,7 @@ struct Q4_0 : Blocks<18> {
 };
 
 struct Q4_1 : Blocks<20> {
+  static constexpr BlockFormat kFormat = BlockFormat::q4_1;
   HEED_INLINE explicit Q4_1(const uint8_t* p) : Blocks{p}, q(halves_of_blocks<kBytes>(p + 4)) {}
   HEED_INLINE __m512 factors() const { return scales_and_minima<kBytes>(b); }
   HEED_INLINE __m512i codes(int v) const { return nibbles(q, v); }
@@ -172,6 +156,7 @@ struct Q4_1 : Blocks<20> {
 };
 
 struct Q5_0 : Blocks<22> {
+  static constexpr BlockFormat kFormat = BlockFormat::q5_0;
   HEED_INLINE explicit Q5_0(const uint8_t* p) : Blocks{p}, q(halves_of_blocks<kBytes>(p + 6)) {
     fifth_bits<kBytes>(p + 2, fifth);
   }
@@ -182,6 +167,7 @@ struct Q5_0 : Blocks<22> {
 };
 
 struct Q5_1 : Blocks<24> {
+  static constexpr BlockFormat kFormat = BlockFormat::q5_1;
   HEED_INLINE explicit Q5_1(const uint8_t* p) : Blocks{p}, q(halves_of_blocks<kBytes>(p + 8)) {
     fifth_bits<kBytes>(p + 4, fifth);
   }
@@ -223,6 +209,7 @@ HEED_INLINE __m512 group_factors(const uint8_t* b) {
 }
 
 struct Q4_K {
+  static constexpr BlockFormat kFormat = BlockFormat::q4_k;
   static constexpr int64_t kBytes = 144, kWeights = 256;
   static constexpr bool kSixteen = false;
   HEED_INLINE explicit Q4_K(const uint8_t* p) : b(p), q(p + 16) {}
@@ -233,6 +220,7 @@ struct Q4_K {
 };
 
 struct Q5_K {
+  static constexpr BlockFormat kFormat = BlockFormat::q5_k;
   static constexpr int64_t kBytes = 176, kWeights = 256;
   static constexpr bool kSixteen = false;
   HEED_INLINE explicit Q5_K(const uint8_t* p) : b(p), q(p + 48) {}
@@ -252,6 +240,7 @@ struct Q5_K {
 
 // Scales of 16 columns: factors() are those of all sixteen groups.
 struct Q6_K {
+  static constexpr BlockFormat kFormat = BlockFormat::q6_k;
   static constexpr int64_t kBytes = 210, kWeights = 256;
   static constexpr bool kSixteen = true;
   HEED_INLINE explicit Q6_K(const uint8_t* p)
@@ -340,7 +329,12 @@ HEED_INLINE __mmask16 offset_lanes(int64_t begin, int64_t end) {
 // Rows are read as one stream of groups, so that a chunk may hold the end of one and the beginning of the
 // next: copies of short rows, to fill chunks, would be read before they have reached the cache.
 template <class Format, int M>
-void add_rows(const BlockMatrix& w, const SplitRows& x, float* y, int64_t y_stride) {
+struct AddRows {
+  static void run(const BlockMatrix& w, const SplitRows& x, float* y, int64_t y_stride);
+};
+
+template <class Format, int M>
+void AddRows<Format, M>::run(const BlockMatrix& w, const SplitRows& x, float* y, int64_t y_stride) {
   constexpr int64_t kBytes = kChunk / Format::kWeights * Format::kBytes;
   const int64_t groups = w.columns / 32, all = w.rows * groups;
   const auto* b = reinterpret_cast<const uint8_t*>(w.data);
@@ -393,20 +387,6 @@ void add_rows(const BlockMatrix& w, const SplitRows& x, float* y, int64_t y_stri
   }
 }
 
-template <class Format>
-void rows_of(const BlockMatrix& w, SplitRows x, float* y, int64_t y_stride) {
-  const auto add = [&](auto rows) {
-    for (; x.count >= rows.value; x.count -= rows.value) {
-      add_rows<Format, rows.value>(w, x, y, y_stride);
-      x.data += rows.value * x.stride;
-      y += rows.value * y_stride;
-    }
-  };
-  add(std::integral_constant<int, 4>());
-  add(std::integral_constant<int, 2>());
-  add(std::integral_constant<int, 1>());
-}
-
 // The largest of |x|, as bits: NaN is above infinity.
 HEED_INLINE uint32_t largest_bits(__m512 a, __m512 b) {
   const __m512i magnitude = _mm512_set1_epi32(0x7fffffff);
@@ -418,29 +398,23 @@ HEED_INLINE uint32_t largest_bits(__m512 a, __m512 b) {
 }  // namespace
 
 void split_columns_avx512(const float* x, int64_t columns, int64_t chunks, SplitColumns* to) {
-  constexpr uint32_t kInfinity = 0x7f800000, kSmallest = 0x0d800000;  // 2^-100
   const float *from = x, *end = x + columns;
   for (int64_t c = 0; c < chunks; ++c, ++to) {
     for (int64_t g = 0; g < 8; ++g) {
       const __m512 values[] = {_mm512_loadu_ps(from), _mm512_loadu_ps(from + 16)};
       from = from + 32 == end ? x : from + 32;
-      const uint32_t bits = largest_bits(values[0], values[1]);
-      float largest;
-      std::memcpy(&largest, &bits, sizeof largest);
-      const bool finite = bits < kInfinity, zero = bits < kSmallest;
-      const float step = zero ? 0.0F : largest * (1.0F / 8323072);
-      const __m512 inverse = _mm512_set1_ps(zero || !finite ? 0.0F : 8323072 / largest);
-      float sum = 0;
+      const SplitStep step(largest_bits(values[0], values[1]));
+      const __mmask16 kept = step.inverse == 0 ? 0 : 0xffff;
+      int sums[2];
       for (int64_t i = 0; i < 2; ++i) {
-        const __mmask16 kept = finite ? 0xffff : 0;
-        const __m512i q = _mm512_cvtps_epi32(_mm512_maskz_mul_ps(kept, values[i], inverse));
+        const __m512i q =
+            _mm512_cvtps_epi32(_mm512_maskz_mul_ps(kept, values[i], _mm512_set1_ps(step.inverse)));
         // Bytes with a sign: what is above 127 counts in the next one.
         const auto byte = [](__m512i all) __attribute__((always_inline)) {
           return _mm512_srai_epi32(_mm512_slli_epi32(all, 24), 24);
         };
         const __m512i low = byte(q), rest = _mm512_srai_epi32(_mm512_sub_epi32(q, low), 8);
         const __m512i middle = byte(rest);
-        const __m512i high = _mm512_srai_epi32(_mm512_sub_epi32(rest, middle), 8);
         const auto store = [g, i](int8_t* bytes, __m512i all) __attribute__((always_inline)) {
           const __m128i sixteen = _mm512_cvtepi32_epi8(all);
           int8_t* first = bytes + 128 * i + 8 * g;
@@ -448,40 +422,18 @@ void split_columns_avx512(const float* x, int64_t columns, int64_t chunks, Split
           _mm_storel_epi64(reinterpret_cast<__m128i*>(first + 64),
                            _mm_unpackhi_epi64(sixteen, sixteen));
         };
-        store(to->high, high);
+        store(to->high, _mm512_srai_epi32(_mm512_sub_epi32(rest, middle), 8));
         store(to->middle, middle);
         store(to->low, low);
-        const float half = step * static_cast<float>(_mm512_reduce_add_epi32(q));
-        to->centres[2 * g + i] = -32 * half;
-        sum += half;
+        sums[i] = _mm512_reduce_add_epi32(q);
       }
-      to->steps[g] = finite ? step : __builtin_nanf("");
-      to->sums[g] = sum;
+      step.store(g, sums, *to);
     }
   }
 }
 
 void byte_rows_avx512(const BlockMatrix& w, const SplitRows& x, float* y, int64_t y_stride) {
-  switch (w.format) {
-    case BlockFormat::q8_0:
-      return rows_of<Q8_0>(w, x, y, y_stride);
-    case BlockFormat::q4_0:
-      return rows_of<Q4_0>(w, x, y, y_stride);
-    case BlockFormat::q4_1:
-      return rows_of<Q4_1>(w, x, y, y_stride);
-    case BlockFormat::q5_0:
-      return rows_of<Q5_0>(w, x, y, y_stride);
-    case BlockFormat::q5_1:
-      return rows_of<Q5_1>(w, x, y, y_stride);
-    case BlockFormat::q4_k:
-      return rows_of<Q4_K>(w, x, y, y_stride);
-    case BlockFormat::q5_k:
-      return rows_of<Q5_K>(w, x, y, y_stride);
-    case BlockFormat::q6_k:
-      return rows_of<Q6_K>(w, x, y, y_stride);
-    default:
-      return;  // plain values: quantized_rows.cpp does not ask
-  }
+  rows_by_format<AddRows, 4, Q8_0, Q4_0, Q4_1, Q5_0, Q5_1, Q4_K, Q5_K, Q6_K>(w, x, y, y_stride);
 }
 
 }  // namespace heed::kernels

@@ -7,7 +7,7 @@
 namespace heed::kernels {
 
 namespace {
-[[noreturn]] void absent() { throw Error("this processor has no AVX-512"); }
+[[noreturn]] void absent() { throw Error("this processor is no x86"); }
 }  // namespace
 
 void add_avx512_half_products(TileKernels<float>&) { absent(); }

@@ -4,6 +4,7 @@
 #include <array>
 #include <cstring>
 #include <numeric>
+#include <optional>
 #include <string>
 
 #include "base/parallel.h"
@@ -220,14 +221,15 @@ bool weights_in_codes(std::span<const RowProduct> products) {
 // Activations as products of bytes read them.
 class SplitActivations {
  public:
-  SplitActivations(const float* x, int64_t x_stride, int64_t count, int64_t columns)
+  SplitActivations(const kernels::ByteRowKernels& kernels, const float* x, int64_t x_stride,
+                   int64_t count, int64_t columns)
       : stride_(columns / std::gcd(columns, kernels::kSplitColumns)),
         scratch_(static_cast<size_t>(count * stride_) * sizeof(kernels::SplitColumns)),
         rows_{nullptr, count, stride_} {
     auto* to = scratch_.take<kernels::SplitColumns>(count * stride_);
     rows_.data = to;
     for (int64_t m = 0; m < count; ++m) {
-      kernels::split_columns_avx512(x + m * x_stride, columns, stride_, to + m * stride_);
+      kernels.split(x + m * x_stride, columns, stride_, to + m * stride_);
     }
   }
   const kernels::SplitRows& rows() const { return rows_; }
@@ -240,10 +242,13 @@ class SplitActivations {
 
 }  // namespace
 
-bool kernels::has_byte_rows(Isa isa) {
+const kernels::ByteRowKernels* kernels::byte_row_kernels(Isa isa) {
+  static constexpr ByteRowKernels kAvx512{split_columns_avx512, byte_rows_avx512};
+  static constexpr ByteRowKernels kAvx2{split_columns_avx2, byte_rows_avx2};
+  if (isa == Isa::portable) return nullptr;
   const auto& features = cpu_info().features;
-  return isa >= Isa::avx512 &&
-         std::find(features.begin(), features.end(), "avx512_vnni") != features.end();
+  const bool vnni = std::find(features.begin(), features.end(), "avx512_vnni") != features.end();
+  return isa >= Isa::avx512 && vnni ? &kAvx512 : &kAvx2;
 }
 
 const char* name_of(BlockFormat format) { return info(format).name; }
@@ -270,8 +275,10 @@ void quantized_rows(std::span<const RowProduct> products, const float* x, int64_
   }
   const Isa isa = chosen_isa(run);
   const auto& row_kernels = kernels::row_kernels_of(isa);
-  const bool bytes = kernels::has_byte_rows(isa) && weights_in_codes(products);
-  const SplitActivations split(x, x_stride, bytes ? count : 0, products[0].weights.columns);
+  const kernels::ByteRowKernels* bytes =
+      weights_in_codes(products) ? kernels::byte_row_kernels(isa) : nullptr;
+  std::optional<SplitActivations> split;
+  if (bytes != nullptr) split.emplace(*bytes, x, x_stride, count, products[0].weights.columns);
   parallel_for_shares(items, threads_for(run, items), [&](int64_t item, int) {
     for (const RowProduct& p : products) {
       const BlockMatrix& w = p.weights;
@@ -281,9 +288,9 @@ void quantized_rows(std::span<const RowProduct> products, const float* x, int64_
         continue;
       }
       int64_t begin = item * step, rows = std::min(step, w.rows - begin);
-      if (bytes && weights_per_block(w.format) > 1) {
-        kernels::byte_rows_avx512({w.format, w.data + begin * w.row_bytes(), rows, w.columns},
-                                  split.rows(), p.y + begin, p.y_stride);
+      if (split && weights_per_block(w.format) > 1) {
+        bytes->multiply({w.format, w.data + begin * w.row_bytes(), rows, w.columns}, split->rows(),
+                        p.y + begin, p.y_stride);
         return;
       }
       row_kernels[static_cast<size_t>(w.format)](

@@ -3,8 +3,8 @@
 //   y[m,n] = sum_k W[n,k] x[m,k]
 //
 // At one activation row the bound is reading W once, so W stays in its blocks. Blocks are widened to float32
-// in registers, or, with AVX512-VNNI, codes multiply activations as they are in byte_rows.h. Activations and
-// sums are float32 in both.
+// in registers, or, with AVX2 and AVX512-VNNI, codes multiply activations as they are in byte_rows.h.
+// Activations and sums are float32 in both.
 #pragma once
 #include <cstddef>
 #include <cstdint>
