@@ -51,7 +51,7 @@ struct Sums {
   }
 };
 
-constexpr int64_t kPrefetchBytes = 4096;
+constexpr int64_t kPrefetchBytes = 2048;
 
 // R weight rows at once, so that R independent chains of multiply-adds are under way.
 template <class Format, int M, int R>
@@ -140,7 +140,8 @@ void rows_of(const uint8_t* weights, int64_t row_bytes, int64_t columns, const f
            rows);
     }
   };
-  constexpr int kRowsAtOnce = Format::kWeights > 32 ? 2 : 4;
+  // Plain values take no time to decode, and one stream comes from memory faster than several.
+  constexpr int kRowsAtOnce = Format::kPlain ? 1 : Format::kWeights > 32 ? 2 : 4;
   call(row_loop<Format, 4, 1>, 4);
   call(row_loop<Format, 2, 2>, 2);
   call(row_loop<Format, 1, kRowsAtOnce>, 1);
