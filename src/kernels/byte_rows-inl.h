@@ -50,26 +50,74 @@ struct SplitStep {
   }
 };
 
-// AddRows<Format, M>::run for M rows of activations at once, up to kMost (2 or 4).
-template <template <class, int> class AddRows, int kMost, class Format>
+// Vectors says how one instruction set does it:
+//   Sum, Terms, kMostRows         a row's sum, what a chunk adds to it, rows of activations at once (2 or 4)
+//   Chunk<Format>(bytes)          the weights of a chunk
+//   terms(chunk, activations)     what its groups add
+//   add(sum, terms, begin, end)   adds those of groups [begin, end)
+//   total(sum)
+//
+// Rows are read as one stream of groups, so that a chunk may hold the end of one and the beginning of the
+// next: copies of short rows, to fill chunks, would be read before they have reached the cache.
+template <class Vectors, class Format, int M>
+void add_rows(const BlockMatrix& w, const SplitRows& x, float* y, int64_t y_stride) {
+  constexpr int64_t kBytes = kChunk / Format::kWeights * Format::kBytes;
+  const int64_t groups = w.columns / 32, all = w.rows * groups;
+  const auto* b = reinterpret_cast<const uint8_t*>(w.data);
+  typename Vectors::Sum sums[M] = {};
+  int64_t left = groups;  // of the row
+  const SplitColumns *columns = x.data, *end = x.data + x.stride;
+  for (int64_t at = 0; at < all; at += 8, b += kBytes) {
+#pragma GCC unroll 5
+    for (int64_t line = 0; line < kBytes; line += 64) __builtin_prefetch(b + kAhead + line);
+    const int64_t count = all - at < 8 ? all - at : 8;
+    alignas(64) uint8_t last[kBytes];
+    if (count < 8) {
+      std::memset(last, 0, kBytes);
+      std::memcpy(last, b, static_cast<size_t>(count * Format::kBytes));
+    }
+    const typename Vectors::template Chunk<Format> chunk(count < 8 ? last : b);
+    typename Vectors::Terms terms[M];
+#pragma GCC unroll 4
+    for (int m = 0; m < M; ++m) terms[m] = Vectors::terms(chunk, columns[m * x.stride]);
+    if (++columns == end) columns = x.data;
+    for (int64_t begin = 0; begin < count;) {
+      const int64_t stop = left < count - begin ? begin + left : count;
+#pragma GCC unroll 4
+      for (int m = 0; m < M; ++m) Vectors::add(sums[m], terms[m], begin, stop);
+      left -= stop - begin;
+      begin = stop;
+      if (left > 0) continue;
+#pragma GCC unroll 4
+      for (int m = 0; m < M; ++m) {
+        y[m * y_stride] = Vectors::total(sums[m]);
+        sums[m] = typename Vectors::Sum{};
+      }
+      ++y;
+      left = groups;
+    }
+  }
+}
+
+template <class Vectors, class Format>
 void rows_of(const BlockMatrix& w, SplitRows x, float* y, int64_t y_stride) {
   const auto add = [&](auto rows) {
     for (; x.count >= rows.value; x.count -= rows.value) {
-      AddRows<Format, rows.value>::run(w, x, y, y_stride);
+      add_rows<Vectors, Format, rows.value>(w, x, y, y_stride);
       x.data += rows.value * x.stride;
       y += rows.value * y_stride;
     }
   };
-  if constexpr (kMost == 4) add(std::integral_constant<int, 4>());
+  if constexpr (Vectors::kMostRows == 4) add(std::integral_constant<int, 4>());
   add(std::integral_constant<int, 2>());
   add(std::integral_constant<int, 1>());
 }
 
-template <template <class, int> class AddRows, int kMost, class... Formats>
+template <class Vectors, class... Formats>
 void rows_by_format(const BlockMatrix& w, const SplitRows& x, float* y, int64_t y_stride) {
   const auto add = [&](auto format) {
     using Format = typename decltype(format)::type;
-    if (w.format == Format::kFormat) rows_of<AddRows, kMost, Format>(w, x, y, y_stride);
+    if (w.format == Format::kFormat) rows_of<Vectors, Format>(w, x, y, y_stride);
   };
   (add(std::type_identity<Formats>()), ...);
 }

@@ -275,52 +275,6 @@ HEED_INLINE __m256 chosen(__m256 x, int a, int b, int c, int d) {
   return _mm256_permutevar8x32_ps(x, _mm256_setr_epi32(a, a, b, b, c, c, d, d));
 }
 
-// What a chunk adds to a row's sum: products of groups 4 h + g in lanes 2 g and 2 g + 1 of [h], offsets in
-// the lanes of their groups (with scales of 16 columns, in any: rows are whole chunks).
-struct Terms {
-  __m256 products[2], offsets;
-};
-
-template <class Format>
-HEED_INLINE Terms terms_of(const Codes (&codes)[2], const Factors& factors, const SplitColumns& x) {
-  const __m256 steps = _mm256_load_ps(x.steps);
-  Terms terms;
-  if constexpr (std::is_same_v<Format, Q6_K>) {
-    const __m256 of_halves[] = {factors.scales, factors.offsets};
-#pragma GCC unroll 2
-    for (int h = 0; h < 2; ++h) {
-      const __m256 even = chosen(of_halves[h], 0, 2, 4, 6), odd = chosen(of_halves[h], 1, 3, 5, 7);
-      const __m256 both = _mm256_fmadd_ps(Dots(codes[h], x, h, 2, 4).sum(), odd,
-                                          _mm256_mul_ps(Dots(codes[h], x, h, 0, 2).sum(), even));
-      terms.products[h] =
-          _mm256_mul_ps(both, chosen(steps, 4 * h, 4 * h + 1, 4 * h + 2, 4 * h + 3));
-    }
-    terms.offsets = _mm256_fmadd_ps(of_halves[0], _mm256_load_ps(x.centres),
-                                    _mm256_mul_ps(of_halves[1], _mm256_load_ps(x.centres + 8)));
-  } else {
-    const __m256 scaled = _mm256_mul_ps(factors.scales, steps);
-#pragma GCC unroll 2
-    for (int h = 0; h < 2; ++h) {
-      __m256 sum;
-      if constexpr (std::is_same_v<Format, Q8_0>) {
-        Codes low, high;
-#pragma GCC unroll 4
-        for (int v = 0; v < 4; ++v) {
-          low.of[v] = low_nibbles(codes[h].of[v]);
-          high.of[v] = high_nibbles(codes[h].of[v]);
-        }
-        sum = Dots(Dots(low, x, h, 0, 4), Dots(high, x, h, 0, 4)).sum();
-      } else {
-        sum = Dots(codes[h], x, h, 0, 4).sum();
-      }
-      terms.products[h] =
-          _mm256_mul_ps(sum, chosen(scaled, 4 * h, 4 * h + 1, 4 * h + 2, 4 * h + 3));
-    }
-    terms.offsets = _mm256_mul_ps(factors.offsets, _mm256_load_ps(x.sums));
-  }
-  return terms;
-}
-
 // x in lanes [begin, end), else 0.
 HEED_INLINE __m256 lanes_of(__m256 x, int64_t begin, int64_t end) {
   static constexpr int32_t kFrom[] = {0, 0, 0, 0, 0, 0, 0, 0, -1, -1, -1, -1, -1, -1, -1, -1};
@@ -332,75 +286,87 @@ HEED_INLINE __m256 lanes_of(__m256 x, int64_t begin, int64_t end) {
   return _mm256_and_ps(x, _mm256_castsi256_ps(mask));
 }
 
-HEED_INLINE float sum_of_lanes(__m256 x) {
-  __m128 four = _mm_add_ps(_mm256_castps256_ps128(x), _mm256_extractf128_ps(x, 1));
-  four = _mm_add_ps(four, _mm_movehl_ps(four, four));
-  return _mm_cvtss_f32(_mm_add_ss(four, _mm_movehdup_ps(four)));
-}
+struct Avx2 {
+  using Sum = __m256;
+  static constexpr int kMostRows = 2;
 
-// As in byte_rows_avx512.cpp, rows are read as one stream of groups.
-template <class Format, int M>
-struct AddRows {
-  static void run(const BlockMatrix& w, const SplitRows& x, float* y, int64_t y_stride);
-};
+  // Products of groups 4 h + g in lanes 2 g and 2 g + 1 of [h], offsets in the lanes of their groups (with
+  // scales of 16 columns, in any: rows are whole chunks).
+  struct Terms {
+    __m256 products[2], offsets;
+  };
 
-template <class Format, int M>
-void AddRows<Format, M>::run(const BlockMatrix& w, const SplitRows& x, float* y, int64_t y_stride) {
-  constexpr int64_t kBytes = kChunk / Format::kWeights * Format::kBytes;
-  const int64_t groups = w.columns / 32, all = w.rows * groups;
-  const auto* b = reinterpret_cast<const uint8_t*>(w.data);
-  __m256 sums[M];
+  template <class Format>
+  struct Chunk {
+    HEED_INLINE explicit Chunk(const uint8_t* b)
+        : codes{Format::codes(b, 0), Format::codes(b, 1)}, factors(Format::factors(b)) {}
+    Codes codes[2];
+    Factors factors;
+  };
+
+  template <class Format>
+  static HEED_INLINE Terms terms(const Chunk<Format>& chunk, const SplitColumns& x) {
+    const __m256 steps = _mm256_load_ps(x.steps);
+    Terms terms;
+    if constexpr (std::is_same_v<Format, Q6_K>) {
+      const __m256 of_halves[] = {chunk.factors.scales, chunk.factors.offsets};
 #pragma GCC unroll 2
-  for (auto& sum : sums) sum = _mm256_setzero_ps();
-  int64_t left = groups;  // of the row
-  const SplitColumns *columns = x.data, *end = x.data + x.stride;
-  for (int64_t at = 0; at < all; at += 8, b += kBytes) {
-#pragma GCC unroll 5
-    for (int64_t line = 0; line < kBytes; line += 64) {
-      _mm_prefetch(reinterpret_cast<const char*>(b + kAhead + line), _MM_HINT_T0);
-    }
-    const int64_t count = all - at < 8 ? all - at : 8;
-    alignas(32) uint8_t last[kBytes];
-    if (count < 8) {
-      std::memset(last, 0, kBytes);
-      std::memcpy(last, b, static_cast<size_t>(count * Format::kBytes));
-    }
-    const uint8_t* chunk = count < 8 ? last : b;
-    const Codes codes[] = {Format::codes(chunk, 0), Format::codes(chunk, 1)};
-    const Factors factors = Format::factors(chunk);
-    Terms terms[M];
-#pragma GCC unroll 2
-    for (int m = 0; m < M; ++m) {
-      terms[m] = terms_of<Format>(codes, factors, columns[m * x.stride]);
-    }
-    if (++columns == end) columns = x.data;
-    for (int64_t begin = 0; begin < count;) {
-      const int64_t stop = left < count - begin ? begin + left : count;
-#pragma GCC unroll 2
-      for (int m = 0; m < M; ++m) {
-        const Terms& t = terms[m];
-        if (stop - begin == 8) {
-          sums[m] = _mm256_add_ps(
-              sums[m], _mm256_add_ps(_mm256_add_ps(t.products[0], t.products[1]), t.offsets));
-        } else {
-          sums[m] = _mm256_add_ps(sums[m], lanes_of(t.products[0], 2 * begin, 2 * stop));
-          sums[m] = _mm256_add_ps(sums[m], lanes_of(t.products[1], 2 * begin - 8, 2 * stop - 8));
-          sums[m] = _mm256_add_ps(sums[m], lanes_of(t.offsets, begin, stop));
-        }
+      for (int h = 0; h < 2; ++h) {
+        const __m256 even = chosen(of_halves[h], 0, 2, 4, 6),
+                     odd = chosen(of_halves[h], 1, 3, 5, 7);
+        const __m256 both =
+            _mm256_fmadd_ps(Dots(chunk.codes[h], x, h, 2, 4).sum(), odd,
+                            _mm256_mul_ps(Dots(chunk.codes[h], x, h, 0, 2).sum(), even));
+        terms.products[h] =
+            _mm256_mul_ps(both, chosen(steps, 4 * h, 4 * h + 1, 4 * h + 2, 4 * h + 3));
       }
-      left -= stop - begin;
-      begin = stop;
-      if (left > 0) continue;
+      terms.offsets = _mm256_fmadd_ps(of_halves[0], _mm256_load_ps(x.centres),
+                                      _mm256_mul_ps(of_halves[1], _mm256_load_ps(x.centres + 8)));
+    } else {
+      const __m256 scaled = _mm256_mul_ps(chunk.factors.scales, steps);
 #pragma GCC unroll 2
-      for (int m = 0; m < M; ++m) {
-        y[m * y_stride] = sum_of_lanes(sums[m]);
-        sums[m] = _mm256_setzero_ps();
+      for (int h = 0; h < 2; ++h) {
+        terms.products[h] = _mm256_mul_ps(sum_of<Format>(chunk.codes[h], x, h),
+                                          chosen(scaled, 4 * h, 4 * h + 1, 4 * h + 2, 4 * h + 3));
       }
-      ++y;
-      left = groups;
+      terms.offsets = _mm256_mul_ps(chunk.factors.offsets, _mm256_load_ps(x.sums));
+    }
+    return terms;
+  }
+
+  static HEED_INLINE void add(__m256& sum, const Terms& t, int64_t begin, int64_t end) {
+    if (end - begin == 8) {
+      const __m256 products = _mm256_add_ps(t.products[0], t.products[1]);
+      sum = _mm256_add_ps(sum, _mm256_add_ps(products, t.offsets));
+      return;
+    }
+    sum = _mm256_add_ps(sum, lanes_of(t.products[0], 2 * begin, 2 * end));
+    sum = _mm256_add_ps(sum, lanes_of(t.products[1], 2 * begin - 8, 2 * end - 8));
+    sum = _mm256_add_ps(sum, lanes_of(t.offsets, begin, end));
+  }
+
+  static HEED_INLINE float total(__m256 sum) {
+    __m128 four = _mm_add_ps(_mm256_castps256_ps128(sum), _mm256_extractf128_ps(sum, 1));
+    four = _mm_add_ps(four, _mm_movehl_ps(four, four));
+    return _mm_cvtss_f32(_mm_add_ss(four, _mm_movehdup_ps(four)));
+  }
+
+ private:
+  template <class Format>
+  static HEED_INLINE __m256 sum_of(const Codes& codes, const SplitColumns& x, int h) {
+    if constexpr (std::is_same_v<Format, Q8_0>) {
+      Codes low, high;
+#pragma GCC unroll 4
+      for (int v = 0; v < 4; ++v) {
+        low.of[v] = low_nibbles(codes.of[v]);
+        high.of[v] = high_nibbles(codes.of[v]);
+      }
+      return Dots(Dots(low, x, h, 0, 4), Dots(high, x, h, 0, 4)).sum();
+    } else {
+      return Dots(codes, x, h, 0, 4).sum();
     }
   }
-}
+};
 
 HEED_INLINE int sum_of_eight(__m256i x) {
   __m128i four = _mm_add_epi32(_mm256_castsi256_si128(x), _mm256_extracti128_si256(x, 1));
@@ -463,7 +429,7 @@ void split_columns_avx2(const float* x, int64_t columns, int64_t chunks, SplitCo
 }
 
 void byte_rows_avx2(const BlockMatrix& w, const SplitRows& x, float* y, int64_t y_stride) {
-  rows_by_format<AddRows, 2, Q8_0, Q4_0, Q4_1, Q5_0, Q5_1, Q4_K, Q5_K, Q6_K>(w, x, y, y_stride);
+  rows_by_format<Avx2, Q8_0, Q4_0, Q4_1, Q5_0, Q5_1, Q4_K, Q5_K, Q6_K>(w, x, y, y_stride);
 }
 
 }  // namespace heed::kernels

@@ -295,97 +295,54 @@ HEED_INLINE __m512 for_lanes(__m512 factors) {
       factors);
 }
 
-// What a chunk adds to a row's sum: products in lanes 2 g and 2 g + 1, offsets in lane 8 + g; of formats with
-// scales of 16 columns both are in the products.
-struct Terms {
-  __m512 products, offsets;
-};
+struct Avx512 {
+  using Sum = __m512;
+  static constexpr int kMostRows = 4;
 
-template <class Format>
-HEED_INLINE Terms terms_of(const __m512i (&codes)[4], __m512 factors, const SplitColumns& x) {
-  const __m512 steps = _mm512_load_ps(x.steps);
-  Dots dots[2];
+  // Products in lanes 2 g and 2 g + 1, offsets in lane 8 + g; of formats with scales of 16 columns, rows of
+  // which are whole chunks, both are in the products.
+  struct Terms {
+    __m512 products, offsets;
+  };
+
+  template <class Format>
+  struct Chunk {
+    HEED_INLINE explicit Chunk(const uint8_t* b) {
+      const Format chunk(b);
 #pragma GCC unroll 4
-  for (int v = 0; v < 4; ++v) dots[Format::kSixteen ? v / 2 : 0].add(codes[v], x, v);
-  if constexpr (Format::kSixteen) {
-    const __m512 first = _mm512_mul_ps(dots[0].sum(), for_lanes<2, 0>(factors));
-    const __m512 both = _mm512_fmadd_ps(dots[1].sum(), for_lanes<2, 1>(factors), first);
-    const __m512 products = _mm512_mul_ps(both, for_lanes<1, 0>(steps));
-    return {_mm512_fmadd_ps(factors, _mm512_load_ps(x.centres), products), _mm512_setzero_ps()};
-  } else {
-    const __m512 scaled = _mm512_mul_ps(factors, steps);
-    return {_mm512_mul_ps(dots[0].sum(), for_lanes<1, 0>(scaled)), scaled};
-  }
-}
-
-// Lanes of the terms of groups [begin, end).
-HEED_INLINE __mmask16 product_lanes(int64_t begin, int64_t end) {
-  return static_cast<__mmask16>((1U << 2 * end) - (1U << 2 * begin));
-}
-HEED_INLINE __mmask16 offset_lanes(int64_t begin, int64_t end) {
-  return static_cast<__mmask16>((1U << (8 + end)) - (1U << (8 + begin)));
-}
-
-// Rows are read as one stream of groups, so that a chunk may hold the end of one and the beginning of the
-// next: copies of short rows, to fill chunks, would be read before they have reached the cache.
-template <class Format, int M>
-struct AddRows {
-  static void run(const BlockMatrix& w, const SplitRows& x, float* y, int64_t y_stride);
-};
-
-template <class Format, int M>
-void AddRows<Format, M>::run(const BlockMatrix& w, const SplitRows& x, float* y, int64_t y_stride) {
-  constexpr int64_t kBytes = kChunk / Format::kWeights * Format::kBytes;
-  const int64_t groups = w.columns / 32, all = w.rows * groups;
-  const auto* b = reinterpret_cast<const uint8_t*>(w.data);
-  __m512 sums[M];
-#pragma GCC unroll 4
-  for (auto& sum : sums) sum = _mm512_setzero_ps();
-  int64_t left = groups;  // of the row
-  const SplitColumns *columns = x.data, *end = x.data + x.stride;
-  for (int64_t at = 0; at < all; at += 8, b += kBytes) {
-#pragma GCC unroll 5
-    for (int64_t line = 0; line < kBytes; line += 64) {
-      _mm_prefetch(reinterpret_cast<const char*>(b + kAhead + line), _MM_HINT_T0);
+      for (int v = 0; v < 4; ++v) codes[v] = chunk.codes(v);
+      factors = chunk.factors();
     }
-    const int64_t count = all - at < 8 ? all - at : 8;
-    alignas(64) uint8_t last[kBytes];
-    if (count < 8) {
-      std::memset(last, 0, kBytes);
-      std::memcpy(last, b, static_cast<size_t>(count * Format::kBytes));
-    }
-    const Format chunk(count < 8 ? last : b);
-    const __m512i codes[] = {chunk.codes(0), chunk.codes(1), chunk.codes(2), chunk.codes(3)};
-    const __m512 factors = chunk.factors();
-    Terms terms[M];
+    __m512i codes[4];
+    __m512 factors;
+  };
+
+  template <class Format>
+  static HEED_INLINE Terms terms(const Chunk<Format>& chunk, const SplitColumns& x) {
+    const __m512 steps = _mm512_load_ps(x.steps);
+    Dots dots[2];
 #pragma GCC unroll 4
-    for (int m = 0; m < M; ++m) {
-      terms[m] = terms_of<Format>(codes, factors, columns[m * x.stride]);
-    }
-    if (++columns == end) columns = x.data;
-    for (int64_t begin = 0; begin < count;) {
-      const int64_t stop = left < count - begin ? begin + left : count;
-      const __mmask16 products = product_lanes(begin, stop), offsets = offset_lanes(begin, stop);
-#pragma GCC unroll 4
-      for (int m = 0; m < M; ++m) {
-        sums[m] = _mm512_mask_add_ps(sums[m], products, sums[m], terms[m].products);
-        if constexpr (!Format::kSixteen) {
-          sums[m] = _mm512_mask_add_ps(sums[m], offsets, sums[m], terms[m].offsets);
-        }
-      }
-      left -= stop - begin;
-      begin = stop;
-      if (left > 0) continue;
-#pragma GCC unroll 4
-      for (int m = 0; m < M; ++m) {
-        y[m * y_stride] = _mm512_reduce_add_ps(sums[m]);
-        sums[m] = _mm512_setzero_ps();
-      }
-      ++y;
-      left = groups;
+    for (int v = 0; v < 4; ++v) dots[Format::kSixteen ? v / 2 : 0].add(chunk.codes[v], x, v);
+    if constexpr (Format::kSixteen) {
+      const __m512 first = _mm512_mul_ps(dots[0].sum(), for_lanes<2, 0>(chunk.factors));
+      const __m512 both = _mm512_fmadd_ps(dots[1].sum(), for_lanes<2, 1>(chunk.factors), first);
+      const __m512 products = _mm512_mul_ps(both, for_lanes<1, 0>(steps));
+      return {_mm512_fmadd_ps(chunk.factors, _mm512_load_ps(x.centres), products),
+              _mm512_setzero_ps()};
+    } else {
+      const __m512 scaled = _mm512_mul_ps(chunk.factors, steps);
+      return {_mm512_mul_ps(dots[0].sum(), for_lanes<1, 0>(scaled)), scaled};
     }
   }
-}
+
+  static HEED_INLINE void add(__m512& sum, const Terms& terms, int64_t begin, int64_t end) {
+    const auto products = static_cast<__mmask16>((1U << 2 * end) - (1U << 2 * begin));
+    const auto offsets = static_cast<__mmask16>((1U << (8 + end)) - (1U << (8 + begin)));
+    sum = _mm512_mask_add_ps(sum, products, sum, terms.products);
+    sum = _mm512_mask_add_ps(sum, offsets, sum, terms.offsets);
+  }
+  static HEED_INLINE float total(__m512 sum) { return _mm512_reduce_add_ps(sum); }
+};
 
 // The largest of |x|, as bits: NaN is above infinity.
 HEED_INLINE uint32_t largest_bits(__m512 a, __m512 b) {
@@ -433,7 +390,7 @@ void split_columns_avx512(const float* x, int64_t columns, int64_t chunks, Split
 }
 
 void byte_rows_avx512(const BlockMatrix& w, const SplitRows& x, float* y, int64_t y_stride) {
-  rows_by_format<AddRows, 4, Q8_0, Q4_0, Q4_1, Q5_0, Q5_1, Q4_K, Q5_K, Q6_K>(w, x, y, y_stride);
+  rows_by_format<Avx512, Q8_0, Q4_0, Q4_1, Q5_0, Q5_1, Q4_K, Q5_K, Q6_K>(w, x, y, y_stride);
 }
 
 }  // namespace heed::kernels
