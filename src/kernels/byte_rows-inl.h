@@ -1,5 +1,7 @@
 // What the files of byte_rows.h share. They are compiled for different instruction sets, so each has all of
 // this to itself.
+#include <immintrin.h>
+
 #include <cstring>
 #include <type_traits>
 
@@ -22,6 +24,50 @@ HEED_INLINE int read_32(const uint8_t* p) {
   int value;
   std::memcpy(&value, p, sizeof value);
   return value;
+}
+
+HEED_INLINE __m128i load_16(const uint8_t* p) {
+  return _mm_loadu_si128(reinterpret_cast<const __m128i*>(p));
+}
+
+// Numbers of 16 bits at the start of eight blocks.
+template <int64_t kBytes>
+HEED_INLINE __m128i eight_scales(const uint8_t* b) {
+  __m128i raw = _mm_cvtsi32_si128(read_16(b));
+  raw = _mm_insert_epi16(raw, read_16(b + 1 * kBytes), 1);
+  raw = _mm_insert_epi16(raw, read_16(b + 2 * kBytes), 2);
+  raw = _mm_insert_epi16(raw, read_16(b + 3 * kBytes), 3);
+  raw = _mm_insert_epi16(raw, read_16(b + 4 * kBytes), 4);
+  raw = _mm_insert_epi16(raw, read_16(b + 5 * kBytes), 5);
+  raw = _mm_insert_epi16(raw, read_16(b + 6 * kBytes), 6);
+  return _mm_insert_epi16(raw, read_16(b + 7 * kBytes), 7);
+}
+
+// Words of 32 bits, kBytes apart.
+template <int64_t kBytes>
+HEED_INLINE __m128i four_words(const uint8_t* p) {
+  __m128i raw = _mm_cvtsi32_si128(read_32(p));
+  raw = _mm_insert_epi32(raw, read_32(p + 1 * kBytes), 1);
+  raw = _mm_insert_epi32(raw, read_32(p + 2 * kBytes), 2);
+  return _mm_insert_epi32(raw, read_32(p + 3 * kBytes), 3);
+}
+
+// Of a block of Q4_K or Q5_K, the eight 6-bit scales and minima that are packed into 12 bytes.
+HEED_INLINE __m128i group_scales(const uint8_t* b) {
+  const __m128i x =
+      load_16(b);  // d and dmin, scales, minima, upper halves of the last four of both
+  // Scales 0..3, scales 4..7, minima 0..3, minima 4..7.
+  const __m128i own =
+      _mm_and_si128(_mm_srlv_epi32(_mm_shuffle_epi32(x, 0xa5), _mm_setr_epi32(0, 2, 0, 2)),
+                    _mm_setr_epi32(0x3f3f3f3f, 0x30303030, 0x3f3f3f3f, 0x30303030));
+  const __m128i lent =
+      _mm_and_si128(_mm_srlv_epi32(_mm_shuffle_epi32(x, 0xff), _mm_setr_epi32(0, 0, 0, 4)),
+                    _mm_setr_epi32(0, 0x0f0f0f0f, 0, 0x0f0f0f0f));
+  return _mm_or_si128(own, lent);
+}
+// d and -dmin.
+HEED_INLINE __m128 group_pair(const uint8_t* b) {
+  return _mm_xor_ps(_mm_cvtph_ps(_mm_cvtsi32_si128(read_32(b))), _mm_setr_ps(0.0F, -0.0F, 0, 0));
 }
 
 // Of 32 activations, the largest of which in magnitude has these bits.

@@ -9,9 +9,6 @@ namespace heed::kernels {
 
 namespace {
 
-HEED_INLINE __m128i load_16(const uint8_t* p) {
-  return _mm_loadu_si128(reinterpret_cast<const __m128i*>(p));
-}
 HEED_INLINE __m256i load(const void* p) {
   return _mm256_loadu_si256(static_cast<const __m256i*>(p));
 }
@@ -23,25 +20,8 @@ struct Factors {
 // Eight blocks of 32 weights that begin with a float16 scale d: weights are d (code + centre).
 template <int64_t kBytes>
 HEED_INLINE Factors scales_around(const uint8_t* b, float centre) {
-  __m128i raw = _mm_cvtsi32_si128(read_16(b));
-  raw = _mm_insert_epi16(raw, read_16(b + 1 * kBytes), 1);
-  raw = _mm_insert_epi16(raw, read_16(b + 2 * kBytes), 2);
-  raw = _mm_insert_epi16(raw, read_16(b + 3 * kBytes), 3);
-  raw = _mm_insert_epi16(raw, read_16(b + 4 * kBytes), 4);
-  raw = _mm_insert_epi16(raw, read_16(b + 5 * kBytes), 5);
-  raw = _mm_insert_epi16(raw, read_16(b + 6 * kBytes), 6);
-  raw = _mm_insert_epi16(raw, read_16(b + 7 * kBytes), 7);
-  const __m256 d = _mm256_cvtph_ps(raw);
+  const __m256 d = _mm256_cvtph_ps(eight_scales<kBytes>(b));
   return {d, _mm256_mul_ps(d, _mm256_set1_ps(centre))};
-}
-
-// Words of 32 bits, kBytes apart.
-template <int64_t kBytes>
-HEED_INLINE __m128i four_words(const uint8_t* p) {
-  __m128i raw = _mm_cvtsi32_si128(read_32(p));
-  raw = _mm_insert_epi32(raw, read_32(p + 1 * kBytes), 1);
-  raw = _mm_insert_epi32(raw, read_32(p + 2 * kBytes), 2);
-  return _mm_insert_epi32(raw, read_32(p + 3 * kBytes), 3);
 }
 
 // Eight blocks that begin with a scale d and a minimum m: weights are d code + m.
@@ -58,17 +38,8 @@ HEED_INLINE Factors scales_and_minima(const uint8_t* b) {
 
 // d, dmin and the eight 6-bit scales and minima that are packed into 12 bytes.
 HEED_INLINE Factors group_factors(const uint8_t* b) {
-  const __m128i x =
-      load_16(b);  // d and dmin, scales, minima, upper halves of the last four of both
-  // Scales 0..3, scales 4..7, minima 0..3, minima 4..7.
-  const __m128i own =
-      _mm_and_si128(_mm_srlv_epi32(_mm_shuffle_epi32(x, 0xa5), _mm_setr_epi32(0, 2, 0, 2)),
-                    _mm_setr_epi32(0x3f3f3f3f, 0x30303030, 0x3f3f3f3f, 0x30303030));
-  const __m128i lent =
-      _mm_and_si128(_mm_srlv_epi32(_mm_shuffle_epi32(x, 0xff), _mm_setr_epi32(0, 0, 0, 4)),
-                    _mm_setr_epi32(0, 0x0f0f0f0f, 0, 0x0f0f0f0f));
-  const __m128i packed = _mm_or_si128(own, lent);
-  const __m128 pair = _mm_xor_ps(_mm_cvtph_ps(x), _mm_setr_ps(0.0F, -0.0F, 0, 0));
+  const __m128i packed = group_scales(b);
+  const __m128 pair = group_pair(b);
   const auto eight = [](__m128i bytes, __m128 scale) __attribute__((always_inline)) {
     return _mm256_mul_ps(_mm256_cvtepi32_ps(_mm256_cvtepu8_epi32(bytes)),
                          _mm256_broadcastss_ps(scale));

@@ -14,9 +14,6 @@ namespace heed::kernels {
 namespace {
 
 HEED_INLINE __m512i load(const void* p) { return _mm512_loadu_si512(p); }
-HEED_INLINE __m128i load_16(const uint8_t* p) {
-  return _mm_loadu_si128(reinterpret_cast<const __m128i*>(p));
-}
 HEED_INLINE __m256i load_32(const uint8_t* p) {
   return _mm256_loadu_si256(reinterpret_cast<const __m256i*>(p));
 }
@@ -34,27 +31,14 @@ HEED_INLINE __m512 around(__m128i raw, float centre) {
 // Those at the start of eight blocks of 32 weights.
 template <int64_t kBytes>
 HEED_INLINE __m512 scales_around(const uint8_t* b, float centre) {
-  __m128i raw = _mm_cvtsi32_si128(read_16(b));
-  raw = _mm_insert_epi16(raw, read_16(b + 1 * kBytes), 1);
-  raw = _mm_insert_epi16(raw, read_16(b + 2 * kBytes), 2);
-  raw = _mm_insert_epi16(raw, read_16(b + 3 * kBytes), 3);
-  raw = _mm_insert_epi16(raw, read_16(b + 4 * kBytes), 4);
-  raw = _mm_insert_epi16(raw, read_16(b + 5 * kBytes), 5);
-  raw = _mm_insert_epi16(raw, read_16(b + 6 * kBytes), 6);
-  raw = _mm_insert_epi16(raw, read_16(b + 7 * kBytes), 7);
-  return around(raw, centre);
+  return around(eight_scales<kBytes>(b), centre);
 }
 
 // Eight blocks that begin with a scale d and a minimum m: [d, m].
 template <int64_t kBytes>
 HEED_INLINE __m512 scales_and_minima(const uint8_t* b) {
-  const auto four = [](const uint8_t* p) __attribute__((always_inline)) {
-    __m128i raw = _mm_cvtsi32_si128(read_32(p));
-    raw = _mm_insert_epi32(raw, read_32(p + 1 * kBytes), 1);
-    raw = _mm_insert_epi32(raw, read_32(p + 2 * kBytes), 2);
-    return _mm_insert_epi32(raw, read_32(p + 3 * kBytes), 3);
-  };
-  const __m512 pairs = _mm512_cvtph_ps(_mm256_set_m128i(four(b + 4 * kBytes), four(b)));
+  const __m512 pairs =
+      _mm512_cvtph_ps(_mm256_set_m128i(four_words<kBytes>(b + 4 * kBytes), four_words<kBytes>(b)));
   const __m512i order = _mm512_setr_epi32(0, 2, 4, 6, 8, 10, 12, 14, 1, 3, 5, 7, 9, 11, 13, 15);
   return _mm512_permutexvar_ps(order, pairs);
 }
@@ -81,17 +65,18 @@ HEED_INLINE __m512i nibbles(const Halves& halves, int v) {
   return _mm512_and_si512(v < 2 ? bytes : _mm512_srli_epi64(bytes, 4), _mm512_set1_epi8(15));
 }
 
-// Fifth bits of eight blocks, a bit each column from `p` on: those of vector v.
+// Fifth bits of eight blocks, a bit each column from `p` on: word g in qword g.
 template <int64_t kBytes>
-HEED_INLINE void fifth_bits(const uint8_t* p, __mmask64 (&masks)[4]) {
-#pragma GCC unroll 4
-  for (auto& mask : masks) mask = 0;
-#pragma GCC unroll 8
-  for (int g = 0; g < 8; ++g) {
-    const auto bits = static_cast<uint32_t>(read_32(p + g * kBytes));
-#pragma GCC unroll 4
-    for (int v = 0; v < 4; ++v) masks[v] |= __mmask64{bits >> (8 * v) & 255} << (8 * g);
-  }
+HEED_INLINE __m512i fifth_words(const uint8_t* p) {
+  return _mm512_cvtepu32_epi64(
+      _mm256_set_m128i(four_words<kBytes>(p + 4 * kBytes), four_words<kBytes>(p)));
+}
+// Those of vector v.
+HEED_INLINE __mmask64 fifth_bits(__m512i words, int v) {
+  const __m512i first = _mm512_set4_epi64(0x0808080808080808, 0, 0x0808080808080808, 0);
+  const __m512i bytes =
+      _mm512_shuffle_epi8(words, _mm512_add_epi8(first, _mm512_set1_epi8(static_cast<char>(v))));
+  return _mm512_test_epi8_mask(bytes, _mm512_set1_epi64(static_cast<int64_t>(0x8040201008040201)));
 }
 
 HEED_INLINE __m512i with_fifth(__m512i codes, __mmask64 set) {
@@ -157,24 +142,22 @@ struct Q4_1 : Blocks<20> {
 
 struct Q5_0 : Blocks<22> {
   static constexpr BlockFormat kFormat = BlockFormat::q5_0;
-  HEED_INLINE explicit Q5_0(const uint8_t* p) : Blocks{p}, q(halves_of_blocks<kBytes>(p + 6)) {
-    fifth_bits<kBytes>(p + 2, fifth);
-  }
+  HEED_INLINE explicit Q5_0(const uint8_t* p)
+      : Blocks{p}, q(halves_of_blocks<kBytes>(p + 6)), fifth(fifth_words<kBytes>(p + 2)) {}
   HEED_INLINE __m512 factors() const { return scales_around<kBytes>(b, -16); }
-  HEED_INLINE __m512i codes(int v) const { return with_fifth(nibbles(q, v), fifth[v]); }
+  HEED_INLINE __m512i codes(int v) const { return with_fifth(nibbles(q, v), fifth_bits(fifth, v)); }
   Halves q;
-  __mmask64 fifth[4];
+  __m512i fifth;
 };
 
 struct Q5_1 : Blocks<24> {
   static constexpr BlockFormat kFormat = BlockFormat::q5_1;
-  HEED_INLINE explicit Q5_1(const uint8_t* p) : Blocks{p}, q(halves_of_blocks<kBytes>(p + 8)) {
-    fifth_bits<kBytes>(p + 4, fifth);
-  }
+  HEED_INLINE explicit Q5_1(const uint8_t* p)
+      : Blocks{p}, q(halves_of_blocks<kBytes>(p + 8)), fifth(fifth_words<kBytes>(p + 4)) {}
   HEED_INLINE __m512 factors() const { return scales_and_minima<kBytes>(b); }
-  HEED_INLINE __m512i codes(int v) const { return with_fifth(nibbles(q, v), fifth[v]); }
+  HEED_INLINE __m512i codes(int v) const { return with_fifth(nibbles(q, v), fifth_bits(fifth, v)); }
   Halves q;
-  __mmask64 fifth[4];
+  __m512i fifth;
 };
 
 // Four times 32 bytes: low nibbles are one group, high ones the next.
@@ -192,17 +175,8 @@ struct GroupNibbles {
 
 // d, dmin and the eight 6-bit scales and minima that are packed into 12 bytes: [d scale, -dmin minimum].
 HEED_INLINE __m512 group_factors(const uint8_t* b) {
-  const __m128i x =
-      load_16(b);  // d and dmin, scales, minima, upper halves of the last four of both
-  // Scales 0..3, scales 4..7, minima 0..3, minima 4..7.
-  const __m128i own =
-      _mm_and_si128(_mm_srlv_epi32(_mm_shuffle_epi32(x, 0xa5), _mm_setr_epi32(0, 2, 0, 2)),
-                    _mm_setr_epi32(0x3f3f3f3f, 0x30303030, 0x3f3f3f3f, 0x30303030));
-  const __m128i lent =
-      _mm_and_si128(_mm_srlv_epi32(_mm_shuffle_epi32(x, 0xff), _mm_setr_epi32(0, 0, 0, 4)),
-                    _mm_setr_epi32(0, 0x0f0f0f0f, 0, 0x0f0f0f0f));
-  const __m128i packed = _mm_or_si128(own, lent);
-  const __m128 pair = _mm_xor_ps(_mm_cvtph_ps(x), _mm_setr_ps(0.0F, -0.0F, 0, 0));
+  const __m128i packed = group_scales(b);
+  const __m128 pair = group_pair(b);
   const __m512i which = _mm512_setr_epi32(0, 0, 0, 0, 0, 0, 0, 0, 1, 1, 1, 1, 1, 1, 1, 1);
   return _mm512_mul_ps(_mm512_cvtepi32_ps(_mm512_cvtepu8_epi32(packed)),
                        _mm512_permutexvar_ps(which, _mm512_castps128_ps512(pair)));
