@@ -12,6 +12,7 @@ namespace {
 HEED_INLINE __m256i load(const void* p) {
   return _mm256_loadu_si256(static_cast<const __m256i*>(p));
 }
+
 // Numbers of the eight groups of 32 columns in a chunk.
 struct Factors {
   __m256 scales, offsets;
@@ -137,24 +138,24 @@ struct Q4_1 {
   }
 };
 
-struct Q5_0 {
-  static constexpr BlockFormat kFormat = BlockFormat::q5_0;
-  static constexpr int64_t kBytes = 22, kWeights = 32;
-  static HEED_INLINE Factors factors(const uint8_t* b) { return scales_around<kBytes>(b, -16); }
+// Scales, then fifth bits, then nibbles.
+template <int64_t kBlockBytes, int64_t kFifths>
+struct FiveBits {
+  static constexpr int64_t kBytes = kBlockBytes, kWeights = 32;
   static HEED_INLINE Codes codes(const uint8_t* b, int h) {
-    const uint8_t* fifth = b + 4 * h * kBytes + 2;
+    const uint8_t* fifth = b + 4 * h * kBytes + kFifths;
     return with_block_fifths<kBytes>(block_nibbles<kBytes>(fifth + 4), fifth);
   }
 };
 
-struct Q5_1 {
+struct Q5_0 : FiveBits<22, 2> {
+  static constexpr BlockFormat kFormat = BlockFormat::q5_0;
+  static HEED_INLINE Factors factors(const uint8_t* b) { return scales_around<kBytes>(b, -16); }
+};
+
+struct Q5_1 : FiveBits<24, 4> {
   static constexpr BlockFormat kFormat = BlockFormat::q5_1;
-  static constexpr int64_t kBytes = 24, kWeights = 32;
   static HEED_INLINE Factors factors(const uint8_t* b) { return scales_and_minima<kBytes>(b); }
-  static HEED_INLINE Codes codes(const uint8_t* b, int h) {
-    const uint8_t* fifth = b + 4 * h * kBytes + 4;
-    return with_block_fifths<kBytes>(block_nibbles<kBytes>(fifth + 4), fifth);
-  }
 };
 
 struct Q4_K {

@@ -17,6 +17,7 @@ HEED_INLINE __m512i load(const void* p) { return _mm512_loadu_si512(p); }
 HEED_INLINE __m256i load_32(const uint8_t* p) {
   return _mm256_loadu_si256(reinterpret_cast<const __m256i*>(p));
 }
+
 // [low, high]
 HEED_INLINE __m512 joined(__m256 low, __m256 high) {
   return _mm512_insertf32x8(_mm512_castps256_ps512(low), high, 1);
@@ -88,7 +89,6 @@ HEED_INLINE __m512i with_fifth(__m512i codes, __mmask64 set) {
 template <int64_t kBlockBytes>
 struct Blocks {
   static constexpr int64_t kBytes = kBlockBytes, kWeights = 32;
-  static constexpr bool kSixteen = false;
   const uint8_t* b;
 };
 
@@ -140,24 +140,29 @@ struct Q4_1 : Blocks<20> {
   Halves q;
 };
 
-struct Q5_0 : Blocks<22> {
-  static constexpr BlockFormat kFormat = BlockFormat::q5_0;
-  HEED_INLINE explicit Q5_0(const uint8_t* p)
-      : Blocks{p}, q(halves_of_blocks<kBytes>(p + 6)), fifth(fifth_words<kBytes>(p + 2)) {}
-  HEED_INLINE __m512 factors() const { return scales_around<kBytes>(b, -16); }
+// Scales, then fifth bits, then nibbles.
+template <int64_t kBlockBytes, int64_t kFifths>
+struct FiveBits : Blocks<kBlockBytes> {
+  using Blocks<kBlockBytes>::kBytes;
+  HEED_INLINE explicit FiveBits(const uint8_t* p)
+      : Blocks<kBlockBytes>{p},
+        q(halves_of_blocks<kBytes>(p + kFifths + 4)),
+        fifth(fifth_words<kBytes>(p + kFifths)) {}
   HEED_INLINE __m512i codes(int v) const { return with_fifth(nibbles(q, v), fifth_bits(fifth, v)); }
   Halves q;
   __m512i fifth;
 };
 
-struct Q5_1 : Blocks<24> {
+struct Q5_0 : FiveBits<22, 2> {
+  static constexpr BlockFormat kFormat = BlockFormat::q5_0;
+  using FiveBits::FiveBits;
+  HEED_INLINE __m512 factors() const { return scales_around<kBytes>(b, -16); }
+};
+
+struct Q5_1 : FiveBits<24, 4> {
   static constexpr BlockFormat kFormat = BlockFormat::q5_1;
-  HEED_INLINE explicit Q5_1(const uint8_t* p)
-      : Blocks{p}, q(halves_of_blocks<kBytes>(p + 8)), fifth(fifth_words<kBytes>(p + 4)) {}
+  using FiveBits::FiveBits;
   HEED_INLINE __m512 factors() const { return scales_and_minima<kBytes>(b); }
-  HEED_INLINE __m512i codes(int v) const { return with_fifth(nibbles(q, v), fifth_bits(fifth, v)); }
-  Halves q;
-  __m512i fifth;
 };
 
 // Four times 32 bytes: low nibbles are one group, high ones the next.
@@ -185,7 +190,6 @@ HEED_INLINE __m512 group_factors(const uint8_t* b) {
 struct Q4_K {
   static constexpr BlockFormat kFormat = BlockFormat::q4_k;
   static constexpr int64_t kBytes = 144, kWeights = 256;
-  static constexpr bool kSixteen = false;
   HEED_INLINE explicit Q4_K(const uint8_t* p) : b(p), q(p + 16) {}
   HEED_INLINE __m512 factors() const { return group_factors(b); }
   HEED_INLINE __m512i codes(int v) const { return q.codes(v); }
@@ -196,7 +200,6 @@ struct Q4_K {
 struct Q5_K {
   static constexpr BlockFormat kFormat = BlockFormat::q5_k;
   static constexpr int64_t kBytes = 176, kWeights = 256;
-  static constexpr bool kSixteen = false;
   HEED_INLINE explicit Q5_K(const uint8_t* p) : b(p), q(p + 48) {}
   HEED_INLINE __m512 factors() const { return group_factors(b); }
   HEED_INLINE __m512i codes(int v) const {
@@ -216,7 +219,6 @@ struct Q5_K {
 struct Q6_K {
   static constexpr BlockFormat kFormat = BlockFormat::q6_k;
   static constexpr int64_t kBytes = 210, kWeights = 256;
-  static constexpr bool kSixteen = true;
   HEED_INLINE explicit Q6_K(const uint8_t* p)
       : b(p), first(load(p)), second(load(p + 64)), high(load(p + 128)) {}
   HEED_INLINE __m512 factors() const {
@@ -293,11 +295,12 @@ struct Avx512 {
 
   template <class Format>
   static HEED_INLINE Terms terms(const Chunk<Format>& chunk, const SplitColumns& x) {
+    constexpr bool kSixteen = std::is_same_v<Format, Q6_K>;
     const __m512 steps = _mm512_load_ps(x.steps);
     Dots dots[2];
 #pragma GCC unroll 4
-    for (int v = 0; v < 4; ++v) dots[Format::kSixteen ? v / 2 : 0].add(chunk.codes[v], x, v);
-    if constexpr (Format::kSixteen) {
+    for (int v = 0; v < 4; ++v) dots[kSixteen ? v / 2 : 0].add(chunk.codes[v], x, v);
+    if constexpr (kSixteen) {
       const __m512 first = _mm512_mul_ps(dots[0].sum(), for_lanes<2, 0>(chunk.factors));
       const __m512 both = _mm512_fmadd_ps(dots[1].sum(), for_lanes<2, 1>(chunk.factors), first);
       const __m512 products = _mm512_mul_ps(both, for_lanes<1, 0>(steps));

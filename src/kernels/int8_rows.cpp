@@ -352,8 +352,6 @@ int64_t Int8Matrix::bytes() const {
          static_cast<int64_t>(sizeof(WeightGroup));
 }
 
-bool has_codes(BlockFormat format) { return weights_per_block(format) > 1; }
-
 Int8Matrix int8_matrix(std::span<const BlockMatrix> parts) {
   Int8Matrix w;
   for (const BlockMatrix& part : parts) {

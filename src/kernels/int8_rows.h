@@ -46,8 +46,6 @@ struct Int8Matrix {
   int64_t bytes() const;
 };
 
-/// Whether the format has codes of at most 8 bits.
-bool has_codes(BlockFormat format);
 /// The matrix of these parts stacked, without memory. Throws Error for no parts, parts without codes or of
 /// different columns.
 Int8Matrix int8_matrix(std::span<const BlockMatrix> parts);

@@ -8,7 +8,6 @@
 #include <string>
 
 #include "base/parallel.h"
-#include "base/round_up.h"
 #include "heed/error.h"
 #include "heed/tensor.h"
 #include "kernels/by_isa.h"
@@ -216,7 +215,7 @@ void check(std::span<const RowProduct> products, int64_t x_stride, int64_t count
 
 bool weights_in_codes(std::span<const RowProduct> products) {
   return std::any_of(products.begin(), products.end(),
-                     [](const RowProduct& p) { return weights_per_block(p.weights.format) > 1; });
+                     [](const RowProduct& p) { return has_codes(p.weights.format); });
 }
 
 // Activations as products of bytes read them.
@@ -255,6 +254,7 @@ const kernels::ByteRowKernels* kernels::byte_row_kernels(Isa isa) {
 const char* name_of(BlockFormat format) { return info(format).name; }
 int64_t weights_per_block(BlockFormat format) { return info(format).weights; }
 int64_t bytes_per_block(BlockFormat format) { return info(format).bytes; }
+bool has_codes(BlockFormat format) { return weights_per_block(format) > 1; }
 
 int64_t BlockMatrix::row_bytes() const {
   return columns / info(format).weights * info(format).bytes;
@@ -289,7 +289,7 @@ void quantized_rows(std::span<const RowProduct> products, const float* x, int64_
         continue;
       }
       int64_t begin = item * step, rows = std::min(step, w.rows - begin);
-      if (split && weights_per_block(w.format) > 1) {
+      if (split && has_codes(w.format)) {
         bytes->multiply({w.format, w.data + begin * w.row_bytes(), rows, w.columns}, split->rows(),
                         p.y + begin, p.y_stride);
         return;

@@ -34,6 +34,8 @@ inline constexpr int kBlockFormats = 11;
 const char* name_of(BlockFormat format);  // "Q4_1"
 int64_t weights_per_block(BlockFormat format);
 int64_t bytes_per_block(BlockFormat format);
+/// Whether the format has codes of at most 8 bits.
+bool has_codes(BlockFormat format);
 
 /// W [rows, columns] in memory that the caller keeps alive; no alignment is needed.
 struct BlockMatrix {

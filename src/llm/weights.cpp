@@ -48,7 +48,7 @@ GgmlType type_of(BlockFormat format) {
   throw Error(std::string(name_of(format)) + " is no tensor type of a file");
 }
 
-bool is_quantized(GgmlType type) { return weights_per_block(format_of(type)) > 1; }
+bool is_quantized(GgmlType type) { return has_codes(format_of(type)); }
 
 // Finds tensors, checks their shapes, and remembers which were asked for.
 class Loader {
