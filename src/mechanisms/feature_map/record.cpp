@@ -1,4 +1,5 @@
 #include <cmath>
+#include <memory>
 
 #include "engine/candidates.h"
 #include "heed/feature_map.h"
@@ -127,6 +128,24 @@ std::vector<CascadeText> feature_cascades() {
   return texts;
 }
 
+BackwardCall forward_for_backward(const NamedTensors& in, const Spec& options,
+                                  const RunOptions& run) {
+  const FeatureKind kind = kind_of(options);
+  const auto features =
+      std::make_shared<const Array>(feature_map(in.at("x"), kind, parameters(in), run));
+  return [in, kind, run, features](const NamedTensors& out_gradients) {
+    FeatureMapOptions given = parameters(in);
+    given.forward_features = *features;
+    FeatureMapGradients gradients =
+        feature_map_backward(out_gradients.at("out"), in.at("x"), kind, given, run);
+    NamedArrays arrays;
+    arrays.emplace("x", std::move(gradients.x));
+    if (given.weight.defined()) arrays.emplace("weight", std::move(gradients.weight));
+    if (given.bias.defined()) arrays.emplace("bias", std::move(gradients.bias));
+    return arrays;
+  };
+}
+
 Mechanism feature_map_record() {
   Mechanism m;
   m.name = "feature_map";
@@ -153,20 +172,7 @@ Mechanism feature_map_record() {
     arrays.emplace("out", feature_map(in.at("x"), kind_of(options), parameters(in), run));
     return arrays;
   };
-  m.backward = [](const NamedTensors& in, const NamedTensors& out_gradients, const Spec& options,
-                  const RunOptions& run) {
-    const FeatureKind kind = kind_of(options);
-    FeatureMapOptions given = parameters(in);
-    const Array features = feature_map(in.at("x"), kind, given, run);
-    given.forward_features = features;
-    FeatureMapGradients gradients =
-        feature_map_backward(out_gradients.at("out"), in.at("x"), kind, given, run);
-    NamedArrays arrays;
-    arrays.emplace("x", std::move(gradients.x));
-    if (in.contains("weight")) arrays.emplace("weight", std::move(gradients.weight));
-    if (in.contains("bias")) arrays.emplace("bias", std::move(gradients.bias));
-    return arrays;
-  };
+  m.forward_for_backward = forward_for_backward;
   m.bind = bind;
   m.needed_sizes = [](const NamedTensors& in) {  // without a layer: one product an element
     return in.contains("weight") ? std::map<std::string, int64_t>()
