@@ -87,9 +87,9 @@ struct SplitStep {
     }
   }
   /// Given the sums of both halves in steps.
-  HEED_INLINE void store(int64_t group, const int (&sums)[2], SplitColumns& to) const {
+  HEED_INLINE void store(int64_t group, const int (&sums)[2], int digits, SplitColumns& to) const {
     const float halves[] = {step * static_cast<float>(sums[0]), step * static_cast<float>(sums[1])};
-    to.steps[group] = step;
+    to.steps[group] = digits == 2 ? 256 * step : step;
     to.sums[group] = halves[0] + halves[1];
     to.centres[2 * group] = -32 * halves[0];
     to.centres[2 * group + 1] = -32 * halves[1];

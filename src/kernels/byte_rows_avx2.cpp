@@ -211,14 +211,15 @@ struct Q6_K {
   }
 };
 
-// Sums of codes [first, end) of each group times the three bytes of activations, from `x` on.
+// Sums of codes [first, end) of each group times the bytes of activations, from `x` on.
+template <int kDigits>
 struct Dots {
   __m256i high, middle, low;
 
   HEED_INLINE Dots(const Codes& codes, const SplitColumns& x, int h, int first, int end)
       : high(words(codes, x.high + 32 * h, first, end)),
         middle(words(codes, x.middle + 32 * h, first, end)),
-        low(words(codes, x.low + 32 * h, first, end)) {}
+        low(kDigits == 3 ? words(codes, x.low + 32 * h, first, end) : middle) {}
   HEED_INLINE Dots(const Dots& low_nibbles, const Dots& high_nibbles)
       : high(with_high(low_nibbles.high, high_nibbles.high)),
         middle(with_high(low_nibbles.middle, high_nibbles.middle)),
@@ -226,6 +227,7 @@ struct Dots {
   /// In units of steps.
   HEED_INLINE __m256 sum() const {
     const __m256i upper = _mm256_add_epi32(_mm256_slli_epi32(high, 8), middle);
+    if constexpr (kDigits == 2) return _mm256_cvtepi32_ps(upper);
     return _mm256_fmadd_ps(_mm256_cvtepi32_ps(upper), _mm256_set1_ps(256), _mm256_cvtepi32_ps(low));
   }
 
@@ -258,6 +260,7 @@ HEED_INLINE __m256 lanes_of(__m256 x, int64_t begin, int64_t end) {
   return _mm256_and_ps(x, _mm256_castsi256_ps(mask));
 }
 
+template <int kDigits>
 struct Avx2 {
   using Sum = __m256;
   static constexpr int kMostRows = 2;
@@ -287,8 +290,8 @@ struct Avx2 {
         const __m256 even = chosen(of_halves[h], 0, 2, 4, 6),
                      odd = chosen(of_halves[h], 1, 3, 5, 7);
         const __m256 both =
-            _mm256_fmadd_ps(Dots(chunk.codes[h], x, h, 2, 4).sum(), odd,
-                            _mm256_mul_ps(Dots(chunk.codes[h], x, h, 0, 2).sum(), even));
+            _mm256_fmadd_ps(Dots<kDigits>(chunk.codes[h], x, h, 2, 4).sum(), odd,
+                            _mm256_mul_ps(Dots<kDigits>(chunk.codes[h], x, h, 0, 2).sum(), even));
         terms.products[h] =
             _mm256_mul_ps(both, chosen(steps, 4 * h, 4 * h + 1, 4 * h + 2, 4 * h + 3));
       }
@@ -333,9 +336,9 @@ struct Avx2 {
         low.of[v] = low_nibbles(codes.of[v]);
         high.of[v] = high_nibbles(codes.of[v]);
       }
-      return Dots(Dots(low, x, h, 0, 4), Dots(high, x, h, 0, 4)).sum();
+      return Dots<kDigits>({low, x, h, 0, 4}, {high, x, h, 0, 4}).sum();
     } else {
-      return Dots(codes, x, h, 0, 4).sum();
+      return Dots<kDigits>(codes, x, h, 0, 4).sum();
     }
   }
 };
@@ -368,7 +371,8 @@ HEED_INLINE void store_bytes(__m256i x, int8_t* to) {
 
 }  // namespace
 
-void split_columns_avx2(const float* x, int64_t columns, int64_t chunks, SplitColumns* to) {
+void split_columns_avx2(const float* x, int64_t columns, int64_t chunks, int digits,
+                        SplitColumns* to) {
   const float *from = x, *end = x + columns;
   for (int64_t c = 0; c < chunks; ++c, ++to) {
     for (int64_t g = 0; g < 8; ++g) {
@@ -395,13 +399,17 @@ void split_columns_avx2(const float* x, int64_t columns, int64_t chunks, SplitCo
         store_bytes(low, to->low + at);
         sums[v / 2] += sum_of_eight(q);
       }
-      step.store(g, sums, *to);
+      step.store(g, sums, digits, *to);
     }
   }
 }
 
 void byte_rows_avx2(const BlockMatrix& w, const SplitRows& x, float* y, int64_t y_stride) {
-  rows_by_format<Avx2, Q8_0, Q4_0, Q4_1, Q5_0, Q5_1, Q4_K, Q5_K, Q6_K>(w, x, y, y_stride);
+  const auto add = [&](auto vectors) {
+    using Vectors = decltype(vectors);
+    rows_by_format<Vectors, Q8_0, Q4_0, Q4_1, Q5_0, Q5_1, Q4_K, Q5_K, Q6_K>(w, x, y, y_stride);
+  };
+  x.digits == 2 ? add(Avx2<2>()) : add(Avx2<3>());
 }
 
 }  // namespace heed::kernels

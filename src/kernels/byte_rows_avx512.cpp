@@ -243,7 +243,8 @@ struct Q6_K {
   __m512i first, second, high;
 };
 
-// Sums of codes times the three bytes of activations.
+// Sums of codes times the bytes of activations.
+template <int kDigits>
 struct Dots {
   __m512i high, middle, low;
 
@@ -251,11 +252,12 @@ struct Dots {
   HEED_INLINE void add(__m512i codes, const SplitColumns& x, int v) {
     high = _mm512_dpbusd_epi32(high, codes, load(x.high + 64 * v));
     middle = _mm512_dpbusd_epi32(middle, codes, load(x.middle + 64 * v));
-    low = _mm512_dpbusd_epi32(low, codes, load(x.low + 64 * v));
+    if constexpr (kDigits == 3) low = _mm512_dpbusd_epi32(low, codes, load(x.low + 64 * v));
   }
   /// In units of steps. 256 high + middle: at most 2^27.
   HEED_INLINE __m512 sum() const {
     const __m512i upper = _mm512_add_epi32(_mm512_slli_epi32(high, 8), middle);
+    if constexpr (kDigits == 2) return _mm512_cvtepi32_ps(upper);
     return _mm512_fmadd_ps(_mm512_cvtepi32_ps(upper), _mm512_set1_ps(256), _mm512_cvtepi32_ps(low));
   }
 };
@@ -271,6 +273,7 @@ HEED_INLINE __m512 for_lanes(__m512 factors) {
       factors);
 }
 
+template <int kDigits>
 struct Avx512 {
   using Sum = __m512;
   static constexpr int kMostRows = 4;
@@ -297,7 +300,7 @@ struct Avx512 {
   static HEED_INLINE Terms terms(const Chunk<Format>& chunk, const SplitColumns& x) {
     constexpr bool kSixteen = std::is_same_v<Format, Q6_K>;
     const __m512 steps = _mm512_load_ps(x.steps);
-    Dots dots[2];
+    Dots<kDigits> dots[2];
 #pragma GCC unroll 4
     for (int v = 0; v < 4; ++v) dots[kSixteen ? v / 2 : 0].add(chunk.codes[v], x, v);
     if constexpr (kSixteen) {
@@ -331,7 +334,8 @@ HEED_INLINE uint32_t largest_bits(__m512 a, __m512 b) {
 
 }  // namespace
 
-void split_columns_avx512(const float* x, int64_t columns, int64_t chunks, SplitColumns* to) {
+void split_columns_avx512(const float* x, int64_t columns, int64_t chunks, int digits,
+                          SplitColumns* to) {
   const float *from = x, *end = x + columns;
   for (int64_t c = 0; c < chunks; ++c, ++to) {
     for (int64_t g = 0; g < 8; ++g) {
@@ -361,13 +365,17 @@ void split_columns_avx512(const float* x, int64_t columns, int64_t chunks, Split
         store(to->low, low);
         sums[i] = _mm512_reduce_add_epi32(q);
       }
-      step.store(g, sums, *to);
+      step.store(g, sums, digits, *to);
     }
   }
 }
 
 void byte_rows_avx512(const BlockMatrix& w, const SplitRows& x, float* y, int64_t y_stride) {
-  rows_by_format<Avx512, Q8_0, Q4_0, Q4_1, Q5_0, Q5_1, Q4_K, Q5_K, Q6_K>(w, x, y, y_stride);
+  const auto add = [&](auto vectors) {
+    using Vectors = decltype(vectors);
+    rows_by_format<Vectors, Q8_0, Q4_0, Q4_1, Q5_0, Q5_1, Q4_K, Q5_K, Q6_K>(w, x, y, y_stride);
+  };
+  x.digits == 2 ? add(Avx512<2>()) : add(Avx512<3>());
 }
 
 }  // namespace heed::kernels

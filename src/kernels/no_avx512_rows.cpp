@@ -13,9 +13,9 @@ void int8_panel_avx512(const Int8Rows&, const Int8Matrix&, const Tensor&, bool, 
                        int64_t) {
   absent();
 }
-void split_columns_avx512(const float*, int64_t, int64_t, SplitColumns*) { absent(); }
+void split_columns_avx512(const float*, int64_t, int64_t, int, SplitColumns*) { absent(); }
 void byte_rows_avx512(const BlockMatrix&, const SplitRows&, float*, int64_t) { absent(); }
-void split_columns_avx2(const float*, int64_t, int64_t, SplitColumns*) { absent(); }
+void split_columns_avx2(const float*, int64_t, int64_t, int, SplitColumns*) { absent(); }
 void byte_rows_avx2(const BlockMatrix&, const SplitRows&, float*, int64_t) { absent(); }
 
 }  // namespace heed::kernels

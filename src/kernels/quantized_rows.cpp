@@ -222,15 +222,15 @@ bool weights_in_codes(std::span<const RowProduct> products) {
 class SplitActivations {
  public:
   SplitActivations(const kernels::ByteRowKernels& kernels, const float* x, int64_t x_stride,
-                   int64_t count, int64_t columns)
+                   int64_t count, int64_t columns, int digits, const RunOptions& run)
       : stride_(columns / std::gcd(columns, kernels::kSplitColumns)),
         scratch_(static_cast<size_t>(count * stride_) * sizeof(kernels::SplitColumns)),
-        rows_{nullptr, count, stride_} {
+        rows_{nullptr, count, stride_, digits} {
     auto* to = scratch_.take<kernels::SplitColumns>(count * stride_);
     rows_.data = to;
-    for (int64_t m = 0; m < count; ++m) {
-      kernels.split(x + m * x_stride, columns, stride_, to + m * stride_);
-    }
+    parallel_for(count, threads_for(run, count / 4), [&](int64_t m, int) {
+      kernels.split(x + m * x_stride, columns, stride_, digits, to + m * stride_);
+    });
   }
   const kernels::SplitRows& rows() const { return rows_; }
 
@@ -261,7 +261,7 @@ int64_t BlockMatrix::row_bytes() const {
 }
 
 void quantized_rows(std::span<const RowProduct> products, const float* x, int64_t x_stride,
-                    int64_t count, const RunOptions& run) {
+                    int64_t count, const RunOptions& run, RowActivations activations) {
   check(products, x_stride, count);
   if (count == 0) return;
   // Work items of about 32 KB of weights: they stay in the L1 or L2 cache while the rows of x pass.
@@ -279,7 +279,10 @@ void quantized_rows(std::span<const RowProduct> products, const float* x, int64_
   const kernels::ByteRowKernels* bytes =
       weights_in_codes(products) ? kernels::byte_row_kernels(isa) : nullptr;
   std::optional<SplitActivations> split;
-  if (bytes != nullptr) split.emplace(*bytes, x, x_stride, count, products[0].weights.columns);
+  if (bytes != nullptr) {
+    split.emplace(*bytes, x, x_stride, count, products[0].weights.columns,
+                  activations == RowActivations::int16 ? 2 : 3, run);
+  }
   parallel_for_shares(items, threads_for(run, items), [&](int64_t item, int) {
     for (const RowProduct& p : products) {
       const BlockMatrix& w = p.weights;

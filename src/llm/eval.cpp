@@ -28,6 +28,7 @@ Perplexity perplexity(Model& model, std::span<const int32_t> tokens,
   Perplexity result;
   double sum = 0;
   const double attention_before = model.attention_seconds(), total_before = model.total_seconds();
+  model.prepare(count);
   const int64_t windows = stride < context ? 1 : 1 + (count - 1) / context;
   const int64_t total = count - windows;  // the first token of windows that are apart is not scored
   int64_t next = 1;                       // the token to score; the row before it gives its logits

@@ -41,9 +41,8 @@ void Generator::append(std::span<const int32_t> tokens) {
   changes_ = model_.changes();
 }
 
-// Runs the part of the prompt that is not in the cache yet; false when it was cancelled.
-bool Generator::read_prompt(std::span<const int32_t> prompt, const GenerateOptions& options,
-                            GenerateResult& result) {
+// Forgets what the prompt does not begin with; returns how many tokens are left.
+size_t Generator::keep_common(std::span<const int32_t> prompt) {
   // Someone else may have used the model in between: then only an empty cache is known.
   if (changes_ != model_.changes()) cached_.clear();
   const size_t most =
@@ -53,7 +52,12 @@ bool Generator::read_prompt(std::span<const int32_t> prompt, const GenerateOptio
   const size_t common = static_cast<size_t>(model_.truncate(differs.first - prompt.begin()));
   cached_.resize(common);
   changes_ = model_.changes();
-  result.reused_tokens = static_cast<int64_t>(common);
+  return common;
+}
+
+// Runs the prompt after its `common` tokens; false when it was cancelled.
+bool Generator::read_prompt(std::span<const int32_t> prompt, size_t common,
+                            const GenerateOptions& options, GenerateResult& result) {
   const int64_t total = static_cast<int64_t>(prompt.size());
   model_.reserve(std::min(model_.context(), total + std::min<int64_t>(options.max_tokens, 512)));
   const size_t rest = prompt.size() - common;
@@ -114,8 +118,11 @@ GenerateResult Generator::generate(std::span<const int32_t> prompt,
   GenerateResult result;
   result.prompt_tokens = static_cast<int64_t>(prompt.size());
   const double attention_before = model_.attention_seconds();
+  const size_t common = keep_common(prompt);
+  result.reused_tokens = static_cast<int64_t>(common);
+  model_.prepare(static_cast<int64_t>(prompt.size() - common));
   auto start = std::chrono::steady_clock::now();
-  const bool complete = read_prompt(prompt, options, result);
+  const bool complete = read_prompt(prompt, common, options, result);
   if (complete) (void)model_.logits();
   result.prefill_seconds = seconds_since(start);
   start = std::chrono::steady_clock::now();

@@ -60,7 +60,8 @@ class Generator {
   GenerateResult generate(std::span<const int32_t> prompt, const GenerateOptions& options);
 
  private:
-  bool read_prompt(std::span<const int32_t> prompt, const GenerateOptions& options,
+  size_t keep_common(std::span<const int32_t> prompt);
+  bool read_prompt(std::span<const int32_t> prompt, size_t common, const GenerateOptions& options,
                    GenerateResult& result);
   void append(std::span<const int32_t> tokens);
   void write_answer(const GenerateOptions& options, Sampler& sampler, GenerateResult& result);

@@ -6,8 +6,8 @@
 #include <string>
 #include <utility>
 
-#include "heed/error.h"
 #include "base/round_up.h"
+#include "heed/error.h"
 #include "kernels/transformer_rows.h"
 #include "llm/gguf.h"
 
@@ -31,6 +31,8 @@ class Stopwatch {
 
 // Rows of logits formed at once when every row's are wanted: 12 MB for a vocabulary of 50,000.
 constexpr int64_t kLogitRows = 64;
+// Tokens read in all from which unpacked weights gain what unpacking takes: about 90 are as quick without.
+constexpr int64_t kWorthUnpacking = 64;
 
 std::vector<ModelAttention> per_layer(std::vector<ModelAttention> attention, int64_t layers) {
   if (attention.size() == 1) attention.resize(static_cast<size_t>(layers), attention[0]);
@@ -212,7 +214,7 @@ Tensor Model::attend(int64_t layer, const Tensor& qkv, int64_t wanted) {
 }
 
 DType Model::activation_type(int64_t rows) const {
-  return rows > few_rows(weights_.dense_type) ? weights_.dense_type : DType::f32;
+  return weights_.are_many(rows) ? weights_.dense_type : DType::f32;
 }
 
 // y = W x, or y += W x where y is the stream, for the x that make(x) makes: a matrix of the type that
@@ -220,7 +222,7 @@ DType Model::activation_type(int64_t rows) const {
 template <class Make>
 void Model::multiply(const WeightMatrix& w, const Make& make, const Tensor& y, bool add) {
   const int64_t rows = y.size(0);
-  if (w.int8.data != nullptr && rows > few_rows(weights_.dense_type)) {
+  if (w.int8.data != nullptr && weights_.are_many(rows)) {
     const Int8Rows x{input_.as<std::byte>(), rows, w.columns};
     make(x);
     int8_product(x, w.int8, y, add, run_);
@@ -300,6 +302,10 @@ Tensor Model::normalized_rows(int64_t first, int64_t rows) {
   return normed;
 }
 
+void Model::prepare(int64_t tokens) {
+  if (read_tokens_ + tokens >= kWorthUnpacking) weights_.unpack(run_);
+}
+
 void Model::append(std::span<const int32_t> tokens) {
   append(tokens, static_cast<int64_t>(tokens.size()), [](int64_t, std::span<const float>) {});
 }
@@ -310,7 +316,11 @@ void Model::append(std::span<const int32_t> tokens, int64_t first,
   ++changes_;
   const int64_t count = static_cast<int64_t>(tokens.size());
   cache_.reserve(length() + count);
-  if (count > few_rows(weights_.dense_type)) cache_.populate(length() + count, run_);
+  if (count > few_rows(weights_.dense_type)) {
+    prepare(count);
+    read_tokens_ += count;
+    cache_.populate(length() + count, run_);
+  }
   // Chunks of nearly equal size: no last chunk of a few rows.
   const int64_t chunks = count / chunk() + (count % chunk() == 0 ? 0 : 1);
   for (int64_t c = 0; c < chunks; ++c) {

@@ -301,6 +301,7 @@ TEST(Model, NarrowQuantisedMatricesHaveRoomForTheirRows) {
     Model model(parsed, plain_options());
     std::vector<int32_t> tokens(static_cast<size_t>(rows));
     std::iota(tokens.begin(), tokens.end(), 0);
+    model.prepare(Model::kChunk);
     model.append(tokens);
     EXPECT_EQ(model.logits().size(), 40u);
   }

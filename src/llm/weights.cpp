@@ -53,7 +53,9 @@ bool is_quantized(GgmlType type) { return has_codes(format_of(type)); }
 // Finds tensors, checks their shapes, and remembers which were asked for.
 class Loader {
  public:
-  explicit Loader(const GgufFile& file) : file_(file) {}
+  Loader(const GgufFile& file, ModelDtype dtype)
+      : file_(file),
+        activations_(dtype == ModelDtype::int4 ? RowActivations::int16 : RowActivations::f32) {}
 
   const GgufTensor* find(const std::string& name, const std::vector<int64_t>& shape) {
     const GgufTensor* tensor = file_.find(name);
@@ -74,6 +76,7 @@ class Loader {
 
   WeightMatrix stacked(const std::vector<std::pair<std::string, int64_t>>& parts, int64_t columns) {
     WeightMatrix w;
+    w.activations = activations_;
     w.columns = columns;
     for (const auto& [name, rows] : parts) {
       w.parts.push_back(matrix(name, rows, columns));
@@ -107,6 +110,7 @@ class Loader {
 
  private:
   const GgufFile& file_;
+  RowActivations activations_;
   std::set<std::string> used_;
 };
 
@@ -198,16 +202,18 @@ bool for_int8(const WeightMatrix& w, ModelDtype dtype, const RunOptions& run) {
                      [](const BlockMatrix& part) { return has_codes(part.format); });
 }
 
-// The weights of the layers as products of many rows need them.
-void unpack_layers(ModelWeights& weights, ModelDtype dtype, const RunOptions& run) {
+}  // namespace
+
+void ModelWeights::unpack(const RunOptions& run) {
+  if (unpacked()) return;
   std::vector<WeightMatrix*> matrices;
-  for (LayerWeights& layer : weights.layers) {
+  for (LayerWeights& layer : layers) {
     for (WeightMatrix* w : {&layer.qkv, &layer.out, &layer.gate_up, &layer.down}) {
       if (for_int8(*w, dtype, run)) w->int8 = int8_matrix(w->parts);
       matrices.push_back(w);
     }
   }
-  const size_t value_bytes = size_of(weights.dense_type);
+  const size_t value_bytes = size_of(dense_type);
   const auto bytes_of = [&](const WeightMatrix& w) {
     return Scratch::rounded(w.int8.rows > 0
                                 ? static_cast<size_t>(w.int8.bytes())
@@ -215,22 +221,20 @@ void unpack_layers(ModelWeights& weights, ModelDtype dtype, const RunOptions& ru
   };
   size_t total = 0;
   for (const WeightMatrix* w : matrices) total += bytes_of(*w);
-  weights.unpacked_memory = Pages(total);
-  std::byte* next = weights.unpacked_memory.data();
+  unpacked_memory = Pages(total);
+  std::byte* next = unpacked_memory.data();
   for (WeightMatrix* w : matrices) {
     if (w->int8.rows > 0) {
       w->int8.data = next;
       pack_int8(w->parts, w->int8, run);
     } else {
-      w->dense = Tensor(next, weights.dense_type, {w->rows, w->columns});
-      unpack(*w, w->dense, run);
+      w->dense = Tensor(next, dense_type, {w->rows, w->columns});
+      heed::unpack(*w, w->dense, run);
       use_dense_parts(*w, dtype);
     }
     next += bytes_of(*w);
   }
 }
-
-}  // namespace
 
 const char* name_of(ModelDtype dtype) { return kDtypeNames[static_cast<size_t>(dtype)]; }
 
@@ -253,7 +257,8 @@ void WeightMatrix::multiply(const Tensor& x, const Tensor& y, const RunOptions& 
     products[i] = {parts[i], next, rows};
     next += parts[i].rows;
   }
-  quantized_rows(std::span(products).first(parts.size()), x.as<float>(), columns, x.size(0), run);
+  quantized_rows(std::span(products).first(parts.size()), x.as<float>(), columns, x.size(0), run,
+                 activations);
 }
 
 void ModelWeights::embed(int32_t token, float* out) const {
@@ -278,8 +283,9 @@ ModelWeights load_weights(const GgufFile& file, const ModelConfig& config, Model
     throw Error("dtype is int4, which reads quantised layers, and " + file.name() +
                 " has none; f32 or bf16 is needed");
   }
-  Loader loader(file);
+  Loader loader(file, dtype);
   ModelWeights weights;
+  weights.dtype = dtype;
   weights.embedding = loader.matrix("token_embd.weight", config.vocab, config.width);
   weights.embedding_type = file.require("token_embd.weight").type;
   const bool tied = file.find("output.weight") == nullptr;
@@ -294,7 +300,7 @@ ModelWeights load_weights(const GgufFile& file, const ModelConfig& config, Model
   const bool bf16 =
       dtype == ModelDtype::bf16 || (dtype == ModelDtype::int4 && bf16_products_are_fast());
   weights.dense_type = bf16 ? DType::bf16 : DType::f32;
-  unpack_layers(weights, dtype, run);
+  if (dtype != ModelDtype::int4) weights.unpack(run);
   return weights;
 }
 

@@ -21,9 +21,10 @@ class GgufFile;
 /// How a model is computed.
 ///   f32   exact: weights of the file widened to float32, float32 activations and cache
 ///   bf16  weights rounded to bfloat16, bfloat16 cache
-///   int4  few rows: the quantised blocks of the file with float32 activations; many rows: weights
-///         and activations rounded to int8 (kernels/int8_rows.h) where the processor multiplies bytes
-///         fastest, else to bfloat16, or in float32 where that is faster; bfloat16 cache
+///   int4  few rows: the quantised blocks of the file with activations of 16 bits (RowActivations), float32
+///         where bytes are not multiplied; many rows: weights and activations rounded to int8
+///         (kernels/int8_rows.h) where the processor multiplies bytes fastest, else to bfloat16, or in
+///         float32 where that is faster; bfloat16 cache
 enum class ModelDtype { f32, bf16, int4 };
 
 const char* name_of(ModelDtype dtype);
@@ -37,11 +38,12 @@ struct WeightMatrix {
   int64_t rows = 0;
   int64_t columns = 0;
   std::vector<BlockMatrix> parts;  // for few rows
-  Int8Matrix int8;                 // for many; without memory where `dense` is used
-  Tensor dense;  // [rows, columns] float32 or bfloat16, for many; may be undefined
+  RowActivations activations = RowActivations::f32;
+  Int8Matrix int8;  // for many, once unpacked; without rows where `dense` is used
+  Tensor dense;     // [rows, columns] float32 or bfloat16, for many; undefined until unpacked
 
-  /// x [M,columns], y [M,rows], contiguous: float32, or dense's type for more than few_rows() rows.
-  /// Not for more rows where `int8` has memory: int8_product multiplies them.
+  /// x [M,columns], y [M,rows], contiguous: float32, or dense's type for more than few_rows() rows once
+  /// that is there. Not for more rows where `int8` has memory: int8_product multiplies them.
   void multiply(const Tensor& x, const Tensor& y, const RunOptions& run) const;
 };
 
@@ -63,8 +65,15 @@ struct ModelWeights {
   WeightMatrix head;      // [vocab, width], as it lies in the file
   Array output_norm;      // [width]
   std::vector<LayerWeights> layers;
-  Pages unpacked_memory;          // of int8 and dense
+  ModelDtype dtype = ModelDtype::f32;
   DType dense_type = DType::f32;  // of activations of many rows between products, too
+  Pages unpacked_memory;          // of int8 and dense
+
+  bool unpacked() const { return unpacked_memory.size() > 0; }
+  /// Makes the copies of the layers' weights that products of many rows read, unless they are there.
+  void unpack(const RunOptions& run);
+  /// Whether so many rows are multiplied with those copies.
+  bool are_many(int64_t rows) const { return unpacked() && rows > few_rows(dense_type); }
 
   /// The token's row of the embedding, [width].
   void embed(int32_t token, float* out) const;
@@ -73,9 +82,9 @@ struct ModelWeights {
 /// int4 where the file has quantised layers, bf16 where it has 16-bit ones, else f32.
 ModelDtype default_model_dtype(const GgufFile& file);
 
-/// Reads every tensor of the file, which must outlive the result. Throws Error for a missing tensor, a
-/// shape other than the config says, a tensor that the architecture has no place for, and for int4
-/// when the file has no quantised layers.
+/// Reads every tensor of the file, which must outlive the result; weights for int4 are not unpacked yet.
+/// Throws Error for a missing tensor, a shape other than the config says, a tensor that the architecture has
+/// no place for, and for int4 when the file has no quantised layers.
 ModelWeights load_weights(const GgufFile& file, const ModelConfig& config, ModelDtype dtype,
                           const RunOptions& run);
 
