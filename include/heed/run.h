@@ -39,6 +39,8 @@ struct CpuInfo {
   int cores = 1;
   int64_t l1d_bytes = 0, l2_bytes = 0, l3_bytes = 0;  // per core for L1 and L2; 0 = unknown
   std::vector<std::string> features;                  // of those heed looks at: "avx2", "fma", ...
+
+  bool has(std::string_view feature) const;
 };
 const CpuInfo& cpu_info();
 

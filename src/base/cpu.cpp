@@ -176,6 +176,10 @@ Isa chosen_isa(const RunOptions& run) {
   return run.isa ? require_available(*run.isa, "isa") : default_isa();
 }
 
+bool CpuInfo::has(std::string_view feature) const {
+  return std::find(features.begin(), features.end(), feature) != features.end();
+}
+
 const CpuInfo& cpu_info() {
   static const CpuInfo info = [] {
     CpuInfo found;

@@ -313,9 +313,7 @@ void write_panel(const int8_t* codes, const float* scales, int64_t groups, Weigh
 }  // namespace
 
 bool has_int8_products(const RunOptions& run) {
-  const auto& features = cpu_info().features;
-  return chosen_isa(run) == Isa::avx512 &&
-         std::find(features.begin(), features.end(), "avx512_vnni") != features.end();
+  return chosen_isa(run) == Isa::avx512 && cpu_info().has("avx512_vnni");
 }
 
 int64_t int8_rows_bytes(int64_t rows, int64_t columns) {

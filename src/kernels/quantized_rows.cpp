@@ -246,9 +246,7 @@ const kernels::ByteRowKernels* kernels::byte_row_kernels(Isa isa) {
   static constexpr ByteRowKernels kAvx512{split_columns_avx512, byte_rows_avx512};
   static constexpr ByteRowKernels kAvx2{split_columns_avx2, byte_rows_avx2};
   if (isa == Isa::portable) return nullptr;
-  const auto& features = cpu_info().features;
-  const bool vnni = std::find(features.begin(), features.end(), "avx512_vnni") != features.end();
-  return isa >= Isa::avx512 && vnni ? &kAvx512 : &kAvx2;
+  return isa >= Isa::avx512 && cpu_info().has("avx512_vnni") ? &kAvx512 : &kAvx2;
 }
 
 const char* name_of(BlockFormat format) { return info(format).name; }

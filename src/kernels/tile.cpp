@@ -1,16 +1,11 @@
 #include "kernels/tile.h"
 
-#include <algorithm>
-
 #include "kernels/by_isa.h"
 #include "kernels/parts.h"
 
 namespace heed::kernels {
 
-bool has_full_rate_bf16() {
-  const auto& features = cpu_info().features;
-  return std::find(features.begin(), features.end(), "full_rate_bf16") != features.end();
-}
+bool has_full_rate_bf16() { return cpu_info().has("full_rate_bf16"); }
 
 namespace {
 

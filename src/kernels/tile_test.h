@@ -83,8 +83,7 @@ inline TileKernels<float> emulated_tile_table() {
 // The same with the weights that go with a tile unit, where the processor can run them.
 inline std::vector<TileKernels<float>> emulated_tile_tables() {
   std::vector<TileKernels<float>> all = {emulated_tile_table()};
-  const auto& features = cpu_info().features;
-  if (std::find(features.begin(), features.end(), "avx512_bf16") != features.end()) {
+  if (cpu_info().has("avx512_bf16")) {
     all.push_back(emulated_tile_table());
     all.back().name = "emulated tiles, AVX512-BF16";
     add_avx512_half_softmax(all.back());

@@ -6,8 +6,6 @@
 #include <ATen/ops/mm.h>
 #include <c10/core/InferenceMode.h>
 
-#include <algorithm>
-
 #include "base/parallel.h"
 
 namespace heed {
@@ -33,10 +31,7 @@ void dense_product(const Tensor& x, const Tensor& w, const Tensor& y, const RunO
 }
 
 bool bf16_products_are_fast() {
-  const auto& features = cpu_info().features;
-  return std::any_of(features.begin(), features.end(), [](const std::string& feature) {
-    return feature == "amx_bf16" || feature == "avx512_bf16";
-  });
+  return cpu_info().has("amx_bf16") || cpu_info().has("avx512_bf16");
 }
 
 }  // namespace heed
