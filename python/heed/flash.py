@@ -155,6 +155,42 @@ def _block_sides(op: str, block_size: tuple[int, int]) -> tuple[int, int]:
     return sides
 
 
+@overload
+def flash_attention_varlen(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    cu_seqlens_q: Tensor,
+    cu_seqlens_k: Tensor,
+    *,
+    causal: bool = ...,
+    window: Window = ...,
+    scale: float | None = ...,
+    softcap: float = ...,
+    alibi_slopes: Tensor | None = ...,
+    sink: Tensor | None = ...,
+    dropout_p: float = ...,
+    seed: int = ...,
+    return_lse: Literal[False] = ...,
+) -> Tensor: ...
+@overload
+def flash_attention_varlen(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    cu_seqlens_q: Tensor,
+    cu_seqlens_k: Tensor,
+    *,
+    causal: bool = ...,
+    window: Window = ...,
+    scale: float | None = ...,
+    softcap: float = ...,
+    alibi_slopes: Tensor | None = ...,
+    sink: Tensor | None = ...,
+    dropout_p: float = ...,
+    seed: int = ...,
+    return_lse: Literal[True],
+) -> tuple[Tensor, Tensor]: ...
 def flash_attention_varlen(
     q: Tensor,
     k: Tensor,

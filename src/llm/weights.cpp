@@ -221,8 +221,8 @@ void ModelWeights::unpack(const RunOptions& run) {
   };
   size_t total = 0;
   for (const WeightMatrix* w : matrices) total += bytes_of(*w);
-  unpacked_memory = Pages(total);
-  std::byte* next = unpacked_memory.data();
+  Pages memory(total);
+  std::byte* next = memory.data();
   for (WeightMatrix* w : matrices) {
     if (w->int8.rows > 0) {
       w->int8.data = next;
@@ -234,6 +234,7 @@ void ModelWeights::unpack(const RunOptions& run) {
     }
     next += bytes_of(*w);
   }
+  unpacked_memory = std::move(memory);
 }
 
 const char* name_of(ModelDtype dtype) { return kDtypeNames[static_cast<size_t>(dtype)]; }
