@@ -15,13 +15,6 @@ using MaybeTensor = std::optional<at::Tensor>;
 
 constexpr const char* kSigmoid = "sigmoid_attention";
 
-/// A parameter [H] as kernels read it; undefined when absent.
-at::Tensor per_head(const char* name, const MaybeTensor& given, const at::Tensor& q) {
-  check_optional(kSigmoid, name, given, 1, q.device());
-  if (!given || !given->defined()) return {};
-  return small_input(*given, statistics_type(q.scalar_type()));
-}
-
 #define HEED_SIGMOID_ARGS                                                                      \
   std::optional<double> bias_value, const MaybeTensor &bias, bool causal, int64_t window_left, \
       int64_t window_right, const MaybeTensor &lengths, std::optional<double> scale,           \
@@ -33,18 +26,18 @@ at::Tensor per_head(const char* name, const MaybeTensor& given, const at::Tensor
 struct HeldSigmoid {
   HeldSigmoid(const at::Tensor& q, HEED_SIGMOID_ARGS)
       : masks(kSigmoid, causal, window_left, window_right, lengths, q.device()),
-        head_bias(per_head("bias", bias, q)),
-        slopes(per_head("alibi_slopes", alibi_slopes, q)) {
-    TORCH_CHECK_VALUE(!(bias_value && head_bias.defined()), kSigmoid,
+        head_bias(held_per_head(kSigmoid, "bias", bias, q)),
+        slopes(held_per_head(kSigmoid, "alibi_slopes", alibi_slopes, q)) {
+    TORCH_CHECK_VALUE(!(bias_value && head_bias), kSigmoid,
                       ": bias is given both as a number and as a tensor, needed is one of them");
     options.masks = masks.masks;
     options.scale = scale;
     if (bias_value) options.bias = *bias_value;
-    if (head_bias.defined()) options.bias = view(head_bias);
-    if (slopes.defined()) options.alibi_slopes = view(slopes);
+    if (head_bias) options.bias = view(head_bias);
+    options.alibi_slopes = view(slopes);
   }
   HeldMasks masks;
-  at::Tensor head_bias, slopes;
+  MaybeTensor head_bias, slopes;
   SigmoidOptions options;
 };
 
