@@ -122,10 +122,6 @@ def _refuse(name: str, options: dict, keywords: frozenset[str]) -> None:
 
 def _same_sequence(query: Tensor, key: Tensor, ends_q: Tensor, ends_k: Tensor) -> Tensor:
     """bool ``[Lq, Lk]``: the pairs inside one of the packed sequences."""
-    if query.shape[0] != 1:
-        raise ValueError(
-            f"cu_seq_lens_q is given for a batch of {query.shape[0]}, needed is a batch of 1"
-        )
     of_query = torch.bucketize(torch.arange(query.shape[2]), ends_q, right=True)
     of_key = torch.bucketize(torch.arange(key.shape[2]), ends_k, right=True)
     return of_query[:, None] == of_key
@@ -159,25 +155,28 @@ def _softmax(
         mask = attention_mask
     elif attention_mask is not None:
         bias = attention_mask if bias is None else bias + attention_mask
+    query, key, value = _unit_stride(*autocast(query, key, value))
+    common = {
+        "causal": causal,
+        "scale": scaling,
+        "softcap": softcap or 0.0,
+        "sink": s_aux,
+        "dropout_p": dropout,
+        "seed": _seed(dropout),
+    }
     if cu_seq_lens_q is not None and cu_seq_lens_q.shape[0] > 2:
+        if query.shape[0] != 1:
+            raise ValueError(
+                f"cu_seq_lens_q is given for a batch of {query.shape[0]}, needed is a batch of 1"
+            )
         ends_k = cu_seq_lens_q if cu_seq_lens_k is None else cu_seq_lens_k
+        if mask is None and bias is None and query.shape[2] == key.shape[2]:
+            rows = (t[0].transpose(0, 1) for t in (query, key, value))
+            out = heed.flash_attention_varlen(*rows, cu_seq_lens_q, ends_k, **common)
+            return out[None], None
         same = _same_sequence(query, key, cu_seq_lens_q, ends_k)
         mask = same if mask is None else mask & same
-    query, key, value = _unit_stride(*autocast(query, key, value))
-    out = heed.flash_attention(
-        query,
-        key,
-        value,
-        causal=causal,
-        scale=scaling,
-        softcap=softcap or 0.0,
-        mask=mask,
-        bias=bias,
-        sink=s_aux,
-        dropout_p=dropout,
-        seed=_seed(dropout),
-    )
-    return _result(out)
+    return _result(heed.flash_attention(query, key, value, mask=mask, bias=bias, **common))
 
 
 def _check_options(name: str, dropout: float, cu_seq_lens_q: Tensor | None, options: dict) -> None:
