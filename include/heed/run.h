@@ -24,7 +24,8 @@ struct RunOptions;
 /// What run.isa asks for, else default_isa(). Throws Error if this machine cannot run it.
 Isa chosen_isa(const RunOptions& run);
 
-/// Threads that a call uses when RunOptions says nothing: set_threads, else OMP_NUM_THREADS, else all cores.
+/// Threads of a call whose RunOptions say nothing: set_threads, else OMP_NUM_THREADS, else all cores, or as
+/// many as the control groups of a container grant.
 int default_threads();
 void set_threads(int threads);  // throws Error outside 1..1024
 

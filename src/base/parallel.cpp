@@ -2,6 +2,7 @@
 
 #include <omp.h>
 
+#include <algorithm>
 #include <atomic>
 #include <cassert>
 #include <cstdlib>
@@ -12,12 +13,13 @@
 #include <vector>
 
 #include "base/blocks.h"
+#include "base/cpu_quota.h"
 #include "heed/error.h"
 
 namespace heed {
 
 namespace {
-std::atomic<int> requested_threads{0};  // 0: OpenMP decides (OMP_NUM_THREADS or all cores)
+std::atomic<int> requested_threads{0};  // 0: nobody said how many
 
 // OpenMP ends the process where it can make no more threads.
 constexpr int kMostThreads = 1024;
@@ -29,11 +31,18 @@ void check_threads(int threads) {
   }
 }
 
+// More threads than the control groups grant would spend each other's time waiting.
+int granted_threads() {
+  static const int most =
+      std::getenv("OMP_NUM_THREADS") != nullptr ? kMostThreads : cpu_quota().value_or(kMostThreads);
+  return std::min(omp_get_max_threads(), most);
+}
+
 }  // namespace
 
 int default_threads() {
   int requested = requested_threads.load();
-  return requested > 0 ? requested : omp_get_max_threads();
+  return requested > 0 ? requested : granted_threads();
 }
 
 void set_threads(int threads) {

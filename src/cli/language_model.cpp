@@ -43,7 +43,8 @@ void add_model_options(CLI::App& command, ModelArguments& arguments, const char*
       "and activations are rounded to int8 or bf16); without it what suits the file");
   command.add_option("--context", arguments.context, context_help)
       ->transform(whole_number(least_context));
-  add_threads(command, arguments.threads, "Threads; without it all cores");
+  add_threads(command, arguments.threads,
+              "Threads; without it all cores, or what a container grants");
 }
 
 LanguageModel load_model(const ModelArguments& arguments) {
