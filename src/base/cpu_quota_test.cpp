@@ -1,6 +1,7 @@
 #include "base/cpu_quota.h"
 
 #include <gtest/gtest.h>
+#include <unistd.h>
 
 #include <fstream>
 #include <string>
@@ -22,9 +23,7 @@ class CpuQuota : public testing::Test {
   std::optional<int> found() const { return cpu_quota(root_ / "groups", root_ / "own"); }
 
  private:
-  fs::path root_ =
-      fs::path(testing::TempDir()) /
-      (std::string("heed_quota_") + testing::UnitTest::GetInstance()->current_test_info()->name());
+  fs::path root_ = fs::temp_directory_path() / ("heed_quota_test_" + std::to_string(getpid()));
 };
 
 TEST_F(CpuQuota, NoneWithoutGroupsOrLimits) {

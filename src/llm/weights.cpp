@@ -206,35 +206,44 @@ bool for_int8(const WeightMatrix& w, ModelDtype dtype, const RunOptions& run) {
 
 void ModelWeights::unpack(const RunOptions& run) {
   if (unpacked()) return;
-  std::vector<WeightMatrix*> matrices;
+  struct Copy {
+    WeightMatrix* of;
+    Int8Matrix int8;
+    Tensor dense;
+  };
+  std::vector<Copy> copies;
   for (LayerWeights& layer : layers) {
     for (WeightMatrix* w : {&layer.qkv, &layer.out, &layer.gate_up, &layer.down}) {
-      if (for_int8(*w, dtype, run)) w->int8 = int8_matrix(w->parts);
-      matrices.push_back(w);
+      copies.push_back({w, for_int8(*w, dtype, run) ? int8_matrix(w->parts) : Int8Matrix{}, {}});
     }
   }
   const size_t value_bytes = size_of(dense_type);
-  const auto bytes_of = [&](const WeightMatrix& w) {
-    return Scratch::rounded(w.int8.rows > 0
-                                ? static_cast<size_t>(w.int8.bytes())
-                                : static_cast<size_t>(w.rows * w.columns) * value_bytes);
+  const auto bytes_of = [&](const Copy& copy) {
+    return Scratch::rounded(
+        copy.int8.rows > 0 ? static_cast<size_t>(copy.int8.bytes())
+                           : static_cast<size_t>(copy.of->rows * copy.of->columns) * value_bytes);
   };
   size_t total = 0;
-  for (const WeightMatrix* w : matrices) total += bytes_of(*w);
+  for (const Copy& copy : copies) total += bytes_of(copy);
   Pages memory(total);
   std::byte* next = memory.data();
-  for (WeightMatrix* w : matrices) {
-    if (w->int8.rows > 0) {
-      w->int8.data = next;
-      pack_int8(w->parts, w->int8, run);
+  for (Copy& copy : copies) {
+    if (copy.int8.rows > 0) {
+      copy.int8.data = next;
+      pack_int8(copy.of->parts, copy.int8, run);
     } else {
-      w->dense = Tensor(next, dense_type, {w->rows, w->columns});
-      heed::unpack(*w, w->dense, run);
-      use_dense_parts(*w, dtype);
+      copy.dense = Tensor(next, dense_type, {copy.of->rows, copy.of->columns});
+      heed::unpack(*copy.of, copy.dense, run);
     }
-    next += bytes_of(*w);
+    next += bytes_of(copy);
   }
+  // Nothing points into the memory before all of it is written.
   unpacked_memory = std::move(memory);
+  for (const Copy& copy : copies) {
+    copy.of->int8 = copy.int8;
+    copy.of->dense = copy.dense;
+    if (copy.dense.defined()) use_dense_parts(*copy.of, dtype);
+  }
 }
 
 const char* name_of(ModelDtype dtype) { return kDtypeNames[static_cast<size_t>(dtype)]; }
