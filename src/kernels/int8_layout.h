@@ -1,4 +1,4 @@
-// How the operands of int8_rows.h lie in memory, and the kernel that multiplies them.
+// How the operands of int8_rows.h lie in memory, and the kernels that make and multiply them.
 #pragma once
 #include <cstddef>
 #include <cstdint>
@@ -8,43 +8,73 @@
 
 namespace heed::kernels {
 
-inline constexpr int64_t kInt8Group = 64;  // columns; those past the last are zeros
-inline constexpr int64_t kInt8Rows = 4;    // rows of activations side by side
-inline constexpr int64_t kInt8Panel = 32;  // rows of weights side by side
+inline constexpr int64_t kInt8Columns = 128;  // of activations with one step
+inline constexpr int64_t kInt8Rows = 4;       // rows of activations side by side
+inline constexpr int64_t kPanelRows = 32;     // rows of weights side by side
+inline constexpr int64_t kPanelColumns = 32;  // of weights with one scale
 
-inline constexpr int64_t int8_groups(int64_t columns) { return ceil_div(columns, kInt8Group); }
+/// Groups of kPanelColumns columns. Each has a sum, a column of its own behind the others: it meets what the
+/// weights of the group have in common beside multiples of their scale.
+inline constexpr int64_t panel_groups(int64_t columns) { return ceil_div(columns, kPanelColumns); }
 
-/// One group of columns of kInt8Rows rows. Rows past the last are zeros.
+/// Groups of activations of all columns, then those of the sums.
+inline constexpr int64_t value_groups(int64_t columns) { return ceil_div(columns, kInt8Columns); }
+inline constexpr int64_t int8_groups(int64_t columns) {
+  return value_groups(columns) + value_groups(panel_groups(columns));
+}
+
+/// kInt8Columns columns of kInt8Rows rows. Columns and rows past the last are zeros.
 struct Int8Group {
-  uint8_t codes[kInt8Group / 4][kInt8Rows]
+  uint8_t codes[kInt8Columns / 4][kInt8Rows]
                [4];  // q + 128: the instruction takes one factor unsigned
   float steps[kInt8Rows];
 };
 
-/// The largest activations of kInt8Rows rows, in no order.
+/// The largest activations of kInt8Rows rows, count(columns) of each in no order.
 struct Int8Outliers {
-  static constexpr int64_t kCount = 4;
-  int32_t columns[kCount][kInt8Rows];
-  float values[kCount][kInt8Rows];
+  static constexpr int64_t kMost = 4;
+  int32_t columns[kMost][kInt8Rows];
+  float values[kMost][kInt8Rows];
+
+  /// One costs as much as about 20 columns.
+  static constexpr int64_t count(int64_t columns) {
+    return columns >= 384 * kMost ? kMost : ceil_div(columns, 384);
+  }
 };
 
-/// kInt8Rows rows of activations: their outliers, then the groups along the columns.
+/// kInt8Rows rows of activations: their outliers, then the groups.
 inline constexpr int64_t int8_block_bytes(int64_t columns) {
   return static_cast<int64_t>(sizeof(Int8Outliers)) +
          int8_groups(columns) * static_cast<int64_t>(sizeof(Int8Group));
 }
 
-/// One group of columns of kInt8Panel rows of weights. Groups follow each other along the columns, then
-/// along the rows. Rows past the last are zeros.
-struct alignas(64) WeightGroup {
-  int32_t
-      starts[kInt8Panel];  // -128 times the sum of the codes: takes the 128 of q + 128 out again
-  float scales[kInt8Panel];
-  int8_t codes[kInt8Group / 4][kInt8Panel][4];
+/// kPanelColumns columns of kPanelRows rows of weights, scale times code.
+struct alignas(64) PanelGroup {
+  int8_t codes[kPanelColumns / 4][kPanelRows][4];
+  // The second of each where the last 16 columns have a scale of their own. Starts are -128 times the sum of
+  // codes: that takes the 128 of q + 128 out again.
+  int32_t starts[2][kPanelRows];
+  float scales[2][kPanelRows];
 };
 
-/// Rows [first, end) of y for one panel of w; first is a multiple of kInt8Rows. AVX512-VNNI.
-void int8_panel_avx512(const Int8Rows& x, const Int8Matrix& w, const Tensor& y, bool add,
-                       int64_t panel, int64_t first, int64_t end);
+/// kPanelRows rows of weights: groups of their columns, then those that sums of activations meet.
+struct Panel {
+  PanelGroup* groups = nullptr;  // room for most_groups()
+  int64_t rows = 0;              // that there are; past them are copies of the last
+  bool halves = false;           // groups have two scales
+  bool offsets = false;          // there are groups for sums
+
+  static constexpr int64_t most_groups(int64_t columns) {
+    return panel_groups(columns) + panel_groups(panel_groups(columns));
+  }
+};
+
+/// Unpacks rows [first, first + kPanelRows) of w. AVX512-VNNI.
+void unpack_panel_avx512(const BlockMatrix& w, int64_t first, Panel& panel);
+
+/// Rows [first, end) of y, which begins at the panel's first column; first is a multiple of kInt8Rows.
+/// AVX512-VNNI.
+void int8_panel_avx512(const Int8Rows& x, const Panel& panel, const Tensor& y, bool add,
+                       int64_t first, int64_t end);
 
 }  // namespace heed::kernels

@@ -1,40 +1,218 @@
 // Products of bytes with AVX512-VNNI (vpdpbusd): four products and their sum per 32-bit lane, four times the
 // rate of float32. Highway 1.0 has no name for the instruction, so this file is compiled for AVX-512 as a
 // whole and reached only after the processor has been asked.
-#include <immintrin.h>
-
 #include <algorithm>
 #include <cstring>
 #include <type_traits>
 
-// GCC 12 takes the unused operand of its own intrinsics for a variable (GCC bug 105593).
-#pragma GCC diagnostic ignored "-Wuninitialized"
-#pragma GCC diagnostic ignored "-Wmaybe-uninitialized"
-
+#include "kernels/byte_formats_avx512-inl.h"
 #include "kernels/int8_layout.h"
 
 namespace heed::kernels {
 
 namespace {
 
-constexpr int kRows = static_cast<int>(kInt8Rows), kVectors = static_cast<int>(kInt8Panel) / 16;
-constexpr int kQuads = static_cast<int>(kInt8Group) / 4;
+constexpr int kRows = static_cast<int>(kInt8Rows), kVectors = static_cast<int>(kPanelRows) / 16;
+constexpr int kQuads = static_cast<int>(kPanelColumns) / 4;
+
+// Rows of 16 lanes become columns.
+HEED_INLINE void transpose(__m512i (&x)[16]) {
+  __m512i t[16];
+#pragma GCC unroll 4
+  for (int i = 0; i < 16; i += 4) {
+    const __m512i low0 = _mm512_unpacklo_epi32(x[i], x[i + 1]);
+    const __m512i high0 = _mm512_unpackhi_epi32(x[i], x[i + 1]);
+    const __m512i low1 = _mm512_unpacklo_epi32(x[i + 2], x[i + 3]);
+    const __m512i high1 = _mm512_unpackhi_epi32(x[i + 2], x[i + 3]);
+    t[i] = _mm512_unpacklo_epi64(low0, low1);
+    t[i + 1] = _mm512_unpackhi_epi64(low0, low1);
+    t[i + 2] = _mm512_unpacklo_epi64(high0, high1);
+    t[i + 3] = _mm512_unpackhi_epi64(high0, high1);
+  }
+#pragma GCC unroll 4
+  for (int i = 0; i < 4; ++i) {
+    const __m512i even0 = _mm512_shuffle_i32x4(t[i], t[i + 4], 0x88);
+    const __m512i odd0 = _mm512_shuffle_i32x4(t[i], t[i + 4], 0xdd);
+    const __m512i even1 = _mm512_shuffle_i32x4(t[i + 8], t[i + 12], 0x88);
+    const __m512i odd1 = _mm512_shuffle_i32x4(t[i + 8], t[i + 12], 0xdd);
+    x[i] = _mm512_shuffle_i32x4(even0, even1, 0x88);
+    x[i + 4] = _mm512_shuffle_i32x4(odd0, odd1, 0x88);
+    x[i + 8] = _mm512_shuffle_i32x4(even0, even1, 0xdd);
+    x[i + 12] = _mm512_shuffle_i32x4(odd0, odd1, 0xdd);
+  }
+}
+
+// A chunk of columns of 16 rows as formats give it, row by row.
+struct alignas(64) ChunkRows {
+  static constexpr int kVectorsOfCodes = 4;
+  uint8_t codes[kVectorsOfCodes][16][64];
+  float factors[16][16];
+};
+
+template <class Format>
+HEED_INLINE void read_chunk(const uint8_t* b, int row, ChunkRows& to) {
+  const Format chunk(b);
+#pragma GCC unroll 4
+  for (int v = 0; v < ChunkRows::kVectorsOfCodes; ++v) {
+    _mm512_store_si512(to.codes[v][row], chunk.codes(v));
+  }
+  _mm512_store_ps(to.factors[row], chunk.factors());
+}
+
+// Takes multiples of the scales from offsets and returns them, for each byte of codes: little is left. Those
+// of a hundred scales are of groups with hardly any difference between weights, and stay.
+HEED_INLINE __m512i settle(__m512 scales, __m512& offsets) {
+  const __m512 most = _mm512_set1_ps(96);
+  const __m512 ratios = _mm512_roundscale_ps(_mm512_div_ps(offsets, scales), 0);
+  const __m512 multiples =
+      _mm512_maskz_mov_ps(_mm512_cmp_ps_mask(_mm512_abs_ps(ratios), most, _CMP_LE_OQ), ratios);
+  offsets = _mm512_fnmadd_ps(multiples, scales, offsets);
+  return _mm512_shuffle_epi8(
+      _mm512_cvtps_epi32(multiples),
+      _mm512_broadcast_i32x4(_mm_setr_epi8(0, 0, 0, 0, 4, 4, 4, 4, 8, 8, 8, 8, 12, 12, 12, 12)));
+}
+
+// The factors of 16 rows of the panel, from row `lanes` on: scales, and as second ones for write_offsets
+// offsets. `more`: what is to be added to their codes.
+template <class Format>
+HEED_INLINE void write_factors(const ChunkRows& rows, int64_t count, int lanes, PanelGroup* to,
+                               __m512i (&more)[8]) {
+  constexpr bool kHalves = std::is_same_v<Format, Q6_K>;
+  __m512i x[16];
+#pragma GCC unroll 16
+  for (int r = 0; r < 16; ++r) x[r] = _mm512_load_si512(rows.factors[r]);
+  transpose(x);
+#pragma GCC unroll 8
+  for (int g = 0; g < 8; ++g) {
+    const __m512 scales = _mm512_castsi512_ps(x[kHalves ? 2 * g : g]);
+    __m512 second = _mm512_castsi512_ps(x[kHalves ? 2 * g + 1 : 8 + g]);
+    more[g] = Format::kCentre > 0 ? _mm512_set1_epi8(static_cast<char>(-Format::kCentre))
+                                  : settle(scales, second);
+    if (g >= count) continue;
+    _mm512_store_ps(to[g].scales[0] + lanes, scales);
+    if (kHalves || Format::kCentre == 0) _mm512_store_ps(to[g].scales[1] + lanes, second);
+  }
+}
+
+HEED_INLINE void write_codes(const ChunkRows& rows, int64_t count, const __m512i (&more)[8],
+                             int lanes, PanelGroup* to) {
+#pragma GCC unroll 4
+  for (int v = 0; v < ChunkRows::kVectorsOfCodes; ++v) {
+    __m512i x[16];
+#pragma GCC unroll 16
+    for (int r = 0; r < 16; ++r) x[r] = _mm512_load_si512(rows.codes[v][r]);
+    transpose(x);
+#pragma GCC unroll 8
+    for (int g = 0; g < 8; ++g) {
+      if (g >= count) break;
+      _mm512_store_si512(to[g].codes[2 * v][lanes], _mm512_add_epi8(x[2 * g], more[g]));
+      _mm512_store_si512(to[g].codes[2 * v + 1][lanes], _mm512_add_epi8(x[2 * g + 1], more[g]));
+    }
+  }
+}
+
+template <bool kHalves>
+HEED_INLINE void write_starts(PanelGroup& group, int lanes) {
+  const __m512i factor = _mm512_set1_epi8(-128);  // as a byte without a sign, 128
+  constexpr int kParts = kHalves ? 2 : 1, kPart = kQuads / kParts;
+#pragma GCC unroll 2
+  for (int part = 0; part < kParts; ++part) {
+    __m512i sum = _mm512_setzero_si512();
+#pragma GCC unroll 8
+    for (int q = part * kPart; q < (part + 1) * kPart; ++q) {
+      sum = _mm512_dpbusd_epi32(sum, factor, _mm512_load_si512(group.codes[q][lanes]));
+    }
+    _mm512_store_si512(group.starts[part] + lanes, _mm512_sub_epi32(_mm512_setzero_si512(), sum));
+  }
+}
+
+// The group `to` from the offsets of `count` groups, a column each: 8 bits of the largest.
+HEED_INLINE void write_offsets(const PanelGroup* from, int64_t count, int lanes, PanelGroup& to) {
+  __m512i bits = _mm512_setzero_si512();  // of the largest: NaN is above infinity
+  for (int64_t k = 0; k < count; ++k) {
+    const __m512 offset = _mm512_abs_ps(_mm512_load_ps(from[k].scales[1] + lanes));
+    bits = _mm512_max_epi32(bits, _mm512_castps_si512(offset));
+  }
+  const __m512 most = _mm512_castsi512_ps(bits);
+  constexpr float kSmallest = 1e-36F;  // has a reciprocal
+  const __mmask16 any = _mm512_cmp_ps_mask(most, _mm512_set1_ps(kSmallest), _CMP_GE_OQ);
+  const __m512 inverse = _mm512_maskz_div_ps(any, _mm512_set1_ps(127), most);
+  _mm512_store_ps(to.scales[0] + lanes, _mm512_mul_ps(most, _mm512_set1_ps(1.0F / 127)));
+  for (int64_t q = 0; q < kQuads; ++q) {
+    __m512i four = _mm512_setzero_si512();
+    for (int64_t i = 3; i >= 0; --i) {
+      four = _mm512_slli_epi32(four, 8);
+      if (4 * q + i >= count) continue;
+      const __m512 offset = _mm512_load_ps(from[4 * q + i].scales[1] + lanes);
+      const __m512i code = _mm512_cvtps_epi32(_mm512_mul_ps(offset, inverse));
+      four = _mm512_or_si512(four, _mm512_and_si512(code, _mm512_set1_epi32(255)));
+    }
+    _mm512_store_si512(to.codes[q][lanes], four);
+  }
+  write_starts<false>(to, lanes);
+}
+
+template <class Format>
+void unpack(const BlockMatrix& w, int64_t first, Panel& panel) {
+  constexpr int64_t kBytes = kChunk / Format::kWeights * Format::kBytes;
+  constexpr bool kHalves = std::is_same_v<Format, Q6_K>;
+  panel.halves = kHalves;
+  panel.offsets = Format::kCentre == 0;
+  const auto* data = reinterpret_cast<const uint8_t*>(w.data);
+  const int64_t groups = w.columns / kPanelColumns, row_bytes = w.row_bytes();
+  const uint8_t* data_end = data + w.rows * row_bytes;
+  ChunkRows rows;
+  for (int lanes = 0; lanes < kPanelRows; lanes += 16) {
+    for (int64_t g = 0; g < groups; g += 8) {
+      const int64_t count = std::min<int64_t>(8, groups - g);
+      for (int r = 0; r < 16; ++r) {
+        const int64_t row = std::min(first + lanes + r, w.rows - 1);
+        const uint8_t* b = data + row * row_bytes + g / 8 * kBytes;
+        alignas(64) uint8_t last[kBytes];
+        if (data_end - b < kBytes) {  // else a short chunk reads on into the next row
+          std::memset(last, 0, kBytes);
+          std::memcpy(last, b, static_cast<size_t>(count * Format::kBytes));
+          b = last;
+        }
+        read_chunk<Format>(b, r, rows);
+      }
+      __m512i more[8];
+      write_factors<Format>(rows, count, lanes, panel.groups + g, more);
+      write_codes(rows, count, more, lanes, panel.groups + g);
+      for (int64_t i = g; i < g + count; ++i) write_starts<kHalves>(panel.groups[i], lanes);
+    }
+    for (int64_t g = 0; panel.offsets && g < groups; g += kPanelColumns) {
+      write_offsets(panel.groups + g, std::min(kPanelColumns, groups - g), lanes,
+                    panel.groups[groups + g / kPanelColumns]);
+    }
+  }
+}
 
 struct alignas(64) Tile {
-  float sums[kRows][kInt8Panel];
+  float sums[kRows][kPanelRows];
 };
 
 using Sums = __m512[kRows][kVectors];
 
+HEED_INLINE void clear(Sums& sums) {
+#pragma GCC unroll 4
+  for (auto& row : sums) {
+#pragma GCC unroll 2
+    for (auto& sum : row) sum = _mm512_setzero_ps();
+  }
+}
+
 // The codes of an outlier's column are picked out of their fours by a product with one 1.
-inline __attribute__((always_inline)) void add_outliers(const Int8Outliers& outliers,
-                                                        const WeightGroup* weights, Sums& sums) {
-  for (int64_t i = 0; i < Int8Outliers::kCount; ++i) {
+template <bool kHalves>
+HEED_INLINE void add_outliers(const Int8Outliers& outliers, int64_t count,
+                              const PanelGroup* weights, Sums& sums) {
+  for (int64_t i = 0; i < count; ++i) {
 #pragma GCC unroll 4
     for (int r = 0; r < kRows; ++r) {
-      const int64_t k = outliers.columns[i][r];
-      const WeightGroup& w = weights[k / kInt8Group];
-      const int8_t* codes = w.codes[k % kInt8Group / 4][0];
+      const int64_t k = outliers.columns[i][r], column = k % kPanelColumns;
+      const PanelGroup& w = weights[k / kPanelColumns];
+      const float* scales = w.scales[kHalves ? column / (kPanelColumns / 2) : 0];
+      const int8_t* codes = w.codes[column / 4][0];
       const __m512i one = _mm512_set1_epi32(1 << (8 * (k % 4)));
       const __m512 value = _mm512_set1_ps(outliers.values[i][r]);
 #pragma GCC unroll 2
@@ -42,47 +220,61 @@ inline __attribute__((always_inline)) void add_outliers(const Int8Outliers& outl
         const __m512i code =
             _mm512_dpbusd_epi32(_mm512_setzero_si512(), one, _mm512_load_si512(codes + 64 * v));
         const __m512 weight =
-            _mm512_mul_ps(_mm512_cvtepi32_ps(code), _mm512_load_ps(w.scales + 16 * v));
+            _mm512_mul_ps(_mm512_cvtepi32_ps(code), _mm512_load_ps(scales + 16 * v));
         sums[r][v] = _mm512_fmadd_ps(weight, value, sums[r][v]);
       }
     }
   }
 }
 
-// Sums of four rows of activations with a panel of weights. A group costs 16 steps of integers, then
-// conversion, scale and step once: 128 + 16 multiply-adds of 16 lanes; an outlier costs 6 for its row.
-__attribute__((noinline)) void sum_panel(const std::byte* block, const WeightGroup* weights,
-                                         int64_t groups, Tile& tile) {
-  const auto* outliers = reinterpret_cast<const Int8Outliers*>(block);
-  const auto* x = reinterpret_cast<const Int8Group*>(outliers + 1);
-  const WeightGroup* w = weights;
-  Sums sums;
+// Adds scales times the products of quads [kBegin, kEnd) of a group of weights, in steps.
+template <int kBegin, int kEnd>
+HEED_INLINE void add_quads(const uint8_t (*x)[kRows][4], const PanelGroup& w, const int32_t* starts,
+                           const float* scales, Sums& sums) {
+  __m512i dots[kRows][kVectors];
 #pragma GCC unroll 4
-  for (auto& row : sums) {
+  for (auto& row : dots) {
 #pragma GCC unroll 2
-    for (auto& sum : row) sum = _mm512_setzero_ps();
+    for (int v = 0; v < kVectors; ++v) row[v] = _mm512_load_si512(starts + 16 * v);
   }
-  for (int64_t g = 0; g < groups; ++g, ++x, ++w) {
-    __m512i dots[kRows][kVectors];
-#pragma GCC unroll 4
-    for (auto& row : dots) {
+#pragma GCC unroll 8
+  for (int q = kBegin; q < kEnd; ++q) {
+    __m512i codes[kVectors];
 #pragma GCC unroll 2
-      for (int v = 0; v < kVectors; ++v) row[v] = _mm512_load_si512(w->starts + 16 * v);
+    for (int v = 0; v < kVectors; ++v) codes[v] = _mm512_load_si512(w.codes[q][16 * v]);
+#pragma GCC unroll 4
+    for (int r = 0; r < kRows; ++r) {
+      const __m512i values = _mm512_set1_epi32(read_32(x[q][r]));
+#pragma GCC unroll 2
+      for (int v = 0; v < kVectors; ++v) {
+        dots[r][v] = _mm512_dpbusd_epi32(dots[r][v], values, codes[v]);
+      }
     }
-#pragma GCC unroll 16
-    for (int q = 0; q < kQuads; ++q) {
-      __m512i codes[kVectors];
+  }
 #pragma GCC unroll 2
-      for (int v = 0; v < kVectors; ++v) codes[v] = _mm512_load_si512(w->codes[q][16 * v]);
+  for (int v = 0; v < kVectors; ++v) {
+    const __m512 scale = _mm512_load_ps(scales + 16 * v);
 #pragma GCC unroll 4
-      for (int r = 0; r < kRows; ++r) {
-        int four;
-        std::memcpy(&four, x->codes[q][r], sizeof four);
-        const __m512i values = _mm512_set1_epi32(four);
-#pragma GCC unroll 2
-        for (int v = 0; v < kVectors; ++v) {
-          dots[r][v] = _mm512_dpbusd_epi32(dots[r][v], values, codes[v]);
-        }
+    for (int r = 0; r < kRows; ++r) {
+      sums[r][v] = _mm512_fmadd_ps(_mm512_cvtepi32_ps(dots[r][v]), scale, sums[r][v]);
+    }
+  }
+}
+
+// Adds the products of `count` groups of weights with activations from x on.
+template <bool kHalves>
+HEED_INLINE void add_groups(const Int8Group* x, const PanelGroup* w, int64_t count, Sums& sums) {
+  constexpr int64_t kGroups = kInt8Columns / kPanelColumns;
+  for (const PanelGroup* end = w + count; w < end; ++x) {
+    Sums steps;  // in units of them
+    clear(steps);
+    const PanelGroup* last = std::min(w + kGroups, end);
+    for (const auto* codes = x->codes; w < last; ++w, codes += kQuads) {
+      if constexpr (kHalves) {
+        add_quads<0, kQuads / 2>(codes, *w, w->starts[0], w->scales[0], steps);
+        add_quads<kQuads / 2, kQuads>(codes, *w, w->starts[1], w->scales[1], steps);
+      } else {
+        add_quads<0, kQuads>(codes, *w, w->starts[0], w->scales[0], steps);
       }
     }
 #pragma GCC unroll 4
@@ -90,13 +282,29 @@ __attribute__((noinline)) void sum_panel(const std::byte* block, const WeightGro
       const __m512 step = _mm512_set1_ps(x->steps[r]);
 #pragma GCC unroll 2
       for (int v = 0; v < kVectors; ++v) {
-        const __m512 scale = _mm512_load_ps(w->scales + 16 * v);
-        sums[r][v] =
-            _mm512_fmadd_ps(_mm512_mul_ps(_mm512_cvtepi32_ps(dots[r][v]), scale), step, sums[r][v]);
+        sums[r][v] = _mm512_fmadd_ps(steps[r][v], step, sums[r][v]);
       }
     }
   }
-  add_outliers(*outliers, weights, sums);
+}
+
+// Sums of four rows of activations with a panel of weights. A group costs 64 products of integers, then
+// conversion and scale of 8 sums (twice for halves), for four groups steps of 8; an outlier costs 6 for its
+// row.
+template <bool kHalves>
+__attribute__((noinline)) void sum_panel(const std::byte* block, int64_t columns,
+                                         const Panel& panel, Tile& tile) {
+  const auto* outliers = reinterpret_cast<const Int8Outliers*>(block);
+  const auto* x = reinterpret_cast<const Int8Group*>(outliers + 1);
+  const int64_t groups = panel_groups(columns);
+  Sums sums;
+  clear(sums);
+  add_groups<kHalves>(x, panel.groups, groups, sums);
+  if (panel.offsets) {
+    add_groups<kHalves>(x + value_groups(columns), panel.groups + groups, panel_groups(groups),
+                        sums);
+  }
+  add_outliers<kHalves>(*outliers, Int8Outliers::count(columns), panel.groups, sums);
 #pragma GCC unroll 4
   for (int r = 0; r < kRows; ++r) {
 #pragma GCC unroll 2
@@ -137,33 +345,46 @@ inline void store(const Tile& tile, T* y, int64_t stride, int64_t rows, int64_t 
 }
 
 template <class T, bool kAdd>
-void panel_rows(const Int8Rows& x, const Int8Matrix& w, const Tensor& y, int64_t panel,
-                int64_t first, int64_t end) {
-  const int64_t groups = int8_groups(x.columns), column = panel * kInt8Panel;
-  const auto* weights = reinterpret_cast<const WeightGroup*>(w.data) + panel * groups;
+void panel_rows(const Int8Rows& x, const Panel& panel, const Tensor& y, int64_t first,
+                int64_t end) {
+  const auto sum = panel.halves ? sum_panel<true> : sum_panel<false>;
   Tile tile;
   for (int64_t m = first; m < end; m += kInt8Rows) {
     const int64_t rows = std::min(kInt8Rows, end - m);
-    T* to = y.as<T>() + m * y.stride(0) + column;
+    T* to = y.as<T>() + m * y.stride(0);
     // Rows of y are too far apart for the processor to see them coming.
     for (int64_t r = 0; r < rows; ++r) {
-      for (int64_t c = 0; c < kInt8Panel; c += 64 / static_cast<int64_t>(sizeof(T))) {
+      for (int64_t c = 0; c < kPanelRows; c += 64 / static_cast<int64_t>(sizeof(T))) {
         __builtin_prefetch(to + r * y.stride(0) + c, 1);
       }
     }
-    sum_panel(x.data + m / kInt8Rows * int8_block_bytes(x.columns), weights, groups, tile);
-    store<T, kAdd>(tile, to, y.stride(0), rows, w.rows - column);
+    sum(x.data + m / kInt8Rows * int8_block_bytes(x.columns), x.columns, panel, tile);
+    store<T, kAdd>(tile, to, y.stride(0), rows, panel.rows);
   }
+}
+
+template <class... Formats>
+void unpack_by_format(const BlockMatrix& w, int64_t first, Panel& panel) {
+  const auto call = [&](auto format) {
+    using Format = typename decltype(format)::type;
+    if (w.format == Format::kFormat) unpack<Format>(w, first, panel);
+  };
+  (call(std::type_identity<Formats>()), ...);
 }
 
 }  // namespace
 
-void int8_panel_avx512(const Int8Rows& x, const Int8Matrix& w, const Tensor& y, bool add,
-                       int64_t panel, int64_t first, int64_t end) {
+void unpack_panel_avx512(const BlockMatrix& w, int64_t first, Panel& panel) {
+  panel.rows = std::min(kPanelRows, w.rows - first);
+  unpack_by_format<Q8_0, Q4_0, Q4_1, Q5_0, Q5_1, Q4_K, Q5_K, Q6_K>(w, first, panel);
+}
+
+void int8_panel_avx512(const Int8Rows& x, const Panel& panel, const Tensor& y, bool add,
+                       int64_t first, int64_t end) {
   const auto rows = y.dtype() == DType::bf16 ? panel_rows<bfloat16, false>
                     : add                    ? panel_rows<float, true>
                                              : panel_rows<float, false>;
-  rows(x, w, y, panel, first, end);
+  rows(x, panel, y, first, end);
 }
 
 }  // namespace heed::kernels

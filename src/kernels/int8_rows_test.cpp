@@ -27,7 +27,7 @@ bool can_run() {
 #define NEEDS_INT8_PRODUCTS \
   if (!can_run()) GTEST_SKIP() << "this processor has no AVX512-VNNI"
 
-// Memory of Int8Rows and Int8Matrix, first filled with bits that are NaN as floats.
+// Memory of Int8Rows, first filled with bits that are NaN as floats.
 struct Memory {
   explicit Memory(int64_t bytes) : array(DType::f32, {bytes / 4}) {
     std::memset(array.as<void>(), 0xff, static_cast<size_t>(bytes));
@@ -50,102 +50,128 @@ struct Rows {
       }
     });
   }
-};
+  const kernels::Int8Outliers& outliers(int64_t m) const {
+    return *reinterpret_cast<const kernels::Int8Outliers*>(
+        view.data + m / 4 * kernels::int8_block_bytes(view.columns));
+  }
+  double step(int64_t m, int64_t place) const {
+    return static_cast<double>(groups(m)[place / 128].steps[m % 4]);
+  }
+  /// Columns from `place` 0 on, sums from whole groups of 128 on.
+  double rounded(int64_t m, int64_t place) const {
+    return (groups(m)[place / 128].codes[place % 128 / 4][m % 4][place % 4] - 128) * step(m, place);
+  }
+  double value(int64_t m, int64_t k) const {
+    double sum = rounded(m, k);
+    for (int64_t i = 0; i < kernels::Int8Outliers::count(view.columns); ++i) {
+      if (outliers(m).columns[i][m % 4] != k) continue;
+      sum += static_cast<double>(outliers(m).values[i][m % 4]);
+    }
+    return sum;
+  }
+  int64_t first_sum() const { return kernels::value_groups(view.columns) * 128; }
 
-Int8Matrix with_memory(Int8Matrix w, const Memory& memory) {
-  w.data = memory.data();
-  return w;
-}
-
-struct Weights {
-  Int8Matrix layout;
-  Memory memory;
-  Int8Matrix view;
-  explicit Weights(const std::vector<BlockMatrix>& parts, const RunOptions& run = kRun)
-      : layout(int8_matrix(parts)), memory(layout.bytes()), view(with_memory(layout, memory)) {
-    pack_int8(parts, view, run);
+ private:
+  const kernels::Int8Group* groups(int64_t m) const {
+    return reinterpret_cast<const kernels::Int8Group*>(&outliers(m) + 1);
   }
 };
 
-std::vector<float> product(const Rows& x, const Int8Matrix& w, const RunOptions& run = kRun) {
-  std::vector<float> y(static_cast<size_t>(x.view.rows * w.rows),
+std::vector<float> product(const Rows& x, const std::vector<BlockMatrix>& w,
+                           const RunOptions& run = kRun) {
+  int64_t rows = 0;
+  for (const BlockMatrix& part : w) rows += part.rows;
+  std::vector<float> y(static_cast<size_t>(x.view.rows * rows),
                        std::numeric_limits<float>::quiet_NaN());
-  int8_product(x.view, w, Tensor(y.data(), DType::f32, {x.view.rows, w.rows}), false, run);
+  int8_product(x.view, w, Tensor(y.data(), DType::f32, {x.view.rows, rows}), false, run);
   return y;
 }
 
-// Weights [rows, columns] as they were packed.
-struct Packed {
-  std::vector<double> values;
-  std::vector<double> half_scales;  // of each value
-  explicit Packed(const Int8Matrix& w) {
-    const auto* groups = reinterpret_cast<const kernels::WeightGroup*>(w.data);
+// Weights [rows, columns] as they are unpacked: scale times code, and what sums of 32 columns meet.
+struct Unpacked {
+  std::vector<double> values, offsets, offset_steps;
+  explicit Unpacked(const BlockMatrix& w) {
+    const int64_t groups = w.columns / 32;
+    std::vector<kernels::PanelGroup> memory(
+        static_cast<size_t>(kernels::Panel::most_groups(w.columns)));
+    kernels::Panel panel{memory.data()};
     for (int64_t n = 0; n < w.rows; ++n) {
-      for (int64_t k = 0; k < w.columns; ++k) {
-        const auto& group = groups[n / 32 * kernels::int8_groups(w.columns) + k / 64];
-        const auto scale = static_cast<double>(group.scales[n % 32]);
-        const int8_t code = group.codes[k % 64 / 4][n % 32][k % 4];
-        values.push_back(scale * code);
-        half_scales.push_back(scale / 2);
+      if (n % 32 == 0) kernels::unpack_panel_avx512(w, n, panel);
+      const auto weight = [&](const kernels::PanelGroup& group, int64_t k) {
+        return static_cast<double>(group.scales[panel.halves ? k / 16 : 0][n % 32]) *
+               group.codes[k / 4][n % 32][k % 4];
+      };
+      for (int64_t k = 0; k < w.columns; ++k) values.push_back(weight(memory[k / 32], k % 32));
+      for (int64_t g = 0; g < groups; ++g) {
+        const kernels::PanelGroup& group = memory[groups + g / 32];
+        offsets.push_back(panel.offsets ? weight(group, g % 32) : 0);
+        offset_steps.push_back(panel.offsets ? static_cast<double>(group.scales[0][n % 32]) : 0);
       }
     }
   }
 };
 
-// Activations [rows, columns] as they are rounded, in the documented way.
-struct Rounded {
-  std::vector<double> values;
-  std::vector<double> half_steps;  // of each value
-  Rounded(const std::vector<float>& x, int64_t columns) : values(x.size()), half_steps(x.size()) {
-    std::vector<float> rest = x;
-    for (size_t first = 0; first < x.size(); first += static_cast<size_t>(columns)) {
-      for (int i = 0; i < 4; ++i) {
-        const auto row = rest.begin() + static_cast<int64_t>(first);
-        const auto largest = std::max_element(
-            row, row + columns, [](float a, float b) { return std::abs(a) < std::abs(b); });
-        values[static_cast<size_t>(largest - rest.begin())] += static_cast<double>(*largest);
-        *largest = 0;
-      }
-    }
-    const auto width = static_cast<size_t>(columns);
-    for (size_t k = 0, end = 0; k < x.size(); k = end) {
-      end = std::min(k + 64, (k / width + 1) * width);
-      float most = 0;
-      for (size_t i = k; i < end; ++i) most = std::max(most, std::abs(rest[i]));
-      const float step = most * (1.0f / 127.0f), inverse = most < 1e-36f ? 0.0f : 127.0f / most;
-      for (size_t i = k; i < end; ++i) {
-        const double scaled = static_cast<double>(rest[i]) * static_cast<double>(inverse);
-        values[i] += std::nearbyint(scaled) * static_cast<double>(step);
-        half_steps[i] = 0.5000001 * static_cast<double>(step);
-      }
-    }
-  }
-};
-
-// y of one row against a float64 sum of the rounded factors, and against one of the exact ones.
-void expect_row(const std::vector<float>& weights, const Packed& packed, const float* x,
-                const Rounded& rounded, size_t row, size_t columns, const float* y,
-                const std::string& what) {
-  for (size_t n = 0; n < weights.size() / columns; ++n) {
+// Row m of y against a float64 sum of the rounded factors, and against one of the exact ones.
+void expect_row(const Matrix& w, const Unpacked& unpacked, const std::vector<float>& x,
+                const Rows& rows, int64_t m, const float* y, const std::string& what) {
+  const int64_t columns = w.view.columns, groups = columns / 32;
+  for (int64_t n = 0; n < w.view.rows; ++n) {
     double needed = 0, exact = 0, size = 0, rounding = 0;
-    for (size_t k = 0; k < columns; ++k) {
-      const auto value = static_cast<double>(x[k]);
-      const auto weight = static_cast<double>(weights[n * columns + k]);
-      const double q = rounded.values[row * columns + k], w = packed.values[n * columns + k];
-      needed += w * q;
-      exact += weight * value;
-      size += std::abs(w * q) + std::abs(weight * value);
-      rounding += std::abs(weight) * rounded.half_steps[row * columns + k] +
-                  1.0001 * packed.half_scales[n * columns + k] * std::abs(q);
+    for (int64_t g = 0; g < groups; ++g) {
+      double sum = 0;
+      for (int64_t k = 32 * g; k < 32 * (g + 1); ++k) {
+        const auto value = static_cast<double>(x[static_cast<size_t>(m * columns + k)]);
+        const auto weight = static_cast<double>(w.values[static_cast<size_t>(n * columns + k)]);
+        const double code = unpacked.values[static_cast<size_t>(n * columns + k)];
+        needed += code * rows.value(m, k);
+        exact += weight * value;
+        size += std::abs(code * value) + std::abs(weight * value);
+        rounding += std::abs(code) * 0.5000001 * rows.step(m, k);
+        sum += value;
+      }
+      const int64_t place = rows.first_sum() + g;
+      const auto at = static_cast<size_t>(n * groups + g);
+      const double offset = unpacked.offsets[at], rounded = rows.rounded(m, place);
+      needed += offset * rounded;
+      size += std::abs(offset * rounded);
+      rounding += 0.5000001 * (std::abs(offset) * rows.step(m, place) +
+                               unpacked.offset_steps[at] * std::abs(sum));
     }
-    // Three roundings of a sum for each group, and those of terms.
-    const double bound = std::ldexp(3 * static_cast<double>(columns) / 64 + 40, -24) * size;
+    // Roundings of a sum for each group, and those of terms.
+    const double bound = std::ldexp(3 * static_cast<double>(groups) + 40, -24) * size;
     ASSERT_TRUE(std::abs(static_cast<double>(y[n]) - needed) <= bound)
         << what << " row " << n << ": " << y[n] << ", " << needed << " of rounded factors, bound "
         << bound;
     ASSERT_TRUE(std::abs(static_cast<double>(y[n]) - exact) <= rounding + bound)
         << what << " row " << n << ": " << y[n] << ", exact " << exact;
   }
+}
+
+// Activations [rows, columns] as they are rounded, in the documented way.
+std::vector<double> rounded(const std::vector<float>& x, int64_t columns) {
+  std::vector<double> values(x.size());
+  std::vector<float> rest = x;
+  for (size_t first = 0; first < x.size(); first += static_cast<size_t>(columns)) {
+    for (int64_t i = 0; i < kernels::Int8Outliers::count(columns); ++i) {
+      const auto row = rest.begin() + static_cast<int64_t>(first);
+      const auto largest = std::max_element(
+          row, row + columns, [](float a, float b) { return std::abs(a) < std::abs(b); });
+      values[static_cast<size_t>(largest - rest.begin())] += static_cast<double>(*largest);
+      *largest = 0;
+    }
+  }
+  const auto width = static_cast<size_t>(columns);
+  for (size_t k = 0, end = 0; k < x.size(); k = end) {
+    end = std::min(k + 128 - k % width % 128, (k / width + 1) * width);
+    float most = 0;
+    for (size_t i = k; i < end; ++i) most = std::max(most, std::abs(rest[i]));
+    const float step = most * (1.0f / 127.0f), inverse = most < 1e-36f ? 0.0f : 127.0f / most;
+    for (size_t i = k; i < end; ++i) {
+      const double scaled = static_cast<double>(rest[i]) * static_cast<double>(inverse);
+      values[i] += std::nearbyint(scaled) * static_cast<double>(step);
+    }
+  }
+  return values;
 }
 
 // Rows of very different size, with groups of zeros and of tiny values.
@@ -170,26 +196,26 @@ std::vector<Format> formats_with_codes() {
 
 TEST(Int8Rows, RoundsOnEveryInstructionSet) {
   for (Isa isa : available_isas()) {
-    for (int64_t columns : {1, 32, 96, 111, 576}) {
+    for (int64_t columns : {1, 32, 96, 111, 576, 4224}) {
       for (int64_t count : {1, 3, 4, 9, 70}) {
         const std::vector<float> x = activations(count, columns, 3);
-        const Rounded needed(x, columns);
+        const std::vector<double> needed = rounded(x, columns);
         const Rows rows(x, columns, {.threads = 2, .isa = isa});
         for (int64_t m = 0; m < (count + 3) / 4 * 4; ++m) {
-          const auto* outliers = reinterpret_cast<const kernels::Int8Outliers*>(
-              rows.view.data + m / 4 * kernels::int8_block_bytes(columns));
+          double sum = 0, size = 0;
           for (int64_t k = 0; k < columns; ++k) {
-            const auto& group = reinterpret_cast<const kernels::Int8Group*>(outliers + 1)[k / 64];
-            const int code = group.codes[k % 64 / 4][m % 4][k % 4] - 128;
-            double found = code * static_cast<double>(group.steps[m % 4]);
-            for (size_t i = 0; i < 4; ++i) {
-              if (outliers->columns[i][m % 4] == k) {
-                found += static_cast<double>(outliers->values[i][m % 4]);
-              }
-            }
             const auto at = static_cast<size_t>(m * columns + k);
-            ASSERT_EQ(found, m < count ? needed.values[at] : 0)
+            ASSERT_EQ(rows.value(m, k), m < count ? needed[at] : 0)
                 << name_of(isa) << " " << m << " " << k;
+            const double value = m < count ? static_cast<double>(x[at]) : 0;
+            sum += value;
+            size += std::abs(value);
+            if (k % 32 < 31 && k < columns - 1) continue;
+            const int64_t place = rows.first_sum() + k / 32;
+            ASSERT_TRUE(std::abs(rows.rounded(m, place) - sum) <=
+                        0.5000001 * rows.step(m, place) + std::ldexp(size, -22))
+                << name_of(isa) << " sum " << m << " " << k / 32;
+            sum = size = 0;
           }
         }
       }
@@ -197,45 +223,43 @@ TEST(Int8Rows, RoundsOnEveryInstructionSet) {
   }
 }
 
-// Sum of squared errors of some weights rounded to multiples of a scale.
-double rounding_error(std::span<const float> weights, double scale) {
-  double sum = 0;
-  for (float weight : weights) {
-    const double code = static_cast<double>(weight) / scale;
-    sum += std::pow(scale * (code - std::nearbyint(code)), 2);
-  }
-  return sum;
-}
-
-TEST(Int8Rows, WeightsAreRoundedWithTheBestScaleOnEveryInstructionSet) {
+TEST(Int8Rows, CodesAreThoseOfTheFile) {
+  NEEDS_INT8_PRODUCTS;
   for (const Format& format : formats_with_codes()) {
-    const int64_t columns = weights_per_block(format.format) * 3;
-    const Matrix w(format, 37, columns, 4);
-    for (Isa isa : available_isas()) {
-      const Packed packed(Weights({w.view}, {.threads = 3, .isa = isa}).view);
-      for (size_t at = 0, end = 0; at < w.values.size(); at = end) {
-        const size_t row_end =
-            (at / static_cast<size_t>(columns) + 1) * static_cast<size_t>(columns);
-        end = std::min(at + 64, row_end);
-        const std::span<const float> weights(&w.values[at], end - at);
-        double largest = 0;
-        for (float weight : weights) {
-          largest = std::max(largest, std::abs(static_cast<double>(weight)));
-        }
-        double least = largest < 1e-36 ? 0 : std::numeric_limits<double>::infinity(), found = 0;
-        for (int codes = 127; codes >= 82 && largest >= 1e-36; codes -= 3) {
-          least = std::min(least, rounding_error(weights, largest / codes));
-        }
-        for (size_t i = at; i < end; ++i) {
-          const double error = packed.values[i] - static_cast<double>(w.values[i]);
-          ASSERT_TRUE(std::abs(error) <= 1.0001 * packed.half_scales[i] + 1e-36);
-          found += error * error;
-        }
-        ASSERT_TRUE(found <= 1.001 * least + 1e-9 * largest * largest)
-            << name_of(isa) << " " << name_of(format.format) << " " << at << ": " << found << ", "
-            << least << " is possible";
+    for (int64_t blocks : {1, 3, 9}) {
+      const int64_t columns = blocks * weights_per_block(format.format), groups = columns / 32;
+      const Matrix w(format, 37, columns, 4);
+      const Unpacked unpacked(w.view);
+      for (int64_t i = 0; i < 37 * columns; ++i) {
+        const auto at = static_cast<size_t>(i);
+        const auto group = static_cast<size_t>(i / columns * groups + i % columns / 32);
+        const auto needed = static_cast<double>(w.values[at]);
+        const double found = unpacked.values[at] + unpacked.offsets[group];
+        ASSERT_TRUE(std::abs(found - needed) <=
+                    0.5000001 * unpacked.offset_steps[group] + 1e-6 * std::abs(needed) + 1e-9)
+            << name_of(format.format) << " " << i << ": " << found << ", " << needed;
       }
     }
+  }
+}
+
+// Scales and offsets as a quantiser makes them: of offsets that lie within the codes little is left.
+TEST(Int8Rows, OffsetsAreWithinAThousandthOfAScale) {
+  NEEDS_INT8_PRODUCTS;
+  const int64_t columns = 2048;
+  Matrix w(kFormats[5], 32, columns, 4);  // Q4_1
+  std::mt19937 random(1);
+  std::uniform_real_distribution<float> uniform(0.5f, 1.0f);
+  for (size_t at = 0; at < w.bytes.size(); at += 20) {
+    const float scale = uniform(random);
+    const float16 pair[] = {to_float16(scale), to_float16(-15 * scale * uniform(random))};
+    std::memcpy(&w.bytes[at], pair, sizeof pair);
+  }
+  dequantize(w.format.type, w.bytes, w.values.data(), 32 * columns);
+  const Unpacked unpacked(w.view);
+  for (size_t i = 0; i < w.values.size(); ++i) {
+    const double found = unpacked.values[i] + unpacked.offsets[i / 32];
+    ASSERT_NEAR(found, static_cast<double>(w.values[i]), 0.002) << i;
   }
 }
 
@@ -243,18 +267,16 @@ TEST(Int8Rows, ProductsOfEveryFormat) {
   NEEDS_INT8_PRODUCTS;
   for (const Format& format : formats_with_codes()) {
     const int64_t block = weights_per_block(format.format);
-    for (int64_t columns : {block, 3 * block, 9 * block}) {
+    for (int64_t columns : {block, 3 * block, 9 * block, 1280L}) {
       for (int64_t rows : {1, 15, 17, 32, 33, 79}) {
         const Matrix w(format, rows, columns, static_cast<uint32_t>(rows * 1000 + columns));
-        const Weights weights({w.view});
-        const Packed packed(weights.view);
+        const Unpacked unpacked(w.view);
         for (int64_t count : {1, 3, 4, 5, 130}) {
           const std::vector<float> x = activations(count, columns, 7);
-          const std::vector<float> y = product(Rows(x, columns), weights.view);
-          const Rounded rounded(x, columns);
-          for (size_t m = 0; m < static_cast<size_t>(count); ++m) {
-            expect_row(w.values, packed, &x[m * static_cast<size_t>(columns)], rounded, m,
-                       static_cast<size_t>(columns), &y[m * static_cast<size_t>(rows)],
+          const Rows packed(x, columns);
+          const std::vector<float> y = product(packed, {w.view});
+          for (int64_t m = 0; m < count; ++m) {
+            expect_row(w, unpacked, x, packed, m, &y[static_cast<size_t>(m * rows)],
                        std::string(name_of(format.format)) + " [" + std::to_string(rows) + "," +
                            std::to_string(columns) + "], " + std::to_string(count) + " rows");
             if (HasFatalFailure()) return;
@@ -270,27 +292,25 @@ TEST(Int8Rows, PartsOfDifferentFormatsStacked) {
   const int64_t columns = 512, count = 6;
   const std::vector<float> x = activations(count, columns, 5);
   const Rows rows(x, columns);
-  const Rounded rounded(x, columns);
   for (const std::vector<size_t>& chosen :
        {std::vector<size_t>{5, 3, 8}, {3, 4}, {8, 10, 3}, {10, 4}}) {
     std::vector<Matrix> parts;
     std::vector<BlockMatrix> views;
+    int64_t all = 0;
     for (size_t i : chosen) {
       parts.emplace_back(kFormats[i], 20 + 7 * static_cast<int64_t>(parts.size()), columns, 9);
+      all += parts.back().view.rows;
     }
     for (Matrix& part : parts) views.push_back(part.view);
-    const Weights weights(views);
-    const Packed packed(weights.view);
-    std::vector<float> values;
+    const std::vector<float> y = product(rows, views);
+    int64_t first = 0;
     for (const Matrix& part : parts) {
-      values.insert(values.end(), part.values.begin(), part.values.end());
-    }
-    const std::vector<float> y = product(rows, weights.view);
-    for (size_t m = 0; m < static_cast<size_t>(count); ++m) {
-      expect_row(values, packed, &x[m * static_cast<size_t>(columns)], rounded, m,
-                 static_cast<size_t>(columns), &y[m * static_cast<size_t>(weights.view.rows)],
-                 "stacked");
-      if (HasFatalFailure()) return;
+      const Unpacked unpacked(part.view);
+      for (int64_t m = 0; m < count; ++m) {
+        expect_row(part, unpacked, x, rows, m, &y[static_cast<size_t>(m * all + first)], "stacked");
+        if (HasFatalFailure()) return;
+      }
+      first += part.view.rows;
     }
   }
 }
@@ -300,17 +320,16 @@ TEST(Int8Rows, SameBitsForAnyGroupingAndThreadCount) {
   for (const Format& format : formats_with_codes()) {
     const int64_t columns = 768, rows = 131, count = 267;
     const Matrix w(format, rows, columns, 5);
-    const Weights weights({w.view});
     const std::vector<float> x = normals(count * columns, 6);
-    const std::vector<float> together = product(Rows(x, columns), weights.view);
+    const std::vector<float> together = product(Rows(x, columns), {w.view});
     const RunOptions three{.threads = 3, .isa = Isa::avx512};
-    const std::vector<float> threaded = product(Rows(x, columns, three), weights.view, three);
+    const std::vector<float> threaded = product(Rows(x, columns, three), {w.view}, three);
     EXPECT_EQ(0, std::memcmp(together.data(), threaded.data(), together.size() * sizeof(float)))
         << name_of(format.format);
     for (int64_t m = 0; m < count; m += 1 + m % 5) {
       const int64_t some = std::min(count - m, 1 + m % 5);
       const std::vector<float> part =
-          product(Rows(x.data() + m * columns, some, columns), weights.view);
+          product(Rows(x.data() + m * columns, some, columns), {w.view});
       ASSERT_EQ(0,
                 std::memcmp(part.data(), together.data() + m * rows, part.size() * sizeof(float)))
           << name_of(format.format) << " row " << m;
@@ -322,18 +341,18 @@ TEST(Int8Rows, WritesBfloat16AndAdds) {
   NEEDS_INT8_PRODUCTS;
   const int64_t columns = 64, rows = 41, count = 7, stride = rows + 5;
   const Matrix w(kFormats[5], rows, columns, 5);
-  const Weights weights({w.view});
+  const std::vector<BlockMatrix> weights{w.view};
   std::vector<float> x = normals(count * columns, 6);
   x[static_cast<size_t>(2 * columns)] = std::numeric_limits<float>::quiet_NaN();
   const Rows packed(x, columns);
-  const std::vector<float> y = product(packed, weights.view);
+  const std::vector<float> y = product(packed, weights);
   const bfloat16 untouched = to_bfloat16(-7.0f);
   std::vector<bfloat16> half(static_cast<size_t>(count * stride), untouched);
   std::vector<float> sum(static_cast<size_t>(count * stride), 3.0f);
-  int8_product(packed.view, weights.view,
-               Tensor(half.data(), DType::bf16, {count, rows}, {stride, 1}), false, kRun);
-  int8_product(packed.view, weights.view,
-               Tensor(sum.data(), DType::f32, {count, rows}, {stride, 1}), true, kRun);
+  int8_product(packed.view, weights, Tensor(half.data(), DType::bf16, {count, rows}, {stride, 1}),
+               false, kRun);
+  int8_product(packed.view, weights, Tensor(sum.data(), DType::f32, {count, rows}, {stride, 1}),
+               true, kRun);
   for (int64_t m = 0; m < count; ++m) {
     for (int64_t n = 0; n < stride; ++n) {
       const auto at = static_cast<size_t>(m * stride + n);
@@ -361,7 +380,7 @@ TEST(Int8Rows, WhatIsNotFiniteStaysInItsRow) {
       const Matrix w(kFormats[format], 8, 64, 1);
       std::vector<float> x = normals(3 * 64, 2);
       x[64 + 9] = bad;
-      const std::vector<float> y = product(Rows(x, 64), Weights({w.view}).view);
+      const std::vector<float> y = product(Rows(x, 64), {w.view});
       for (size_t n = 0; n < 8; ++n) {
         EXPECT_TRUE(std::isfinite(y[n]));
         EXPECT_FALSE(std::isfinite(y[8 + n]));
@@ -371,19 +390,34 @@ TEST(Int8Rows, WhatIsNotFiniteStaysInItsRow) {
   }
 }
 
+TEST(Int8Rows, WhatIsNotFiniteInAFileShows) {
+  NEEDS_INT8_PRODUCTS;
+  for (const Format& format : formats_with_codes()) {
+    const int64_t columns = 2 * weights_per_block(format.format);
+    for (int place : format.f16_at) {
+      for (uint16_t bits : {0x7e00, 0x7c00, 0xfc00}) {  // NaN, infinities
+        Matrix w(format, 8, columns, 1);
+        // Scales may be zero, and zero times infinity is NaN; a block past the first.
+        std::memcpy(&w.bytes[static_cast<size_t>(7 * bytes_per_block(format.format) + place)],
+                    &bits, sizeof bits);
+        const std::vector<float> y = product(Rows(normals(columns, 2), columns), {w.view});
+        for (size_t n = 0; n < 8; ++n) {
+          EXPECT_EQ(std::isfinite(y[n]), n != 3) << name_of(format.format) << " " << place;
+        }
+      }
+    }
+  }
+}
+
 TEST(Int8Rows, RefusesWhatDoesNotFit) {
   const Matrix w(kFormats[5], 4, 64, 1), other(kFormats[5], 4, 32, 1), plain(kFormats[0], 4, 64, 1);
-  EXPECT_THROW(int8_matrix(std::vector<BlockMatrix>{w.view, other.view}), Error);
-  EXPECT_THROW(int8_matrix(std::vector<BlockMatrix>{w.view, plain.view}), Error);
-  EXPECT_THROW(int8_matrix(std::vector<BlockMatrix>{}), Error);
   const auto nothing = [](int64_t, const Tensor&) {};
   EXPECT_THROW(fill_int8_rows({nullptr, 3, 0}, kRun, nothing), Error);
-  const Weights weights({w.view}, {.isa = Isa::portable});
+  std::vector<BlockMatrix> weights{w.view};
   Memory memory(int8_rows_bytes(3, 64));
   std::vector<float> y(64);
   const auto call = [&](int64_t columns, DType type, Dims shape, bool add, const RunOptions& run) {
-    int8_product({memory.data(), 3, columns}, weights.view, Tensor(y.data(), type, shape), add,
-                 run);
+    int8_product({memory.data(), 3, columns}, weights, Tensor(y.data(), type, shape), add, run);
   };
   EXPECT_THROW(call(64, DType::f32, {3, 4}, false, {.isa = Isa::portable}), Error);
   NEEDS_INT8_PRODUCTS;
@@ -392,6 +426,10 @@ TEST(Int8Rows, RefusesWhatDoesNotFit) {
   EXPECT_THROW(call(64, DType::f32, {2, 4}, false, kRun), Error);
   EXPECT_THROW(call(64, DType::f64, {3, 4}, false, kRun), Error);
   EXPECT_THROW(call(64, DType::bf16, {3, 4}, true, kRun), Error);
+  for (const Matrix* bad : {&other, &plain}) {
+    weights = {w.view, bad->view};
+    EXPECT_THROW(call(64, DType::f32, {3, 8}, false, kRun), Error);
+  }
 }
 
 }  // namespace

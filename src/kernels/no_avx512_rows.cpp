@@ -9,8 +9,8 @@ namespace {
 [[noreturn]] void absent() { throw Error("this processor is no x86"); }
 }  // namespace
 
-void int8_panel_avx512(const Int8Rows&, const Int8Matrix&, const Tensor&, bool, int64_t, int64_t,
-                       int64_t) {
+void unpack_panel_avx512(const BlockMatrix&, int64_t, Panel&) { absent(); }
+void int8_panel_avx512(const Int8Rows&, const Panel&, const Tensor&, bool, int64_t, int64_t) {
   absent();
 }
 void split_columns_avx512(const float*, int64_t, int64_t, int, SplitColumns*) { absent(); }

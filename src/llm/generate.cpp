@@ -59,7 +59,6 @@ size_t Generator::keep_common(std::span<const int32_t> prompt) {
 bool Generator::read_prompt(std::span<const int32_t> prompt, size_t common,
                             const GenerateOptions& options, GenerateResult& result) {
   const int64_t total = static_cast<int64_t>(prompt.size());
-  model_.reserve(std::min(model_.context(), total + std::min<int64_t>(options.max_tokens, 512)));
   const size_t rest = prompt.size() - common;
   const size_t chunk_tokens = static_cast<size_t>(model_.chunk());
   const size_t chunks = 1 + (rest - 1) / chunk_tokens;  // rest >= 1: the last token
@@ -120,6 +119,8 @@ GenerateResult Generator::generate(std::span<const int32_t> prompt,
   const double attention_before = model_.attention_seconds();
   const size_t common = keep_common(prompt);
   result.reused_tokens = static_cast<int64_t>(common);
+  model_.reserve(std::min(model_.context(),
+                          result.prompt_tokens + std::min<int64_t>(options.max_tokens, 512)));
   model_.prepare(static_cast<int64_t>(prompt.size() - common));
   auto start = std::chrono::steady_clock::now();
   const bool complete = read_prompt(prompt, common, options, result);

@@ -9,6 +9,7 @@
 #include "base/round_up.h"
 #include "heed/error.h"
 #include "kernels/transformer_rows.h"
+#include "llm/dense.h"
 #include "llm/gguf.h"
 
 namespace heed {
@@ -222,17 +223,22 @@ DType Model::activation_type(int64_t rows) const {
 template <class Make>
 void Model::multiply(const WeightMatrix& w, const Make& make, const Tensor& y, bool add) {
   const int64_t rows = y.size(0);
-  if (w.int8.data != nullptr && weights_.are_many(rows)) {
+  const bool many = weights_.are_many(rows);
+  if (many && w.int8) {
     const Int8Rows x{input_.as<std::byte>(), rows, w.columns};
     make(x);
-    int8_product(x, w.int8, y, add, run_);
+    int8_product(x, w.parts, y, add, run_);
     return;
   }
   const DType type = activation_type(rows);
   const Tensor x = buffer(input_, type, rows, w.columns);
   make(x);
   const Tensor product = add ? buffer(sum_, type, rows, w.rows) : y;
-  w.multiply(x, product, run_);
+  if (many) {
+    dense_product(x, w.dense, product, run_);
+  } else {
+    w.multiply(x, product, run_);
+  }
   if (add) add_rows(product, y, run_);
 }
 
@@ -303,7 +309,11 @@ Tensor Model::normalized_rows(int64_t first, int64_t rows) {
 }
 
 void Model::prepare(int64_t tokens) {
+  if (tokens <= weights_.few_rows) return;
   if (read_tokens_ + tokens >= kWorthUnpacking) weights_.unpack(run_);
+  const int64_t length = std::min(context(), this->length() + tokens);
+  cache_.reserve(length);
+  cache_.populate(length, run_);
 }
 
 void Model::append(std::span<const int32_t> tokens) {
@@ -316,10 +326,9 @@ void Model::append(std::span<const int32_t> tokens, int64_t first,
   ++changes_;
   const int64_t count = static_cast<int64_t>(tokens.size());
   cache_.reserve(length() + count);
-  if (count > few_rows(weights_.dense_type)) {
+  if (count > weights_.few_rows) {
     prepare(count);
     read_tokens_ += count;
-    cache_.populate(length() + count, run_);
   }
   // Chunks of nearly equal size: no last chunk of a few rows.
   const int64_t chunks = count / chunk() + (count % chunk() == 0 ? 0 : 1);

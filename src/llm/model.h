@@ -56,8 +56,9 @@ class Model {
   void append(std::span<const int32_t> tokens, int64_t first,
               const std::function<void(int64_t i, std::span<const float> logits)>& row);
 
-  /// Gets ready for an append of so many tokens: where they, with what was read before, are many, weights
-  /// are unpacked for products of many rows. append does it too, in its own time.
+  /// Gets ready for appends of so many tokens in all: fetches memory for their keys and values, and where they,
+  /// with what was read before, are many, unpacks weights that products of many rows need so. append does it
+  /// too, in its own time.
   void prepare(int64_t tokens);
   /// Room for tokens in all; saves the cache from growing step by step.
   void reserve(int64_t tokens) { cache_.reserve(tokens); }
@@ -106,7 +107,7 @@ class Model {
   int64_t chunk_;
   RunOptions run_;
   double attention_seconds_ = 0, total_seconds_ = 0;
-  int64_t read_tokens_ = 0;  // in parts of more than few_rows(): prompts, not answers
+  int64_t read_tokens_ = 0;  // in parts of more than few_rows: prompts, not answers
   uint64_t changes_ = 0;
 
   // Activations of up to capacity_rows_ tokens. The stream is float32 [rows, width].

@@ -30,20 +30,16 @@ enum class ModelDtype { f32, bf16, int4 };
 const char* name_of(ModelDtype dtype);
 ModelDtype parse_model_dtype(std::string_view name);  // throws Error listing the names
 
-/// Up to so many rows at once, reading the blocks of the file is as fast as the dense product.
-constexpr int64_t few_rows(DType dense_type) { return dense_type == DType::bf16 ? 4 : 12; }
-
 /// y = W x, W [rows, columns] stacked from at most three parts.
 struct WeightMatrix {
   int64_t rows = 0;
   int64_t columns = 0;
   std::vector<BlockMatrix> parts;  // for few rows
   RowActivations activations = RowActivations::f32;
-  Int8Matrix int8;  // for many, once unpacked; without rows where `dense` is used
-  Tensor dense;     // [rows, columns] float32 or bfloat16, for many; undefined until unpacked
+  bool int8 = false;  // many rows are multiplied with the parts, by int8_product
+  Tensor dense;       // else [rows, columns] float32 or bfloat16 for many; undefined until unpacked
 
-  /// x [M,columns], y [M,rows], contiguous: float32, or dense's type for more than few_rows() rows once
-  /// that is there. Not for more rows where `int8` has memory: int8_product multiplies them.
+  /// For few rows: x [M,columns], y [M,rows], float32, contiguous.
   void multiply(const Tensor& x, const Tensor& y, const RunOptions& run) const;
 };
 
@@ -67,13 +63,16 @@ struct ModelWeights {
   std::vector<LayerWeights> layers;
   ModelDtype dtype = ModelDtype::f32;
   DType dense_type = DType::f32;  // of activations of many rows between products, too
-  Pages unpacked_memory;          // of int8 and dense
+  Pages unpacked_memory;          // of dense
+  bool unpacked = false;          // products of many rows have all that they read
+  int64_t few_rows = 0;           // up to so many are multiplied with the parts
 
-  bool unpacked() const { return unpacked_memory.size() > 0; }
-  /// Makes the copies of the layers' weights that products of many rows read, unless they are there.
+  /// Those of the layers.
+  std::vector<WeightMatrix*> matrices();
+  /// Makes the dense copies that products of many rows read, unless they are there.
   void unpack(const RunOptions& run);
-  /// Whether so many rows are multiplied with those copies.
-  bool are_many(int64_t rows) const { return unpacked() && rows > few_rows(dense_type); }
+  /// Whether so many rows are multiplied as many are.
+  bool are_many(int64_t rows) const { return unpacked && rows > few_rows; }
 
   /// The token's row of the embedding, [width].
   void embed(int32_t token, float* out) const;
