@@ -39,8 +39,8 @@ void add_model_options(CLI::App& command, ModelArguments& arguments, const char*
       ->capture_default_str();
   command.add_option(
       "--dtype", arguments.dtype,
-      "f32 (exact), bf16 or int4 (weights as they are quantised; for long prompts they "
-      "and activations are rounded to int8 or bf16); without it what suits the file");
+      "f32 (exact), bf16 or int4 (weights as they are quantised; in long prompts activations "
+      "are rounded to int8, or both to bf16); without it what suits the file");
   command.add_option("--context", arguments.context, context_help)
       ->transform(whole_number(least_context));
   add_threads(command, arguments.threads,

@@ -9,10 +9,10 @@
 
 #include "base/parallel.h"
 #include "heed/error.h"
-#include "heed/tensor.h"
 #include "kernels/by_isa.h"
 #include "kernels/byte_rows.h"
 #include "kernels/simd.h"
+#include "kernels/transformer_rows.h"
 #undef HWY_TARGET_INCLUDE
 #define HWY_TARGET_INCLUDE "kernels/quantized_rows.cpp"
 #include <hwy/cache_control.h>
@@ -146,7 +146,44 @@ void rows_of(const uint8_t* weights, int64_t row_bytes, int64_t columns, const f
   call(row_loop<Format, 1, kRowsAtOnce>, 1);
 }
 
+struct Values {
+  float* values;
+  HWY_INLINE void add(V a, int64_t k0, V b, int64_t k1) {
+    hn::StoreU(a, D(), values + k0);
+    hn::StoreU(b, D(), values + k1);
+  }
+};
+
+// The weights of a row.
+template <class Format>
+void read_row(const uint8_t* row, int64_t columns, float* weights) {
+  HWY_ALIGN float pairs[2 * kScaledBlocks] = {};
+  const int64_t blocks = columns / Format::kWeights;
+  for (int64_t b = 0; b < blocks; ++b, row += Format::kBytes) {
+    const int64_t place = b % kScaledBlocks;
+    if (Format::kPairs && place == 0) {
+      load_pairs(row, Format::kBytes, HWY_MIN(kScaledBlocks, blocks - b), pairs);
+    }
+    Values to{weights + b * Format::kWeights};
+    Format::decode(row, pairs + 2 * place, to);
+  }
+  const int64_t rest = Format::kPlain ? columns % Format::kWeights : 0;
+  if (rest == 0) return;
+  uint8_t block[Format::kBytes] = {};
+  float values[Format::kWeights];
+  std::memcpy(block, row, static_cast<size_t>(rest * Format::kBytes / Format::kWeights));
+  Values to{values};
+  Format::decode(block, nullptr, to);
+  std::memcpy(weights + columns - rest, values, static_cast<size_t>(rest) * sizeof(float));
+}
+
 }  // namespace
+
+auto row_readers() {
+  return std::array{read_row<F32>,  read_row<F16>,  read_row<BF16>, read_row<Q8_0>,
+                    read_row<Q4_0>, read_row<Q4_1>, read_row<Q5_0>, read_row<Q5_1>,
+                    read_row<Q4_K>, read_row<Q5_K>, read_row<Q6_K>};
+}
 
 auto row_kernels() {
   return std::array{rows_of<F32>,  rows_of<F16>,  rows_of<BF16>, rows_of<Q8_0>,
@@ -165,6 +202,8 @@ using RowKernels = std::array<void (*)(const uint8_t*, int64_t, int64_t, const f
                                        int64_t, float*, int64_t, int64_t),
                               kBlockFormats>;
 HEED_TABLE(RowKernels, row_kernels_of, row_kernels)
+using RowReaders = std::array<void (*)(const uint8_t*, int64_t, float*), kBlockFormats>;
+HEED_TABLE(RowReaders, row_readers_of, row_readers)
 }  // namespace
 }  // namespace kernels
 
@@ -188,19 +227,24 @@ constexpr std::array<FormatInfo, kBlockFormats> kFormats{{{"F32", 1, 4},
 
 const FormatInfo& info(BlockFormat format) { return kFormats[static_cast<size_t>(format)]; }
 
+void check_blocks(const char* op, const BlockMatrix& w) {
+  const auto fail = [op](const std::string& text) { throw Error(op + (": " + text)); };
+  if (w.rows < 0 || w.columns < 1 || w.data == nullptr) {
+    fail("weights are [" + std::to_string(w.rows) + "," + std::to_string(w.columns) +
+         "], at least one column and memory are needed");
+  }
+  if (w.columns % info(w.format).weights != 0) {
+    fail(std::string("weights in ") + info(w.format).name + " have " + std::to_string(w.columns) +
+         " columns, a multiple of " + std::to_string(info(w.format).weights) + " is needed");
+  }
+}
+
 void check(std::span<const RowProduct> products, int64_t x_stride, int64_t count) {
   auto fail = [](const std::string& text) { throw Error("quantized_rows: " + text); };
   if (count < 0) fail("count is " + std::to_string(count) + ", at least 0 is needed");
   for (const RowProduct& p : products) {
     const BlockMatrix& w = p.weights;
-    if (w.rows < 0 || w.columns < 1 || w.data == nullptr) {
-      fail("weights are [" + std::to_string(w.rows) + "," + std::to_string(w.columns) +
-           "], at least one column and memory are needed");
-    }
-    if (w.columns % info(w.format).weights != 0) {
-      fail(std::string("weights in ") + info(w.format).name + " have " + std::to_string(w.columns) +
-           " columns, a multiple of " + std::to_string(info(w.format).weights) + " is needed");
-    }
+    check_blocks("quantized_rows", w);
     if (w.columns != products[0].weights.columns) {
       fail("weights have " + std::to_string(w.columns) + " columns beside others with " +
            std::to_string(products[0].weights.columns) + ", one number is needed");
@@ -299,6 +343,31 @@ void quantized_rows(std::span<const RowProduct> products, const float* x, int64_
           reinterpret_cast<const uint8_t*>(w.data) + begin * w.row_bytes(), w.row_bytes(),
           w.columns, x, x_stride, count, p.y + begin, p.y_stride, rows);
       return;
+    }
+  });
+}
+
+void read_rows(const BlockMatrix& w, const Tensor& to, const RunOptions& run) {
+  check_blocks("read_rows", w);
+  if ((to.dtype() != DType::f32 && to.dtype() != DType::bf16) || to.rank() != 2 ||
+      to.size(0) != w.rows || to.size(1) != w.columns || (w.columns > 1 && to.stride(1) != 1)) {
+    throw Error("read_rows: " + describe("to", to) + " is given, float32 or bfloat16 [" +
+                std::to_string(w.rows) + "," + std::to_string(w.columns) +
+                "] with unit stride in its columns is needed");
+  }
+  const auto read = kernels::row_readers_of(chosen_isa(run))[static_cast<size_t>(w.format)];
+  constexpr int64_t kRows = 16;
+  const int64_t items = (w.rows + kRows - 1) / kRows;
+  parallel_for(items, threads_for(run, items), [&](int64_t item, int) {
+    const int64_t begin = item * kRows, end = std::min(w.rows, begin + kRows);
+    const bool f32 = to.dtype() == DType::f32;
+    Scratch scratch(f32 ? 0 : static_cast<size_t>(w.columns) * sizeof(float));
+    float* values = f32 ? nullptr : scratch.take<float>(w.columns);
+    for (int64_t n = begin; n < end; ++n) {
+      const Tensor row = to.slice(0, n, n + 1);
+      read(reinterpret_cast<const uint8_t*>(w.data) + n * w.row_bytes(), w.columns,
+           f32 ? row.as<float>() : values);
+      if (!f32) convert_rows(Tensor(values, DType::f32, row.shape()), row, {.threads = 1});
     }
   });
 }

@@ -11,6 +11,7 @@
 #include <span>
 
 #include "heed/run.h"
+#include "heed/tensor.h"
 
 namespace heed {
 
@@ -66,5 +67,9 @@ enum class RowActivations : uint8_t { f32, int16 };
 void quantized_rows(std::span<const RowProduct> products, const float* x, int64_t x_stride,
                     int64_t count, const RunOptions& run = {},
                     RowActivations activations = RowActivations::f32);
+
+/// to[n,k] = W[n,k]: float32, or rounded to bfloat16. Throws Error for other types, another shape and columns
+/// that are no whole number of blocks or not side by side.
+void read_rows(const BlockMatrix& weights, const Tensor& to, const RunOptions& run = {});
 
 }  // namespace heed

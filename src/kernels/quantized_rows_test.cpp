@@ -94,6 +94,39 @@ TEST(QuantizedRows, EqualsDequantizedProductsOnEveryInstructionSet) {
   }
 }
 
+TEST(QuantizedRows, ReadsWeightsOnEveryInstructionSet) {
+  for (Isa isa : available_isas()) {
+    for (const Format& format : kFormats) {
+      const int64_t block = weights_per_block(format.format);
+      const std::vector<int64_t> widths = block > 1 ? std::vector<int64_t>{block, 37 * block}
+                                                    : std::vector<int64_t>{1, 31, 32, 33, 172};
+      for (int64_t columns : widths) {
+        const int64_t rows = 19, stride = columns + 3;
+        const Matrix w(format, rows, columns, 3);
+        float largest = 0;
+        for (float value : w.values) largest = std::max(largest, std::abs(value));
+        // A product and a sum may be rounded once instead of twice.
+        const float bound = block > 1 ? std::ldexp(largest, -22) : 0.0f;
+        std::vector<float> values(static_cast<size_t>(rows * stride), -7.0f);
+        std::vector<bfloat16> half(static_cast<size_t>(rows * stride), to_bfloat16(-7.0f));
+        const RunOptions run{.threads = 2, .isa = isa};
+        read_rows(w.view, Tensor(values.data(), DType::f32, {rows, columns}, {stride, 1}), run);
+        read_rows(w.view, Tensor(half.data(), DType::bf16, {rows, columns}, {stride, 1}), run);
+        for (int64_t n = 0; n < rows; ++n) {
+          for (int64_t k = 0; k < stride; ++k) {
+            const auto at = static_cast<size_t>(n * stride + k);
+            const float needed =
+                k < columns ? w.values[static_cast<size_t>(n * columns + k)] : -7.0f;
+            ASSERT_TRUE(std::abs(values[at] - needed) <= bound)
+                << name_of(isa) << " " << name_of(format.format) << " " << n << " " << k;
+            ASSERT_EQ(half[at].bits, to_bfloat16(values[at]).bits);
+          }
+        }
+      }
+    }
+  }
+}
+
 TEST(QuantizedRows, SeveralMatricesOfDifferentFormatsInOneCall) {
   const Matrix a(kFormats[5], 300, 256, 1), b(kFormats[3], 17, 256, 2), c(kFormats[10], 5, 256, 3);
   const std::vector<float> x = normals(2 * 256, 4);
@@ -221,6 +254,16 @@ TEST(QuantizedRows, RefusesWhatDoesNotFit) {
   const RowProduct two[] = {{w.view, y.data(), 4}, {other.view, y.data() + 4, 4}};
   EXPECT_THROW(quantized_rows(two, x.data(), 64, 1), Error);
   EXPECT_NO_THROW(call(w.view, 64, 4, 0));
+
+  std::vector<double> to(256);
+  const auto read = [&](const BlockMatrix& m, DType type, Dims shape, Dims strides) {
+    read_rows(m, Tensor(to.data(), type, shape, strides));
+  };
+  EXPECT_THROW(read(ragged, DType::f32, {4, 40}, {40, 1}), Error);
+  EXPECT_THROW(read(w.view, DType::f64, {4, 64}, {64, 1}), Error);
+  EXPECT_THROW(read(w.view, DType::f32, {3, 64}, {64, 1}), Error);
+  EXPECT_THROW(read(w.view, DType::f32, {4, 64}, {64, 2}), Error);
+  EXPECT_NO_THROW(read(w.view, DType::f32, {4, 64}, {64, 1}));
 }
 
 }  // namespace

@@ -13,7 +13,7 @@ namespace heed {
 namespace {
 
 at::Tensor wrap(const Tensor& x) {
-  return at::from_blob(x.data(), {x.size(0), x.size(1)},
+  return at::from_blob(x.data(), {x.size(0), x.size(1)}, {x.stride(0), x.stride(1)},
                        x.dtype() == DType::f32 ? at::kFloat : at::kBFloat16);
 }
 

@@ -5,7 +5,8 @@
 
 namespace heed {
 
-/// y[m,n] = sum_k x[m,k] w[n,k]; x [M,K], w [N,K], y [M,N] contiguous, all float32 or all bfloat16.
+/// y[m,n] = sum_k x[m,k] w[n,k]; x [M,K], w [N,K], y [M,N] with a unit stride in columns, all float32 or all
+/// bfloat16.
 void dense_product(const Tensor& x, const Tensor& w, const Tensor& y, const RunOptions& run);
 
 /// Whether this processor multiplies bfloat16 matrices faster than float32 ones.

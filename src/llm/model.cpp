@@ -9,7 +9,6 @@
 #include "base/round_up.h"
 #include "heed/error.h"
 #include "kernels/transformer_rows.h"
-#include "llm/dense.h"
 #include "llm/gguf.h"
 
 namespace heed {
@@ -224,7 +223,7 @@ template <class Make>
 void Model::multiply(const WeightMatrix& w, const Make& make, const Tensor& y, bool add) {
   const int64_t rows = y.size(0);
   const bool many = weights_.are_many(rows);
-  if (many && w.int8) {
+  if (many && w.many == ManyRows::int8) {
     const Int8Rows x{input_.as<std::byte>(), rows, w.columns};
     make(x);
     int8_product(x, w.parts, y, add, run_);
@@ -235,7 +234,7 @@ void Model::multiply(const WeightMatrix& w, const Make& make, const Tensor& y, b
   make(x);
   const Tensor product = add ? buffer(sum_, type, rows, w.rows) : y;
   if (many) {
-    dense_product(x, w.dense, product, run_);
+    w.multiply_many(x, product, run_);
   } else {
     w.multiply(x, product, run_);
   }

@@ -8,6 +8,7 @@
 #include <utility>
 
 #include "base/parallel.h"
+#include "base/round_up.h"
 #include "heed/error.h"
 #include "kernels/transformer_rows.h"
 #include "llm/dense.h"
@@ -39,13 +40,6 @@ BlockFormat format_of(GgmlType type) {
     if (ggml == type) return format;
   }
   throw Error("tensor type " + ggml_type_name(static_cast<uint32_t>(type)) + " has no row product");
-}
-
-GgmlType type_of(BlockFormat format) {
-  for (const auto& [ggml, own] : kFormats) {
-    if (own == format) return ggml;
-  }
-  throw Error(std::string(name_of(format)) + " is no tensor type of a file");
 }
 
 bool is_quantized(GgmlType type) { return has_codes(format_of(type)); }
@@ -159,51 +153,30 @@ LayerWeights load_layer(Loader& loader, const ModelConfig& config, int64_t layer
   return w;
 }
 
-// Unpacks the parts of a matrix one below the other.
-void unpack(const WeightMatrix& w, const Tensor& dense, const RunOptions& run) {
-  constexpr int64_t kRows = 16;
-  int64_t first = 0;
-  for (const BlockMatrix& part : w.parts) {
-    const GgmlType type = type_of(part.format);
-    const int64_t items = (part.rows + kRows - 1) / kRows;
-    parallel_for(items, threads_for(run, items), [&](int64_t item, int) {
-      const int64_t begin = item * kRows, end = std::min(part.rows, begin + kRows);
-      const int64_t count = (end - begin) * part.columns;
-      const std::span bytes(part.data + begin * part.row_bytes(),
-                            static_cast<size_t>((end - begin) * part.row_bytes()));
-      const Tensor to = dense.slice(0, first + begin, first + end);
-      if (dense.dtype() == DType::f32) {
-        dequantize(type, bytes, to.as<float>(), count);
-        return;
-      }
-      Scratch scratch(Scratch::rounded(static_cast<size_t>(count) * sizeof(float)));
-      float* values = scratch.take<float>(count);
-      dequantize(type, bytes, values, count);
-      convert_rows(Tensor(values, DType::f32, to.shape()), to, run);
-    });
-    first += part.rows;
+// The values of a part where they lie as numbers of this type, else undefined.
+Tensor numbers_of(const BlockMatrix& part, DType type) {
+  const BlockFormat format = type == DType::f32 ? BlockFormat::f32 : BlockFormat::bf16;
+  if (part.format != format || reinterpret_cast<uintptr_t>(part.data) % size_of(type) != 0) {
+    return {};
   }
+  return Tensor(const_cast<std::byte*>(part.data), type, {part.rows, part.columns});
 }
 
-// Where the dense copy holds the same values as the file, or those that are asked for, few rows use it too.
-void use_dense_parts(WeightMatrix& w, ModelDtype dtype) {
-  const bool plain = std::all_of(w.parts.begin(), w.parts.end(), [](const BlockMatrix& part) {
-    return part.format == BlockFormat::f32;
-  });
-  if (dtype == ModelDtype::bf16 || (dtype == ModelDtype::f32 && plain)) {
-    const BlockFormat format = dtype == ModelDtype::bf16 ? BlockFormat::bf16 : BlockFormat::f32;
-    w.parts = {{format, w.dense.as<std::byte>(), w.rows, w.columns}};
-  }
+bool lies_as(const WeightMatrix& w, DType type) {
+  return std::all_of(w.parts.begin(), w.parts.end(),
+                     [&](const BlockMatrix& part) { return numbers_of(part, type).defined(); });
 }
 
 // Up to so many tokens int8 would be faster too (from five on), but it saves a tenth of a second at most, and
 // answers to short questions can hang on a digit.
 constexpr int64_t kShortPrompt = 63;
 
-bool for_int8(const WeightMatrix& w, ModelDtype dtype, const RunOptions& run) {
-  return dtype == ModelDtype::int4 && has_int8_products(run) &&
-         std::all_of(w.parts.begin(), w.parts.end(),
-                     [](const BlockMatrix& part) { return has_codes(part.format); });
+ManyRows many_rows(const WeightMatrix& w, ModelDtype dtype, DType dense_type,
+                   const RunOptions& run) {
+  const bool codes = std::all_of(w.parts.begin(), w.parts.end(),
+                                 [](const BlockMatrix& part) { return has_codes(part.format); });
+  if (codes && dtype == ModelDtype::int4 && has_int8_products(run)) return ManyRows::int8;
+  return dense_type == DType::f32 || lies_as(w, dense_type) ? ManyRows::slices : ManyRows::copy;
 }
 
 }  // namespace
@@ -219,26 +192,32 @@ std::vector<WeightMatrix*> ModelWeights::matrices() {
 void ModelWeights::unpack(const RunOptions& run) {
   if (unpacked) return;
   std::vector<WeightMatrix*> wanted = matrices();
-  std::erase_if(wanted, [](const WeightMatrix* w) { return w->int8; });
-  const auto bytes_of = [&](const WeightMatrix* w) {
-    return Scratch::rounded(static_cast<size_t>(w->rows * w->columns) * size_of(dense_type));
+  std::erase_if(wanted, [](const WeightMatrix* w) { return w->many != ManyRows::copy; });
+  const auto bytes_of = [](const WeightMatrix* w) {
+    return Scratch::rounded(static_cast<size_t>(w->rows * w->columns) * sizeof(bfloat16));
   };
   size_t total = 0;
   for (const WeightMatrix* w : wanted) total += bytes_of(w);
   Pages memory(total);
-  std::vector<Tensor> copies;
   std::byte* next = memory.data();
   for (const WeightMatrix* w : wanted) {
-    copies.emplace_back(next, dense_type, std::initializer_list<int64_t>{w->rows, w->columns});
-    heed::unpack(*w, copies.back(), run);
+    const Tensor copy(next, DType::bf16, {w->rows, w->columns});
+    int64_t first = 0;
+    for (const BlockMatrix& part : w->parts) {
+      read_rows(part, copy.slice(0, first, first + part.rows), run);
+      first += part.rows;
+    }
     next += bytes_of(w);
   }
   // Nothing points into the memory before all of it is written.
   unpacked_memory = std::move(memory);
   unpacked = true;
-  for (size_t i = 0; i < wanted.size(); ++i) {
-    wanted[i]->dense = copies[i];
-    use_dense_parts(*wanted[i], dtype);
+  next = unpacked_memory.data();
+  for (WeightMatrix* w : wanted) {
+    w->dense = Tensor(next, DType::bf16, {w->rows, w->columns});
+    // The values that are asked for: few rows use them too.
+    if (dtype == ModelDtype::bf16) w->parts = {{BlockFormat::bf16, next, w->rows, w->columns}};
+    next += bytes_of(w);
   }
 }
 
@@ -261,6 +240,29 @@ void WeightMatrix::multiply(const Tensor& x, const Tensor& y, const RunOptions& 
   }
   quantized_rows(std::span(products).first(parts.size()), x.as<float>(), columns, x.size(0), run,
                  activations);
+}
+
+void WeightMatrix::multiply_many(const Tensor& x, const Tensor& y, const RunOptions& run) const {
+  if (dense.defined()) return dense_product(x, dense, y, run);
+  constexpr int64_t kSliceBytes = 4 << 20;
+  int64_t first = 0;
+  for (const BlockMatrix& part : parts) {
+    const Tensor to = y.slice(1, first, first + part.rows), numbers = numbers_of(part, x.dtype());
+    first += part.rows;
+    if (numbers.defined()) {
+      dense_product(x, numbers, to, run);
+      continue;
+    }
+    const int64_t row_bytes = columns * static_cast<int64_t>(size_of(x.dtype()));
+    const int64_t step = std::max<int64_t>(64, kSliceBytes / row_bytes);
+    for (int64_t begin = 0; begin < part.rows; begin += step) {
+      const int64_t count = std::min(step, part.rows - begin);
+      Scratch scratch(static_cast<size_t>(count * row_bytes));
+      const Tensor slice(scratch.take<std::byte>(count * row_bytes), x.dtype(), {count, columns});
+      read_rows({part.format, part.data + begin * part.row_bytes(), count, columns}, slice, run);
+      dense_product(x, slice, to.slice(1, begin, begin + count), run);
+    }
+  }
 }
 
 void ModelWeights::embed(int32_t token, float* out) const {
@@ -304,11 +306,10 @@ ModelWeights load_weights(const GgufFile& file, const ModelConfig& config, Model
   weights.dense_type = bf16 ? DType::bf16 : DType::f32;
   // Up to so many rows at once, reading the blocks of the file is as fast as the dense product.
   weights.few_rows = bf16 ? 4 : 12;
-  weights.unpacked = true;
   for (WeightMatrix* w : weights.matrices()) {
-    w->int8 = for_int8(*w, dtype, run);
-    weights.unpacked = weights.unpacked && w->int8;
-    if (w->int8) weights.few_rows = kShortPrompt;
+    w->many = many_rows(*w, dtype, weights.dense_type, run);
+    if (w->many == ManyRows::int8) weights.few_rows = kShortPrompt;
+    if (w->many == ManyRows::copy) weights.unpacked = false;
   }
   if (dtype != ModelDtype::int4) weights.unpack(run);
   return weights;

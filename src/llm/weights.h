@@ -22,13 +22,19 @@ class GgufFile;
 ///   f32   exact: weights of the file widened to float32, float32 activations and cache
 ///   bf16  weights rounded to bfloat16, bfloat16 cache
 ///   int4  few rows: the quantised blocks of the file with activations of 16 bits (RowActivations), float32
-///         where bytes are not multiplied; many rows: weights and activations rounded to int8
-///         (kernels/int8_rows.h) where the processor multiplies bytes fastest, else to bfloat16, or in
-///         float32 where that is faster; bfloat16 cache
+///         where bytes are not multiplied; many rows: the same blocks with activations rounded to int8
+///         (kernels/int8_rows.h) where the processor multiplies bytes fastest, else both rounded to bfloat16,
+///         or widened to float32 where that is faster; bfloat16 cache
 enum class ModelDtype { f32, bf16, int4 };
 
 const char* name_of(ModelDtype dtype);
 ModelDtype parse_model_dtype(std::string_view name);  // throws Error listing the names
+
+/// What many rows are multiplied with.
+///   int8    the parts, by int8_product
+///   slices  some rows of the parts at a time, unpacked where they do not lie as numbers already
+///   copy    all rows, unpacked once: unpacking would take as long as bfloat16 products of 500 rows
+enum class ManyRows { int8, slices, copy };
 
 /// y = W x, W [rows, columns] stacked from at most three parts.
 struct WeightMatrix {
@@ -36,11 +42,13 @@ struct WeightMatrix {
   int64_t columns = 0;
   std::vector<BlockMatrix> parts;  // for few rows
   RowActivations activations = RowActivations::f32;
-  bool int8 = false;  // many rows are multiplied with the parts, by int8_product
-  Tensor dense;       // else [rows, columns] float32 or bfloat16 for many; undefined until unpacked
+  ManyRows many = ManyRows::slices;
+  Tensor dense;  // the copy, [rows, columns]; undefined until unpacked
 
   /// For few rows: x [M,columns], y [M,rows], float32, contiguous.
   void multiply(const Tensor& x, const Tensor& y, const RunOptions& run) const;
+  /// For many, not in int8: x and y of the type of dense products, contiguous. Copies have to be there.
+  void multiply_many(const Tensor& x, const Tensor& y, const RunOptions& run) const;
 };
 
 struct LayerWeights {
@@ -63,13 +71,13 @@ struct ModelWeights {
   std::vector<LayerWeights> layers;
   ModelDtype dtype = ModelDtype::f32;
   DType dense_type = DType::f32;  // of activations of many rows between products, too
-  Pages unpacked_memory;          // of dense
-  bool unpacked = false;          // products of many rows have all that they read
+  Pages unpacked_memory;          // of copies
+  bool unpacked = true;           // all copies that products of many rows read are there
   int64_t few_rows = 0;           // up to so many are multiplied with the parts
 
   /// Those of the layers.
   std::vector<WeightMatrix*> matrices();
-  /// Makes the dense copies that products of many rows read, unless they are there.
+  /// Makes the copies that products of many rows read, unless they are there.
   void unpack(const RunOptions& run);
   /// Whether so many rows are multiplied as many are.
   bool are_many(int64_t rows) const { return unpacked && rows > few_rows; }
