@@ -24,9 +24,10 @@ inline constexpr int64_t int8_groups(int64_t columns) {
 }
 
 /// kInt8Columns columns of kInt8Rows rows. Columns and rows past the last are zeros.
+template <int kBytes>
 struct Int8Group {
-  uint8_t codes[kInt8Columns / 4][kInt8Rows]
-               [4];  // q + 128: the instruction takes one factor unsigned
+  // q + 128, or the upper and the lower byte of q + 32768: the instruction takes one factor unsigned.
+  uint8_t codes[kBytes][kInt8Columns / 4][kInt8Rows][4];
   float steps[kInt8Rows];
 };
 
@@ -43,9 +44,10 @@ struct Int8Outliers {
 };
 
 /// kInt8Rows rows of activations: their outliers, then the groups.
-inline constexpr int64_t int8_block_bytes(int64_t columns) {
-  return static_cast<int64_t>(sizeof(Int8Outliers)) +
-         int8_groups(columns) * static_cast<int64_t>(sizeof(Int8Group));
+inline constexpr int64_t int8_block_bytes(int64_t columns, int bytes) {
+  const size_t group = bytes == 1 ? sizeof(Int8Group<1>) : sizeof(Int8Group<2>);
+  return static_cast<int64_t>(sizeof(Int8Outliers) +
+                              static_cast<size_t>(int8_groups(columns)) * group);
 }
 
 /// kPanelColumns columns of kPanelRows rows of weights, scale times code.
@@ -57,7 +59,8 @@ struct alignas(64) PanelGroup {
   float scales[2][kPanelRows];
 };
 
-/// kPanelRows rows of weights: groups of their columns, then those that sums of activations meet.
+/// kPanelRows rows of weights: groups of their columns, then those that sums of activations meet, then those
+/// of 16 bits also meet.
 struct Panel {
   PanelGroup* groups = nullptr;  // room for most_groups()
   int64_t rows = 0;              // that there are; past them are copies of the last
@@ -65,7 +68,7 @@ struct Panel {
   bool offsets = false;          // there are groups for sums
 
   static constexpr int64_t most_groups(int64_t columns) {
-    return panel_groups(columns) + panel_groups(panel_groups(columns));
+    return panel_groups(columns) + 2 * panel_groups(panel_groups(columns));
   }
 };
 

@@ -1,6 +1,7 @@
 #include "kernels/int8_rows.h"
 
 #include <algorithm>
+#include <array>
 #include <cmath>
 #include <cstring>
 #include <numeric>
@@ -121,15 +122,17 @@ HWY_INLINE void take_outlier(float* x, float* largest, int64_t padded, int64_t i
   largest[group] = largest_of_group(values);
 }
 
+template <int kBytes>
 HWY_INLINE void round_group(const float* x, int64_t row_stride, const float* largest,
-                            int64_t stride, Int8Group& to) {
+                            int64_t stride, Int8Group<kBytes>& to) {
+  constexpr float kMost = kBytes == 1 ? 127.0f : 32767.0f;
   float inverse[kInt8Rows];
   for (int64_t r = 0; r < kInt8Rows; ++r) {
     const float most = largest[r * stride];
-    to.steps[r] = most * (1.0f / 127.0f);
-    inverse[r] = most < kSmallest ? 0.0f : 127.0f / most;
+    to.steps[r] = most * (1.0f / kMost);
+    inverse[r] = most < kSmallest ? 0.0f : kMost / most;
   }
-  // Bytes of four columns of each row side by side, in every 16 bytes of a vector.
+  // Bytes of four columns of each row side by side, in every 16 bytes of a vector: the lower ones.
   constexpr uint8_t o = 0x80;  // gives zero
   alignas(16) static constexpr uint8_t kLowBytes[kInt8Rows][16] = {
       {0, 4, 8, 12, o, o, o, o, o, o, o, o, o, o, o, o},
@@ -139,16 +142,24 @@ HWY_INLINE void round_group(const float* x, int64_t row_stride, const float* lar
   const hn::Repartition<uint8_t, D> bytes;
 #pragma GCC unroll 16
   for (int i = 0; i < kVectors; ++i) {
-    auto codes = hn::Set(bytes, 0x80);  // of signed bytes: plus 128
+    auto upper = hn::Set(bytes, 0x80), lower = hn::Zero(bytes);  // of bytes with a sign: plus 128
 #pragma GCC unroll 4
     for (int r = 0; r < kInt8Rows; ++r) {
       // Rounded to an integer, which is in the low bits.
       const V shifted = hn::MulAdd(hn::LoadU(D(), x + r * row_stride + i * kLanes),
                                    hn::Set(D(), inverse[r]), hn::Set(D(), 0x1.8p23f));
-      codes = hn::Xor(codes, hn::TableLookupBytesOr0(hn::BitCast(bytes, shifted),
-                                                     hn::LoadDup128(bytes, kLowBytes[r])));
+      const auto place = hn::LoadDup128(bytes, kLowBytes[r]);
+      const auto low = hn::TableLookupBytesOr0(hn::BitCast(bytes, shifted), place);
+      if constexpr (kBytes == 1) {
+        upper = hn::Xor(upper, low);
+      } else {
+        lower = hn::Or(lower, low);
+        const auto high = hn::BitCast(bytes, hn::ShiftRight<8>(hn::BitCast(DI(), shifted)));
+        upper = hn::Xor(upper, hn::TableLookupBytesOr0(high, place));
+      }
     }
-    hn::StoreU(codes, bytes, to.codes[i * kLanes / 4][0]);
+    hn::StoreU(upper, bytes, to.codes[0][i * kLanes / 4][0]);
+    if constexpr (kBytes == 2) hn::StoreU(lower, bytes, to.codes[1][i * kLanes / 4][0]);
   }
 }
 
@@ -172,9 +183,10 @@ HWY_INLINE void sum_columns(const float* x, int64_t stride, float* sums) {
 
 // Rounds float32 [kInt8Rows, int8_groups * kInt8Columns] without gaps, whose outliers become zero and whose
 // sums are made. `largest` is room for kInt8Rows * padded_groups(columns) numbers.
+template <int kBytes>
 void round_rows(float* x, int64_t columns, float* largest, std::byte* block) {
   auto& outliers = *reinterpret_cast<Int8Outliers*>(block);
-  auto* groups = reinterpret_cast<Int8Group*>(&outliers + 1);
+  auto* groups = reinterpret_cast<Int8Group<kBytes>*>(&outliers + 1);
   const int64_t values = value_groups(columns), count = int8_groups(columns);
   const int64_t row_stride = count * kInt8Columns, stride = padded_groups(columns);
   for (int64_t g = 0; g < panel_groups(columns); ++g) {
@@ -203,7 +215,7 @@ void round_rows(float* x, int64_t columns, float* largest, std::byte* block) {
 
 }  // namespace
 
-auto int8_rounding() { return round_rows; }
+auto int8_rounding() { return std::array{round_rows<1>, round_rows<2>}; }
 
 }  // namespace heed::kernels::HWY_NAMESPACE
 HWY_AFTER_NAMESPACE();
@@ -212,7 +224,7 @@ HWY_AFTER_NAMESPACE();
 namespace heed {
 namespace kernels {
 namespace {
-using RoundRows = void (*)(float*, int64_t, float*, std::byte*);
+using RoundRows = std::array<void (*)(float*, int64_t, float*, std::byte*), 2>;
 HEED_TABLE(RoundRows, int8_rounding_of, int8_rounding)
 }  // namespace
 }  // namespace kernels
@@ -228,6 +240,11 @@ using kernels::kInt8Rows;
 
 void check_columns(const char* op, int64_t columns) {
   if (columns < 1) fail(op, "columns are " + std::to_string(columns) + ", 1 is the least");
+}
+
+void check_bytes(const char* op, int bytes) {
+  if (bytes != 1 && bytes != 2)
+    fail(op, "bytes is " + std::to_string(bytes) + ", 1 or 2 is needed");
 }
 
 void check_weights(std::span<const BlockMatrix> weights, int64_t columns) {
@@ -267,19 +284,20 @@ bool has_int8_products(const RunOptions& run) {
   return chosen_isa(run) == Isa::avx512 && cpu_info().has("avx512_vnni");
 }
 
-int64_t int8_rows_bytes(int64_t rows, int64_t columns) {
-  return ceil_div(rows, kInt8Rows) * kernels::int8_block_bytes(columns);
+int64_t int8_rows_bytes(int64_t rows, int64_t columns, int bytes) {
+  return ceil_div(rows, kInt8Rows) * kernels::int8_block_bytes(columns, bytes);
 }
 
 void fill_int8_rows(const Int8Rows& to, const RunOptions& run,
                     const std::function<void(int64_t first, const Tensor& x)>& make) {
   check_columns("fill_int8_rows", to.columns);
+  check_bytes("fill_int8_rows", to.bytes);
   constexpr int64_t kValuesPerItem = int64_t{1} << 14;
   const int64_t rows_per_item = round_up(1 + kValuesPerItem / to.columns, kInt8Rows);
   const int64_t items = (to.rows + rows_per_item - 1) / rows_per_item;
   const int64_t stride = kernels::int8_groups(to.columns) * kInt8Columns;
   const int64_t values = kInt8Rows * stride, largest = kInt8Rows * padded_groups(to.columns);
-  const auto round = kernels::int8_rounding_of(chosen_isa(run));
+  const auto round = kernels::int8_rounding_of(chosen_isa(run))[static_cast<size_t>(to.bytes - 1)];
   parallel_for_shares(items, threads_for(run, items), [&](int64_t item, int) {
     Scratch scratch(static_cast<size_t>(values + largest) * sizeof(float));
     auto* x = scratch.take<float>(values);
@@ -291,7 +309,7 @@ void fill_int8_rows(const Int8Rows& to, const RunOptions& run,
       std::fill(x + count * stride, x + values, 0.0f);
       make(m, Tensor(x, DType::f32, {count, to.columns}, {stride, 1}));
       round(x, to.columns, of_groups,
-            to.data + m / kInt8Rows * kernels::int8_block_bytes(to.columns));
+            to.data + m / kInt8Rows * kernels::int8_block_bytes(to.columns, to.bytes));
     }
   });
 }
@@ -299,6 +317,7 @@ void fill_int8_rows(const Int8Rows& to, const RunOptions& run,
 void int8_product(const Int8Rows& x, std::span<const BlockMatrix> w, const Tensor& y, bool add,
                   const RunOptions& run) {
   check_columns("int8_product", x.columns);
+  check_bytes("int8_product", x.bytes);
   if (!has_int8_products(run)) fail("int8_product", "this needs AVX512-VNNI");
   check_weights(w, x.columns);
   const int64_t rows =

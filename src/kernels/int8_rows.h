@@ -2,7 +2,8 @@
 //
 //   y[m,n] = sum_k W[n,k] x[m,k]
 //
-// The codes of W multiply activations rounded to 8 bits with step = max |x| / 127 over 128 columns. The
+// The codes of W multiply activations rounded to 8 bits with step = max |x| / 127 over 128 columns, or in twice
+// the time to 16 bits with max |x| / 32767. The
 // largest activations of a row, one of 384 up to four, are not rounded (arXiv 2208.07339): they are multiplied
 // in float32, and zeros stand in their place where steps are found. Products of codes are summed exactly where they have one scale
 // (16 or 32 columns), then in float32. Blocks are unpacked to bytes for 32 rows of W at a time, which takes as
@@ -22,14 +23,15 @@ namespace heed {
 /// Whether this instruction set has products of bytes (AVX512-VNNI) and nothing faster (AMX).
 bool has_int8_products(const RunOptions& run = {});
 
-/// Activations [rows, columns] rounded to int8, in memory of int8_rows_bytes() that the caller keeps,
+/// Activations [rows, columns] rounded to integers, in memory of int8_rows_bytes() that the caller keeps,
 /// aligned to 64 bytes.
 struct Int8Rows {
   std::byte* data = nullptr;
   int64_t rows = 0;
   int64_t columns = 0;
+  int bytes = 1;  // of an activation: 1 or 2
 };
-int64_t int8_rows_bytes(int64_t rows, int64_t columns);
+int64_t int8_rows_bytes(int64_t rows, int64_t columns, int bytes);
 
 /// Calls make(first, x) for some rows at a time, in parallel: x is float32 [n, columns], with a unit stride
 /// in its columns, to be filled with rows [first, first + n), which are then rounded. A NaN or an infinity makes its whole row NaN or infinite

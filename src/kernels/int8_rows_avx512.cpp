@@ -126,8 +126,9 @@ HEED_INLINE void write_starts(PanelGroup& group, int lanes) {
   }
 }
 
-// The group `to` from the offsets of `count` groups, a column each: 8 bits of the largest.
-HEED_INLINE void write_offsets(const PanelGroup* from, int64_t count, int lanes, PanelGroup& to) {
+// The group `to` from the offsets of `count` groups, a column each: 8 bits of the largest. What they do not hold
+// is left of the offsets.
+HEED_INLINE void write_offsets(PanelGroup* from, int64_t count, int lanes, PanelGroup& to) {
   __m512i bits = _mm512_setzero_si512();  // of the largest: NaN is above infinity
   for (int64_t k = 0; k < count; ++k) {
     const __m512 offset = _mm512_abs_ps(_mm512_load_ps(from[k].scales[1] + lanes));
@@ -137,14 +138,17 @@ HEED_INLINE void write_offsets(const PanelGroup* from, int64_t count, int lanes,
   constexpr float kSmallest = 1e-36F;  // has a reciprocal
   const __mmask16 any = _mm512_cmp_ps_mask(most, _mm512_set1_ps(kSmallest), _CMP_GE_OQ);
   const __m512 inverse = _mm512_maskz_div_ps(any, _mm512_set1_ps(127), most);
-  _mm512_store_ps(to.scales[0] + lanes, _mm512_mul_ps(most, _mm512_set1_ps(1.0F / 127)));
+  const __m512 scale = _mm512_mul_ps(most, _mm512_set1_ps(1.0F / 127));
+  _mm512_store_ps(to.scales[0] + lanes, scale);
   for (int64_t q = 0; q < kQuads; ++q) {
     __m512i four = _mm512_setzero_si512();
     for (int64_t i = 3; i >= 0; --i) {
       four = _mm512_slli_epi32(four, 8);
       if (4 * q + i >= count) continue;
-      const __m512 offset = _mm512_load_ps(from[4 * q + i].scales[1] + lanes);
+      float* place = from[4 * q + i].scales[1] + lanes;
+      const __m512 offset = _mm512_load_ps(place);
       const __m512i code = _mm512_cvtps_epi32(_mm512_mul_ps(offset, inverse));
+      _mm512_store_ps(place, _mm512_fnmadd_ps(_mm512_cvtepi32_ps(code), scale, offset));
       four = _mm512_or_si512(four, _mm512_and_si512(code, _mm512_set1_epi32(255)));
     }
     _mm512_store_si512(to.codes[q][lanes], four);
@@ -181,9 +185,11 @@ void unpack(const BlockMatrix& w, int64_t first, Panel& panel) {
       write_codes(rows, count, more, lanes, panel.groups + g);
       for (int64_t i = g; i < g + count; ++i) write_starts<kHalves>(panel.groups[i], lanes);
     }
-    for (int64_t g = 0; panel.offsets && g < groups; g += kPanelColumns) {
-      write_offsets(panel.groups + g, std::min(kPanelColumns, groups - g), lanes,
-                    panel.groups[groups + g / kPanelColumns]);
+    PanelGroup* to = panel.groups + groups;
+    for (int part = 0; panel.offsets && part < 2; ++part) {
+      for (int64_t g = 0; g < groups; g += kPanelColumns, ++to) {
+        write_offsets(panel.groups + g, std::min(kPanelColumns, groups - g), lanes, *to);
+      }
     }
   }
 }
@@ -227,27 +233,38 @@ HEED_INLINE void add_outliers(const Int8Outliers& outliers, int64_t count,
   }
 }
 
-// Adds scales times the products of quads [kBegin, kEnd) of a group of weights, in steps.
-template <int kBegin, int kEnd>
-HEED_INLINE void add_quads(const uint8_t (*x)[kRows][4], const PanelGroup& w, const int32_t* starts,
-                           const float* scales, Sums& sums) {
+// Adds scales times the products of quads [kBegin, kEnd) of a group of weights with those of x from `quad` on,
+// in steps.
+template <int kBegin, int kEnd, int kBytes>
+HEED_INLINE void add_quads(const Int8Group<kBytes>& x, int64_t quad, const PanelGroup& w,
+                           const int32_t* starts, const float* scales, Sums& sums) {
   __m512i dots[kRows][kVectors];
 #pragma GCC unroll 4
   for (auto& row : dots) {
 #pragma GCC unroll 2
     for (int v = 0; v < kVectors; ++v) row[v] = _mm512_load_si512(starts + 16 * v);
   }
-#pragma GCC unroll 8
-  for (int q = kBegin; q < kEnd; ++q) {
-    __m512i codes[kVectors];
 #pragma GCC unroll 2
-    for (int v = 0; v < kVectors; ++v) codes[v] = _mm512_load_si512(w.codes[q][16 * v]);
+  for (int byte = 0; byte < kBytes; ++byte) {
+    if (byte > 0) {  // what was added are upper bytes
 #pragma GCC unroll 4
-    for (int r = 0; r < kRows; ++r) {
-      const __m512i values = _mm512_set1_epi32(read_32(x[q][r]));
+      for (auto& row : dots) {
 #pragma GCC unroll 2
-      for (int v = 0; v < kVectors; ++v) {
-        dots[r][v] = _mm512_dpbusd_epi32(dots[r][v], values, codes[v]);
+        for (auto& dot : row) dot = _mm512_slli_epi32(dot, 8);
+      }
+    }
+#pragma GCC unroll 8
+    for (int q = kBegin; q < kEnd; ++q) {
+      __m512i codes[kVectors];
+#pragma GCC unroll 2
+      for (int v = 0; v < kVectors; ++v) codes[v] = _mm512_load_si512(w.codes[q][16 * v]);
+#pragma GCC unroll 4
+      for (int r = 0; r < kRows; ++r) {
+        const __m512i values = _mm512_set1_epi32(read_32(x.codes[byte][quad + q][r]));
+#pragma GCC unroll 2
+        for (int v = 0; v < kVectors; ++v) {
+          dots[r][v] = _mm512_dpbusd_epi32(dots[r][v], values, codes[v]);
+        }
       }
     }
   }
@@ -262,19 +279,20 @@ HEED_INLINE void add_quads(const uint8_t (*x)[kRows][4], const PanelGroup& w, co
 }
 
 // Adds the products of `count` groups of weights with activations from x on.
-template <bool kHalves>
-HEED_INLINE void add_groups(const Int8Group* x, const PanelGroup* w, int64_t count, Sums& sums) {
+template <bool kHalves, int kBytes>
+HEED_INLINE void add_groups(const Int8Group<kBytes>* x, const PanelGroup* w, int64_t count,
+                            Sums& sums) {
   constexpr int64_t kGroups = kInt8Columns / kPanelColumns;
   for (const PanelGroup* end = w + count; w < end; ++x) {
     Sums steps;  // in units of them
     clear(steps);
     const PanelGroup* last = std::min(w + kGroups, end);
-    for (const auto* codes = x->codes; w < last; ++w, codes += kQuads) {
+    for (int64_t quad = 0; w < last; ++w, quad += kQuads) {
       if constexpr (kHalves) {
-        add_quads<0, kQuads / 2>(codes, *w, w->starts[0], w->scales[0], steps);
-        add_quads<kQuads / 2, kQuads>(codes, *w, w->starts[1], w->scales[1], steps);
+        add_quads<0, kQuads / 2>(*x, quad, *w, w->starts[0], w->scales[0], steps);
+        add_quads<kQuads / 2, kQuads>(*x, quad, *w, w->starts[1], w->scales[1], steps);
       } else {
-        add_quads<0, kQuads>(codes, *w, w->starts[0], w->scales[0], steps);
+        add_quads<0, kQuads>(*x, quad, *w, w->starts[0], w->scales[0], steps);
       }
     }
 #pragma GCC unroll 4
@@ -288,21 +306,22 @@ HEED_INLINE void add_groups(const Int8Group* x, const PanelGroup* w, int64_t cou
   }
 }
 
-// Sums of four rows of activations with a panel of weights. A group costs 64 products of integers, then
-// conversion and scale of 8 sums (twice for halves), for four groups steps of 8; an outlier costs 6 for its
-// row.
-template <bool kHalves>
+// Sums of four rows of activations with a panel of weights. A group costs 64 products of integers for a byte,
+// then conversion and scale of 8 sums (twice for halves), for four groups steps of 8; an outlier costs 6 for
+// its row.
+template <bool kHalves, int kBytes>
 __attribute__((noinline)) void sum_panel(const std::byte* block, int64_t columns,
                                          const Panel& panel, Tile& tile) {
   const auto* outliers = reinterpret_cast<const Int8Outliers*>(block);
-  const auto* x = reinterpret_cast<const Int8Group*>(outliers + 1);
+  const auto* x = reinterpret_cast<const Int8Group<kBytes>*>(outliers + 1);
   const int64_t groups = panel_groups(columns);
   Sums sums;
   clear(sums);
   add_groups<kHalves>(x, panel.groups, groups, sums);
-  if (panel.offsets) {
-    add_groups<kHalves>(x + value_groups(columns), panel.groups + groups, panel_groups(groups),
-                        sums);
+  const PanelGroup* offsets = panel.groups + groups;
+  for (int part = 0; panel.offsets && part < kBytes; ++part) {
+    add_groups<kHalves>(x + value_groups(columns), offsets, panel_groups(groups), sums);
+    offsets += panel_groups(groups);
   }
   add_outliers<kHalves>(*outliers, Int8Outliers::count(columns), panel.groups, sums);
 #pragma GCC unroll 4
@@ -347,7 +366,9 @@ inline void store(const Tile& tile, T* y, int64_t stride, int64_t rows, int64_t 
 template <class T, bool kAdd>
 void panel_rows(const Int8Rows& x, const Panel& panel, const Tensor& y, int64_t first,
                 int64_t end) {
-  const auto sum = panel.halves ? sum_panel<true> : sum_panel<false>;
+  const auto sum = x.bytes == 1   ? panel.halves ? sum_panel<true, 1> : sum_panel<false, 1>
+                     : panel.halves ? sum_panel<true, 2>
+                                  : sum_panel<false, 2>;
   Tile tile;
   for (int64_t m = first; m < end; m += kInt8Rows) {
     const int64_t rows = std::min(kInt8Rows, end - m);
@@ -358,7 +379,7 @@ void panel_rows(const Int8Rows& x, const Panel& panel, const Tensor& y, int64_t 
         __builtin_prefetch(to + r * y.stride(0) + c, 1);
       }
     }
-    sum(x.data + m / kInt8Rows * int8_block_bytes(x.columns), x.columns, panel, tile);
+    sum(x.data + m / kInt8Rows * int8_block_bytes(x.columns, x.bytes), x.columns, panel, tile);
     store<T, kAdd>(tile, to, y.stride(0), rows, panel.rows);
   }
 }

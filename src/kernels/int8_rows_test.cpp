@@ -39,10 +39,10 @@ struct Memory {
 struct Rows {
   Memory memory;
   Int8Rows view;
-  Rows(const std::vector<float>& x, int64_t columns, const RunOptions& run = kRun)
-      : Rows(x.data(), static_cast<int64_t>(x.size()) / columns, columns, run) {}
-  Rows(const float* x, int64_t rows, int64_t columns, const RunOptions& run = kRun)
-      : memory(int8_rows_bytes(rows, columns)), view{memory.data(), rows, columns} {
+  Rows(const std::vector<float>& x, int64_t columns, int bytes = 1, const RunOptions& run = kRun)
+      : Rows(x.data(), static_cast<int64_t>(x.size()) / columns, columns, bytes, run) {}
+  Rows(const float* x, int64_t rows, int64_t columns, int bytes = 1, const RunOptions& run = kRun)
+      : memory(int8_rows_bytes(rows, columns, bytes)), view{memory.data(), rows, columns, bytes} {
     fill_int8_rows(view, run, [&](int64_t first, const Tensor& to) {
       for (int64_t m = 0; m < to.size(0); ++m) {
         std::memcpy(to.at({m}), x + (first + m) * columns,
@@ -52,14 +52,20 @@ struct Rows {
   }
   const kernels::Int8Outliers& outliers(int64_t m) const {
     return *reinterpret_cast<const kernels::Int8Outliers*>(
-        view.data + m / 4 * kernels::int8_block_bytes(view.columns));
+        view.data + m / 4 * kernels::int8_block_bytes(view.columns, view.bytes));
   }
   double step(int64_t m, int64_t place) const {
-    return static_cast<double>(groups(m)[place / 128].steps[m % 4]);
+    const auto get = [&](const auto* groups) { return groups[place / 128].steps[m % 4]; };
+    return static_cast<double>(view.bytes == 1 ? get(groups<1>(m)) : get(groups<2>(m)));
   }
   /// Columns from `place` 0 on, sums from whole groups of 128 on.
   double rounded(int64_t m, int64_t place) const {
-    return (groups(m)[place / 128].codes[place % 128 / 4][m % 4][place % 4] - 128) * step(m, place);
+    const auto byte = [&](const auto* groups, int i) {
+      return static_cast<int>(groups[place / 128].codes[i][place % 128 / 4][m % 4][place % 4]);
+    };
+    const int code = view.bytes == 1 ? byte(groups<1>(m), 0) - 128
+                                     : 256 * byte(groups<2>(m), 0) + byte(groups<2>(m), 1) - 32768;
+    return code * step(m, place);
   }
   double value(int64_t m, int64_t k) const {
     double sum = rounded(m, k);
@@ -72,8 +78,9 @@ struct Rows {
   int64_t first_sum() const { return kernels::value_groups(view.columns) * 128; }
 
  private:
-  const kernels::Int8Group* groups(int64_t m) const {
-    return reinterpret_cast<const kernels::Int8Group*>(&outliers(m) + 1);
+  template <int kBytes>
+  const kernels::Int8Group<kBytes>* groups(int64_t m) const {
+    return reinterpret_cast<const kernels::Int8Group<kBytes>*>(&outliers(m) + 1);
   }
 };
 
@@ -90,8 +97,8 @@ std::vector<float> product(const Rows& x, const std::vector<BlockMatrix>& w,
 // Weights [rows, columns] as they are unpacked: scale times code, and what sums of 32 columns meet.
 struct Unpacked {
   std::vector<double> values, offsets, offset_steps;
-  explicit Unpacked(const BlockMatrix& w) {
-    const int64_t groups = w.columns / 32;
+  explicit Unpacked(const BlockMatrix& w, int bytes = 1) {
+    const int64_t groups = w.columns / 32, parts = (groups + 31) / 32;
     std::vector<kernels::PanelGroup> memory(
         static_cast<size_t>(kernels::Panel::most_groups(w.columns)));
     kernels::Panel panel{memory.data()};
@@ -103,9 +110,13 @@ struct Unpacked {
       };
       for (int64_t k = 0; k < w.columns; ++k) values.push_back(weight(memory[k / 32], k % 32));
       for (int64_t g = 0; g < groups; ++g) {
-        const kernels::PanelGroup& group = memory[groups + g / 32];
-        offsets.push_back(panel.offsets ? weight(group, g % 32) : 0);
-        offset_steps.push_back(panel.offsets ? static_cast<double>(group.scales[0][n % 32]) : 0);
+        const kernels::PanelGroup* group = &memory[groups + g / 32];
+        offsets.push_back(0);
+        offset_steps.push_back(0);
+        for (int i = 0; panel.offsets && i < bytes; ++i, group += parts) {
+          offsets.back() += weight(*group, g % 32);
+          offset_steps.back() = static_cast<double>(group->scales[0][n % 32]);
+        }
       }
     }
   }
@@ -148,7 +159,8 @@ void expect_row(const Matrix& w, const Unpacked& unpacked, const std::vector<flo
 }
 
 // Activations [rows, columns] as they are rounded, in the documented way.
-std::vector<double> rounded(const std::vector<float>& x, int64_t columns) {
+std::vector<double> rounded(const std::vector<float>& x, int64_t columns, int bytes) {
+  const float largest_code = bytes == 1 ? 127.0f : 32767.0f;
   std::vector<double> values(x.size());
   std::vector<float> rest = x;
   for (size_t first = 0; first < x.size(); first += static_cast<size_t>(columns)) {
@@ -165,7 +177,8 @@ std::vector<double> rounded(const std::vector<float>& x, int64_t columns) {
     end = std::min(k + 128 - k % width % 128, (k / width + 1) * width);
     float most = 0;
     for (size_t i = k; i < end; ++i) most = std::max(most, std::abs(rest[i]));
-    const float step = most * (1.0f / 127.0f), inverse = most < 1e-36f ? 0.0f : 127.0f / most;
+    const float step = most * (1.0f / largest_code);
+    const float inverse = most < 1e-36f ? 0.0f : largest_code / most;
     for (size_t i = k; i < end; ++i) {
       const double scaled = static_cast<double>(rest[i]) * static_cast<double>(inverse);
       values[i] += std::nearbyint(scaled) * static_cast<double>(step);
@@ -197,16 +210,22 @@ std::vector<Format> formats_with_codes() {
 TEST(Int8Rows, RoundsOnEveryInstructionSet) {
   for (Isa isa : available_isas()) {
     for (int64_t columns : {1, 32, 96, 111, 576, 4224}) {
-      for (int64_t count : {1, 3, 4, 9, 70}) {
+      for (const auto& [count, bytes] :
+           {std::pair{1, 1}, {3, 2}, {4, 1}, {4, 2}, {9, 1}, {70, 1}, {70, 2}}) {
         const std::vector<float> x = activations(count, columns, 3);
-        const std::vector<double> needed = rounded(x, columns);
-        const Rows rows(x, columns, {.threads = 2, .isa = isa});
+        const std::vector<double> needed = rounded(x, columns, bytes);
+        const Rows rows(x, columns, bytes, {.threads = 2, .isa = isa});
         for (int64_t m = 0; m < (count + 3) / 4 * 4; ++m) {
           double sum = 0, size = 0;
           for (int64_t k = 0; k < columns; ++k) {
             const auto at = static_cast<size_t>(m * columns + k);
-            ASSERT_EQ(rows.value(m, k), m < count ? needed[at] : 0)
-                << name_of(isa) << " " << m << " " << k;
+            const double found = rows.value(m, k);
+            if (bytes == 1 || m >= count) {
+              ASSERT_EQ(found, m < count ? needed[at] : 0) << name_of(isa) << " " << m << " " << k;
+            } else {  // products with 1 / step may be rounded, and halves of a step go the other way
+              ASSERT_TRUE(std::abs(found - static_cast<double>(x[at])) <= 0.51 * rows.step(m, k))
+                  << name_of(isa) << " " << m << " " << k << ": " << found << ", " << x[at];
+            }
             const double value = m < count ? static_cast<double>(x[at]) : 0;
             sum += value;
             size += std::abs(value);
@@ -226,10 +245,10 @@ TEST(Int8Rows, RoundsOnEveryInstructionSet) {
 TEST(Int8Rows, CodesAreThoseOfTheFile) {
   NEEDS_INT8_PRODUCTS;
   for (const Format& format : formats_with_codes()) {
-    for (int64_t blocks : {1, 3, 9}) {
+    for (const auto& [blocks, bytes] : {std::pair{1, 1}, {3, 2}, {9, 1}, {40, 2}}) {
       const int64_t columns = blocks * weights_per_block(format.format), groups = columns / 32;
       const Matrix w(format, 37, columns, 4);
-      const Unpacked unpacked(w.view);
+      const Unpacked unpacked(w.view, bytes);
       for (int64_t i = 0; i < 37 * columns; ++i) {
         const auto at = static_cast<size_t>(i);
         const auto group = static_cast<size_t>(i / columns * groups + i % columns / 32);
@@ -270,15 +289,18 @@ TEST(Int8Rows, ProductsOfEveryFormat) {
     for (int64_t columns : {block, 3 * block, 9 * block, 1280L}) {
       for (int64_t rows : {1, 15, 17, 32, 33, 79}) {
         const Matrix w(format, rows, columns, static_cast<uint32_t>(rows * 1000 + columns));
-        const Unpacked unpacked(w.view);
-        for (int64_t count : {1, 3, 4, 5, 130}) {
+        const Unpacked byte_offsets(w.view, 1), exact_offsets(w.view, 2);
+        for (const auto& [count, bytes] :
+             {std::pair{1, 1}, {3, 2}, {4, 1}, {5, 1}, {5, 2}, {130, 1}}) {
           const std::vector<float> x = activations(count, columns, 7);
-          const Rows packed(x, columns);
+          const Rows packed(x, columns, bytes);
           const std::vector<float> y = product(packed, {w.view});
           for (int64_t m = 0; m < count; ++m) {
-            expect_row(w, unpacked, x, packed, m, &y[static_cast<size_t>(m * rows)],
+            expect_row(w, bytes == 1 ? byte_offsets : exact_offsets, x, packed, m,
+                       &y[static_cast<size_t>(m * rows)],
                        std::string(name_of(format.format)) + " [" + std::to_string(rows) + "," +
-                           std::to_string(columns) + "], " + std::to_string(count) + " rows");
+                           std::to_string(columns) + "], " + std::to_string(count) + " rows of " +
+                           std::to_string(bytes) + " bytes");
             if (HasFatalFailure()) return;
           }
         }
@@ -323,7 +345,7 @@ TEST(Int8Rows, SameBitsForAnyGroupingAndThreadCount) {
     const std::vector<float> x = normals(count * columns, 6);
     const std::vector<float> together = product(Rows(x, columns), {w.view});
     const RunOptions three{.threads = 3, .isa = Isa::avx512};
-    const std::vector<float> threaded = product(Rows(x, columns, three), {w.view}, three);
+    const std::vector<float> threaded = product(Rows(x, columns, 1, three), {w.view}, three);
     EXPECT_EQ(0, std::memcmp(together.data(), threaded.data(), together.size() * sizeof(float)))
         << name_of(format.format);
     for (int64_t m = 0; m < count; m += 1 + m % 5) {
@@ -414,7 +436,7 @@ TEST(Int8Rows, RefusesWhatDoesNotFit) {
   const auto nothing = [](int64_t, const Tensor&) {};
   EXPECT_THROW(fill_int8_rows({nullptr, 3, 0}, kRun, nothing), Error);
   std::vector<BlockMatrix> weights{w.view};
-  Memory memory(int8_rows_bytes(3, 64));
+  Memory memory(int8_rows_bytes(3, 64, 1));
   std::vector<float> y(64);
   const auto call = [&](int64_t columns, DType type, Dims shape, bool add, const RunOptions& run) {
     int8_product({memory.data(), 3, columns}, weights, Tensor(y.data(), type, shape), add, run);

@@ -132,7 +132,7 @@ TEST(TransformerRows, ResultsRoundedToInt8) {
   const int64_t rows = 70, columns = 96;
   std::vector<float> weight(static_cast<size_t>(columns), 0.7f);
   const Tensor norm(weight.data(), DType::f32, {columns});
-  const size_t bytes = static_cast<size_t>(int8_rows_bytes(rows, columns));
+  const size_t bytes = static_cast<size_t>(int8_rows_bytes(rows, columns, 1));
   for (Isa isa : available_isas()) {
     const RunOptions run{.threads = 2, .isa = isa};
     for (DType type : {DType::f32, DType::bf16}) {

@@ -29,8 +29,11 @@ class Stopwatch {
   std::chrono::steady_clock::time_point start_ = std::chrono::steady_clock::now();
 };
 
-// Rows of logits formed at once when every row's are wanted: 12 MB for a vocabulary of 50,000.
-constexpr int64_t kLogitRows = 64;
+// Up to so many tokens at a time activations have 16 bits: 8 would save a tenth of a second at most, and answers
+// to short questions can hang on a digit.
+constexpr int64_t kShortPrompt = 63;
+// Rows of logits formed at once when every row's are wanted: 12 MB for a vocabulary of 50,000. Of 16 bits.
+constexpr int64_t kLogitRows = kShortPrompt;
 // Tokens read in all from which unpacked weights gain what unpacking takes: about 90 are as quick without.
 constexpr int64_t kWorthUnpacking = 64;
 
@@ -113,7 +116,7 @@ void Model::make_room(int64_t rows) {
   // Or rows of int8 in blocks, which are more bytes where a matrix has few columns.
   const int64_t columns = std::max({config_.width, head_columns, config_.hidden});
   const int64_t bytes = std::max(rows * columns * static_cast<int64_t>(sizeof(float)),
-                                 int8_rows_bytes(rows, columns));
+                                 int8_rows_bytes(rows, columns, 2));
   input_ = Array(DType::f32, {ceil_div(bytes, static_cast<int64_t>(sizeof(float)))});
   sum_ = make(config_.width);
   qkv_ = make(config_.qkv_rows());
@@ -222,14 +225,14 @@ DType Model::activation_type(int64_t rows) const {
 template <class Make>
 void Model::multiply(const WeightMatrix& w, const Make& make, const Tensor& y, bool add) {
   const int64_t rows = y.size(0);
-  const bool many = weights_.are_many(rows);
+  const bool many = weights_.are_many(rows) && w.many != ManyRows::blocks;
   if (many && w.many == ManyRows::int8) {
-    const Int8Rows x{input_.as<std::byte>(), rows, w.columns};
+    const Int8Rows x{input_.as<std::byte>(), rows, w.columns, rows <= kShortPrompt ? 2 : 1};
     make(x);
     int8_product(x, w.parts, y, add, run_);
     return;
   }
-  const DType type = activation_type(rows);
+  const DType type = many ? weights_.dense_type : DType::f32;
   const Tensor x = buffer(input_, type, rows, w.columns);
   make(x);
   const Tensor product = add ? buffer(sum_, type, rows, w.rows) : y;
@@ -298,13 +301,14 @@ void Model::append_chunk(std::span<const int32_t> tokens, int64_t wanted) {
   if (wanted > 0) last_row_ = static_cast<int64_t>(tokens.size()) - 1;
 }
 
-// Rows of the stream after the last norm, float32.
-Tensor Model::normalized_rows(int64_t first, int64_t rows) {
+// Logits of rows [first, first + rows) of the stream, in logits_.
+void Model::make_logits(int64_t first, int64_t rows) {
+  if (logits_.count() < rows * config_.vocab) logits_ = Array(DType::f32, {rows, config_.vocab});
   const Tensor stream = buffer(stream_, DType::f32, capacity_rows_, config_.width);
-  const Tensor normed = buffer(input_, DType::f32, rows, config_.width);
-  rms_norm(stream.slice(0, first, first + rows), weights_.output_norm, config_.norm_eps, normed,
-           run_);
-  return normed;
+  const auto norm = [&](const auto& x) {
+    rms_norm(stream.slice(0, first, first + rows), weights_.output_norm, config_.norm_eps, x, run_);
+  };
+  multiply(weights_.head, norm, buffer(logits_, DType::f32, rows, config_.vocab), false);
 }
 
 void Model::prepare(int64_t tokens) {
@@ -344,11 +348,7 @@ void Model::append(std::span<const int32_t> tokens, int64_t first,
       const int64_t rows = std::min(kLogitRows, end - i);
       {
         Stopwatch watch(total_seconds_);
-        if (logits_.count() < rows * config_.vocab) {
-          logits_ = Array(DType::f32, {rows, config_.vocab});
-        }
-        weights_.head.multiply(normalized_rows(i - begin, rows),
-                               buffer(logits_, DType::f32, rows, config_.vocab), run_);
+        make_logits(i - begin, rows);
       }
       for (int64_t m = 0; m < rows; ++m) {
         row(i + m, {logits_.as<float>() + m * config_.vocab, static_cast<size_t>(config_.vocab)});
@@ -360,9 +360,7 @@ void Model::append(std::span<const int32_t> tokens, int64_t first,
 std::span<const float> Model::logits() {
   if (last_row_ < 0) throw Error("logits: no token was appended, at least one is needed");
   Stopwatch watch(total_seconds_);
-  if (logits_.count() < config_.vocab) logits_ = Array(DType::f32, {1, config_.vocab});
-  weights_.head.multiply(normalized_rows(last_row_, 1),
-                         buffer(logits_, DType::f32, 1, config_.vocab), run_);
+  make_logits(last_row_, 1);
   return {logits_.as<float>(), static_cast<size_t>(config_.vocab)};
 }
 

@@ -94,7 +94,7 @@ class Model {
   void run_layers(std::span<const int32_t> tokens, int64_t wanted);
   template <class Make>
   void multiply(const WeightMatrix& w, const Make& make, const Tensor& y, bool add);
-  Tensor normalized_rows(int64_t first, int64_t rows);
+  void make_logits(int64_t first, int64_t rows);
   Tensor buffer(Array& memory, DType type, int64_t rows, int64_t columns) const;
 
   ModelConfig config_;

@@ -167,10 +167,6 @@ bool lies_as(const WeightMatrix& w, DType type) {
                      [&](const BlockMatrix& part) { return numbers_of(part, type).defined(); });
 }
 
-// Up to so many tokens int8 would be faster too (from five on), but it saves a tenth of a second at most, and
-// answers to short questions can hang on a digit.
-constexpr int64_t kShortPrompt = 63;
-
 ManyRows many_rows(const WeightMatrix& w, ModelDtype dtype, DType dense_type,
                    const RunOptions& run) {
   const bool codes = std::all_of(w.parts.begin(), w.parts.end(),
@@ -304,13 +300,15 @@ ModelWeights load_weights(const GgufFile& file, const ModelConfig& config, Model
   const bool bf16 =
       dtype == ModelDtype::bf16 || (dtype == ModelDtype::int4 && bf16_products_are_fast());
   weights.dense_type = bf16 ? DType::bf16 : DType::f32;
-  // Up to so many rows at once, reading the blocks of the file is as fast as the dense product.
+  // Up to so many rows at once, reading the blocks of the file is as fast.
   weights.few_rows = bf16 ? 4 : 12;
   for (WeightMatrix* w : weights.matrices()) {
     w->many = many_rows(*w, dtype, weights.dense_type, run);
-    if (w->many == ManyRows::int8) weights.few_rows = kShortPrompt;
+    if (w->many == ManyRows::int8) weights.few_rows = 7;
     if (w->many == ManyRows::copy) weights.unpacked = false;
   }
+  weights.head.many = many_rows(weights.head, dtype, weights.dense_type, run);
+  if (bf16 && weights.head.many != ManyRows::int8) weights.head.many = ManyRows::blocks;
   if (dtype != ModelDtype::int4) weights.unpack(run);
   return weights;
 }

@@ -34,7 +34,8 @@ ModelDtype parse_model_dtype(std::string_view name);  // throws Error listing th
 ///   int8    the parts, by int8_product
 ///   slices  some rows of the parts at a time, unpacked where they do not lie as numbers already
 ///   copy    all rows, unpacked once: unpacking would take as long as bfloat16 products of 500 rows
-enum class ManyRows { int8, slices, copy };
+///   blocks  the parts, as few rows are: where results are float32 and dense products bfloat16
+enum class ManyRows { int8, slices, copy, blocks };
 
 /// y = W x, W [rows, columns] stacked from at most three parts.
 struct WeightMatrix {
