@@ -3,11 +3,13 @@
 //   y[m,n] = sum_k W[n,k] x[m,k]
 //
 // The codes of W multiply activations rounded to 8 bits with step = max |x| / 127 over 128 columns, or in twice
-// the time to 16 bits with max |x| / 32767. The
-// largest activations of a row, one of 384 up to four, are not rounded (arXiv 2208.07339): they are multiplied
-// in float32, and zeros stand in their place where steps are found. Products of codes are summed exactly where they have one scale
-// (16 or 32 columns), then in float32. Blocks are unpacked to bytes for 32 rows of W at a time, which takes as
-// long as 10 to 20 rows of x.
+// the time to 16 bits with max |x| / 32767. The largest activations of a row, one of 384 up to four, are not
+// rounded (arXiv 2208.07339): they are multiplied in float32, and zeros stand in their place where steps are
+// found. Products of codes are summed exactly where they have one scale (16 or 32 columns), then in float32.
+// Blocks are unpacked to bytes for 32 rows of W at a time, which takes as long as about 10 rows of x.
+//
+// In formats with minima, what is left of a minimum beside multiples of its scale meets the sum of its 32
+// activations; both are rounded like activations.
 #pragma once
 #include <cstddef>
 #include <cstdint>
@@ -34,8 +36,8 @@ struct Int8Rows {
 int64_t int8_rows_bytes(int64_t rows, int64_t columns, int bytes);
 
 /// Calls make(first, x) for some rows at a time, in parallel: x is float32 [n, columns], with a unit stride
-/// in its columns, to be filled with rows [first, first + n), which are then rounded. A NaN or an infinity makes its whole row NaN or infinite
-/// in a product.
+/// in its columns, to be filled with rows [first, first + n), which are then rounded. A NaN or an infinity makes
+/// its whole row NaN or infinite in a product.
 void fill_int8_rows(const Int8Rows& to, const RunOptions& run,
                     const std::function<void(int64_t first, const Tensor& x)>& make);
 

@@ -105,8 +105,9 @@ struct Unpacked {
     for (int64_t n = 0; n < w.rows; ++n) {
       if (n % 32 == 0) kernels::unpack_panel_avx512(w, n, panel);
       const auto weight = [&](const kernels::PanelGroup& group, int64_t k) {
-        return static_cast<double>(group.scales[panel.halves ? k / 16 : 0][n % 32]) *
-               group.codes[k / 4][n % 32][k % 4];
+        const float scale = group.scales[panel.halves ? k / 16 : 0][n % 32];
+        const int8_t code = group.codes[k / 4][n % 32][k % 4];
+        return static_cast<double>(scale) * code;
       };
       for (int64_t k = 0; k < w.columns; ++k) values.push_back(weight(memory[k / 32], k % 32));
       for (int64_t g = 0; g < groups; ++g) {

@@ -4,6 +4,7 @@
 
 #include <algorithm>
 #include <cmath>
+#include <cstring>
 #include <functional>
 #include <random>
 #include <span>
@@ -265,44 +266,116 @@ TEST(Model, TinyFileWorks) {
             "");
 }
 
-// In blocks of int8, rows of 32 columns take more memory than in float32.
-TEST(Model, NarrowQuantisedMatricesHaveRoomForTheirRows) {
-  constexpr uint32_t kFloat32 = 0, kQ4 = 2;
+// A tensor type: its id in a file, the bytes of 32 weights, and of those that are float16 scales.
+struct NarrowType {
+  uint32_t id;
+  size_t bytes;
+  std::vector<size_t> scales_at;
+};
+const NarrowType kF32{0, 128, {}}, kF16{1, 64, {}}, kBf16{30, 64, {}}, kQ4_0{2, 18, {0}},
+    kQ4_1{3, 20, {0, 2}}, kQ8_0{8, 34, {0}};
+
+// A model whose matrices have 32 columns and these types by turns, with random weights of 0.1 or so.
+std::string narrow_model(const std::vector<NarrowType>& types) {
   GgufBuilder file;
   file.string("general.architecture", "llama");
   for (const auto& [key, number] :
        std::vector<std::pair<std::string, uint32_t>>{{"block_count", 1},
                                                      {"embedding_length", 32},
                                                      {"attention.head_count", 1},
-                                                     {"feed_forward_length", 32},
+                                                     {"feed_forward_length", 64},
                                                      {"context_length", 128}}) {
     file.integer("llama." + key, number);
   }
   file.value("llama.attention.layer_norm_rms_epsilon", gguf_value::kFloat32, 1e-5f);
-  uint64_t offset = 0;
-  const auto tensor = [&](const std::string& name, const std::vector<uint64_t>& dims) {
-    const bool matrix = dims.size() == 2;
-    file.tensor(name, dims, matrix ? kQ4 : kFloat32, offset);
-    const uint64_t bytes = matrix ? dims[1] * 18 : dims[0] * 4;
-    offset += (bytes + 31) / 32 * 32;
+  std::string data;
+  std::mt19937 random(3);
+  std::normal_distribution<float> normal(0, 0.1f);
+  const auto put = [&](const auto& value) {
+    data.append(reinterpret_cast<const char*>(&value), sizeof value);
   };
-  tensor("token_embd.weight", {32, 40});
-  tensor("output_norm.weight", {32});
-  for (const char* name : {"attn_norm", "ffn_norm"}) {
-    tensor(std::string("blk.0.") + name + ".weight", {32});
+  const auto add = [&](const std::string& name, const std::vector<uint64_t>& dims,
+                       const NarrowType& type) {
+    data.resize((data.size() + 31) / 32 * 32);
+    file.tensor(name, dims, type.id, data.size());
+    const uint64_t blocks = dims.size() == 1 ? 1 : dims[0] / 32 * dims[1];
+    for (uint64_t block = 0; block < blocks; ++block) {
+      const size_t first = data.size();
+      for (int i = 0; type.scales_at.empty() && i < 32; ++i) {
+        const float value = dims.size() == 1 ? 1 : normal(random);
+        if (type.id == kF32.id) put(value);
+        if (type.id == kF16.id) put(to_float16(value));
+        if (type.id == kBf16.id) put(to_bfloat16(value));
+      }
+      while (data.size() < first + type.bytes) data.push_back(static_cast<char>(random()));
+      for (size_t at : type.scales_at) {
+        const float16 scale = to_float16(at != 0 ? -0.1f : type.id == kQ8_0.id ? 0.001f : 0.013f);
+        std::memcpy(&data[first + at], &scale, sizeof scale);
+      }
+    }
+  };
+  size_t next = 0;
+  const auto matrix = [&](const std::string& name, uint64_t columns, uint64_t rows) {
+    add(name, {columns, rows}, types[next++ % types.size()]);
+  };
+  matrix("token_embd.weight", 32, 40);
+  for (const char* name : {"output_norm", "blk.0.attn_norm", "blk.0.ffn_norm"}) {
+    add(std::string(name) + ".weight", {32}, kF32);
   }
-  for (const char* name :
-       {"attn_q", "attn_k", "attn_v", "attn_output", "ffn_gate", "ffn_up", "ffn_down"}) {
-    tensor(std::string("blk.0.") + name + ".weight", {32, 32});
+  for (const char* name : {"attn_q", "attn_k", "attn_v", "attn_output"}) {
+    matrix(std::string("blk.0.") + name + ".weight", 32, 32);
   }
-  const std::string bytes = file.data(std::string(offset, '\0')).build();
-  const GgufFile parsed = parse_gguf(bytes);
-  for (int32_t rows : {64, 65, 70, 97}) {
-    Model model(parsed, plain_options());
-    std::vector<int32_t> tokens(static_cast<size_t>(rows));
-    for (int32_t i = 0; i < rows; ++i) tokens[static_cast<size_t>(i)] = i % 40;
-    model.append(tokens);
-    EXPECT_EQ(model.logits().size(), 40u);
+  for (const char* name : {"ffn_gate", "ffn_up"}) {
+    matrix(std::string("blk.0.") + name + ".weight", 32, 64);
+  }
+  matrix("blk.0.ffn_down.weight", 64, 32);
+  data.resize((data.size() + 31) / 32 * 32);
+  return file.data(data).build();
+}
+
+// In blocks of int8, rows of 32 columns take more memory than in float32.
+TEST(Model, ManyRowsGiveWhatSingleRowsGiveInEveryType) {
+  struct Case {
+    std::vector<NarrowType> types;
+    std::vector<ModelDtype> dtypes;
+  };
+  const std::vector<Case> cases{
+      {{kF32}, {ModelDtype::f32, ModelDtype::bf16}},
+      {{kF16}, {ModelDtype::f32, ModelDtype::bf16}},
+      {{kBf16}, {ModelDtype::f32, ModelDtype::bf16}},
+      {{kQ4_0}, {ModelDtype::f32, ModelDtype::bf16, ModelDtype::int4}},
+      {{kQ4_1, kQ8_0}, {ModelDtype::f32, ModelDtype::bf16, ModelDtype::int4}},
+      {{kQ4_1, kF16, kQ8_0, kBf16, kF32}, {ModelDtype::f32, ModelDtype::bf16, ModelDtype::int4}}};
+  for (size_t c = 0; c < cases.size(); ++c) {
+    const std::string bytes = narrow_model(cases[c].types);
+    const GgufFile file = parse_gguf(bytes);
+    std::vector<int32_t> tokens(97);
+    for (size_t i = 0; i < tokens.size(); ++i) tokens[i] = static_cast<int32_t>(i * i % 40);
+    Model single(file, plain_options(ModelDtype::f32));
+    std::vector<std::vector<float>> exact;
+    for (const int32_t token : tokens) {
+      single.append(std::span(&token, 1));
+      exact.emplace_back(single.logits().begin(), single.logits().end());
+    }
+    for (ModelDtype dtype : cases[c].dtypes) {
+      for (size_t rows : {5, 8, 13, 33, 63, 64, 65, 70, 97}) {
+        Model model(file, plain_options(dtype));
+        model.prepare(Model::kChunk);
+        size_t seen = 0;
+        model.append(
+            std::span(tokens).first(rows), 0, [&](int64_t i, std::span<const float> logits) {
+              const std::vector<float>& needed = exact[static_cast<size_t>(i)];
+              double squares = 0;
+              for (float x : needed) squares += static_cast<double>(x * x);
+              const double size = std::sqrt(squares / 40);
+              const double bound = dtype == ModelDtype::f32 ? 1e-4 : 0.1;
+              EXPECT_LT(largest_difference(logits, needed), bound * size)
+                  << "case " << c << " " << name_of(dtype) << " " << rows << " rows, " << i;
+              ++seen;
+            });
+        EXPECT_EQ(seen, rows);
+      }
+    }
   }
 }
 
