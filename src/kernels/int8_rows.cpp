@@ -266,7 +266,7 @@ struct PanelPlace {
   int64_t first, column;
 };
 
-std::vector<PanelPlace> panels_of(std::span<const BlockMatrix> weights) {
+[[maybe_unused]] std::vector<PanelPlace> panels_of(std::span<const BlockMatrix> weights) {
   std::vector<PanelPlace> panels;
   int64_t column = 0;
   for (const BlockMatrix& w : weights) {
