@@ -186,6 +186,7 @@ HWY_INLINE void sum_columns(const float* x, int64_t stride, float* sums) {
 template <int kBytes>
 void round_rows(float* x, int64_t columns, float* largest, std::byte* block) {
   auto& outliers = *reinterpret_cast<Int8Outliers*>(block);
+  outliers = {};
   auto* groups = reinterpret_cast<Int8Group<kBytes>*>(&outliers + 1);
   const int64_t values = value_groups(columns), count = int8_groups(columns);
   const int64_t row_stride = count * kInt8Columns, stride = padded_groups(columns);
