@@ -301,7 +301,7 @@ ModelWeights load_weights(const GgufFile& file, const ModelConfig& config, Model
       dtype == ModelDtype::bf16 || (dtype == ModelDtype::int4 && bf16_products_are_fast());
   weights.dense_type = bf16 ? DType::bf16 : DType::f32;
   // Up to so many rows at once, reading the blocks of the file is as fast.
-  weights.few_rows = bf16 ? 4 : 12;
+  weights.few_rows = bf16 ? 4 : 16;
   for (WeightMatrix* w : weights.matrices()) {
     w->many = many_rows(*w, dtype, weights.dense_type, run);
     if (w->many == ManyRows::int8) weights.few_rows = 7;
