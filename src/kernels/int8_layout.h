@@ -59,13 +59,14 @@ struct alignas(64) PanelGroup {
   float scales[2][kPanelRows];
 };
 
-/// kPanelRows rows of weights: groups of their columns, then those that sums of activations meet, then those
-/// of 16 bits also meet.
+/// kPanelRows rows of weights: groups of their columns, then twice groups that sums of activations meet: offsets
+/// rounded to 8 bits, and what that leaves of them.
 struct Panel {
   PanelGroup* groups = nullptr;  // room for most_groups()
   int64_t rows = 0;              // that there are; past them are copies of the last
   bool halves = false;           // groups have two scales
   bool offsets = false;          // there are groups for sums
+  bool large_offsets = false;    // 8 bits would not do
 
   static constexpr int64_t most_groups(int64_t columns) {
     return panel_groups(columns) + 2 * panel_groups(panel_groups(columns));

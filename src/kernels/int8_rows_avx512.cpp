@@ -61,22 +61,25 @@ HEED_INLINE void read_chunk(const uint8_t* b, int row, ChunkRows& to) {
 
 // Takes multiples of the scales from offsets and returns them, for each byte of codes: little is left. Those
 // of a hundred scales are of groups with hardly any difference between weights, and stay.
-HEED_INLINE __m512i settle(__m512 scales, __m512& offsets) {
+HEED_INLINE __m512i settle(__m512 scales, __m512& offsets, Panel& panel) {
   const __m512 most = _mm512_set1_ps(96);
   const __m512 ratios = _mm512_roundscale_ps(_mm512_div_ps(offsets, scales), 0);
-  const __m512 multiples =
-      _mm512_maskz_mov_ps(_mm512_cmp_ps_mask(_mm512_abs_ps(ratios), most, _CMP_LE_OQ), ratios);
+  const __mmask16 few = _mm512_cmp_ps_mask(_mm512_abs_ps(ratios), most, _CMP_LE_OQ);
+  const __mmask16 any = _mm512_cmp_ps_mask(offsets, _mm512_setzero_ps(), _CMP_NEQ_UQ);
+  if ((any & ~few) != 0) panel.large_offsets = true;
+  const __m512 multiples = _mm512_maskz_mov_ps(few, ratios);
   offsets = _mm512_fnmadd_ps(multiples, scales, offsets);
   return _mm512_shuffle_epi8(
       _mm512_cvtps_epi32(multiples),
       _mm512_broadcast_i32x4(_mm_setr_epi8(0, 0, 0, 0, 4, 4, 4, 4, 8, 8, 8, 8, 12, 12, 12, 12)));
 }
 
-// The factors of 16 rows of the panel, from row `lanes` on: scales, and as second ones for write_offsets
-// offsets. `more`: what is to be added to their codes.
+// The factors of 16 rows of the panel, from row `lanes` and group `first` on: scales, and as second ones for
+// write_offsets offsets. `more`: what is to be added to their codes.
 template <class Format>
-HEED_INLINE void write_factors(const ChunkRows& rows, int64_t count, int lanes, PanelGroup* to,
-                               __m512i (&more)[8]) {
+HEED_INLINE void write_factors(const ChunkRows& rows, int64_t first, int64_t count, int lanes,
+                               Panel& panel, __m512i (&more)[8]) {
+  PanelGroup* to = panel.groups + first;
   constexpr bool kHalves = std::is_same_v<Format, Q6_K>;
   __m512i x[16];
 #pragma GCC unroll 16
@@ -87,7 +90,7 @@ HEED_INLINE void write_factors(const ChunkRows& rows, int64_t count, int lanes, 
     const __m512 scales = _mm512_castsi512_ps(x[kHalves ? 2 * g : g]);
     __m512 second = _mm512_castsi512_ps(x[kHalves ? 2 * g + 1 : 8 + g]);
     more[g] = Format::kCentre > 0 ? _mm512_set1_epi8(static_cast<char>(-Format::kCentre))
-                                  : settle(scales, second);
+                                  : settle(scales, second, panel);
     if (g >= count) continue;
     _mm512_store_ps(to[g].scales[0] + lanes, scales);
     if (kHalves || Format::kCentre == 0) _mm512_store_ps(to[g].scales[1] + lanes, second);
@@ -162,6 +165,7 @@ void unpack(const BlockMatrix& w, int64_t first, Panel& panel) {
   constexpr bool kHalves = std::is_same_v<Format, Q6_K>;
   panel.halves = kHalves;
   panel.offsets = Format::kCentre == 0;
+  panel.large_offsets = false;
   const auto* data = reinterpret_cast<const uint8_t*>(w.data);
   const int64_t groups = w.columns / kPanelColumns, row_bytes = w.row_bytes();
   const uint8_t* data_end = data + w.rows * row_bytes;
@@ -181,7 +185,7 @@ void unpack(const BlockMatrix& w, int64_t first, Panel& panel) {
         read_chunk<Format>(b, r, rows);
       }
       __m512i more[8];
-      write_factors<Format>(rows, count, lanes, panel.groups + g, more);
+      write_factors<Format>(rows, g, count, lanes, panel, more);
       write_codes(rows, count, more, lanes, panel.groups + g);
       for (int64_t i = g; i < g + count; ++i) write_starts<kHalves>(panel.groups[i], lanes);
     }
@@ -319,7 +323,8 @@ __attribute__((noinline)) void sum_panel(const std::byte* block, int64_t columns
   clear(sums);
   add_groups<kHalves>(x, panel.groups, groups, sums);
   const PanelGroup* offsets = panel.groups + groups;
-  for (int part = 0; panel.offsets && part < kBytes; ++part) {
+  const int parts = !panel.offsets ? 0 : panel.large_offsets ? 2 : kBytes;
+  for (int part = 0; part < parts; ++part) {
     add_groups<kHalves>(x + value_groups(columns), offsets, panel_groups(groups), sums);
     offsets += panel_groups(groups);
   }
