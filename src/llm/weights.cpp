@@ -153,7 +153,7 @@ LayerWeights load_layer(Loader& loader, const ModelConfig& config, int64_t layer
   return w;
 }
 
-// The values of a part where they lie as numbers of this type, else undefined.
+// The values of a part, to be read, where they lie as numbers of this type, else undefined.
 Tensor numbers_of(const BlockMatrix& part, DType type) {
   const BlockFormat format = type == DType::f32 ? BlockFormat::f32 : BlockFormat::bf16;
   if (part.format != format || reinterpret_cast<uintptr_t>(part.data) % size_of(type) != 0) {
