@@ -361,8 +361,12 @@ void read_rows(const BlockMatrix& w, const Tensor& to, const RunOptions& run) {
   parallel_for(items, threads_for(run, items), [&](int64_t item, int) {
     const int64_t begin = item * kRows, end = std::min(w.rows, begin + kRows);
     const bool f32 = to.dtype() == DType::f32;
-    Scratch scratch(f32 ? 0 : static_cast<size_t>(w.columns) * sizeof(float));
-    float* values = f32 ? nullptr : scratch.take<float>(w.columns);
+    std::optional<Scratch> scratch;
+    float* values = nullptr;
+    if (!f32) {
+      scratch.emplace(static_cast<size_t>(w.columns) * sizeof(float));
+      values = scratch->take<float>(w.columns);
+    }
     for (int64_t n = begin; n < end; ++n) {
       const Tensor row = to.slice(0, n, n + 1);
       read(reinterpret_cast<const uint8_t*>(w.data) + n * w.row_bytes(), w.columns,
