@@ -83,9 +83,9 @@ HEED_INLINE __m512i with_fifth(__m512i codes, __mmask64 set) {
 
 // A weight is scale * code + offset, with an offset of -kCentre * scale where kCentre is not 0. factors():
 // [scale, offset] of the groups of 32 columns; codes(v): eight columns from 8 v on of each of the groups.
-template <int64_t kBlockBytes, int kCodesCentre>
+template <int64_t kBlockBytes, int kCodesCentre, int64_t kBlockWeights = 32>
 struct Blocks {
-  static constexpr int64_t kBytes = kBlockBytes, kWeights = 32;
+  static constexpr int64_t kBytes = kBlockBytes, kWeights = kBlockWeights;
   static constexpr int kCentre = kCodesCentre;
   const uint8_t* b;
 };
@@ -185,23 +185,24 @@ HEED_INLINE __m512 group_factors(const uint8_t* b) {
                        _mm512_permutexvar_ps(which, _mm512_castps128_ps512(pair)));
 }
 
-struct Q4_K {
-  static constexpr BlockFormat kFormat = BlockFormat::q4_k;
-  static constexpr int64_t kBytes = 144, kWeights = 256;
-  static constexpr int kCentre = 0;
-  HEED_INLINE explicit Q4_K(const uint8_t* p) : b(p), q(p + 16) {}
-  HEED_INLINE __m512 factors() const { return group_factors(b); }
-  HEED_INLINE __m512i codes(int v) const { return q.codes(v); }
-  const uint8_t* b;
+// Blocks that begin with them and end with nibbles.
+template <int64_t kBlockBytes>
+struct GroupBlocks : Blocks<kBlockBytes, 0, 256> {
+  HEED_INLINE explicit GroupBlocks(const uint8_t* p)
+      : Blocks<kBlockBytes, 0, 256>{p}, q(p + kBlockBytes - 128) {}
+  HEED_INLINE __m512 factors() const { return group_factors(this->b); }
   GroupNibbles q;
 };
 
-struct Q5_K {
+struct Q4_K : GroupBlocks<144> {
+  static constexpr BlockFormat kFormat = BlockFormat::q4_k;
+  using GroupBlocks::GroupBlocks;
+  HEED_INLINE __m512i codes(int v) const { return q.codes(v); }
+};
+
+struct Q5_K : GroupBlocks<176> {
   static constexpr BlockFormat kFormat = BlockFormat::q5_k;
-  static constexpr int64_t kBytes = 176, kWeights = 256;
-  static constexpr int kCentre = 0;
-  HEED_INLINE explicit Q5_K(const uint8_t* p) : b(p), q(p + 48) {}
-  HEED_INLINE __m512 factors() const { return group_factors(b); }
+  using GroupBlocks::GroupBlocks;
   HEED_INLINE __m512i codes(int v) const {
     int64_t eight;
     std::memcpy(&eight, b + 16 + 8 * v, sizeof eight);
@@ -211,17 +212,13 @@ struct Q5_K {
                           0x4040404040404040, static_cast<int64_t>(0x8080808080808080));
     return with_fifth(q.codes(v), _mm512_test_epi8_mask(_mm512_set1_epi64(eight), bits));
   }
-  const uint8_t* b;
-  GroupNibbles q;
 };
 
 // Scales of 16 columns: factors() are those of all sixteen groups, without offsets.
-struct Q6_K {
+struct Q6_K : Blocks<210, 32, 256> {
   static constexpr BlockFormat kFormat = BlockFormat::q6_k;
-  static constexpr int64_t kBytes = 210, kWeights = 256;
-  static constexpr int kCentre = 32;
   HEED_INLINE explicit Q6_K(const uint8_t* p)
-      : b(p), first(load(p)), second(load(p + 64)), high(load(p + 128)) {}
+      : Blocks{p}, first(load(p)), second(load(p + 64)), high(load(p + 128)) {}
   HEED_INLINE __m512 factors() const {
     const __m512 d = _mm512_broadcastss_ps(_mm_cvtph_ps(_mm_cvtsi32_si128(read_16(b + 208))));
     return _mm512_mul_ps(_mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(load_16(b + 192))), d);
@@ -240,9 +237,14 @@ struct Q6_K {
     return _mm512_ternarylogic_epi64(low, _mm512_set1_epi8(0x0f),
                                      _mm512_and_si512(pairs, _mm512_set1_epi8(0x30)), kAndThenOr);
   }
-  const uint8_t* b;
   __m512i first, second, high;
 };
+
+// Calls call(std::type_identity<Format>()) for the struct of a format.
+template <class Call>
+void with_format(BlockFormat format, const Call& call) {
+  for_format<Q8_0, Q4_0, Q4_1, Q5_0, Q5_1, Q4_K, Q5_K, Q6_K>(format, call);
+}
 
 }  // namespace
 }  // namespace heed::kernels

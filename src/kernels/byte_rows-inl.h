@@ -159,13 +159,13 @@ void rows_of(const BlockMatrix& w, SplitRows x, float* y, int64_t y_stride) {
   add(std::integral_constant<int, 1>());
 }
 
-template <class Vectors, class... Formats>
-void rows_by_format(const BlockMatrix& w, const SplitRows& x, float* y, int64_t y_stride) {
-  const auto add = [&](auto format) {
-    using Format = typename decltype(format)::type;
-    if (w.format == Format::kFormat) rows_of<Vectors, Format>(w, x, y, y_stride);
+// Calls call(std::type_identity<Format>()) for the one of the structs that is for the format.
+template <class... Formats, class Call>
+void for_format(BlockFormat format, const Call& call) {
+  const auto call_if = [&](auto candidate) {
+    if (format == decltype(candidate)::type::kFormat) call(candidate);
   };
-  (add(std::type_identity<Formats>()), ...);
+  (call_if(std::type_identity<Formats>()), ...);
 }
 
 }  // namespace

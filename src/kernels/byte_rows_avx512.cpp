@@ -136,8 +136,9 @@ void split_columns_avx512(const float* x, int64_t columns, int64_t chunks, int d
 
 void byte_rows_avx512(const BlockMatrix& w, const SplitRows& x, float* y, int64_t y_stride) {
   const auto add = [&](auto vectors) {
-    using Vectors = decltype(vectors);
-    rows_by_format<Vectors, Q8_0, Q4_0, Q4_1, Q5_0, Q5_1, Q4_K, Q5_K, Q6_K>(w, x, y, y_stride);
+    with_format(w.format, [&](auto format) {
+      rows_of<decltype(vectors), typename decltype(format)::type>(w, x, y, y_stride);
+    });
   };
   x.digits == 2 ? add(Avx512<2>()) : add(Avx512<3>());
 }

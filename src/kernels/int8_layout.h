@@ -59,22 +59,22 @@ struct alignas(64) PanelGroup {
   float scales[2][kPanelRows];
 };
 
-/// kPanelRows rows of weights: groups of their columns, then twice groups that sums of activations meet: offsets
-/// rounded to 8 bits, and what that leaves of them.
+/// kPanelRows rows of weights: groups of their columns, then groups that sums of activations meet: offsets
+/// rounded to 8 bits, and in a second part what that leaves of them.
 struct Panel {
   PanelGroup* groups = nullptr;  // room for most_groups()
   int64_t rows = 0;              // that there are; past them are copies of the last
   bool halves = false;           // groups have two scales
-  bool offsets = false;          // there are groups for sums
-  bool large_offsets = false;    // 8 bits would not do
+  int offset_parts = 0;  // groups for sums: none, or as many as activations have bytes; 2 where
+                         // 8 bits would not do
 
   static constexpr int64_t most_groups(int64_t columns) {
     return panel_groups(columns) + 2 * panel_groups(panel_groups(columns));
   }
 };
 
-/// Unpacks rows [first, first + kPanelRows) of w. AVX512-VNNI.
-void unpack_panel_avx512(const BlockMatrix& w, int64_t first, Panel& panel);
+/// Unpacks rows [first, first + kPanelRows) of w, for activations of so many bytes. AVX512-VNNI.
+void unpack_panel_avx512(const BlockMatrix& w, int64_t first, int bytes, Panel& panel);
 
 /// Rows [first, end) of y, which begins at the panel's first column; first is a multiple of kInt8Rows.
 /// AVX512-VNNI.

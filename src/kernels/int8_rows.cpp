@@ -346,7 +346,7 @@ void int8_product(const Int8Rows& x, std::span<const BlockMatrix> w, const Tenso
     const int64_t groups = kernels::Panel::most_groups(x.columns);
     Scratch scratch(static_cast<size_t>(groups) * sizeof(kernels::PanelGroup));
     kernels::Panel panel{scratch.take<kernels::PanelGroup>(groups)};
-    kernels::unpack_panel_avx512(*at.weights, at.first, panel);
+    kernels::unpack_panel_avx512(*at.weights, at.first, x.bytes, panel);
     const int64_t begin = item % parts * item_rows;
     kernels::int8_panel_avx512(x, panel, y.slice(1, at.column, at.column + panel.rows), add, begin,
                                std::min(x.rows, begin + item_rows));

@@ -66,7 +66,7 @@ HEED_INLINE __m512i settle(__m512 scales, __m512& offsets, Panel& panel) {
   const __m512 ratios = _mm512_roundscale_ps(_mm512_div_ps(offsets, scales), 0);
   const __mmask16 few = _mm512_cmp_ps_mask(_mm512_abs_ps(ratios), most, _CMP_LE_OQ);
   const __mmask16 any = _mm512_cmp_ps_mask(offsets, _mm512_setzero_ps(), _CMP_NEQ_UQ);
-  if ((any & ~few) != 0) panel.large_offsets = true;
+  if ((any & ~few) != 0) panel.offset_parts = 2;
   const __m512 multiples = _mm512_maskz_mov_ps(few, ratios);
   offsets = _mm512_fnmadd_ps(multiples, scales, offsets);
   return _mm512_shuffle_epi8(
@@ -160,12 +160,11 @@ HEED_INLINE void write_offsets(PanelGroup* from, int64_t count, int lanes, Panel
 }
 
 template <class Format>
-void unpack(const BlockMatrix& w, int64_t first, Panel& panel) {
+void unpack(const BlockMatrix& w, int64_t first, int bytes, Panel& panel) {
   constexpr int64_t kBytes = kChunk / Format::kWeights * Format::kBytes;
   constexpr bool kHalves = std::is_same_v<Format, Q6_K>;
   panel.halves = kHalves;
-  panel.offsets = Format::kCentre == 0;
-  panel.large_offsets = false;
+  panel.offset_parts = Format::kCentre == 0 ? bytes : 0;
   const auto* data = reinterpret_cast<const uint8_t*>(w.data);
   const int64_t groups = w.columns / kPanelColumns, row_bytes = w.row_bytes();
   const uint8_t* data_end = data + w.rows * row_bytes;
@@ -189,9 +188,11 @@ void unpack(const BlockMatrix& w, int64_t first, Panel& panel) {
       write_codes(rows, count, more, lanes, panel.groups + g);
       for (int64_t i = g; i < g + count; ++i) write_starts<kHalves>(panel.groups[i], lanes);
     }
-    PanelGroup* to = panel.groups + groups;
-    for (int part = 0; panel.offsets && part < 2; ++part) {
-      for (int64_t g = 0; g < groups; g += kPanelColumns, ++to) {
+  }
+  PanelGroup* to = panel.groups + groups;
+  for (int part = 0; part < panel.offset_parts; ++part) {
+    for (int64_t g = 0; g < groups; g += kPanelColumns, ++to) {
+      for (int lanes = 0; lanes < kPanelRows; lanes += 16) {
         write_offsets(panel.groups + g, std::min(kPanelColumns, groups - g), lanes, *to);
       }
     }
@@ -323,8 +324,7 @@ __attribute__((noinline)) void sum_panel(const std::byte* block, int64_t columns
   clear(sums);
   add_groups<kHalves>(x, panel.groups, groups, sums);
   const PanelGroup* offsets = panel.groups + groups;
-  const int parts = !panel.offsets ? 0 : panel.large_offsets ? 2 : kBytes;
-  for (int part = 0; part < parts; ++part) {
+  for (int part = 0; part < panel.offset_parts; ++part) {
     add_groups<kHalves>(x + value_groups(columns), offsets, panel_groups(groups), sums);
     offsets += panel_groups(groups);
   }
@@ -389,20 +389,13 @@ void panel_rows(const Int8Rows& x, const Panel& panel, const Tensor& y, int64_t 
   }
 }
 
-template <class... Formats>
-void unpack_by_format(const BlockMatrix& w, int64_t first, Panel& panel) {
-  const auto call = [&](auto format) {
-    using Format = typename decltype(format)::type;
-    if (w.format == Format::kFormat) unpack<Format>(w, first, panel);
-  };
-  (call(std::type_identity<Formats>()), ...);
-}
-
 }  // namespace
 
-void unpack_panel_avx512(const BlockMatrix& w, int64_t first, Panel& panel) {
+void unpack_panel_avx512(const BlockMatrix& w, int64_t first, int bytes, Panel& panel) {
   panel.rows = std::min(kPanelRows, w.rows - first);
-  unpack_by_format<Q8_0, Q4_0, Q4_1, Q5_0, Q5_1, Q4_K, Q5_K, Q6_K>(w, first, panel);
+  with_format(w.format, [&](auto format) {
+    unpack<typename decltype(format)::type>(w, first, bytes, panel);
+  });
 }
 
 void int8_panel_avx512(const Int8Rows& x, const Panel& panel, const Tensor& y, bool add,

@@ -103,7 +103,7 @@ struct Unpacked {
         static_cast<size_t>(kernels::Panel::most_groups(w.columns)));
     kernels::Panel panel{memory.data()};
     for (int64_t n = 0; n < w.rows; ++n) {
-      if (n % 32 == 0) kernels::unpack_panel_avx512(w, n, panel);
+      if (n % 32 == 0) kernels::unpack_panel_avx512(w, n, bytes, panel);
       const auto weight = [&](const kernels::PanelGroup& group, int64_t k) {
         const float scale = group.scales[panel.halves ? k / 16 : 0][n % 32];
         const int8_t code = group.codes[k / 4][n % 32][k % 4];
@@ -114,8 +114,7 @@ struct Unpacked {
         const kernels::PanelGroup* group = &memory[groups + g / 32];
         offsets.push_back(0);
         offset_steps.push_back(0);
-        const int used = !panel.offsets ? 0 : panel.large_offsets ? 2 : bytes;
-        for (int i = 0; i < used; ++i, group += parts) {
+        for (int i = 0; i < panel.offset_parts; ++i, group += parts) {
           offsets.back() += weight(*group, g % 32);
           offset_steps.back() = static_cast<double>(group->scales[0][n % 32]);
         }

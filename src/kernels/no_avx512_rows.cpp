@@ -9,7 +9,7 @@ namespace {
 [[noreturn]] void absent() { throw Error("this processor is no x86"); }
 }  // namespace
 
-void unpack_panel_avx512(const BlockMatrix&, int64_t, Panel&) { absent(); }
+void unpack_panel_avx512(const BlockMatrix&, int64_t, int, Panel&) { absent(); }
 void int8_panel_avx512(const Int8Rows&, const Panel&, const Tensor&, bool, int64_t, int64_t) {
   absent();
 }

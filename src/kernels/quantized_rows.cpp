@@ -360,19 +360,19 @@ void read_rows(const BlockMatrix& w, const Tensor& to, const RunOptions& run) {
   const int64_t items = (w.rows + kRows - 1) / kRows;
   parallel_for(items, threads_for(run, items), [&](int64_t item, int) {
     const int64_t begin = item * kRows, end = std::min(w.rows, begin + kRows);
-    const bool f32 = to.dtype() == DType::f32;
-    std::optional<Scratch> scratch;
-    float* values = nullptr;
-    if (!f32) {
-      scratch.emplace(static_cast<size_t>(w.columns) * sizeof(float));
-      values = scratch->take<float>(w.columns);
-    }
-    for (int64_t n = begin; n < end; ++n) {
-      const Tensor row = to.slice(0, n, n + 1);
-      read(reinterpret_cast<const uint8_t*>(w.data) + n * w.row_bytes(), w.columns,
-           f32 ? row.as<float>() : values);
-      if (!f32) convert_rows(Tensor(values, DType::f32, row.shape()), row, {.threads = 1});
-    }
+    const Tensor rows = to.slice(0, begin, end);
+    const auto read_to = [&](const Tensor& values) {
+      for (int64_t n = begin; n < end; ++n) {
+        read(reinterpret_cast<const uint8_t*>(w.data) + n * w.row_bytes(), w.columns,
+             reinterpret_cast<float*>(values.at({n - begin})));
+      }
+    };
+    if (to.dtype() == DType::f32) return read_to(rows);
+    const int64_t count = (end - begin) * w.columns;
+    Scratch scratch(static_cast<size_t>(count) * sizeof(float));
+    const Tensor values(scratch.take<float>(count), DType::f32, rows.shape());
+    read_to(values);
+    convert_rows(values, rows, {.threads = 1});
   });
 }
 
