@@ -10,9 +10,9 @@
 
 #include "cli/arguments.h"
 #include "cli/commands.h"
-#include "cli/peers.h"
 #include "cli/text_files.h"
 #include "heed/error.h"
+#include "libtorch/library.h"
 
 namespace heed::cli {
 
@@ -131,7 +131,9 @@ void require_one_kind(const BenchArguments& a) {
 
 int bench(const BenchArguments& arguments) {
   require_one_kind(arguments);
-  if (!arguments.versus.empty()) require_peers();
+  if (!arguments.versus.empty() && torch_library() == nullptr) {
+    throw Error("--vs torch needs PyTorch's library, and this program was built without it (HEED_TORCH=OFF)");
+  }
   use_threads(arguments.threads);
   if (!arguments.plot.empty()) require_writable("--plot", arguments.plot);
   if (arguments.against_plan) return against_plan(arguments);

@@ -4,8 +4,8 @@
 #include <algorithm>
 
 #include "cli/bench.h"
-#include "cli/peers.h"
 #include "heed/error.h"
+#include "libtorch/library.h"
 #include "mechanisms/check.h"
 
 namespace heed::cli {
@@ -82,7 +82,9 @@ void time_row(BenchRow& row, const Call& call, const BenchArguments& arguments,
   row.path = chosen_path(*row.mechanism, call.in, call.options, call.run);
   row.operations = visible_operations(*row.mechanism, call.in, call.options);
   std::optional<Peer> peer;
-  if (!arguments.versus.empty()) peer = find_peer(*row.mechanism, call.in, call.options, call.run);
+  if (!arguments.versus.empty()) {
+    peer = torch_library()->make_peer(row.mechanism->name, call.in, call.options, call.run);
+  }
   const auto make = row.pass == Pass::forward ? forward_calls : backward_calls;
   const Calls calls = make(row, call, peer);
   row.roof = rooflines.roof(row.dtype, row.operations, row.bytes);

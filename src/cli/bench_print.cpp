@@ -6,8 +6,8 @@
 
 #include "base/parallel.h"
 #include "cli/bench.h"
-#include "cli/peers.h"
 #include "heed/version.h"
+#include "libtorch/library.h"
 
 namespace heed::cli {
 namespace {
@@ -129,7 +129,7 @@ std::string bench_header(const BenchArguments& arguments) {
   return fmt::format("{}, {} thread{}, {}, {}, heed {}{}", cpu_info().model, default_threads(),
                      default_threads() == 1 ? "" : "s", heed::name_of(chosen_isa(arguments.run())),
                      compiler_name(), kVersion,
-                     arguments.versus.empty() ? "" : ", side by side with " + peer_version());
+                     arguments.versus.empty() ? "" : ", side by side with PyTorch " + torch_library()->version);
 }
 
 Json bench_header_json(const BenchArguments& arguments) {
@@ -138,7 +138,7 @@ Json bench_header_json(const BenchArguments& arguments) {
                {"isa", heed::name_of(chosen_isa(arguments.run()))},
                {"compiler", compiler_name()},
                {"heed", kVersion}};
-  if (!arguments.versus.empty()) json["versus"] = peer_version();
+  if (!arguments.versus.empty()) json["versus"] = "PyTorch " + torch_library()->version;
   return json;
 }
 

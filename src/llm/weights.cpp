@@ -3,6 +3,7 @@
 #include <algorithm>
 #include <array>
 #include <cstring>
+#include <limits>
 #include <set>
 #include <span>
 #include <utility>
@@ -302,13 +303,19 @@ ModelWeights load_weights(const GgufFile& file, const ModelConfig& config, Model
   weights.dense_type = bf16 ? DType::bf16 : DType::f32;
   // Up to so many rows at once, reading the blocks of the file is as fast.
   weights.few_rows = bf16 ? 4 : 16;
+  bool dense = false;
   for (WeightMatrix* w : weights.matrices()) {
     w->many = many_rows(*w, dtype, weights.dense_type, run);
+    dense |= w->many != ManyRows::int8;
     if (w->many == ManyRows::int8) weights.few_rows = 7;
     if (w->many == ManyRows::copy) weights.unpacked = false;
   }
   weights.head.many = many_rows(weights.head, dtype, weights.dense_type, run);
-  if (bf16 && weights.head.many != ManyRows::int8) weights.head.many = ManyRows::blocks;
+  if (weights.head.many != ManyRows::int8) {
+    if (bf16) weights.head.many = ManyRows::blocks;
+    dense |= !bf16;
+  }
+  if (dense && !has_dense_products()) weights.few_rows = std::numeric_limits<int64_t>::max();
   if (dtype != ModelDtype::int4) weights.unpack(run);
   return weights;
 }

@@ -74,7 +74,7 @@ struct ModelWeights {
   DType dense_type = DType::f32;  // of activations of many rows between products, too
   Pages unpacked_memory;          // of copies
   bool unpacked = true;           // all copies that products of many rows read are there
-  int64_t few_rows = 0;           // up to so many are multiplied with the parts
+  int64_t few_rows = 0;           // up to so many are multiplied with the parts: all without dense products
 
   /// Those of the layers.
   std::vector<WeightMatrix*> matrices();

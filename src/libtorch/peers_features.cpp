@@ -8,7 +8,7 @@
 #include <cmath>
 
 #include "heed/feature_map.h"
-#include "torch/peer_parts.h"
+#include "libtorch/peer_parts.h"
 
 namespace heed::peers {
 namespace {

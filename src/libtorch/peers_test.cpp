@@ -1,6 +1,6 @@
 // The compositions compute what heed computes, forward and backward, so that a benchmark compares like
 // with like. Cases and gradients come from the registry.
-#include "torch/peers.h"
+#include "libtorch/peers.h"
 
 #include <gtest/gtest.h>
 

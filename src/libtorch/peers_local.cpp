@@ -12,7 +12,7 @@
 
 #include "engine/tiled/neighborhood.h"
 #include "heed/error.h"
-#include "torch/peer_parts.h"
+#include "libtorch/peer_parts.h"
 
 namespace heed::peers {
 namespace {

@@ -15,7 +15,7 @@
 #include <optional>
 #include <utility>
 
-#include "torch/peer_parts.h"
+#include "libtorch/peer_parts.h"
 
 namespace heed::peers {
 namespace {

@@ -1,4 +1,4 @@
-#include "torch/peers.h"
+#include "libtorch/peers.h"
 
 #include <ATen/Parallel.h>
 #include <ATen/ops/from_blob.h>
@@ -12,7 +12,7 @@
 
 #include "base/parallel.h"
 #include "heed/error.h"
-#include "torch/peer_parts.h"
+#include "libtorch/peer_parts.h"
 #include "torch/types.h"
 
 namespace heed {

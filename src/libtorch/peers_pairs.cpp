@@ -11,7 +11,7 @@
 #include <cmath>
 #include <limits>
 
-#include "torch/peer_parts.h"
+#include "libtorch/peer_parts.h"
 
 namespace heed::peers {
 namespace {
