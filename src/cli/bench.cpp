@@ -132,7 +132,9 @@ void require_one_kind(const BenchArguments& a) {
 int bench(const BenchArguments& arguments) {
   require_one_kind(arguments);
   if (!arguments.versus.empty() && torch_library() == nullptr) {
-    throw Error("--vs torch needs PyTorch's library, and this program was built without it (HEED_TORCH=OFF)");
+    throw Error(
+        "--vs torch needs PyTorch's library, and this program was built without it "
+        "(HEED_TORCH=OFF)");
   }
   use_threads(arguments.threads);
   if (!arguments.plot.empty()) require_writable("--plot", arguments.plot);

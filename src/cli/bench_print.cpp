@@ -126,10 +126,11 @@ std::string spread(const Samples& samples) {
 }
 
 std::string bench_header(const BenchArguments& arguments) {
-  return fmt::format("{}, {} thread{}, {}, {}, heed {}{}", cpu_info().model, default_threads(),
-                     default_threads() == 1 ? "" : "s", heed::name_of(chosen_isa(arguments.run())),
-                     compiler_name(), kVersion,
-                     arguments.versus.empty() ? "" : ", side by side with PyTorch " + torch_library()->version);
+  return fmt::format(
+      "{}, {} thread{}, {}, {}, heed {}{}", cpu_info().model, default_threads(),
+      default_threads() == 1 ? "" : "s", heed::name_of(chosen_isa(arguments.run())),
+      compiler_name(), kVersion,
+      arguments.versus.empty() ? "" : ", side by side with PyTorch " + torch_library()->version);
 }
 
 Json bench_header_json(const BenchArguments& arguments) {

@@ -4,15 +4,14 @@
 #include <array>
 #include <cmath>
 #include <cstring>
-#include <numeric>
 #include <string>
-#include <vector>
 
 #include "base/parallel.h"
 #include "base/round_up.h"
 #include "heed/error.h"
 #include "kernels/by_isa.h"
 #include "kernels/int8_layout.h"
+#include "kernels/panels.h"
 
 #ifndef HEED_INT8_GROUPS_
 #define HEED_INT8_GROUPS_
@@ -261,24 +260,6 @@ void check_weights(std::span<const BlockMatrix> weights, int64_t columns) {
   }
 }
 
-// A panel of rows of a matrix; its column of y.
-struct PanelPlace {
-  const BlockMatrix* weights;
-  int64_t first, column;
-};
-
-[[maybe_unused]] std::vector<PanelPlace> panels_of(std::span<const BlockMatrix> weights) {
-  std::vector<PanelPlace> panels;
-  int64_t column = 0;
-  for (const BlockMatrix& w : weights) {
-    for (int64_t first = 0; first < w.rows; first += kernels::kPanelRows) {
-      panels.push_back({&w, first, column + first});
-    }
-    column += w.rows;
-  }
-  return panels;
-}
-
 }  // namespace
 
 bool has_int8_products(const RunOptions& run) {
@@ -321,9 +302,7 @@ void int8_product(const Int8Rows& x, std::span<const BlockMatrix> w, const Tenso
   check_bytes("int8_product", x.bytes);
   if (!has_int8_products(run)) fail("int8_product", "this needs AVX512-VNNI");
   check_weights(w, x.columns);
-  const int64_t rows =
-      std::accumulate(w.begin(), w.end(), int64_t{0},
-                      [](int64_t sum, const BlockMatrix& m) { return sum + m.rows; });
+  const int64_t rows = kernels::total_rows(w);
   const bool f32 = y.dtype() == DType::f32;
   if (y.rank() != 2 || !(f32 || (y.dtype() == DType::bf16 && !add)) || y.size(0) != x.rows ||
       y.size(1) != rows || (rows > 1 && y.stride(1) != 1)) {
@@ -333,24 +312,15 @@ void int8_product(const Int8Rows& x, std::span<const BlockMatrix> w, const Tenso
                              "]");
   }
 #if HWY_ARCH_X86
-  const std::vector<PanelPlace> panels = panels_of(w);
-  const auto count = static_cast<int64_t>(panels.size());
-  // All rows of x for an unpacked panel, unless that is too little for all threads.
-  constexpr int64_t kLeastRows = 128, kItemsPerThread = 8;
-  const int threads = threads_for(run, count * ceil_div(x.rows, kLeastRows));
-  const int64_t wanted = count == 0 ? 1 : ceil_div(kItemsPerThread * threads, count);
-  const int64_t item_rows = round_up(std::max(kLeastRows, ceil_div(x.rows, wanted)), kInt8Rows);
-  const int64_t parts = ceil_div(x.rows, item_rows);
-  parallel_for_shares(count * parts, threads, [&](int64_t item, int) {
-    const PanelPlace& at = panels[static_cast<size_t>(item / parts)];
-    const int64_t groups = kernels::Panel::most_groups(x.columns);
-    Scratch scratch(static_cast<size_t>(groups) * sizeof(kernels::PanelGroup));
-    kernels::Panel panel{scratch.take<kernels::PanelGroup>(groups)};
-    kernels::unpack_panel_avx512(*at.weights, at.first, x.bytes, panel);
-    const int64_t begin = item % parts * item_rows;
-    kernels::int8_panel_avx512(x, panel, y.slice(1, at.column, at.column + panel.rows), add, begin,
-                               std::min(x.rows, begin + item_rows));
-  });
+  kernels::for_panels(w, kernels::kPanelRows, x.rows, kInt8Rows, run,
+                      [&](const kernels::PanelPlace& at, int64_t begin, int64_t end) {
+                        const int64_t groups = kernels::Panel::most_groups(x.columns);
+                        Scratch scratch(static_cast<size_t>(groups) * sizeof(kernels::PanelGroup));
+                        kernels::Panel panel{scratch.take<kernels::PanelGroup>(groups)};
+                        kernels::unpack_panel_avx512(*at.weights, at.first, x.bytes, panel);
+                        kernels::int8_panel_avx512(
+                            x, panel, y.slice(1, at.column, at.column + at.rows), add, begin, end);
+                      });
 #endif
 }
 

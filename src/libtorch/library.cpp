@@ -16,9 +16,9 @@ const TorchLibrary* load() {
   // Found by the RUNPATH of this executable: beside it, or where it was built.
   void* library = dlopen(HEED_TORCH_LIBRARY, RTLD_NOW | RTLD_LOCAL);
   using Functions = const TorchLibrary* (*)();
-  const auto functions =
-      library == nullptr ? nullptr
-                         : reinterpret_cast<Functions>(dlsym(library, "heed_torch_functions"));
+  const auto functions = library == nullptr
+                             ? nullptr
+                             : reinterpret_cast<Functions>(dlsym(library, "heed_torch_functions"));
   if (functions == nullptr) {
     throw Error("PyTorch's library is needed and cannot be loaded: " + std::string(dlerror()));
   }

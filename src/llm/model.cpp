@@ -8,6 +8,7 @@
 
 #include "base/round_up.h"
 #include "heed/error.h"
+#include "kernels/float_rows.h"
 #include "kernels/transformer_rows.h"
 #include "llm/gguf.h"
 
@@ -217,7 +218,7 @@ Tensor Model::attend(int64_t layer, const Tensor& qkv, int64_t wanted) {
 }
 
 DType Model::activation_type(int64_t rows) const {
-  return weights_.are_many(rows) ? weights_.dense_type : DType::f32;
+  return weights_.are_many(rows) ? weights_.many_type : DType::f32;
 }
 
 // y = W x, or y += W x where y is the stream, for the x that make(x) makes: a matrix of the type that
@@ -225,19 +226,21 @@ DType Model::activation_type(int64_t rows) const {
 template <class Make>
 void Model::multiply(const WeightMatrix& w, const Make& make, const Tensor& y, bool add) {
   const int64_t rows = y.size(0);
-  const bool many = weights_.are_many(rows) && w.many != ManyRows::blocks;
+  const bool many = weights_.are_many(rows);
   if (many && w.many == ManyRows::int8) {
     const Int8Rows x{input_.as<std::byte>(), rows, w.columns, rows <= kShortPrompt ? 2 : 1};
     make(x);
     int8_product(x, w.parts, y, add, run_);
     return;
   }
-  const DType type = many ? weights_.dense_type : DType::f32;
+  const bool bf16 = many && w.many == ManyRows::bf16;
+  const DType type = bf16 ? DType::bf16 : DType::f32;
   const Tensor x = buffer(input_, type, rows, w.columns);
   make(x);
+  if (many && !bf16) return float_product(x, w.parts, y, add, run_);
   const Tensor product = add ? buffer(sum_, type, rows, w.rows) : y;
-  if (many) {
-    w.multiply_many(x, product, run_);
+  if (bf16) {
+    w.multiply_bf16(x, product, run_);
   } else {
     w.multiply(x, product, run_);
   }

@@ -3,7 +3,6 @@
 #include <algorithm>
 #include <array>
 #include <cstring>
-#include <limits>
 #include <set>
 #include <span>
 #include <utility>
@@ -12,7 +11,7 @@
 #include "base/round_up.h"
 #include "heed/error.h"
 #include "kernels/transformer_rows.h"
-#include "llm/dense.h"
+#include "llm/bf16_product.h"
 #include "llm/gguf.h"
 #include "llm/shown.h"
 #include "mechanisms/nearest.h"
@@ -154,26 +153,27 @@ LayerWeights load_layer(Loader& loader, const ModelConfig& config, int64_t layer
   return w;
 }
 
-// The values of a part, to be read, where they lie as numbers of this type, else undefined.
-Tensor numbers_of(const BlockMatrix& part, DType type) {
-  const BlockFormat format = type == DType::f32 ? BlockFormat::f32 : BlockFormat::bf16;
-  if (part.format != format || reinterpret_cast<uintptr_t>(part.data) % size_of(type) != 0) {
+// The values of a part, to be read, where they lie as bfloat16, else undefined.
+Tensor bf16_values(const BlockMatrix& part) {
+  if (part.format != BlockFormat::bf16 ||
+      reinterpret_cast<uintptr_t>(part.data) % alignof(bfloat16) != 0) {
     return {};
   }
-  return Tensor(const_cast<std::byte*>(part.data), type, {part.rows, part.columns});
+  return Tensor(const_cast<std::byte*>(part.data), DType::bf16, {part.rows, part.columns});
 }
 
-bool lies_as(const WeightMatrix& w, DType type) {
-  return std::all_of(w.parts.begin(), w.parts.end(),
-                     [&](const BlockMatrix& part) { return numbers_of(part, type).defined(); });
+bool lies_as_bf16(const WeightMatrix* w) {
+  return std::all_of(w->parts.begin(), w->parts.end(),
+                     [](const BlockMatrix& part) { return bf16_values(part).defined(); });
 }
 
-ManyRows many_rows(const WeightMatrix& w, ModelDtype dtype, DType dense_type,
-                   const RunOptions& run) {
-  const bool codes = std::all_of(w.parts.begin(), w.parts.end(),
-                                 [](const BlockMatrix& part) { return has_codes(part.format); });
-  if (codes && dtype == ModelDtype::int4 && has_int8_products(run)) return ManyRows::int8;
-  return dense_type == DType::f32 || lies_as(w, dense_type) ? ManyRows::slices : ManyRows::copy;
+bool needs_copy(const WeightMatrix* w, ModelDtype dtype) {
+  return (w->many == ManyRows::bf16 || dtype == ModelDtype::bf16) && !lies_as_bf16(w);
+}
+
+bool has_only_codes(const WeightMatrix* w) {
+  return std::all_of(w->parts.begin(), w->parts.end(),
+                     [](const BlockMatrix& part) { return has_codes(part.format); });
 }
 
 }  // namespace
@@ -189,7 +189,7 @@ std::vector<WeightMatrix*> ModelWeights::matrices() {
 void ModelWeights::unpack(const RunOptions& run) {
   if (unpacked) return;
   std::vector<WeightMatrix*> wanted = matrices();
-  std::erase_if(wanted, [](const WeightMatrix* w) { return w->many != ManyRows::copy; });
+  std::erase_if(wanted, [this](const WeightMatrix* w) { return !needs_copy(w, dtype); });
   const auto bytes_of = [](const WeightMatrix* w) {
     return Scratch::rounded(static_cast<size_t>(w->rows * w->columns) * sizeof(bfloat16));
   };
@@ -211,7 +211,7 @@ void ModelWeights::unpack(const RunOptions& run) {
   unpacked = true;
   next = unpacked_memory.data();
   for (WeightMatrix* w : wanted) {
-    w->dense = Tensor(next, DType::bf16, {w->rows, w->columns});
+    w->copy = Tensor(next, DType::bf16, {w->rows, w->columns});
     // The values that are asked for: few rows use them too.
     if (dtype == ModelDtype::bf16) w->parts = {{BlockFormat::bf16, next, w->rows, w->columns}};
     next += bytes_of(w);
@@ -239,26 +239,12 @@ void WeightMatrix::multiply(const Tensor& x, const Tensor& y, const RunOptions& 
                  activations);
 }
 
-void WeightMatrix::multiply_many(const Tensor& x, const Tensor& y, const RunOptions& run) const {
-  if (dense.defined()) return dense_product(x, dense, y, run);
-  constexpr int64_t kSliceBytes = 4 << 20;
+void WeightMatrix::multiply_bf16(const Tensor& x, const Tensor& y, const RunOptions& run) const {
+  if (copy.defined()) return bf16_product(x, copy, y, run);
   int64_t first = 0;
   for (const BlockMatrix& part : parts) {
-    const Tensor to = y.slice(1, first, first + part.rows), numbers = numbers_of(part, x.dtype());
+    bf16_product(x, bf16_values(part), y.slice(1, first, first + part.rows), run);
     first += part.rows;
-    if (numbers.defined()) {
-      dense_product(x, numbers, to, run);
-      continue;
-    }
-    const int64_t row_bytes = columns * static_cast<int64_t>(size_of(x.dtype()));
-    const int64_t step = std::max<int64_t>(64, kSliceBytes / row_bytes);
-    for (int64_t begin = 0; begin < part.rows; begin += step) {
-      const int64_t count = std::min(step, part.rows - begin);
-      Scratch scratch(static_cast<size_t>(count * row_bytes));
-      const Tensor slice(scratch.take<std::byte>(count * row_bytes), x.dtype(), {count, columns});
-      read_rows({part.format, part.data + begin * part.row_bytes(), count, columns}, slice, run);
-      dense_product(x, slice, to.slice(1, begin, begin + count), run);
-    }
   }
 }
 
@@ -298,24 +284,19 @@ ModelWeights load_weights(const GgufFile& file, const ModelConfig& config, Model
     weights.layers.push_back(load_layer(loader, config, layer));
   }
   loader.require_all_used();
+  const std::vector<WeightMatrix*> matrices = weights.matrices();
+  const bool int8 = dtype == ModelDtype::int4 && has_int8_products(run);
+  const bool all_int8 = int8 && std::all_of(matrices.begin(), matrices.end(), has_only_codes);
   const bool bf16 =
-      dtype == ModelDtype::bf16 || (dtype == ModelDtype::int4 && bf16_products_are_fast());
-  weights.dense_type = bf16 ? DType::bf16 : DType::f32;
+      dtype != ModelDtype::f32 && bf16_products_are_fast() && (all_int8 || has_bf16_products());
+  weights.many_type = bf16 ? DType::bf16 : DType::f32;
   // Up to so many rows at once, reading the blocks of the file is as fast.
-  weights.few_rows = bf16 ? 4 : 16;
-  bool dense = false;
-  for (WeightMatrix* w : weights.matrices()) {
-    w->many = many_rows(*w, dtype, weights.dense_type, run);
-    dense |= w->many != ManyRows::int8;
-    if (w->many == ManyRows::int8) weights.few_rows = 7;
-    if (w->many == ManyRows::copy) weights.unpacked = false;
+  weights.few_rows = int8 ? 7 : bf16 ? 4 : 16;
+  for (WeightMatrix* w : matrices) {
+    w->many = int8 && has_only_codes(w) ? ManyRows::int8 : bf16 ? ManyRows::bf16 : ManyRows::f32;
+    if (needs_copy(w, dtype)) weights.unpacked = false;
   }
-  weights.head.many = many_rows(weights.head, dtype, weights.dense_type, run);
-  if (weights.head.many != ManyRows::int8) {
-    if (bf16) weights.head.many = ManyRows::blocks;
-    dense |= !bf16;
-  }
-  if (dense && !has_dense_products()) weights.few_rows = std::numeric_limits<int64_t>::max();
+  weights.head.many = int8 && has_only_codes(&weights.head) ? ManyRows::int8 : ManyRows::f32;
   if (dtype != ModelDtype::int4) weights.unpack(run);
   return weights;
 }

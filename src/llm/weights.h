@@ -20,36 +20,34 @@ class GgufFile;
 
 /// How a model is computed.
 ///   f32   exact: weights of the file widened to float32, float32 activations and cache
-///   bf16  weights rounded to bfloat16, bfloat16 cache
+///   bf16  weights rounded to bfloat16, bfloat16 cache; many rows: activations rounded too, where the processor
+///         multiplies bfloat16 faster than float32 and there is libtorch
 ///   int4  few rows: the quantised blocks of the file with activations of 16 bits (RowActivations), float32
 ///         where bytes are not multiplied; many rows: the same blocks with activations rounded to int8
-///         (kernels/int8_rows.h) where the processor multiplies bytes fastest, else both rounded to bfloat16,
-///         or widened to float32 where that is faster; bfloat16 cache
+///         (kernels/int8_rows.h) where the processor multiplies bytes fastest, else both rounded to bfloat16
+///         or widened to float32, as above; bfloat16 cache
 enum class ModelDtype { f32, bf16, int4 };
 
 const char* name_of(ModelDtype dtype);
 ModelDtype parse_model_dtype(std::string_view name);  // throws Error listing the names
 
-/// What many rows are multiplied with.
-///   int8    the parts, by int8_product
-///   slices  some rows of the parts at a time, unpacked where they do not lie as numbers already
-///   copy    all rows, unpacked once: unpacking would take as long as bfloat16 products of 500 rows
-///   blocks  the parts, as few rows are: where results are float32 and dense products bfloat16
-enum class ManyRows { int8, slices, copy, blocks };
+/// How many rows are multiplied: by int8_product, by float_product, or by bf16_product, which takes weights in
+/// bfloat16 as they lie: unpacking them at each call would take as long as products of 500 rows.
+enum class ManyRows { int8, f32, bf16 };
 
 /// y = W x, W [rows, columns] stacked from at most three parts.
 struct WeightMatrix {
   int64_t rows = 0;
   int64_t columns = 0;
-  std::vector<BlockMatrix> parts;  // for few rows
-  RowActivations activations = RowActivations::f32;
-  ManyRows many = ManyRows::slices;
-  Tensor dense;  // the copy, [rows, columns]; undefined until unpacked
+  std::vector<BlockMatrix> parts;
+  RowActivations activations = RowActivations::f32;  // of few rows
+  ManyRows many = ManyRows::f32;
+  Tensor copy;  // in bfloat16 [rows, columns], for many rows; undefined where there is none
 
   /// For few rows: x [M,columns], y [M,rows], float32, contiguous.
   void multiply(const Tensor& x, const Tensor& y, const RunOptions& run) const;
-  /// For many, not in int8: x and y of the type of dense products, contiguous. Copies have to be there.
-  void multiply_many(const Tensor& x, const Tensor& y, const RunOptions& run) const;
+  /// For many in bfloat16: x and y bfloat16. The copy has to be there, unless the parts are bfloat16.
+  void multiply_bf16(const Tensor& x, const Tensor& y, const RunOptions& run) const;
 };
 
 struct LayerWeights {
@@ -71,10 +69,10 @@ struct ModelWeights {
   Array output_norm;      // [width]
   std::vector<LayerWeights> layers;
   ModelDtype dtype = ModelDtype::f32;
-  DType dense_type = DType::f32;  // of activations of many rows between products, too
-  Pages unpacked_memory;          // of copies
-  bool unpacked = true;           // all copies that products of many rows read are there
-  int64_t few_rows = 0;           // up to so many are multiplied with the parts: all without dense products
+  DType many_type = DType::f32;  // of activations of many rows between products
+  Pages unpacked_memory;         // of copies
+  bool unpacked = true;          // all copies that products of many rows read are there
+  int64_t few_rows = 0;          // up to so many are multiplied as few are
 
   /// Those of the layers.
   std::vector<WeightMatrix*> matrices();

@@ -1,0 +1,18 @@
+// Products of many activation rows with weights in bfloat16, on libtorch.
+#pragma once
+#include "heed/run.h"
+#include "heed/tensor.h"
+
+namespace heed {
+
+/// Whether this processor multiplies bfloat16 matrices faster than float32 ones.
+bool bf16_products_are_fast();
+
+/// Whether there is libtorch, which the first question loads.
+bool has_bf16_products();
+
+/// y[m,n] = sum_k x[m,k] w[n,k]; x [M,K], w [N,K], y [M,N] bfloat16 with a unit stride in columns. Needs
+/// has_bf16_products().
+void bf16_product(const Tensor& x, const Tensor& w, const Tensor& y, const RunOptions& run);
+
+}  // namespace heed
