@@ -83,7 +83,8 @@ void time_row(BenchRow& row, const Call& call, const BenchArguments& arguments,
   row.operations = visible_operations(*row.mechanism, call.in, call.options);
   std::optional<Peer> peer;
   if (!arguments.versus.empty()) {
-    peer = torch_library()->make_peer(row.mechanism->name, call.in, call.options, call.run);
+    peer =
+        torch_library()->make_peer(row.mechanism->name, call.in, call.options, default_threads());
   }
   const auto make = row.pass == Pass::forward ? forward_calls : backward_calls;
   const Calls calls = make(row, call, peer);

@@ -6,7 +6,6 @@
 #include <string>
 #include <string_view>
 
-#include "heed/run.h"
 #include "heed/tensor.h"
 #include "libtorch/peers.h"
 
@@ -14,11 +13,12 @@ namespace heed {
 
 struct TorchLibrary {
   std::string version;  // of PyTorch, as it was built with
-  /// y[m,n] = sum_k x[m,k] w[n,k]; x [M,K], w [N,K], y [M,N] with a unit stride in columns, all float32
-  /// or all bfloat16; on so many threads.
+  // Threads are given, as the library does not know what set_threads() said here.
+  /// y[m,n] = sum_k x[m,k] w[n,k]; x [M,K], w [N,K], y [M,N] with a unit stride in columns, all bfloat16.
   void (*product)(const Tensor& x, const Tensor& w, const Tensor& y, int threads);
+  /// As heed::make_peer.
   std::optional<Peer> (*make_peer)(std::string_view mechanism, const NamedTensors& in,
-                                   const Spec& options, const RunOptions& run);
+                                   const Spec& options, int threads);
 };
 
 /// Null where heed was built without libtorch (HEED_TORCH=OFF). Throws Error where it was built with it and

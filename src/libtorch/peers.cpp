@@ -10,7 +10,6 @@
 #include <cmath>
 #include <memory>
 
-#include "base/parallel.h"
 #include "heed/error.h"
 #include "libtorch/peer_parts.h"
 #include "torch/types.h"
@@ -124,7 +123,7 @@ class Run {
 }  // namespace
 
 std::optional<Peer> make_peer(std::string_view mechanism, const NamedTensors& in,
-                              const Spec& options, const RunOptions& run) {
+                              const Spec& options, int threads) {
   peers::Tensors tensors;
   for (const auto& [name, tensor] : in) tensors.emplace(name, wrap(tensor));
   std::optional<peers::Composition> composition;
@@ -140,8 +139,8 @@ std::optional<Peer> make_peer(std::string_view mechanism, const NamedTensors& in
                                              : "out_a";
   const at::ScalarType type = tensors.at(first).scalar_type();
   std::string title = composition->title;
-  const auto call = std::make_shared<Run>(*std::move(composition), std::move(tensors), type,
-                                          run.threads.value_or(default_threads()));
+  const auto call =
+      std::make_shared<Run>(*std::move(composition), std::move(tensors), type, threads);
   return Peer{.title = std::move(title),
               .compute = [call] { call->compute(); },
               .result = [call] { return call->result(); },

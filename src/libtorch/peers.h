@@ -5,7 +5,6 @@
 #include <string>
 #include <string_view>
 
-#include "heed/run.h"
 #include "heed/tensor.h"
 #include "mechanisms/registry.h"
 #include "mechanisms/spec.h"
@@ -43,6 +42,6 @@ inline const std::string& composed_result(const Mechanism& mechanism) {
 ///   sums over the keys               relu_linear_attention, the above where they are not causal
 ///   others                           merge_attention, depthwise_causal_conv, feature_map
 std::optional<Peer> make_peer(std::string_view mechanism, const NamedTensors& in,
-                              const Spec& options, const RunOptions& run = {});
+                              const Spec& options, int threads = 1);
 
 }  // namespace heed

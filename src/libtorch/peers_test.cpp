@@ -2,6 +2,7 @@
 // with like. Cases and gradients come from the registry.
 #include "libtorch/peers.h"
 
+#include <ATen/Parallel.h>
 #include <gtest/gtest.h>
 
 #include <cmath>
@@ -117,6 +118,16 @@ TEST(PeersRefuse, SequencesOfDifferentLength) {
                            {"v_cache", inputs.at("v")},
                            {"lengths", lengths}};
   EXPECT_FALSE(make_peer("decode_attention", in, {}));
+}
+
+TEST(Peers, EveryRunSetsTheThreads) {
+  const NamedArrays inputs = small_inputs();
+  for (const int threads : {1, 2, 1}) {
+    const auto peer = make_peer("flash_attention", views(inputs), {}, threads);
+    ASSERT_TRUE(peer);
+    peer->compute();
+    EXPECT_EQ(at::get_num_threads(), threads);
+  }
 }
 
 TEST(PeersRefuse, ResultsBeforeARun) {
