@@ -11,6 +11,7 @@
 #include <string_view>
 #include <vector>
 
+#include "heed/tensor.h"
 #include "mechanisms/spec.h"
 
 namespace heed::peers {
@@ -33,6 +34,9 @@ std::optional<Composition> feature_family(std::string_view mechanism, const Tens
                                           const Spec& options);
 std::optional<Composition> pairs_family(std::string_view mechanism, const Tensors& in,
                                         const Spec& options);
+
+/// The same memory.
+at::Tensor wrap(const Tensor& tensor);
 
 /// Whether all inputs and options are among these.
 bool knows(const Tensors& in, const std::vector<std::string>& inputs, const Spec& options,

@@ -18,6 +18,13 @@ namespace heed {
 
 namespace peers {
 
+at::Tensor wrap(const Tensor& tensor) {
+  const auto shape = tensor.shape().span();
+  const auto strides = tensor.strides().span();
+  return at::from_blob(tensor.data(), {shape.data(), shape.size()},
+                       {strides.data(), strides.size()}, at::dtype(torch_type(tensor.dtype())));
+}
+
 bool knows(const Tensors& in, const std::vector<std::string>& inputs, const Spec& options,
            const std::vector<std::string>& keys) {
   for (const auto& [name, tensor] : in) {
@@ -43,13 +50,6 @@ double scale_of(const Tensors& in, const Spec& options) {
 }  // namespace peers
 
 namespace {
-
-at::Tensor wrap(const Tensor& tensor) {
-  const auto shape = tensor.shape().span();
-  const auto strides = tensor.strides().span();
-  return at::from_blob(tensor.data(), {shape.data(), shape.size()},
-                       {strides.data(), strides.size()}, at::dtype(torch_type(tensor.dtype())));
-}
 
 Array unwrap(const at::Tensor& tensor) {
   const at::Tensor plain = tensor.detach().contiguous();
@@ -89,7 +89,7 @@ class Run {
       leaves_.push_back(tensor);
     }
     recorded_ = composition_.call(recorded);
-    out_gradient_ = wrap(out_gradient).to(recorded_.scalar_type());
+    out_gradient_ = peers::wrap(out_gradient).to(recorded_.scalar_type());
     gradients_.clear();
   }
   void backward() {
@@ -125,7 +125,7 @@ class Run {
 std::optional<Peer> make_peer(std::string_view mechanism, const NamedTensors& in,
                               const Spec& options, int threads) {
   peers::Tensors tensors;
-  for (const auto& [name, tensor] : in) tensors.emplace(name, wrap(tensor));
+  for (const auto& [name, tensor] : in) tensors.emplace(name, peers::wrap(tensor));
   std::optional<peers::Composition> composition;
   for (const auto family : {peers::softmax_family, peers::local_family, peers::linear_family,
                             peers::feature_family, peers::pairs_family}) {
