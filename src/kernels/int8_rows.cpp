@@ -263,7 +263,7 @@ void check_weights(std::span<const BlockMatrix> weights, int64_t columns) {
 }  // namespace
 
 bool has_int8_products(const RunOptions& run) {
-  return chosen_isa(run) == Isa::avx512 && cpu_info().has("avx512_vnni");
+  return chosen_isa(run) >= Isa::avx512 && cpu_info().has("avx512_vnni");
 }
 
 int64_t int8_rows_bytes(int64_t rows, int64_t columns, int bytes) {

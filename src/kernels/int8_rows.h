@@ -22,7 +22,7 @@
 
 namespace heed {
 
-/// Whether this instruction set has products of bytes (AVX512-VNNI) and nothing faster (AMX).
+/// Whether this instruction set has products of bytes (AVX512-VNNI).
 bool has_int8_products(const RunOptions& run = {});
 
 /// Activations [rows, columns] rounded to integers, in memory of int8_rows_bytes() that the caller keeps,

@@ -176,6 +176,25 @@ bool has_only_codes(const WeightMatrix* w) {
                      [](const BlockMatrix& part) { return has_codes(part.format); });
 }
 
+// How many rows are multiplied on this processor.
+void choose_products(ModelWeights& weights, const RunOptions& run) {
+  const std::vector<WeightMatrix*> matrices = weights.matrices();
+  // AMX is faster in bfloat16.
+  const bool int8 = weights.dtype == ModelDtype::int4 && has_int8_products(run) &&
+                    !(chosen_isa(run) == Isa::amx && has_bf16_products());
+  const bool all_int8 = int8 && std::all_of(matrices.begin(), matrices.end(), has_only_codes);
+  const bool bf16 = weights.dtype != ModelDtype::f32 && bf16_products_are_fast() &&
+                    (all_int8 || has_bf16_products());
+  weights.many_type = bf16 ? DType::bf16 : DType::f32;
+  // Up to so many rows at once, reading the blocks of the file is as fast.
+  weights.few_rows = int8 ? 7 : bf16 ? 4 : 16;
+  for (WeightMatrix* w : matrices) {
+    w->many = int8 && has_only_codes(w) ? ManyRows::int8 : bf16 ? ManyRows::bf16 : ManyRows::f32;
+    if (needs_copy(w, weights.dtype)) weights.unpacked = false;
+  }
+  weights.head.many = int8 && has_only_codes(&weights.head) ? ManyRows::int8 : ManyRows::f32;
+}
+
 }  // namespace
 
 std::vector<WeightMatrix*> ModelWeights::matrices() {
@@ -284,19 +303,7 @@ ModelWeights load_weights(const GgufFile& file, const ModelConfig& config, Model
     weights.layers.push_back(load_layer(loader, config, layer));
   }
   loader.require_all_used();
-  const std::vector<WeightMatrix*> matrices = weights.matrices();
-  const bool int8 = dtype == ModelDtype::int4 && has_int8_products(run);
-  const bool all_int8 = int8 && std::all_of(matrices.begin(), matrices.end(), has_only_codes);
-  const bool bf16 =
-      dtype != ModelDtype::f32 && bf16_products_are_fast() && (all_int8 || has_bf16_products());
-  weights.many_type = bf16 ? DType::bf16 : DType::f32;
-  // Up to so many rows at once, reading the blocks of the file is as fast.
-  weights.few_rows = int8 ? 7 : bf16 ? 4 : 16;
-  for (WeightMatrix* w : matrices) {
-    w->many = int8 && has_only_codes(w) ? ManyRows::int8 : bf16 ? ManyRows::bf16 : ManyRows::f32;
-    if (needs_copy(w, dtype)) weights.unpacked = false;
-  }
-  weights.head.many = int8 && has_only_codes(&weights.head) ? ManyRows::int8 : ManyRows::f32;
+  choose_products(weights, run);
   if (dtype != ModelDtype::int4) weights.unpack(run);
   return weights;
 }
