@@ -12,7 +12,7 @@
 namespace heed::kernels {
 namespace {
 
-constexpr int64_t kAhead = 2048;  // bytes of weights asked for ahead of their use
+constexpr int64_t kAhead = 6144;  // bytes of weights asked for ahead of their use
 constexpr int64_t kChunk = kSplitColumns;
 
 HEED_INLINE int read_16(const uint8_t* p) {
@@ -96,6 +96,13 @@ struct SplitStep {
   }
 };
 
+// Into the second-level cache: the first has room for weights that come in time, or for activations.
+template <int64_t kBytes>
+HEED_INLINE void prefetch(const uint8_t* p) {
+#pragma GCC unroll 5
+  for (int64_t line = 0; line < kBytes; line += 64) __builtin_prefetch(p + line, 0, 2);
+}
+
 // Vectors says how one instruction set does it:
 //   Sum, Terms, kMostRows         a row's sum, what a chunk adds to it, rows of activations at once (2 or 4)
 //   Chunk<Format>(bytes)          the weights of a chunk
@@ -114,8 +121,7 @@ void add_rows(const BlockMatrix& w, const SplitRows& x, float* y, int64_t y_stri
   int64_t left = groups;  // of the row
   const SplitColumns *columns = x.data, *end = x.data + x.stride;
   for (int64_t at = 0; at < all; at += 8, b += kBytes) {
-#pragma GCC unroll 5
-    for (int64_t line = 0; line < kBytes; line += 64) __builtin_prefetch(b + kAhead + line);
+    prefetch<kBytes>(b + kAhead);
     const int64_t count = all - at < 8 ? all - at : 8;
     alignas(64) uint8_t last[kBytes];
     if (count < 8) {
@@ -145,6 +151,43 @@ void add_rows(const BlockMatrix& w, const SplitRows& x, float* y, int64_t y_stri
   }
 }
 
+// R rows of whole chunks, which read one row of activations together.
+template <class Vectors, class Format, int R>
+void add_whole_rows(const uint8_t* b, int64_t chunks, const SplitColumns* x, float* y) {
+  constexpr int64_t kBytes = kChunk / Format::kWeights * Format::kBytes;
+  const int64_t row = chunks * kBytes;
+  // In the order of memory, which hardware follows: two streams at once are half as fast.
+  const uint8_t* ahead = b + (R == 1 ? kAhead : R * row);
+  typename Vectors::Sum sums[R] = {};
+  for (int64_t c = 0; c < chunks; ++c, b += kBytes, ++x) {
+#pragma GCC unroll 4
+    for (int r = 0; r < R; ++r, ahead += kBytes) {
+      prefetch<kBytes>(ahead);
+      const typename Vectors::template Chunk<Format> chunk(b + r * row);
+      Vectors::add(sums[r], Vectors::terms(chunk, *x), 0, 8);
+    }
+  }
+#pragma GCC unroll 4
+  for (int r = 0; r < R; ++r) y[r] = Vectors::total(sums[r]);
+}
+
+template <class Vectors, class Format>
+void add_row(const BlockMatrix& w, const SplitRows& x, float* y) {
+  if (w.columns % kChunk != 0) return add_rows<Vectors, Format, 1>(w, x, y, 0);
+  // From so many on, activations do not stay in the first-level cache while weights pass.
+  constexpr int64_t kManyChunks = 32;
+  const auto* b = reinterpret_cast<const uint8_t*>(w.data);
+  const int64_t chunks = w.columns / kChunk;
+  int64_t n = 0;
+  const auto add = [&](auto rows) {
+    for (; n + rows.value <= w.rows; n += rows.value) {
+      add_whole_rows<Vectors, Format, rows.value>(b + n * w.row_bytes(), chunks, x.data, y + n);
+    }
+  };
+  if (chunks >= kManyChunks) add(std::integral_constant<int, 4>());
+  add(std::integral_constant<int, 1>());
+}
+
 template <class Vectors, class Format>
 void rows_of(const BlockMatrix& w, SplitRows x, float* y, int64_t y_stride) {
   const auto add = [&](auto rows) {
@@ -156,7 +199,7 @@ void rows_of(const BlockMatrix& w, SplitRows x, float* y, int64_t y_stride) {
   };
   if constexpr (Vectors::kMostRows == 4) add(std::integral_constant<int, 4>());
   add(std::integral_constant<int, 2>());
-  add(std::integral_constant<int, 1>());
+  if (x.count > 0) add_row<Vectors, Format>(w, x, y);
 }
 
 // Calls call(std::type_identity<Format>()) for the one of the structs that is for the format.

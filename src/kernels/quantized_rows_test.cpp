@@ -56,11 +56,12 @@ TEST(QuantizedRows, EqualsDequantizedProductsOnEveryInstructionSet) {
   for (Isa isa : available_isas()) {
     for (const Format& format : kFormats) {
       const int64_t block = weights_per_block(format.format);
-      const std::vector<int64_t> widths = block > 1
-                                              ? std::vector<int64_t>{block, 3 * block, 37 * block}
-                                              : std::vector<int64_t>{1, 5, 31, 32, 33, 172, 576};
+      const std::vector<int64_t> widths =
+          block > 1 ? std::vector<int64_t>{block, 3 * block, 37 * block, 8192}
+                    : std::vector<int64_t>{1, 5, 31, 32, 33, 172, 576};
       for (int64_t columns : widths) {
         for (int64_t rows : {1, 3, 4, 7, 33}) {
+          if (columns == 8192 && rows != 7) continue;
           const Matrix w(format, rows, columns, static_cast<uint32_t>(rows * 1000 + columns));
           for (int64_t count : {1, 2, 3, 4, 5, 9}) {
             const int64_t x_stride = columns + 3, y_stride = rows + 2;
@@ -196,11 +197,12 @@ TEST(QuantizedRows, SameBitsForAnyGroupingAndThreadCount) {
          std::vector<std::pair<Format, int64_t>> pairs;
          for (const Format& f : kFormats) {
            pairs.emplace_back(f, 768);
+           pairs.emplace_back(f, 8192);
            if (weights_per_block(f.format) <= 32) pairs.emplace_back(f, 96);
          }
          return pairs;
        }()) {
-    const int64_t rows = 2051, count = 7;
+    const int64_t rows = columns > 1000 ? 43 : 2051, count = 7;
     const Matrix w(format, rows, columns, 5);
     const std::vector<float> x = normals(count * columns, 6);
     const size_t size = static_cast<size_t>(count * rows);
