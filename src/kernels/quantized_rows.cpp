@@ -11,6 +11,7 @@
 #include "heed/error.h"
 #include "kernels/by_isa.h"
 #include "kernels/byte_rows.h"
+#include "kernels/prefetch.h"
 #include "kernels/simd.h"
 #include "kernels/transformer_rows.h"
 #undef HWY_TARGET_INCLUDE
@@ -50,7 +51,9 @@ struct Sums {
   }
 };
 
-constexpr int64_t kPrefetchBytes = 2048;
+constexpr int64_t kPrefetchBytes = 2048, kFarBytes = 6144;
+// From so many columns on, a row of activations does not stay in the first-level cache while weights pass.
+constexpr int64_t kLongRow = 4096;
 
 // R weight rows at once, so that R independent chains of multiply-adds are under way.
 template <class Format, int M, int R>
@@ -74,10 +77,17 @@ HWY_INLINE void row_group(const uint8_t* weights, int64_t row_bytes, int64_t col
       }
     }
     for (int64_t b = first; b < first + some; ++b) {
-      // Rows are too short for the processor to see R streams in them, so name the lines needed soon.
-      const uint8_t* ahead = weights + kPrefetchBytes + b * R * Format::kBytes;
+      // Rows are too short for the processor to see R streams in them, so name the lines needed soon, in the
+      // order of memory.
+      const int64_t ahead = b * R * Format::kBytes;
 #pragma GCC unroll 16
-      for (int64_t line = 0; line < R * Format::kBytes; line += 64) hwy::Prefetch(ahead + line);
+      for (int64_t line = ahead; line < ahead + R * Format::kBytes; line += 64) {
+        if constexpr (Format::kPlain) {
+          prefetch_far(weights, line + (R == 1 ? kFarBytes : R * row_bytes));
+        } else {
+          hwy::Prefetch(weights + line + kPrefetchBytes);
+        }
+      }
 #pragma GCC unroll 4
       for (int r = 0; r < R; ++r) {
         sums[r].x = x + b * Format::kWeights;
@@ -139,10 +149,12 @@ void rows_of(const uint8_t* weights, int64_t row_bytes, int64_t columns, const f
            rows);
     }
   };
-  // Plain values take no time to decode, and one stream comes from memory faster than several.
+  // Plain values take no time to decode, and one stream comes from memory faster than several, unless
+  // activations then come from the second-level cache for every row.
   constexpr int kRowsAtOnce = Format::kPlain ? 1 : Format::kWeights > 32 ? 2 : 4;
   call(row_loop<Format, 4, 1>, 4);
   call(row_loop<Format, 2, 2>, 2);
+  if (Format::kPlain && columns >= kLongRow) call(row_loop<Format, 1, 4>, 1);
   call(row_loop<Format, 1, kRowsAtOnce>, 1);
 }
 
