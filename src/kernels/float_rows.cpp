@@ -22,17 +22,12 @@ bool is_matrix(const Tensor& t) {
 
 void check(const Tensor& x, std::span<const BlockMatrix> weights, const Tensor& y) {
   const int64_t rows = kernels::total_rows(weights);
-  const auto fail = [](const std::string& text) { throw Error("float_product: " + text); };
   if (!is_matrix(x) || !is_matrix(y) || x.size(0) != y.size(0) || y.size(1) != rows) {
-    fail(describe("x", x) + " and " + describe("y", y) + " are given, float32 [M,K] and [M," +
-         std::to_string(rows) + "] with unit strides in their columns are needed");
+    throw Error("float_product: " + describe("x", x) + " and " + describe("y", y) +
+                " are given, float32 [M,K] and [M," + std::to_string(rows) +
+                "] with unit strides in their columns are needed");
   }
-  for (const BlockMatrix& w : weights) {
-    if (w.columns != x.size(1)) {
-      fail("weights have " + std::to_string(w.columns) +
-           " columns, those of x are needed: " + std::to_string(x.size(1)));
-    }
-  }
+  kernels::check_columns("float_product", weights, x.size(1));
 }
 
 // Memory of one panel: rows as they are read, the panel with them side by side, and rows of y that end within

@@ -253,11 +253,8 @@ void check_weights(std::span<const BlockMatrix> weights, int64_t columns) {
       fail("int8_product", std::string("weights in ") + name_of(w.format) +
                                " are given, a format with codes is needed");
     }
-    if (w.columns != columns) {
-      fail("int8_product", "weights have " + std::to_string(w.columns) +
-                               " columns, those of x are needed: " + std::to_string(columns));
-    }
   }
+  kernels::check_columns("int8_product", weights, columns);
 }
 
 }  // namespace

@@ -5,10 +5,12 @@
 #include <cstdint>
 #include <numeric>
 #include <span>
+#include <string>
 #include <vector>
 
 #include "base/parallel.h"
 #include "base/round_up.h"
+#include "heed/error.h"
 #include "kernels/quantized_rows.h"
 
 namespace heed::kernels {
@@ -22,6 +24,15 @@ struct PanelPlace {
 inline int64_t total_rows(std::span<const BlockMatrix> weights) {
   return std::accumulate(weights.begin(), weights.end(), int64_t{0},
                          [](int64_t sum, const BlockMatrix& w) { return sum + w.rows; });
+}
+
+/// Throws Error where weights have other columns than x.
+inline void check_columns(const char* op, std::span<const BlockMatrix> weights, int64_t columns) {
+  for (const BlockMatrix& w : weights) {
+    if (w.columns == columns) continue;
+    throw Error(std::string(op) + ": weights have " + std::to_string(w.columns) +
+                " columns, those of x are needed: " + std::to_string(columns));
+  }
 }
 
 /// Panels of up to `rows` rows of matrices that stand one below the other.
