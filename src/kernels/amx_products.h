@@ -140,21 +140,19 @@ void tile_accumulate(const void* weights, int64_t p_stride, int64_t rows, const 
   Unit unit;
   const int64_t v_stride = round_up(width, kHalfColumns);
   const auto* v = static_cast<const uint32_t*>(values);
-  for_sum_blocks(rows, key_count, ranges, 32, key_count, kHalfDepth,
-                 [&](int64_t r, int64_t from, int64_t to, bool) {
-                   if (carry != nullptr) scale_rows(carry + r, 32, v_stride, o.row(r), o.stride);
-                   const int64_t steps = (to - from + kHalfDepth - 1) / kHalfDepth;
-                   if (steps == 0) return;
-                   const auto* p = static_cast<const uint16_t*>(weights) + r * p_stride + from;
-                   const uint32_t* pairs = v + from / 2 * v_stride;
-                   for (int64_t f = 0; f < v_stride; f += 32) {
-                     const bool wide = f + 32 <= v_stride;
-                     advance(ahead, 32, wide ? 32 : 16, to - from);
-                     const auto sum = wide ? sum_tiles<true, Unit> : sum_tiles<false, Unit>;
-                     sum(unit, p, p_stride, value_tiles(pairs + 16 * f, v_stride), steps,
-                         o.row(r) + f, o.stride);
-                   }
-                 });
+  for_sum_blocks(rows, key_count, ranges, 32, kHalfDepth, [&](int64_t r, int64_t from, int64_t to) {
+    if (carry != nullptr) scale_rows(carry + r, 32, v_stride, o.row(r), o.stride);
+    const int64_t steps = (to - from + kHalfDepth - 1) / kHalfDepth;
+    if (steps == 0) return;
+    const auto* p = static_cast<const uint16_t*>(weights) + r * p_stride + from;
+    const uint32_t* pairs = v + from / 2 * v_stride;
+    for (int64_t f = 0; f < v_stride; f += 32) {
+      const bool wide = f + 32 <= v_stride;
+      advance(ahead, 32, wide ? 32 : 16, to - from);
+      const auto sum = wide ? sum_tiles<true, Unit> : sum_tiles<false, Unit>;
+      sum(unit, p, p_stride, value_tiles(pairs + 16 * f, v_stride), steps, o.row(r) + f, o.stride);
+    }
+  });
 }
 
 // C (32 rows f x 32 keys) += A (X^T: 32 rows f, steps of 32 tile rows) B (pairs of tile rows). Pairs of

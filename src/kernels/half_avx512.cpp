@@ -114,18 +114,16 @@ template <int NV>
 void sum_columns(const uint16_t* p, int64_t p_stride, int64_t rows, const uint32_t* v,
                  int64_t v_stride, int64_t key_count, const KeyRange* ranges, const float* carry,
                  Block<float> o, int64_t column, ReadAhead* ahead) {
-  constexpr int64_t kRun = 256;  // keys whose pairs of values stay in the first-level cache
-  for_sum_blocks(rows, key_count, ranges, half_block_rows(NV), kRun, 2,
-                 [&](int64_t r, int64_t from, int64_t to, bool first) {
-                   const auto* weights = reinterpret_cast<const uint32_t*>(p + r * p_stride + from);
-                   with_height<half_block_rows(NV)>(rows - r, [&](auto height) {
-                     advance(ahead, height, NV * 16, to - from);
-                     sum_block<height, NV>(weights, p_stride / 2, v + from / 2 * v_stride + column,
-                                           v_stride, (to - from + 1) / 2,
-                                           first && carry != nullptr ? carry + r : nullptr,
-                                           o.row(r) + column, o.stride);
-                   });
-                 });
+  for_sum_blocks(
+      rows, key_count, ranges, half_block_rows(NV), 2, [&](int64_t r, int64_t from, int64_t to) {
+        const auto* weights = reinterpret_cast<const uint32_t*>(p + r * p_stride + from);
+        with_height<half_block_rows(NV)>(rows - r, [&](auto height) {
+          advance(ahead, height, NV * 16, to - from);
+          sum_block<height, NV>(weights, p_stride / 2, v + from / 2 * v_stride + column, v_stride,
+                                (to - from + 1) / 2, carry == nullptr ? nullptr : carry + r,
+                                o.row(r) + column, o.stride);
+        });
+      });
 }
 
 void accumulate(const void* weights, int64_t p_stride, int64_t rows, const void* values,

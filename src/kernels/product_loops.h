@@ -40,22 +40,15 @@ void for_score_blocks(int64_t rows, int64_t keys, const KeyRange* ranges, int64_
   }
 }
 
-// Calls body(row, from, to, first) for every block of rows and run of at most `run` keys; from is a
-// multiple of `step`. The first run comes for every block, even with nothing to add, for the carry.
+// Calls body(row, from, to) for every block of rows and the keys that it sees, which may be none; from is a
+// multiple of `step`.
 template <class Body>
 void for_sum_blocks(int64_t rows, int64_t keys, const KeyRange* ranges, int64_t block_rows,
-                    int64_t run, int64_t step, Body&& body) {
-  for (int64_t start = 0; start < keys; start += run) {
-    for (int64_t r = 0; r < rows; r += block_rows) {
-      const KeyRange range = joint_range(ranges, r, std::min(block_rows, rows - r), keys);
-      const int64_t from = std::max<int64_t>(start, range.begin / step * step);
-      const int64_t to = std::min<int64_t>(std::min(keys, start + run), range.end);
-      if (from < to) {
-        body(r, from, to, start == 0);
-      } else if (start == 0) {
-        body(r, 0, 0, true);
-      }
-    }
+                    int64_t step, Body&& body) {
+  for (int64_t r = 0; r < rows; r += block_rows) {
+    const KeyRange range = joint_range(ranges, r, std::min(block_rows, rows - r), keys);
+    const int64_t from = range.begin / step * step, to = std::min<int64_t>(keys, range.end);
+    body(r, std::min(from, to), to);
   }
 }
 

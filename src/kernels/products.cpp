@@ -64,30 +64,22 @@ HWY_NOINLINE void accumulate_block(const T* p, int64_t p_stride, const T* v, int
 }
 
 template <class T>
-const T* carry_at(const T* carry, int64_t r) {
-  return carry == nullptr ? nullptr : carry + r;
-}
-
-template <class T>
 void accumulate(const void* weights, int64_t p_stride, int64_t rows, const void* values,
                 int64_t key_count, int64_t width, const KeyRange* ranges, const T* carry,
                 Block<T> o, ReadAhead* ahead) {
-  // Keys whose values stay in the first-level cache while all rows pass over them.
-  constexpr int64_t kRun =
-      32 * 1024 / (kPanelVectors * lanes<T>() * static_cast<int64_t>(sizeof(T)));
   const int64_t v_stride = round_up(width, lanes<T>());
   const auto* p = static_cast<const T*>(weights);
   const auto* v = static_cast<const T*>(values);
   for_even_shares(v_stride / lanes<T>(), kPanelVectors, [&](int64_t vector, int64_t count) {
     const int64_t column = vector * lanes<T>();
     with_vectors(count, [&](auto vectors) {
-      for_sum_blocks(rows, key_count, ranges, block_rows(vectors), kRun, 1,
-                     [&](int64_t r, int64_t from, int64_t to, bool first) {
+      for_sum_blocks(rows, key_count, ranges, block_rows(vectors), 1,
+                     [&](int64_t r, int64_t from, int64_t to) {
                        with_height<block_rows(vectors)>(rows - r, [&](auto height) {
                          advance(ahead, height, vectors * lanes<T>(), to - from);
                          accumulate_block<height, vectors, T>(
                              p + r * p_stride + from, p_stride, v + from * v_stride + column,
-                             v_stride, to - from, carry_at(first ? carry : nullptr, r),
+                             v_stride, to - from, carry == nullptr ? nullptr : carry + r,
                              o.row(r) + column, o.stride);
                        });
                      });
