@@ -133,6 +133,11 @@ def write_model(path, architecture, config, state, interleave=False, quantizatio
     if config.rope_parameters["rope_type"] == "linear":
         writer.add_rope_scaling_type(gguf.RopeScalingType.LINEAR)
         writer.add_rope_scaling_factor(config.rope_parameters["factor"])
+    elif config.rope_parameters["rope_type"] == "yarn":
+        writer.add_rope_scaling_type(gguf.RopeScalingType.YARN)
+        writer.add_rope_scaling_factor(config.rope_parameters["factor"])
+        writer.add_rope_scaling_orig_ctx_len(
+            config.rope_parameters["original_max_position_embeddings"])
     if factors is not None:
         writer.add_tensor("rope_freqs.weight", factors.astype(np.float32))
     names = {"model.embed_tokens": "token_embd", "model.norm": "output_norm", "lm_head": "output",
@@ -189,6 +194,10 @@ CASES = {
     "llama": ("Llama", "llama", {}),
     "llama-linear": ("Llama", "llama", {"rope": {
         "rope_type": "linear", "rope_theta": 1e4, "factor": 2.5}}),
+    "llama-yarn": ("Llama", "llama", {"rope": {
+        "rope_type": "yarn", "rope_theta": 1e4, "factor": 8.0, "original_max_position_embeddings": 32}}),
+    "qwen3-yarn": ("Qwen3", "qwen3", {"head_dim": 64, "rope": {
+        "rope_type": "yarn", "rope_theta": 1e6, "factor": 4.0, "original_max_position_embeddings": 64}}),
     "llama-one-kv-head": ("Llama", "llama", {"num_key_value_heads": 1}),
     "llama-llama3-rope": ("Llama", "llama", {"rope": {
         "rope_type": "llama3", "rope_theta": 5e4, "factor": 8.0, "low_freq_factor": 1.0,

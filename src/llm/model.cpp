@@ -136,8 +136,8 @@ void Model::make_rotation_table(int64_t first, int64_t rows) {
     const double position = static_cast<double>(first + m);
     for (size_t i = 0; i < config_.rotary_frequencies.size(); ++i) {
       const double angle = position * config_.rotary_frequencies[i];
-      cos[i] = static_cast<float>(std::cos(angle));
-      sin[i] = static_cast<float>(std::sin(angle));
+      cos[i] = static_cast<float>(config_.rotary_magnitude * std::cos(angle));
+      sin[i] = static_cast<float>(config_.rotary_magnitude * std::sin(angle));
     }
   }
 }

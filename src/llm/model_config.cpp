@@ -1,7 +1,9 @@
 #include "llm/model_config.h"
 
+#include <algorithm>
 #include <cmath>
 #include <optional>
+#include <utility>
 
 #include "heed/error.h"
 #include "llm/gguf.h"
@@ -46,24 +48,61 @@ class Keys {
   std::string prefix_;
 };
 
-double linear_scale(const GgufFile& file, const Keys& keys) {
+enum class RopeScaling { none, linear, yarn };
+
+RopeScaling rope_scaling(const GgufFile& file, const Keys& keys) {
   const auto type = file.string(keys.name("rope.scaling.type"));
-  // Files that name the factor only mean linear; those from before 2023-10 use another key.
-  if (!type) return keys.positive("rope.scaling.factor", keys.positive("rope.scale_linear", 1.0));
-  if (*type == "none") return 1.0;
-  if (*type != "linear") keys.fail("rope.scaling.type", shown(*type), "none or linear");
-  return keys.positive("rope.scaling.factor");
+  if (!type || *type == "linear") return RopeScaling::linear;
+  if (*type == "none") return RopeScaling::none;
+  if (*type != "yarn") keys.fail("rope.scaling.type", shown(*type), "none, linear or yarn");
+  return RopeScaling::yarn;
 }
 
-// Frequency of pair i: base^(-2i/dims) / scale, and divided by rope_freqs.weight[i] where the file has
-// that (Llama 3.1 and later).
-std::vector<double> rotary_frequencies(const GgufFile& file, const Keys& keys, int64_t dims) {
+double scaling_factor(const GgufFile& file, const Keys& keys) {
+  if (file.string(keys.name("rope.scaling.type"))) return keys.positive("rope.scaling.factor");
+  // Files that name the factor only mean linear; those from before 2023-10 use another key.
+  return keys.positive("rope.scaling.factor", keys.positive("rope.scale_linear", 1.0));
+}
+
+// YaRN (arXiv 2309.00071): pairs that turn more than beta_fast times in the original context keep their
+// frequency, those that turn less than beta_slow times are slowed by the factor, with a ramp between them.
+void slow_by_parts(const Keys& keys, double base, double factor, int64_t dims,
+                   std::vector<double>& frequencies) {
+  const auto original =
+      static_cast<double>(keys.integer("rope.scaling.original_context_length", 1, int64_t{1} << 32,
+                                       keys.integer("context_length", 1, int64_t{1} << 32)));
+  const auto pair_of_turns = [&](double turns) {
+    const double pi = std::acos(-1.0);
+    return static_cast<double>(dims) * std::log(original / (turns * 2 * pi)) / (2 * std::log(base));
+  };
+  const double fast = keys.positive("rope.scaling.yarn_beta_fast", 32.0);
+  const double slow = keys.positive("rope.scaling.yarn_beta_slow", 1.0);
+  const double first = std::max(std::floor(pair_of_turns(fast)), 0.0);
+  const double last = std::min(std::ceil(pair_of_turns(slow)), static_cast<double>(dims - 1));
+  for (size_t i = 0; i < frequencies.size(); ++i) {
+    const double slowed =
+        std::clamp((static_cast<double>(i) - first) / std::max(last - first, 0.001), 0.0, 1.0);
+    frequencies[i] *= 1 - slowed + slowed / factor;
+  }
+}
+
+// Frequency of pair i: base^(-2i/dims), scaled, and divided by rope_freqs.weight[i] where the file has that
+// (Llama 3.1 and later).
+void read_rotation(const GgufFile& file, const Keys& keys, int64_t dims, ModelConfig& config) {
   const double base = keys.positive("rope.freq_base", 10000.0);
-  const double scale = linear_scale(file, keys);
   std::vector<double> frequencies(static_cast<size_t>(dims / 2));
   for (size_t i = 0; i < frequencies.size(); ++i) {
-    frequencies[i] =
-        std::pow(base, -2.0 * static_cast<double>(i) / static_cast<double>(dims)) / scale;
+    frequencies[i] = std::pow(base, -2.0 * static_cast<double>(i) / static_cast<double>(dims));
+  }
+  config.rotary_magnitude = keys.positive("rope.scaling.attn_factor", 1.0);
+  const RopeScaling scaling = rope_scaling(file, keys);
+  const double factor = scaling == RopeScaling::none ? 1 : scaling_factor(file, keys);
+  if (scaling == RopeScaling::yarn) {
+    slow_by_parts(keys, base, factor, dims, frequencies);
+    config.rotary_magnitude *= keys.positive("rope.scaling.yarn_attn_factor", 1.0) *
+                               (1 + 0.1 * std::log(std::max(factor, 1.0)));
+  } else {
+    for (double& f : frequencies) f /= factor;
   }
   if (const GgufTensor* factors = file.find("rope_freqs.weight")) {
     if (factors->count() != dims / 2) {
@@ -79,7 +118,7 @@ std::vector<double> rotary_frequencies(const GgufFile& file, const Keys& keys, i
       frequencies[i] /= static_cast<double>(values[i]);
     }
   }
-  return frequencies;
+  config.rotary_frequencies = std::move(frequencies);
 }
 
 }  // namespace
@@ -123,7 +162,7 @@ ModelConfig read_model_config(const GgufFile& file) {
   config.rotary_interleaved = config.architecture == "llama";
   const int64_t dims = keys.integer("rope.dimension_count", 2, config.head_dim, config.head_dim);
   if (dims % 2 != 0) keys.fail("rope.dimension_count", std::to_string(dims), "an even number");
-  config.rotary_frequencies = rotary_frequencies(file, keys, dims);
+  read_rotation(file, keys, dims, config);
   config.qkv_bias = config.architecture == "qwen2";
   config.qk_norm = config.architecture == "qwen3";
   const GgufTensor& embedding = file.require("token_embd.weight");

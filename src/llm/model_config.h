@@ -19,11 +19,13 @@ struct ModelConfig {
   int64_t vocab = 0;
   int64_t context = 0;  // tokens it was trained for
   float norm_eps = 0;
-  // Rotary positions: pair i of a token at position p turns by p * rotary_frequencies[i].
+  // Rotary positions: pair i of a token at position p turns by p * rotary_frequencies[i] and grows by
+  // rotary_magnitude.
   bool rotary_interleaved = false;         // pairs (2i, 2i+1), else (i, i + pairs)
   std::vector<double> rotary_frequencies;  // [pairs], scaling included
-  bool qkv_bias = false;                   // required (qwen2); other files may have biases too
-  bool qk_norm = false;                    // RMS norm of every query and key head (qwen3)
+  double rotary_magnitude = 1;
+  bool qkv_bias = false;  // required (qwen2); other files may have biases too
+  bool qk_norm = false;   // RMS norm of every query and key head (qwen3)
 
   int64_t qkv_rows() const { return (heads + 2 * kv_heads) * head_dim; }
 };

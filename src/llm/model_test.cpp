@@ -434,7 +434,7 @@ TEST(Model, RefusalsNameWhatIsWrong) {
          [](TinyFile& f) { f.tensors.push_back({"blk.0.surprise.weight", {4}}); });
   expect("rope_freqs.weight", [](TinyFile& f) { f.tensors.push_back({"rope_freqs.weight", {3}}); });
   expect("rope.scaling.type", [](TinyFile& f) {
-    f.more = [](GgufBuilder& b) { b.string("llama.rope.scaling.type", "yarn"); };
+    f.more = [](GgufBuilder& b) { b.string("llama.rope.scaling.type", "longrope"); };
   });
   expect("rope.scaling.factor", [](TinyFile& f) {
     f.more = [](GgufBuilder& b) { b.string("llama.rope.scaling.type", "linear"); };
