@@ -210,11 +210,67 @@ void parallax_gradients(Block<T> s, Block<T> t, Block<T> a, int64_t rows, int64_
 }
 
 template <class T>
+void multiply(Block<T> x, int64_t rows, int64_t key_count, const KeyRange* ranges, T scale,
+              Block<const T> factors) {
+  const Full<T> d;
+  for (int64_t r = 0; r < rows; ++r) {
+    const KeyRange whole = whole_vectors<T>(range_of(ranges, r, key_count));
+    for (int64_t m = whole.begin; m < whole.end; m += lanes<T>()) {
+      const auto zero = hn::Zero(d), value = hn::LoadU(d, x.row(r) + m);
+      auto factor = hn::Set(d, scale);
+      if (factors.data != nullptr) factor = hn::Mul(factor, hn::LoadU(d, factors.row(r) + m));
+      const auto none = hn::Or(hn::Eq(value, zero), hn::Eq(factor, zero));
+      hn::StoreU(hn::IfThenZeroElse(none, hn::Mul(value, factor)), d, x.row(r) + m);
+    }
+  }
+}
+
+// The first n elements at p in float64, then zeros.
+HWY_INLINE hn::Vec<Full<double>> wide_elements(const double* p, int64_t n) {
+  return load_elements<double>(p, n);
+}
+HWY_INLINE hn::Vec<Full<double>> wide_elements(const float* p, int64_t n) {
+  const hn::Rebind<float, Full<double>> d;
+  const auto x = n >= lanes<double>()
+                     ? hn::LoadU(d, p)
+                     : load_first(d, p, static_cast<size_t>(HWY_MAX(n, int64_t{0})));
+  return hn::PromoteTo(Full<double>(), x);
+}
+
+template <class T>
+void sum_tile(Block<const T> ds, int64_t rows, int64_t key_count, const KeyRange* ranges,
+              int64_t distance, double& sum, double& weighted) {
+  const Full<double> d;
+  constexpr int64_t kTogether = 4, kLanes = lanes<double>();
+  hn::Vec<Full<double>> sums[kTogether], products[kTogether];
+  for (int64_t j = 0; j < kTogether; ++j) sums[j] = products[j] = hn::Zero(d);
+  for (int64_t r = 0; r < rows; ++r) {
+    const KeyRange range = range_of(ranges, r, key_count);
+    for (int64_t m = range.begin; m < range.end; m += kTogether * kLanes) {
+#pragma GCC unroll 4
+      for (int64_t j = 0; j < kTogether; ++j) {
+        const int64_t at = m + j * kLanes;
+        const auto x = wide_elements(ds.row(r) + at, range.end - at);
+        const auto first = hn::Set(d, static_cast<double>(distance + r - at));
+        sums[j] = hn::Add(sums[j], x);
+        products[j] = hn::MulAdd(x, hn::Abs(hn::Sub(first, hn::Iota(d, 0))), products[j]);
+      }
+    }
+  }
+  for (int64_t j = 0; j < kTogether; ++j) {
+    sum += hn::GetLane(hn::SumOfLanes(d, sums[j]));
+    weighted += hn::GetLane(hn::SumOfLanes(d, products[j]));
+  }
+}
+
+template <class T>
 void add_gradients(TileKernels<T>& k) {
   k.gradients[0] = gradients<T, WeightKind::softmax>;
   k.gradients[1] = gradients<T, WeightKind::sigmoid>;
   k.gradients[2] = gradients<T, WeightKind::polynomial>;
   k.parallax_gradients = parallax_gradients<T>;
+  k.multiply = multiply<T>;
+  k.sum_tile = sum_tile<T>;
 }
 
 }  // namespace

@@ -19,6 +19,7 @@ void add_product_parts(Isa isa, TileKernels<float>& f, TileKernels<double>& d);
 void add_weight_parts(Isa isa, TileKernels<float>& f, TileKernels<double>& d);
 void add_gradient_parts(Isa isa, TileKernels<float>& f, TileKernels<double>& d);
 void add_cap_parts(Isa isa, TileKernels<float>& f, TileKernels<double>& d);
+void add_dropout_parts(Isa isa, TileKernels<float>& f, TileKernels<double>& d);
 void add_few_row_parts(Isa isa, TileKernels<float>& f, TileKernels<double>& d);
 
 // bfloat16 products. Operands are packed in pairs of neighbours along the summed axis:
@@ -33,6 +34,7 @@ inline constexpr int64_t kHalfColumns = 16;
 void add_half_pack_parts(Isa isa, TileKernels<float>& f);
 void add_tile_value_parts(Isa isa, TileKernels<float>& f);  // after it: values in tiles
 void add_half_weight_parts(Isa isa, TileKernels<float>& f);
+void add_half_dropout_parts(Isa isa, TileKernels<float>& f);
 void add_avx512_half_products(TileKernels<float>& f);  // AVX512-BF16
 // AVX512-BF16, after add_half_weight_parts. This softmax keeps a row's first pivot, so that its largest weight
 // is rounded too, which that of a running maximum, 1, is not: up to an eighth more error where one key has

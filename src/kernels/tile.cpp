@@ -19,6 +19,7 @@ TileTables make_plain(Isa isa) {
   add_weight_parts(isa, tables.f, tables.d);
   add_gradient_parts(isa, tables.f, tables.d);
   add_cap_parts(isa, tables.f, tables.d);
+  add_dropout_parts(isa, tables.f, tables.d);
   add_few_row_parts(isa, tables.f, tables.d);
   return tables;
 }
@@ -43,6 +44,7 @@ TileKernels<float> make_half_table(Isa isa, void (*add_products)(TileKernels<flo
   table.name = name_of(isa);
   add_half_pack_parts(isa, table);
   add_half_weight_parts(isa, table);
+  add_half_dropout_parts(isa, table);
   add_avx512_half_sigmoid(table);
   add_products(table);
   return table;

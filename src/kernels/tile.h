@@ -102,6 +102,15 @@ struct RoundedPivot {
   static constexpr T kError = 4 * std::numeric_limits<T>::epsilon();  // relative
 };
 
+/// Which weights are dropped: those of query `row` + r of a head and key `key` + m whose word, of Philox with
+/// this seed and counter ((key + m) / 4, row + r, head, batch), is below the limit.
+struct Dropout {
+  uint64_t seed = 0;
+  uint32_t limit = 0;  // the probability times 2^32
+  uint32_t head = 0, batch = 0;
+  int64_t row = 0, key = 0;  // of element (0, 0) of a tile
+};
+
 /// Packed operands of a tile.
 struct TileOperands {
   const void *queries = nullptr, *keys = nullptr, *values = nullptr;
@@ -163,6 +172,9 @@ struct TileKernels {
   void (*second_weights)(const void* weights, int64_t weight_stride, Block<T> t, int64_t rows,
                          int64_t key_count, const KeyRange* ranges, const T* carry, T* shift,
                          T* sum, void* second) = nullptr;
+  /// Dropped weights, as `weights` wrote them, become 0; the factor of the others is left to the caller.
+  void (*drop_out)(const Dropout& which, int64_t rows, int64_t key_count, const KeyRange* ranges,
+                   void* weights, int64_t weight_stride) = nullptr;
   /// A block of T as the operand of `accumulate`: bfloat16 with half_operands, else null (used as it is).
   void (*round_weights)(Block<const T> from, int64_t rows, int64_t key_count, void* to,
                         int64_t to_stride) = nullptr;
@@ -187,6 +199,15 @@ struct TileKernels {
   void (*parallax_gradients)(Block<T> s, Block<T> t, Block<T> a, int64_t rows, int64_t key_count,
                              const KeyRange* ranges, const WeightShape<T>& shape, const T* pivot,
                              const T* t_mean, const T* dot_out, const T* dot_mean) = nullptr;
+  /// Within the ranges, `kept` or 0 where a weight is dropped.
+  void (*dropout_factors)(const Dropout& which, int64_t rows, int64_t key_count,
+                          const KeyRange* ranges, T kept, Block<T> factors) = nullptr;
+  /// x = scale x factors within the ranges (null: scale x), 0 where either is 0 whatever the other.
+  void (*multiply)(Block<T> x, int64_t rows, int64_t key_count, const KeyRange* ranges, T scale,
+                   Block<const T> factors) = nullptr;
+  /// Sums over a tile, in float64, within the ranges: sum += ds, weighted += ds |distance + r - m|.
+  void (*sum_tile)(Block<const T> ds, int64_t rows, int64_t key_count, const KeyRange* ranges,
+                   int64_t distance, double& sum, double& weighted) = nullptr;
   /// X of accumulate_columns: rows of Q or dO.
   int64_t (*column_bytes)(int64_t rows, int64_t width) = nullptr;
   void (*pack_columns)(const Rows& x, bool negate, void* packed) = nullptr;

@@ -76,6 +76,7 @@ inline TileKernels<float> emulated_tile_table() {
   add_half_pack_parts(Isa::portable, table);
   add_tile_value_parts(Isa::portable, table);
   add_half_weight_parts(Isa::portable, table);
+  add_half_dropout_parts(Isa::portable, table);
   use_tile_unit<EmulatedTiles>(table);
   return table;
 }

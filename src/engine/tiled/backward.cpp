@@ -296,7 +296,7 @@ HeadGradients Backward<T>::head_gradients() const {
       const auto head = static_cast<size_t>(units_[u].kv_head * group_ + g);
       const double* sum = sums_.data() + (static_cast<int64_t>(u) * group_ + g) * 2;
       sums.bias[head] += sum[0];
-      sums.alibi_slope[head] += sum[1];
+      sums.alibi_slope[head] -= sum[1];
     }
   }
   if (policy.sink.empty()) return sums;

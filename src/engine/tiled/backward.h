@@ -47,7 +47,7 @@ class Backward : private TileCall<T> {
     void *keys, *key_values, *values;            // K twice, V as the keys of dP
     void *q, *r, *dout;                          // operands of products along head dims
     void *q_columns, *r_columns, *dout_columns;  // of products along rows, where they differ
-    Block s, a, t, slope;
+    Block s, a, t, slope, factors;
     void *rounded, *paired;  // bfloat16, with half operands
     Block dk, dv;            // transposed: [head dim, keys]
     KeyRange* ranges;
@@ -103,7 +103,6 @@ class Backward : private TileCall<T> {
   };
   Columns pack_rows(const TileAt& at, bool finite, const Memory& m) const;
   void weigh(const TileAt& at, const Seen& seen, const Memory& m) const;
-  void sum_head(const TileAt& at, const Block& ds, double* sums) const;
   void add_products(const TileAt& at, const Seen& seen, const Columns& columns, bool finite,
                     Block dq, Block dr, const Memory& m) const;
   void add_columns(const TileAt& at, const Seen& seen, Block weights, const void* columns,

@@ -18,7 +18,7 @@ size_t Backward<T>::scratch_bytes() const {
                       products_.column_bytes(tile_rows_, head_dim_)) +
            products_.query_bytes(tile_rows_, value_dim_) +
            products_.column_bytes(tile_rows_, value_dim_);
-  bytes += 6 * tile_rows_ * stride * element;
+  bytes += 7 * tile_rows_ * stride * element;
   bytes += (round_up(head_dim_, products_.column_multiple) +
             round_up(value_dim_, products_.column_multiple)) *
            stride * element;
@@ -47,6 +47,7 @@ typename Backward<T>::Memory Backward<T>::cut(Scratch& scratch) const {
     m.t = block(tile_rows_);
   }
   if (problem_.policy.softcap > 0 || problem_.policy.most) m.slope = block(tile_rows_);
+  if (this->drops()) m.factors = block(tile_rows_);
   if (path_.half_operands) {
     m.rounded = scratch.take<uint16_t>(tile_rows_ * stride);
     m.paired = scratch.take<uint16_t>(tile_rows_ * stride);
@@ -143,6 +144,7 @@ typename Backward<T>::Columns Backward<T>::pack_rows(const TileAt& at, bool fini
 template <class T>
 void Backward<T>::run_tile(int lane, const TileAt& at, const Seen& seen, Block dq, Block dr,
                            double* sums, const Memory& m) const {
+  const Sequence& s = sequence(at.sequence);
   bool finite = true;
   if (seen.partial()) {
     const char* flags = finite_.data() + row_index(at.sequence, at.head, at.row);
@@ -155,19 +157,16 @@ void Backward<T>::run_tile(int lane, const TileAt& at, const Seen& seen, Block d
     products_.scores(m.r, at.rows, m.keys, at.keys, head_dim_, seen.ranges, m.t, nullptr);
   }
   weigh(at, seen, m);
-  if (problem_.head_gradients) sum_head(at, m.a, sums);
+  if (problem_.head_gradients) {
+    wide_.sum_tile({m.a.data, m.a.stride}, at.rows, at.keys, seen.ranges,
+                   s.plan.position(at.row) - at.key, sums[0], sums[1]);
+  }
   if (terms_ != nullptr && terms_->has_gradient()) {
     terms_->add_gradient(lane, at, kernels::Block<const T>{m.a.data, m.a.stride}, dq);
   }
   if (m.slope.data != nullptr || second_) {
     const T scale = static_cast<T>(second_ ? std::abs(scale_) : 1);
-    for (int64_t r = 0; r < at.rows; ++r) {
-      T* ds = m.a.row(r);
-      for (int64_t i = 0; i < at.keys; ++i) {
-        if (ds[i] == 0) continue;  // hidden: its slope may be anything
-        ds[i] *= scale * (m.slope.data == nullptr ? T{1} : m.slope.row(r)[i]);
-      }
-    }
+    wide_.multiply(m.a, at.rows, at.keys, seen.ranges, scale, {m.slope.data, m.slope.stride});
   }
   add_products(at, seen, columns, finite, dq, dr, m);
 }
@@ -185,26 +184,18 @@ void Backward<T>::weigh(const TileAt& at, const Seen& seen, const Memory& m) con
                              rows(t_mean_), rows(dot_out_), rows(dot_mean_));
     return;
   }
-  if (policy.dropout > 0) drop_out(policy, sequence(at.sequence).batch, at, m.a);
+  const auto drop_out = [&](const Block& block) {
+    if (!this->drops()) return;
+    wide_.multiply(block, at.rows, at.keys, seen.ranges, 1, {m.factors.data, m.factors.stride});
+  };
+  if (this->drops()) {
+    wide_.dropout_factors(this->dropout(at), at.rows, at.keys, seen.ranges, this->kept(),
+                          m.factors);
+  }
+  drop_out(m.a);
   wide_.gradients[static_cast<int>(policy.weight)](m.s, m.a, at.rows, at.keys, seen.ranges, shape,
                                                    rows(pivot_), rows(shift_));
-  if (policy.dropout > 0) drop_out(policy, sequence(at.sequence).batch, at, m.s);
-}
-
-template <class T>
-void Backward<T>::sum_head(const TileAt& at, const Block& ds, double* sums) const {
-  const TilePlan& plan = sequence(at.sequence).plan;
-  for (int64_t r = 0; r < at.rows; ++r) {
-    const int64_t distance = plan.position(at.row + r) - at.key;
-    const T* row = ds.row(r);
-    double bias = 0, slope = 0;
-    for (int64_t i = 0; i < at.keys; ++i) {
-      bias += row[i];
-      slope -= static_cast<double>(row[i]) * static_cast<double>(std::abs(distance - i));
-    }
-    sums[0] += bias;
-    sums[1] += slope;
-  }
+  drop_out(m.s);
 }
 
 template <class T>

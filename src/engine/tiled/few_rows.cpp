@@ -75,7 +75,9 @@ void Forward<T>::add_few_rows(const Item& item, const std::vector<QueryTile>& ti
     wide_.weights[static_cast<int>(problem_.policy.weight)](
         scores, at.rows, at.keys, seen.ranges, this->weight_shape(at), state_of(tile, m),
         scores.data, scores.stride);
-    if (problem_.policy.dropout > 0) drop_out(problem_.policy, s.batch, at, scores);
+    if (this->drops()) {
+      wide_.drop_out(this->dropout(at), at.rows, at.keys, seen.ranges, scores.data, scores.stride);
+    }
     if (second_) {
       wide_.second_weights(scores.data, scores.stride, second, at.rows, at.keys, seen.ranges,
                            m.carry + tile.slot, m.pivot + rows + tile.slot,

@@ -361,15 +361,15 @@ void Forward<T>::weigh_and_add(const TileAt& at, const Seen& seen, const QueryTi
                                kernels::ReadAhead& next, const Memory& m) const {
   const auto kind = static_cast<int>(problem_.policy.weight);
   const RowState<T> state = state_of(tile, m);
-  const bool half = path_.half_operands && special.empty() && problem_.policy.dropout == 0;
+  const bool half = path_.half_operands && special.empty();
   const auto& kernels = half ? products_ : wide_;
   const int64_t stride = m.scores.stride, weight_stride = half ? 2 * stride : stride;
   void* weights = half ? m.weights : m.scores.data;
   void* second_weights = half ? m.scores.data : m.second_scores.data;
   kernels.weights[kind](m.scores, at.rows, at.keys, seen.ranges, this->weight_shape(at), state,
                         weights, weight_stride);
-  if (problem_.policy.dropout > 0) {
-    drop_out(problem_.policy, sequence(at.sequence).batch, at, m.scores);
+  if (this->drops()) {
+    kernels.drop_out(this->dropout(at), at.rows, at.keys, seen.ranges, weights, weight_stride);
   }
   if (second_) {
     products_.scores(packed.second_queries, at.rows, packed.keys, at.keys, head_dim_, seen.ranges,
@@ -400,7 +400,7 @@ void Forward<T>::finish(int64_t s, const QueryTile& tile, const Memory& m) const
   const Sequence& at = sequence(s);
   const T* sum = m.sum + tile.slot;
   T* share = m.carry + tile.slot;  // of a weight in its row; nothing is carried any more
-  for (int64_t r = 0; r < tile.rows(); ++r) share[r] = sum[r] == 0 ? T{0} : 1 / sum[r];
+  for (int64_t r = 0; r < tile.rows(); ++r) share[r] = sum[r] == 0 ? T{0} : this->kept() / sum[r];
   const auto store = [&](const HeadRows& to, bool divide) {
     for_each_run(to, tile.begin, tile.end, [&](int64_t row, int64_t rows, int64_t stride) {
       const int64_t first = row - tile.begin;

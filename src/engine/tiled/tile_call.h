@@ -63,9 +63,7 @@ inline void store_statistic(std::byte* p, DType dtype, double value) {
   }
 }
 
-/// Multiplies a block of weights by the dropout's factors.
-template <class T>
-void drop_out(const Policy& policy, int64_t batch, const TileAt& at, kernels::Block<T> block);
+inline uint32_t drop_limit(double p) { return static_cast<uint32_t>(std::ldexp(p, 32)); }
 
 /// A copy of rows in which everything infinite or NaN is 0, and which elements those were.
 struct FiniteRows {
@@ -146,6 +144,19 @@ class TileCall {
     seen.ranges = ranges;
     return seen;
   }
+
+  bool drops() const { return problem_.policy.dropout > 0; }
+  kernels::Dropout dropout(const TileAt& at) const {
+    const Policy& policy = problem_.policy;
+    return {policy.seed,
+            drop_limit(policy.dropout),
+            static_cast<uint32_t>(at.head),
+            static_cast<uint32_t>(sequence(at.sequence).batch),
+            at.row,
+            at.key};
+  }
+  /// What weights that are not dropped are multiplied by.
+  T kept() const { return static_cast<T>(1 / (1 - problem_.policy.dropout)); }
 
   /// From products to what the weight kernels take with weight_shape.
   void shape_scores(const TileAt& at, const Seen& seen, Block s, Block slope) const {
