@@ -3,13 +3,12 @@
 #include "kernels/amx_attention.h"
 #include "kernels/amx_few_rows.h"
 #include "kernels/amx_products.h"
-#include "kernels/amx_tiles.h"
 
 namespace heed::kernels {
 
 namespace {
 
-/// AMX-BF16 by its instructions; needs no compiler flag. The configuration is loaded by the
+/// The tile unit as eight numbered registers of 16 rows x 64 bytes: AMX-BF16 by its instructions; needs no compiler flag. The configuration is loaded by the
 /// constructor and released by the destructor, in the thread that uses it: 190 cycles together, which
 /// instances inside others do not need.
 class HardwareTiles {

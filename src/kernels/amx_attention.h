@@ -1,5 +1,4 @@
 // A whole tile in one: 32 rows at a time meet the keys panel by panel, so that scores and weights stay in the
-// first-level cache while packed keys and values stream past. Template over the unit (amx_tiles.h); weights
 // need AVX512-BF16.
 #pragma once
 #include <algorithm>

@@ -3,7 +3,6 @@
 //   S^T[16 keys, 16 rows] = K Q^T    keys are tiles as they lie
 //   O[16 rows, f]        += P V      weights in two parts, values paired 32 keys at a time
 //
-// From four rows on vectors alone are slower than memory. Template over the unit (amx_tiles.h); what vectors
 // do is in few_rows_avx512.cpp.
 #pragma once
 #include <algorithm>

@@ -1,5 +1,4 @@
 // The products of a tile on a matrix tile unit: blocks of 2 x 2 tiles, 32 rows x 32 columns, so that
-// every operand tile loaded is multiplied twice. Template over the unit (amx_tiles.h).
 #pragma once
 #include <cstdint>
 #include <cstring>

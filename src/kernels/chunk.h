@@ -52,8 +52,6 @@ struct ChunkKernels {
   void (*pack_rows)(const Rows& x, const T* factor, Block<T> to) = nullptr;
   /// Whether no element is infinite or NaN.
   bool (*all_finite)(const Rows& x) = nullptr;
-  /// Rows as the keys of a score product of the tile table of T (its pack_keys).
-  void (*pack_panels)(const Rows& x, T* to) = nullptr;
   /// Weights to `weights`: T, or bfloat16 in pairs of up to 32 columns (weigh_half).
   void (*weigh)(Block<T> s, int64_t rows, int64_t columns, const KeyRange* ranges,
                 const WeightFactors<T>& factors, void* weights, int64_t stride) = nullptr;

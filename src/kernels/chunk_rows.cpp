@@ -48,33 +48,6 @@ bool all_finite(const Rows& x) {
   return hn::AllTrue(d, hn::Eq(bad, bad));
 }
 
-// In the layout of pack_keys: panels of kPanelVectors vectors of rows of x, element (e, row) at
-// panel[e * panel width + row].
-template <class T>
-void pack_panels(const Rows& x, T* to) {
-  const Full<T> d;
-  constexpr int64_t kLanes = lanes<T>();
-  const int64_t panel = kPanelVectors * kLanes, padded = round_up(x.count, kLanes);
-  with_element_type<T>(x.dtype, [&](auto from) HWY_ATTR {
-    using From = decltype(from);
-    const auto* data = static_cast<const From*>(x.data);
-    for (int64_t r = 0; r < padded; r += kLanes) {
-      const int64_t start = r / panel * panel, width = HWY_MIN(panel, padded - start);
-      T* out = to + start * x.width + (r - start);
-      for (int64_t e = 0; e < x.width; e += kLanes) {
-        hn::Vec<Full<T>> rows[kLanes];
-        for (int64_t i = 0; i < kLanes; ++i) {
-          rows[i] = r + i < x.count ? load_elements<T>(data + (r + i) * x.stride + e, x.width - e)
-                                    : hn::Zero(d);
-        }
-        transpose_square<T>(rows, [&](int64_t c, hn::Vec<Full<T>> column) HWY_ATTR {
-          if (e + c < x.width) hn::StoreU(column, d, out + (e + c) * width);
-        });
-      }
-    }
-  });
-}
-
 // sum of x_i y_i; both are read in whole vectors
 template <class T>
 HWY_INLINE T dot(const T* x, const T* y, int64_t width) {
@@ -282,7 +255,6 @@ template <class T>
 void add_parts(ChunkKernels<T>& table) {
   table.pack_rows = pack_rows<T>;
   table.all_finite = all_finite<T>;
-  table.pack_panels = pack_panels<T>;
   table.run_dots = run_dots<T>;
   table.run_add = run_add<T>;
   table.row_dots = row_dots<T>;

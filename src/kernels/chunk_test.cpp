@@ -145,24 +145,6 @@ TYPED_TEST(Chunks, StepsOfAnyWidth) {
   });
 }
 
-TYPED_TEST(Chunks, PanelsAreThoseOfTheTileTable) {
-  using T = TypeParam;
-  constexpr DType kOwn = dtype_of<T>;
-  for_tables<T>([](const ChunkKernels<T>& k, Isa isa) {
-    const auto& tile = tile_kernels<T>(isa);
-    for (const auto& [count, width] :
-         {std::pair<int64_t, int64_t>{1, 1}, {5, 3}, {16, 16}, {64, 33}, {131, 80}}) {
-      Matrix<T> x(count, width, width + 5, 1);
-      const Rows rows{x.memory.data(), kOwn, x.stride, count, width};
-      const auto size = static_cast<size_t>(tile.key_bytes(count, width)) / sizeof(T);
-      std::vector<T> found(size, T(7)), want(size, T(7));
-      k.pack_panels(rows, found.data());
-      tile.pack_keys(rows, want.data());
-      EXPECT_EQ(found, want) << count << " " << width;
-    }
-  });
-}
-
 TYPED_TEST(Chunks, PackedRowsOfEveryTypeWithFactors) {
   using T = TypeParam;
   for_tables<T>([](const ChunkKernels<T>& k, Isa) {

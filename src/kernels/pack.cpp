@@ -100,7 +100,7 @@ HWY_INLINE void store_row(const T* o, int64_t width, T factor, void* out, DType 
 }
 
 template <class T>
-void finish(Block<T> o, int64_t rows, int64_t width, const T* factor, void* out, DType dtype,
+void finish(Block<const T> o, int64_t rows, int64_t width, const T* factor, void* out, DType dtype,
             int64_t out_stride) {
   for (int64_t r = 0; r < rows; ++r) {
     store_row<T>(

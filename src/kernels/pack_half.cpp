@@ -1,4 +1,4 @@
-// Packing of bfloat16 operands into pairs (layouts in parts.h). The bits are moved, never converted.
+// Packing of bfloat16 operands into pairs (layouts in parts.h): bits are moved, only weights are rounded.
 #include "kernels/simd.h"
 #undef HWY_TARGET_INCLUDE
 #define HWY_TARGET_INCLUDE "kernels/pack_half.cpp"

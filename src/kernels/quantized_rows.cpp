@@ -367,6 +367,8 @@ void read_rows(const BlockMatrix& w, const Tensor& to, const RunOptions& run) {
                 std::to_string(w.rows) + "," + std::to_string(w.columns) +
                 "] with unit stride in its columns is needed");
   }
+  RunOptions alone = run;
+  alone.threads = 1;
   const auto read = kernels::row_readers_of(chosen_isa(run))[static_cast<size_t>(w.format)];
   constexpr int64_t kRows = 16;
   const int64_t items = (w.rows + kRows - 1) / kRows;
@@ -384,7 +386,7 @@ void read_rows(const BlockMatrix& w, const Tensor& to, const RunOptions& run) {
     Scratch scratch(static_cast<size_t>(count) * sizeof(float));
     const Tensor values(scratch.take<float>(count), DType::f32, rows.shape());
     read_to(values);
-    convert_rows(values, rows, {.threads = 1});
+    convert_rows(values, rows, alone);
   });
 }
 

@@ -159,7 +159,7 @@ constexpr int64_t kPiece = 256;
 // Columns [begin, begin + n) of row r as T: in place where they are, else in the buffer.
 template <class T>
 HWY_INLINE const T* piece(const Rows& x, int64_t r, int64_t begin, int64_t n, T* buffer) {
-  const int64_t offset = r * x.stride + begin;
+  const int64_t offset = x.offset(r) + begin;
   const T* found = buffer;
   with_element_type<T>(x.dtype, [&](auto from) HWY_ATTR {
     using From = decltype(from);

@@ -19,6 +19,7 @@
 #include <cstdint>
 #include <functional>
 #include <limits>
+#include <type_traits>
 
 #include "heed/run.h"
 #include "heed/tensor.h"
@@ -60,6 +61,11 @@ struct Block {
   T* data = nullptr;
   int64_t stride = 0;
   T* row(int64_t r) const { return data + r * stride; }
+  operator Block<const T>() const
+    requires(!std::is_const_v<T>)
+  {
+    return {data, stride};
+  }
 };
 
 /// Weights of half operands may be written over scores this many rows before their own: first-level caches
@@ -122,7 +128,7 @@ template <class T>
 struct TileKernels {
   const char* name = "";
   /// Weights and packed operands are bfloat16 (pairs) instead of T.
-  bool half_operands = false;
+  bool half_operands = false;  // "half" means bfloat16 wherever it stands in this room
   /// Query tiles hold a multiple of this many rows; rows of scratch blocks beyond the tile are padding.
   int64_t row_multiple = 1;
   /// Keys per tile are padded to this many columns, head dims (Dv) of accumulators to dim_multiple.
@@ -133,6 +139,7 @@ struct TileKernels {
   /// nothing to be done. Products work without it, more slowly.
   void (*run_ready)(const std::function<void()>& body) = nullptr;
 
+  /// Of a multiple of row_multiple rows.
   int64_t (*query_bytes)(int64_t rows, int64_t width) = nullptr;
   int64_t (*key_bytes)(int64_t keys, int64_t width) = nullptr;
   int64_t (*value_bytes)(int64_t keys, int64_t width) = nullptr;
@@ -180,7 +187,7 @@ struct TileKernels {
                         int64_t to_stride) = nullptr;
 
   /// out[r] = factor[r] o[r], rounded to out's type; a null factor is 1.
-  void (*finish)(Block<T> o, int64_t rows, int64_t width, const T* factor, void* out,
+  void (*finish)(Block<const T> o, int64_t rows, int64_t width, const T* factor, void* out,
                  DType out_dtype, int64_t out_stride) = nullptr;
 
   /// Backward. s holds raw scores and becomes W (softmax: 2^(t - pivot[r]), at most 1, see RoundedPivot;

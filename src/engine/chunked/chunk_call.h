@@ -292,13 +292,7 @@ class ChunkCall {
                      const kernels::WeightFactors<T>& factors, bool weighed, const Right& right,
                      const T* carry, Block o, ReadAhead* ahead) const;
   /// Rows as keys of a score product.
-  void panels(const Rows& x, void* packed) const {
-    if (half_) {
-      products_.pack_keys(x, packed);
-    } else {
-      rows_.pack_panels(x, static_cast<T*>(packed));
-    }
-  }
+  void panels(const Rows& x, void* packed) const { products_.pack_keys(x, packed); }
   Right right(const Rows& y, void* packed) const {
     if (!half_ && lies_packed(y, products_.dim_multiple)) return {y, y.data, rows_.all_finite(y)};
     return {y, packed, products_.pack_values(y, packed)};

@@ -5,23 +5,16 @@
 #include "engine/tiled/backward.h"
 
 #include <algorithm>
+#include <array>
 #include <limits>
+#include <map>
 #include <numeric>
+
+#include "kernels/row_maps.h"
 
 namespace heed::tiled {
 
 namespace {
-
-template <class T>
-double dot(const T* a, const T* b, int64_t n) {
-  double sums[8] = {};
-  int64_t i = 0;
-  for (; i + 8 <= n; i += 8) {
-    for (int64_t j = 0; j < 8; ++j) sums[j] += static_cast<double>(a[i + j]) * b[i + j];
-  }
-  for (; i < n; ++i) sums[0] += static_cast<double>(a[i]) * b[i];
-  return ((sums[0] + sums[1]) + (sums[2] + sums[3])) + ((sums[4] + sums[5]) + (sums[6] + sums[7]));
-}
 
 // The weight of a logit, in units of log2, as the kernels have it.
 template <class T>
@@ -49,22 +42,14 @@ template <class T>
 HeadGradients Backward<T>::run() {
   prepare_rows();
   plan_units();
-  const std::vector<size_t> order = longest_first();
-  const auto count = static_cast<int64_t>(order.size());
-  const int threads = threads_for(run_, count);
-  const auto run_unit_at = [&](int lane, int64_t i) {
-    kernels::with_unit(
-        products_, [&] { run_unit(lane, static_cast<int64_t>(order[static_cast<size_t>(i)])); });
-  };
-  if (terms_ != nullptr && terms_->has_gradient()) {
-    // Sums of the terms go with lanes, so units are dealt out to lanes in a fixed way.
-    terms_->begin_gradient(threads);
-    parallel_for(threads, threads, [&](int64_t lane, int) {
-      for (int64_t i = lane; i < count; i += threads) run_unit_at(static_cast<int>(lane), i);
+  const std::vector<Task> tasks = deal_out(longest_first());
+  const auto count = static_cast<int64_t>(tasks.size());
+  parallel_for(count, threads_for(run_, count), [&](int64_t i, int) {
+    const Task& task = tasks[static_cast<size_t>(i)];
+    kernels::with_unit(products_, [&] {
+      for (size_t unit : task.units) run_unit(task.lane, static_cast<int64_t>(unit));
     });
-  } else {
-    parallel_for(count, threads, [&](int64_t i, int) { run_unit_at(0, i); });
-  }
+  });
   for (size_t first = 0; first < units_.size();) {
     const size_t last = first + static_cast<size_t>(units_[first].parts);
     if (units_[first].parts > 1) {
@@ -118,42 +103,45 @@ std::vector<typename Backward<T>::RowBlock> Backward<T>::row_blocks() const {
 template <class T>
 void Backward<T>::prepare_block(const RowBlock& block) {
   const Sequence& s = sequence(block.sequence);
-  const int64_t q_bytes = wide_.query_bytes(kBlockRows, head_dim_);
-  const int64_t v_bytes = wide_.query_bytes(kBlockRows, value_dim_);
-  Scratch scratch(static_cast<size_t>(2 * q_bytes + 3 * v_bytes) + 5 * 64);
-  // Rows of T: where they lie if they are that, else a copy.
-  const auto rows = [&](const HeadRows& t, int64_t bytes) -> kernels::Block<const T> {
-    if (!t.defined()) return {};
-    const Rows from = rows_of(t, block.head, block.begin, block.end);
-    const bool as_they_lie = size_of(from.dtype) == sizeof(T) && from.offsets == nullptr;
-    if (as_they_lie) return {static_cast<const T*>(from.data), from.stride};
-    T* to = reinterpret_cast<T*>(scratch.take<std::byte>(bytes));
-    wide_.pack_queries(from, false, to);
-    return {to, round_up(from.width, wide_.dim_multiple)};
+  const auto rows = [&](const HeadRows& t) {
+    return rows_of(t, block.head, block.begin, block.end);
   };
-  const auto g = rows(gradient(block.sequence).out, v_bytes);
-  const auto mean = rows(s.v_mean, v_bytes);
-  const bool uses_out = problem_.policy.weight == kernels::WeightKind::softmax;
-  const auto out = uses_out ? rows(s.out, v_bytes) : kernels::Block<const T>{};
+  const HeadRows& g = gradient(block.sequence).out;
+  double out_dots[kBlockRows] = {}, mean_dots[kBlockRows] = {};
+  if (problem_.policy.weight == kernels::WeightKind::softmax) {
+    const auto& maps = kernels::row_map_kernels<T>(path_.isa);
+    maps.dots(rows(g), rows(s.out), out_dots);
+    if (second_) maps.dots(rows(g), rows(s.v_mean), mean_dots);
+  }
   for (int64_t row = block.begin; row < block.end; ++row) {
     const int64_t at = row - block.begin;
-    prepare_row(block.sequence, block.head, row, g.row(at), out.row(at), mean.row(at));
+    prepare_row(block.sequence, block.head, row, out_dots[at], mean_dots[at]);
   }
   const bool hides =
       problem_.terms != nullptr || !s.plan.covers(block.begin, block.end, {0, s.plan.keys()});
   if (!hides) return;
-  const auto q = rows(s.q, q_bytes), r = rows(s.r, q_bytes);
-  for (int64_t row = block.begin; row < block.end; ++row) {
-    const int64_t at = row - block.begin;
-    finite_[static_cast<size_t>(row_index(block.sequence, block.head, row))] =
-        all_finite(q.row(at), head_dim_) && all_finite(g.row(at), value_dim_) &&
-        (r.data == nullptr || all_finite(r.row(at), head_dim_));
+  for (const HeadRows* t : {&s.q, &g, &s.r}) {
+    if (t->defined()) find_finite(block, rows(*t));
+  }
+}
+
+// Which rows have nothing infinite or NaN.
+template <class T>
+void Backward<T>::find_finite(const RowBlock& block, const Rows& x) {
+  char* finite = finite_.data() + row_index(block.sequence, block.head, block.begin);
+  const int64_t bytes = wide_.query_bytes(round_up(x.count, wide_.row_multiple), x.width);
+  Scratch scratch(static_cast<size_t>(bytes) + 64);
+  T* copy = reinterpret_cast<T*>(scratch.take<std::byte>(bytes));
+  wide_.pack_queries(x, false, copy);
+  const int64_t stride = round_up(x.width, wide_.dim_multiple);
+  for (int64_t r = 0; r < x.count; ++r) {
+    if (!all_finite(copy + r * stride, x.width)) finite[r] = 0;
   }
 }
 
 template <class T>
-void Backward<T>::prepare_row(int64_t s, int64_t head, int64_t row, const T* g, const T* out,
-                              const T* mean) {
+void Backward<T>::prepare_row(int64_t s, int64_t head, int64_t row, double out_dot,
+                              double mean_dot) {
   const int64_t at = row_index(s, head, row);
   const HeadRows& lse_gradient = gradient(s).lse;
   const double from_lse = lse_gradient.defined() ? load_statistic(lse_gradient, head, row) : 0;
@@ -163,7 +151,6 @@ void Backward<T>::prepare_row(int64_t s, int64_t head, int64_t row, const T* g, 
     return;
   }
   const double lse = load_statistic(sequence(s).lse, head, row);
-  const double out_dot = dot(g, out, value_dim_);
   // A row without keys has no gradient, whatever arrives.
   const bool dead = lse == -std::numeric_limits<double>::infinity();
   set(pivot_, lse * kLog2E);
@@ -171,7 +158,7 @@ void Backward<T>::prepare_row(int64_t s, int64_t head, int64_t row, const T* g, 
   if (second_) {
     set(t_mean_, load_statistic(sequence(s).t_mean, head, row));
     set(dot_out_, out_dot - from_lse);
-    set(dot_mean_, dot(g, mean, value_dim_));
+    set(dot_mean_, mean_dot);
   }
 }
 
@@ -215,6 +202,41 @@ std::vector<size_t> Backward<T>::longest_first() const {
   std::stable_sort(order.begin(), order.end(),
                    [&](size_t a, size_t b) { return pairs[a] > pairs[b]; });
   return order;
+}
+
+// Units whose sums of the terms overlap share a task, or are dealt out to as many lanes as keep all threads
+// busy.
+template <class T>
+std::vector<Task> Backward<T>::deal_out(const std::vector<size_t>& order) const {
+  std::vector<Task> tasks;
+  if (terms_ == nullptr || !terms_->has_gradient()) {
+    for (size_t unit : order) tasks.push_back({0, {unit}});
+    return tasks;
+  }
+  const GradientOverlap overlap = terms_->gradient_overlap();
+  std::vector<std::vector<size_t>> overlapping;
+  std::map<std::array<int64_t, 3>, size_t> places;
+  size_t most = 0;
+  for (size_t i : order) {
+    const Unit& unit = units_[i];
+    const std::array<int64_t, 3> where{overlap.sequences ? 0 : unit.sequence,
+                                       overlap.heads ? 0 : unit.kv_head,
+                                       overlap.keys ? 0 : unit.part};
+    const size_t place = places.try_emplace(where, overlapping.size()).first->second;
+    if (place == overlapping.size()) overlapping.emplace_back();
+    overlapping[place].push_back(i);
+    most = std::max(most, overlapping[place].size());
+  }
+  const auto threads = static_cast<size_t>(threads_for(run_, static_cast<int64_t>(order.size())));
+  const size_t lanes = std::min(most, (threads + overlapping.size() - 1) / overlapping.size());
+  terms_->begin_gradient(static_cast<int>(lanes));
+  for (const std::vector<size_t>& units : overlapping) {
+    for (size_t lane = 0; lane < std::min(lanes, units.size()); ++lane) {
+      tasks.push_back({static_cast<int>(lane), {}});
+      for (size_t i = lane; i < units.size(); i += lanes) tasks.back().units.push_back(units[i]);
+    }
+  }
+  return tasks;
 }
 
 template <class T>

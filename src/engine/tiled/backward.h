@@ -19,6 +19,12 @@ struct Unit {
   }
 };
 
+/// Units that one thread runs one after the other.
+struct Task {
+  int lane = 0;  // of the terms' gradient
+  std::vector<size_t> units;
+};
+
 template <class T>
 class Backward : private TileCall<T> {
  public:
@@ -78,9 +84,11 @@ class Backward : private TileCall<T> {
   void reserve_rows();
   std::vector<RowBlock> row_blocks() const;
   void prepare_block(const RowBlock& block);
-  void prepare_row(int64_t s, int64_t head, int64_t row, const T* g, const T* out, const T* mean);
+  void find_finite(const RowBlock& block, const Rows& x);
+  void prepare_row(int64_t s, int64_t head, int64_t row, double out_dot, double mean_dot);
   void plan_units();
   std::vector<size_t> longest_first() const;
+  std::vector<Task> deal_out(const std::vector<size_t>& order) const;
   RowGradients make_row_gradients(const Unit& unit) const;
   void run_unit(int lane, int64_t index);
   /// Overwrites the first part.

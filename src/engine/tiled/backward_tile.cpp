@@ -158,15 +158,15 @@ void Backward<T>::run_tile(int lane, const TileAt& at, const Seen& seen, Block d
   }
   weigh(at, seen, m);
   if (problem_.head_gradients) {
-    wide_.sum_tile({m.a.data, m.a.stride}, at.rows, at.keys, seen.ranges,
-                   s.plan.position(at.row) - at.key, sums[0], sums[1]);
+    wide_.sum_tile(m.a, at.rows, at.keys, seen.ranges, s.plan.position(at.row) - at.key, sums[0],
+                   sums[1]);
   }
   if (terms_ != nullptr && terms_->has_gradient()) {
-    terms_->add_gradient(lane, at, kernels::Block<const T>{m.a.data, m.a.stride}, dq);
+    terms_->add_gradient(lane, at, m.a, dq);
   }
   if (m.slope.data != nullptr || second_) {
     const T scale = static_cast<T>(second_ ? std::abs(scale_) : 1);
-    wide_.multiply(m.a, at.rows, at.keys, seen.ranges, scale, {m.slope.data, m.slope.stride});
+    wide_.multiply(m.a, at.rows, at.keys, seen.ranges, scale, m.slope);
   }
   add_products(at, seen, columns, finite, dq, dr, m);
 }
@@ -186,7 +186,7 @@ void Backward<T>::weigh(const TileAt& at, const Seen& seen, const Memory& m) con
   }
   const auto drop_out = [&](const Block& block) {
     if (!this->drops()) return;
-    wide_.multiply(block, at.rows, at.keys, seen.ranges, 1, {m.factors.data, m.factors.stride});
+    wide_.multiply(block, at.rows, at.keys, seen.ranges, 1, m.factors);
   };
   if (this->drops()) {
     wide_.dropout_factors(this->dropout(at), at.rows, at.keys, seen.ranges, this->kept(),
@@ -221,8 +221,7 @@ void Backward<T>::add_columns(const TileAt& at, const Seen& seen, Block weights,
                               bool negate, Block to, const Memory& m) const {
   const void* operand = weights.data;
   if (path_.half_operands) {
-    products_.pair_weights({weights.data, weights.stride}, at.rows, at.keys, m.paired,
-                           weights.stride);
+    products_.pair_weights(weights, at.rows, at.keys, m.paired, weights.stride);
     operand = m.paired;
   }
   products_.accumulate_columns(columns, at.rows, width, operand, weights.stride, at.keys,
@@ -242,8 +241,7 @@ void Backward<T>::add_rows(const TileAt& at, const Seen& seen, Block weights, Bl
                            const Memory& m) const {
   const void* operand = weights.data;
   if (path_.half_operands) {
-    products_.round_weights({weights.data, weights.stride}, at.rows, at.keys, m.rounded,
-                            weights.stride);
+    products_.round_weights(weights, at.rows, at.keys, m.rounded, weights.stride);
     operand = m.rounded;
   }
   products_.accumulate(operand, weights.stride, at.rows, m.key_values, at.keys, head_dim_,

@@ -16,7 +16,8 @@ void Forward<T>::run_few_rows(const Item& item, const std::vector<QueryTile>& ti
     seen.push_back(this->look(tile_at(item, tile, keys), m.ranges + tile.slot));
     partial = partial || !seen.back().any || seen.back().partial();
   }
-  if (!partial) return add_few_rows(item, tiles, keys, seen, {}, m);
+  // A tile unit adds a weight in two parts, either of which times infinity may be NaN.
+  if (!partial && path_.isa != Isa::amx) return add_few_rows(item, tiles, keys, seen, {}, m);
   // Hidden keys have a weight of 0: enough where their values are finite, as they nearly always are.
   for (int64_t r = 0; r < streams_ * m.second; ++r) {
     T* kept = std::copy_n(m.out.row(r), padded_values_, m.kept.row(r));

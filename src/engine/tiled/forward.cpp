@@ -442,9 +442,9 @@ void Forward<T>::combine_streams(int64_t s, const QueryTile& tile, int64_t r,
 template class Forward<float>;
 template class Forward<double>;
 
-void forward(const Problem& problem, const RunOptions& run) {
-  const auto nothing = [](const Sequence& s) { return s.q.size(0) == 0 || s.q.size(1) == 0; };
-  if (std::all_of(problem.sequences.begin(), problem.sequences.end(), nothing)) return;
+namespace {
+
+void forward_alike(const Problem& problem, const RunOptions& run) {
   const std::optional<Problem> folded = heads_as_rows(problem);
   const Problem& call = folded ? *folded : problem;
   if (call.sequences[0].q.dtype() == DType::f64) {
@@ -452,6 +452,24 @@ void forward(const Problem& problem, const RunOptions& run) {
   } else {
     Forward<float>(call, run).run();
   }
+}
+
+}  // namespace
+
+void forward(const Problem& problem, const RunOptions& run) {
+  const auto nothing = [](const Sequence& s) { return s.q.size(0) == 0 || s.q.size(1) == 0; };
+  const auto& all = problem.sequences;
+  if (std::all_of(all.begin(), all.end(), nothing)) return;
+  // One call may read a prompt and continue other sequences by a token each: few rows go their own way. Terms
+  // know sequences by their place.
+  const bool alike = std::all_of(all.begin(), all.end(), has_few_rows) ||
+                     std::none_of(all.begin(), all.end(), has_few_rows);
+  if (alike || problem.terms != nullptr) return forward_alike(problem, run);
+  Problem few = problem, many = problem;
+  std::erase_if(few.sequences, [](const Sequence& s) { return !has_few_rows(s); });
+  std::erase_if(many.sequences, has_few_rows);
+  forward_alike(many, run);
+  forward_alike(few, run);
 }
 
 }  // namespace heed::tiled

@@ -104,10 +104,26 @@ int64_t group_of(const Sequence& s) {
   return std::max<int64_t>(1, s.q.size(0) / std::max<int64_t>(1, s.k.size(0)));
 }
 
+int64_t rows_per_key_head(const Sequence& s) { return group_of(s) * s.plan.queries(); }
+
 int64_t most_keys(const Problem& problem) {
   int64_t most = 1;
   for (const Sequence& s : problem.sequences) most = std::max(most, s.plan.keys());
   return most;
+}
+
+int64_t key_heads(const Problem& problem) {
+  const int64_t heads = problem.sequences[0].k.size(0);
+  return std::max<int64_t>(1, static_cast<int64_t>(problem.sequences.size()) * heads);
+}
+
+// A backward deals key tiles out to threads: where there are too few, smaller ones.
+int64_t tile_for_threads(int64_t key_tile, int64_t keys, int64_t heads, const RunOptions& run) {
+  const int64_t threads = run.threads.value_or(default_threads());
+  while (key_tile > 64 && heads * ceil_div(keys, key_tile) < threads) {
+    key_tile = round_up(key_tile / 2, 64);
+  }
+  return key_tile;
 }
 
 // Rows that share a packed key tile: as many as keep packing cheap, few enough for all threads to have
@@ -118,18 +134,20 @@ int64_t rows_per_item(const Problem& problem, int64_t query_tile, const RunOptio
   const int64_t tiles = ceil_div(sequence.plan.queries(), query_tile);
   const int64_t threads = run.threads.value_or(default_threads());
   const int64_t wanted_items = threads == 1 ? 1 : 6 * threads;
-  const int64_t heads =
-      std::max<int64_t>(1, static_cast<int64_t>(problem.sequences.size()) * sequence.k.size(0));
-  const int64_t parts = std::clamp<int64_t>(ceil_div(wanted_items, heads), ceil_div(tiles, most),
-                                            std::max<int64_t>(1, tiles));
+  const int64_t parts = std::clamp<int64_t>(ceil_div(wanted_items, key_heads(problem)),
+                                            ceil_div(tiles, most), std::max<int64_t>(1, tiles));
   return ceil_div(tiles, parts) * query_tile;
 }
 
 }  // namespace
 
+bool has_few_rows(const Sequence& s) {
+  return rows_per_key_head(s) <= kFewRows && s.q.offsets == nullptr;
+}
+
 Path choose_path(const Problem& problem, const RunOptions& run, bool backward) {
   const Sequence& sequence = longest(problem);
-  const CallKind call{group_of(sequence) * sequence.plan.queries(), sequence.q.dtype(), backward,
+  const CallKind call{rows_per_key_head(sequence), sequence.q.dtype(), backward,
                       sequence.q.offsets != nullptr};
   const Candidate chosen = choose_candidate(call.dtype, no_half_operands(call), run);
   const int64_t queries = std::max<int64_t>(1, sequence.plan.queries()), keys = most_keys(problem);
@@ -151,6 +169,9 @@ Path choose_path(const Problem& problem, const RunOptions& run, bool backward) {
   // Tiles beyond what there is would only be cleared and skipped over.
   path.key_tile =
       std::min(problem.key_tile > 0 ? problem.key_tile : sizes.key_tile, round_up(keys, 64));
+  if (backward && problem.key_tile == 0) {
+    path.key_tile = tile_for_threads(path.key_tile, keys, key_heads(problem), run);
+  }
   path.query_tile = path.few_rows            ? call.rows_per_key_head
                     : problem.query_tile > 0 ? problem.query_tile
                                              : std::min(sizes.query_tile, round_up(queries, 8));

@@ -30,6 +30,8 @@ struct Path {
   int64_t group_rows = 0;  // query rows of a head that share one packed key tile
   int64_t part_keys = 0;   // where a call is cut along the keys: keys of a part; 0: along its rows
 };
+/// Whether so few query rows share the keys of a sequence that reading these is the bound of a forward.
+bool has_few_rows(const Sequence& s);
 Path choose_path(const Problem& problem, const RunOptions& run, bool backward);
 
 /// The list that choose_path takes the first possible entry of, with reasons.

@@ -36,6 +36,12 @@ struct TileAt {
 /// range of keys per row, or what `shape` leaves.
 enum class Visit { none, whole, ranged, masked };
 
+/// Which tiles of a backward add to the same elements of a term's gradient: those of other sequences, of other
+/// key heads, of other keys.
+struct GradientOverlap {
+  bool sequences = true, heads = true, keys = true;
+};
+
 /// Masks that are no intervals and terms that scores get beyond scale, bias and ALiBi: additive
 /// tensors, boolean masks, relative positions. Everything is const: tiles are visited in parallel.
 class ScoreTerms {
@@ -59,8 +65,9 @@ class ScoreTerms {
 
   /// Backward: receives dS (0 where hidden) of each tile and may add to the gradient of the query rows,
   /// dq [rows, D], in units of 1/scale like the engine's own (it is multiplied by scale at the end).
-  /// Calls with the same `lane` in [0, lanes) come one after the other in a fixed order.
+  /// Calls with the same `lane` in [0, lanes) that overlap come one after the other in a fixed order.
   virtual bool has_gradient() const { return false; }
+  virtual GradientOverlap gradient_overlap() const { return {}; }
   virtual void begin_gradient(int /*lanes*/) {}
   virtual void add_gradient(int /*lane*/, const TileAt& /*at*/, kernels::Block<const float> /*ds*/,
                             kernels::Block<float> /*dq*/) const {}

@@ -30,7 +30,7 @@ int64_t tile_for_block(int64_t block, int64_t extent, int64_t least, int64_t mos
     if (block % parts == 0) tile = block / parts;
     if (parts > block) return most;
   }
-  return tile;
+  return tile < least ? most : tile;
 }
 
 struct Call {
@@ -44,7 +44,7 @@ std::unique_ptr<Call> make_call(const Tensor& q, const Tensor& k, const Tensor& 
   tiled::check_operands(kFlash, q, k, v, out, lse);
   const int64_t heads = q.size(1);
   auto call = std::make_unique<Call>(
-      Call{{}, FlashTerms(options, {q.size(0), heads, q.size(2), k.size(2)}, run)});
+      Call{{}, FlashTerms(options, {q.size(0), heads, q.size(2), k.size(2)}, q.dtype(), run)});
   tiled::Problem& problem = call->problem;
   problem.op = kFlash;
   problem.sequences = tiled::batch_sequences(
@@ -88,8 +88,8 @@ FlashGradients flash_attention_backward(const Tensor& grad_out, const Tensor& gr
   problem.head_gradients = slopes_wanted;
   FlashGradients to;
   to.q = Array(q.dtype(), q.shape());
-  to.k = Array::zeros(k.dtype(), k.shape());
-  to.v = Array::zeros(v.dtype(), v.shape());
+  to.k = Array(k.dtype(), k.shape());
+  to.v = Array(v.dtype(), v.shape());
   const tiled::HeadGradients heads =
       tiled::backward(problem, tiled::batch_gradients(grad_out, grad_lse, to.q, to.k, to.v),
                       bias_wanted ? &call->terms : nullptr, run);

@@ -50,28 +50,35 @@ TEST(Flash, SameBitsForAnyThreadCount) {
 }
 
 TEST(Flash, NaNBehindTheMaskNeverArrivesAndBeforeItAlwaysDoes) {
+  struct Case {
+    int64_t queries, keys, dim;
+    bool causal = true;
+  };
   for (DType type : {DType::f32, DType::bf16, DType::f16}) {
     for (Isa isa : available_isas()) {
-      for (int64_t queries : {4, 90}) {
-        for (int64_t bad_key : {30, 89}) {
+      for (const auto& [queries, keys, dim, causal] :
+           {Case{4, 90, 20}, {90, 90, 20}, {6, 200, 64}, {6, 200, 64, false}}) {
+        for (int64_t bad_key : {int64_t{30}, keys - 1}) {
           for (bool in_values : {false, true}) {
             for (float bad : {kNaN, kInf}) {
               if (bad == kInf && !in_values) continue;  // q . inf may be -inf: no weight at all
-              Array q = random_array(type, {1, 1, queries, 20}, 1),
-                    k = random_array(type, {1, 1, 90, 20}, 2);
-              Array v = random_array(type, {1, 1, 90, 20}, 3);
+              Array q = random_array(type, {1, 1, queries, dim}, 1),
+                    k = random_array(type, {1, 1, keys, dim}, 2);
+              Array v = random_array(type, {1, 1, keys, dim}, 3);
               const Array& target = in_values ? v : k;
               set(target.view().select(0, 0).select(0, 0).select(0, bad_key), bad);
               FlashOptions options;
-              options.masks.causal = true;
+              options.masks.causal = causal;
               RunOptions run;
               run.isa = isa;
               const AttentionResult result = flash_attention(q, k, v, options, run);
               const Array out = convert(result.out, DType::f64);
               for (int64_t i = 0; i < queries; ++i) {
-                const bool visible = bad_key <= i + 90 - queries;
-                for (int64_t f = 0; f < 20; ++f) {
-                  EXPECT_EQ(!std::isfinite(out.as<double>()[i * 20 + f]), visible)
+                const bool visible = !causal || bad_key <= i + keys - queries;
+                for (int64_t f = 0; f < dim; ++f) {
+                  const double x = out.as<double>()[i * dim + f];
+                  const bool arrived = bad == kInf ? x == kInf : std::isnan(x);
+                  EXPECT_EQ(visible ? arrived : !std::isfinite(x), visible)
                       << name_of(type) << " " << name_of(isa) << " row " << i << " key " << bad_key;
                 }
               }
@@ -201,6 +208,70 @@ TEST(Flash, GradientsThatAreNotWantedAreLeftOut) {
   }
 }
 
+// x [B,H,Lq,Lk] summed to a shape that broadcasts to it.
+Array summed_to(const Array& x, const Dims& shape) {
+  Array sum = Array::zeros(DType::f64, shape);
+  const Dims& all = x.shape();
+  const int missing = all.rank() - shape.rank();
+  for (int64_t n = 0; n < x.count(); ++n) {
+    int64_t rest = n, at = 0, step = 1;
+    for (int axis = all.rank(); axis-- > 0; rest /= all[axis]) {
+      const int64_t size = axis < missing ? 1 : shape[axis - missing];
+      if (size > 1) at += rest % all[axis] * step;
+      step *= size;
+    }
+    sum.as<double>()[at] += x.as<double>()[n];
+  }
+  return sum;
+}
+
+TEST(Flash, GradientsOfBroadcastBiasesAreSumsWithAnyThreads) {
+  constexpr int64_t kBatch = 3, kHeads = 4, kQueries = 150, kKeys = 600;
+  const auto gradient = [](DType type, const Tensor& bias, int threads) {
+    const Array q = convert(random_array(DType::f64, {kBatch, kHeads, kQueries, 8}, 1), type),
+                k = convert(random_array(DType::f64, {kBatch, 2, kKeys, 8}, 2), type),
+                v = convert(random_array(DType::f64, {kBatch, 2, kKeys, 8}, 3), type),
+                g = convert(random_array(DType::f64, {kBatch, kHeads, kQueries, 8}, 4), type);
+    FlashOptions options;
+    options.masks.window = {500, 90};
+    options.bias = bias;
+    const RunOptions run{.threads = threads};
+    const AttentionResult out = flash_attention(q, k, v, options, run);
+    FlashGradients to = flash_attention_backward(g, {}, q, k, v, out.out, out.lse, options, run,
+                                                 {.bias = true, .alibi_slopes = false});
+    EXPECT_EQ(to.bias.dtype(), bias.dtype());
+    return convert(to.bias, DType::f64);
+  };
+  const Array none = Array::zeros(DType::f64, {kBatch, kHeads, kQueries, kKeys});
+  const Array whole = gradient(DType::f64, none, 1);
+  const Dims shapes[] = {{kBatch, kHeads, kQueries, kKeys},
+                         {1, kHeads, kQueries, kKeys},
+                         {kBatch, 1, kQueries, kKeys},
+                         {kQueries, kKeys},
+                         {kBatch, kHeads, 1, kKeys},
+                         {kBatch, kHeads, kQueries, 1},
+                         {1, kHeads, 1, 1},
+                         {kKeys}};
+  for (const auto& [type, bias_type, unit] : {std::tuple{DType::f64, DType::f64, 1e-12},
+                                              {DType::f64, DType::bf16, 8e-3},
+                                              {DType::f32, DType::f32, 2e-5},
+                                              {DType::f32, DType::f16, 1e-3},
+                                              {DType::f32, DType::f64, 2e-5}}) {
+    for (const Dims& shape : shapes) {
+      const Array want = summed_to(whole, shape);
+      for (int threads : {1, 2, 5, 16}) {
+        const Array found = gradient(type, Array::zeros(bias_type, shape), threads);
+        for (int64_t i = 0; i < want.count(); ++i) {
+          const double x = want.as<double>()[i];
+          ASSERT_NEAR(found.as<double>()[i], x, unit * (0.1 + std::abs(x)))
+              << name_of(type) << " " << name_of(bias_type) << " " << to_string(shape) << " "
+              << threads << " threads";
+        }
+      }
+    }
+  }
+}
+
 TEST(FlashVarlen, SlopeGradientsThatAreNotWantedAreLeftOut) {
   const Array q = random_array(DType::f32, {70, 2, 16}, 1),
               slopes = random_array(DType::f32, {2}, 2);
@@ -219,6 +290,50 @@ TEST(FlashVarlen, SlopeGradientsThatAreNotWantedAreLeftOut) {
   EXPECT_TRUE(same_bits(some.v, all.v));
   EXPECT_TRUE(all.alibi_slopes.view().defined());
   EXPECT_FALSE(some.alibi_slopes.view().defined());
+}
+
+// A prompt beside sequences that go on by a token or two: each gets what it gets alone.
+TEST(FlashVarlen, FewQueriesBesideManyAreReadLikeAlone) {
+  const std::vector<int64_t> queries{150, 1, 0, 2, 1}, keys{150, 1300, 40, 700, 1};
+  std::vector<int32_t> query_ends{0}, key_ends{0};
+  for (size_t s = 0; s < queries.size(); ++s) {
+    query_ends.push_back(query_ends.back() + static_cast<int32_t>(queries[s]));
+    key_ends.push_back(key_ends.back() + static_cast<int32_t>(keys[s]));
+  }
+  for (DType type : {DType::f64, DType::f32, DType::bf16}) {
+    const Array q = random_array(type, {query_ends.back(), 4, 64}, 1),
+                k = random_array(type, {key_ends.back(), 2, 64}, 2),
+                v = random_array(type, {key_ends.back(), 2, 32}, 3);
+    for (Isa isa : available_isas()) {
+      for (double dropout : {0.0, 0.3}) {
+        const VarlenOptions options{.causal = true, .dropout_p = dropout, .seed = 5};
+        const auto call = [&](size_t first, size_t last) {
+          const auto ends = [&](const std::vector<int32_t>& all) {
+            std::vector<int32_t> some;
+            for (size_t s = first; s <= last; ++s) some.push_back(all[s] - all[first]);
+            return some;
+          };
+          std::vector<int32_t> q_ends = ends(query_ends), k_ends = ends(key_ends);
+          const auto part = [&](const Array& x, const std::vector<int32_t>& all) {
+            return x.view().slice(0, all[first], all[last]);
+          };
+          const auto count = static_cast<int64_t>(q_ends.size());
+          return flash_attention_varlen(part(q, query_ends), part(k, key_ends), part(v, key_ends),
+                                        Tensor(q_ends.data(), DType::i32, {count}),
+                                        Tensor(k_ends.data(), DType::i32, {count}), options,
+                                        RunOptions{.isa = isa});
+        };
+        const AttentionResult all = call(0, queries.size());
+        for (size_t s = 0; s < queries.size(); ++s) {
+          if (dropout > 0 && s > 0) break;  // its numbers count sequences
+          const AttentionResult one = call(s, s + 1);
+          const Tensor rows = all.out.view().slice(0, query_ends[s], query_ends[s + 1]);
+          EXPECT_TRUE(same_bits(one.out, rows))
+              << name_of(type) << " " << name_of(isa) << " sequence " << s;
+        }
+      }
+    }
+  }
 }
 
 TEST(FlashVarlen, SequencesOfOneLengthAreABatch) {

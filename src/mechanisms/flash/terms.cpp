@@ -7,6 +7,7 @@
 #include <type_traits>
 #include <utility>
 
+#include "base/parallel.h"
 #include "base/round_up.h"
 #include "heed/error.h"
 #include "kernels/row_maps.h"
@@ -81,8 +82,9 @@ void add_strided(const Tensor& bias, const TileAt& at, Block<T> s) {
 
 }  // namespace
 
-FlashTerms::FlashTerms(const FlashOptions& options, const Dims& scores, const RunOptions& run)
-    : isa_(chosen_isa(run)) {
+FlashTerms::FlashTerms(const FlashOptions& options, const Dims& scores, DType type,
+                       const RunOptions& run)
+    : run_(run), isa_(chosen_isa(run)) {
   const std::string op = std::string(kOp) + ": ";
   if (options.mask.defined()) {
     if (options.mask.dtype() != DType::boolean) {
@@ -100,8 +102,8 @@ FlashTerms::FlashTerms(const FlashOptions& options, const Dims& scores, const Ru
     bias_shape_ = options.bias.shape();
     bias_strides_ =
         broadcast_strides("bias", options.bias, contiguous_strides(bias_shape_), scores);
-    one_buffer_ = (bias_strides_[0] != 0 || scores[0] == 1) &&
-                  (bias_strides_[1] != 0 || scores[1] == 1) && bias_strides_[3] != 0;
+    stores_ = options.bias.count() == Tensor(nullptr, type, scores).count() && scores[3] > 1 &&
+              wide_type(options.bias.dtype()) == wide_type(type);
   }
   if (!options.block_mask.defined()) return;
   const Tensor& blocks = options.block_mask;
@@ -223,19 +225,31 @@ void FlashTerms::shape_tile(const TileAt& at, Block<T> s) const {
 void FlashTerms::shape(const TileAt& at, Block<float> s) const { shape_tile(at, s); }
 void FlashTerms::shape(const TileAt& at, Block<double> s) const { shape_tile(at, s); }
 
+tiled::GradientOverlap FlashTerms::gradient_overlap() const {
+  return {.sequences = bias_strides_[0] == 0,
+          .heads = bias_strides_[1] == 0,
+          .keys = bias_strides_[3] == 0};
+}
+
 void FlashTerms::begin_gradient(int lanes) {
-  const DType type = wide_type(bias_.dtype());
-  const int buffers = one_buffer_ ? 1 : lanes;
-  for (int i = 0; i < buffers; ++i) sums_.push_back(Array::zeros(type, bias_shape_));
+  const DType type = stores_ ? bias_.dtype() : wide_type(bias_.dtype());
+  for (int i = 0; i < lanes; ++i) sums_.push_back(Array::zeros(type, bias_shape_));
 }
 
 template <class T>
 void FlashTerms::add_tile(int lane, const TileAt& at, Block<const T> ds) const {
-  const Array& sums = sums_[one_buffer_ ? 0 : static_cast<size_t>(lane)];
+  const Array& sums = sums_[static_cast<size_t>(lane)];
+  const Dims& stride = bias_strides_;
+  const int64_t first =
+      at.sequence * stride[0] + at.head * stride[1] + at.row * stride[2] + at.key * stride[3];
+  if (stores_) {
+    auto* to = static_cast<std::byte*>(sums.view().data()) +
+               first * static_cast<int64_t>(size_of(sums.dtype()));
+    return kernels::tile_kernels<T>(isa_).finish(ds, at.rows, at.keys, nullptr, to, sums.dtype(),
+                                                 stride[2]);
+  }
   const auto add = [&](auto* to) {
     using To = std::remove_pointer_t<decltype(to)>;
-    const Dims& stride = bias_strides_;
-    to += at.sequence * stride[0] + at.head * stride[1] + at.row * stride[2] + at.key * stride[3];
     for (int64_t r = 0; r < at.rows; ++r, to += stride[2]) {
       const T* row = ds.row(r);
       if (stride[3] == 1) {
@@ -248,9 +262,9 @@ void FlashTerms::add_tile(int lane, const TileAt& at, Block<const T> ds) const {
     }
   };
   if (sums.dtype() == DType::f64) {
-    add(sums.as<double>());
+    add(sums.as<double>() + first);
   } else {
-    add(sums.as<float>());
+    add(sums.as<float>() + first);
   }
 }
 
@@ -264,19 +278,31 @@ void FlashTerms::add_gradient(int lane, const TileAt& at, Block<const double> ds
 }
 
 Array FlashTerms::bias_gradient() {
-  if (sums_.size() == 1) {
-    if (sums_[0].dtype() == bias_.dtype()) return std::move(sums_[0]);
-    return convert(sums_[0], bias_.dtype());
-  }
-  Array total = Array::zeros(DType::f64, bias_shape_);
-  for (const Array& sums : sums_) {
-    for (int64_t i = 0; i < total.count(); ++i) {
-      total.as<double>()[i] += sums.dtype() == DType::f64
-                                   ? sums.as<double>()[i]
-                                   : static_cast<double>(sums.as<float>()[i]);
+  if (sums_.size() == 1 && sums_[0].dtype() == bias_.dtype()) return std::move(sums_[0]);
+  return sums_[0].dtype() == DType::f64 ? sum_of_lanes<double>() : sum_of_lanes<float>();
+}
+
+// Each element is summed in float64, in the order of the lanes.
+template <class T>
+Array FlashTerms::sum_of_lanes() const {
+  Array total(bias_.dtype(), bias_shape_);
+  constexpr int64_t kAtOnce = 4096;
+  const int64_t items = ceil_div(total.count(), kAtOnce);
+  parallel_for(items, threads_for(run_, items), [&](int64_t item, int) {
+    const int64_t begin = item * kAtOnce, count = std::min(kAtOnce, total.count() - begin);
+    double wide[kAtOnce] = {};
+    for (const Array& sums : sums_) {
+      const T* from = sums.template as<T>() + begin;
+      for (int64_t i = 0; i < count; ++i) wide[i] += from[i];
     }
-  }
-  return convert(total, bias_.dtype());
+    T narrow[kAtOnce];
+    std::copy_n(wide, count, narrow);
+    auto* to = static_cast<std::byte*>(total.view().data()) +
+               begin * static_cast<int64_t>(size_of(total.dtype()));
+    kernels::tile_kernels<T>(isa_).finish({narrow, kAtOnce}, 1, count, nullptr, to, total.dtype(),
+                                          kAtOnce);
+  });
+  return total;
 }
 
 }  // namespace heed

@@ -9,8 +9,8 @@ namespace heed {
 
 class FlashTerms final : public tiled::ScoreTerms {
  public:
-  /// Throws Error unless the options' tensors fit [B,H,Lq,Lk].
-  FlashTerms(const FlashOptions& options, const Dims& scores, const RunOptions& run);
+  /// For calls of this type. Throws Error unless the options' tensors fit [B,H,Lq,Lk].
+  FlashTerms(const FlashOptions& options, const Dims& scores, DType type, const RunOptions& run);
 
   bool needed() const;
   tiled::Visit visit(const tiled::TileAt& at) const override;
@@ -18,6 +18,7 @@ class FlashTerms final : public tiled::ScoreTerms {
   void shape(const tiled::TileAt& at, kernels::Block<double> s) const override;
 
   bool has_gradient() const override { return bias_.defined(); }
+  tiled::GradientOverlap gradient_overlap() const override;
   void begin_gradient(int lanes) override;
   void add_gradient(int lane, const tiled::TileAt& at, kernels::Block<const float> ds,
                     kernels::Block<float> dq) const override;
@@ -33,17 +34,21 @@ class FlashTerms final : public tiled::ScoreTerms {
   void shape_tile(const tiled::TileAt& at, kernels::Block<T> s) const;
   template <class T>
   void add_tile(int lane, const tiled::TileAt& at, kernels::Block<const T> ds) const;
+  template <class T>
+  Array sum_of_lanes() const;
   tiled::Visit visit_mask(const tiled::TileAt& at) const;
   tiled::Visit visit_blocks(const tiled::TileAt& at) const;
   bool block_alive(int64_t head, int64_t row_block, int64_t key_block) const;
 
-  Isa isa_;
+  const RunOptions run_;
+  const Isa isa_;
   Tensor mask_, bias_;  // [B,H,Lq,Lk] with stride 0 where broadcast
   Tensor block_mask_;   // [H,row blocks,key blocks], likewise
   int64_t block_rows_ = 1, block_keys_ = 1;
-  Dims bias_shape_;          // as given
-  Dims bias_strides_;        // of the gradient, contiguous, 0 where broadcast
-  bool one_buffer_ = false;  // no two units touch the same element of the gradient
+  Dims bias_shape_;      // as given
+  Dims bias_strides_;    // of the gradient, contiguous, 0 where broadcast or of one element
+  bool stores_ = false;  // the gradient has an element for every score, in a type that tiles are
+                         // rounded to: no sums are needed
   std::vector<Array> sums_;  // one a lane
 };
 
