@@ -81,8 +81,13 @@ TEST(Tokenizer, EqualsOtherImplementations) {
     ++cases[kind];
   }
   ASSERT_EQ(cases.size(), 5u);
-  for (const auto& [other, ours] :
-       {std::pair("llama3", "llama-bpe"), {"deepseek-r1-qwen", "qwen2"}, {"exaone4", "gpt-2"}}) {
+  for (const auto& [other, ours] : {std::pair("llama3", "llama-bpe"),
+                                    {"deepseek-r1-qwen", "qwen2"},
+                                    {"exaone4", "gpt-2"},
+                                    {"mpt", "gpt-2"},
+                                    {"olmo", "gpt-2"},
+                                    {"jais", "gpt-2"},
+                                    {"command-r", "smollm"}}) {
     const std::string text = "It's 12345\n\n  words";
     EXPECT_EQ(bpe(other).encode(text, kPlain), tokenizers.at(ours).encode(text, kPlain)) << other;
   }
