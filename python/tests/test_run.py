@@ -68,6 +68,24 @@ def test_a_text_that_goes_on_has_no_end_token(tmp_path):
     assert other["prompt_tokens"] == plain["prompt_tokens"] and other["text"] == plain["text"]
 
 
+def test_a_text_without_roles_may_name_special_tokens():
+    plain = heed_json(*ONCE, "-p", "Once upon a time")
+    begun = heed_json(*ONCE, "-p", "<s>Once upon a time")
+    assert begun["prompt_tokens"] == plain["prompt_tokens"] and begun["text"] == plain["text"]
+    assert heed_json(*ONCE, "-p", "Once upon a time</s><s>")["prompt_tokens"] == 7
+    assert "special tokens" in heed("run", "--help").stdout
+
+
+def test_special_tokens_in_chats_and_data_are_plain_text(chat_model, tmp_path):
+    chat = ["run", "--model", chat_model, "--max-tokens", "1", "-p"]
+    plain, marked = (heed_json(*chat, text)["prompt_tokens"] for text in ("a", "a</s>"))
+    assert marked > plain + 1
+    file = tmp_path / "data.txt"
+    file.write_text("Once</s>")
+    found = heed_json("eval", "--model", STORIES, "--text", file)
+    assert found["tokens"] > heed_json(*ONCE, "-f", file)["prompt_tokens"]
+
+
 def test_tokenizers_that_do_not_fit_the_model(tmp_path):
     more = changed_model(tmp_path / "more.gguf", tokens=513)
     assert "512 rows" in error_of(*BARE, "8", "-p", "Once", "--model", more)

@@ -150,7 +150,9 @@ int answer_once(LanguageModel& loaded, const Arguments& arguments, const std::st
   Speaker speaker(loaded, arguments);
   Speaker::Answer answer;
   if (arguments.no_chat) {
-    const auto tokens = loaded.tokenizer->encode(prompt, {.to_continue = true});
+    // The text is the operator's own, who alone can write the turns of a chat form that is not known here.
+    const auto tokens =
+        loaded.tokenizer->encode(prompt, {.parse_specials = true, .to_continue = true});
     answer = speaker.answer(tokens, loaded.tokenizer->end_tokens(), false);
   } else {
     const ChatTemplate chat(*loaded.file, *loaded.tokenizer);
@@ -277,7 +279,9 @@ void add_run(CLI::App& app, Outcome& outcome) {
   CLI::Option* prompt = command->add_option("-p,--prompt", arguments->prompt, "What to answer");
   command->add_option("-f,--file", arguments->file, "File with the prompt, - for standard input")
       ->excludes(prompt);
-  command->add_flag("--no-chat", arguments->no_chat, "Continue the text as it is, without roles");
+  command->add_flag("--no-chat", arguments->no_chat,
+                    "Continue the text as it is, without roles; texts of special tokens in it, as "
+                    "<|user|> or <s>, are those tokens, and a begin token is not doubled");
   command->add_option("--system", arguments->system, "System message instead of the model's own");
   add_model_options(*command, arguments->model,
                     "Tokens of prompt and answer; without it the model's");

@@ -13,7 +13,8 @@
 namespace heed {
 namespace {
 
-constexpr const char* kWayOut = "; use --no-chat to continue the text as it is";
+constexpr const char* kWayOut =
+    "; use --no-chat to continue the text as it is, with special tokens where you write them";
 
 std::optional<ChatFormat> recognise(std::string_view text) {
   auto has = [&](std::string_view marker) { return text.find(marker) != std::string_view::npos; };

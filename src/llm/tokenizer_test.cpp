@@ -214,6 +214,12 @@ TEST(Tokenizer, BeginAndEndTokens) {
   EXPECT_EQ(both.encode("ab"), (Ids{5, 3, 6}));
   EXPECT_EQ(both.encode(""), (Ids{5, 6}));
   EXPECT_EQ(both.encode("ab", kPlain), (Ids{3}));
+  const EncodeOptions specials{.parse_specials = true};
+  EXPECT_EQ(both.encode("ab<x>", specials), (Ids{5, 3, 5, 6}));
+  EXPECT_EQ(both.encode("<x>ab", specials), (Ids{5, 3, 6}));  // not begun twice
+  EXPECT_EQ(both.encode("<x><x>", specials), (Ids{5, 5, 6}));
+  EXPECT_EQ(both.encode("<x>", specials), (Ids{5, 6}));
+  EXPECT_EQ(both.encode("<x>ab", kSpecials), (Ids{5, 3}));
   EXPECT_EQ(both.end_tokens(), (Ids{6}));
   Tokenizer story = stories();
   EXPECT_TRUE(story.adds_bos());
