@@ -19,8 +19,8 @@ BARE = ["run", "--no-chat", "--dtype", "f32", "--max-tokens"]
 ONCE = [*BARE, "8", "--model", STORIES]
 
 
-def changed_model(path, tokens=None, template=None, **flags):
-    """The stories model with another number of tokens in its tokenizer, a chat form, other flags."""
+def changed_model(path, tokens=None, template=None, without=None, **flags):
+    """The stories model with other tokens or flags, a chat form, without a tensor."""
     gguf = pytest.importorskip("gguf", reason="the package gguf is not installed")
     reader = gguf.GGUFReader(STORIES)
     writer = gguf.GGUFWriter(path, "llama")
@@ -39,6 +39,8 @@ def changed_model(path, tokens=None, template=None, **flags):
     if template is not None:
         writer.add_chat_template(template)
     for tensor in reader.tensors:
+        if tensor.name == without:
+            continue
         writer.add_tensor(tensor.name, tensor.data, raw_dtype=tensor.tensor_type)
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
@@ -437,6 +439,14 @@ def test_models_of_a_folder_have_names(tmp_path):
 
 def test_a_model_without_chat_says_what_to_do():
     assert "--no-chat" in error_of("run", "--model", STORIES, "-p", "Hello")
+
+
+def test_a_chat_form_is_looked_for_before_the_weights_are_read(tmp_path):
+    norm = "blk.4.ffn_norm.weight"
+    model = changed_model(tmp_path / "model.gguf", without=norm)
+    ask = ["run", "--model", model, "-p", "Hello"]
+    assert "tokenizer.chat_template" in error_of(*ask)
+    assert norm in error_of(*ask, "--no-chat")
 
 
 def test_ctrl_c_stops_the_answer_and_prints_the_statistics():

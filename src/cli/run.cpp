@@ -155,7 +155,7 @@ int answer_once(LanguageModel& loaded, const Arguments& arguments, const std::st
         loaded.tokenizer->encode(prompt, {.parse_specials = true, .to_continue = true});
     answer = speaker.answer(tokens, loaded.tokenizer->end_tokens(), false);
   } else {
-    const ChatTemplate chat(*loaded.file, *loaded.tokenizer);
+    const ChatTemplate& chat = loaded.chat.value();
     std::vector<ChatMessage> messages = opening(arguments);
     messages.push_back({"user", prompt});
     answer = speaker.answer(chat.render(messages), chat.stop_tokens(), true);
@@ -202,7 +202,7 @@ bool is_word_after_slash(std::string_view text) {
 }
 
 int converse(LanguageModel& loaded, const Arguments& arguments) {
-  const ChatTemplate chat(*loaded.file, *loaded.tokenizer);
+  const ChatTemplate& chat = loaded.chat.value();
   Speaker speaker(loaded, arguments);
   std::vector<ChatMessage> messages = opening(arguments);
   say("{}, Ctrl-C stops an answer, Ctrl-D ends\n", kCommands);
@@ -266,7 +266,7 @@ int run(const Arguments& arguments) {
     throw Error(arguments.draw_option +
                 ": at --temperature 0 nothing is drawn, a --temperature above 0 is needed");
   }
-  LanguageModel loaded = load_model(arguments.model);
+  LanguageModel loaded = load_model(arguments.model, arguments.no_chat ? Use::text : Use::chat);
   return prompt ? answer_once(loaded, arguments, *prompt) : converse(loaded, arguments);
 }
 
