@@ -173,19 +173,25 @@ int answer_once(LanguageModel& loaded, const Arguments& arguments, const std::st
 constexpr const char* kCommands =
     "/reset starts a new conversation, /exit or /quit ends, /help says this";
 
-// The next line that says something; none at its end, which two times Ctrl-C in a row are too.
-std::optional<std::string> next_line() {
+struct Line {
+  std::optional<std::string> text;  // none: the conversation is over
+  int exit_code = kOk;
+};
+
+// The next line that says something; none after the last one or two times Ctrl-C in a row.
+Line next_line() {
   for (bool warned = false;;) {
     fmt::print("{}", bold("> "));
     flush_output();
     const InterruptGuard guard(true);
     std::string line;
     if (std::getline(std::cin, line)) {
-      if (!trimmed(line).empty()) return line;
+      if (!trimmed(line).empty()) return {line};
       warned = false;
       continue;
     }
-    if (!guard.interrupted() || warned) return std::nullopt;
+    if (!guard.interrupted()) return {};
+    if (warned) return {std::nullopt, kInterrupted};
     warned = true;
     std::clearerr(stdin);
     std::cin.clear();
@@ -206,8 +212,10 @@ int converse(LanguageModel& loaded, const Arguments& arguments) {
   Speaker speaker(loaded, arguments);
   std::vector<ChatMessage> messages = opening(arguments);
   say("{}, Ctrl-C stops an answer, Ctrl-D ends\n", kCommands);
-  while (const auto line = next_line()) {
-    const std::string_view command = trimmed(*line);
+  Line next;
+  while ((next = next_line()).text) {
+    const std::string& line = *next.text;
+    const std::string_view command = trimmed(line);
     if (command == "/exit" || command == "/quit") return kOk;
     if (command == "/reset") {
       messages = opening(arguments);
@@ -217,13 +225,13 @@ int converse(LanguageModel& loaded, const Arguments& arguments) {
       say("{}\n", kCommands);
       continue;
     }
-    if (line->size() == kTerminalLine) {
+    if (line.size() == kTerminalLine) {
       say("heed: the terminal cuts a line at {} bytes, so nothing was asked; -f FILE takes longer "
           "prompts\n",
           kTerminalLine);
       continue;
     }
-    if (const auto at = first_ill_formed(*line)) {
+    if (const auto at = first_ill_formed(line)) {
       say("heed: the line is not UTF-8 from byte {} on, so nothing was asked\n", *at);
       continue;
     }
@@ -231,7 +239,7 @@ int converse(LanguageModel& loaded, const Arguments& arguments) {
       say("there is no {}: {}\n", command, kCommands);
       continue;
     }
-    messages.push_back({"user", *line});
+    messages.push_back({"user", line});
     try {
       const auto answer = speaker.answer(chat.render(messages), chat.stop_tokens(), true);
       fmt::print("\n");
@@ -248,7 +256,7 @@ int converse(LanguageModel& loaded, const Arguments& arguments) {
     }
   }
   fmt::print("\n");
-  return kOk;
+  return next.exit_code;
 }
 
 int run(const Arguments& arguments) {
@@ -309,7 +317,9 @@ void add_run(CLI::App& app, Outcome& outcome) {
       std::string(
           "Without -p and -f, a chat starts on a terminal (/help lists its commands); standard\n"
           "input that is piped is one prompt.\n"
-          "After Ctrl-C the statistics are printed and the exit code is 130.\n") +
+          "After Ctrl-C the statistics are printed and the exit code is 130; a chat goes on, and "
+          "two\n"
+          "times Ctrl-C at its prompt end it with 130, Ctrl-D and /exit with 0.\n") +
       kModelFooter);
   command->callback([arguments, draws, &outcome] {
     for (const CLI::Option* option : draws) {
