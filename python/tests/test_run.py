@@ -181,11 +181,11 @@ def test_ctrl_c_that_the_parent_ignores_stays_ignored():
     assert program.returncode == 0 and b"interrupted" not in errors, errors
 
 
-def conversation(model, *steps):
+def conversation(model, *steps, options=()):
     """What a terminal shows: each step waits for a text and then types one."""
     parent, child = pty.openpty()
     program = subprocess.Popen(
-        [PROGRAM, "run", "--model", model, "--max-tokens", "5"], stdin=child, stdout=child,
+        [PROGRAM, "run", "--model", model, "--max-tokens", "5", *options], stdin=child, stdout=child,
         stderr=child, cwd=ROOT, env={**ENVIRONMENT, "NO_COLOR": "1"}, start_new_session=True,
         preexec_fn=lambda: os.close(os.open(os.ttyname(0), os.O_RDWR)),
     )  # fmt: skip
@@ -245,6 +245,31 @@ def test_a_line_that_the_terminal_cuts_is_not_answered(chat_model):
     )  # fmt: skip
     assert code == 0 and b"cuts a line at 4095 bytes" in shown
     assert shown.count(b"in attention") == 1
+
+
+@pytest.mark.parametrize("attention", ["flash", "lightning", "4xflash/lightning"])
+def test_a_full_conversation_forgets_its_oldest_questions(chat_model, attention):
+    """Then it goes on as one that begins with what is left."""
+    options = ["--dtype", "f32", "--attention", attention, "--system", "Tell"]
+    last = heed_json(
+        "run", "--model", chat_model, "--max-tokens", "5", *options, "-p", "Lily and her cat"
+    )
+    context = 2 * last["prompt_tokens"]
+    code, shown = conversation(
+        chat_model, (b"> ", b"Tim\n"), (b"in attention", b""),
+        (b"> ", b"Once upon a time\n"), (b"in attention", b""),
+        (b"> ", b"Lily and her cat\n"), (b"in attention", b""),
+        (b"> ", b"long " * context + b"\n"), (f"the context holds {context}".encode(), b""),
+        (b"> ", b"Tim\n"), (b"in attention", b""), (b"> ", b"/exit\n"),
+        options=[*options, "--context", str(context)],
+    )  # fmt: skip
+    assert code == 0, shown
+    said = f"heed: the context of {context} tokens is full, so the "
+    answers = shown.decode().replace("\r", "").split("> ")
+    assert said in answers[3] and f"{last['text']}\n" in answers[3]
+    # The question that was too long is as never asked, and those before it are still there.
+    assert said not in answers[4] and said not in answers[5]
+    assert int(re.search(r"of (\d+) tokens", answers[5])[1]) > last["prompt_tokens"]
 
 
 @pytest.mark.parametrize("last, ended", [(b"\x03", 130), (b"\x04", 0), (b"/exit\n", 0)])

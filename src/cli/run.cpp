@@ -207,10 +207,70 @@ bool is_word_after_slash(std::string_view text) {
   return text.starts_with('/') && text.find_first_of(" \t/", 1) == std::string_view::npos;
 }
 
+/// Questions and their answers.
+class Conversation {
+ public:
+  Conversation(LanguageModel& loaded, const Arguments& arguments)
+      : loaded_(loaded), arguments_(arguments), speaker_(loaded, arguments) {
+    reset();
+  }
+  void reset() { messages_ = opening(arguments_); }
+
+  /// Where this fails, the question is as never asked.
+  void ask(const std::string& question) {
+    std::vector<ChatMessage> messages = messages_;
+    messages.push_back({"user", question});
+    const std::vector<int32_t> prompt = fitting_prompt(messages);
+    const auto answer = speaker_.answer(prompt, chat().stop_tokens(), true);
+    fmt::print("\n");
+    flush_output();
+    print_statistics(answer.result, *loaded_.model);
+    if (answer.result.tokens.empty() && answer.result.stop == StopReason::cancelled) {
+      messages.pop_back();  // nobody answered
+    } else {
+      messages.push_back({"assistant", answer.text});
+    }
+    messages_ = std::move(messages);
+  }
+
+ private:
+  const ChatTemplate& chat() const { return loaded_.chat.value(); }
+  std::vector<int32_t> fitting_prompt(std::vector<ChatMessage>& messages) const;
+
+  LanguageModel& loaded_;
+  const Arguments& arguments_;
+  Speaker speaker_;
+  std::vector<ChatMessage> messages_;
+};
+
+// The prompt of the messages; where it leaves no room for an answer, without the oldest of them. Then a
+// quarter of the context is made free at once: a prompt that begins otherwise is read from there again,
+// which each question would cost if it were only as much as one answer needs.
+std::vector<int32_t> Conversation::fitting_prompt(std::vector<ChatMessage>& messages) const {
+  const int64_t context = loaded_.model->context(), quarter = context / 4;
+  std::vector<int32_t> prompt = chat().render(messages);
+  const auto fits = [&](int64_t room) {
+    return static_cast<int64_t>(prompt.size()) <= context - room;
+  };
+  if (fits(std::min(arguments_.generate.max_tokens, quarter))) return prompt;
+  const size_t first = messages.front().role == "system" ? 1 : 0;
+  int forgotten = 0;
+  while (messages.size() > first + 1 && !fits(quarter)) {
+    const auto oldest = messages.begin() + static_cast<std::ptrdiff_t>(first);
+    messages.erase(oldest, oldest + 2);
+    ++forgotten;
+    prompt = chat().render(messages);
+  }
+  if (forgotten > 0 && fits(0)) {
+    say("heed: the context of {} tokens is full, so {} forgotten\n", context,
+        forgotten == 1 ? "the oldest question and its answer are"
+                       : fmt::format("the {} oldest questions and their answers are", forgotten));
+  }
+  return prompt;
+}
+
 int converse(LanguageModel& loaded, const Arguments& arguments) {
-  const ChatTemplate& chat = loaded.chat.value();
-  Speaker speaker(loaded, arguments);
-  std::vector<ChatMessage> messages = opening(arguments);
+  Conversation conversation(loaded, arguments);
   say("{}, Ctrl-C stops an answer, Ctrl-D ends\n", kCommands);
   Line next;
   while ((next = next_line()).text) {
@@ -218,7 +278,7 @@ int converse(LanguageModel& loaded, const Arguments& arguments) {
     const std::string_view command = trimmed(line);
     if (command == "/exit" || command == "/quit") return kOk;
     if (command == "/reset") {
-      messages = opening(arguments);
+      conversation.reset();
       continue;
     }
     if (command == "/help") {
@@ -239,19 +299,9 @@ int converse(LanguageModel& loaded, const Arguments& arguments) {
       say("there is no {}: {}\n", command, kCommands);
       continue;
     }
-    messages.push_back({"user", line});
     try {
-      const auto answer = speaker.answer(chat.render(messages), chat.stop_tokens(), true);
-      fmt::print("\n");
-      flush_output();
-      print_statistics(answer.result, *loaded.model);
-      if (answer.result.tokens.empty() && answer.result.stop == StopReason::cancelled) {
-        messages.pop_back();  // nobody answered
-      } else {
-        messages.push_back({"assistant", answer.text});
-      }
+      conversation.ask(line);
     } catch (const Error& error) {
-      messages.pop_back();
       say("heed: {}; /reset starts a new conversation\n", error.what());
     }
   }
