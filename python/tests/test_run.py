@@ -19,8 +19,8 @@ BARE = ["run", "--no-chat", "--dtype", "f32", "--max-tokens"]
 ONCE = [*BARE, "8", "--model", STORIES]
 
 
-def changed_model(path, tokens=None, template=None, **flags):
-    """The stories model with another number of tokens in its tokenizer, a chat form, other flags."""
+def changed_model(path, tokens=None, template=None, without=None, **flags):
+    """The stories model with other tokens or flags, a chat form, without a tensor."""
     gguf = pytest.importorskip("gguf", reason="the package gguf is not installed")
     reader = gguf.GGUFReader(STORIES)
     writer = gguf.GGUFWriter(path, "llama")
@@ -39,6 +39,8 @@ def changed_model(path, tokens=None, template=None, **flags):
     if template is not None:
         writer.add_chat_template(template)
     for tensor in reader.tensors:
+        if tensor.name == without:
+            continue
         writer.add_tensor(tensor.name, tensor.data, raw_dtype=tensor.tensor_type)
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
@@ -66,6 +68,24 @@ def test_a_text_that_goes_on_has_no_end_token(tmp_path):
         heed_json(*BARE, "8", "-p", "Once upon a time", "--model", m) for m in (STORIES, model)
     )
     assert other["prompt_tokens"] == plain["prompt_tokens"] and other["text"] == plain["text"]
+
+
+def test_a_text_without_roles_may_name_special_tokens():
+    plain = heed_json(*ONCE, "-p", "Once upon a time")
+    begun = heed_json(*ONCE, "-p", "<s>Once upon a time")
+    assert begun["prompt_tokens"] == plain["prompt_tokens"] and begun["text"] == plain["text"]
+    assert heed_json(*ONCE, "-p", "Once upon a time</s><s>")["prompt_tokens"] == 7
+    assert "special tokens" in heed("run", "--help").stdout
+
+
+def test_special_tokens_in_chats_and_data_are_plain_text(chat_model, tmp_path):
+    chat = ["run", "--model", chat_model, "--max-tokens", "1", "-p"]
+    plain, marked = (heed_json(*chat, text)["prompt_tokens"] for text in ("a", "a</s>"))
+    assert marked > plain + 1
+    file = tmp_path / "data.txt"
+    file.write_text("Once</s>")
+    found = heed_json("eval", "--model", STORIES, "--text", file)
+    assert found["tokens"] > heed_json(*ONCE, "-f", file)["prompt_tokens"]
 
 
 def test_tokenizers_that_do_not_fit_the_model(tmp_path):
@@ -161,11 +181,11 @@ def test_ctrl_c_that_the_parent_ignores_stays_ignored():
     assert program.returncode == 0 and b"interrupted" not in errors, errors
 
 
-def conversation(model, *steps):
+def conversation(model, *steps, options=()):
     """What a terminal shows: each step waits for a text and then types one."""
     parent, child = pty.openpty()
     program = subprocess.Popen(
-        [PROGRAM, "run", "--model", model, "--max-tokens", "5"], stdin=child, stdout=child,
+        [PROGRAM, "run", "--model", model, "--max-tokens", "5", *options], stdin=child, stdout=child,
         stderr=child, cwd=ROOT, env={**ENVIRONMENT, "NO_COLOR": "1"}, start_new_session=True,
         preexec_fn=lambda: os.close(os.open(os.ttyname(0), os.O_RDWR)),
     )  # fmt: skip
@@ -227,12 +247,37 @@ def test_a_line_that_the_terminal_cuts_is_not_answered(chat_model):
     assert shown.count(b"in attention") == 1
 
 
-@pytest.mark.parametrize("last", [b"\x03", b"\x04", b"/exit\n"])
-def test_ctrl_c_at_the_prompt_says_how_to_end(chat_model, last):
+@pytest.mark.parametrize("attention", ["flash", "lightning", "4xflash/lightning"])
+def test_a_full_conversation_forgets_its_oldest_questions(chat_model, attention):
+    """Then it goes on as one that begins with what is left."""
+    options = ["--dtype", "f32", "--attention", attention, "--system", "Tell"]
+    last = heed_json(
+        "run", "--model", chat_model, "--max-tokens", "5", *options, "-p", "Lily and her cat"
+    )
+    context = 2 * last["prompt_tokens"]
+    code, shown = conversation(
+        chat_model, (b"> ", b"Tim\n"), (b"in attention", b""),
+        (b"> ", b"Once upon a time\n"), (b"in attention", b""),
+        (b"> ", b"Lily and her cat\n"), (b"in attention", b""),
+        (b"> ", b"long " * context + b"\n"), (f"the context holds {context}".encode(), b""),
+        (b"> ", b"Tim\n"), (b"in attention", b""), (b"> ", b"/exit\n"),
+        options=[*options, "--context", str(context)],
+    )  # fmt: skip
+    assert code == 0, shown
+    said = f"heed: the context of {context} tokens is full, so the "
+    answers = shown.decode().replace("\r", "").split("> ")
+    assert said in answers[3] and f"{last['text']}\n" in answers[3]
+    # The question that was too long is as never asked, and those before it are still there.
+    assert said not in answers[4] and said not in answers[5]
+    assert int(re.search(r"of (\d+) tokens", answers[5])[1]) > last["prompt_tokens"]
+
+
+@pytest.mark.parametrize("last, ended", [(b"\x03", 130), (b"\x04", 0), (b"/exit\n", 0)])
+def test_ctrl_c_at_the_prompt_says_how_to_end(chat_model, last, ended):
     code, shown = conversation(
         chat_model, (b"> ", b"\x03"), (b"Ctrl-C once more ends", b""), (b"> ", last)
     )
-    assert code == 0, shown
+    assert code == ended, shown
 
 
 def stories(*arguments, **options):
@@ -419,6 +464,14 @@ def test_models_of_a_folder_have_names(tmp_path):
 
 def test_a_model_without_chat_says_what_to_do():
     assert "--no-chat" in error_of("run", "--model", STORIES, "-p", "Hello")
+
+
+def test_a_chat_form_is_looked_for_before_the_weights_are_read(tmp_path):
+    norm = "blk.4.ffn_norm.weight"
+    model = changed_model(tmp_path / "model.gguf", without=norm)
+    ask = ["run", "--model", model, "-p", "Hello"]
+    assert "tokenizer.chat_template" in error_of(*ask)
+    assert norm in error_of(*ask, "--no-chat")
 
 
 def test_ctrl_c_stops_the_answer_and_prints_the_statistics():

@@ -25,7 +25,7 @@ struct Arguments {
 
 int eval(const Arguments& arguments) {
   const std::string text = read_text("--text", arguments.text);
-  LanguageModel loaded = load_model(arguments.model);
+  LanguageModel loaded = load_model(arguments.model, Use::text);
   const auto tokens = loaded.tokenizer->encode(text);
   const InterruptGuard guard;
   Progress progress("scoring");

@@ -47,7 +47,7 @@ void add_model_options(CLI::App& command, ModelArguments& arguments, const char*
               "Threads; without it all cores, or what a container grants");
 }
 
-LanguageModel load_model(const ModelArguments& arguments) {
+LanguageModel load_model(const ModelArguments& arguments, Use use) {
   use_threads(arguments.threads);
   (void)forced_isa();  // what is wrong with HEED_ISA is none of --attention
   ModelOptions options;
@@ -71,6 +71,7 @@ LanguageModel load_model(const ModelArguments& arguments) {
                 " rows, one for each of the tokenizer's " +
                 std::to_string(loaded.tokenizer->vocab_size()) + " tokens is needed");
   }
+  if (use == Use::chat) loaded.chat.emplace(*loaded.file, *loaded.tokenizer);
   loaded.model = std::make_unique<Model>(*loaded.file, std::move(options));
   if (has_cache && loaded.model->context() > config.context) {
     say("heed: --context {}: the model was trained for {} tokens\n", loaded.model->context(),

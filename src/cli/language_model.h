@@ -6,6 +6,7 @@
 #include <optional>
 #include <string>
 
+#include "llm/chat.h"
 #include "llm/gguf.h"
 #include "llm/model.h"
 #include "llm/tokenizer.h"
@@ -26,10 +27,12 @@ inline constexpr const char* kModelFooter = "docs/real-model.md says more of --a
 struct LanguageModel {
   std::unique_ptr<GgufFile> file;  // outlives the others
   std::unique_ptr<Tokenizer> tokenizer;
+  std::optional<ChatTemplate> chat;  // where it was asked for
   std::unique_ptr<Model> model;
 };
-/// Checks every argument before it reads the weights.
-LanguageModel load_model(const ModelArguments& arguments);
+enum class Use { text, chat };
+/// Checks every argument, and for a chat the model's form of it, before it reads the weights.
+LanguageModel load_model(const ModelArguments& arguments, Use use);
 
 /// Catches Ctrl-C while it lives: the first one only sets `interrupted`, a second one ends the
 /// program. Where the parent had it ignored, it stays so.

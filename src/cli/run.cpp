@@ -150,10 +150,12 @@ int answer_once(LanguageModel& loaded, const Arguments& arguments, const std::st
   Speaker speaker(loaded, arguments);
   Speaker::Answer answer;
   if (arguments.no_chat) {
-    const auto tokens = loaded.tokenizer->encode(prompt, {.to_continue = true});
+    // The text is the operator's own, who alone can write the turns of a chat form that is not known here.
+    const auto tokens =
+        loaded.tokenizer->encode(prompt, {.parse_specials = true, .to_continue = true});
     answer = speaker.answer(tokens, loaded.tokenizer->end_tokens(), false);
   } else {
-    const ChatTemplate chat(*loaded.file, *loaded.tokenizer);
+    const ChatTemplate& chat = loaded.chat.value();
     std::vector<ChatMessage> messages = opening(arguments);
     messages.push_back({"user", prompt});
     answer = speaker.answer(chat.render(messages), chat.stop_tokens(), true);
@@ -171,19 +173,25 @@ int answer_once(LanguageModel& loaded, const Arguments& arguments, const std::st
 constexpr const char* kCommands =
     "/reset starts a new conversation, /exit or /quit ends, /help says this";
 
-// The next line that says something; none at its end, which two times Ctrl-C in a row are too.
-std::optional<std::string> next_line() {
+struct Line {
+  std::optional<std::string> text;  // none: the conversation is over
+  int exit_code = kOk;
+};
+
+// The next line that says something; none after the last one or two times Ctrl-C in a row.
+Line next_line() {
   for (bool warned = false;;) {
     fmt::print("{}", bold("> "));
     flush_output();
     const InterruptGuard guard(true);
     std::string line;
     if (std::getline(std::cin, line)) {
-      if (!trimmed(line).empty()) return line;
+      if (!trimmed(line).empty()) return {line};
       warned = false;
       continue;
     }
-    if (!guard.interrupted() || warned) return std::nullopt;
+    if (!guard.interrupted()) return {};
+    if (warned) return {std::nullopt, kInterrupted};
     warned = true;
     std::clearerr(stdin);
     std::cin.clear();
@@ -199,29 +207,91 @@ bool is_word_after_slash(std::string_view text) {
   return text.starts_with('/') && text.find_first_of(" \t/", 1) == std::string_view::npos;
 }
 
+/// Questions and their answers.
+class Conversation {
+ public:
+  Conversation(LanguageModel& loaded, const Arguments& arguments)
+      : loaded_(loaded), arguments_(arguments), speaker_(loaded, arguments) {
+    reset();
+  }
+  void reset() { messages_ = opening(arguments_); }
+
+  /// Where this fails, the question is as never asked.
+  void ask(const std::string& question) {
+    std::vector<ChatMessage> messages = messages_;
+    messages.push_back({"user", question});
+    const std::vector<int32_t> prompt = fitting_prompt(messages);
+    const auto answer = speaker_.answer(prompt, chat().stop_tokens(), true);
+    fmt::print("\n");
+    flush_output();
+    print_statistics(answer.result, *loaded_.model);
+    if (answer.result.tokens.empty() && answer.result.stop == StopReason::cancelled) {
+      messages.pop_back();  // nobody answered
+    } else {
+      messages.push_back({"assistant", answer.text});
+    }
+    messages_ = std::move(messages);
+  }
+
+ private:
+  const ChatTemplate& chat() const { return loaded_.chat.value(); }
+  std::vector<int32_t> fitting_prompt(std::vector<ChatMessage>& messages) const;
+
+  LanguageModel& loaded_;
+  const Arguments& arguments_;
+  Speaker speaker_;
+  std::vector<ChatMessage> messages_;
+};
+
+// The prompt of the messages; where it leaves no room for an answer, without the oldest of them. Then a
+// quarter of the context is made free at once: a prompt that begins otherwise is read from there again,
+// which each question would cost if it were only as much as one answer needs.
+std::vector<int32_t> Conversation::fitting_prompt(std::vector<ChatMessage>& messages) const {
+  const int64_t context = loaded_.model->context(), quarter = context / 4;
+  std::vector<int32_t> prompt = chat().render(messages);
+  const auto fits = [&](int64_t room) {
+    return static_cast<int64_t>(prompt.size()) <= context - room;
+  };
+  if (fits(std::min(arguments_.generate.max_tokens, quarter))) return prompt;
+  const size_t first = messages.front().role == "system" ? 1 : 0;
+  int forgotten = 0;
+  while (messages.size() > first + 1 && !fits(quarter)) {
+    const auto oldest = messages.begin() + static_cast<std::ptrdiff_t>(first);
+    messages.erase(oldest, oldest + 2);
+    ++forgotten;
+    prompt = chat().render(messages);
+  }
+  if (forgotten > 0 && fits(0)) {
+    say("heed: the context of {} tokens is full, so {} forgotten\n", context,
+        forgotten == 1 ? "the oldest question and its answer are"
+                       : fmt::format("the {} oldest questions and their answers are", forgotten));
+  }
+  return prompt;
+}
+
 int converse(LanguageModel& loaded, const Arguments& arguments) {
-  const ChatTemplate chat(*loaded.file, *loaded.tokenizer);
-  Speaker speaker(loaded, arguments);
-  std::vector<ChatMessage> messages = opening(arguments);
+  Conversation conversation(loaded, arguments);
   say("{}, Ctrl-C stops an answer, Ctrl-D ends\n", kCommands);
-  while (const auto line = next_line()) {
-    const std::string_view command = trimmed(*line);
+  Line next;
+  while ((next = next_line()).text) {
+    const std::string& line = *next.text;
+    const std::string_view command = trimmed(line);
     if (command == "/exit" || command == "/quit") return kOk;
     if (command == "/reset") {
-      messages = opening(arguments);
+      conversation.reset();
       continue;
     }
     if (command == "/help") {
       say("{}\n", kCommands);
       continue;
     }
-    if (line->size() == kTerminalLine) {
+    if (line.size() == kTerminalLine) {
       say("heed: the terminal cuts a line at {} bytes, so nothing was asked; -f FILE takes longer "
           "prompts\n",
           kTerminalLine);
       continue;
     }
-    if (const auto at = first_ill_formed(*line)) {
+    if (const auto at = first_ill_formed(line)) {
       say("heed: the line is not UTF-8 from byte {} on, so nothing was asked\n", *at);
       continue;
     }
@@ -229,24 +299,14 @@ int converse(LanguageModel& loaded, const Arguments& arguments) {
       say("there is no {}: {}\n", command, kCommands);
       continue;
     }
-    messages.push_back({"user", *line});
     try {
-      const auto answer = speaker.answer(chat.render(messages), chat.stop_tokens(), true);
-      fmt::print("\n");
-      flush_output();
-      print_statistics(answer.result, *loaded.model);
-      if (answer.result.tokens.empty() && answer.result.stop == StopReason::cancelled) {
-        messages.pop_back();  // nobody answered
-      } else {
-        messages.push_back({"assistant", answer.text});
-      }
+      conversation.ask(line);
     } catch (const Error& error) {
-      messages.pop_back();
       say("heed: {}; /reset starts a new conversation\n", error.what());
     }
   }
   fmt::print("\n");
-  return kOk;
+  return next.exit_code;
 }
 
 int run(const Arguments& arguments) {
@@ -264,7 +324,7 @@ int run(const Arguments& arguments) {
     throw Error(arguments.draw_option +
                 ": at --temperature 0 nothing is drawn, a --temperature above 0 is needed");
   }
-  LanguageModel loaded = load_model(arguments.model);
+  LanguageModel loaded = load_model(arguments.model, arguments.no_chat ? Use::text : Use::chat);
   return prompt ? answer_once(loaded, arguments, *prompt) : converse(loaded, arguments);
 }
 
@@ -277,7 +337,9 @@ void add_run(CLI::App& app, Outcome& outcome) {
   CLI::Option* prompt = command->add_option("-p,--prompt", arguments->prompt, "What to answer");
   command->add_option("-f,--file", arguments->file, "File with the prompt, - for standard input")
       ->excludes(prompt);
-  command->add_flag("--no-chat", arguments->no_chat, "Continue the text as it is, without roles");
+  command->add_flag("--no-chat", arguments->no_chat,
+                    "Continue the text as it is, without roles; texts of special tokens in it, as "
+                    "<|user|> or <s>, are those tokens, and a begin token is not doubled");
   command->add_option("--system", arguments->system, "System message instead of the model's own");
   add_model_options(*command, arguments->model,
                     "Tokens of prompt and answer; without it the model's");
@@ -305,7 +367,9 @@ void add_run(CLI::App& app, Outcome& outcome) {
       std::string(
           "Without -p and -f, a chat starts on a terminal (/help lists its commands); standard\n"
           "input that is piped is one prompt.\n"
-          "After Ctrl-C the statistics are printed and the exit code is 130.\n") +
+          "After Ctrl-C the statistics are printed and the exit code is 130; a chat goes on, and "
+          "two\n"
+          "times Ctrl-C at its prompt end it with 130, Ctrl-D and /exit with 0.\n") +
       kModelFooter);
   command->callback([arguments, draws, &outcome] {
     for (const CLI::Option* option : draws) {

@@ -332,6 +332,33 @@ void rms_norm(const Tensor& x, const Tensor& weight, float eps, const Int8Rows& 
   });
 }
 
+void rms_norm_heads(const Tensor& x, std::initializer_list<NormedHeads> parts, float eps,
+                    const RunOptions& run) {
+  check_matrix("rms_norm_heads", "x", x);
+  int64_t columns = 0;
+  for (const NormedHeads& part : parts) {
+    const int64_t d = part.weight.rank() == 1 ? part.weight.size(0) : 0;
+    check_vector("rms_norm_heads", "weight", part.weight, d);
+    columns += part.heads * d;
+  }
+  if (columns != x.size(1)) {
+    fail("rms_norm_heads", describe("x", x) + " is given, heads with " + std::to_string(columns) +
+                               " columns together are needed");
+  }
+  const auto norm = kernels_for(run).rms_norm;
+  for_rows(x, run, [&](int64_t begin, int64_t end) {
+    for (int64_t m = begin; m < end; ++m) {
+      int64_t first = 0;
+      for (const NormedHeads& part : parts) {
+        const int64_t d = part.weight.size(0);
+        const Tensor heads(x.at({m, first}), x.dtype(), {part.heads, d});
+        norm(heads, part.weight.as<float>(), eps, heads, 0, part.heads);
+        first += part.heads * d;
+      }
+    }
+  });
+}
+
 void swiglu(const Tensor& gate_up, const Tensor& out, const RunOptions& run) {
   check_matrix("swiglu", "out", out);
   check_shape("swiglu", "gate_up", gate_up, {out.size(0), 2 * out.size(1)});

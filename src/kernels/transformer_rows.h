@@ -6,6 +6,7 @@
 // the same row of the inputs only. Throws Error for other types or shapes that do not fit.
 #pragma once
 #include <cstdint>
+#include <initializer_list>
 
 #include "heed/run.h"
 #include "heed/tensor.h"
@@ -19,6 +20,15 @@ void rms_norm(const Tensor& x, const Tensor& weight, float eps, const Tensor& ou
               const RunOptions& run = {});
 void rms_norm(const Tensor& x, const Tensor& weight, float eps, const Int8Rows& out,
               const RunOptions& run = {});
+
+/// So many heads, one beside the other, with one weight [D] float32.
+struct NormedHeads {
+  int64_t heads = 0;
+  Tensor weight;
+};
+/// The same for every head of every row, in place: x [M, all heads * D].
+void rms_norm_heads(const Tensor& x, std::initializer_list<NormedHeads> parts, float eps,
+                    const RunOptions& run = {});
 
 /// out[m,f] = silu(g) * u, g = gate_up[m,f], u = gate_up[m,F+f], silu(g) = g / (1 + exp -g).
 /// arXiv 2002.05202. gate_up [M,2F], out [M,F].

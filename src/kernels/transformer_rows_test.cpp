@@ -109,6 +109,31 @@ TEST(TransformerRows, RmsNorm) {
   });
 }
 
+TEST(TransformerRows, RmsNormOfHeadsIsThatOfRows) {
+  constexpr int64_t kHeads = 3;  // two with one weight, the third with another
+  for_cases([](Isa isa, DType type, int64_t rows, int64_t columns, const std::string& what) {
+    std::vector<float> values(static_cast<size_t>(2 * columns));
+    for (size_t c = 0; c < values.size(); ++c) values[c] = 0.5f + 0.01f * static_cast<float>(c);
+    const Tensor first(values.data(), DType::f32, {columns});
+    const Tensor second(values.data() + columns, DType::f32, {columns});
+    Matrix all = Matrix::random(type, rows, kHeads * columns, 1, 3.0f);
+    for (int64_t head = 0; head < kHeads; ++head) {
+      Matrix one(type, rows, columns);
+      for (int64_t i = 0; i < rows; ++i) {
+        for (int64_t c = 0; c < columns; ++c) one.set(i, c, all.get(i, head * columns + c));
+      }
+      rms_norm(one.view(), head < 2 ? first : second, 1e-5f, one.view(),
+               {.threads = 1, .isa = isa});
+      Matrix normed = all;
+      rms_norm_heads(normed.view(), {{2, first}, {1, second}}, 1e-5f, {.threads = 3, .isa = isa});
+      for (int64_t i = 0; i < rows; ++i) {
+        for (int64_t c = 0; c < columns; ++c)
+          ASSERT_EQ(normed.get(i, head * columns + c), one.get(i, c)) << what;
+      }
+    }
+  });
+}
+
 TEST(TransformerRows, Swiglu) {
   for_cases([](Isa isa, DType type, int64_t rows, int64_t columns, const std::string& what) {
     Matrix in = Matrix::random(type, rows, 2 * columns, 2, 20.0f), out(type, rows, columns);
@@ -259,6 +284,10 @@ TEST(TransformerRows, RefusesWhatDoesNotFit) {
   std::vector<float> weight(6), table(32);
   const Tensor w(weight.data(), DType::f32, {6}), short_w(weight.data(), DType::f32, {5});
   EXPECT_THROW(rms_norm(x.view(), short_w, 1e-5f, x.view()), Error);
+  const Tensor third(weight.data(), DType::f32, {2}), square(weight.data(), DType::f32, {2, 3});
+  EXPECT_NO_THROW(rms_norm_heads(x.view(), {{3, third}}, 1e-5f));
+  EXPECT_THROW(rms_norm_heads(x.view(), {{1, third}, {1, third}}, 1e-5f), Error);
+  EXPECT_THROW(rms_norm_heads(x.view(), {{2, square}}, 1e-5f), Error);
   EXPECT_THROW(rms_norm(x.view(), w, 1e-5f, small.view()), Error);
   EXPECT_THROW(rms_norm(Tensor(x.wide.data(), DType::f32, {2, 6}, {1, 2}), w, 1e-5f, x.view()),
                Error);

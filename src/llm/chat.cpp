@@ -13,7 +13,8 @@
 namespace heed {
 namespace {
 
-constexpr const char* kWayOut = "; use --no-chat to continue the text as it is";
+constexpr const char* kWayOut =
+    "; use --no-chat to continue the text as it is, with special tokens where you write them";
 
 std::optional<ChatFormat> recognise(std::string_view text) {
   auto has = [&](std::string_view marker) { return text.find(marker) != std::string_view::npos; };
@@ -40,28 +41,38 @@ std::string unescaped(std::string_view literal) {
   return out;
 }
 
+// The next such quote from `begin` on that no backslash stands before.
+size_t find_quote(std::string_view text, char quote, size_t begin) {
+  for (size_t i = begin; i < text.size(); ++i) {
+    if (text[i] == '\\') {
+      ++i;
+    } else if (text[i] == quote) {
+      return i;
+    }
+  }
+  return std::string_view::npos;
+}
+
 // A ChatML template gives its default system message as one literal, from the start marker to the end
 // marker: '<|im_start|>system\nYou are ...<|im_end|>\n'. Empty when there is none.
 std::string find_default_system(std::string_view text) {
   constexpr std::string_view kOpen = "<|im_start|>system", kClose = "<|im_end|>";
+  // What comes next after a literal's begin. As begins only grow, each is looked for where the last one
+  // was passed, so that a template takes time in proportion to its length whatever it repeats.
+  size_t end = 0, single_quote = 0, double_quote = 0;
   for (size_t at = text.find(kOpen); at != std::string_view::npos; at = text.find(kOpen, at + 1)) {
-    if (at == 0) continue;
-    char quote = text[at - 1];
-    size_t begin = at + kOpen.size();
-    size_t end = text.find(kClose, begin);
+    if (at == 0 || (text[at - 1] != '\'' && text[at - 1] != '"')) continue;
+    const char quote = text[at - 1];
+    const size_t begin = at + kOpen.size();
+    if (end < begin) end = text.find(kClose, begin);
     if (end == std::string_view::npos) break;
-    std::string_view literal = text.substr(begin, end - begin);
-    bool closed = false;  // the literal ends before its end marker: it is not a whole message
-    for (size_t i = 0; i < literal.size(); ++i) {
-      if (literal[i] == '\\') {
-        ++i;
-      } else if (literal[i] == quote) {
-        closed = true;
-      }
-    }
-    if ((quote != '\'' && quote != '"') || closed) continue;
-    std::string message = unescaped(literal);
-    if (message.size() > 1 && message[0] == '\n') return message.substr(1);
+    const std::string_view literal = text.substr(begin, end - begin);
+    const std::string start = unescaped(literal.substr(0, 3));
+    if (start.size() < 2 || start[0] != '\n') continue;
+    size_t& closing = quote == '"' ? double_quote : single_quote;
+    if (closing < begin) closing = find_quote(text, quote, begin);
+    if (closing < end) continue;  // the literal ends before its end marker: it is no whole message
+    return unescaped(literal).substr(1);
   }
   return {};
 }

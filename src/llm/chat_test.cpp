@@ -106,6 +106,25 @@ TEST(Chat, DefaultSystemMessageOfTheFile) {
             "<|im_start|>system\nOwn.<|im_end|>\n<|im_start|>user\nhi<|im_end|>\n");
 }
 
+// Each start marker followed to its end marker or closing quote would take hours.
+TEST(Chat, TemplatesThatRepeatTheStartMarkerTakeLinearTime) {
+  const auto repeated = [](const std::string& part) {
+    std::string all;
+    for (int i = 0; i < 400000; ++i) all += part;
+    return all;
+  };
+  const auto default_of = [](const std::string& text) {
+    Model model(text);
+    return ChatTemplate(model.file, model.tokenizer).default_system();
+  };
+  EXPECT_EQ(default_of(repeated("'<|im_start|>system") + "<|im_end|>"), "");
+  EXPECT_EQ(default_of(repeated("\\'<|im_start|>system") + "<|im_end|>"), "");
+  EXPECT_EQ(default_of(repeated("\\'<|im_start|>system\n") + "'<|im_end|>"), "");
+  EXPECT_EQ(default_of(repeated("\\\"<|im_start|>system\n") + "\"<|im_end|>" + kChatMl +
+                       "'<|im_start|>system\\nBe.<|im_end|>'"),
+            "Be.");
+}
+
 TEST(Chat, AnswersBeginAsTheTemplateSays) {
   const std::string start =
       "{% set add_generation_prompt = true %}{{ '<|im_start|>assistant\\nno' }}";

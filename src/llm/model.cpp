@@ -71,11 +71,6 @@ Tensor as_heads(const Tensor& x, int64_t head_dim) {
                 {x.size(0) * x.stride(0), head_dim, x.stride(0), 1});
 }
 
-// Every head of every row of a matrix as a row of its own, where the heads fill the rows.
-Tensor as_single_heads(const Tensor& x, int64_t row, int64_t head_dim) {
-  return Tensor(x.at({row}), x.dtype(), {x.size(1) / head_dim, head_dim});
-}
-
 }  // namespace
 
 Model::Model(const GgufFile& file, ModelOptions options)
@@ -150,16 +145,12 @@ Tensor Model::buffer(Array& memory, DType type, int64_t rows, int64_t columns) c
 void Model::prepare_heads(const LayerWeights& w, const Tensor& qkv) {
   if (w.qkv_bias.view().defined()) add_bias(w.qkv_bias, qkv, run_);
   const int64_t d = config_.head_dim;
-  const Tensor queries = columns_of(qkv, 0, config_.heads * d);
-  const Tensor keys = columns_of(qkv, config_.heads * d, config_.kv_heads * d);
+  const Tensor queries_keys = columns_of(qkv, 0, (config_.heads + config_.kv_heads) * d);
   if (config_.qk_norm) {
-    for (int64_t m = 0; m < qkv.size(0); ++m) {
-      const Tensor q = as_single_heads(queries, m, d), k = as_single_heads(keys, m, d);
-      rms_norm(q, w.q_norm, config_.norm_eps, q, run_);
-      rms_norm(k, w.k_norm, config_.norm_eps, k, run_);
-    }
+    rms_norm_heads(queries_keys, {{config_.heads, w.q_norm}, {config_.kv_heads, w.k_norm}},
+                   config_.norm_eps, run_);
   }
-  rotate(columns_of(qkv, 0, (config_.heads + config_.kv_heads) * d),
+  rotate(queries_keys,
          {.head_dim = d,
           .pairs = static_cast<int64_t>(config_.rotary_frequencies.size()),
           .interleaved = config_.rotary_interleaved,

@@ -61,14 +61,29 @@ void Pretokenizer::FreeMatch::operator()(pcre2_match_data* match) const {
 // Source: llama_vocab::impl::load in llama.cpp's src/llama-vocab.cpp. Names with rules of their own besides
 // (jina-v2-de, roberta-bpe) are none of these.
 std::string_view pretokenizer_like(std::string_view name) {
-  constexpr std::pair<std::string_view, std::string_view> kAlike[] = {
-      {"llama3", "llama-bpe"},    {"llama-v3", "llama-bpe"},     {"falcon3", "llama-bpe"},
-      {"falcon-h1", "llama-bpe"}, {"pixtral", "llama-bpe"},      {"midm-2.0", "llama-bpe"},
-      {"lfm2", "llama-bpe"},      {"jina-v5-nano", "llama-bpe"}, {"deepseek-r1-qwen", "qwen2"},
-      {"kormo", "qwen2"},         {"f2llmv2", "qwen2"},          {"phi-2", "gpt-2"},
-      {"jina-es", "gpt-2"},       {"jina-de", "gpt-2"},          {"gigachat", "gpt-2"},
-      {"a.x-4.0", "gpt-2"},       {"mellum", "gpt-2"},           {"modern-bert", "gpt-2"},
-      {"exaone4", "gpt-2"}};
+  constexpr std::pair<std::string_view, std::string_view> kAlike[] = {{"llama3", "llama-bpe"},
+                                                                      {"llama-v3", "llama-bpe"},
+                                                                      {"falcon3", "llama-bpe"},
+                                                                      {"falcon-h1", "llama-bpe"},
+                                                                      {"pixtral", "llama-bpe"},
+                                                                      {"midm-2.0", "llama-bpe"},
+                                                                      {"lfm2", "llama-bpe"},
+                                                                      {"jina-v5-nano", "llama-bpe"},
+                                                                      {"deepseek-r1-qwen", "qwen2"},
+                                                                      {"kormo", "qwen2"},
+                                                                      {"f2llmv2", "qwen2"},
+                                                                      {"phi-2", "gpt-2"},
+                                                                      {"jina-es", "gpt-2"},
+                                                                      {"jina-de", "gpt-2"},
+                                                                      {"gigachat", "gpt-2"},
+                                                                      {"a.x-4.0", "gpt-2"},
+                                                                      {"mellum", "gpt-2"},
+                                                                      {"modern-bert", "gpt-2"},
+                                                                      {"exaone4", "gpt-2"},
+                                                                      {"mpt", "gpt-2"},
+                                                                      {"olmo", "gpt-2"},
+                                                                      {"jais", "gpt-2"},
+                                                                      {"command-r", "smollm"}};
   for (const auto& [other, ours] : kAlike) {
     if (name == other) return ours;
   }

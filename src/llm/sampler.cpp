@@ -5,6 +5,7 @@
 #include <limits>
 #include <sstream>
 #include <string>
+#include <utility>
 
 #include "heed/error.h"
 
@@ -34,6 +35,12 @@ int32_t best_of(std::span<const float> logits) {
   return static_cast<int32_t>(best);
 }
 
+constexpr double kInfinity = std::numeric_limits<double>::infinity();
+// Mostly all that top_k or top_p keeps has logits this near to the best.
+constexpr double kNear = 8.0;
+// Beyond 64, where weights at temperature 1 are less than 1e-27, it is not worth looking more often.
+double farther(double distance) { return distance < 64.0 ? 2 * distance : kInfinity; }
+
 }  // namespace
 
 Sampler::Sampler(const SamplerOptions& options) : options_(options), random_(options.seed) {
@@ -50,63 +57,92 @@ Sampler::Sampler(const SamplerOptions& options) : options_(options), random_(opt
 int32_t Sampler::sample(std::span<const float> logits) {
   int32_t best_id = best_of(logits);
   if (options_.temperature == 0.0) return best_id;
-  double best = logits[static_cast<size_t>(best_id)];
+  best_ = logits[static_cast<size_t>(best_id)];
 
+  if (!options_.top_k && options_.top_p == 1.0 && options_.min_p == 0.0) {
+    return static_cast<int32_t>(draw(logits.size(), [&](size_t i) { return logits[i]; }));
+  }
   candidates_.clear();
-  for (size_t i = 0; i < logits.size(); ++i)
-    if (!std::isinf(logits[i])) candidates_.push_back({logits[i], static_cast<int32_t>(i)});
-  auto better = [](const Candidate& a, const Candidate& b) {
-    return a.logit != b.logit ? a.logit > b.logit : a.id < b.id;
-  };
-  size_t kept = candidates_.size();
-
-  if (options_.top_k && static_cast<size_t>(*options_.top_k) < kept) {
-    kept = static_cast<size_t>(*options_.top_k);
-    auto middle = candidates_.begin() + static_cast<std::ptrdiff_t>(kept);
-    std::nth_element(candidates_.begin(), middle, candidates_.end(), better);
-  }
-  candidates_.resize(kept);
-
-  if (options_.top_p < 1.0) {
-    double total = 0.0;
-    for (const Candidate& c : candidates_) total += std::exp(c.logit - best);
-    // A heap gives the most probable tokens one by one: usually few are needed, so no full sort.
-    auto worse = [&](const Candidate& a, const Candidate& b) { return better(b, a); };
-    std::make_heap(candidates_.begin(), candidates_.end(), worse);
-    auto end = candidates_.end();
-    for (double sum = 0.0; end != candidates_.begin() && sum < options_.top_p * total;) {
-      std::pop_heap(candidates_.begin(), end, worse);
-      --end;
-      sum += std::exp(end->logit - best);
-    }
-    candidates_.erase(candidates_.begin(), end);
-  }
-
-  if (options_.min_p > 0.0)
-    std::erase_if(candidates_,
-                  [&](const Candidate& c) { return std::exp(c.logit - best) < options_.min_p; });
-
+  if (options_.top_k) keep_top_k(logits, static_cast<size_t>(*options_.top_k));
+  if (options_.top_p < 1.0) keep_top_p(logits);
+  if (options_.min_p > 0.0) keep_min_p(logits);
   // Selection leaves an order that differs between standard libraries; a draw must not depend on it.
-  if (options_.top_k || options_.top_p < 1.0)
-    std::sort(candidates_.begin(), candidates_.end(),
-              [](const Candidate& a, const Candidate& b) { return a.id < b.id; });
-  return draw(candidates_, best);
+  std::sort(candidates_.begin(), candidates_.end(),
+            [](const Candidate& a, const Candidate& b) { return a.id < b.id; });
+  return candidates_[draw(candidates_.size(), [&](size_t i) { return candidates_[i].logit; })].id;
 }
 
-int32_t Sampler::draw(std::span<const Candidate> kept, double best) {
-  auto weight = [&](const Candidate& c) {
-    return std::exp((c.logit - best) / options_.temperature);
-  };
+bool Sampler::better(const Candidate& a, const Candidate& b) {
+  return a.logit != b.logit ? a.logit > b.logit : a.id < b.id;
+}
+
+// Adds the tokens whose logits are at least `from` and less than `to` below the best.
+void Sampler::add(std::span<const float> logits, double from, double to) {
+  for (size_t i = 0; i < logits.size(); ++i) {
+    const double below = best_ - logits[i];
+    if (below >= from && below < to) candidates_.push_back({logits[i], static_cast<int32_t>(i)});
+  }
+}
+
+void Sampler::keep_top_k(std::span<const float> logits, size_t count) {
+  for (double from = 0, to = kNear; candidates_.size() < count && from < kInfinity;
+       from = std::exchange(to, farther(to))) {
+    add(logits, from, to);
+  }
+  if (count >= candidates_.size()) return;
+  const auto middle = candidates_.begin() + static_cast<std::ptrdiff_t>(count);
+  std::nth_element(candidates_.begin(), middle, candidates_.end(), better);
+  candidates_.erase(middle, candidates_.end());
+}
+
+void Sampler::keep_top_p(std::span<const float> logits) {
   double total = 0.0;
-  for (const Candidate& c : kept) total += weight(c);
+  if (options_.top_k) {
+    for (const Candidate& c : candidates_) total += std::exp(c.logit - best_);
+  } else {
+    for (const float logit : logits) total += std::exp(logit - best_);
+  }
+  // A heap gives the most probable ones one by one: mostly few are needed, and of few it is made.
+  const auto worse = [](const Candidate& a, const Candidate& b) { return better(b, a); };
+  double sum = 0.0;
+  const auto enough = [&] { return sum >= options_.top_p * total; };
+  size_t kept = 0;
+  for (double from = 0, to = kNear; !enough() && from < kInfinity;
+       from = std::exchange(to, farther(to))) {
+    if (!options_.top_k) add(logits, from, to);
+    const auto first = candidates_.begin() + static_cast<std::ptrdiff_t>(kept);
+    auto end = candidates_.end();
+    std::make_heap(first, end, worse);
+    while (end != first && !enough()) {
+      std::pop_heap(first, end--, worse);
+      sum += std::exp(end->logit - best_);
+    }
+    candidates_.erase(first, end);
+    kept = candidates_.size();
+  }
+}
+
+void Sampler::keep_min_p(std::span<const float> logits) {
+  // One more than the least logit's distance: what rounding there does, the exponential decides.
+  if (!options_.top_k && options_.top_p == 1.0) add(logits, 0, 1.0 - std::log(options_.min_p));
+  std::erase_if(candidates_,
+                [&](const Candidate& c) { return std::exp(c.logit - best_) < options_.min_p; });
+}
+
+// One of `count` logits: its index.
+template <class LogitOf>
+size_t Sampler::draw(size_t count, const LogitOf& logit_of) {
+  weights_.resize(count);
+  double total = 0.0;
+  for (size_t i = 0; i < count; ++i)
+    total += weights_[i] = std::exp((logit_of(i) - best_) / options_.temperature);
   double fraction = static_cast<double>(random_() >> 11) * 0x1p-53;
   double target = fraction * total, sum = 0.0;
-  int32_t chosen = -1;
-  for (const Candidate& c : kept) {
-    double w = weight(c);
-    if (w == 0.0) continue;
-    chosen = c.id;  // also the answer when rounding leaves the target at the very end
-    sum += w;
+  size_t chosen = 0;
+  for (size_t i = 0; i < weights_.size(); ++i) {
+    if (weights_[i] == 0.0) continue;
+    chosen = i;  // also the answer when rounding leaves the target at the very end
+    sum += weights_[i];
     if (target < sum) break;
   }
   return chosen;

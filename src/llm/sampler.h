@@ -32,14 +32,23 @@ class Sampler {
 
  private:
   struct Candidate {
-    double logit;
+    float logit;
     int32_t id;
   };
-  int32_t draw(std::span<const Candidate> kept, double best);
+  static bool better(const Candidate& a, const Candidate& b);
+  void add(std::span<const float> logits, double from, double to);
+  void keep_top_k(std::span<const float> logits, size_t count);
+  void keep_top_p(std::span<const float> logits);
+  void keep_min_p(std::span<const float> logits);
+  template <class LogitOf>
+  size_t draw(size_t count, const LogitOf& logit_of);
 
   SamplerOptions options_;
   std::mt19937_64 random_;
-  std::vector<Candidate> candidates_;  // reused between calls
+  double best_ = 0.0;  // largest logit
+  // Reused between calls.
+  std::vector<Candidate> candidates_;
+  std::vector<double> weights_;
 };
 
 }  // namespace heed

@@ -2,8 +2,11 @@
 
 #include <gtest/gtest.h>
 
+#include <algorithm>
 #include <cmath>
 #include <limits>
+#include <numeric>
+#include <random>
 #include <set>
 
 #include "heed/error.h"
@@ -103,6 +106,71 @@ TEST(Sampler, SeedDecides) {
   // mt19937_64 with its standard seed 5489 begins with 14514284786278117030 = 0.7868 * 2^64; ids come
   // in order with bounds 0.15, 0.65, 0.75, 1.
   EXPECT_EQ(sequence(5489)[0], 3);
+}
+
+// One token as the options say it, with everything in order and nothing left out.
+int32_t plainly(const SamplerOptions& options, const std::vector<float>& logits, double fraction) {
+  std::vector<int32_t> ids(logits.size());
+  std::iota(ids.begin(), ids.end(), 0);
+  const auto logit = [&](int32_t id) {
+    return static_cast<double>(logits[static_cast<size_t>(id)]);
+  };
+  std::stable_sort(ids.begin(), ids.end(),
+                   [&](int32_t a, int32_t b) { return logit(a) > logit(b); });
+  const double best = logit(ids[0]);
+  const auto total = [&](double temperature) {
+    double sum = 0.0;
+    for (const int32_t id : ids) sum += std::exp((logit(id) - best) / temperature);
+    return sum;
+  };
+  if (options.top_k) ids.resize(std::min(ids.size(), static_cast<size_t>(*options.top_k)));
+  if (options.top_p < 1.0) {
+    const double needed = options.top_p * total(1.0);
+    size_t kept = 0;
+    for (double sum = 0.0; kept < ids.size() && sum < needed;)
+      sum += std::exp(logit(ids[kept++]) - best);
+    ids.resize(kept);
+  }
+  std::erase_if(ids, [&](int32_t id) { return std::exp(logit(id) - best) < options.min_p; });
+  std::sort(ids.begin(), ids.end());
+  double rest = fraction * total(options.temperature);
+  for (const int32_t id : ids) {
+    rest -= std::exp((logit(id) - best) / options.temperature);
+    if (rest < 0.0) return id;
+  }
+  return ids.back();
+}
+
+TEST(Sampler, DrawsWhatOrderingEverythingGives) {
+  const std::vector<SamplerOptions> all = {{.temperature = 0.7},
+                                           {.temperature = 1.3},
+                                           {.temperature = 0.7, .top_p = 0.95},
+                                           {.temperature = 40.0, .top_p = 0.999999},
+                                           {.temperature = 40.0, .top_p = 1 - 1e-12},
+                                           {.temperature = 30.0, .min_p = 1e-9},
+                                           {.temperature = 9.0, .top_k = 200},
+                                           {.temperature = 9.0, .top_k = 699},
+                                           {.temperature = 9.0, .top_k = 5000},
+                                           {.temperature = 9.0, .top_k = 200, .top_p = 0.9},
+                                           {.temperature = 9.0, .top_p = 0.99, .min_p = 0.01}};
+  std::mt19937_64 random(3);
+  for (const double spread : {0.01, 1.0, 5.0, 30.0, 200.0}) {
+    std::normal_distribution<double> normal(0.0, spread);
+    std::vector<float> logits(700);
+    for (float& logit : logits) logit = static_cast<float>(normal(random));
+    for (size_t i = 0; i < logits.size(); i += 90) logits[i] = -kInfinity;
+    logits[500] = logits[20];
+    for (SamplerOptions options : all) {
+      options.seed = random();
+      Sampler sampler(options);
+      std::mt19937_64 draws(options.seed);
+      for (int i = 0; i < 100; ++i) {
+        const double fraction = static_cast<double>(draws() >> 11) * 0x1p-53;
+        ASSERT_EQ(sampler.sample(logits), plainly(options, logits, fraction))
+            << spread << " " << options.temperature << " " << options.top_p;
+      }
+    }
+  }
 }
 
 TEST(Sampler, BadOptions) {

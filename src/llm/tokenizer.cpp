@@ -198,7 +198,8 @@ std::vector<int32_t> Tokenizer::encode(std::string_view text, const EncodeOption
                 std::to_string(kLongestText));
   const TokenizerModel& model = *model_;
   std::vector<int32_t> ids;
-  if (options.add_bos_eos && model.adds_bos && model.bos) ids.push_back(*model.bos);
+  const bool has_begin = options.add_bos_eos && model.adds_bos && model.bos;
+  if (has_begin) ids.push_back(*model.bos);
   bool begins = true;
   const auto plain = [&](std::string_view part) { model.encoder->encode(part, begins, ids); };
   const auto special = [&](int32_t id) {
@@ -207,6 +208,8 @@ std::vector<int32_t> Tokenizer::encode(std::string_view text, const EncodeOption
   };
   const SpecialTokens& read = options.parse_specials ? model.specials : model.user_defined;
   read.split(valid, plain, special);
+  if (has_begin && options.parse_specials && ids.size() > 1 && ids[1] == *model.bos)
+    ids.erase(ids.begin());
   if (options.add_bos_eos && !options.to_continue && model.adds_eos && model.eos) {
     ids.push_back(*model.eos);
   }

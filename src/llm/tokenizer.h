@@ -27,7 +27,8 @@ struct EncodeOptions {
   /// Reads the texts of control tokens as those tokens. Off: they are plain text, which is what text from
   /// a user must be. Those of user-defined tokens (<think>) are always read, unless they end or mark turns.
   bool parse_specials = false;
-  /// Adds the begin and end tokens where the file asks for them.
+  /// Adds the begin and end tokens where the file asks for them, but no second begin token before one that
+  /// parse_specials read there.
   bool add_bos_eos = true;
   /// No end token even so: what follows goes on with the text.
   bool to_continue = false;

@@ -81,8 +81,13 @@ TEST(Tokenizer, EqualsOtherImplementations) {
     ++cases[kind];
   }
   ASSERT_EQ(cases.size(), 5u);
-  for (const auto& [other, ours] :
-       {std::pair("llama3", "llama-bpe"), {"deepseek-r1-qwen", "qwen2"}, {"exaone4", "gpt-2"}}) {
+  for (const auto& [other, ours] : {std::pair("llama3", "llama-bpe"),
+                                    {"deepseek-r1-qwen", "qwen2"},
+                                    {"exaone4", "gpt-2"},
+                                    {"mpt", "gpt-2"},
+                                    {"olmo", "gpt-2"},
+                                    {"jais", "gpt-2"},
+                                    {"command-r", "smollm"}}) {
     const std::string text = "It's 12345\n\n  words";
     EXPECT_EQ(bpe(other).encode(text, kPlain), tokenizers.at(ours).encode(text, kPlain)) << other;
   }
@@ -209,6 +214,12 @@ TEST(Tokenizer, BeginAndEndTokens) {
   EXPECT_EQ(both.encode("ab"), (Ids{5, 3, 6}));
   EXPECT_EQ(both.encode(""), (Ids{5, 6}));
   EXPECT_EQ(both.encode("ab", kPlain), (Ids{3}));
+  const EncodeOptions specials{.parse_specials = true};
+  EXPECT_EQ(both.encode("ab<x>", specials), (Ids{5, 3, 5, 6}));
+  EXPECT_EQ(both.encode("<x>ab", specials), (Ids{5, 3, 6}));  // not begun twice
+  EXPECT_EQ(both.encode("<x><x>", specials), (Ids{5, 5, 6}));
+  EXPECT_EQ(both.encode("<x>", specials), (Ids{5, 6}));
+  EXPECT_EQ(both.encode("<x>ab", kSpecials), (Ids{5, 3}));
   EXPECT_EQ(both.end_tokens(), (Ids{6}));
   Tokenizer story = stories();
   EXPECT_TRUE(story.adds_bos());
