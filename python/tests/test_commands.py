@@ -1,0 +1,71 @@
+"""The script ./run: its functions and what it says, on folders made here; nothing is built or installed."""
+
+import os
+import shutil
+import subprocess
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[2]
+SHELL = shutil.which("bash")
+
+
+@pytest.fixture
+def checkout(tmp_path):
+    """A folder with the script and nothing else."""
+    shutil.copy(ROOT / "run", tmp_path / "run")
+    return tmp_path
+
+
+def run(folder, *command, **environment):
+    """`./run COMMAND` there; within no repository that the folder itself is not."""
+    outside = {"GIT_CEILING_DIRECTORIES": str(folder.parent), **environment}
+    return subprocess.run(
+        [SHELL, folder / "run", *command], capture_output=True, text=True, cwd=folder,
+        stdin=subprocess.DEVNULL, env={**os.environ, **outside},
+    )  # fmt: skip
+
+
+def call(folder, script, **environment):
+    """What a script prints that has the functions of ./run."""
+    done = subprocess.run(
+        [SHELL, "-c", f"source {folder}/run; {script}"], capture_output=True, text=True, cwd=folder,
+        env={**os.environ, **environment},
+    )  # fmt: skip
+    assert done.returncode == 0, (done.stdout, done.stderr)
+    return done.stdout
+
+
+def program(folder, name, text):
+    """An executable script in a folder of its own, and PATH with that folder first."""
+    folder.mkdir(exist_ok=True)
+    (folder / name).write_text(f"#!{SHELL}\n{text}\n")
+    (folder / name).chmod(0o755)
+    return f"{folder}:{os.environ['PATH']}"
+
+
+@pytest.mark.parametrize("all_files", [[], ["--all"]])
+def test_lint_fails_where_git_does(checkout, all_files):
+    said = "fatal: detected dubious ownership in repository"
+    broken = program(checkout / "bin", "git", f"echo '{said}' >&2; exit 128")
+    outcomes = [run(checkout, "lint", *all_files), run(checkout, "lint", *all_files, PATH=broken)]
+    for done in outcomes:
+        assert done.returncode == 1, done.stdout
+        assert "git does not say which files there are" in done.stderr
+    assert said in outcomes[1].stderr
+
+
+def test_lint_takes_what_differs_from_main(checkout):
+    if shutil.which("git") is None:
+        pytest.skip("git is not installed")
+    me = "-c user.name=me -c user.email=me@localhost"
+    (checkout / "same.h").write_text("")
+    (checkout / "changed.cpp").write_text("")
+    call(checkout, f"git init -q -b main; git add .; git {me} commit -q -m first")
+    assert "No C++ file differs from main" in run(checkout, "lint").stdout
+    (checkout / "changed.cpp").write_text("int changed;\n")
+    (checkout / "new one.cpp").write_text("")
+    (checkout / "new.txt").write_text("")
+    assert call(checkout, "lint_files 0").splitlines() == ["changed.cpp", "new one.cpp"]
+    assert call(checkout, "lint_files 1").splitlines() == ["changed.cpp", "same.h"]
