@@ -69,3 +69,23 @@ def test_lint_takes_what_differs_from_main(checkout):
     (checkout / "new.txt").write_text("")
     assert call(checkout, "lint_files 0").splitlines() == ["changed.cpp", "new one.cpp"]
     assert call(checkout, "lint_files 1").splitlines() == ["changed.cpp", "same.h"]
+
+
+def test_a_build_folder_that_a_person_configured(checkout):
+    path = program(checkout / "bin", "cmake", 'echo "$@"')
+    configured = "configure build -DHEED_TESTS=OFF"
+    start = "-S . -B build -G Ninja -DHEED_TORCH=ON"
+    assert call(checkout, configured, PATH=path) == f"{start} -DHEED_TESTS=OFF\n"
+    last = call(checkout, "configure build -DHEED_TORCH=OFF", PATH=path)
+    assert last.rindex("-DHEED_TORCH=OFF") > last.index("-DHEED_TORCH=ON")
+    (checkout / "build").mkdir()
+    for home, generator, anew in [
+        (checkout, "Ninja", False),
+        (checkout, "Unix Makefiles", True),
+        (checkout / "elsewhere", "Ninja", True),
+    ]:
+        (checkout / "build" / "CMakeCache.txt").write_text(
+            f"CMAKE_GENERATOR:INTERNAL={generator}\nCMAKE_HOME_DIRECTORY:INTERNAL={home}\n"
+        )
+        fresh = " --fresh" if anew else ""
+        assert call(checkout, configured, PATH=path) == f"{start}{fresh} -DHEED_TESTS=OFF\n"
