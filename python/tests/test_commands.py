@@ -89,3 +89,35 @@ def test_a_build_folder_that_a_person_configured(checkout):
         )
         fresh = " --fresh" if anew else ""
         assert call(checkout, configured, PATH=path) == f"{start}{fresh} -DHEED_TESTS=OFF\n"
+
+
+@pytest.mark.parametrize(
+    "own, files, jobs",
+    [
+        ("0::/a/b", {"a/cpu.max": "max 100000"}, 8),
+        ("0::/a/b", {"a/b/cpu.max": "250000 100000"}, 3),
+        ("0::/a/b", {"a/cpu.max": "50000 100000", "a/b/cpu.max": "400000 100000"}, 1),
+        ("0::/", {"cpu.max": "200000 100000"}, 2),
+        ("0::/a", {"a/memory.max": str(4 << 30)}, 2),
+        ("0::/a", {"a/memory.max": "1000000", "a/cpu.max": "200000 100000"}, 1),
+        ("0::/a", {"a/memory.max": "max", "a/cpu.max": "900000 100000"}, 8),
+        ("4:cpuacct,cpu:/x\n5:memory:/y", {
+            "cpu/cpu.cfs_quota_us": "-1", "cpu/cpu.cfs_period_us": "100000",
+            "memory/y/memory.limit_in_bytes": str(5 << 30),
+        }, 3),
+        ("4:cpu,cpuacct:/x", {
+            "cpu/x/cpu.cfs_quota_us": "150000", "cpu/x/cpu.cfs_period_us": "100000",
+        }, 2),
+        ("", {}, 8),
+    ],
+)  # fmt: skip
+def test_no_more_jobs_than_control_groups_grant(checkout, own, files, jobs):
+    for name, text in files.items():
+        file = checkout / "groups" / name
+        file.parent.mkdir(parents=True, exist_ok=True)
+        file.write_text(text + "\n")
+    (checkout / "own").write_text(own + "\n")
+    path = program(checkout / "bin", "nproc", "echo 8")
+    program(checkout / "bin", "awk", f"echo {64 << 30}")  # bytes of free memory
+    here = f"groups={checkout}/groups own_groups={checkout}/own"
+    assert call(checkout, f"{here}; jobs_at_once", PATH=path) == f"{jobs}\n"
