@@ -121,3 +121,23 @@ def test_no_more_jobs_than_control_groups_grant(checkout, own, files, jobs):
     program(checkout / "bin", "awk", f"echo {64 << 30}")  # bytes of free memory
     here = f"groups={checkout}/groups own_groups={checkout}/own"
     assert call(checkout, f"{here}; jobs_at_once", PATH=path) == f"{jobs}\n"
+
+
+def test_python_packages_are_installed_again_for_another_python(checkout):
+    (checkout / "packages").mkdir()
+    (checkout / "packages" / "python.txt").write_text("torch==1\n")
+    folder = checkout / ".venv" / "bin"
+    folder.mkdir(parents=True)
+
+    def steps(version, pip=0):
+        """The steps taken with this Python in .venv, for which pip is there or not."""
+        program(folder, "python", f'case $1 in -c) echo {version};; *) exit {pip};; esac')
+        return call(checkout, 'step() { echo "${@:3}"; }; python_packages').splitlines()
+
+    assert steps("3.11") == ["install_python_packages"]
+    assert steps("3.11") == []
+    assert steps("3.13", pip=1) == ["python3 -m venv --clear .venv", "install_python_packages"]
+    assert steps("3.13") == []
+    (checkout / "packages" / "python.txt").write_text("torch==2\n")
+    assert steps("3.13") == ["install_python_packages"]
+    assert steps("3.13") == []
