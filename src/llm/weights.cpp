@@ -146,8 +146,15 @@ bool lies_as_bf16(const WeightMatrix* w) {
                      [](const BlockMatrix& part) { return bf16_values(part).defined(); });
 }
 
+bool has_only_16_bits(const WeightMatrix* w) {
+  return std::all_of(w->parts.begin(), w->parts.end(), [](const BlockMatrix& part) {
+    return part.format == BlockFormat::f16 || part.format == BlockFormat::bf16;
+  });
+}
+
 bool needs_copy(const WeightMatrix* w, ModelDtype dtype) {
-  return (w->many == ManyRows::bf16 || dtype == ModelDtype::bf16) && !lies_as_bf16(w);
+  if (w->many == ManyRows::bf16) return !lies_as_bf16(w);
+  return dtype == ModelDtype::bf16 && !has_only_16_bits(w);
 }
 
 bool has_only_codes(const WeightMatrix* w) {
@@ -162,7 +169,7 @@ void choose_products(ModelWeights& weights, const RunOptions& run) {
   const bool int8 = weights.dtype == ModelDtype::int4 && has_int8_products(run) &&
                     !(chosen_isa(run) == Isa::amx && has_bf16_products());
   const bool all_int8 = int8 && std::all_of(matrices.begin(), matrices.end(), has_only_codes);
-  const bool bf16 = weights.dtype != ModelDtype::f32 && bf16_products_are_fast() &&
+  const bool bf16 = weights.dtype != ModelDtype::f32 && bf16_products_are_fast(run) &&
                     (all_int8 || has_bf16_products());
   weights.many_type = bf16 ? DType::bf16 : DType::f32;
   // Up to so many rows at once, reading the blocks of the file is as fast.

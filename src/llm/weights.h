@@ -20,7 +20,7 @@ class GgufFile;
 /// How a model is computed.
 ///   f32   exact: weights of the file widened to float32, float32 activations and cache
 ///   bf16  weights rounded to bfloat16, bfloat16 cache; many rows: activations rounded too, where the processor
-///         multiplies bfloat16 faster than float32 and there is libtorch
+///         multiplies bfloat16 faster than float32 and there is libtorch; elsewhere weights in float16 stay so
 ///   int4  few rows: the quantised blocks of the file with activations of 16 bits (RowActivations), float32
 ///         where bytes are not multiplied; many rows: the same blocks with activations rounded to int8
 ///         (kernels/int8_rows.h) where the processor multiplies bytes fastest, else both rounded to bfloat16
