@@ -24,3 +24,13 @@ def test_links_lead_somewhere(page):
     for target in re.findall(r"\]\(([^)\s]+)\)", text):
         if not target.startswith(("https://", "#")):
             assert (page.parent / target.split("#")[0]).exists(), target
+
+
+def test_the_version_of_pytorch_is_the_same_everywhere():
+    pins = {
+        name: set(re.findall(r"(?<![\w-])torch==([\d.]+)", (ROOT / name).read_text()))
+        for name in ("pyproject.toml", "packages/python.txt")
+    }
+    (version,) = pins["pyproject.toml"]
+    assert pins["packages/python.txt"] == {version}
+    assert f"installs PyTorch {version} there" in (ROOT / "README.md").read_text()

@@ -6,11 +6,11 @@
 #include "cli/arguments.h"
 #include "cli/bench.h"
 #include "cli/commands.h"
-#include "cli/hardware.h"
 #include "hardware/kernel_tiles.h"
 #include "hardware/tiles.h"
 #include "heed/error.h"
 #include "heed/flash_attention.h"
+#include "mechanisms/neighborhood/options.h"
 #include "mechanisms/neighborhood/tiles.h"
 
 namespace heed::cli {
@@ -28,29 +28,14 @@ struct PlanRow {
   Samples dense, speedup;  // milliseconds; dense / neighborhood of neighbouring runs
 };
 
-/// "24" or "8x16x16" of the options.
-std::vector<int64_t> option_per_axis(const Spec& options, const char* key, const char* fallback,
-                                     size_t axes) {
-  std::string text = options.text(key).value_or(fallback);
-  for (char& c : text) c = c == 'x' ? ',' : c;
-  return per_axis(key, parse_numbers(key, text), axes);
-}
-
 TilePlanCase plan_of(const ExampleCase& example) {
   const Dims& query = *input_shape(example, {"query"});
-  const auto axes = static_cast<size_t>(query.rank() - 3);
-  const Spec options = Spec::parse_options(example.options);
-  const auto kernel = option_per_axis(options, "kernel_size", "3", axes);
-  const auto stride = option_per_axis(options, "stride", "1", axes);
-  const auto dilation = option_per_axis(options, "dilation", "1", axes);
-  const auto causal = option_per_axis(options, "is_causal", "0", axes);
+  std::vector<int64_t> lengths;  // [B,*grid,H,D]
+  for (int a = 1; a < query.rank() - 2; ++a) lengths.push_back(query[a]);
   TilePlanCase plan;
-  for (size_t a = 0; a < axes; ++a) {
-    plan.axes.push_back(
-        {query[static_cast<int>(a) + 1], kernel[a], stride[a], dilation[a], causal[a] == 1});
-  }
+  plan.axes = na::axes_of(Spec::parse_options(example.options), lengths);
   plan.query_tile = plan.key_tile =
-      axes == 2 ? std::vector<int64_t>{8, 8} : std::vector<int64_t>{2, 4, 8};
+      lengths.size() == 2 ? std::vector<int64_t>{8, 8} : std::vector<int64_t>{2, 4, 8};
   return plan;
 }
 

@@ -96,16 +96,14 @@ void print_peers(const std::vector<BenchRow>& rows) {
 }
 
 /// "flash backward"
-std::string brief_name(const BenchRow& row) {
-  constexpr std::string_view kSuffix = "_attention";
-  std::string name = row.mechanism->name;
-  if (name.ends_with(kSuffix)) name.resize(name.size() - kSuffix.size());
+std::string call_name(const BenchRow& row) {
+  const std::string name(brief_name(*row.mechanism));
   return row.pass == Pass::backward ? name + " backward" : name;
 }
 
 /// "flash 512x64 causal=1"
 std::string row_title(const BenchRow& row) {
-  std::string title = brief_name(row);
+  std::string title = call_name(row);
   const std::string tokens = query_extent(row.example, 2);
   if (tokens != "-") title += " " + tokens + "x" + query_extent(row.example, 3);
   if (row.dtype != DType::f32) title += std::string(" ") + heed::name_of(row.dtype);
@@ -207,7 +205,7 @@ std::string bench_roofline(const std::vector<BenchRow>& rows, Rooflines& rooflin
   std::vector<hardware::RooflinePoint> points;
   for (const BenchRow& row : rows) {
     if (!row.wrong.empty()) continue;
-    const std::string name = rows.size() <= kMostNames ? row_title(row) : brief_name(row);
+    const std::string name = rows.size() <= kMostNames ? row_title(row) : call_name(row);
     points.push_back({name, row.operations / row.bytes, row.gigaflops() * 1e9});
   }
   return hardware::roofline_figure(rooflines.units(), rooflines.levels(), points);

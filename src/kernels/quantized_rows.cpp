@@ -221,33 +221,15 @@ HEED_TABLE(RowReaders, row_readers_of, row_readers)
 
 namespace {
 
-struct FormatInfo {
-  const char* name;
-  int64_t weights, bytes;
-};
-constexpr std::array<FormatInfo, kBlockFormats> kFormats{{{"F32", 1, 4},
-                                                          {"F16", 1, 2},
-                                                          {"BF16", 1, 2},
-                                                          {"Q8_0", 32, 34},
-                                                          {"Q4_0", 32, 18},
-                                                          {"Q4_1", 32, 20},
-                                                          {"Q5_0", 32, 22},
-                                                          {"Q5_1", 32, 24},
-                                                          {"Q4_K", 256, 144},
-                                                          {"Q5_K", 256, 176},
-                                                          {"Q6_K", 256, 210}}};
-
-const FormatInfo& info(BlockFormat format) { return kFormats[static_cast<size_t>(format)]; }
-
 void check_blocks(const char* op, const BlockMatrix& w) {
   const auto fail = [op](const std::string& text) { throw Error(op + (": " + text)); };
   if (w.rows < 0 || w.columns < 1 || w.data == nullptr) {
     fail("weights are [" + std::to_string(w.rows) + "," + std::to_string(w.columns) +
          "], at least one column and memory are needed");
   }
-  if (w.columns % info(w.format).weights != 0) {
-    fail(std::string("weights in ") + info(w.format).name + " have " + std::to_string(w.columns) +
-         " columns, a multiple of " + std::to_string(info(w.format).weights) + " is needed");
+  if (w.columns % weights_per_block(w.format) != 0) {
+    fail(std::string("weights in ") + name_of(w.format) + " have " + std::to_string(w.columns) +
+         " columns, a multiple of " + std::to_string(weights_per_block(w.format)) + " is needed");
   }
 }
 
@@ -305,13 +287,8 @@ const kernels::ByteRowKernels* kernels::byte_row_kernels(Isa isa) {
   return isa >= Isa::avx512 && cpu_info().has("avx512_vnni") ? &kAvx512 : &kAvx2;
 }
 
-const char* name_of(BlockFormat format) { return info(format).name; }
-int64_t weights_per_block(BlockFormat format) { return info(format).weights; }
-int64_t bytes_per_block(BlockFormat format) { return info(format).bytes; }
-bool has_codes(BlockFormat format) { return weights_per_block(format) > 1; }
-
 int64_t BlockMatrix::row_bytes() const {
-  return columns / info(format).weights * info(format).bytes;
+  return columns / weights_per_block(format) * bytes_per_block(format);
 }
 
 void quantized_rows(std::span<const RowProduct> products, const float* x, int64_t x_stride,

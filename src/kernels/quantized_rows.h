@@ -12,31 +12,9 @@
 
 #include "heed/run.h"
 #include "heed/tensor.h"
+#include "kernels/block_format.h"
 
 namespace heed {
-
-/// How the weights of a row are stored; rows follow each other without gaps.
-/// Source: https://github.com/ggml-org/ggml/blob/master/docs/gguf.md
-enum class BlockFormat : uint8_t {
-  f32,
-  f16,
-  bf16,  // plain values, little-endian
-  q8_0,
-  q4_0,
-  q4_1,
-  q5_0,
-  q5_1,  // blocks of 32 weights with a float16 scale (and minimum)
-  q4_k,
-  q5_k,
-  q6_k,  // blocks of 256 weights with 8 or 16 groups of their own scale
-};
-inline constexpr int kBlockFormats = 11;
-
-const char* name_of(BlockFormat format);  // "Q4_1"
-int64_t weights_per_block(BlockFormat format);
-int64_t bytes_per_block(BlockFormat format);
-/// Whether the format has codes of at most 8 bits.
-bool has_codes(BlockFormat format);
 
 /// W [rows, columns] in memory that the caller keeps alive; no alignment is needed.
 struct BlockMatrix {

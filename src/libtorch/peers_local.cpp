@@ -7,12 +7,11 @@
 #include <ATen/ops/scaled_dot_product_attention.h>
 #include <ATen/ops/zeros.h>
 
-#include <charconv>
 #include <limits>
 
 #include "engine/tiled/neighborhood.h"
-#include "heed/error.h"
 #include "libtorch/peer_parts.h"
+#include "mechanisms/neighborhood/options.h"
 
 namespace heed::peers {
 namespace {
@@ -49,36 +48,6 @@ Tensor attend(const std::vector<Slice>& slices, const Tensor& q, const Tensor& k
 }
 
 // --- grids -----------------------------------------------------------------------------------------
-
-/// "3" or "3x5".
-std::vector<int64_t> numbers(const Spec& options, const char* key, const char* fallback,
-                             size_t axes) {
-  const std::string text = options.text(key).value_or(fallback);
-  std::vector<int64_t> values;
-  for (size_t begin = 0; begin <= text.size();) {
-    const size_t end = std::min(text.find('x', begin), text.size());
-    int64_t value = 0;
-    std::from_chars(text.data() + begin, text.data() + end, value);
-    values.push_back(value);
-    begin = end + 1;
-  }
-  if (values.size() == 1) values.resize(axes, values[0]);
-  return values;
-}
-
-std::vector<tiled::NeighborhoodAxis> axes_of(const Tensor& query, const Spec& options) {
-  const auto rank = static_cast<size_t>(query.dim() - 3);
-  const auto kernel = numbers(options, "kernel_size", "3", rank);
-  const auto stride = numbers(options, "stride", "1", rank);
-  const auto dilation = numbers(options, "dilation", "1", rank);
-  const auto causal = numbers(options, "is_causal", "0", rank);
-  std::vector<tiled::NeighborhoodAxis> axes;
-  for (size_t a = 0; a < rank; ++a) {
-    axes.push_back({query.size(static_cast<int64_t>(a) + 1), kernel.at(a), stride.at(a),
-                    dilation.at(a), causal.at(a) == 1});
-  }
-  return axes;
-}
 
 /// [L,L], true where a query of the axis sees a key.
 Tensor seen_on(const tiled::NeighborhoodAxis& axis) {
@@ -125,7 +94,9 @@ std::vector<Slice> grid_slices(const std::vector<tiled::NeighborhoodAxis>& axes,
 
 Composition neighborhood(const Tensors& in, const Spec& options) {
   const Tensor& query = in.at("query");
-  const auto axes = axes_of(query, options);
+  const auto lengths =
+      query.sizes().slice(1, static_cast<size_t>(query.dim()) - 3);  // [B,*grid,H,D]
+  const auto axes = na::axes_of(options, {lengths.data(), lengths.size()});
   const auto slices = grid_slices(axes, query.scalar_type());
   const auto scale = options.number("scale");
   const auto rank = static_cast<int64_t>(axes.size());

@@ -16,13 +16,9 @@ namespace {
 
 // As people write them: "flash".
 std::vector<std::string> names_for_models() {
-  constexpr std::string_view kSuffix = "_attention";
   std::vector<std::string> names;
   for (const Mechanism& mechanism : mechanisms()) {
-    if (!mechanism.model_attention) continue;
-    std::string name = mechanism.name;
-    if (name.ends_with(kSuffix)) name.resize(name.size() - kSuffix.size());
-    names.push_back(std::move(name));
+    if (mechanism.model_attention) names.emplace_back(brief_name(mechanism));
   }
   return names;
 }

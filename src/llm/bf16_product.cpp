@@ -7,7 +7,8 @@ namespace heed {
 
 bool has_bf16_products() { return torch_library() != nullptr; }
 
-bool bf16_products_are_fast() {
+bool bf16_products_are_fast(const RunOptions& run) {
+  if (chosen_isa(run) < Isa::avx512) return false;
   return cpu_info().has("amx_bf16") || cpu_info().has("avx512_bf16");
 }
 

@@ -5,8 +5,9 @@
 
 namespace heed {
 
-/// Whether this processor multiplies bfloat16 matrices faster than float32 ones.
-bool bf16_products_are_fast();
+/// Whether bfloat16 matrices are multiplied faster than float32 ones: this processor does it, and the
+/// instruction set that is used is of those.
+bool bf16_products_are_fast(const RunOptions& run);
 
 /// Whether there is libtorch, which the first question loads.
 bool has_bf16_products();

@@ -3,6 +3,7 @@
 #include <array>
 #include <bit>
 #include <cstring>
+#include <string_view>
 #include <utility>
 
 #include "heed/error.h"
@@ -131,22 +132,22 @@ void block_q6_k(Bytes p, float* out) {
 
 struct Format {
   GgmlType type;
-  GgmlBlock block;
+  BlockFormat blocks;
   void (*convert)(Bytes block, float* out);
 };
 
 constexpr std::array kFormats = {
-    Format{GgmlType::kF32, {"F32", 1, 4}, block_f32},
-    Format{GgmlType::kF16, {"F16", 1, 2}, block_f16},
-    Format{GgmlType::kQ4_0, {"Q4_0", 32, 18}, block_q4_0},
-    Format{GgmlType::kQ4_1, {"Q4_1", 32, 20}, block_q4_1},
-    Format{GgmlType::kQ5_0, {"Q5_0", 32, 22}, block_q5_0},
-    Format{GgmlType::kQ5_1, {"Q5_1", 32, 24}, block_q5_1},
-    Format{GgmlType::kQ8_0, {"Q8_0", 32, 34}, block_q8_0},
-    Format{GgmlType::kQ4_K, {"Q4_K", 256, 144}, block_q4_k},
-    Format{GgmlType::kQ5_K, {"Q5_K", 256, 176}, block_q5_k},
-    Format{GgmlType::kQ6_K, {"Q6_K", 256, 210}, block_q6_k},
-    Format{GgmlType::kBF16, {"BF16", 1, 2}, block_bf16},
+    Format{GgmlType::kF32, BlockFormat::f32, block_f32},
+    Format{GgmlType::kF16, BlockFormat::f16, block_f16},
+    Format{GgmlType::kQ4_0, BlockFormat::q4_0, block_q4_0},
+    Format{GgmlType::kQ4_1, BlockFormat::q4_1, block_q4_1},
+    Format{GgmlType::kQ5_0, BlockFormat::q5_0, block_q5_0},
+    Format{GgmlType::kQ5_1, BlockFormat::q5_1, block_q5_1},
+    Format{GgmlType::kQ8_0, BlockFormat::q8_0, block_q8_0},
+    Format{GgmlType::kQ4_K, BlockFormat::q4_k, block_q4_k},
+    Format{GgmlType::kQ5_K, BlockFormat::q5_k, block_q5_k},
+    Format{GgmlType::kQ6_K, BlockFormat::q6_k, block_q6_k},
+    Format{GgmlType::kBF16, BlockFormat::bf16, block_bf16},
 };
 
 // Names of formats that files use and heed does not read, for messages.
@@ -177,22 +178,22 @@ const Format* find_format(uint32_t type_id) {
 const Format& format_of(GgmlType type) {
   const Format* format = find_format(static_cast<uint32_t>(type));
   if (format == nullptr)
-    throw Error("dequantize: type is " + ggml_type_name(static_cast<uint32_t>(type)) +
+    throw Error("tensor type is " + ggml_type_name(static_cast<uint32_t>(type)) +
                 ", which heed does not read");
   return *format;
 }
 
 }  // namespace
 
-std::optional<GgmlBlock> ggml_block(uint32_t type_id) {
+std::optional<BlockFormat> block_format(uint32_t type_id) {
   const Format* format = find_format(type_id);
-  return format == nullptr ? std::nullopt : std::optional(format->block);
+  return format == nullptr ? std::nullopt : std::optional(format->blocks);
 }
 
-GgmlBlock ggml_block(GgmlType type) { return format_of(type).block; }
+BlockFormat block_format(GgmlType type) { return format_of(type).blocks; }
 
 std::string ggml_type_name(uint32_t type_id) {
-  if (const Format* format = find_format(type_id)) return std::string(format->block.name);
+  if (const Format* format = find_format(type_id)) return name_of(format->blocks);
   std::string name = "type " + std::to_string(type_id);
   for (auto [id, other] : kOtherNames)
     if (id == type_id) name += " (" + std::string(other) + ")";
@@ -201,19 +202,19 @@ std::string ggml_type_name(uint32_t type_id) {
 
 void dequantize(GgmlType type, std::span<const std::byte> bytes, float* out, int64_t count) {
   const Format& format = format_of(type);
-  const GgmlBlock& block = format.block;
-  if (count < 0 || count % block.values != 0)
+  const BlockLayout& block = layout_of(format.blocks);
+  if (count < 0 || count % block.weights != 0)
     throw Error("dequantize: count is " + std::to_string(count) + ", needed a multiple of " +
-                std::to_string(block.values) + " for " + std::string(block.name));
+                std::to_string(block.weights) + " for " + block.name);
   // Compared in blocks: a product of an unchecked count could overflow.
-  auto needed = static_cast<uint64_t>(count / block.values);
+  auto needed = static_cast<uint64_t>(count / block.weights);
   auto block_bytes = static_cast<uint64_t>(block.bytes);
   if (bytes.size() % block_bytes != 0 || bytes.size() / block_bytes != needed)
     throw Error("dequantize: bytes has " + std::to_string(bytes.size()) + " bytes, needed " +
                 std::to_string(needed) + " blocks of " + std::to_string(block_bytes) + " for " +
-                std::to_string(count) + " values of " + std::string(block.name));
+                std::to_string(count) + " values of " + block.name);
   Bytes in = bytes.data();
-  for (uint64_t b = 0; b < needed; ++b, in += block_bytes, out += block.values)
+  for (uint64_t b = 0; b < needed; ++b, in += block_bytes, out += block.weights)
     format.convert(in, out);
 }
 

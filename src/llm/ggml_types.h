@@ -5,7 +5,8 @@
 #include <optional>
 #include <span>
 #include <string>
-#include <string_view>
+
+#include "kernels/block_format.h"
 
 namespace heed {
 
@@ -25,17 +26,10 @@ enum class GgmlType : uint32_t {
   kBF16 = 30,
 };
 
-/// Size of one block: `values` numbers take `bytes` bytes (1 value per block for plain floats).
-struct GgmlBlock {
-  std::string_view name;  // "Q4_1"
-  int64_t values;
-  int64_t bytes;
-};
-
-/// Block of a type id from a file; nullopt when heed does not read it.
-std::optional<GgmlBlock> ggml_block(uint32_t type_id);
-/// Block of a known type.
-GgmlBlock ggml_block(GgmlType type);
+/// Blocks of a type id from a file; nullopt when heed does not read it.
+std::optional<BlockFormat> block_format(uint32_t type_id);
+/// Blocks of a known type.
+BlockFormat block_format(GgmlType type);
 /// "Q4_1"; for ids that heed does not read "type 10 (Q2_K)" or "type 99".
 std::string ggml_type_name(uint32_t type_id);
 

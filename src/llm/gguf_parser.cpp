@@ -185,16 +185,16 @@ void GgufParser::parse_tensor() {
   std::reverse(tensor.shape.begin(), tensor.shape.end());
 
   auto type = read<uint32_t>("the type of " + what);
-  std::optional<GgmlBlock> block = ggml_block(type);
-  if (!block)
+  const std::optional<BlockFormat> format = block_format(type);
+  if (!format)
     fail(what + " is stored as " + ggml_type_name(type) +
          ", which heed does not read; it reads F32, F16, BF16, Q8_0, Q4_0, Q4_1, Q5_0, Q5_1, Q4_K, "
          "Q5_K and Q6_K");
   tensor.type = static_cast<GgmlType>(type);
-  if (tensor.shape.back() % block->values != 0)
+  if (tensor.shape.back() % weights_per_block(*format) != 0)
     fail(what + " has rows of " + std::to_string(tensor.shape.back()) +
-         " values, needed a multiple of " + std::to_string(block->values) + " for " +
-         std::string(block->name));
+         " values, needed a multiple of " + std::to_string(weights_per_block(*format)) + " for " +
+         name_of(*format));
   tensor_offsets_.push_back(read<uint64_t>("the offset of " + what));
   if (!file_.tensor_index_.emplace(tensor.name, file_.tensors_.size()).second)
     fail(what + " stands twice");
@@ -224,8 +224,8 @@ void GgufParser::place_tensors() {
     if (offset % align != 0)
       fail("tensor " + shown(tensor.name) + " is at offset " + std::to_string(offset) +
            ", needed a multiple of " + std::to_string(align));
-    GgmlBlock block = ggml_block(tensor.type);
-    auto blocks = static_cast<uint64_t>(tensor.count() / block.values);
+    const BlockLayout& block = layout_of(block_format(tensor.type));
+    auto blocks = static_cast<uint64_t>(tensor.count() / block.weights);
     auto block_bytes = static_cast<uint64_t>(block.bytes);
     if (offset > size || blocks > (size - offset) / block_bytes)
       fail("tensor " + shown(tensor.name) + " needs " + std::to_string(blocks) + " blocks of " +

@@ -271,7 +271,7 @@ TEST(Dequantize, EqualsTheReferenceBitForBit) {
                          "Q5_0", "Q5_1", "Q4_K", "Q5_K", "Q6_K"};
   for (std::string type : types) {
     const GgufTensor& tensor = file.require(type);
-    ASSERT_EQ(ggml_block(tensor.type).name, type);
+    ASSERT_EQ(name_of(block_format(tensor.type)), type);
     std::vector<float> found = tensor.to_float();
     std::vector<float> expected = file.require(type + ".expected").to_float();
     ASSERT_EQ(found.size(), expected.size()) << type;

@@ -271,7 +271,7 @@ void Model::run_layers(std::span<const int32_t> tokens, int64_t wanted) {
   make_rotation_table(length(), rows);
   const Tensor stream = buffer(stream_, DType::f32, rows, config_.width);
   for (int64_t m = 0; m < rows; ++m) {
-    weights_.embed(tokens[static_cast<size_t>(m)], reinterpret_cast<float*>(stream.at({m})));
+    weights_.embed(tokens[static_cast<size_t>(m)], reinterpret_cast<float*>(stream.at({m})), run_);
   }
   for (int64_t layer = 0; layer < config_.layers; ++layer) {
     const int64_t outputs = layer == config_.layers - 1 ? wanted : rows;

@@ -379,6 +379,56 @@ TEST(Model, ManyRowsGiveWhatSingleRowsGiveInEveryType) {
   }
 }
 
+TEST(Model, Float16WeightsAreCopiedOnlyForProductsInBfloat16) {
+  const std::string bytes = narrow_model({kF16});
+  const GgufFile file = parse_gguf(bytes);
+  EXPECT_EQ(default_model_dtype(file), ModelDtype::bf16);
+  for (Isa isa : available_isas()) {
+    const RunOptions run{.isa = isa};
+    ModelWeights weights = load_weights(file, read_model_config(file), ModelDtype::bf16, run);
+    const bool copied = weights.many_type == DType::bf16;
+    EXPECT_FALSE(copied && isa <= Isa::avx2);
+    EXPECT_EQ(weights.unpacked_memory.size() > 0, copied) << name_of(isa);
+    for (const WeightMatrix* w : weights.matrices()) {
+      EXPECT_EQ(w->many, copied ? ManyRows::bf16 : ManyRows::f32);
+      EXPECT_EQ(w->copy.defined(), copied);
+      for (const BlockMatrix& part : w->parts) {
+        EXPECT_EQ(part.format, copied ? BlockFormat::bf16 : BlockFormat::f16);
+      }
+    }
+  }
+}
+
+// With attention that is zero nothing sees the cache, which alone is rounded.
+TEST(Model, Float16WeightsAreExactWithoutProductsInBfloat16) {
+  const std::string bytes = narrow_model({kF16});
+  const GgufFile file = parse_gguf(bytes);
+  const auto zero = [](const Tensor&, const Tensor&, const Tensor&, const Tensor& out,
+                       const RunOptions&) {
+    for (int64_t h = 0; h < out.size(1); ++h) {
+      for (int64_t n = 0; n < out.size(2); ++n) {
+        std::memset(out.at({0, h, n}), 0, static_cast<size_t>(out.size(3)) * size_of(out.dtype()));
+      }
+    }
+  };
+  std::vector<int32_t> tokens(70);
+  for (size_t i = 0; i < tokens.size(); ++i) tokens[i] = static_cast<int32_t>(i * i % 40);
+  for (const Isa isa : available_isas()) {
+    if (isa > Isa::avx2) continue;
+    ModelOptions options = plain_options(ModelDtype::f32);
+    options.attention = {ModelAttention{.over_cache = zero}};
+    options.run.isa = isa;
+    Model exact(file, options);
+    options.dtype = ModelDtype::bf16;
+    Model half(file, options);
+    for (size_t rows : {1, 70}) {
+      const auto some = std::span(tokens).first(rows);
+      EXPECT_EQ(all_logits(half, some), all_logits(exact, some)) << name_of(isa) << " " << rows;
+      ASSERT_EQ(exact.truncate(0) + half.truncate(0), 0);
+    }
+  }
+}
+
 TEST(Model, PositionsAreScaledByAnyOfTheKeysForIt) {
   const auto frequency = [](std::function<void(GgufBuilder&)> more) {
     TinyFile tiny;

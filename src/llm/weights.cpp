@@ -12,6 +12,7 @@
 #include "heed/error.h"
 #include "kernels/transformer_rows.h"
 #include "llm/bf16_product.h"
+#include "llm/ggml_types.h"
 #include "llm/gguf.h"
 #include "llm/shown.h"
 #include "mechanisms/nearest.h"
@@ -21,28 +22,6 @@ namespace heed {
 namespace {
 
 constexpr std::array kDtypeNames{"f32", "bf16", "int4"};
-
-constexpr std::array<std::pair<GgmlType, BlockFormat>, kBlockFormats> kFormats{
-    {{GgmlType::kF32, BlockFormat::f32},
-     {GgmlType::kF16, BlockFormat::f16},
-     {GgmlType::kBF16, BlockFormat::bf16},
-     {GgmlType::kQ8_0, BlockFormat::q8_0},
-     {GgmlType::kQ4_0, BlockFormat::q4_0},
-     {GgmlType::kQ4_1, BlockFormat::q4_1},
-     {GgmlType::kQ5_0, BlockFormat::q5_0},
-     {GgmlType::kQ5_1, BlockFormat::q5_1},
-     {GgmlType::kQ4_K, BlockFormat::q4_k},
-     {GgmlType::kQ5_K, BlockFormat::q5_k},
-     {GgmlType::kQ6_K, BlockFormat::q6_k}}};
-
-BlockFormat format_of(GgmlType type) {
-  for (const auto& [ggml, format] : kFormats) {
-    if (ggml == type) return format;
-  }
-  throw Error("tensor type " + ggml_type_name(static_cast<uint32_t>(type)) + " has no row product");
-}
-
-bool is_quantized(GgmlType type) { return has_codes(format_of(type)); }
 
 // Finds tensors, checks their shapes, and remembers which were asked for.
 class Loader {
@@ -65,7 +44,7 @@ class Loader {
   BlockMatrix matrix(const std::string& name, int64_t rows, int64_t columns) {
     const GgufTensor* tensor = find(name, {rows, columns});
     if (tensor == nullptr) tensor = &file_.require(name);
-    return {format_of(tensor->type), tensor->bytes.data(), rows, columns};
+    return {block_format(tensor->type), tensor->bytes.data(), rows, columns};
   }
 
   WeightMatrix stacked(const std::vector<std::pair<std::string, int64_t>>& parts, int64_t columns) {
@@ -167,8 +146,15 @@ bool lies_as_bf16(const WeightMatrix* w) {
                      [](const BlockMatrix& part) { return bf16_values(part).defined(); });
 }
 
+bool has_only_16_bits(const WeightMatrix* w) {
+  return std::all_of(w->parts.begin(), w->parts.end(), [](const BlockMatrix& part) {
+    return part.format == BlockFormat::f16 || part.format == BlockFormat::bf16;
+  });
+}
+
 bool needs_copy(const WeightMatrix* w, ModelDtype dtype) {
-  return (w->many == ManyRows::bf16 || dtype == ModelDtype::bf16) && !lies_as_bf16(w);
+  if (w->many == ManyRows::bf16) return !lies_as_bf16(w);
+  return dtype == ModelDtype::bf16 && !has_only_16_bits(w);
 }
 
 bool has_only_codes(const WeightMatrix* w) {
@@ -183,7 +169,7 @@ void choose_products(ModelWeights& weights, const RunOptions& run) {
   const bool int8 = weights.dtype == ModelDtype::int4 && has_int8_products(run) &&
                     !(chosen_isa(run) == Isa::amx && has_bf16_products());
   const bool all_int8 = int8 && std::all_of(matrices.begin(), matrices.end(), has_only_codes);
-  const bool bf16 = weights.dtype != ModelDtype::f32 && bf16_products_are_fast() &&
+  const bool bf16 = weights.dtype != ModelDtype::f32 && bf16_products_are_fast(run) &&
                     (all_int8 || has_bf16_products());
   weights.many_type = bf16 ? DType::bf16 : DType::f32;
   // Up to so many rows at once, reading the blocks of the file is as fast.
@@ -267,17 +253,18 @@ void WeightMatrix::multiply_bf16(const Tensor& x, const Tensor& y, const RunOpti
   }
 }
 
-void ModelWeights::embed(int32_t token, float* out) const {
-  const auto bytes = static_cast<size_t>(embedding.row_bytes());
-  dequantize(embedding_type, {embedding.data + static_cast<size_t>(token) * bytes, bytes}, out,
-             embedding.columns);
+void ModelWeights::embed(int32_t token, float* out, const RunOptions& run) const {
+  BlockMatrix row = embedding;
+  row.data += static_cast<int64_t>(token) * row.row_bytes();
+  row.rows = 1;
+  read_rows(row, Tensor(out, DType::f32, {1, row.columns}), run);
 }
 
 ModelDtype default_model_dtype(const GgufFile& file) {
   bool half = false;
   for (const GgufTensor& tensor : file.tensors()) {
     if (!tensor.name.starts_with("blk.")) continue;
-    if (is_quantized(tensor.type)) return ModelDtype::int4;
+    if (has_codes(block_format(tensor.type))) return ModelDtype::int4;
     half |= tensor.type != GgmlType::kF32;
   }
   return half ? ModelDtype::bf16 : ModelDtype::f32;
@@ -293,7 +280,6 @@ ModelWeights load_weights(const GgufFile& file, const ModelConfig& config, Model
   ModelWeights weights;
   weights.dtype = dtype;
   weights.embedding = loader.matrix("token_embd.weight", config.vocab, config.width);
-  weights.embedding_type = file.require("token_embd.weight").type;
   const bool tied = file.find("output.weight") == nullptr;
   weights.head =
       loader.stacked({{tied ? "token_embd.weight" : "output.weight", config.vocab}}, config.width);

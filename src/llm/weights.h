@@ -10,7 +10,6 @@
 #include "heed/tensor.h"
 #include "kernels/int8_rows.h"
 #include "kernels/quantized_rows.h"
-#include "llm/ggml_types.h"
 #include "llm/model_config.h"
 #include "llm/pages.h"
 
@@ -21,7 +20,7 @@ class GgufFile;
 /// How a model is computed.
 ///   f32   exact: weights of the file widened to float32, float32 activations and cache
 ///   bf16  weights rounded to bfloat16, bfloat16 cache; many rows: activations rounded too, where the processor
-///         multiplies bfloat16 faster than float32 and there is libtorch
+///         multiplies bfloat16 faster than float32 and there is libtorch; elsewhere weights in float16 stay so
 ///   int4  few rows: the quantised blocks of the file with activations of 16 bits (RowActivations), float32
 ///         where bytes are not multiplied; many rows: the same blocks with activations rounded to int8
 ///         (kernels/int8_rows.h) where the processor multiplies bytes fastest, else both rounded to bfloat16
@@ -63,7 +62,6 @@ struct LayerWeights {
 };
 
 struct ModelWeights {
-  GgmlType embedding_type = GgmlType::kF32;
   BlockMatrix embedding;  // [vocab, width]
   WeightMatrix head;      // [vocab, width], as it lies in the file
   Array output_norm;      // [width]
@@ -82,7 +80,7 @@ struct ModelWeights {
   bool are_many(int64_t rows) const { return unpacked && rows > few_rows; }
 
   /// The token's row of the embedding, [width].
-  void embed(int32_t token, float* out) const;
+  void embed(int32_t token, float* out, const RunOptions& run) const;
 };
 
 /// int4 where the file has quantised layers, bf16 where it has 16-bit ones, else f32.

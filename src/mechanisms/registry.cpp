@@ -107,13 +107,17 @@ ExampleCase find_case(const Mechanism& mechanism, const std::string& name) {
               "; known: " + joined(names) + " and random:SEED");
 }
 
-const Mechanism& find_mechanism(std::string_view name) {
+std::string_view brief_name(const Mechanism& mechanism) {
   constexpr std::string_view kSuffix = "_attention";
+  std::string_view name = mechanism.name;
+  if (name.ends_with(kSuffix)) name.remove_suffix(kSuffix.size());
+  return name;
+}
+
+const Mechanism& find_mechanism(std::string_view name) {
   std::vector<std::string> names, spellings;
   for (const Mechanism& mechanism : mechanisms()) {
-    const std::string_view full = mechanism.name;
-    const std::string_view brief =
-        full.ends_with(kSuffix) ? full.substr(0, full.size() - kSuffix.size()) : full;
+    const std::string_view full = mechanism.name, brief = brief_name(mechanism);
     if (name == full || name == brief) return mechanism;
     names.emplace_back(full);
     spellings.emplace_back(full);

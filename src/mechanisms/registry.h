@@ -130,7 +130,9 @@ ExampleCase random_case(const Mechanism& mechanism, uint64_t seed);
 ExampleCase find_case(const Mechanism& mechanism, const std::string& name);
 
 std::span<const Mechanism> mechanisms();
-/// By full name or without "_attention"; throws Error listing the names otherwise.
+/// "flash": its name without "_attention".
+std::string_view brief_name(const Mechanism& mechanism);
+/// By full or brief name; throws Error listing the names otherwise.
 const Mechanism& find_mechanism(std::string_view name);
 
 /// The cascades that speak of a call with these options: its definition, then its fast forms. Throws

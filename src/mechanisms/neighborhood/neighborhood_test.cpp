@@ -8,6 +8,7 @@
 #include <vector>
 
 #include "heed/heed.h"
+#include "mechanisms/neighborhood/options.h"
 #include "mechanisms/neighborhood/tiles.h"
 #include "mechanisms/registry.h"
 #include "mechanisms/test_arrays.h"
@@ -160,6 +161,27 @@ TEST(Neighborhood, InAModelItIsTheCausalLine) {
               (void)find_mechanism("na1d").model_attention(Spec::parse("na1d:dilation=0"), {});
             }).find("dilation is 0"),
             std::string::npos);
+}
+
+TEST(Neighborhood, OptionsAreOneNumberOrOnePerAxis) {
+  const std::vector<int64_t> grid{10, 20};
+  const auto axes = [&](const char* text) { return na::axes_of(Spec::parse_options(text), grid); };
+  const auto given = axes("kernel_size=3x5,dilation=2,is_causal=0x1");
+  ASSERT_EQ(given.size(), 2u);
+  for (size_t a = 0; a < 2; ++a) {
+    EXPECT_EQ(given[a].length, grid[a]);
+    EXPECT_EQ(given[a].kernel, a == 0 ? 3 : 5);
+    EXPECT_EQ(given[a].stride, 1);
+    EXPECT_EQ(given[a].dilation, 2);
+    EXPECT_EQ(given[a].causal, a == 1);
+  }
+  EXPECT_EQ(axes("")[1].kernel, 3);
+  for (const auto& [text, needed] : std::vector<std::pair<const char*, const char*>>{
+           {"kernel_size=3x", "kernel_size=3x: one number or one per axis is needed"},
+           {"kernel_size=3,stride=0", "stride=0: 1 or more is needed"},
+           {"dilation=1x2x3", "dilation: found 3 numbers, 1 or one for each of the 2 axes"}}) {
+    EXPECT_NE(error_of([&] { (void)axes(text); }).find(needed), std::string::npos) << text;
+  }
 }
 
 TEST(Neighborhood, ShiftedInputsGiveShiftedResultsAwayFromTheBorders) {

@@ -1,4 +1,3 @@
-#include <charconv>
 #include <cmath>
 #include <memory>
 
@@ -10,6 +9,7 @@
 #include "mechanisms/attention_case.h"
 #include "mechanisms/embedded.h"
 #include "mechanisms/neighborhood/grid_rows.h"
+#include "mechanisms/neighborhood/options.h"
 #include "mechanisms/neighborhood/small_windows.h"
 #include "mechanisms/registry.h"
 
@@ -17,35 +17,13 @@ namespace heed {
 
 namespace {
 
-/// "3" or "3x5": one number for all axes or one each.
-std::vector<int64_t> numbers(const Spec& options, const char* key, const char* fallback,
-                             int64_t least = 1) {
-  const std::string text = options.text(key).value_or(fallback);
-  std::vector<int64_t> values;
-  const char *at = text.data(), *const end = at + text.size();
-  for (;;) {
-    int64_t value = 0;
-    const auto [next, error] = std::from_chars(at, end, value);
-    if (error != std::errc() || (next != end && *next != 'x')) {
-      throw Error(std::string(key) + "=" + text + ": one number or one per axis is needed, as 3x5");
-    }
-    if (value < least) {
-      throw Error(std::string(key) + "=" + text + ": " + std::to_string(least) +
-                  " or more is needed on every axis");
-    }
-    values.push_back(value);
-    if (next == end) return values;
-    at = next + 1;
-  }
-}
-
 NeighborhoodOptions options_of(const NamedTensors& in, const Spec& spec) {
   spec.require_known({"kernel_size", "stride", "dilation", "is_causal", "scale"});
   NeighborhoodOptions options;
-  options.kernel_size = numbers(spec, "kernel_size", "3");
-  options.stride = numbers(spec, "stride", "1");
-  options.dilation = numbers(spec, "dilation", "1");
-  const std::vector<int64_t> causal = numbers(spec, "is_causal", "0", 0);
+  options.kernel_size = na::numbers_of(spec, "kernel_size", "3");
+  options.stride = na::numbers_of(spec, "stride", "1");
+  options.dilation = na::numbers_of(spec, "dilation", "1");
+  const std::vector<int64_t> causal = na::numbers_of(spec, "is_causal", "0", 0);
   options.is_causal.assign(causal.begin(), causal.end());
   options.scale = spec.number("scale");
   const auto given = [&](const char* name) {
