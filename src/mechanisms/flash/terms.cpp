@@ -102,7 +102,7 @@ FlashTerms::FlashTerms(const FlashOptions& options, const Dims& scores, DType ty
     bias_shape_ = options.bias.shape();
     bias_strides_ =
         broadcast_strides("bias", options.bias, contiguous_strides(bias_shape_), scores);
-    stores_ = options.bias.count() == Tensor(nullptr, type, scores).count() && scores[3] > 1 &&
+    stores_ = options.bias.count() == bias_.count() && scores[3] > 1 &&
               wide_type(options.bias.dtype()) == wide_type(type);
   }
   if (!options.block_mask.defined()) return;
