@@ -4,6 +4,7 @@ import torch
 from torch import Tensor
 
 from heed._masks import Window, window_sides
+from heed._numbers import number
 
 
 def affine_scaled_attention(
@@ -53,5 +54,5 @@ def affine_scaled_attention(
         left,
         right,
         lengths,
-        scale,
+        number("affine_scaled_attention", "scale", scale),
     )[0]

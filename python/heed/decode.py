@@ -5,6 +5,8 @@ from typing import Literal, overload
 import torch
 from torch import Tensor
 
+from heed._numbers import number
+
 _ops = torch.ops.heed
 
 
@@ -82,8 +84,18 @@ def decode_attention(
 
     Forward only. Source: FlashAttention-2 (arXiv 2307.08691), split keys of its decoding kernel.
     """
+    op = "decode_attention"
     out, lse = _ops.decode_attention(
-        q, k_cache, v_cache, lengths, scale, window, sink, splits, softcap, alibi_slopes
+        q,
+        k_cache,
+        v_cache,
+        lengths,
+        number(op, "scale", scale),
+        number(op, "window", window),
+        sink,
+        number(op, "splits", splits),
+        number(op, "softcap", softcap),
+        alibi_slopes,
     )
     return (out, lse) if return_lse else out
 

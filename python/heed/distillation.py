@@ -3,6 +3,8 @@
 import torch
 from torch import Tensor
 
+from heed._numbers import number
+
 
 def attention_distillation_loss(
     q: Tensor,
@@ -44,7 +46,13 @@ def attention_distillation_loss(
         isinstance(t, Tensor) and t.requires_grad for t in (feature_q, feature_k)
     )
     return torch.ops.heed.attention_distillation_loss(
-        detached(q), detached(k), feature_q, feature_k, causal, scale, gradients
+        detached(q),
+        detached(k),
+        feature_q,
+        feature_k,
+        causal,
+        number("attention_distillation_loss", "scale", scale),
+        gradients,
     )[0]
 
 

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from heed._masks import Window, window_sides
-from heed._numbers import whole_pair
+from heed._numbers import number, whole_pair
 from heed._seeds import signed_seed
 
 _ops = torch.ops.heed
@@ -116,15 +116,17 @@ def flash_attention(
 
     Raises:
         ValueError: shapes, strides or values that do not fit; the message names the argument.
-        TypeError: an element type that is not floating or differs between q, k and v.
+        TypeError: an element type that is not floating or differs between q, k and v; a tensor of
+            floats in the place of a number (its gradient would be lost).
         RuntimeError: a tensor that is not dense or not on the CPU; a second derivative.
 
     Differentiable in q, k, v, alibi_slopes, bias and sink, through ``out`` and ``lse``.
 
     Source: FlashAttention (arXiv 2205.14135), FlashAttention-2 (arXiv 2307.08691).
     """
-    left, right = window_sides("flash_attention", window)
-    rows, keys = _block_sides("flash_attention", block_size)
+    op = "flash_attention"
+    left, right = window_sides(op, window)
+    rows, keys = _block_sides(op, block_size)
     out, lse = _ops.flash_attention(
         q,
         k,
@@ -133,8 +135,8 @@ def flash_attention(
         left,
         right,
         lengths,
-        scale,
-        softcap,
+        number(op, "scale", scale),
+        number(op, "softcap", softcap),
         alibi_slopes,
         mask,
         bias,
@@ -142,7 +144,7 @@ def flash_attention(
         block_mask,
         rows,
         keys,
-        dropout_p,
+        number(op, "dropout_p", dropout_p),
         signed_seed(seed),
     )
     return (out, lse) if return_lse else out
@@ -231,7 +233,8 @@ def flash_attention_varlen(
 
     Differentiable in q, k, v, alibi_slopes and sink. Source: FlashAttention-2 (arXiv 2307.08691).
     """
-    left, right = window_sides("flash_attention_varlen", window)
+    op = "flash_attention_varlen"
+    left, right = window_sides(op, window)
     out, lse = _ops.flash_attention_varlen(
         q,
         k,
@@ -241,11 +244,11 @@ def flash_attention_varlen(
         causal,
         left,
         right,
-        scale,
-        softcap,
+        number(op, "scale", scale),
+        number(op, "softcap", softcap),
         alibi_slopes,
         sink,
-        dropout_p,
+        number(op, "dropout_p", dropout_p),
         signed_seed(seed),
     )
     return (out, lse) if return_lse else out

@@ -4,6 +4,7 @@ import torch
 from torch import Tensor
 
 from heed._masks import Window, window_sides
+from heed._numbers import number
 
 
 def head_gated_attention(
@@ -51,5 +52,5 @@ def head_gated_attention(
         left,
         right,
         lengths,
-        scale,
+        number("head_gated_attention", "scale", scale),
     )[0]

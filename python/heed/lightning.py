@@ -5,6 +5,7 @@ from typing import Literal, overload
 import torch
 from torch import Tensor
 
+from heed._numbers import number
 from heed._states import whole_of
 
 SlopesForm = Literal["code", "paper", "fla"]
@@ -105,4 +106,10 @@ def lightning_slopes(
     Raises:
         ValueError: for an unknown form and for numbers out of range.
     """
-    return torch.ops.heed.lightning_slopes(num_heads, layer, num_layers, form)
+    op = "lightning_slopes"
+    return torch.ops.heed.lightning_slopes(
+        number(op, "num_heads", num_heads),
+        number(op, "layer", layer),
+        number(op, "num_layers", num_layers),
+        form,
+    )

@@ -5,6 +5,7 @@ from typing import Literal, overload
 import torch
 from torch import Tensor
 
+from heed._numbers import number
 from heed._states import parts_of, whole_of
 
 LinearState = tuple[Tensor, Tensor] | Tensor
@@ -100,7 +101,7 @@ def linear_attention(
         v,
         causal,
         normalize,
-        eps,
+        number(op, "eps", eps),
         lengths,
         s,
         z,

@@ -3,6 +3,8 @@
 import torch
 from torch import Tensor
 
+from heed._numbers import number
+
 
 def local_linear_attention(
     q: Tensor,
@@ -38,4 +40,7 @@ def local_linear_attention(
 
     Source: local linear attention (arXiv 2510.01450), the exact estimator behind Parallax.
     """
-    return torch.ops.heed.local_linear_attention(q, k, v, ridge, causal, scale)
+    op = "local_linear_attention"
+    return torch.ops.heed.local_linear_attention(
+        q, k, v, number(op, "ridge", ridge), causal, number(op, "scale", scale)
+    )

@@ -3,6 +3,8 @@
 import torch
 from torch import Tensor
 
+from heed._numbers import number
+
 
 def moh_router(
     x: Tensor,
@@ -38,4 +40,5 @@ def moh_router(
 
     Source: MoH (arXiv 2410.11842).
     """
+    top_k = number("moh_router", "top_k", top_k)
     return torch.ops.heed.moh_router(x, wg, wg_shared, wg_group, top_k=top_k, form=form)

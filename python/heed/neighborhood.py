@@ -7,6 +7,8 @@ from typing import Literal, overload
 import torch
 from torch import Tensor
 
+from heed._numbers import number
+
 PerAxis = int | Sequence[int]
 CausalPerAxis = bool | Sequence[bool] | None  # None: False
 
@@ -67,7 +69,7 @@ def _neighborhood(
         _sizes(op, "stride", 1 if stride is None else stride, axes),
         _sizes(op, "dilation", 1 if dilation is None else dilation, axes),
         _flags(op, "is_causal", is_causal, axes),
-        scale,
+        number(op, "scale", scale),
         additional_keys,
         additional_values,
         rpb,

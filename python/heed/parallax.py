@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from heed._masks import Window, window_sides
+from heed._numbers import number
 
 
 @overload
@@ -91,6 +92,6 @@ def parallax_attention(
         left,
         right,
         lengths,
-        scale,
+        number("parallax_attention", "scale", scale),
     )
     return results if return_stats else results[0]

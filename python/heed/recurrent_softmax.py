@@ -5,6 +5,8 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from heed._numbers import number
+
 Normalizer = Literal["softmax", "l2", "rms", "layer", "divide_by_count", "clamped", "none"]
 
 
@@ -65,15 +67,16 @@ def recurrent_softmax_attention(
     Source: On the Expressiveness of Softmax Attention: A Recurrent Neural Network Perspective
     (arXiv 2507.23632).
     """
+    op = "recurrent_softmax_attention"
     return torch.ops.heed.recurrent_softmax_attention(
         q,
         k,
         v,
         normalizer,
-        order,
+        number(op, "order", order),
         causal,
-        scale,
+        number(op, "scale", scale),
         gate,
-        score_clamp,
-        eps,
+        number(op, "score_clamp", score_clamp),
+        number(op, "eps", eps),
     )[0]

@@ -3,6 +3,8 @@
 import torch
 from torch import Tensor
 
+from heed._numbers import number
+
 
 def relative_attention(
     q: Tensor,
@@ -51,7 +53,7 @@ def relative_attention(
 
     Source: RCMHA (arXiv 2308.03429), Transformer-XL (arXiv 1901.02860).
     """
-    out, _ = torch.ops.heed.relative_attention(
+    scale = number("relative_attention", "scale", scale)
+    return torch.ops.heed.relative_attention(
         q, k, v, rel_key, rel_bias, content_bias, causal, scale
-    )
-    return out
+    )[0]

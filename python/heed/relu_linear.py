@@ -3,6 +3,8 @@
 import torch
 from torch import Tensor
 
+from heed._numbers import number
+
 
 def relu_linear_attention(
     q: Tensor, k: Tensor, v: Tensor, temperature: Tensor, *, clamp: float = 100.0
@@ -33,4 +35,5 @@ def relu_linear_attention(
 
     Source: The Linear Attention Resurrection in Vision Transformer (arXiv 2501.16182).
     """
+    clamp = number("relu_linear_attention", "clamp", clamp)
     return torch.ops.heed.relu_linear_attention(q, k, v, temperature, clamp)

@@ -4,6 +4,7 @@ import torch
 from torch import Tensor
 
 from heed._masks import Window, window_sides
+from heed._numbers import number
 
 
 def sigmoid_attention(
@@ -56,6 +57,6 @@ def sigmoid_attention(
         left,
         right,
         lengths,
-        scale,
+        number("sigmoid_attention", "scale", scale),
         alibi_slopes,
     )

@@ -1,0 +1,49 @@
+"""Rules that all functions follow: numbers, seeds, autocast, types of parameters."""
+
+import heed
+import pytest
+import torch
+from calls import CALLS, Q, call
+
+ATTENTION = [name for name in heed.__all__ if name not in ("merge_attention", "na1d", "na3d")]
+MAKERS = ("lightning_slopes", "random_permutation")
+
+
+def test_every_function_is_called_here():
+    assert sorted(CALLS) == sorted(name for name in ATTENTION if name not in MAKERS)
+
+
+@pytest.mark.parametrize(
+    "name, number", [(name, number) for name, (_, _, numbers) in CALLS.items() for number in numbers]
+)
+def test_a_learned_number_is_an_error(name, number):
+    learned = torch.nn.Parameter(torch.tensor(0.5))
+    # Without the error its gradient is lost.
+    with pytest.raises(TypeError, match=f"{name}: {number} is a tensor, needed is a number"):
+        call(name, **{number: learned})
+
+
+def test_learned_numbers_elsewhere():
+    learned = torch.nn.Parameter(torch.tensor(0.5))
+    for function, x in ((heed.na1d, torch.ones(1, 5, 2, 8)), (heed.na3d, torch.ones(1, 1, 1, 5, 2, 8))):
+        with pytest.raises(TypeError, match="scale is a tensor, needed is a number"):
+            function(x, x, x, 1, scale=learned)
+    with pytest.raises(TypeError, match="num_heads is a tensor, needed is a number"):
+        heed.lightning_slopes(learned)
+
+
+def test_whole_numbers_may_be_tensors():
+    found = call("stochastic_attention", window=torch.tensor(3))
+    assert torch.equal(found[0], call("stochastic_attention")[0])
+
+
+@pytest.mark.parametrize("specialize_float", [False, True])
+def test_numbers_of_a_graph(specialize_float):
+    def scaled(q, scale, softcap):
+        return heed.flash_attention(q, q, q, scale=scale, softcap=softcap)
+
+    torch.compiler.reset()
+    with torch._dynamo.config.patch(specialize_float=specialize_float):
+        compiled = torch.compile(scaled, fullgraph=True, dynamic=True, backend="aot_eager")
+        for scale in (0.25, 0.5):
+            assert torch.equal(compiled(Q, scale, 2.0), scaled(Q, scale, 2.0))
