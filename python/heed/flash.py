@@ -7,7 +7,7 @@ from torch import Tensor
 
 from heed._masks import Window, window_sides
 from heed._numbers import number, whole_pair
-from heed._seeds import signed_seed
+from heed._seeds import dropout_seed
 
 _ops = torch.ops.heed
 
@@ -30,7 +30,7 @@ def flash_attention(
     block_mask: Tensor | None = ...,
     block_size: tuple[int, int] = ...,
     dropout_p: float = ...,
-    seed: int = ...,
+    seed: int | None = ...,
     return_lse: Literal[False] = ...,
 ) -> Tensor: ...
 @overload
@@ -51,7 +51,7 @@ def flash_attention(
     block_mask: Tensor | None = ...,
     block_size: tuple[int, int] = ...,
     dropout_p: float = ...,
-    seed: int = ...,
+    seed: int | None = ...,
     return_lse: Literal[True],
 ) -> tuple[Tensor, Tensor]: ...
 def flash_attention(
@@ -71,7 +71,7 @@ def flash_attention(
     block_mask: Tensor | None = None,
     block_size: tuple[int, int] = (64, 64),
     dropout_p: float = 0.0,
-    seed: int = 0,
+    seed: int | None = None,
     return_lse: bool = False,
 ) -> Tensor | tuple[Tensor, Tensor]:
     """Exact softmax attention in one pass over the keys, without an ``[Lq, Lk]`` buffer.
@@ -106,7 +106,8 @@ def flash_attention(
         dropout_p: probability from 0 up to, not including, 1 that a weight is dropped; the others
             are scaled up. Which ones is a function of ``seed`` and the weight's place alone, so
             the backward drops the same.
-        seed: of the dropout; any 64-bit number.
+        seed: of the dropout; any 64-bit number. ``None`` draws one from PyTorch's generator
+            (``torch.manual_seed``) for every call that drops weights.
         return_lse: also return the natural logarithm of the sum of ``exp(score)`` of each query.
 
     Returns:
@@ -145,7 +146,7 @@ def flash_attention(
         rows,
         keys,
         number(op, "dropout_p", dropout_p),
-        signed_seed(seed),
+        dropout_seed(seed, dropout_p),
     )
     return (out, lse) if return_lse else out
 
@@ -172,7 +173,7 @@ def flash_attention_varlen(
     alibi_slopes: Tensor | None = ...,
     sink: Tensor | None = ...,
     dropout_p: float = ...,
-    seed: int = ...,
+    seed: int | None = ...,
     return_lse: Literal[False] = ...,
 ) -> Tensor: ...
 @overload
@@ -190,7 +191,7 @@ def flash_attention_varlen(
     alibi_slopes: Tensor | None = ...,
     sink: Tensor | None = ...,
     dropout_p: float = ...,
-    seed: int = ...,
+    seed: int | None = ...,
     return_lse: Literal[True],
 ) -> tuple[Tensor, Tensor]: ...
 def flash_attention_varlen(
@@ -207,7 +208,7 @@ def flash_attention_varlen(
     alibi_slopes: Tensor | None = None,
     sink: Tensor | None = None,
     dropout_p: float = 0.0,
-    seed: int = 0,
+    seed: int | None = None,
     return_lse: bool = False,
 ) -> Tensor | tuple[Tensor, Tensor]:
     """:func:`flash_attention` of sequences of different lengths packed one behind the other.
@@ -249,6 +250,6 @@ def flash_attention_varlen(
         alibi_slopes,
         sink,
         number(op, "dropout_p", dropout_p),
-        signed_seed(seed),
+        dropout_seed(seed, dropout_p),
     )
     return (out, lse) if return_lse else out

@@ -8,6 +8,7 @@ from torch import Tensor
 
 from heed._autocast import autocast
 from heed._numbers import number
+from heed._seeds import drawn_seed
 
 if TYPE_CHECKING:
     from torch.nn.attention.bias import CausalBias
@@ -110,7 +111,7 @@ def scaled_dot_product_attention(
     drops_all = dropout_p == 1.0
     if dropout_p != 0.0 and not drops_all:
         options["dropout_p"] = dropout_p
-        options["seed"] = int(torch.randint(2**62, ()))
+        options["seed"] = drawn_seed()
     try:
         out, _ = _ops.flash_attention(q, k, v, **options)
     except (ValueError, TypeError, RuntimeError) as error:

@@ -4,6 +4,7 @@ import heed
 import pytest
 import torch
 from calls import CALLS, Q, call
+from torch.utils.checkpoint import checkpoint
 
 ATTENTION = [name for name in heed.__all__ if name not in ("merge_attention", "na1d", "na3d")]
 MAKERS = ("lightning_slopes", "random_permutation")
@@ -47,3 +48,55 @@ def test_numbers_of_a_graph(specialize_float):
         compiled = torch.compile(scaled, fullgraph=True, dynamic=True, backend="aot_eager")
         for scale in (0.25, 0.5):
             assert torch.equal(compiled(Q, scale, 2.0), scaled(Q, scale, 2.0))
+
+
+DROPPING = ["flash_attention", "flash_attention_varlen", "scaled_dot_product_attention"]
+
+
+def dropped(name):
+    return call(name, dropout_p=0.5)[0]
+
+
+@pytest.mark.parametrize("name", DROPPING)
+def test_every_call_drops_other_weights(name):
+    torch.manual_seed(3)
+    first, second = dropped(name), dropped(name)
+    assert not torch.equal(first, second)
+    torch.manual_seed(3)
+    assert torch.equal(dropped(name), first)
+
+
+@pytest.mark.parametrize("name", DROPPING)
+def test_without_dropout_nothing_is_drawn(name):
+    before = torch.get_rng_state()
+    call(name)
+    assert torch.equal(torch.get_rng_state(), before)
+
+
+@pytest.mark.parametrize("name", DROPPING)
+def test_drawn_seeds_under_compile(name):
+    torch.compiler.reset()
+    compiled = torch.compile(dropped, fullgraph=True, backend="aot_eager")
+    torch.manual_seed(3)
+    found = [compiled(name), compiled(name)]
+    torch.manual_seed(3)
+    for one in found:
+        assert torch.equal(one, dropped(name))
+
+
+def test_a_checkpoint_drops_the_same_again():
+    gradients = []
+    for again in (False, True):
+        q = Q.clone().requires_grad_()
+        torch.manual_seed(3)
+        if again:
+            out = checkpoint(dropped_of, q, use_reentrant=False)
+        else:
+            out = dropped_of(q)
+        out.sum().backward()
+        gradients.append(q.grad)
+    assert torch.equal(*gradients)
+
+
+def dropped_of(q):
+    return heed.flash_attention(q, q, q, dropout_p=0.5)

@@ -103,10 +103,6 @@ def _unit_stride(*tensors: Tensor) -> list[Tensor]:
     return [t if t.stride(-1) == 1 or t.shape[-1] <= 1 else t.contiguous() for t in tensors]
 
 
-def _seed(dropout: float) -> int:
-    return int(torch.randint(2**62, ())) if dropout > 0.0 else 0
-
-
 # Attention that only PyTorch code of the model itself can compute.
 _NEVER_OFFERED = frozenset(("sinks", "indices", "block_indices"))
 _SOFTMAX_ONLY = _NEVER_OFFERED | {"position_bias", "softcap", "s_aux"}
@@ -162,7 +158,6 @@ def _softmax(
         "softcap": softcap or 0.0,
         "sink": s_aux,
         "dropout_p": dropout,
-        "seed": _seed(dropout),
     }
     if cu_seq_lens_q is not None and cu_seq_lens_q.shape[0] > 2:
         if query.shape[0] != 1:
