@@ -56,7 +56,11 @@ CALLS = {
         {"kernel_size": 3},
         ["scale"],
     ),
-    "parallax_attention": ({"q": Q, "r": random(2, 4, 5, 8, seed=3), "k": K, "v": V}, {}, ["scale"]),
+    "parallax_attention": (
+        {"q": Q, "r": random(2, 4, 5, 8, seed=3), "k": K, "v": V},
+        {},
+        ["scale"],
+    ),
     "recurrent_softmax_attention": (
         {"q": Q, "k": K, "v": V},
         {"gate": random(2, 4, 5)},

@@ -15,7 +15,7 @@ def test_every_function_is_called_here():
 
 
 @pytest.mark.parametrize(
-    "name, number", [(name, number) for name, (_, _, numbers) in CALLS.items() for number in numbers]
+    "name, number", [(name, number) for name, (*_, numbers) in CALLS.items() for number in numbers]
 )
 def test_a_learned_number_is_an_error(name, number):
     learned = torch.nn.Parameter(torch.tensor(0.5))
@@ -26,7 +26,8 @@ def test_a_learned_number_is_an_error(name, number):
 
 def test_learned_numbers_elsewhere():
     learned = torch.nn.Parameter(torch.tensor(0.5))
-    for function, x in ((heed.na1d, torch.ones(1, 5, 2, 8)), (heed.na3d, torch.ones(1, 1, 1, 5, 2, 8))):
+    line, space = torch.ones(1, 5, 2, 8), torch.ones(1, 1, 1, 5, 2, 8)
+    for function, x in ((heed.na1d, line), (heed.na3d, space)):
         with pytest.raises(TypeError, match="scale is a tensor, needed is a number"):
             function(x, x, x, 1, scale=learned)
     with pytest.raises(TypeError, match="num_heads is a tensor, needed is a number"):
