@@ -3,6 +3,7 @@
 import torch
 from torch import Tensor
 
+from heed._gradients import may_follow
 from heed._masks import Window, window_sides
 from heed._numbers import number
 
@@ -55,4 +56,5 @@ def affine_scaled_attention(
         right,
         lengths,
         number("affine_scaled_attention", "scale", scale),
+        may_follow(q, k, v, alpha, alpha_mean),
     )[0]

@@ -3,6 +3,7 @@
 import torch
 from torch import Tensor
 
+from heed._gradients import may_follow
 from heed._masks import Window, window_sides
 from heed._numbers import number
 
@@ -53,4 +54,5 @@ def head_gated_attention(
         right,
         lengths,
         number("head_gated_attention", "scale", scale),
+        may_follow(q, k, v, gates),
     )[0]

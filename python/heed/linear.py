@@ -5,6 +5,7 @@ from typing import Literal, overload
 import torch
 from torch import Tensor
 
+from heed._gradients import may_follow
 from heed._numbers import number
 from heed._states import parts_of, whole_of
 
@@ -91,10 +92,7 @@ def linear_attention(
         else (whole_of(op, initial_state), None)
     )
     # Not causal, the state spares the backward a sum over all keys.
-    differentiable = torch.is_grad_enabled() and any(
-        getattr(x, "requires_grad", False) for x in (q, k, v)
-    )
-    in_backward = differentiable and not causal
+    in_backward = not causal and may_follow(q, k, v)
     out, s, z = torch.ops.heed.linear_attention(
         q,
         k,

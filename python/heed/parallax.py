@@ -5,6 +5,7 @@ from typing import Literal, overload
 import torch
 from torch import Tensor
 
+from heed._gradients import may_follow
 from heed._masks import Window, window_sides
 from heed._numbers import number
 
@@ -93,5 +94,6 @@ def parallax_attention(
         right,
         lengths,
         number("parallax_attention", "scale", scale),
+        return_stats or may_follow(q, r, k, v),
     )
     return results if return_stats else results[0]

@@ -5,6 +5,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from heed._gradients import may_follow
 from heed._numbers import number
 
 Normalizer = Literal["softmax", "l2", "rms", "layer", "divide_by_count", "clamped", "none"]
@@ -79,4 +80,5 @@ def recurrent_softmax_attention(
         gate,
         number(op, "score_clamp", score_clamp),
         number(op, "eps", eps),
+        may_follow(q, k, v, gate),
     )[0]

@@ -4,6 +4,8 @@ import heed
 import pytest
 import torch
 from calls import CALLS, Q, call
+from torch.library import opcheck
+from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint
 
 ATTENTION = [name for name in heed.__all__ if name not in ("merge_attention", "na1d", "na3d")]
@@ -101,3 +103,77 @@ def test_a_checkpoint_drops_the_same_again():
 
 def dropped_of(q):
     return heed.flash_attention(q, q, q, dropout_p=0.5)
+
+
+KEEPING = {  # what the backward reads besides the inputs
+    "affine_scaled_attention": 2,
+    "head_gated_attention": 2,
+    "parallax_attention": 3,
+    "recurrent_softmax_attention": 2,
+}
+
+
+class Results(TorchDispatchMode):
+    """The sizes of what the operators of heed return."""
+
+    def __init__(self):
+        super().__init__()
+        self.sizes = []
+
+    def __torch_dispatch__(self, op, types, args=(), kwargs=None):
+        results = op(*args, **(kwargs or {}))
+        if op.namespace == "heed":
+            self.sizes.append([result.numel() for result in results])
+        return results
+
+
+def wanting(name, **options):
+    own = {key: t.clone().requires_grad_() for key, t in CALLS[name][0].items()}
+    return own, call(name, own, **options)
+
+
+@pytest.mark.parametrize("name", KEEPING)
+def test_results_for_a_backward_are_only_made_where_one_may_follow(name):
+    with Results() as made:
+        plain = call(name)[0]
+        kept = wanting(name)[1][0]
+        with torch.no_grad():
+            wanting(name)
+    assert torch.equal(plain, kept)
+    empty = [sizes.count(0) for sizes in made.sizes]
+    assert empty == [KEEPING[name], 0, KEEPING[name]]
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("name", KEEPING)
+def test_results_have_the_same_bits_with_and_without_a_backward(name, dtype):
+    own, others, _ = CALLS[name]
+    own = {key: t.to(dtype) for key, t in own.items()}
+    if dtype == torch.float64:
+        others = {key: t.double() for key, t in others.items()}
+    with_backward = own | {"v": own["v"].clone().requires_grad_()}
+    assert torch.equal(call(name, own, **others)[0], call(name, with_backward, **others)[0])
+
+
+@pytest.mark.parametrize("statistics", [False, True])
+@pytest.mark.parametrize("name", KEEPING)
+def test_opcheck_with_and_without_results_for_a_backward(name, statistics):
+    own, others, _ = CALLS[name]
+    tensors = tuple(t.clone().requires_grad_() for t in own.values())
+    operator = getattr(torch.ops.heed, name).default
+    opcheck(operator, tensors, others | {"statistics": statistics})
+
+
+@pytest.mark.parametrize("name", KEEPING)
+def test_a_backward_that_nobody_foresaw(name):
+    own, results = wanting(name)
+    expected = torch.autograd.grad(results[0].square().sum(), own["q"])[0]
+    q = own["q"].detach()
+
+    def each(x):  # below vmap nothing tells that gradients are wanted
+        return call(name, {"q": x})[0].square().sum()
+
+    batch = torch.stack([q, 2 * q])
+    found = torch.func.grad(lambda x: torch.vmap(each)(x).sum())(batch)
+    assert torch.equal(found[0], expected)
+    assert torch.equal(torch.vmap(torch.func.grad(each))(batch)[0], expected)
