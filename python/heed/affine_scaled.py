@@ -3,6 +3,7 @@
 import torch
 from torch import Tensor
 
+from heed._autocast import autocast
 from heed._gradients import may_follow
 from heed._masks import Window, window_sides
 from heed._numbers import number
@@ -44,6 +45,7 @@ def affine_scaled_attention(
 
     Source: Affine-Scaled Attention (arXiv 2602.23057).
     """
+    q, k, v = autocast(q, k, v)
     left, right = window_sides("affine_scaled_attention", window)
     return torch.ops.heed.affine_scaled_attention(
         q,

@@ -5,6 +5,7 @@ from typing import Literal, overload
 import torch
 from torch import Tensor
 
+from heed._autocast import autocast
 from heed._numbers import number
 
 _ops = torch.ops.heed
@@ -84,6 +85,7 @@ def decode_attention(
 
     Forward only. Source: FlashAttention-2 (arXiv 2307.08691), split keys of its decoding kernel.
     """
+    q, k_cache, v_cache = autocast(q, k_cache, v_cache)
     op = "decode_attention"
     out, lse = _ops.decode_attention(
         q,

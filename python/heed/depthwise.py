@@ -3,6 +3,8 @@
 import torch
 from torch import Tensor
 
+from heed._autocast import autocast
+
 
 def depthwise_causal_conv(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     """Convolution along the tokens that sees no later token, each channel on its own.
@@ -25,4 +27,5 @@ def depthwise_causal_conv(x: Tensor, weight: Tensor, bias: Tensor | None = None)
 
     Source: Primer (arXiv 2109.08668), RCMHA (arXiv 2308.03429).
     """
+    (x,) = autocast(x)
     return torch.ops.heed.depthwise_causal_conv(x, weight, bias)

@@ -3,6 +3,7 @@
 import torch
 from torch import Tensor
 
+from heed._autocast import autocast
 from heed._gradients import may_follow
 from heed._numbers import number
 
@@ -42,6 +43,7 @@ def attention_distillation_loss(
 
     Source: The Hedgehog & the Porcupine (arXiv 2402.04347).
     """
+    q, k, feature_q, feature_k = autocast(q, k, feature_q, feature_k)
     gradients = may_follow(feature_q, feature_k)  # made with the loss, from the same products
     return torch.ops.heed.attention_distillation_loss(
         detached(q),

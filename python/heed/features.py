@@ -5,6 +5,8 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from heed._autocast import autocast
+
 FeatureKind = Literal[
     "elu1",
     "relu",
@@ -63,4 +65,5 @@ def feature_map(
     2006.16236), Rethinking Attention with Performers (arXiv 2009.14794), On the Expressiveness of
     Softmax Attention (arXiv 2507.23632).
     """
+    (x,) = autocast(x)
     return torch.ops.heed.feature_map(x, kind, weight, bias)

@@ -5,6 +5,7 @@ from typing import Literal, overload
 import torch
 from torch import Tensor
 
+from heed._autocast import autocast
 from heed._masks import Window, window_sides
 from heed._numbers import number, whole_pair
 from heed._seeds import dropout_seed
@@ -83,7 +84,8 @@ def flash_attention(
         q: ``[B, H, Lq, D]``, float64, float32, bfloat16 or float16; ``D`` from 1 to 256.
         k: ``[B, Hkv, Lk, D]``, same type; ``H`` is a multiple of ``Hkv``.
         v: ``[B, Hkv, Lk, Dv]``, same type; ``Dv`` from 1 to 256. The last dimension of q, k and v
-            has stride 1; all other strides are free, nothing is copied.
+            has stride 1; all other strides are free, nothing is copied. Under ``torch.autocast``
+            for the CPU the three are taken in its type (float64 stays float64).
         causal: query ``i`` sees keys ``j <= i + Lk - Lq``: aligned to the end of the keys, so that
             the last query sees all of them. (PyTorch's ``is_causal`` aligns to the start.)
         window: ``(left, right)``: query ``i`` sees keys from ``i + Lk - Lq - left`` to
@@ -126,6 +128,7 @@ def flash_attention(
     Source: FlashAttention (arXiv 2205.14135), FlashAttention-2 (arXiv 2307.08691).
     """
     op = "flash_attention"
+    q, k, v = autocast(q, k, v)
     left, right = window_sides(op, window)
     rows, keys = _block_sides(op, block_size)
     out, lse = _ops.flash_attention(
@@ -235,6 +238,7 @@ def flash_attention_varlen(
     Differentiable in q, k, v, alibi_slopes and sink. Source: FlashAttention-2 (arXiv 2307.08691).
     """
     op = "flash_attention_varlen"
+    q, k, v = autocast(q, k, v)
     left, right = window_sides(op, window)
     out, lse = _ops.flash_attention_varlen(
         q,

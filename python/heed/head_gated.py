@@ -3,6 +3,7 @@
 import torch
 from torch import Tensor
 
+from heed._autocast import autocast
 from heed._gradients import may_follow
 from heed._masks import Window, window_sides
 from heed._numbers import number
@@ -43,6 +44,7 @@ def head_gated_attention(
 
     Source: MoH: Multi-Head Attention as Mixture-of-Head Attention (arXiv 2410.11842).
     """
+    q, k, v = autocast(q, k, v)
     left, right = window_sides("head_gated_attention", window)
     return torch.ops.heed.head_gated_attention(
         q,

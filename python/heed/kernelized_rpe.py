@@ -5,6 +5,8 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from heed._autocast import autocast
+
 RpeFeatures = Literal["nprf", "prf", "trf", "elu1"]
 RpePath = Literal["auto", "fft", "direct"]
 
@@ -66,6 +68,7 @@ def kernelized_rpe_attention(
             "kernelized_rpe_attention: projection requires grad, but has no gradient: pass "
             "projection.detach()"
         )
+    q, k, v = autocast(q, k, v)
     return torch.ops.heed.kernelized_rpe_attention(
         q, k, v, rpb, projection, features, causal, grid, path
     )

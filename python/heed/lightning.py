@@ -5,6 +5,7 @@ from typing import Literal, overload
 import torch
 from torch import Tensor
 
+from heed._autocast import autocast
 from heed._numbers import number
 from heed._states import whole_of
 
@@ -70,6 +71,7 @@ def lightning_attention(
     Language Modeling with Lightning Attention (arXiv 2405.17381), TransNormerLLM (arXiv
     2307.14995).
     """
+    q, k, v = autocast(q, k, v)
     out, state = torch.ops.heed.lightning_attention(
         q,
         k,

@@ -5,6 +5,7 @@ from typing import Literal, overload
 import torch
 from torch import Tensor
 
+from heed._autocast import autocast
 from heed._gradients import may_follow
 from heed._numbers import number
 from heed._states import parts_of, whole_of
@@ -91,6 +92,7 @@ def linear_attention(
         if normalize
         else (whole_of(op, initial_state), None)
     )
+    q, k, v = autocast(q, k, v)
     # Not causal, the state spares the backward a sum over all keys.
     in_backward = not causal and may_follow(q, k, v)
     out, s, z = torch.ops.heed.linear_attention(

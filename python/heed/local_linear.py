@@ -3,6 +3,7 @@
 import torch
 from torch import Tensor
 
+from heed._autocast import autocast
 from heed._numbers import number
 
 
@@ -40,6 +41,7 @@ def local_linear_attention(
 
     Source: local linear attention (arXiv 2510.01450), the exact estimator behind Parallax.
     """
+    q, k, v = autocast(q, k, v)
     op = "local_linear_attention"
     return torch.ops.heed.local_linear_attention(
         q, k, v, number(op, "ridge", ridge), causal, number(op, "scale", scale)

@@ -5,6 +5,7 @@ from typing import Literal, overload
 import torch
 from torch import Tensor
 
+from heed._autocast import autocast
 from heed._numbers import number
 from heed._states import parts_of
 
@@ -97,6 +98,7 @@ def magnitude_aware_linear_attention(
     Source: Rectifying Magnitude Neglect in Linear Attention (arXiv 2507.00698).
     """
     op = "magnitude_aware_linear_attention"
+    q, k, v = autocast(q, k, v)
     s, k_sum, v_sum, count = parts_of(op, initial_state, ("S", "k_sum", "v_sum", "count"))
     out, *state = torch.ops.heed.magnitude_aware_linear_attention(
         q,

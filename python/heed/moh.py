@@ -3,6 +3,7 @@
 import torch
 from torch import Tensor
 
+from heed._autocast import autocast
 from heed._numbers import number
 
 
@@ -40,5 +41,6 @@ def moh_router(
 
     Source: MoH (arXiv 2410.11842).
     """
+    (x,) = autocast(x)
     top_k = number("moh_router", "top_k", top_k)
     return torch.ops.heed.moh_router(x, wg, wg_shared, wg_group, top_k=top_k, form=form)

@@ -7,6 +7,7 @@ from typing import Literal, overload
 import torch
 from torch import Tensor
 
+from heed._autocast import autocast
 from heed._numbers import number
 
 PerAxis = int | Sequence[int]
@@ -61,6 +62,9 @@ def _neighborhood(
     return_lse: bool,
 ) -> Tensor | tuple[Tensor, Tensor]:
     op = f"na{axes}d"
+    query, key, value, additional_keys, additional_values = autocast(
+        query, key, value, additional_keys, additional_values
+    )
     out, lse = getattr(torch.ops.heed, op)(
         query,
         key,

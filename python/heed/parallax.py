@@ -5,6 +5,7 @@ from typing import Literal, overload
 import torch
 from torch import Tensor
 
+from heed._autocast import autocast
 from heed._gradients import may_follow
 from heed._masks import Window, window_sides
 from heed._numbers import number
@@ -83,6 +84,7 @@ def parallax_attention(
 
     Source: Parallax: Parameterized Local Linear Attention for Language Modeling (arXiv 2605.29157).
     """
+    q, r, k, v = autocast(q, r, k, v)
     left, right = window_sides("parallax_attention", window)
     results = torch.ops.heed.parallax_attention(
         q,

@@ -5,6 +5,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from heed._autocast import autocast
 from heed._gradients import may_follow
 from heed._numbers import number
 
@@ -68,6 +69,7 @@ def recurrent_softmax_attention(
     Source: On the Expressiveness of Softmax Attention: A Recurrent Neural Network Perspective
     (arXiv 2507.23632).
     """
+    q, k, v = autocast(q, k, v)
     op = "recurrent_softmax_attention"
     return torch.ops.heed.recurrent_softmax_attention(
         q,

@@ -3,6 +3,7 @@
 import torch
 from torch import Tensor
 
+from heed._autocast import autocast
 from heed._numbers import number
 
 
@@ -53,6 +54,7 @@ def relative_attention(
 
     Source: RCMHA (arXiv 2308.03429), Transformer-XL (arXiv 1901.02860).
     """
+    q, k, v = autocast(q, k, v)
     scale = number("relative_attention", "scale", scale)
     return torch.ops.heed.relative_attention(
         q, k, v, rel_key, rel_bias, content_bias, causal, scale

@@ -3,6 +3,7 @@
 import torch
 from torch import Tensor
 
+from heed._autocast import autocast
 from heed._numbers import number
 
 
@@ -35,5 +36,6 @@ def relu_linear_attention(
 
     Source: The Linear Attention Resurrection in Vision Transformer (arXiv 2501.16182).
     """
+    q, k, v = autocast(q, k, v)
     clamp = number("relu_linear_attention", "clamp", clamp)
     return torch.ops.heed.relu_linear_attention(q, k, v, temperature, clamp)

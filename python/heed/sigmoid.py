@@ -3,6 +3,7 @@
 import torch
 from torch import Tensor
 
+from heed._autocast import autocast
 from heed._masks import Window, window_sides
 from heed._numbers import number
 
@@ -45,6 +46,7 @@ def sigmoid_attention(
 
     Source: Theory, Analysis, and Best Practices for Sigmoid Self-Attention (arXiv 2409.04431).
     """
+    q, k, v = autocast(q, k, v)
     left, right = window_sides("sigmoid_attention", window)
     per_head = isinstance(bias, Tensor)
     return torch.ops.heed.sigmoid_attention(

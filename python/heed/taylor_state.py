@@ -5,6 +5,7 @@ from typing import Literal, overload
 import torch
 from torch import Tensor
 
+from heed._autocast import autocast
 from heed._numbers import number
 from heed._states import parts_of
 
@@ -77,6 +78,7 @@ def taylor_state_attention(
     (arXiv 2507.23632).
     """
     op = "taylor_state_attention"
+    q, k, v = autocast(q, k, v)
     s, z = parts_of(op, initial_state, ("S", "z"))
     out, s, z = torch.ops.heed.taylor_state_attention(
         q,

@@ -177,3 +177,56 @@ def test_a_backward_that_nobody_foresaw(name):
     found = torch.func.grad(lambda x: torch.vmap(each)(x).sum())(batch)
     assert torch.equal(found[0], expected)
     assert torch.equal(torch.vmap(torch.func.grad(each))(batch)[0], expected)
+
+
+AUTOCAST = torch.bfloat16
+
+
+def in_type(name, *dtypes):
+    """The tensors of one type that the function takes, in these types in turn, as leaves."""
+    own = CALLS[name][0].items()
+    cast = {key: t.to(dtypes[n % len(dtypes)]) for n, (key, t) in enumerate(own)}
+    return {key: t.detach().clone().requires_grad_() for key, t in cast.items()}
+
+
+def gradients(own, results):
+    loss = sum(t.double().square().sum() for t in results if t.requires_grad)
+    return torch.autograd.grad(loss, list(own.values()), allow_unused=True)
+
+
+@pytest.mark.parametrize("name", CALLS)
+def test_autocast(name):
+    # As after a rotation in float32: the first is float32, the second not.
+    mixed, plain = in_type(name, torch.float32, AUTOCAST), in_type(name, AUTOCAST)
+    with torch.autocast("cpu", AUTOCAST):
+        found = call(name, mixed)
+    expected = call(name, plain)
+    for f, e in zip(found, expected):
+        assert f.dtype == e.dtype and torch.equal(f, e)
+    if name == "decode_attention":  # forward only
+        return
+    for f, e, x in zip(gradients(mixed, found), gradients(plain, expected), mixed.values()):
+        assert (f is None) == (e is None)
+        assert f is None or (f.dtype == x.dtype and torch.equal(f.to(e.dtype), e))
+
+
+@pytest.mark.parametrize("name", CALLS)
+def test_autocast_leaves_float64(name):
+    own, others, _ = CALLS[name]
+    wide = {key: t.double() if is_float(t) else t for key, t in (own | others).items()}
+    expected = call(name, **wide)
+    with torch.autocast("cpu", AUTOCAST):
+        found = call(name, **wide)
+    assert all(f.dtype == torch.float64 and torch.equal(f, e) for f, e in zip(found, expected))
+
+
+def is_float(value):
+    return isinstance(value, torch.Tensor) and value.is_floating_point()
+
+
+@pytest.mark.parametrize("name", [name for name in CALLS if len(CALLS[name][0]) > 1])
+def test_mixed_types_are_an_error_without_autocast(name):
+    with pytest.raises((TypeError, ValueError), match="type"):
+        call(name, in_type(name, torch.float32, AUTOCAST))
+    with torch.autocast("cpu", enabled=False), pytest.raises((TypeError, ValueError), match="type"):
+        call(name, in_type(name, torch.float32, AUTOCAST))

@@ -9,7 +9,6 @@ import torch
 from torch import Tensor
 
 import heed
-from heed._autocast import autocast
 
 _Result = tuple[Tensor, None]
 
@@ -151,7 +150,7 @@ def _softmax(
         mask = attention_mask
     elif attention_mask is not None:
         bias = attention_mask if bias is None else bias + attention_mask
-    query, key, value = _unit_stride(*autocast(query, key, value))
+    query, key, value = _unit_stride(query, key, value)
     common = {
         "causal": causal,
         "scale": scaling,
@@ -226,7 +225,7 @@ def _sigmoid(
     if padding is not None:
         # No row sum: a key without a value is a key that is not there.
         value = value.masked_fill(~padding[:, None, :, None], 0.0)
-    query, key, value = _unit_stride(*autocast(query, key, value))
+    query, key, value = _unit_stride(query, key, value)
     out = heed.sigmoid_attention(
         query,
         key,
@@ -267,7 +266,7 @@ def _stochastic(
     if padding is not None:
         _check_unpadded(padding)
     causal = _is_causal(module, query, is_causal)
-    query, key, value = _unit_stride(*autocast(query, key, value))
+    query, key, value = _unit_stride(query, key, value)
     if query.shape[2] < key.shape[2]:
         return _result(
             heed.flash_attention(
