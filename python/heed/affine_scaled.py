@@ -30,9 +30,8 @@ def affine_scaled_attention(
         q: ``[B, H, Lq, D]``; shapes, types, strides and masks as in :func:`heed.flash_attention`.
         k: ``[B, Hkv, Lk, D]``.
         v: ``[B, Hkv, Lk, Dv]``.
-        alpha: ``[B, H, Lq]``, q's type or float32 (float64 beside float64); usually a sigmoid of a
-            projection of the input.
-        alpha_mean: ``[H]``, types as alpha: the moving average of alpha over training steps.
+        alpha: ``[B, H, Lq]`` of any floating type; usually a sigmoid of a projection of the input.
+        alpha_mean: ``[H]`` of any floating type: the moving average of alpha over training steps.
         causal, window, lengths, scale: as in :func:`heed.flash_attention`.
 
     Returns:

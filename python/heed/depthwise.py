@@ -13,9 +13,9 @@ def depthwise_causal_conv(x: Tensor, weight: Tensor, bias: Tensor | None = None)
 
     Args:
         x: ``[B, H, L, D]``, float64, float32, bfloat16 or float16, any strides.
-        weight: ``[D, W]``, shared by the heads, or ``[H, D, W]``; x's type or float32 (float64
-            beside float64).
-        bias: ``[D]`` or ``[H, D]``, types as weight; ``None`` is zero.
+        weight: ``[D, W]``, shared by the heads, or ``[H, D, W]``; of any floating
+            type.
+        bias: ``[D]`` or ``[H, D]`` of any floating type; ``None`` is zero.
 
     Returns:
         ``out [B, H, L, D]`` of x's type.

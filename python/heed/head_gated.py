@@ -30,7 +30,7 @@ def head_gated_attention(
         q: ``[B, H, Lq, D]``; shapes, types, strides and masks as in :func:`heed.flash_attention`.
         k: ``[B, Hkv, Lk, D]``.
         v: ``[B, Hkv, Lk, Dv]``.
-        gates: ``[B, H, Lq]``, q's type or float32 (float64 beside float64).
+        gates: ``[B, H, Lq]`` of any floating type.
         causal, window, lengths, scale: as in :func:`heed.flash_attention`.
 
     Returns:

@@ -23,7 +23,7 @@ def moh_router(
 
     Args:
         x: ``[B, L, C]``, float64, float32, bfloat16 or float16.
-        wg: ``[E, C]``, x's type or float32 (float64 beside float64).
+        wg: ``[E, C]`` of any floating type, as the other weights.
         wg_shared: ``[hs, C]`` for ``hs`` shared heads; ``None`` for none, or for one.
         wg_group: ``[2, C]``, the balance between shared and routed heads; ``None`` where there is
             only one of the two kinds.

@@ -53,7 +53,7 @@ def recurrent_softmax_attention(
             have denominators of either sign. Below scores of about -5 its terms cancel in float32.
         causal: query ``i`` sees the keys ``j <= i + Lk - Lq``.
         scale: factor of the scores; ``None`` is ``1 / sqrt(D)``.
-        gate: ``[B, H, Lq]``, q's type or float32 (float64 beside float64).
+        gate: ``[B, H, Lq]`` of any floating type.
         score_clamp: scores above it become it; the paper's code uses 5 with every normalizer but
             ``softmax`` and the headline's ``l2``.
         eps: inside the root of ``rms`` and ``layer``.

@@ -32,11 +32,11 @@ def relative_attention(
         k: ``[B, Hkv, Lk, D]``. Memory of earlier segments is concatenated before the keys and
             values of the segment, so ``Lk > Lq``.
         v: ``[B, Hkv, Lk, Dv]``.
-        rel_key: ``[2P, H, D]``, q's type or float32 beside 16-bit q, any strides. Row ``P`` is
-            distance 0, the rows before it are keys to the left. ``P >= Lk - 1``; without
-            ``causal`` ``P >= Lq`` too, with it ``P >= 1``.
-        rel_bias: ``[2P, H]``, types as rel_key.
-        content_bias: ``[H, D]``, types as rel_key.
+        rel_key: ``[2P, H, D]`` of any floating type, any strides. Row ``P`` is distance 0, the rows
+            before it are keys to the left. ``P >= Lk - 1``; without ``causal`` ``P >= Lq`` too, with
+            it ``P >= 1``.
+        rel_bias: ``[2P, H]`` of any floating type.
+        content_bias: ``[H, D]`` of any floating type.
         causal: query ``i`` sees keys ``j <= i + Lk - Lq``: all of the memory and itself.
         scale: factor of all terms; ``None`` is ``1 / sqrt(D)``.
 

@@ -22,8 +22,7 @@ def relu_linear_attention(
             :func:`heed.flash_attention`.
         k: ``[B, Hkv, Lk, D]``, same type; ``H`` is a multiple of ``Hkv``.
         v: ``[B, Hkv, Lk, Dv]``, same type.
-        temperature: ``[H]``, q's type or float32 (float64 beside float64); the published models
-            start from ``D**-0.5``.
+        temperature: ``[H]`` of any floating type; the published models start from ``D**-0.5``.
         clamp: the smallest denominator, positive.
 
     Returns:

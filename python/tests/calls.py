@@ -28,10 +28,14 @@ CALLS = {
         ["scale", "window", "splits", "softcap"],
     ),
     "depthwise_causal_conv": ({"x": Q}, {"weight": random(8, 3), "bias": random(8)}, []),
-    "feature_map": ({"x": Q}, {"kind": "hedgehog_softmax", "weight": random(4, 8, 6)}, []),
+    "feature_map": (
+        {"x": Q},
+        {"kind": "hedgehog_softmax", "weight": random(4, 8, 6), "bias": random(4, 6)},
+        [],
+    ),
     "flash_attention": (
         {"q": Q, "k": K, "v": V},
-        {"causal": True},
+        {"causal": True, "alibi_slopes": random(4), "bias": random(5), "sink": random(4)},
         ["scale", "softcap", "dropout_p"],
     ),
     "flash_attention_varlen": (
@@ -49,11 +53,15 @@ CALLS = {
     "linear_attention": ({"q": FEATURES[0], "k": FEATURES[1], "v": V}, {}, ["eps"]),
     "local_linear_attention": ({"q": Q, "k": K, "v": V}, {}, ["ridge", "scale"]),
     "magnitude_aware_linear_attention": ({"q": Q, "k": K, "v": V}, {}, ["scale", "eps"]),
-    "moh_router": ({"x": Q[0]}, {"wg": random(4, 8), "top_k": 2}, ["top_k"]),
+    "moh_router": (
+        {"x": Q[0]},
+        {"wg": random(4, 8), "wg_shared": random(2, 8), "wg_group": random(2, 8), "top_k": 2},
+        ["top_k"],
+    ),
     "na2d": (
         dict(zip(("query", "key", "value"), GRID))
         | {"additional_keys": random(1, 3, 2, 8), "additional_values": random(1, 3, 2, 8)},
-        {"kernel_size": 3},
+        {"kernel_size": 3, "rpb": random(2, 5, 5)},
         ["scale"],
     ),
     "parallax_attention": (
@@ -85,7 +93,11 @@ CALLS = {
         {"enable_gqa": True},
         ["scale", "dropout_p"],
     ),
-    "sigmoid_attention": ({"q": Q, "k": K, "v": V}, {}, ["scale"]),
+    "sigmoid_attention": (
+        {"q": Q, "k": K, "v": V},
+        {"bias": random(4), "alibi_slopes": random(4)},
+        ["scale"],
+    ),
     "stochastic_attention": (
         {"q": Q, "k": K, "v": V},
         {"permutation": torch.randperm(5), "window": 3},

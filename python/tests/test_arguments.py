@@ -230,3 +230,33 @@ def test_mixed_types_are_an_error_without_autocast(name):
         call(name, in_type(name, torch.float32, AUTOCAST))
     with torch.autocast("cpu", enabled=False), pytest.raises((TypeError, ValueError), match="type"):
         call(name, in_type(name, torch.float32, AUTOCAST))
+
+
+def parameters(name, dtype):
+    """The parameters of the call in a type, as leaves; those without a gradient stay none."""
+    own = {key: t.clone().to(dtype) for key, t in CALLS[name][1].items() if is_float(t)}
+    return {key: t.requires_grad_(key != "projection") for key, t in own.items()}
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("type_of_q", [torch.float64, torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("name", [name for name in CALLS if parameters(name, torch.float32)])
+def test_parameters_of_any_floating_type(name, type_of_q, dtype):
+    own = {key: t.to(type_of_q) for key, t in CALLS[name][0].items()}
+    given = parameters(name, dtype)
+    found = call(name, own, **given)
+    statistics = torch.float64 if type_of_q == torch.float64 else torch.float32
+    wide = {key: t.detach().to(statistics) for key, t in given.items()}
+    wide = {key: t.requires_grad_(given[key].requires_grad) for key, t in wide.items()}
+    expected = call(name, own, **wide)
+    for f, e in zip(found, expected):
+        torch.testing.assert_close(f, e, rtol=1e-2 if dtype == type_of_q else 0, atol=0)
+    for parameter, f, e in zip(
+        given.values(), parameter_gradients(given, found), parameter_gradients(wide, expected)
+    ):
+        assert f.dtype == parameter.dtype
+        torch.testing.assert_close(f, e.to(f.dtype), rtol=2e-2, atol=2e-2)
+
+
+def parameter_gradients(given, results):
+    return gradients({key: t for key, t in given.items() if t.requires_grad}, results)

@@ -172,6 +172,18 @@ at::Tensor small_input(const at::Tensor& tensor, std::optional<at::ScalarType> a
   return tensor.contiguous();
 }
 
+at::Tensor parameter_input(const at::Tensor& given, const at::Tensor& q) {
+  const at::ScalarType type = given.scalar_type(), wide = statistics_type(q.scalar_type());
+  const bool read = type == q.scalar_type() || type == wide || !is_float_type(type);
+  return read ? given : given.to(wide);
+}
+
+std::optional<at::Tensor> parameter_input(const std::optional<at::Tensor>& given,
+                                          const at::Tensor& q) {
+  if (!given || !given->defined()) return std::nullopt;
+  return parameter_input(*given, q);
+}
+
 std::optional<int64_t> window_side(const char* op, const char* side, int64_t value) {
   TORCH_CHECK_VALUE(value >= -1, op, ": ", side, " is ", value,
                     ", needed is a number of keys or -1 for an open side");

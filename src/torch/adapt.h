@@ -85,6 +85,12 @@ at::Tensor take_gradient(Array gradient, const std::optional<at::Tensor>& input,
 /// A small input in the form that kernels read: contiguous, floating types widened to `at_least`.
 at::Tensor small_input(const at::Tensor& tensor, std::optional<at::ScalarType> at_least = {});
 
+/// A parameter of any floating type in one that the kernels of inputs like q read: that of q or of the
+/// statistics beside it, with any strides.
+at::Tensor parameter_input(const at::Tensor& given, const at::Tensor& q);
+std::optional<at::Tensor> parameter_input(const std::optional<at::Tensor>& given,
+                                          const at::Tensor& q);
+
 /// Masks of a call; holds what their views point to.
 struct HeldMasks {
   HeldMasks(const char* op, bool causal, int64_t window_left, int64_t window_right,

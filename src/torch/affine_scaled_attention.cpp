@@ -29,10 +29,11 @@ Results affine_cpu(HEED_AFFINE_INPUTS, bool causal, int64_t window_left, int64_t
                    const MaybeTensor& lengths, std::optional<double> scale, bool statistics) {
   check_inputs(q, k, v, alpha, alpha_mean);
   const HeldMasks held(kAffine, causal, window_left, window_right, lengths, q.device());
+  const at::Tensor plain[] = {parameter_input(alpha, q), parameter_input(alpha_mean, q)};
   const Results results = empty_wide_results(q, v, statistics);
   guarded([&] {
     const auto& [out, softmax_out, lse] = results;
-    affine_scaled_attention(view(q), view(k), view(v), view(alpha), view(alpha_mean), view(out),
+    affine_scaled_attention(view(q), view(k), view(v), view(plain[0]), view(plain[1]), view(out),
                             view_wanted(softmax_out, statistics), view_wanted(lse, statistics),
                             {held.masks, scale}, run_options());
   });
@@ -52,14 +53,16 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor> affine_ba
   check_inputs(q, k, v, alpha, alpha_mean);
   const HeldMasks held(kAffine, causal, window_left, window_right, lengths, q.device());
   const at::Tensor g = gradient_input(grad_out);
+  const at::Tensor plain[] = {parameter_input(alpha, q), parameter_input(alpha_mean, q)};
   AffineScaledGradients to;
   guarded([&] {
-    to = affine_scaled_attention_backward(view(g), view(q), view(k), view(v), view(alpha),
-                                          view(alpha_mean), view(softmax_out), view(lse),
+    to = affine_scaled_attention_backward(view(g), view(q), view(k), view(v), view(plain[0]),
+                                          view(plain[1]), view(softmax_out), view(lse),
                                           {held.masks, scale}, run_options());
   });
   return {take(std::move(to.q), q), take(std::move(to.k), k), take(std::move(to.v), v),
-          take(std::move(to.alpha), q), take(std::move(to.alpha_mean), q)};
+          take_gradient(std::move(to.alpha), alpha, q),
+          take_gradient(std::move(to.alpha_mean), alpha_mean, q)};
 }
 
 // NOLINTBEGIN(performance-unnecessary-value-param): the dispatcher passes SymInt by value

@@ -33,10 +33,11 @@ Results gated_cpu(const at::Tensor& q, const at::Tensor& k, const at::Tensor& v,
                   const MaybeTensor& lengths, std::optional<double> scale, bool statistics) {
   check_inputs(q, k, v, gates);
   const HeldMasks held(kGated, causal, window_left, window_right, lengths, q.device());
+  const at::Tensor plain = parameter_input(gates, q);
   Results results = empty_gated(q, v, statistics);
   const auto& [out, attention, lse] = results;
   guarded([&, &out = out, &attention = attention, &lse = lse] {
-    head_gated_attention(view(q), view(k), view(v), view(gates), view(out),
+    head_gated_attention(view(q), view(k), view(v), view(plain), view(out),
                          view_wanted(attention, statistics), view_wanted(lse, statistics),
                          {held.masks, scale}, run_options());
   });
@@ -56,15 +57,15 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor> gated_backward_cpu(
   }
   check_inputs(q, k, v, gates);
   const HeldMasks held(kGated, causal, window_left, window_right, lengths, q.device());
-  const at::Tensor g = gradient_input(grad_out);
+  const at::Tensor g = gradient_input(grad_out), plain = parameter_input(gates, q);
   HeadGatedGradients to;
   guarded([&] {
-    to = head_gated_attention_backward(view(g), view(q), view(k), view(v), view(gates),
+    to = head_gated_attention_backward(view(g), view(q), view(k), view(v), view(plain),
                                        view(attention), view(lse), {held.masks, scale},
                                        run_options());
   });
   return {take(std::move(to.q), q), take(std::move(to.k), q), take(std::move(to.v), q),
-          take(std::move(to.gates), q)};
+          take_gradient(std::move(to.gates), gates, q)};
 }
 
 // NOLINTBEGIN(performance-unnecessary-value-param): the dispatcher passes SymInt by value

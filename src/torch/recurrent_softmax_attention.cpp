@@ -28,8 +28,13 @@ Normalizer normalizer_of(c10::string_view name) {
   return parsed;
 }
 
-RecurrentSoftmaxOptions options_of(const at::Tensor& q, HEED_RECURRENT_ARGS) {
+MaybeTensor checked_gate(const MaybeTensor& gate, const at::Tensor& q) {
   check_optional(kRecurrent, "gate", gate, 3, q.device());
+  return parameter_input(gate, q);
+}
+
+// `gate` is held by the caller.
+RecurrentSoftmaxOptions options_of(HEED_RECURRENT_ARGS) {
   return {.normalizer = normalizer_of(normalizer),
           .order = order,
           .causal = causal,
@@ -42,7 +47,9 @@ RecurrentSoftmaxOptions options_of(const at::Tensor& q, HEED_RECURRENT_ARGS) {
 Results recurrent_cpu(const at::Tensor& q, const at::Tensor& k, const at::Tensor& v,
                       HEED_RECURRENT_ARGS, bool statistics) {
   check_qkv({kRecurrent, "q", q}, {kRecurrent, "k", k}, {kRecurrent, "v", v});
-  const RecurrentSoftmaxOptions options = options_of(q, HEED_RECURRENT_NAMES);
+  const MaybeTensor plain = checked_gate(gate, q);
+  const RecurrentSoftmaxOptions options =
+      options_of(normalizer, order, causal, scale, plain, score_clamp, eps);
   const Results results = empty_wide_results(q, v, statistics);
   guarded([&] {
     const auto& [out, core, statistic] = results;
@@ -61,7 +68,9 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor> recurrent_backward_cp
                                   HEED_RECURRENT_NAMES);
   }
   check_qkv({kRecurrent, "q", q}, {kRecurrent, "k", k}, {kRecurrent, "v", v});
-  const RecurrentSoftmaxOptions options = options_of(q, HEED_RECURRENT_NAMES);
+  const MaybeTensor plain = checked_gate(gate, q);
+  const RecurrentSoftmaxOptions options =
+      options_of(normalizer, order, causal, scale, plain, score_clamp, eps);
   const at::Tensor g = gradient_input(grad_out);
   RecurrentSoftmaxGradients to;
   guarded([&] {
@@ -69,7 +78,7 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor> recurrent_backward_cp
                                               view(statistic), options, run_options());
   });
   return {take(std::move(to.q), q), take(std::move(to.k), k), take(std::move(to.v), v),
-          take(std::move(to.gate), q)};
+          take_gradient(std::move(to.gate), gate, q)};
 }
 
 // NOLINTBEGIN(performance-unnecessary-value-param): the dispatcher passes views by value
