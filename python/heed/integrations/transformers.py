@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 import heed
+from heed._seeds import drawn_seed
 
 _Result = tuple[Tensor, None]
 
@@ -25,9 +26,11 @@ def register(
         Sigmoid attention (:func:`heed.sigmoid_attention`).
     ``"heed_stochastic"``
         Stochastic attention (:func:`heed.stochastic_attention`): each layer attends inside windows
-        of a random order of the tokens, drawn from the seed and the layer's number; calls with
-        fewer queries than keys (decoding) see the whole cache. Causal models whose attention knows
-        that number (``layer_idx``), no padding, no sliding window that is shorter than the tokens.
+        of a random order of the tokens, drawn from the seed and the layer's number, and in training
+        (``model.train()``) from PyTorch's generator too, so that every forward has another one;
+        calls with fewer queries than keys (decoding) see the whole cache. Causal models whose
+        attention knows that number (``layer_idx``), no padding, no sliding window that is shorter
+        than the tokens.
 
     The last two are not softmax attention, and a model has to be trained with them (or the change
     to be wanted). ``"heed_sigmoid"`` takes padding and sliding windows of the model. Whatever else
@@ -73,6 +76,8 @@ def register(
                 "its layer: one order for all layers mixes nothing"
             )
         seed = stochastic_seed * 1_000_003 + layer
+        if module.training:  # checkpoints replay the generator, and with it the order
+            seed = seed % 2**62 + drawn_seed()
         return _stochastic(
             module, query, key, value, attention_mask, stochastic_window, seed, **options
         )
