@@ -118,10 +118,13 @@ def flash_attention(
         ``out = 0`` and ``lse = -inf`` (its sink, if there is one), and all its gradients are 0.
 
     Raises:
-        ValueError: shapes, strides or values that do not fit; the message names the argument.
-        TypeError: an element type that is not floating or differs between q, k and v; a tensor of
-            floats in the place of a number (its gradient would be lost).
-        RuntimeError: a tensor that is not dense or not on the CPU; a second derivative.
+        ValueError: shapes, strides or values that do not fit, the element type of a tensor beside
+            q, k and v; the message names the argument.
+        TypeError: an element type that is not floating or differs between q, k and v, or that no
+            function takes; ``None`` in the place of a tensor, a tensor of floats in that of a
+            number (its gradient would be lost).
+        RuntimeError: a tensor that is not dense or not on the CPU; an argument of a kind that does
+            not fit; a second derivative.
 
     Differentiable in q, k, v, alibi_slopes, bias and sink, through ``out`` and ``lse``.
 

@@ -260,3 +260,18 @@ def test_parameters_of_any_floating_type(name, type_of_q, dtype):
 
 def parameter_gradients(given, results):
     return gradients({key: t for key, t in given.items() if t.requires_grad}, results)
+
+
+@pytest.mark.parametrize("name", CALLS)
+def test_element_types_of_inputs_are_type_errors(name):
+    first = next(iter(CALLS[name][0]))
+    with pytest.raises(TypeError, match=f"{name}: {first} has type int32, needed is float64"):
+        call(name, {key: t.int() for key, t in CALLS[name][0].items()})
+
+
+@pytest.mark.parametrize(
+    "name, parameter", [(name, key) for name in CALLS for key in parameters(name, torch.float32)]
+)
+def test_element_types_of_parameters_are_value_errors(name, parameter):
+    with pytest.raises(ValueError, match=f"{name}: .*{parameter}.*int32"):
+        call(name, **{parameter: CALLS[name][1][parameter].int()})
