@@ -7,7 +7,7 @@ from heed._numbers import whole_number
 
 def drawn_seed() -> int:
     """One from PyTorch's generator."""
-    return int(torch.randint(2**62, ()))
+    return torch.randint(2**62, ()).item()  # a symbol where the call is traced
 
 
 def dropout_seed(seed: int | None, dropout_p: float) -> int:

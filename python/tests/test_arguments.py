@@ -87,22 +87,29 @@ def test_drawn_seeds_under_compile(name):
         assert torch.equal(one, dropped(name))
 
 
+class Dropped(torch.nn.Module):
+    def forward(self, q):
+        return heed.flash_attention(q, q, q, dropout_p=0.5)
+
+
+def test_drawn_seeds_export():
+    exported = torch.export.export(Dropped(), (Q,)).module()
+    torch.manual_seed(3)
+    first, second = exported(Q), exported(Q)
+    assert not torch.equal(first, second)
+    torch.manual_seed(3)
+    assert torch.equal(Dropped()(Q), first)
+
+
 def test_a_checkpoint_drops_the_same_again():
     gradients = []
     for again in (False, True):
         q = Q.clone().requires_grad_()
         torch.manual_seed(3)
-        if again:
-            out = checkpoint(dropped_of, q, use_reentrant=False)
-        else:
-            out = dropped_of(q)
+        out = checkpoint(Dropped(), q, use_reentrant=False) if again else Dropped()(q)
         out.sum().backward()
         gradients.append(q.grad)
     assert torch.equal(*gradients)
-
-
-def dropped_of(q):
-    return heed.flash_attention(q, q, q, dropout_p=0.5)
 
 
 KEEPING = {  # what the backward reads besides the inputs
@@ -275,3 +282,18 @@ def test_element_types_of_inputs_are_type_errors(name):
 def test_element_types_of_parameters_are_value_errors(name, parameter):
     with pytest.raises(ValueError, match=f"{name}: .*{parameter}.*int32"):
         call(name, **{parameter: CALLS[name][1][parameter].int()})
+
+
+@pytest.mark.parametrize("name", [name for name in CALLS if name != "decode_attention"])
+def test_training_under_autocast_compiles(name):
+    torch.compiler.reset()
+    compiled = torch.compile(call, fullgraph=True, backend="aot_eager")
+    everything = []
+    for function in (compiled, call):
+        own = in_type(name, torch.float32)
+        with torch.autocast("cpu", AUTOCAST):
+            results = function(name, own)
+        everything.append(gradients(own, results))
+    for found, expected in zip(*everything):
+        assert (found is None) == (expected is None)
+        assert found is None or torch.equal(found, expected)
