@@ -4,15 +4,16 @@ import torch
 from torch import Tensor, is_autocast_enabled
 
 
-def autocast(query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """The three in autocast's type where it is on for the CPU; float64 stays, as in PyTorch.
+def autocast(*inputs: Tensor) -> tuple[Tensor, ...]:
+    """Them in autocast's type where it is on for the CPU; float64 stays, as in PyTorch.
 
-    Masks and biases keep their type: the operators take any floating type beside 16-bit inputs.
+    Only inputs whose types have to be equal: masks, biases, parameters and states keep theirs, which
+    the operators take beside 16-bit inputs.
     """
     if not is_autocast_enabled("cpu"):
-        return query, key, value
+        return inputs
     dtype = torch.get_autocast_dtype("cpu")
-    return _cast(query, dtype), _cast(key, dtype), _cast(value, dtype)
+    return tuple(_cast(tensor, dtype) for tensor in inputs)
 
 
 def _cast(tensor: Tensor, dtype: torch.dtype) -> Tensor:

@@ -1,9 +1,19 @@
-"""Whole numbers as the operators take them."""
+"""Numbers as the operators take them."""
 
 import operator
 from collections.abc import Mapping
 
 import torch
+from torch import Tensor
+
+
+def number(op: str, name: str, value: float | None) -> float | None:
+    """The value, or a TypeError where PyTorch would turn a tensor of floats into a number."""
+    if value is None or type(value) is float:  # as most are
+        return value
+    if isinstance(value, Tensor) and value.is_floating_point():
+        raise TypeError(f"{op}: {name} is a tensor, needed is a number (a gradient would be lost)")
+    return value
 
 
 def whole_number(value: int) -> int:

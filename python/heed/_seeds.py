@@ -5,6 +5,18 @@ import torch
 from heed._numbers import whole_number
 
 
+def drawn_seed() -> int:
+    """One from PyTorch's generator."""
+    return torch.randint(2**62, ()).item()  # a symbol where the call is traced
+
+
+def dropout_seed(seed: int | None, dropout_p: float) -> int:
+    """The seed given, or for ``None`` one that is drawn, if anything is dropped."""
+    if seed is not None:
+        return signed_seed(seed)
+    return drawn_seed() if dropout_p != 0.0 else 0
+
+
 def signed_seed(seed: int) -> int:
     """Any whole number as the 64 bits of it that count, in the range of int64."""
     try:

@@ -3,7 +3,10 @@
 import torch
 from torch import Tensor
 
+from heed._autocast import autocast
+from heed._gradients import may_follow
 from heed._masks import Window, window_sides
+from heed._numbers import number
 
 
 def affine_scaled_attention(
@@ -27,9 +30,8 @@ def affine_scaled_attention(
         q: ``[B, H, Lq, D]``; shapes, types, strides and masks as in :func:`heed.flash_attention`.
         k: ``[B, Hkv, Lk, D]``.
         v: ``[B, Hkv, Lk, Dv]``.
-        alpha: ``[B, H, Lq]``, q's type or float32 (float64 beside float64); usually a sigmoid of a
-            projection of the input.
-        alpha_mean: ``[H]``, types as alpha: the moving average of alpha over training steps.
+        alpha: ``[B, H, Lq]`` of any floating type; usually a sigmoid of a projection of the input.
+        alpha_mean: ``[H]`` of any floating type: the moving average of alpha over training steps.
         causal, window, lengths, scale: as in :func:`heed.flash_attention`.
 
     Returns:
@@ -42,6 +44,7 @@ def affine_scaled_attention(
 
     Source: Affine-Scaled Attention (arXiv 2602.23057).
     """
+    q, k, v = autocast(q, k, v)
     left, right = window_sides("affine_scaled_attention", window)
     return torch.ops.heed.affine_scaled_attention(
         q,
@@ -53,5 +56,6 @@ def affine_scaled_attention(
         left,
         right,
         lengths,
-        scale,
+        number("affine_scaled_attention", "scale", scale),
+        may_follow(q, k, v, alpha, alpha_mean),
     )[0]

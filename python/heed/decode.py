@@ -5,6 +5,9 @@ from typing import Literal, overload
 import torch
 from torch import Tensor
 
+from heed._autocast import autocast
+from heed._numbers import number
+
 _ops = torch.ops.heed
 
 
@@ -82,8 +85,19 @@ def decode_attention(
 
     Forward only. Source: FlashAttention-2 (arXiv 2307.08691), split keys of its decoding kernel.
     """
+    q, k_cache, v_cache = autocast(q, k_cache, v_cache)
+    op = "decode_attention"
     out, lse = _ops.decode_attention(
-        q, k_cache, v_cache, lengths, scale, window, sink, splits, softcap, alibi_slopes
+        q,
+        k_cache,
+        v_cache,
+        lengths,
+        number(op, "scale", scale),
+        number(op, "window", window),
+        sink,
+        number(op, "splits", splits),
+        number(op, "softcap", softcap),
+        alibi_slopes,
     )
     return (out, lse) if return_lse else out
 
@@ -97,16 +111,36 @@ def merge_attention(
     ``out = exp(lse_a - lse) out_a + exp(lse_b - lse) out_b``.
 
     Args:
-        out_a, out_b: ``[B, H, L, Dv]`` of one floating type.
-        lse_a, lse_b: ``[B, H, L]``, float32 (float64 beside float64 results), as returned with
-            ``return_lse=True``. ``-inf`` marks a query that saw no key.
+        out_a, out_b: ``[..., Dv]`` of one floating type and shape: ``[B, H, L, Dv]``, a grid
+            ``[B, Y, X, H, Dv]`` or any other.
+        lse_a, lse_b: ``[...]``, as out without its last dimension, float32 (float64 beside float64
+            results), as returned with ``return_lse=True``. ``-inf`` marks a query that saw no key.
+            :func:`heed.flash_attention_varlen` returns ``[H, T]`` beside ``out [T, H, Dv]``: give
+            ``lse.T``.
 
     Returns:
         ``(out, lse)`` of the same shapes and types; 0 and ``-inf`` where neither saw a key.
+
+    More than two parts are merged one after the other, in any order.
 
     Raises:
         ValueError, TypeError, RuntimeError: as :func:`heed.flash_attention`.
 
     Differentiable. Source: online softmax, FlashAttention (arXiv 2205.14135).
     """
-    return _ops.merge_attention(out_a, lse_a, out_b, lse_b)
+    parts = (out_a, lse_a, out_b, lse_b)
+    if not all(isinstance(part, Tensor) for part in parts) or out_a.dim() in (0, 4):
+        return _ops.merge_attention(*parts)
+    shape, rows = out_a.shape, out_a.shape[:-1]
+    needed = {"lse_a": (lse_a, rows), "out_b": (out_b, shape), "lse_b": (lse_b, rows)}
+    for name, (part, size) in needed.items():
+        if part.shape != size:
+            raise ValueError(
+                f"merge_attention: {name} has shape {list(part.shape)}, needed is {list(size)} "
+                f"beside out_a {list(shape)}"
+            )
+    count = rows.numel()  # without the sizes of out_a none could be inferred where Dv is 0
+    out, lse = _ops.merge_attention(
+        *(part.reshape(1, 1, count, *part.shape[len(rows) :]) for part in parts)
+    )
+    return out.reshape(shape), lse.reshape(rows)

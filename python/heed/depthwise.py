@@ -3,6 +3,8 @@
 import torch
 from torch import Tensor
 
+from heed._autocast import autocast
+
 
 def depthwise_causal_conv(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     """Convolution along the tokens that sees no later token, each channel on its own.
@@ -11,9 +13,9 @@ def depthwise_causal_conv(x: Tensor, weight: Tensor, bias: Tensor | None = None)
 
     Args:
         x: ``[B, H, L, D]``, float64, float32, bfloat16 or float16, any strides.
-        weight: ``[D, W]``, shared by the heads, or ``[H, D, W]``; x's type or float32 (float64
-            beside float64).
-        bias: ``[D]`` or ``[H, D]``, types as weight; ``None`` is zero.
+        weight: ``[D, W]``, shared by the heads, or ``[H, D, W]``; of any floating
+            type.
+        bias: ``[D]`` or ``[H, D]`` of any floating type; ``None`` is zero.
 
     Returns:
         ``out [B, H, L, D]`` of x's type.
@@ -25,4 +27,5 @@ def depthwise_causal_conv(x: Tensor, weight: Tensor, bias: Tensor | None = None)
 
     Source: Primer (arXiv 2109.08668), RCMHA (arXiv 2308.03429).
     """
+    (x,) = autocast(x)
     return torch.ops.heed.depthwise_causal_conv(x, weight, bias)

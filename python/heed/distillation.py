@@ -3,6 +3,10 @@
 import torch
 from torch import Tensor
 
+from heed._autocast import autocast
+from heed._gradients import may_follow
+from heed._numbers import number
+
 
 def attention_distillation_loss(
     q: Tensor,
@@ -39,12 +43,16 @@ def attention_distillation_loss(
 
     Source: The Hedgehog & the Porcupine (arXiv 2402.04347).
     """
-    # Gradients are made with the loss, from the same products.
-    gradients = torch.is_grad_enabled() and any(
-        isinstance(t, Tensor) and t.requires_grad for t in (feature_q, feature_k)
-    )
+    q, k, feature_q, feature_k = autocast(q, k, feature_q, feature_k)
+    gradients = may_follow(feature_q, feature_k)  # made with the loss, from the same products
     return torch.ops.heed.attention_distillation_loss(
-        detached(q), detached(k), feature_q, feature_k, causal, scale, gradients
+        detached(q),
+        detached(k),
+        feature_q,
+        feature_k,
+        causal,
+        number("attention_distillation_loss", "scale", scale),
+        gradients,
     )[0]
 
 

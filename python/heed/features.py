@@ -5,6 +5,8 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from heed._autocast import autocast
+
 FeatureKind = Literal[
     "elu1",
     "relu",
@@ -46,10 +48,9 @@ def feature_map(
     Args:
         x: ``[B, H, L, D]``; types and strides as in :func:`heed.flash_attention`.
         kind: one of the names above.
-        weight: ``[H, D, D']``, x's type or float32 (float64 beside float64); ``None`` is the
-            identity. For ``performer`` the directions ``[H, M, D]``, which it needs
-            (:func:`heed.nn.random_projection`).
-        bias: ``[H, D']``, types as weight; none for ``performer``.
+        weight: ``[H, D, D']`` of any floating type; ``None`` is the identity. For ``performer`` the
+            directions ``[H, M, D]``, which it needs (:func:`heed.nn.random_projection`).
+        bias: ``[H, D']`` of any floating type; none for ``performer``.
 
     Returns:
         ``[B, H, L, F]`` of x's type, computed in float32 (float64 for float64).
@@ -63,4 +64,5 @@ def feature_map(
     2006.16236), Rethinking Attention with Performers (arXiv 2009.14794), On the Expressiveness of
     Softmax Attention (arXiv 2507.23632).
     """
+    (x,) = autocast(x)
     return torch.ops.heed.feature_map(x, kind, weight, bias)

@@ -5,9 +5,10 @@ from typing import Literal, overload
 import torch
 from torch import Tensor
 
+from heed._autocast import autocast
 from heed._masks import Window, window_sides
-from heed._numbers import whole_pair
-from heed._seeds import signed_seed
+from heed._numbers import number, whole_pair
+from heed._seeds import dropout_seed
 
 _ops = torch.ops.heed
 
@@ -30,7 +31,7 @@ def flash_attention(
     block_mask: Tensor | None = ...,
     block_size: tuple[int, int] = ...,
     dropout_p: float = ...,
-    seed: int = ...,
+    seed: int | None = ...,
     return_lse: Literal[False] = ...,
 ) -> Tensor: ...
 @overload
@@ -51,7 +52,7 @@ def flash_attention(
     block_mask: Tensor | None = ...,
     block_size: tuple[int, int] = ...,
     dropout_p: float = ...,
-    seed: int = ...,
+    seed: int | None = ...,
     return_lse: Literal[True],
 ) -> tuple[Tensor, Tensor]: ...
 def flash_attention(
@@ -71,7 +72,7 @@ def flash_attention(
     block_mask: Tensor | None = None,
     block_size: tuple[int, int] = (64, 64),
     dropout_p: float = 0.0,
-    seed: int = 0,
+    seed: int | None = None,
     return_lse: bool = False,
 ) -> Tensor | tuple[Tensor, Tensor]:
     """Exact softmax attention in one pass over the keys, without an ``[Lq, Lk]`` buffer.
@@ -83,7 +84,8 @@ def flash_attention(
         q: ``[B, H, Lq, D]``, float64, float32, bfloat16 or float16; ``D`` from 1 to 256.
         k: ``[B, Hkv, Lk, D]``, same type; ``H`` is a multiple of ``Hkv``.
         v: ``[B, Hkv, Lk, Dv]``, same type; ``Dv`` from 1 to 256. The last dimension of q, k and v
-            has stride 1; all other strides are free, nothing is copied.
+            has stride 1; all other strides are free, nothing is copied. Under ``torch.autocast``
+            for the CPU the three are taken in its type (float64 stays float64).
         causal: query ``i`` sees keys ``j <= i + Lk - Lq``: aligned to the end of the keys, so that
             the last query sees all of them. (PyTorch's ``is_causal`` aligns to the start.)
         window: ``(left, right)``: query ``i`` sees keys from ``i + Lk - Lq - left`` to
@@ -106,7 +108,8 @@ def flash_attention(
         dropout_p: probability from 0 up to, not including, 1 that a weight is dropped; the others
             are scaled up. Which ones is a function of ``seed`` and the weight's place alone, so
             the backward drops the same.
-        seed: of the dropout; any 64-bit number.
+        seed: of the dropout; any 64-bit number. ``None`` draws one from PyTorch's generator
+            (``torch.manual_seed``) for every call that drops weights.
         return_lse: also return the natural logarithm of the sum of ``exp(score)`` of each query.
 
     Returns:
@@ -115,16 +118,22 @@ def flash_attention(
         ``out = 0`` and ``lse = -inf`` (its sink, if there is one), and all its gradients are 0.
 
     Raises:
-        ValueError: shapes, strides or values that do not fit; the message names the argument.
-        TypeError: an element type that is not floating or differs between q, k and v.
-        RuntimeError: a tensor that is not dense or not on the CPU; a second derivative.
+        ValueError: shapes, strides or values that do not fit, the element type of a tensor beside
+            q, k and v; the message names the argument.
+        TypeError: an element type that is not floating or differs between q, k and v, or that no
+            function takes; ``None`` in the place of a tensor, a tensor of floats in that of a
+            number (its gradient would be lost).
+        RuntimeError: a tensor that is not dense or not on the CPU; an argument of a kind that does
+            not fit; a second derivative.
 
     Differentiable in q, k, v, alibi_slopes, bias and sink, through ``out`` and ``lse``.
 
     Source: FlashAttention (arXiv 2205.14135), FlashAttention-2 (arXiv 2307.08691).
     """
-    left, right = window_sides("flash_attention", window)
-    rows, keys = _block_sides("flash_attention", block_size)
+    op = "flash_attention"
+    q, k, v = autocast(q, k, v)
+    left, right = window_sides(op, window)
+    rows, keys = _block_sides(op, block_size)
     out, lse = _ops.flash_attention(
         q,
         k,
@@ -133,8 +142,8 @@ def flash_attention(
         left,
         right,
         lengths,
-        scale,
-        softcap,
+        number(op, "scale", scale),
+        number(op, "softcap", softcap),
         alibi_slopes,
         mask,
         bias,
@@ -142,8 +151,8 @@ def flash_attention(
         block_mask,
         rows,
         keys,
-        dropout_p,
-        signed_seed(seed),
+        number(op, "dropout_p", dropout_p),
+        dropout_seed(seed, dropout_p),
     )
     return (out, lse) if return_lse else out
 
@@ -170,7 +179,7 @@ def flash_attention_varlen(
     alibi_slopes: Tensor | None = ...,
     sink: Tensor | None = ...,
     dropout_p: float = ...,
-    seed: int = ...,
+    seed: int | None = ...,
     return_lse: Literal[False] = ...,
 ) -> Tensor: ...
 @overload
@@ -188,7 +197,7 @@ def flash_attention_varlen(
     alibi_slopes: Tensor | None = ...,
     sink: Tensor | None = ...,
     dropout_p: float = ...,
-    seed: int = ...,
+    seed: int | None = ...,
     return_lse: Literal[True],
 ) -> tuple[Tensor, Tensor]: ...
 def flash_attention_varlen(
@@ -205,7 +214,7 @@ def flash_attention_varlen(
     alibi_slopes: Tensor | None = None,
     sink: Tensor | None = None,
     dropout_p: float = 0.0,
-    seed: int = 0,
+    seed: int | None = None,
     return_lse: bool = False,
 ) -> Tensor | tuple[Tensor, Tensor]:
     """:func:`flash_attention` of sequences of different lengths packed one behind the other.
@@ -231,7 +240,9 @@ def flash_attention_varlen(
 
     Differentiable in q, k, v, alibi_slopes and sink. Source: FlashAttention-2 (arXiv 2307.08691).
     """
-    left, right = window_sides("flash_attention_varlen", window)
+    op = "flash_attention_varlen"
+    q, k, v = autocast(q, k, v)
+    left, right = window_sides(op, window)
     out, lse = _ops.flash_attention_varlen(
         q,
         k,
@@ -241,11 +252,11 @@ def flash_attention_varlen(
         causal,
         left,
         right,
-        scale,
-        softcap,
+        number(op, "scale", scale),
+        number(op, "softcap", softcap),
         alibi_slopes,
         sink,
-        dropout_p,
-        signed_seed(seed),
+        number(op, "dropout_p", dropout_p),
+        dropout_seed(seed, dropout_p),
     )
     return (out, lse) if return_lse else out

@@ -3,7 +3,10 @@
 import torch
 from torch import Tensor
 
+from heed._autocast import autocast
+from heed._gradients import may_follow
 from heed._masks import Window, window_sides
+from heed._numbers import number
 
 
 def head_gated_attention(
@@ -27,7 +30,7 @@ def head_gated_attention(
         q: ``[B, H, Lq, D]``; shapes, types, strides and masks as in :func:`heed.flash_attention`.
         k: ``[B, Hkv, Lk, D]``.
         v: ``[B, Hkv, Lk, Dv]``.
-        gates: ``[B, H, Lq]``, q's type or float32 (float64 beside float64).
+        gates: ``[B, H, Lq]`` of any floating type.
         causal, window, lengths, scale: as in :func:`heed.flash_attention`.
 
     Returns:
@@ -41,6 +44,7 @@ def head_gated_attention(
 
     Source: MoH: Multi-Head Attention as Mixture-of-Head Attention (arXiv 2410.11842).
     """
+    q, k, v = autocast(q, k, v)
     left, right = window_sides("head_gated_attention", window)
     return torch.ops.heed.head_gated_attention(
         q,
@@ -51,5 +55,6 @@ def head_gated_attention(
         left,
         right,
         lengths,
-        scale,
+        number("head_gated_attention", "scale", scale),
+        may_follow(q, k, v, gates),
     )[0]

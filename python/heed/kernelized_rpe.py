@@ -5,6 +5,8 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from heed._autocast import autocast
+
 RpeFeatures = Literal["nprf", "prf", "trf", "elu1"]
 RpePath = Literal["auto", "fft", "direct"]
 
@@ -38,10 +40,10 @@ def kernelized_rpe_attention(
         k: ``[B, Hkv, L, D]``, same type; ``H`` is a multiple of ``Hkv``.
         v: ``[B, Hkv, L, Dv]``, same type.
         rpb: ``[H, 2R - 1]`` with ``R >= L``, of which the centre is used: entry ``R - 1 + j - i``.
-            On a grid ``[H, 2 Gy - 1, 2 Gx - 1]``. q's type or float32 (float64 beside float64). An
-            entry of ``-inf`` masks its offset.
-        projection: ``[H, M, D]`` (:func:`heed.nn.random_projection`), types as rpb; ``None`` for
-            ``elu1``.
+            On a grid ``[H, 2 Gy - 1, 2 Gx - 1]``. Of any floating type. An entry of ``-inf`` masks
+            its offset.
+        projection: ``[H, M, D]`` of any floating type (:func:`heed.nn.random_projection`); ``None``
+            for ``elu1``.
         features: one of the names above.
         causal: query ``i`` sees the keys ``j <= i``; on a grid those earlier in its order.
         grid: rows and columns ``(Gy, Gx)`` of tokens that lie row by row, ``L = Gy * Gx``.
@@ -66,6 +68,7 @@ def kernelized_rpe_attention(
             "kernelized_rpe_attention: projection requires grad, but has no gradient: pass "
             "projection.detach()"
         )
+    q, k, v = autocast(q, k, v)
     return torch.ops.heed.kernelized_rpe_attention(
         q, k, v, rpb, projection, features, causal, grid, path
     )

@@ -5,6 +5,8 @@ from typing import Literal, overload
 import torch
 from torch import Tensor
 
+from heed._autocast import autocast
+from heed._numbers import number
 from heed._states import whole_of
 
 SlopesForm = Literal["code", "paper", "fla"]
@@ -69,6 +71,7 @@ def lightning_attention(
     Language Modeling with Lightning Attention (arXiv 2405.17381), TransNormerLLM (arXiv
     2307.14995).
     """
+    q, k, v = autocast(q, k, v)
     out, state = torch.ops.heed.lightning_attention(
         q,
         k,
@@ -105,4 +108,10 @@ def lightning_slopes(
     Raises:
         ValueError: for an unknown form and for numbers out of range.
     """
-    return torch.ops.heed.lightning_slopes(num_heads, layer, num_layers, form)
+    op = "lightning_slopes"
+    return torch.ops.heed.lightning_slopes(
+        number(op, "num_heads", num_heads),
+        number(op, "layer", layer),
+        number(op, "num_layers", num_layers),
+        form,
+    )

@@ -5,6 +5,9 @@ from typing import Literal, overload
 import torch
 from torch import Tensor
 
+from heed._autocast import autocast
+from heed._gradients import may_follow
+from heed._numbers import number
 from heed._states import parts_of, whole_of
 
 LinearState = tuple[Tensor, Tensor] | Tensor
@@ -89,18 +92,16 @@ def linear_attention(
         if normalize
         else (whole_of(op, initial_state), None)
     )
+    q, k, v = autocast(q, k, v)
     # Not causal, the state spares the backward a sum over all keys.
-    differentiable = torch.is_grad_enabled() and any(
-        getattr(x, "requires_grad", False) for x in (q, k, v)
-    )
-    in_backward = differentiable and not causal
+    in_backward = not causal and may_follow(q, k, v)
     out, s, z = torch.ops.heed.linear_attention(
         q,
         k,
         v,
         causal,
         normalize,
-        eps,
+        number(op, "eps", eps),
         lengths,
         s,
         z,

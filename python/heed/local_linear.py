@@ -3,6 +3,9 @@
 import torch
 from torch import Tensor
 
+from heed._autocast import autocast
+from heed._numbers import number
+
 
 def local_linear_attention(
     q: Tensor,
@@ -38,4 +41,8 @@ def local_linear_attention(
 
     Source: local linear attention (arXiv 2510.01450), the exact estimator behind Parallax.
     """
-    return torch.ops.heed.local_linear_attention(q, k, v, ridge, causal, scale)
+    q, k, v = autocast(q, k, v)
+    op = "local_linear_attention"
+    return torch.ops.heed.local_linear_attention(
+        q, k, v, number(op, "ridge", ridge), causal, number(op, "scale", scale)
+    )

@@ -5,6 +5,8 @@ from typing import Literal, overload
 import torch
 from torch import Tensor
 
+from heed._autocast import autocast
+from heed._numbers import number
 from heed._states import parts_of
 
 MagnitudeAwareForm = Literal["code", "paper", "consistent"]
@@ -95,9 +97,9 @@ def magnitude_aware_linear_attention(
 
     Source: Rectifying Magnitude Neglect in Linear Attention (arXiv 2507.00698).
     """
-    s, k_sum, v_sum, count = parts_of(
-        "magnitude_aware_linear_attention", initial_state, ("S", "k_sum", "v_sum", "count")
-    )
+    op = "magnitude_aware_linear_attention"
+    q, k, v = autocast(q, k, v)
+    s, k_sum, v_sum, count = parts_of(op, initial_state, ("S", "k_sum", "v_sum", "count"))
     out, *state = torch.ops.heed.magnitude_aware_linear_attention(
         q,
         k,
@@ -105,8 +107,8 @@ def magnitude_aware_linear_attention(
         causal,
         form,
         rope,
-        scale,
-        eps,
+        number(op, "scale", scale),
+        number(op, "eps", eps),
         s,
         k_sum,
         v_sum,

@@ -3,6 +3,9 @@
 import torch
 from torch import Tensor
 
+from heed._autocast import autocast
+from heed._numbers import number
+
 
 def moh_router(
     x: Tensor,
@@ -20,7 +23,7 @@ def moh_router(
 
     Args:
         x: ``[B, L, C]``, float64, float32, bfloat16 or float16.
-        wg: ``[E, C]``, x's type or float32 (float64 beside float64).
+        wg: ``[E, C]`` of any floating type, as the other weights.
         wg_shared: ``[hs, C]`` for ``hs`` shared heads; ``None`` for none, or for one.
         wg_group: ``[2, C]``, the balance between shared and routed heads; ``None`` where there is
             only one of the two kinds.
@@ -38,4 +41,6 @@ def moh_router(
 
     Source: MoH (arXiv 2410.11842).
     """
+    (x,) = autocast(x)
+    top_k = number("moh_router", "top_k", top_k)
     return torch.ops.heed.moh_router(x, wg, wg_shared, wg_group, top_k=top_k, form=form)

@@ -7,6 +7,9 @@ from typing import Literal, overload
 import torch
 from torch import Tensor
 
+from heed._autocast import autocast
+from heed._numbers import number
+
 PerAxis = int | Sequence[int]
 CausalPerAxis = bool | Sequence[bool] | None  # None: False
 
@@ -59,6 +62,9 @@ def _neighborhood(
     return_lse: bool,
 ) -> Tensor | tuple[Tensor, Tensor]:
     op = f"na{axes}d"
+    query, key, value, additional_keys, additional_values = autocast(
+        query, key, value, additional_keys, additional_values
+    )
     out, lse = getattr(torch.ops.heed, op)(
         query,
         key,
@@ -67,7 +73,7 @@ def _neighborhood(
         _sizes(op, "stride", 1 if stride is None else stride, axes),
         _sizes(op, "dilation", 1 if dilation is None else dilation, axes),
         _flags(op, "is_causal", is_causal, axes),
-        scale,
+        number(op, "scale", scale),
         additional_keys,
         additional_values,
         rpb,

@@ -5,7 +5,10 @@ from typing import Literal, overload
 import torch
 from torch import Tensor
 
+from heed._autocast import autocast
+from heed._gradients import may_follow
 from heed._masks import Window, window_sides
+from heed._numbers import number
 
 
 @overload
@@ -56,7 +59,8 @@ def parallax_attention(
     where ``v_mean[i] = sum_j p[i,j] v[j]`` is softmax attention and ``t_mean[i] = sum_j p[i,j]
     t[i,j]``. Keys and values are read once, for twice the products of softmax attention. Rotary
     positions rotate ``r`` like ``q``. ``r = 0`` gives softmax attention with a gradient for ``r``
-    that is not zero, so a softmax model can be trained on from there.
+    that is not zero, so a softmax model can be trained on from there. The correction is linear in
+    ``r``: a gate of it is a factor of ``r`` (``gate[..., None] * r``).
 
     Args:
         q: ``[B, H, Lq, D]``; shapes, types, strides and masks as in :func:`heed.flash_attention`.
@@ -76,11 +80,14 @@ def parallax_attention(
     Raises:
         ValueError, TypeError, RuntimeError: as :func:`heed.flash_attention`.
 
-    Differentiable in q, r, k and v, through ``out`` and ``lse``; ``v_mean`` and ``t_mean`` are
-    diagnostics without a gradient (``v_mean`` with one is ``heed.flash_attention(q, k, v)``).
+    Differentiable in q, r, k and v, through ``out`` and ``lse``. ``v_mean`` and ``t_mean`` are
+    statistics without a gradient, as if detached: a loss through them trains nothing, without an
+    error where another term of it has a gradient (``v_mean`` with one is ``heed.flash_attention(q,
+    k, v)``).
 
     Source: Parallax: Parameterized Local Linear Attention for Language Modeling (arXiv 2605.29157).
     """
+    q, r, k, v = autocast(q, r, k, v)
     left, right = window_sides("parallax_attention", window)
     results = torch.ops.heed.parallax_attention(
         q,
@@ -91,6 +98,7 @@ def parallax_attention(
         left,
         right,
         lengths,
-        scale,
+        number("parallax_attention", "scale", scale),
+        return_stats or may_follow(q, r, k, v),
     )
     return results if return_stats else results[0]

@@ -5,6 +5,10 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from heed._autocast import autocast
+from heed._gradients import may_follow
+from heed._numbers import number
+
 Normalizer = Literal["softmax", "l2", "rms", "layer", "divide_by_count", "clamped", "none"]
 
 
@@ -49,7 +53,7 @@ def recurrent_softmax_attention(
             have denominators of either sign. Below scores of about -5 its terms cancel in float32.
         causal: query ``i`` sees the keys ``j <= i + Lk - Lq``.
         scale: factor of the scores; ``None`` is ``1 / sqrt(D)``.
-        gate: ``[B, H, Lq]``, q's type or float32 (float64 beside float64).
+        gate: ``[B, H, Lq]`` of any floating type.
         score_clamp: scores above it become it; the paper's code uses 5 with every normalizer but
             ``softmax`` and the headline's ``l2``.
         eps: inside the root of ``rms`` and ``layer``.
@@ -65,15 +69,18 @@ def recurrent_softmax_attention(
     Source: On the Expressiveness of Softmax Attention: A Recurrent Neural Network Perspective
     (arXiv 2507.23632).
     """
+    q, k, v = autocast(q, k, v)
+    op = "recurrent_softmax_attention"
     return torch.ops.heed.recurrent_softmax_attention(
         q,
         k,
         v,
         normalizer,
-        order,
+        number(op, "order", order),
         causal,
-        scale,
+        number(op, "scale", scale),
         gate,
-        score_clamp,
-        eps,
+        number(op, "score_clamp", score_clamp),
+        number(op, "eps", eps),
+        may_follow(q, k, v, gate),
     )[0]

@@ -3,6 +3,9 @@
 import torch
 from torch import Tensor
 
+from heed._autocast import autocast
+from heed._numbers import number
+
 
 def relative_attention(
     q: Tensor,
@@ -29,11 +32,11 @@ def relative_attention(
         k: ``[B, Hkv, Lk, D]``. Memory of earlier segments is concatenated before the keys and
             values of the segment, so ``Lk > Lq``.
         v: ``[B, Hkv, Lk, Dv]``.
-        rel_key: ``[2P, H, D]``, q's type or float32 beside 16-bit q, any strides. Row ``P`` is
-            distance 0, the rows before it are keys to the left. ``P >= Lk - 1``; without
-            ``causal`` ``P >= Lq`` too, with it ``P >= 1``.
-        rel_bias: ``[2P, H]``, types as rel_key.
-        content_bias: ``[H, D]``, types as rel_key.
+        rel_key: ``[2P, H, D]`` of any floating type, any strides. Row ``P`` is distance 0, the rows
+            before it are keys to the left. ``P >= Lk - 1``; without ``causal`` ``P >= Lq`` too, with
+            it ``P >= 1``.
+        rel_bias: ``[2P, H]`` of any floating type.
+        content_bias: ``[H, D]`` of any floating type.
         causal: query ``i`` sees keys ``j <= i + Lk - Lq``: all of the memory and itself.
         scale: factor of all terms; ``None`` is ``1 / sqrt(D)``.
 
@@ -51,7 +54,8 @@ def relative_attention(
 
     Source: RCMHA (arXiv 2308.03429), Transformer-XL (arXiv 1901.02860).
     """
-    out, _ = torch.ops.heed.relative_attention(
+    q, k, v = autocast(q, k, v)
+    scale = number("relative_attention", "scale", scale)
+    return torch.ops.heed.relative_attention(
         q, k, v, rel_key, rel_bias, content_bias, causal, scale
-    )
-    return out
+    )[0]

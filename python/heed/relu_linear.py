@@ -3,6 +3,9 @@
 import torch
 from torch import Tensor
 
+from heed._autocast import autocast
+from heed._numbers import number
+
 
 def relu_linear_attention(
     q: Tensor, k: Tensor, v: Tensor, temperature: Tensor, *, clamp: float = 100.0
@@ -19,8 +22,7 @@ def relu_linear_attention(
             :func:`heed.flash_attention`.
         k: ``[B, Hkv, Lk, D]``, same type; ``H`` is a multiple of ``Hkv``.
         v: ``[B, Hkv, Lk, Dv]``, same type.
-        temperature: ``[H]``, q's type or float32 (float64 beside float64); the published models
-            start from ``D**-0.5``.
+        temperature: ``[H]`` of any floating type; the published models start from ``D**-0.5``.
         clamp: the smallest denominator, positive.
 
     Returns:
@@ -33,4 +35,6 @@ def relu_linear_attention(
 
     Source: The Linear Attention Resurrection in Vision Transformer (arXiv 2501.16182).
     """
+    q, k, v = autocast(q, k, v)
+    clamp = number("relu_linear_attention", "clamp", clamp)
     return torch.ops.heed.relu_linear_attention(q, k, v, temperature, clamp)

@@ -7,6 +7,8 @@ import torch
 from torch import Tensor
 
 from heed._autocast import autocast
+from heed._numbers import number
+from heed._seeds import drawn_seed
 
 if TYPE_CHECKING:
     from torch.nn.attention.bias import CausalBias
@@ -74,7 +76,9 @@ def scaled_dot_product_attention(
     else:
         lead = _leading_shape(op, query, key, value, enable_gqa)
         q, k, v = (_as_4d(t, lead, enable_gqa) for t in (query, key, value))
-    options: dict[str, Tensor | float] = {} if scale is None else {"scale": scale}
+    options: dict[str, Tensor | float] = {}
+    if scale is not None:
+        options["scale"] = number(op, "scale", scale)
     if attn_mask is not None and type(attn_mask) is not Tensor:
         # Needs torch._dynamo, which takes as long to import as PyTorch itself.
         from torch.nn.attention.bias import CausalBias, CausalVariant
@@ -102,12 +106,12 @@ def scaled_dot_product_attention(
             raise TypeError(f"{op}: attn_mask has type {found}, needed is bool or a floating type")
         attn_mask = _mask_4d(op, attn_mask, lead, query.shape[-2], key.shape[-2])
         options["mask" if boolean else "bias"] = attn_mask
-    if not 0.0 <= dropout_p <= 1.0:
+    if not 0.0 <= number(op, "dropout_p", dropout_p) <= 1.0:
         raise ValueError(f"{op}: dropout_p is {dropout_p}, needed is a probability from 0 to 1")
     drops_all = dropout_p == 1.0
     if dropout_p != 0.0 and not drops_all:
         options["dropout_p"] = dropout_p
-        options["seed"] = int(torch.randint(2**62, ()))
+        options["seed"] = drawn_seed()
     try:
         out, _ = _ops.flash_attention(q, k, v, **options)
     except (ValueError, TypeError, RuntimeError) as error:

@@ -3,7 +3,9 @@
 import torch
 from torch import Tensor
 
+from heed._autocast import autocast
 from heed._masks import Window, window_sides
+from heed._numbers import number
 
 
 def sigmoid_attention(
@@ -32,7 +34,7 @@ def sigmoid_attention(
             at the start of training; give the number for the longest length of training where
             lengths vary.
         causal, window, lengths, scale: as in :func:`heed.flash_attention`.
-        alibi_slopes: ``[H]``, types as bias: ``position = -slope[h] * |i + Lk - Lq - j|``.
+        alibi_slopes: ``[H]`` of any floating type: ``position = -slope[h] * |i + Lk - Lq - j|``.
 
     Returns:
         ``out [B, H, Lq, Dv]`` of q's type; 0 for a query that sees no key.
@@ -44,6 +46,7 @@ def sigmoid_attention(
 
     Source: Theory, Analysis, and Best Practices for Sigmoid Self-Attention (arXiv 2409.04431).
     """
+    q, k, v = autocast(q, k, v)
     left, right = window_sides("sigmoid_attention", window)
     per_head = isinstance(bias, Tensor)
     return torch.ops.heed.sigmoid_attention(
@@ -56,6 +59,6 @@ def sigmoid_attention(
         left,
         right,
         lengths,
-        scale,
+        number("sigmoid_attention", "scale", scale),
         alibi_slopes,
     )

@@ -6,7 +6,8 @@ from typing import Literal, overload
 import torch
 from torch import Tensor
 
-from heed._numbers import whole_number
+from heed._autocast import autocast
+from heed._numbers import number, whole_number
 from heed._seeds import signed_seed
 
 
@@ -75,6 +76,9 @@ def stochastic_attention(
 
     Source: Stochastic Attention (arXiv 2604.00754).
     """
+    op = "stochastic_attention"
+    q, k, v = autocast(q, k, v)
+    window, scale = number(op, "window", window), number(op, "scale", scale)
     out, lse = torch.ops.heed.stochastic_attention(q, k, v, permutation, window, causal, scale)
     return (out, lse) if return_lse else out
 

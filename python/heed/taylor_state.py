@@ -5,6 +5,8 @@ from typing import Literal, overload
 import torch
 from torch import Tensor
 
+from heed._autocast import autocast
+from heed._numbers import number
 from heed._states import parts_of
 
 TaylorState = tuple[Tensor, Tensor]
@@ -75,13 +77,15 @@ def taylor_state_attention(
     Source: On the Expressiveness of Softmax Attention: A Recurrent Neural Network Perspective
     (arXiv 2507.23632).
     """
-    s, z = parts_of("taylor_state_attention", initial_state, ("S", "z"))
+    op = "taylor_state_attention"
+    q, k, v = autocast(q, k, v)
+    s, z = parts_of(op, initial_state, ("S", "z"))
     out, s, z = torch.ops.heed.taylor_state_attention(
         q,
         k,
         v,
-        order,
-        scale,
+        number(op, "order", order),
+        number(op, "scale", scale),
         s,
         z,
         return_state,

@@ -10,6 +10,7 @@ from reference import (
     assert_accurate,
     assert_lse,
     attention64,
+    expect_mistake,
     naive_softmax,
     random,
     random_qkv,
@@ -167,6 +168,69 @@ def test_merge_of_parts_is_the_whole(dtype, cut):
     naive = naive_softmax(q, k, v, seen)
     assert_accurate(out, expected, naive)
     assert_lse(lse, expected_lse)
+
+
+def test_merge_of_a_grid_with_a_context():
+    query, key, value = (random(2, 5, 4, 2, 8, seed=seed) for seed in range(3))
+    context = [random(2, 3, 2, 8, seed=seed) for seed in (3, 4)]
+    both = {"additional_keys": context[0], "additional_values": context[1]}
+    whole = heed.na2d(query, key, value, 3, **both, return_lse=True)
+    near = heed.na2d(query, key, value, 3, return_lse=True)
+    tokens = query.flatten(1, 2).transpose(1, 2)
+    far = heed.flash_attention(tokens, *(t.transpose(1, 2) for t in context), return_lse=True)
+    far = (t.transpose(1, 2).unflatten(1, (5, 4)) for t in far)
+    for found, expected in zip(heed.merge_attention(*near, *far), whole):
+        torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)
+
+
+def test_merge_of_packed_sequences():
+    q, k, v = (random(9, heads, 8, seed=heads) for heads in (4, 2, 2))
+    ends, cut = torch.tensor([0, 4, 9]), torch.tensor([0, 2, 5])
+    first = torch.tensor([0, 1, 4, 5, 6])  # the keys of the first part
+    second = torch.tensor([2, 3, 7, 8])
+
+    def part(keys, ends_k):
+        out, lse = heed.flash_attention_varlen(q, k[keys], v[keys], ends, ends_k, return_lse=True)
+        return out, lse.T
+
+    merged = heed.merge_attention(*part(first, cut), *part(second, torch.tensor([0, 2, 4])))
+    for found, expected in zip(merged, part(torch.arange(9), ends)):
+        torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)
+
+
+def two_parts(*shape, dtype=torch.float64):
+    return [random(*(shape, shape[:-1])[n % 2], dtype=dtype, seed=n) for n in range(4)]
+
+
+@pytest.mark.parametrize("shape", [(3,), (7, 3), (2, 7, 3), (1, 2, 3, 2, 5), (2, 0, 3), (0,)])
+def test_merge_of_any_rank(shape):
+    parts = [part.requires_grad_() for part in two_parts(*shape)]
+    merged = heed.merge_attention(*parts)
+    assert [t.shape for t in merged] == [shape, shape[:-1]]
+    if merged[0].numel():
+        rows = [part.reshape(1, 1, -1, *part.shape[len(shape) - 1 :]) for part in parts]
+        for found, expected in zip(merged, heed.merge_attention(*rows)):
+            assert torch.equal(found, expected.reshape(found.shape))
+        assert torch.autograd.gradcheck(heed.merge_attention, parts)
+
+
+def test_merge_of_any_rank_under_compile_and_vmap():
+    parts = two_parts(3, 2, 7, 4, 5, dtype=torch.float32)
+    expected = heed.merge_attention(*parts)
+    torch.compiler.reset()
+    compiled = torch.compile(
+        heed.merge_attention, fullgraph=True, dynamic=True, backend="aot_eager"
+    )
+    for found in (compiled(*parts), torch.vmap(heed.merge_attention)(*parts)):
+        assert all(torch.equal(f, e) for f, e in zip(found, expected))
+
+
+def test_mistakes_of_merges_of_any_rank():
+    out, lse = random(7, 2, 3), random(7, 2)
+    mistakes = [("lse_a", lse.T), ("lse_b", lse[:1]), ("out_b", out[..., :2]), ("out_b", out[None])]
+    for name, wrong in mistakes:
+        arguments = {"out_a": out, "lse_a": lse, "out_b": out, "lse_b": lse, name: wrong}
+        expect_mistake(heed.merge_attention, arguments, ValueError, [name, "needed is [7, 2"])
 
 
 @pytest.mark.parametrize("dtype", DTYPES)

@@ -288,7 +288,7 @@ X = random(2, 4, 5, 8)
         ((X, "exp", torch.ones(3, 8, 8)), ValueError, ["weight", "[3,8,8]", "[4,8,8]"]),
         ((X, "exp", torch.ones(8, 8)), ValueError, ["weight", "2 dimensions", "3"]),
         ((X, "exp", torch.ones(4, 8, 6), torch.ones(4, 8)), ValueError, ["bias", "[4,6]"]),
-        ((X, "exp", torch.ones(4, 8, 8).double()), ValueError, ["weight", "float64", "float32"]),
+        ((X, "exp", torch.ones(4, 8, 8).int()), ValueError, ["weight", "int32", "float32"]),
     ],
 )
 def test_mistakes(args, error, words):

@@ -214,7 +214,7 @@ WIDE = torch.linspace(0, 20, 11).expand(4, 11)
         (dict(rpb=B[:, 1:-1]), ValueError, ["rpb", "[4,9]", "R >= 6"]),
         (dict(rpb=B[:3]), ValueError, ["rpb", "[3,11]", "[4,11]"]),
         (dict(rpb=B[0]), ValueError, ["rpb", "1 dimensions", "2"]),
-        (dict(rpb=B.double()), ValueError, ["rpb", "float64", "float32"]),
+        (dict(rpb=B.int()), ValueError, ["rpb", "int32", "float32"]),
         (dict(rpb=None), TypeError, ["rpb", "None"]),
         (dict(grid=(2, 3)), ValueError, ["rpb", "2 dimensions", "3"]),
         (dict(grid=(2, 4), rpb=torch.zeros(4, 3, 7)), ValueError, ["grid", "(2,4)", "6"]),

@@ -291,7 +291,7 @@ def test_mistakes(options, error, words):
         (dict(temperature=None), TypeError, ["temperature", "None"]),
         (dict(temperature=torch.ones(3)), ValueError, ["temperature", "[3]", "[4]"]),
         (dict(temperature=torch.ones(4, 1, 1)), ValueError, ["temperature", "3", "1"]),
-        (dict(temperature=torch.ones(4).double()), ValueError, ["temperature", "float64"]),
+        (dict(temperature=torch.ones(4).int()), ValueError, ["temperature", "int32"]),
         (dict(clamp=0.0), ValueError, ["clamp", "0"]),
         (dict(clamp=-1.0), ValueError, ["clamp", "-1"]),
         (dict(clamp=math.nan), ValueError, ["clamp", "nan"]),

@@ -107,6 +107,16 @@ def test_statistics_have_no_gradient():
     out, v_mean, t_mean, lse = heed.parallax_attention(*tensors, return_stats=True)
     assert out.requires_grad and lse.requires_grad
     assert not v_mean.requires_grad and not t_mean.requires_grad
+    with pytest.raises(RuntimeError, match="does not require grad"):
+        v_mean.sum().backward()
+
+
+def test_a_gate_of_the_correction_is_a_factor_of_r():
+    q, r, k, v = inputs(2, 4, 2, 4, 5, 3, 2, torch.float64)
+    gate = random(2, 4, 4, dtype=torch.float64, seed=5).sigmoid()[..., None]
+    out, v_mean, *_ = heed.parallax_attention(q, r, k, v, return_stats=True)
+    found = heed.parallax_attention(q, gate * r, k, v)
+    torch.testing.assert_close(found, v_mean + gate * (out - v_mean))
 
 
 def test_second_derivatives_are_refused():

@@ -172,6 +172,18 @@ at::Tensor small_input(const at::Tensor& tensor, std::optional<at::ScalarType> a
   return tensor.contiguous();
 }
 
+at::Tensor parameter_input(const at::Tensor& given, const at::Tensor& q) {
+  const at::ScalarType type = given.scalar_type(), wide = statistics_type(q.scalar_type());
+  const bool read = type == q.scalar_type() || type == wide || !is_float_type(type);
+  return read ? given : given.to(wide);
+}
+
+std::optional<at::Tensor> parameter_input(const std::optional<at::Tensor>& given,
+                                          const at::Tensor& q) {
+  if (!given || !given->defined()) return std::nullopt;
+  return parameter_input(*given, q);
+}
+
 std::optional<int64_t> window_side(const char* op, const char* side, int64_t value) {
   TORCH_CHECK_VALUE(value >= -1, op, ": ", side, " is ", value,
                     ", needed is a number of keys or -1 for an open side");
@@ -206,16 +218,18 @@ at::Tensor empty_result(c10::SymIntArrayRef shape, const at::Tensor& like, at::S
 
 }  // namespace
 
-std::pair<at::Tensor, at::Tensor> empty_results(const at::Tensor& q, const at::Tensor& v) {
+std::pair<at::Tensor, at::Tensor> empty_results(const at::Tensor& q, const at::Tensor& v,
+                                                bool lse) {
   const c10::SymInt shape[] = {q.sym_size(0), q.sym_size(1), q.sym_size(2), v.sym_size(3)};
   return {empty_result(shape, q, q.scalar_type()),
-          empty_statistic(q, c10::SymIntArrayRef(shape, 3))};
+          empty_statistic(q, c10::SymIntArrayRef(shape, 3), lse)};
 }
 
 std::tuple<at::Tensor, at::Tensor, at::Tensor> empty_wide_results(const at::Tensor& q,
-                                                                  const at::Tensor& v) {
-  auto [out, statistic] = empty_results(q, v);
-  return {out, empty_statistic(q, out.sym_sizes()), statistic};
+                                                                  const at::Tensor& v,
+                                                                  bool statistics) {
+  auto [out, statistic] = empty_results(q, v, statistics);
+  return {out, empty_statistic(q, out.sym_sizes(), statistics), statistic};
 }
 
 at::Tensor empty_statistic(const at::Tensor& q, c10::SymIntArrayRef shape, bool wanted) {

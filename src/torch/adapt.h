@@ -85,6 +85,12 @@ at::Tensor take_gradient(Array gradient, const std::optional<at::Tensor>& input,
 /// A small input in the form that kernels read: contiguous, floating types widened to `at_least`.
 at::Tensor small_input(const at::Tensor& tensor, std::optional<at::ScalarType> at_least = {});
 
+/// A parameter of any floating type in one that the kernels of inputs like q read: that of q or of the
+/// statistics beside it, with any strides.
+at::Tensor parameter_input(const at::Tensor& given, const at::Tensor& q);
+std::optional<at::Tensor> parameter_input(const std::optional<at::Tensor>& given,
+                                          const at::Tensor& q);
+
 /// Masks of a call; holds what their views point to.
 struct HeldMasks {
   HeldMasks(const char* op, bool causal, int64_t window_left, int64_t window_right,
@@ -96,16 +102,23 @@ struct HeldMasks {
 /// -1 is open; below that is a Python ValueError.
 std::optional<int64_t> window_side(const char* op, const char* side, int64_t value);
 
-/// Results of softmax attention: out [B,H,Lq,Dv], lse [B,H,Lq]; also for symbolic shapes.
-std::pair<at::Tensor, at::Tensor> empty_results(const at::Tensor& q, const at::Tensor& v);
+/// Results of softmax attention: out [B,H,Lq,Dv], lse [B,H,Lq] or [0]; also for symbolic shapes.
+std::pair<at::Tensor, at::Tensor> empty_results(const at::Tensor& q, const at::Tensor& v,
+                                                bool lse = true);
 /// The same with one like out in the type of statistics between them: what out is made of, unrounded.
+/// Without `statistics` all but out are [0].
 std::tuple<at::Tensor, at::Tensor, at::Tensor> empty_wide_results(const at::Tensor& q,
-                                                                  const at::Tensor& v);
+                                                                  const at::Tensor& v,
+                                                                  bool statistics);
 
 /// A result of the statistics type beside inputs like q, [0] where it is not wanted; also for symbolic
 /// shapes. view_wanted is undefined there.
 at::Tensor empty_statistic(const at::Tensor& q, c10::SymIntArrayRef shape, bool wanted = true);
 Tensor view_wanted(const std::optional<at::Tensor>& tensor, bool wanted);
+
+/// Whether a statistic [B,H,Lq] is [0]: the forward was not asked for what its backward reads, as below
+/// the transforms of torch.func nobody knows who wants gradients.
+inline bool is_left_out(const at::Tensor& statistic) { return statistic.dim() == 1; }
 
 /// Of operators that make a tensor from numbers alone: only the CPU, else a Python RuntimeError.
 void check_cpu(const char* op, std::optional<c10::Device> device);

@@ -23,8 +23,10 @@ void check_inputs(const at::Tensor& x, const at::Tensor& weight, const MaybeTens
 
 at::Tensor conv_cpu(const at::Tensor& x, const at::Tensor& weight, const MaybeTensor& bias) {
   check_inputs(x, weight, bias);
+  const MaybeTensor plain[] = {parameter_input(weight, x), parameter_input(bias, x)};
   Array out;
-  guarded([&] { out = depthwise_causal_conv(view(x), view(weight), view(bias), run_options()); });
+  guarded(
+      [&] { out = depthwise_causal_conv(view(x), view(plain[0]), view(plain[1]), run_options()); });
   return take(std::move(out), x);
 }
 
@@ -33,12 +35,14 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor> conv_backward_cpu(const at::Tenso
                                                                  const at::Tensor& weight,
                                                                  const MaybeTensor& bias) {
   check_inputs(x, weight, bias);
+  const MaybeTensor plain[] = {parameter_input(weight, x), parameter_input(bias, x)};
   DepthwiseConvGradients to;
   guarded([&] {
-    to = depthwise_causal_conv_backward(view(grad_out), view(x), view(weight), view(bias),
+    to = depthwise_causal_conv_backward(view(grad_out), view(x), view(plain[0]), view(plain[1]),
                                         run_options());
   });
-  return {take(std::move(to.x), x), take(std::move(to.weight), x), take(std::move(to.bias), x)};
+  return {take(std::move(to.x), x), take_gradient(std::move(to.weight), weight, x),
+          take_gradient(std::move(to.bias), bias, x)};
 }
 
 at::Tensor conv_meta(const at::Tensor& x, const at::Tensor& weight, const MaybeTensor& bias) {

@@ -30,8 +30,10 @@ FeatureKind checked_kind(const at::Tensor& x, c10::string_view kind, const Maybe
 at::Tensor feature_map_cpu(const at::Tensor& x, c10::string_view kind, const MaybeTensor& weight,
                            const MaybeTensor& bias) {
   const FeatureKind parsed = checked_kind(x, kind, weight, bias);
+  const MaybeTensor plain[] = {parameter_input(weight, x), parameter_input(bias, x)};
   Array out;
-  guarded([&] { out = feature_map(view(x), parsed, {view(weight), view(bias)}, run_options()); });
+  guarded(
+      [&] { out = feature_map(view(x), parsed, {view(plain[0]), view(plain[1])}, run_options()); });
   return take(std::move(out), x);
 }
 
@@ -40,9 +42,10 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor> feature_map_backward_cpu(
     const MaybeTensor& weight, const MaybeTensor& bias) {
   const FeatureKind parsed = checked_kind(x, kind, weight, bias);
   const at::Tensor g = gradient_input(grad_out);
+  const MaybeTensor plain[] = {parameter_input(weight, x), parameter_input(bias, x)};
   FeatureMapGradients to;
   guarded([&] {
-    to = feature_map_backward(view(g), view(x), parsed, {view(weight), view(bias), view(out)},
+    to = feature_map_backward(view(g), view(x), parsed, {view(plain[0]), view(plain[1]), view(out)},
                               run_options());
   });
   return {take(std::move(to.x), x), take_gradient(std::move(to.weight), weight, x),

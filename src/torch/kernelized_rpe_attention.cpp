@@ -47,9 +47,10 @@ KernelizedRpeOptions options_of(HEED_RPE_INPUTS, at::OptionalIntArrayRef grid,
 
 at::Tensor rpe_cpu(HEED_RPE_INPUTS, at::OptionalIntArrayRef grid, c10::string_view path) {
   const KernelizedRpeOptions options = options_of(HEED_RPE_NAMES, grid, path);
+  const MaybeTensor plain[] = {parameter_input(rpb, q), parameter_input(projection, q)};
   const at::Tensor out = empty_results(q, v).first;
   guarded([&] {
-    kernelized_rpe_attention(view(q), view(k), view(v), view(rpb), view(projection), view(out),
+    kernelized_rpe_attention(view(q), view(k), view(v), view(plain[0]), view(plain[1]), view(out),
                              options, run_options());
   });
   return out;
@@ -60,13 +61,14 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor> rpe_backward_cpu(
     c10::string_view path) {
   const KernelizedRpeOptions options = options_of(HEED_RPE_NAMES, grid, path);
   const at::Tensor g = gradient_input(grad_out);
+  const MaybeTensor plain[] = {parameter_input(rpb, q), parameter_input(projection, q)};
   KernelizedRpeGradients to;
   guarded([&] {
-    to = kernelized_rpe_attention_backward(view(g), view(q), view(k), view(v), view(rpb),
-                                           view(projection), options, run_options());
+    to = kernelized_rpe_attention_backward(view(g), view(q), view(k), view(v), view(plain[0]),
+                                           view(plain[1]), options, run_options());
   });
   return {take(std::move(to.q), q), take(std::move(to.k), q), take(std::move(to.v), q),
-          take(std::move(to.rpb), q)};
+          take_gradient(std::move(to.rpb), rpb, q)};
 }
 
 // NOLINTBEGIN(performance-unnecessary-value-param): the dispatcher passes views by value

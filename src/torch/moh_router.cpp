@@ -35,10 +35,12 @@ Results router_cpu(const at::Tensor& x, const at::Tensor& wg, const MaybeTensor&
                    const MaybeTensor& wg_group, int64_t top_k, c10::string_view form) {
   check_inputs(x, wg, wg_shared, wg_group);
   const MohRouterOptions options = router_options(top_k, form);
+  const MaybeTensor plain[] = {parameter_input(wg, x), parameter_input(wg_shared, x),
+                               parameter_input(wg_group, x)};
   MohRouting routing;
   guarded([&] {
     routing =
-        moh_router(view(x), view(wg), view(wg_shared), view(wg_group), options, run_options());
+        moh_router(view(x), view(plain[0]), view(plain[1]), view(plain[2]), options, run_options());
   });
   return {take(std::move(routing.gates), x), take(std::move(routing.load_balance_loss), x)};
 }
@@ -49,13 +51,17 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor> router_backward_cpu(
     c10::string_view form) {
   check_inputs(x, wg, wg_shared, wg_group);
   const MohRouterOptions options = router_options(top_k, form);
+  const MaybeTensor plain[] = {parameter_input(wg, x), parameter_input(wg_shared, x),
+                               parameter_input(wg_group, x)};
   MohRouterGradients to;
   guarded([&] {
-    to = moh_router_backward(view(grad_gates), view(grad_load_balance_loss), view(x), view(wg),
-                             view(wg_shared), view(wg_group), options, run_options());
+    to =
+        moh_router_backward(view(grad_gates), view(grad_load_balance_loss), view(x), view(plain[0]),
+                            view(plain[1]), view(plain[2]), options, run_options());
   });
-  return {take(std::move(to.x), x), take(std::move(to.wg), x), take(std::move(to.wg_shared), x),
-          take(std::move(to.wg_group), x)};
+  return {take(std::move(to.x), x), take_gradient(std::move(to.wg), wg, x),
+          take_gradient(std::move(to.wg_shared), wg_shared, x),
+          take_gradient(std::move(to.wg_group), wg_group, x)};
 }
 
 // NOLINTBEGIN(performance-unnecessary-value-param): the dispatcher passes views by value

@@ -28,8 +28,13 @@ Normalizer normalizer_of(c10::string_view name) {
   return parsed;
 }
 
-RecurrentSoftmaxOptions options_of(const at::Tensor& q, HEED_RECURRENT_ARGS) {
+MaybeTensor checked_gate(const MaybeTensor& gate, const at::Tensor& q) {
   check_optional(kRecurrent, "gate", gate, 3, q.device());
+  return parameter_input(gate, q);
+}
+
+// `gate` is held by the caller.
+RecurrentSoftmaxOptions options_of(HEED_RECURRENT_ARGS) {
   return {.normalizer = normalizer_of(normalizer),
           .order = order,
           .causal = causal,
@@ -40,14 +45,16 @@ RecurrentSoftmaxOptions options_of(const at::Tensor& q, HEED_RECURRENT_ARGS) {
 }
 
 Results recurrent_cpu(const at::Tensor& q, const at::Tensor& k, const at::Tensor& v,
-                      HEED_RECURRENT_ARGS) {
+                      HEED_RECURRENT_ARGS, bool statistics) {
   check_qkv({kRecurrent, "q", q}, {kRecurrent, "k", k}, {kRecurrent, "v", v});
-  const RecurrentSoftmaxOptions options = options_of(q, HEED_RECURRENT_NAMES);
-  const Results results = empty_wide_results(q, v);
+  const MaybeTensor plain = checked_gate(gate, q);
+  const RecurrentSoftmaxOptions options =
+      options_of(normalizer, order, causal, scale, plain, score_clamp, eps);
+  const Results results = empty_wide_results(q, v, statistics);
   guarded([&] {
     const auto& [out, core, statistic] = results;
-    recurrent_softmax_attention(view(q), view(k), view(v), view(out), view(core), view(statistic),
-                                options, run_options());
+    recurrent_softmax_attention(view(q), view(k), view(v), view(out), view_wanted(core, statistics),
+                                view_wanted(statistic, statistics), options, run_options());
   });
   return results;
 }
@@ -55,8 +62,15 @@ Results recurrent_cpu(const at::Tensor& q, const at::Tensor& k, const at::Tensor
 std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor> recurrent_backward_cpu(
     const at::Tensor& grad_out, const at::Tensor& q, const at::Tensor& k, const at::Tensor& v,
     const at::Tensor& core, const at::Tensor& statistic, HEED_RECURRENT_ARGS) {
+  if (is_left_out(statistic)) {
+    const auto [_, made_core, made_statistic] = recurrent_cpu(q, k, v, HEED_RECURRENT_NAMES, true);
+    return recurrent_backward_cpu(grad_out, q, k, v, made_core, made_statistic,
+                                  HEED_RECURRENT_NAMES);
+  }
   check_qkv({kRecurrent, "q", q}, {kRecurrent, "k", k}, {kRecurrent, "v", v});
-  const RecurrentSoftmaxOptions options = options_of(q, HEED_RECURRENT_NAMES);
+  const MaybeTensor plain = checked_gate(gate, q);
+  const RecurrentSoftmaxOptions options =
+      options_of(normalizer, order, causal, scale, plain, score_clamp, eps);
   const at::Tensor g = gradient_input(grad_out);
   RecurrentSoftmaxGradients to;
   guarded([&] {
@@ -64,19 +78,19 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor> recurrent_backward_cp
                                               view(statistic), options, run_options());
   });
   return {take(std::move(to.q), q), take(std::move(to.k), k), take(std::move(to.v), v),
-          take(std::move(to.gate), q)};
+          take_gradient(std::move(to.gate), gate, q)};
 }
 
 // NOLINTBEGIN(performance-unnecessary-value-param): the dispatcher passes views by value
 Results recurrent_meta(const at::Tensor& q, const at::Tensor& k, const at::Tensor& v,
                        c10::string_view normalizer, std::optional<int64_t>, bool,
                        std::optional<double>, const MaybeTensor& gate, std::optional<double>,
-                       double) {
+                       double, bool statistics) {
   check_qkv({kRecurrent, "q", q}, {kRecurrent, "k", k}, {kRecurrent, "v", v});
   check_qkv_shapes({kRecurrent, "q", q}, {kRecurrent, "k", k}, {kRecurrent, "v", v});
   check_optional(kRecurrent, "gate", gate, 3, q.device());
   normalizer_of(normalizer);
-  return empty_wide_results(q, v);
+  return empty_wide_results(q, v, statistics);
 }
 // NOLINTEND(performance-unnecessary-value-param)
 

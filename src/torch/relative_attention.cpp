@@ -30,9 +30,11 @@ void check_inputs(HEED_RELATIVE_INPUTS) {
 // The kernels check types and sizes of the tables; views of any strides will do.
 Results relative_cpu(HEED_RELATIVE_INPUTS, bool causal, std::optional<double> scale) {
   check_inputs(q, k, v, rel_key, rel_bias, content_bias);
+  const at::Tensor plain[] = {parameter_input(rel_key, q), parameter_input(rel_bias, q),
+                              parameter_input(content_bias, q)};
   auto [out, lse] = empty_results(q, v);
   guarded([&, &out = out, &lse = lse] {
-    relative_attention(view(q), view(k), view(v), view(rel_key), view(rel_bias), view(content_bias),
+    relative_attention(view(q), view(k), view(v), view(plain[0]), view(plain[1]), view(plain[2]),
                        view(out), view(lse), {causal, scale}, run_options());
   });
   return {out, lse};
@@ -45,18 +47,20 @@ relative_backward_cpu(const at::Tensor& grad_out, const MaybeTensor& grad_lse, H
   check_inputs(q, k, v, rel_key, rel_bias, content_bias);
   const at::Tensor g = gradient_input(grad_out);
   const MaybeTensor g_lse = gradient_input(grad_lse);
+  const at::Tensor plain[] = {parameter_input(rel_key, q), parameter_input(rel_bias, q),
+                              parameter_input(content_bias, q)};
   RelativeGradients to;
   guarded([&] {
-    to = relative_attention_backward(view(g), view(g_lse), view(q), view(k), view(v), view(rel_key),
-                                     view(rel_bias), view(content_bias), view(out), view(lse),
-                                     {causal, scale}, run_options());
+    to = relative_attention_backward(view(g), view(g_lse), view(q), view(k), view(v),
+                                     view(plain[0]), view(plain[1]), view(plain[2]), view(out),
+                                     view(lse), {causal, scale}, run_options());
   });
   return {take(std::move(to.q), q),
           take(std::move(to.k), k),
           take(std::move(to.v), v),
-          take(std::move(to.rel_key), rel_key),
-          take(std::move(to.rel_bias), rel_bias),
-          take(std::move(to.content_bias), content_bias)};
+          take_gradient(std::move(to.rel_key), rel_key, q),
+          take_gradient(std::move(to.rel_bias), rel_bias, q),
+          take_gradient(std::move(to.content_bias), content_bias, q)};
 }
 
 Results relative_meta(HEED_RELATIVE_INPUTS, bool causal, std::optional<double>) {

@@ -22,9 +22,9 @@ void check_inputs(HEED_RELU_LINEAR_INPUTS) {
 
 at::Tensor relu_linear_cpu(HEED_RELU_LINEAR_INPUTS, double clamp) {
   check_inputs(q, k, v, temperature);
-  const at::Tensor out = empty_results(q, v).first;
+  const at::Tensor out = empty_results(q, v).first, plain = parameter_input(temperature, q);
   guarded([&] {
-    relu_linear_attention(view(q), view(k), view(v), view(temperature), view(out), {clamp},
+    relu_linear_attention(view(q), view(k), view(v), view(plain), view(out), {clamp},
                           run_options());
   });
   return out;
@@ -33,14 +33,14 @@ at::Tensor relu_linear_cpu(HEED_RELU_LINEAR_INPUTS, double clamp) {
 std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor> relu_linear_backward_cpu(
     const at::Tensor& grad_out, HEED_RELU_LINEAR_INPUTS, double clamp) {
   check_inputs(q, k, v, temperature);
-  const at::Tensor g = gradient_input(grad_out);
+  const at::Tensor g = gradient_input(grad_out), plain = parameter_input(temperature, q);
   ReluLinearGradients to;
   guarded([&] {
-    to = relu_linear_attention_backward(view(g), view(q), view(k), view(v), view(temperature),
-                                        {clamp}, run_options());
+    to = relu_linear_attention_backward(view(g), view(q), view(k), view(v), view(plain), {clamp},
+                                        run_options());
   });
   return {take(std::move(to.q), q), take(std::move(to.k), q), take(std::move(to.v), q),
-          take(std::move(to.temperature), q)};
+          take_gradient(std::move(to.temperature), temperature, q)};
 }
 
 at::Tensor relu_linear_meta(HEED_RELU_LINEAR_INPUTS, double /*clamp*/) {

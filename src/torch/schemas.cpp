@@ -52,8 +52,13 @@ TORCH_LIBRARY(heed, m) {
 #define HEED_PARALLAX_OPTIONS                                                               \
   "bool causal=False, SymInt window_left=-1, SymInt window_right=-1, Tensor? lengths=None," \
   " float? scale=None"
-  m.def("parallax_attention(Tensor q, Tensor r, Tensor k, Tensor v, " HEED_PARALLAX_OPTIONS
-        ") -> (Tensor out, Tensor v_mean, Tensor t_mean, Tensor lse)");
+  // `statistics` asks for what the backward reads; without it those results are empty, and a backward
+  // makes them itself.
+#define HEED_STATISTICS ", bool statistics=False"
+  m.def(
+      "parallax_attention(Tensor q, Tensor r, Tensor k, Tensor "
+      "v, " HEED_PARALLAX_OPTIONS HEED_STATISTICS
+      ") -> (Tensor out, Tensor v_mean, Tensor t_mean, Tensor lse)");
   m.def(
       "parallax_attention_backward(Tensor grad_out, Tensor? grad_lse, Tensor q, Tensor r, Tensor k,"
       " Tensor v, Tensor out, Tensor v_mean, Tensor t_mean, Tensor lse, " HEED_PARALLAX_OPTIONS
@@ -71,7 +76,8 @@ TORCH_LIBRARY(heed, m) {
   " float? scale=None"
   m.def(
       "affine_scaled_attention(Tensor q, Tensor k, Tensor v, Tensor alpha, Tensor "
-      "alpha_mean," HEED_AFFINE_OPTIONS ") -> (Tensor out, Tensor softmax_out, Tensor lse)");
+      "alpha_mean," HEED_AFFINE_OPTIONS HEED_STATISTICS
+      ") -> (Tensor out, Tensor softmax_out, Tensor lse)");
   m.def(
       "affine_scaled_attention_backward(Tensor grad_out, Tensor q, Tensor k, Tensor v,"
       " Tensor alpha, Tensor alpha_mean, Tensor softmax_out, Tensor lse, " HEED_AFFINE_OPTIONS
@@ -98,8 +104,10 @@ TORCH_LIBRARY(heed, m) {
 #define HEED_MASK_OPTIONS                                                                   \
   "bool causal=False, SymInt window_left=-1, SymInt window_right=-1, Tensor? lengths=None," \
   " float? scale=None"
-  m.def("head_gated_attention(Tensor q, Tensor k, Tensor v, Tensor gates, " HEED_MASK_OPTIONS
-        ") -> (Tensor out, Tensor attention, Tensor lse)");
+  m.def(
+      "head_gated_attention(Tensor q, Tensor k, Tensor v, Tensor "
+      "gates, " HEED_MASK_OPTIONS HEED_STATISTICS
+      ") -> (Tensor out, Tensor attention, Tensor lse)");
   m.def(
       "head_gated_attention_backward(Tensor grad_out, Tensor q, Tensor k, Tensor v, Tensor gates,"
       " Tensor attention, Tensor lse, " HEED_MASK_OPTIONS
@@ -142,8 +150,10 @@ TORCH_LIBRARY(heed, m) {
 #define HEED_RECURRENT_OPTIONS                                                      \
   "str normalizer='softmax', int? order=None, bool causal=True, float? scale=None," \
   " Tensor? gate=None, float? score_clamp=None, float eps=1e-06"
-  m.def("recurrent_softmax_attention(Tensor q, Tensor k, Tensor v, " HEED_RECURRENT_OPTIONS
-        ") -> (Tensor out, Tensor core, Tensor statistic)");
+  m.def(
+      "recurrent_softmax_attention(Tensor q, Tensor k, Tensor "
+      "v, " HEED_RECURRENT_OPTIONS HEED_STATISTICS
+      ") -> (Tensor out, Tensor core, Tensor statistic)");
   m.def(
       "recurrent_softmax_attention_backward(Tensor grad_out, Tensor q, Tensor k, Tensor v,"
       " Tensor core, Tensor statistic, " HEED_RECURRENT_OPTIONS

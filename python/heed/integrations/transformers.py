@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 import heed
-from heed._autocast import autocast
+from heed._seeds import drawn_seed
 
 _Result = tuple[Tensor, None]
 
@@ -26,9 +26,11 @@ def register(
         Sigmoid attention (:func:`heed.sigmoid_attention`).
     ``"heed_stochastic"``
         Stochastic attention (:func:`heed.stochastic_attention`): each layer attends inside windows
-        of a random order of the tokens, drawn from the seed and the layer's number; calls with
-        fewer queries than keys (decoding) see the whole cache. Causal models whose attention knows
-        that number (``layer_idx``), no padding, no sliding window that is shorter than the tokens.
+        of a random order of the tokens, drawn from the seed and the layer's number, and in training
+        (``model.train()``) from PyTorch's generator too, so that every forward has another one;
+        calls with fewer queries than keys (decoding) see the whole cache. Causal models whose
+        attention knows that number (``layer_idx``), no padding, no sliding window that is shorter
+        than the tokens.
 
     The last two are not softmax attention, and a model has to be trained with them (or the change
     to be wanted). ``"heed_sigmoid"`` takes padding and sliding windows of the model. Whatever else
@@ -74,6 +76,8 @@ def register(
                 "its layer: one order for all layers mixes nothing"
             )
         seed = stochastic_seed * 1_000_003 + layer
+        if module.training:  # checkpoints replay the generator, and with it the order
+            seed = seed % 2**62 + drawn_seed()
         return _stochastic(
             module, query, key, value, attention_mask, stochastic_window, seed, **options
         )
@@ -101,10 +105,6 @@ def _result(out: Tensor) -> _Result:
 
 def _unit_stride(*tensors: Tensor) -> list[Tensor]:
     return [t if t.stride(-1) == 1 or t.shape[-1] <= 1 else t.contiguous() for t in tensors]
-
-
-def _seed(dropout: float) -> int:
-    return int(torch.randint(2**62, ())) if dropout > 0.0 else 0
 
 
 # Attention that only PyTorch code of the model itself can compute.
@@ -155,14 +155,13 @@ def _softmax(
         mask = attention_mask
     elif attention_mask is not None:
         bias = attention_mask if bias is None else bias + attention_mask
-    query, key, value = _unit_stride(*autocast(query, key, value))
+    query, key, value = _unit_stride(query, key, value)
     common = {
         "causal": causal,
         "scale": scaling,
         "softcap": softcap or 0.0,
         "sink": s_aux,
         "dropout_p": dropout,
-        "seed": _seed(dropout),
     }
     if cu_seq_lens_q is not None and cu_seq_lens_q.shape[0] > 2:
         if query.shape[0] != 1:
@@ -231,7 +230,7 @@ def _sigmoid(
     if padding is not None:
         # No row sum: a key without a value is a key that is not there.
         value = value.masked_fill(~padding[:, None, :, None], 0.0)
-    query, key, value = _unit_stride(*autocast(query, key, value))
+    query, key, value = _unit_stride(query, key, value)
     out = heed.sigmoid_attention(
         query,
         key,
@@ -272,7 +271,7 @@ def _stochastic(
     if padding is not None:
         _check_unpadded(padding)
     causal = _is_causal(module, query, is_causal)
-    query, key, value = _unit_stride(*autocast(query, key, value))
+    query, key, value = _unit_stride(query, key, value)
     if query.shape[2] < key.shape[2]:
         return _result(
             heed.flash_attention(
