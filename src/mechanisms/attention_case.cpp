@@ -23,9 +23,7 @@ Masks masks_of(const NamedTensors& in, const Spec& options) {
   masks.causal = options.flag("causal");
   masks.window.left = options.has("left") ? options.integer("left") : options.integer("window");
   masks.window.right = options.integer("right");
-  if (const auto lengths = in.find("lengths"); lengths != in.end()) {
-    masks.lengths = lengths->second;
-  }
+  masks.lengths = input_or_none(in, "lengths");
   return masks;
 }
 

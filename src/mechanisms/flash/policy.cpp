@@ -26,9 +26,4 @@ tiled::Policy softmax_policy(const char* op, int64_t heads, double softcap,
   return policy;
 }
 
-Array head_gradient(const std::vector<double>& sums, const Tensor& like) {
-  if (!like.defined()) return {};
-  return convert(Tensor(sums.data(), DType::f64, like.shape()), like.dtype());
-}
-
 }  // namespace heed

@@ -11,11 +11,6 @@ namespace heed {
 
 namespace {
 
-Tensor input_or_none(const NamedTensors& in, const char* name) {
-  const auto found = in.find(name);
-  return found == in.end() ? Tensor() : found->second;
-}
-
 FlashOptions flash_options(const NamedTensors& in, const Spec& options) {
   require_attention_keys(options, {"softcap", "block_rows", "block_keys", "dropout", "seed"});
   FlashOptions chosen{masks_of(in, options), options.number("scale")};

@@ -2,6 +2,7 @@
 
 #include "heed/flash_attention.h"
 #include "mechanisms/flash/policy.h"
+#include "mechanisms/results.h"
 
 namespace heed {
 

@@ -9,6 +9,7 @@
 #include "engine/tiled/problem.h"
 #include "heed/head_gated_attention.h"
 #include "mechanisms/parameter.h"
+#include "mechanisms/results.h"
 #include "mechanisms/row_memory.h"
 #include "mechanisms/row_values.h"
 
@@ -400,13 +401,7 @@ void head_gated_attention(const Tensor& q, const Tensor& k, const Tensor& v, con
 HeadGatedResult head_gated_attention(const Tensor& q, const Tensor& k, const Tensor& v,
                                      const Tensor& gates, const HeadGatedOptions& options,
                                      const RunOptions& run) {
-  HeadGatedResult result;
-  if (q.rank() == 4 && v.rank() == 4) {  // else the checks explain it
-    const Dims shape{q.size(0), q.size(1), q.size(2), v.size(3)};
-    result.out = Array(q.dtype(), shape);
-    result.attention = Array(q.dtype(), shape);
-    result.lse = Array(wide_type(q.dtype()), {q.size(0), q.size(1), q.size(2)});
-  }
+  HeadGatedResult result{empty_result(q, v), empty_result(q, v), empty_statistic(q)};
   head_gated_attention(q, k, v, gates, result.out, result.attention, result.lse, options, run);
   return result;
 }

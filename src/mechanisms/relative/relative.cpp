@@ -5,6 +5,7 @@
 #include "heed/relative_attention.h"
 #include "mechanisms/parameter.h"
 #include "mechanisms/relative/terms.h"
+#include "mechanisms/results.h"
 
 namespace heed {
 
@@ -124,11 +125,7 @@ RelativeResult relative_attention(const Tensor& q, const Tensor& k, const Tensor
                                   const Tensor& rel_key, const Tensor& rel_bias,
                                   const Tensor& content_bias, const RelativeOptions& options,
                                   const RunOptions& run) {
-  RelativeResult result;
-  if (q.rank() == 4 && v.rank() == 4) {  // else the checks of the call explain it
-    result.out = Array(q.dtype(), {q.size(0), q.size(1), q.size(2), v.size(3)});
-    result.lse = Array(wide_type(q.dtype()), {q.size(0), q.size(1), q.size(2)});
-  }
+  RelativeResult result{empty_result(q, v), empty_statistic(q)};
   relative_attention(q, k, v, rel_key, rel_bias, content_bias, result.out, result.lse, options,
                      run);
   return result;

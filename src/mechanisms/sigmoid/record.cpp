@@ -13,9 +13,7 @@ SigmoidOptions sigmoid_options(const NamedTensors& in, const Spec& options) {
   SigmoidOptions chosen{masks_of(in, options), options.number("scale")};
   if (const auto bias = options.number("bias")) chosen.bias = *bias;
   if (const auto bias = in.find("bias"); bias != in.end()) chosen.bias = bias->second;
-  if (const auto slopes = in.find("alibi_slopes"); slopes != in.end()) {
-    chosen.alibi_slopes = slopes->second;
-  }
+  chosen.alibi_slopes = input_or_none(in, "alibi_slopes");
   return chosen;
 }
 

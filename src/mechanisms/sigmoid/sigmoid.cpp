@@ -4,6 +4,7 @@
 
 #include "engine/tiled/problem.h"
 #include "heed/sigmoid_attention.h"
+#include "mechanisms/results.h"
 
 namespace heed {
 
@@ -44,10 +45,6 @@ tiled::Problem make_problem(const Tensor& q, const Tensor& k, const Tensor& v, c
   return problem;
 }
 
-Array head_gradient(const std::vector<double>& sums, const Tensor& like) {
-  return convert(Tensor(sums.data(), DType::f64, like.shape()), like.dtype());
-}
-
 }  // namespace
 
 void sigmoid_attention(const Tensor& q, const Tensor& k, const Tensor& v, const Tensor& out,
@@ -57,10 +54,7 @@ void sigmoid_attention(const Tensor& q, const Tensor& k, const Tensor& v, const 
 
 Array sigmoid_attention(const Tensor& q, const Tensor& k, const Tensor& v,
                         const SigmoidOptions& options, const RunOptions& run) {
-  Array out;
-  if (q.rank() == 4 && v.rank() == 4) {
-    out = Array(q.dtype(), {q.size(0), q.size(1), q.size(2), v.size(3)});
-  }
+  Array out = empty_result(q, v);
   sigmoid_attention(q, k, v, out, options, run);
   return out;
 }
