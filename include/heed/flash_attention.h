@@ -15,6 +15,7 @@
 #include <array>
 #include <optional>
 
+#include "heed/attention_result.h"
 #include "heed/masks.h"
 #include "heed/run.h"
 #include "heed/tensor.h"
@@ -38,11 +39,6 @@ struct FlashOptions {
   std::array<int64_t, 2> block_size = {64, 64};
   double dropout_p = 0;  // each weight is dropped with this probability, 0 <= p < 1
   uint64_t seed = 0;     // of the dropout: which weights are dropped is a function of it alone
-};
-
-struct AttentionResult {
-  Array out;
-  Array lse;
 };
 
 /// Allocates and returns out and lse.

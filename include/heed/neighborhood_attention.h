@@ -25,7 +25,7 @@
 #include <optional>
 #include <vector>
 
-#include "heed/flash_attention.h"
+#include "heed/attention_result.h"
 #include "heed/run.h"
 #include "heed/tensor.h"
 
