@@ -44,7 +44,7 @@ std::unique_ptr<Call> make_call(const Tensor& q, const Tensor& k, const Tensor& 
       q, k, v, out, lse,
       tiled::TilePlan::from_masks(kFlash, options.masks, q.size(0), q.size(2), k.size(2)));
   problem.scale = tiled::resolve_scale(kFlash, options.scale, q.size(3));
-  problem.policy = softmax_policy(kFlash, heads, options.softcap, options.alibi_slopes,
+  problem.policy = softmax_policy(kFlash, q.size(0), heads, options.softcap, options.alibi_slopes,
                                   options.sink, options.dropout_p, options.seed);
   if (call->terms.needed()) problem.terms = &call->terms;
   if (options.block_mask.defined()) {
@@ -109,8 +109,8 @@ void decode_attention(const Tensor& q, const Tensor& k_cache, const Tensor& v_ca
                              tiled::TilePlan::for_decoding(kOp, lengths, options.window, q.size(0),
                                                            q.size(2), k_cache.size(2)));
   problem.scale = tiled::resolve_scale(kOp, options.scale, q.size(3));
-  problem.policy =
-      softmax_policy(kOp, q.size(1), options.softcap, options.alibi_slopes, options.sink);
+  problem.policy = softmax_policy(kOp, q.size(0), q.size(1), options.softcap, options.alibi_slopes,
+                                  options.sink);
   if (options.splits > 0) problem.splits = options.splits;
   tiled::forward(problem, run);
 }

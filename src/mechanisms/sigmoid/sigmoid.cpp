@@ -38,10 +38,7 @@ tiled::Problem make_problem(const Tensor& q, const Tensor& k, const Tensor& v, c
   for (double& bias : problem.policy.head_bias) {
     bias = std::min(bias, std::numeric_limits<double>::max());
   }
-  if (options.alibi_slopes.defined()) {
-    problem.policy.alibi_slope =
-        tiled::per_head(kOp, "alibi_slopes", options.alibi_slopes, q.size(1));
-  }
+  tiled::set_alibi_slopes(problem.policy, kOp, options.alibi_slopes, q.size(0), q.size(1));
   return problem;
 }
 
