@@ -19,7 +19,8 @@
 // coordinate of the key is <= the query's.
 //
 // Memory beyond the results: O(threads x tile), and an offset for each token of a tensor with two or three
-// axes.
+// axes; in the backward O(threads x tokens). With additional keys also two results in float32 (float64 for
+// float64) with their lse, in the backward two gradients of query.
 #pragma once
 #include <cstdint>
 #include <optional>
