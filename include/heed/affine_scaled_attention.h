@@ -11,7 +11,8 @@
 // alpha [B,H,Lq], alpha_mean [H] of q's type or float32 (float64 beside float64), any strides; q, k, v,
 // out, types and masks as in flash_attention.h. A row that sees no key: out = 0. Memory beyond the
 // results: O(threads x tile), beside 16-bit types the softmax result in float32; in the backward
-// O(threads x L) and one more array like grad_out.
+// O(threads x L), an array like grad_out (in float32 beside float16), a float32 [B,Hkv,Lq,Dv] and beside
+// 16-bit types one like v.
 #pragma once
 #include <optional>
 

@@ -1,7 +1,7 @@
 // Exact softmax attention in one pass over the keys.  arXiv 2205.14135, 2307.08691
 //
 //   S[b,h,p,m] = softcap(scale * sum_e q[b,h,p,e] k[b,g(h),m,e])         g(h) = h / (H/Hkv)
-//                - alibi_slopes[h] |p + Lk - Lq - m| + bias[b,h,p,m]
+//                - alibi_slopes[b,h] |p + Lk - Lq - m| + bias[b,h,p,m]
 //   out        = softmax over the visible m (and the sink) of S, times v[b,g(h),m,f]
 //   lse[b,h,p] = log sum over the visible m (and the sink) of exp S      natural logarithm
 //
@@ -15,6 +15,7 @@
 #include <array>
 #include <optional>
 
+#include "heed/attention_result.h"
 #include "heed/masks.h"
 #include "heed/run.h"
 #include "heed/tensor.h"
@@ -25,7 +26,7 @@ struct FlashOptions {
   Masks masks = {};
   std::optional<double> scale = {};  // none: 1/sqrt(D)
   double softcap = 0;                // c > 0: scores become c * tanh(score / c)
-  /// [H]. Finite slopes that would make scores infinite count as large ones that do not.
+  /// [H] or [B,H]. Finite slopes that would make scores infinite count as large ones that do not.
   Tensor alibi_slopes = {};
   Tensor mask = {};  // boolean, broadcastable to [B,H,Lq,Lk]; true = attend
   /// Floating, broadcastable to [B,H,Lq,Lk]. -inf hides a key; finite numbers beyond 2/3 of the largest
@@ -38,11 +39,6 @@ struct FlashOptions {
   std::array<int64_t, 2> block_size = {64, 64};
   double dropout_p = 0;  // each weight is dropped with this probability, 0 <= p < 1
   uint64_t seed = 0;     // of the dropout: which weights are dropped is a function of it alone
-};
-
-struct AttentionResult {
-  Array out;
-  Array lse;
 };
 
 /// Allocates and returns out and lse.
@@ -63,7 +59,7 @@ struct FlashWanted {
 struct FlashGradients {
   Array q, k, v;
   Array bias;          // the shape of bias: summed where it was broadcast
-  Array alibi_slopes;  // [H]
+  Array alibi_slopes;  // the shape of alibi_slopes
   Array sink;          // [H]
 };
 
@@ -81,7 +77,7 @@ struct VarlenOptions {
   Window window = {};
   std::optional<double> scale = {};
   double softcap = 0;
-  Tensor alibi_slopes = {};  // [H]
+  Tensor alibi_slopes = {};  // [H], or [B,H]: one row a sequence
   Tensor sink = {};          // [H]
   double dropout_p = 0;      // drops of sequence b what flash_attention drops of batch entry b
   uint64_t seed = 0;
@@ -104,7 +100,8 @@ struct DecodeOptions {
   int64_t splits = 0;                  // parts the keys are cut into; 0 chooses
   Tensor sink = {};                    // [H]
   double softcap = 0;
-  Tensor alibi_slopes = {};  // [H], the distance of query i counted from lengths[b] - Lq + i
+  Tensor alibi_slopes =
+      {};  // [H] or [B,H], the distance of query i counted from lengths[b] - Lq + i
 };
 
 /// Attention of the last Lq <= 16 tokens of each sequence over its cache, causal among themselves.

@@ -7,8 +7,10 @@
 //
 // q [B,H,Lq,D]  k [B,Hkv,Lk,D]  v [B,Hkv,Lk,Dv]  gates [B,H,Lq]  out, attention [B,H,Lq,Dv]
 // lse [B,H,Lq]. Strides, types and masks as in flash_attention.h; gates have q's type or float32
-// (float64 beside float64). The gradient of a gate that is 0 is 0. Memory beyond the results: copies of
-// a few heads' rows.
+// (float64 beside float64). The gradient of a gate that is 0 is 0. Heads of a group with gates in the same
+// rows read keys and values once for all. Memory beyond the results: about 16 MB, and at the least what
+// the heads of one key head need that have gates in the same rows: copies of those rows and, backward,
+// unless all heads of the group are alike, two float32 [Lk,D+Dv].
 #pragma once
 #include <optional>
 

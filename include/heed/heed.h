@@ -2,6 +2,7 @@
 #pragma once
 #include "heed/affine_scaled_attention.h"
 #include "heed/attention_distillation_loss.h"
+#include "heed/attention_result.h"
 #include "heed/depthwise_conv.h"
 #include "heed/error.h"
 #include "heed/feature_map.h"

@@ -17,6 +17,8 @@ struct Window {
 ///   j <= i + o                                  if causal
 ///   i + o - left <= j <= i + o + right          if windowed
 ///   j < lengths[b]                              if lengths is given
+/// Lengths only take keys away: o, and with it distances of ALiBi, do not depend on them. A batch that is
+/// decoded over caches of several lengths is for decode_attention, whose o is lengths[b] - Lq.
 struct Masks {
   bool causal = false;
   Window window = {};

@@ -19,13 +19,14 @@
 // coordinate of the key is <= the query's.
 //
 // Memory beyond the results: O(threads x tile), and an offset for each token of a tensor with two or three
-// axes.
+// axes; in the backward O(threads x tokens). With additional keys also two results in float32 (float64 for
+// float64) with their lse, in the backward two gradients of query.
 #pragma once
 #include <cstdint>
 #include <optional>
 #include <vector>
 
-#include "heed/flash_attention.h"
+#include "heed/attention_result.h"
 #include "heed/run.h"
 #include "heed/tensor.h"
 

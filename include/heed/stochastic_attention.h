@@ -17,7 +17,7 @@
 #include <cstdint>
 #include <optional>
 
-#include "heed/flash_attention.h"
+#include "heed/attention_result.h"
 #include "heed/run.h"
 #include "heed/tensor.h"
 

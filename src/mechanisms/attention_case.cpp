@@ -23,9 +23,7 @@ Masks masks_of(const NamedTensors& in, const Spec& options) {
   masks.causal = options.flag("causal");
   masks.window.left = options.has("left") ? options.integer("left") : options.integer("window");
   masks.window.right = options.integer("right");
-  if (const auto lengths = in.find("lengths"); lengths != in.end()) {
-    masks.lengths = lengths->second;
-  }
+  masks.lengths = input_or_none(in, "lengths");
   return masks;
 }
 
@@ -50,6 +48,27 @@ cascade::Bindings bind_attention(const NamedTensors& in, const Spec& options) {
     return static_cast<double>(key) < lengths[static_cast<size_t>(i[0])];
   };
   return bindings;
+}
+
+void bind_slopes(const NamedTensors& in, cascade::Bindings& bindings) {
+  const Tensor slopes = input_or_none(in, "alibi_slopes");
+  const int64_t heads = in.at("q").size(1);
+  const bool each = slopes.rank() == 2;
+  bindings.indices["sb"] = [each](std::span<const int64_t> b) { return each ? b[0] : 0; };
+  cascade::NdArray& bound = bindings.tensors["Alibi_Slopes"];
+  if (slopes.defined()) {
+    bound = to_nd(slopes);
+  } else {
+    bound.values.assign(static_cast<size_t>(heads), 0);
+  }
+  if (!each) bound.shape = {1, heads};
+}
+
+Array slopes_gradient(Array gradient) {
+  if (gradient.shape().rank() != 1) return gradient;
+  Array row(gradient.dtype(), {1, gradient.count()});
+  copy(gradient, row.view().select(0, 0));
+  return row;
 }
 
 void fill_lengths(const ExampleCase& example, const std::string& input, uint64_t seed,

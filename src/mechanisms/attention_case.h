@@ -20,6 +20,11 @@ Masks masks_of(const NamedTensors& in, const Spec& options);
 /// size M0 of tiled cascades.
 cascade::Bindings bind_attention(const NamedTensors& in, const Spec& options);
 
+/// Alibi_Slopes[sb(b),h]: the input [H] or [B,H] as [1,H] or [B,H], zeros where there is none.
+void bind_slopes(const NamedTensors& in, cascade::Bindings& bindings);
+/// The gradient of such an input as the cascade has it.
+Array slopes_gradient(Array gradient);
+
 /// Fills "lengths" with values from 0 to the number of keys; leaves other inputs alone.
 void fill_lengths(const ExampleCase& example, const std::string& input, uint64_t seed,
                   const Tensor& to_fill);

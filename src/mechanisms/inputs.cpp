@@ -87,6 +87,11 @@ NamedTensors views(const NamedArrays& arrays) {
   return tensors;
 }
 
+Tensor input_or_none(const NamedTensors& in, const std::string& name) {
+  const auto found = in.find(name);
+  return found == in.end() ? Tensor() : found->second;
+}
+
 cascade::NdArray to_nd(const Tensor& tensor) {
   cascade::NdArray out;
   const auto shape = tensor.shape().span();

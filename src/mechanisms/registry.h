@@ -143,6 +143,8 @@ std::vector<const CascadeText*> cascades_for(const Mechanism& mechanism, const S
 NamedArrays make_inputs(const Mechanism& mechanism, const ExampleCase& example, DType dtype,
                         uint64_t seed);
 NamedTensors views(const NamedArrays& arrays);
+/// An input that not every call has.
+Tensor input_or_none(const NamedTensors& in, const std::string& name);
 
 /// The backward of a call, after the forward where it needs one.
 BackwardCall prepare_backward(const Mechanism& mechanism, const NamedTensors& in,

@@ -311,14 +311,16 @@ template <class T>
 HeadGradients Backward<T>::head_gradients() const {
   const Policy& policy = problem_.policy;
   const auto heads = static_cast<size_t>(problem_.sequences[0].q.size(0));
-  HeadGradients sums{std::vector<double>(heads), std::vector<double>(heads),
+  HeadGradients sums{std::vector<double>(heads),
+                     std::vector<double>(std::max(heads, policy.alibi_slope.size())),
                      std::vector<double>(heads)};
   for (size_t u = 0; u < units_.size(); ++u) {
     for (int64_t g = 0; g < group_; ++g) {
       const auto head = static_cast<size_t>(units_[u].kv_head * group_ + g);
       const double* sum = sums_.data() + (static_cast<int64_t>(u) * group_ + g) * 2;
       sums.bias[head] += sum[0];
-      sums.alibi_slope[head] -= sum[1];
+      const int64_t batch = sequence(units_[u].sequence).batch;
+      sums.alibi_slope[policy.slope_index(batch, static_cast<int64_t>(head))] -= sum[1];
     }
   }
   if (policy.sink.empty()) return sums;

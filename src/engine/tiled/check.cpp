@@ -48,6 +48,21 @@ std::vector<double> per_head(const char* op, const char* name, const Tensor& val
   return {exact.as<double>(), exact.as<double>() + heads};
 }
 
+void set_alibi_slopes(Policy& policy, const char* op, const Tensor& slopes, int64_t batch,
+                      int64_t heads) {
+  if (!slopes.defined()) return;
+  const bool shared = slopes.shape() == Dims{heads}, each = slopes.shape() == Dims{batch, heads};
+  if (!(shared || each) || !is_floating(slopes.dtype())) {
+    fail(
+        op, describe("alibi_slopes", slopes),
+        to_string(Dims{heads}) + " or " + to_string(Dims{batch, heads}) +
+            " of a floating type is needed, one per query head or one per sequence and query head");
+  }
+  const Array exact = convert(slopes, DType::f64);
+  policy.alibi_slope = {exact.as<double>(), exact.as<double>() + exact.count()};
+  policy.slopes_apart = each ? heads : 0;
+}
+
 std::vector<Sequence> batch_sequences(const Tensor& q, const Tensor& k, const Tensor& v,
                                       const Tensor& out, const Tensor& lse,
                                       const std::vector<TilePlan>& plans) {

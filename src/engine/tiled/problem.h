@@ -81,11 +81,16 @@ struct Policy {
   int order = 0;                    // degree of polynomial weights, in the scaled score
   std::vector<double> head_bias;    // added to the scaled score, one per query head; empty: none
   std::vector<double> alibi_slope;  // per query head: adds -slope * |distance|; empty: none
+  /// From the slopes of a batch entry to those of the next; 0: all have the same.
+  int64_t slopes_apart = 0;
   std::vector<double> sink;    // softmax: per query head, a logit in the row's sum; empty: none
   double softcap = 0;          // > 0: scaled scores become softcap * tanh(score / softcap)
   std::optional<double> most;  // then scaled scores above it become it
   double dropout = 0;          // probability that a weight is dropped, the rest scaled up
   uint64_t seed = 0;           // of the dropout
+  size_t slope_index(int64_t batch, int64_t head) const {
+    return static_cast<size_t>(batch * slopes_apart + head);
+  }
   bool divide_by_sum() const { return weight == kernels::WeightKind::softmax; }
 };
 
@@ -149,7 +154,7 @@ void forward(const Problem& problem, const RunOptions& run);
 
 /// Sums over a call that are gradients of per-head numbers.
 struct HeadGradients {
-  std::vector<double> bias, alibi_slope, sink;  // one per query head
+  std::vector<double> bias, alibi_slope, sink;  // one per query head, slopes as in the policy
 };
 
 /// Writes the gradients; `sequences` of the problem hold what forward wrote (softmax: out and lse,
@@ -180,5 +185,8 @@ void check_backward(const char* op, const Tensor& grad_out, const Tensor& grad_l
 double resolve_scale(const char* op, const std::optional<double>& scale, int64_t head_dim);
 /// A tensor [H] of a floating type as numbers; throws Error naming it otherwise.
 std::vector<double> per_head(const char* op, const char* name, const Tensor& values, int64_t heads);
+/// Slopes [H] or [B,H] of a floating type, undefined: none; throws Error naming them otherwise.
+void set_alibi_slopes(Policy& policy, const char* op, const Tensor& slopes, int64_t batch,
+                      int64_t heads);
 
 }  // namespace heed::tiled

@@ -183,7 +183,9 @@ class TileCall {
     }
     if (!policy.alibi_slope.empty()) {
       const int64_t farthest = plan.queries() + plan.keys();
-      shape.slope = static_cast<T>(bounded_term<T>(policy.alibi_slope[head], farthest) * unit);
+      const double slope =
+          policy.alibi_slope[policy.slope_index(sequence(at.sequence).batch, at.head)];
+      shape.slope = static_cast<T>(bounded_term<T>(slope, farthest) * unit);
     }
     shape.distance = plan.position(at.row) - at.key;
     return shape;

@@ -3,6 +3,7 @@
 #include "heed/affine_scaled_attention.h"
 #include "mechanisms/affine_scaled/mean_mix.h"
 #include "mechanisms/parameter.h"
+#include "mechanisms/results.h"
 
 namespace heed {
 
@@ -84,10 +85,7 @@ void affine_scaled_attention(const Tensor& q, const Tensor& k, const Tensor& v, 
 Array affine_scaled_attention(const Tensor& q, const Tensor& k, const Tensor& v,
                               const Tensor& alpha, const Tensor& alpha_mean,
                               const AffineScaledOptions& options, const RunOptions& run) {
-  Array out;
-  if (q.rank() == 4 && v.rank() == 4) {
-    out = Array(q.dtype(), {q.size(0), q.size(1), q.size(2), v.size(3)});
-  }
+  Array out = empty_result(q, v);
   affine_scaled_attention(q, k, v, alpha, alpha_mean, out, {}, {}, options, run);
   return out;
 }
@@ -99,10 +97,7 @@ AffineScaledGradients affine_scaled_attention_backward(
   if (!softmax_out.defined() || !lse.defined()) {
     fail(kOp, "softmax_out or lse is missing", "the backward needs what the forward returned");
   }
-  if (q.rank() == 4 && v.rank() == 4) {
-    check_rows_like(kOp, "grad_out", grad_out, {q.size(0), q.size(1), q.size(2), v.size(3)},
-                    q.dtype());
-  }
+  check_grad_out(kOp, grad_out, q, v);
   const Call call = make_call(q, k, v, alpha, alpha_mean, grad_out, softmax_out, lse, options, run);
   return q.dtype() == DType::f64 ? gradients<double>(grad_out, call, softmax_out, run)
                                  : gradients<float>(grad_out, call, softmax_out, run);

@@ -83,6 +83,18 @@ TEST(AffineScaled, ConstantValuesComeOutAsTheMeanOfAlpha) {
   }
 }
 
+TEST(AffineScaled, OneTokenAtATimeIsTheWhole) {
+  const Inputs in = inputs(DType::f64, 40, 40);
+  const Array whole = affine_scaled_attention(in.q, in.k, in.v, in.alpha, in.alpha_mean, causal());
+  for (int64_t t = 0; t < 40; ++t) {
+    const auto token = [&](const Array& x) { return x.view().slice(2, t, t + 1); };
+    const auto so_far = [&](const Array& x) { return x.view().slice(2, 0, t + 1); };
+    const Array step = affine_scaled_attention(token(in.q), so_far(in.k), so_far(in.v),
+                                               token(in.alpha), in.alpha_mean, causal());
+    EXPECT_LT(largest_difference(step, token(whole)), 1e-13) << t;
+  }
+}
+
 TEST(AffineScaled, KeysBehindLengthsChangeNothingWhateverTheyHold) {
   for (DType type : kTypes) {
     const Inputs in = inputs(type, 30, 50);

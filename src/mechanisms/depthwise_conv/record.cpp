@@ -7,15 +7,11 @@ namespace heed {
 
 namespace {
 
-Tensor bias_of(const NamedTensors& in) {
-  const auto found = in.find("bias");
-  return found == in.end() ? Tensor() : found->second;
-}
-
 cascade::Bindings bind(const NamedTensors& in, const Spec&) {
   cascade::Bindings bindings;
   bindings.tensors = {{"X", to_nd(in.at("x"))}, {"Weight", to_nd(in.at("weight"))}};
-  if (bias_of(in).defined()) bindings.tensors["Bias"] = to_nd(bias_of(in));
+  if (input_or_none(in, "bias").defined())
+    bindings.tensors["Bias"] = to_nd(input_or_none(in, "bias"));
   return bindings;
 }
 
@@ -81,17 +77,18 @@ Mechanism conv_record() {
   m.forward = [](const NamedTensors& in, const Spec& options, const RunOptions& run) {
     options.require_known({"per_head"});
     NamedArrays arrays;
-    arrays.emplace("out", depthwise_causal_conv(in.at("x"), in.at("weight"), bias_of(in), run));
+    arrays.emplace(
+        "out", depthwise_causal_conv(in.at("x"), in.at("weight"), input_or_none(in, "bias"), run));
     return arrays;
   };
   m.backward = [](const NamedTensors& in, const NamedTensors& out_gradients, const Spec&,
                   const RunOptions& run) {
     DepthwiseConvGradients gradients = depthwise_causal_conv_backward(
-        out_gradients.at("out"), in.at("x"), in.at("weight"), bias_of(in), run);
+        out_gradients.at("out"), in.at("x"), in.at("weight"), input_or_none(in, "bias"), run);
     NamedArrays arrays;
     arrays.emplace("x", std::move(gradients.x));
     arrays.emplace("weight", std::move(gradients.weight));
-    if (bias_of(in).defined()) arrays.emplace("bias", std::move(gradients.bias));
+    if (input_or_none(in, "bias").defined()) arrays.emplace("bias", std::move(gradients.bias));
     return arrays;
   };
   m.bind = bind;

@@ -16,11 +16,6 @@ FeatureKind kind_of(const Spec& options) {
   return parse_feature_kind(options.text("kind").value_or("elu1"));
 }
 
-Tensor input_or_none(const NamedTensors& in, const char* name) {
-  const auto found = in.find(name);
-  return found == in.end() ? Tensor() : found->second;
-}
-
 FeatureMapOptions parameters(const NamedTensors& in) {
   return {input_or_none(in, "weight"), input_or_none(in, "bias")};
 }

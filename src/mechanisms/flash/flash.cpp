@@ -5,20 +5,13 @@
 #include "heed/flash_attention.h"
 #include "mechanisms/flash/policy.h"
 #include "mechanisms/flash/terms.h"
+#include "mechanisms/results.h"
 
 namespace heed {
 
 namespace {
 
 constexpr const char* kFlash = "flash_attention";
-
-AttentionResult make_result(const Tensor& q, const Tensor& v) {
-  if (q.rank() != 4 || v.rank() != 4) return {};  // the checks of the call explain it
-  AttentionResult result;
-  result.out = Array(q.dtype(), {q.size(0), q.size(1), q.size(2), v.size(3)});
-  result.lse = Array(wide_type(q.dtype()), {q.size(0), q.size(1), q.size(2)});
-  return result;
-}
 
 // Tiles that fall on the blocks of a block mask, so that dead blocks cost nothing; 0, which leaves the
 // choice to the engine, where one block is all there is.
@@ -51,7 +44,7 @@ std::unique_ptr<Call> make_call(const Tensor& q, const Tensor& k, const Tensor& 
       q, k, v, out, lse,
       tiled::TilePlan::from_masks(kFlash, options.masks, q.size(0), q.size(2), k.size(2)));
   problem.scale = tiled::resolve_scale(kFlash, options.scale, q.size(3));
-  problem.policy = softmax_policy(kFlash, heads, options.softcap, options.alibi_slopes,
+  problem.policy = softmax_policy(kFlash, q.size(0), heads, options.softcap, options.alibi_slopes,
                                   options.sink, options.dropout_p, options.seed);
   if (call->terms.needed()) problem.terms = &call->terms;
   if (options.block_mask.defined()) {
@@ -70,7 +63,7 @@ void flash_attention(const Tensor& q, const Tensor& k, const Tensor& v, const Te
 
 AttentionResult flash_attention(const Tensor& q, const Tensor& k, const Tensor& v,
                                 const FlashOptions& options, const RunOptions& run) {
-  AttentionResult result = make_result(q, v);
+  AttentionResult result{empty_result(q, v), empty_statistic(q)};
   flash_attention(q, k, v, result.out, result.lse, options, run);
   return result;
 }
@@ -116,8 +109,8 @@ void decode_attention(const Tensor& q, const Tensor& k_cache, const Tensor& v_ca
                              tiled::TilePlan::for_decoding(kOp, lengths, options.window, q.size(0),
                                                            q.size(2), k_cache.size(2)));
   problem.scale = tiled::resolve_scale(kOp, options.scale, q.size(3));
-  problem.policy =
-      softmax_policy(kOp, q.size(1), options.softcap, options.alibi_slopes, options.sink);
+  problem.policy = softmax_policy(kOp, q.size(0), q.size(1), options.softcap, options.alibi_slopes,
+                                  options.sink);
   if (options.splits > 0) problem.splits = options.splits;
   tiled::forward(problem, run);
 }
@@ -125,7 +118,7 @@ void decode_attention(const Tensor& q, const Tensor& k_cache, const Tensor& v_ca
 AttentionResult decode_attention(const Tensor& q, const Tensor& k_cache, const Tensor& v_cache,
                                  const Tensor& lengths, const DecodeOptions& options,
                                  const RunOptions& run) {
-  AttentionResult result = make_result(q, v_cache);
+  AttentionResult result{empty_result(q, v_cache), empty_statistic(q)};
   decode_attention(q, k_cache, v_cache, lengths, result.out, result.lse, options, run);
   return result;
 }

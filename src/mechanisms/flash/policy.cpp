@@ -5,7 +5,7 @@
 
 namespace heed {
 
-tiled::Policy softmax_policy(const char* op, int64_t heads, double softcap,
+tiled::Policy softmax_policy(const char* op, int64_t batch, int64_t heads, double softcap,
                              const Tensor& alibi_slopes, const Tensor& sink, double dropout_p,
                              uint64_t seed) {
   if (!(softcap >= 0) || !std::isfinite(softcap)) {
@@ -19,16 +19,9 @@ tiled::Policy softmax_policy(const char* op, int64_t heads, double softcap,
   policy.softcap = softcap;
   policy.dropout = dropout_p;
   policy.seed = seed;
-  if (alibi_slopes.defined()) {
-    policy.alibi_slope = tiled::per_head(op, "alibi_slopes", alibi_slopes, heads);
-  }
+  tiled::set_alibi_slopes(policy, op, alibi_slopes, batch, heads);
   if (sink.defined()) policy.sink = tiled::per_head(op, "sink", sink, heads);
   return policy;
-}
-
-Array head_gradient(const std::vector<double>& sums, const Tensor& like) {
-  if (!like.defined()) return {};
-  return convert(Tensor(sums.data(), DType::f64, like.shape()), like.dtype());
 }
 
 }  // namespace heed

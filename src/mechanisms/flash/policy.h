@@ -6,12 +6,9 @@
 
 namespace heed {
 
-/// alibi_slopes and sink [heads] may be undefined. Throws Error naming the option that does not fit.
-tiled::Policy softmax_policy(const char* op, int64_t heads, double softcap,
+/// alibi_slopes [heads] or [batch,heads] and sink [heads] may be undefined. Throws Error naming the option that does not fit.
+tiled::Policy softmax_policy(const char* op, int64_t batch, int64_t heads, double softcap,
                              const Tensor& alibi_slopes, const Tensor& sink, double dropout_p = 0,
                              uint64_t seed = 0);
-
-/// Gradients of numbers per head in the shape and type of `like`; empty where that is undefined.
-Array head_gradient(const std::vector<double>& sums, const Tensor& like);
 
 }  // namespace heed

@@ -11,11 +11,6 @@ namespace heed {
 
 namespace {
 
-Tensor input_or_none(const NamedTensors& in, const char* name) {
-  const auto found = in.find(name);
-  return found == in.end() ? Tensor() : found->second;
-}
-
 FlashOptions flash_options(const NamedTensors& in, const Spec& options) {
   require_attention_keys(options, {"softcap", "block_rows", "block_keys", "dropout", "seed"});
   FlashOptions chosen{masks_of(in, options), options.number("scale")};
@@ -49,6 +44,7 @@ NamedArrays named(FlashGradients gradients) {
   add_gradient(arrays, "k", gradients.k);
   add_gradient(arrays, "v", gradients.v);
   add_gradient(arrays, "bias", gradients.bias);
+  gradients.alibi_slopes = slopes_gradient(std::move(gradients.alibi_slopes));
   add_gradient(arrays, "alibi_slopes", gradients.alibi_slopes);
   add_gradient(arrays, "sink", gradients.sink);
   return arrays;
@@ -106,7 +102,7 @@ cascade::Bindings bind_flash(const NamedTensors& in, const Spec& options) {
     ++axis;
   }
   if (chosen.softcap > 0) bindings.scalars["softcap"] = chosen.softcap;
-  if (chosen.alibi_slopes.defined()) bindings.tensors["Alibi_Slopes"] = to_nd(chosen.alibi_slopes);
+  bind_slopes(in, bindings);
   if (chosen.sink.defined()) bindings.tensors["Sink"] = to_nd(chosen.sink);
   if (chosen.dropout_p > 0) {
     const Tensor &q = in.at("q"), &k = in.at("k");
@@ -171,6 +167,7 @@ std::vector<ExampleCase> option_cases() {
       option_case("softcap_negative_scale", {1, 1, 1, 20, 30, 8, 8}, "softcap=0.7,scale=-0.9"),
       option_case("softcap_few_rows", {1, 4, 2, 2, 70, 16, 12}, "softcap=1.5,causal=1"),
       option_case("alibi", {2, 4, 2, 60, 75, 16, 16}, "causal=1", {{"alibi_slopes", {4}}}),
+      option_case("alibi_per_sequence", {3, 4, 2, 40, 55, 16, 16}, "", {{"alibi_slopes", {3, 4}}}),
       option_case("alibi_few_rows", {1, 4, 2, 3, 75, 16, 16}, "", {{"alibi_slopes", {4}}}),
       option_case("sink", {2, 4, 2, 53, 61, 16, 16}, "window=7,causal=1", {{"sink", {4}}}),
       option_case("sink_dead_rows", {1, 2, 2, 40, 21, 9, 9}, "causal=1", {{"sink", {2}}}),
@@ -215,7 +212,9 @@ ExampleCase random_flash_case(uint64_t seed) {
   const auto some = [&](int64_t extent) { return random.chance(0.5) ? extent : 1; };
   example.definition = "with_options";
   if (random.chance(0.25)) option("softcap=" + std::to_string(random.number(0.5, 3)));
-  if (random.chance(0.25)) add("alibi_slopes", {heads}, DType::f32);
+  if (random.chance(0.25)) {
+    add("alibi_slopes", random.chance(0.5) ? Dims{heads} : Dims{batch, heads}, DType::f32);
+  }
   if (random.chance(0.25)) add("sink", {heads}, DType::f32);
   if (random.chance(0.3)) {
     // One number for all keys has a gradient of 0, of which only rounding would be left to compare.
@@ -389,6 +388,7 @@ Mechanism decode_record() {
   more("sink", {3, 4, 2, 2, 2100, 16, 16}, "", {{"sink", {4}}});
   more("softcap", {3, 4, 2, 3, 90, 16, 16}, "softcap=1.5", {});
   more("alibi", {3, 4, 2, 3, 90, 16, 12}, "", {{"alibi_slopes", {4}}});
+  more("alibi_per_sequence", {3, 4, 2, 1, 90, 16, 12}, "", {{"alibi_slopes", {3, 4}}});
   more("options_cut", {3, 4, 2, 2, 2100, 16, 16}, "softcap=2,window=1500",
        {{"alibi_slopes", {4}}, {"sink", {4}}});
   for (int64_t keys : {512, 4096, 16384}) {

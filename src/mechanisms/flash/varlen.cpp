@@ -2,6 +2,7 @@
 
 #include "heed/flash_attention.h"
 #include "mechanisms/flash/policy.h"
+#include "mechanisms/results.h"
 
 namespace heed {
 
@@ -96,8 +97,9 @@ tiled::Problem make_problem(const Packed& p, const VarlenOptions& options) {
     problem.sequences.push_back(std::move(s));
   }
   problem.scale = tiled::resolve_scale(kOp, options.scale, p.q.size(3));
-  problem.policy = softmax_policy(kOp, p.q.size(1), options.softcap, options.alibi_slopes,
-                                  options.sink, options.dropout_p, options.seed);
+  problem.policy =
+      softmax_policy(kOp, static_cast<int64_t>(p.count()), p.q.size(1), options.softcap,
+                     options.alibi_slopes, options.sink, options.dropout_p, options.seed);
   return problem;
 }
 

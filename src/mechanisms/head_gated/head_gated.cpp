@@ -9,6 +9,7 @@
 #include "engine/tiled/problem.h"
 #include "heed/head_gated_attention.h"
 #include "mechanisms/parameter.h"
+#include "mechanisms/results.h"
 #include "mechanisms/row_memory.h"
 #include "mechanisms/row_values.h"
 
@@ -17,8 +18,9 @@ namespace heed {
 namespace {
 
 constexpr const char* kOp = "head_gated_attention";
-// Copies of a part for each thread: they come back from the caches where a head is small enough.
-constexpr int64_t kPartBytes = int64_t{4} << 20;
+// Copies of a part. It depends on nothing else, so neither do results: how the engine goes about a head
+// also depends on the longest one beside it.
+constexpr int64_t kPartBytes = int64_t{16} << 20;
 
 struct Call {
   Call(const char* name, const Tensor& q_in, const Tensor& k_in, const Tensor& v_in,
@@ -47,48 +49,67 @@ struct Call {
   RunOptions run;
 };
 
-/// The rows of one query head that have a gate.
-struct ActiveHead {
-  int64_t batch, head;
-  std::vector<int64_t> rows;
-  int64_t count() const { return static_cast<int64_t>(rows.size()); }
+/// Query heads of one key head whose gates leave the same rows. Together they are one head of the engine,
+/// with a row for each of them in each of `rows`, so that keys are read once for all.
+struct AlikeHeads {
+  int64_t batch = 0, kv_head = 0;
+  std::vector<int64_t> heads, rows;
+  bool first = false, last = false;  // of those with this key head
+  bool alone() const { return first && last; }
+  int64_t count() const { return static_cast<int64_t>(heads.size() * rows.size()); }
 };
 
-/// All heads of a group of key heads.
-using Part = std::vector<ActiveHead>;
+using Part = std::vector<AlikeHeads>;
 
-std::vector<Part> parts_of(const Call& call) {
-  const int64_t threads = call.run.threads.value_or(default_threads());
+/// Those of one key head that have rows at all.
+std::vector<AlikeHeads> alike_heads(const Call& call, int64_t batch, int64_t kv_head) {
+  std::vector<AlikeHeads> all;
+  for (int64_t h = kv_head * call.group(); h < (kv_head + 1) * call.group(); ++h) {
+    std::vector<int64_t> rows;
+    for (int64_t p = 0; p < call.q.size(2); ++p) {
+      if (call.gate(batch, h, p) != 0) rows.push_back(p);
+    }
+    if (rows.empty()) continue;
+    const auto alike = std::find_if(all.begin(), all.end(),
+                                    [&](const AlikeHeads& other) { return other.rows == rows; });
+    if (alike == all.end()) {
+      all.push_back({batch, kv_head, {h}, std::move(rows)});
+    } else {
+      alike->heads.push_back(h);
+    }
+  }
+  if (!all.empty()) all.front().first = all.back().last = true;
+  return all;
+}
+
+/// `key_bytes`: what each needs beside its rows unless it is alone with its key head.
+std::vector<Part> parts_of(const Call& call, int64_t key_bytes) {
   const int64_t row_bytes = call.q.size(3) * static_cast<int64_t>(size_of(call.q.dtype())) +
                             call.v.size(3) * static_cast<int64_t>(size_of(call.wide()));
   std::vector<Part> parts;
   int64_t bytes = 0;
-  for (int64_t b = 0; b < call.q.size(0); ++b) {
-    for (int64_t h = 0; h < call.q.size(1); ++h) {
-      ActiveHead active{b, h, {}};
-      for (int64_t p = 0; p < call.q.size(2); ++p) {
-        if (call.gate(b, h, p) != 0) active.rows.push_back(p);
-      }
-      const bool new_group = h % call.group() == 0;
-      if (parts.empty() || (new_group && bytes > kPartBytes * threads)) {
+  for (int64_t n = 0; n < call.k.size(0) * call.k.size(1); ++n) {
+    for (AlikeHeads& heads : alike_heads(call, n / call.k.size(1), n % call.k.size(1))) {
+      const int64_t more = heads.count() * row_bytes + (heads.alone() ? 0 : key_bytes);
+      if (parts.empty() || bytes + more > kPartBytes) {
         parts.emplace_back();
         bytes = 0;
       }
-      bytes += active.count() * row_bytes;
-      parts.back().push_back(std::move(active));
+      bytes += more;
+      parts.back().push_back(std::move(heads));
     }
   }
   return parts;
 }
 
-/// Rows of a part, head by head: q and out [rows,width], lse [rows].
+/// Rows of a part, those of alike heads one behind another: q and out [rows,width], lse [rows].
 struct PartRows {
   Tensor q, out, lse;
 };
 
 int64_t rows_of(const Part& part) {
   int64_t rows = 0;
-  for (const ActiveHead& head : part) rows += head.count();
+  for (const AlikeHeads& heads : part) rows += heads.count();
   return rows;
 }
 
@@ -98,20 +119,31 @@ int64_t most_rows(const std::vector<Part>& parts) {
   return most;
 }
 
-/// Calls each(head, row of the head, its row in the part) for all rows of the part, heads in parallel.
+/// A row of q.
+struct QueryAt {
+  int64_t batch, head, row;
+};
+
+/// Calls each(row of q, its row in the part) for all rows of the part, heads in parallel.
 template <class Each>
 void for_each_row(const Call& call, const Part& part, const Each& each) {
-  std::vector<int64_t> first;
+  struct Head {
+    const AlikeHeads* of;
+    int64_t head, first;
+  };
+  std::vector<Head> heads;
   int64_t rows = 0;
-  for (const ActiveHead& head : part) {
-    first.push_back(rows);
-    rows += head.count();
+  for (const AlikeHeads& alike : part) {
+    for (int64_t head : alike.heads) heads.push_back({&alike, head, rows++});
+    rows += alike.count() - static_cast<int64_t>(alike.heads.size());
   }
-  const auto count = static_cast<int64_t>(part.size());
+  const auto count = static_cast<int64_t>(heads.size());
   parallel_for(count, threads_for(call.run, count), [&](int64_t n, int) {
-    const ActiveHead& head = part[static_cast<size_t>(n)];
-    for (int64_t i = 0; i < head.count(); ++i) {
-      each(head, head.rows[static_cast<size_t>(i)], first[static_cast<size_t>(n)] + i);
+    const auto& [of, head, first] = heads[static_cast<size_t>(n)];
+    int64_t row = first;
+    for (int64_t p : of->rows) {
+      each(QueryAt{of->batch, head, p}, row);
+      row += static_cast<int64_t>(of->heads.size());
     }
   });
 }
@@ -122,30 +154,43 @@ void copy_row(const Tensor& from, std::initializer_list<int64_t> at, const Tenso
               static_cast<size_t>(from.shape().back()) * size_of(from.dtype()));
 }
 
-/// One row of heads for each head of the part that has rows.
+/// Rows [first, first + count) of a part as those of one head.
+Tensor as_head(const Tensor& t, int64_t first, int64_t count) {
+  const Tensor some = t.slice(0, first, first + count);
+  return t.rank() == 1 ? Tensor(some.data(), some.dtype(), {1, count})
+                       : Tensor(some.data(), some.dtype(), {1, count, t.size(1)});
+}
+
+/// [B,Hkv,Lk,width] of one key head.
+Tensor of_key_head(const Tensor& t, const AlikeHeads& heads) {
+  return t.select(0, heads.batch).slice(0, heads.kv_head, heads.kv_head + 1);
+}
+
+/// The row of each row of alike heads.
+std::vector<int64_t> positions(const AlikeHeads& heads) {
+  std::vector<int64_t> all;
+  for (int64_t row : heads.rows) all.insert(all.end(), heads.heads.size(), row);
+  return all;
+}
+
+/// A sequence of one head for each of the part.
 tiled::Problem problem_of(const Call& call, const Part& part, const PartRows& rows) {
   tiled::Problem problem;
   problem.op = call.op;
   problem.scale = call.scale;
   int64_t first = 0;
-  for (const ActiveHead& head : part) {
-    if (head.count() == 0) continue;
-    const auto rows_as_head = [&](const Tensor& t) {
-      const Tensor some = t.slice(0, first, first + head.count());
-      return t.rank() == 1 ? Tensor(some.data(), some.dtype(), {1, head.count()})
-                           : Tensor(some.data(), some.dtype(), {1, head.count(), t.size(1)});
-    };
-    const int64_t kv = head.head / call.group();
+  for (const AlikeHeads& heads : part) {
+    const int64_t count = heads.count();
     tiled::Sequence s;
-    s.q = rows_as_head(rows.q);
-    s.k = call.k.select(0, head.batch).slice(0, kv, kv + 1);
-    s.v = call.v.select(0, head.batch).slice(0, kv, kv + 1);
-    s.out = rows_as_head(rows.out);
-    s.lse = rows_as_head(rows.lse);
-    s.plan = call.plans[static_cast<size_t>(head.batch)].of_rows(head.rows);
-    s.batch = head.batch;
+    s.q = as_head(rows.q, first, count);
+    s.k = of_key_head(call.k, heads);
+    s.v = of_key_head(call.v, heads);
+    s.out = as_head(rows.out, first, count);
+    s.lse = as_head(rows.lse, first, count);
+    s.plan = call.plans[static_cast<size_t>(heads.batch)].of_rows(positions(heads));
+    s.batch = heads.batch;
     problem.sequences.push_back(std::move(s));
-    first += head.count();
+    first += count;
   }
   return problem;
 }
@@ -162,15 +207,14 @@ void forward_part(const Call& call, const Part& part, const TokenRows& to, RowMe
   const PartRows rows{memory.take(call.q.dtype(), {count, call.q.size(3)}),
                       memory.take(call.wide(), {count, value_dim}),
                       memory.take(call.wide(), {count})};
-  for_each_row(call, part, [&](const ActiveHead& head, int64_t p, int64_t row) {
-    copy_row(call.q, {head.batch, head.head, p}, rows.q, {row});
+  for_each_row(call, part, [&](const QueryAt& q, int64_t row) {
+    copy_row(call.q, {q.batch, q.head, q.row}, rows.q, {row});
   });
-  const tiled::Problem problem = problem_of(call, part, rows);
-  if (!problem.sequences.empty()) tiled::forward(problem, call.run);
-  for_each_row(call, part, [&](const ActiveHead& head, int64_t p, int64_t row) {
+  tiled::forward(problem_of(call, part, rows), call.run);
+  for_each_row(call, part, [&](const QueryAt& q, int64_t row) {
     const T* attention = reinterpret_cast<const T*>(rows.out.at({row}));
-    const std::initializer_list<int64_t> at = {head.batch, head.head, p};
-    store_row(attention, static_cast<T>(call.gate(head.batch, head.head, p)), to.out, at);
+    const std::initializer_list<int64_t> at = {q.batch, q.head, q.row};
+    store_row(attention, static_cast<T>(call.gate(q.batch, q.head, q.row)), to.out, at);
     if (to.attention.defined()) store_row(attention, T{1}, to.attention, at);
     if (to.lse.defined()) *reinterpret_cast<T*>(to.lse.at(at)) = rows.lse.as<T>()[row];
   });
@@ -197,7 +241,7 @@ void clear_rest(const Call& call, const TokenRows& to) {
 
 template <class T>
 void run_forward(const Call& call, const TokenRows& to) {
-  const std::vector<Part> parts = parts_of(call);
+  const std::vector<Part> parts = parts_of(call, 0);
   const int64_t most = most_rows(parts);
   RowMemory memory(RowMemory::bytes_of(call.q.dtype(), most * call.q.size(3)) +
                    RowMemory::bytes_of(call.wide(), most * call.v.size(3)) +
@@ -206,21 +250,26 @@ void run_forward(const Call& call, const TokenRows& to) {
   clear_rest<T>(call, to);
 }
 
-/// Sums of the query heads of a group: [heads of the part, Lk, width].
+/// Sums of what the heads of a part gave for keys they share, [heads, Lk, width]. Those of a key head that
+/// goes on in the next part stay in `carried` [Lk,width] until then.
 template <class T>
-void add_heads(const Call& call, const Part& part, const Tensor& of_heads, const Tensor& to) {
-  const int64_t group = call.group(), kv_heads = static_cast<int64_t>(part.size()) / group;
-  const int64_t keys = to.size(2), width = to.size(3), count = kv_heads * keys;
-  parallel_for(count, threads_for(call.run, count), [&](int64_t n, int) {
-    const int64_t kv = n / keys, m = n % keys;
-    std::vector<T> sum(static_cast<size_t>(width), T{0});
-    for (int64_t h = kv * group; h < (kv + 1) * group; ++h) {
-      if (part[static_cast<size_t>(h)].count() == 0) continue;
-      const T* row = reinterpret_cast<const T*>(of_heads.at({h, m}));
-      for (int64_t i = 0; i < width; ++i) sum[static_cast<size_t>(i)] += row[i];
+void add_heads(const Call& call, const Part& part, const Tensor& of_heads, const Tensor& carried,
+               const Tensor& to) {
+  const int64_t keys = to.size(2);
+  const auto width = static_cast<size_t>(to.size(3));
+  parallel_for(keys, threads_for(call.run, keys), [&](int64_t m, int) {
+    std::array<T, kMaxHeadDim> sum{};  // `width` are used
+    if (!part.front().first) load_row(carried, {m}, sum.data());
+    int64_t next = 0;
+    for (const AlikeHeads& heads : part) {
+      if (heads.alone()) continue;
+      const T* row = reinterpret_cast<const T*>(of_heads.at({next++, m}));
+      for (size_t i = 0; i < width; ++i) sum[i] += row[i];
+      if (!heads.last) continue;
+      store_row(sum.data(), T{1}, to, {heads.batch, heads.kv_head, m});
+      sum = {};
     }
-    const ActiveHead& first = part[static_cast<size_t>(kv * group)];
-    store_row(sum.data(), T{1}, to, {first.batch, first.head / group, m});
+    if (!part.back().last) store_row(sum.data(), T{1}, carried, {m});
   });
 }
 
@@ -231,10 +280,17 @@ class BackwardCall {
                const HeadGatedGradients& to)
       : call_(call), grad_out_(grad_out), saved_(saved), to_(to) {}
 
-  void run() const {
-    const std::vector<Part> parts = parts_of(call_);
-    const int64_t most = most_rows(parts), dim = call_.q.size(3), value_dim = call_.v.size(3);
+  void run() {
+    const int64_t dim = call_.q.size(3), value_dim = call_.v.size(3), keys = call_.k.size(2);
     const DType dtype = call_.q.dtype();
+    const std::vector<Part> parts =
+        parts_of(call_, keys * (dim + value_dim) * static_cast<int64_t>(sizeof(T)));
+    const auto goes_on = [](const Part& part) { return !part.back().last; };
+    if (std::any_of(parts.begin(), parts.end(), goes_on)) {
+      k_carried_ = Array(call_.wide(), {keys, dim});
+      v_carried_ = Array(call_.wide(), {keys, value_dim});
+    }
+    const int64_t most = most_rows(parts);
     RowMemory memory(2 * RowMemory::bytes_of(dtype, most * dim) +
                      RowMemory::bytes_of(dtype, most * value_dim) +
                      RowMemory::bytes_of(gradient_type(), most * value_dim) +
@@ -256,18 +312,17 @@ class BackwardCall {
                         memory.take(call_.wide(), {count})};
     const Tensor grad_attention = memory.take(gradient_type(), {count, value_dim});
     const Tensor grad_q = memory.take(dtype, {count, dim});
-    for_each_row(call_, part, [&](const ActiveHead& head, int64_t p, int64_t row) {
-      prepare_row(head, p, row, rows, grad_attention);
-    });
+    for_each_row(call_, part,
+                 [&](const QueryAt& q, int64_t row) { prepare_row(q, row, rows, grad_attention); });
     run_engine(part, rows, grad_attention, grad_q);
-    for_each_row(call_, part, [&](const ActiveHead& head, int64_t p, int64_t row) {
-      copy_row(grad_q, {row}, to_.q, {head.batch, head.head, p});
+    for_each_row(call_, part, [&](const QueryAt& q, int64_t row) {
+      copy_row(grad_q, {row}, to_.q, {q.batch, q.head, q.row});
     });
   }
 
-  void prepare_row(const ActiveHead& head, int64_t p, int64_t row, const PartRows& rows,
+  void prepare_row(const QueryAt& q, int64_t row, const PartRows& rows,
                    const Tensor& grad_attention) const {
-    const std::initializer_list<int64_t> at = {head.batch, head.head, p};
+    const std::initializer_list<int64_t> at = {q.batch, q.head, q.row};
     copy_row(call_.q, at, rows.q, {row});
     copy_row(saved_.attention, at, rows.out, {row});
     rows.lse.as<T>()[row] = *reinterpret_cast<const T*>(saved_.lse.at(at));
@@ -277,7 +332,7 @@ class BackwardCall {
     load_row(grad_out_, at, gradient.data());
     T of_gate = 0;
     for (size_t i = 0; i < width; ++i) of_gate += gradient[i] * attention[i];
-    const T gate = static_cast<T>(call_.gate(head.batch, head.head, p));
+    const T gate = static_cast<T>(call_.gate(q.batch, q.head, q.row));
     store_row(gradient.data(), gate, grad_attention, {row});
     const Tensor gates = to_.gates;
     const Tensor as_rows(gates.data(), gates.dtype(),
@@ -287,45 +342,40 @@ class BackwardCall {
 
   void run_engine(const Part& part, const PartRows& rows, const Tensor& grad_attention,
                   const Tensor& grad_q) const {
-    const int64_t heads = static_cast<int64_t>(part.size()), keys = call_.k.size(2);
-    const bool sum = call_.group() > 1;
+    const int64_t keys = call_.k.size(2);
+    const auto shared = std::count_if(part.begin(), part.end(),
+                                      [](const AlikeHeads& heads) { return !heads.alone(); });
     Array k_sums, v_sums;
-    if (sum) {
-      k_sums = Array(call_.wide(), {heads, keys, call_.k.size(3)});
-      v_sums = Array(call_.wide(), {heads, keys, call_.v.size(3)});
+    if (shared > 0) {
+      k_sums = Array(call_.wide(), {shared, keys, call_.k.size(3)});
+      v_sums = Array(call_.wide(), {shared, keys, call_.v.size(3)});
     }
-    const tiled::Problem problem = problem_of(call_, part, rows);
     std::vector<tiled::SequenceGradient> gradients;
-    int64_t first = 0;
-    for (int64_t h = 0; h < heads; ++h) {
-      const ActiveHead& head = part[static_cast<size_t>(h)];
-      if (head.count() == 0) continue;
-      const auto some = [&](const Tensor& t) {
-        const Tensor slice = t.slice(0, first, first + head.count());
-        return Tensor(slice.data(), slice.dtype(), {1, head.count(), t.size(1)});
+    int64_t first = 0, next = 0;
+    for (const AlikeHeads& heads : part) {
+      const int64_t count = heads.count(), at = heads.alone() ? 0 : next++;
+      const auto of_keys = [&](const Array& sums, const Array& whole) {
+        return heads.alone() ? of_key_head(whole, heads) : sums.view().slice(0, at, at + 1);
       };
-      const auto keys_of = [&](const Array& sums, const Array& whole) {
-        if (sum) return sums.view().slice(0, h, h + 1);
-        return whole.view().select(0, head.batch).slice(0, head.head, head.head + 1);
-      };
-      gradients.push_back({some(grad_attention),
+      gradients.push_back({as_head(grad_attention, first, count),
                            {},
-                           some(grad_q),
-                           keys_of(k_sums, to_.k),
-                           keys_of(v_sums, to_.v),
+                           as_head(grad_q, first, count),
+                           of_keys(k_sums, to_.k),
+                           of_keys(v_sums, to_.v),
                            {}});
-      first += head.count();
+      first += count;
     }
-    if (!gradients.empty()) tiled::backward(problem, gradients, nullptr, call_.run);
-    if (!sum) return;
-    add_heads<T>(call_, part, k_sums, to_.k);
-    add_heads<T>(call_, part, v_sums, to_.v);
+    tiled::backward(problem_of(call_, part, rows), gradients, nullptr, call_.run);
+    if (shared == 0) return;
+    add_heads<T>(call_, part, k_sums, k_carried_, to_.k);
+    add_heads<T>(call_, part, v_sums, v_carried_, to_.v);
   }
 
   const Call& call_;
   const Tensor& grad_out_;
   const TokenRows& saved_;
   const HeadGatedGradients& to_;
+  Array k_carried_, v_carried_;  // [Lk,width], of a key head in several parts
 };
 
 bool is_empty(const Call& call) { return call.q.count() == 0; }
@@ -351,13 +401,7 @@ void head_gated_attention(const Tensor& q, const Tensor& k, const Tensor& v, con
 HeadGatedResult head_gated_attention(const Tensor& q, const Tensor& k, const Tensor& v,
                                      const Tensor& gates, const HeadGatedOptions& options,
                                      const RunOptions& run) {
-  HeadGatedResult result;
-  if (q.rank() == 4 && v.rank() == 4) {  // else the checks explain it
-    const Dims shape{q.size(0), q.size(1), q.size(2), v.size(3)};
-    result.out = Array(q.dtype(), shape);
-    result.attention = Array(q.dtype(), shape);
-    result.lse = Array(wide_type(q.dtype()), {q.size(0), q.size(1), q.size(2)});
-  }
+  HeadGatedResult result{empty_result(q, v), empty_result(q, v), empty_statistic(q)};
   head_gated_attention(q, k, v, gates, result.out, result.attention, result.lse, options, run);
   return result;
 }

@@ -2,9 +2,11 @@
 // bits across thread counts, and messages.
 #include <gtest/gtest.h>
 
+#include <algorithm>
 #include <cmath>
 #include <limits>
 #include <string>
+#include <utility>
 
 #include "heed/heed.h"
 #include "mechanisms/test_arrays.h"
@@ -141,6 +143,65 @@ TEST(HeadGated, SameBitsForAnyThreadCountAndPart) {
       const HeadGatedGradients a = gradients(), b = gradients();
       EXPECT_TRUE(same_bits(a.q, b.q) && same_bits(a.k, b.k) && same_bits(a.v, b.v) &&
                   same_bits(a.gates, b.gates));
+    }
+  }
+}
+
+// A head of few rows is its own kind of call, unless one of many rows is beside it.
+TEST(HeadGated, SameBitsForAnyThreadCountBesideLongHeads) {
+  const Array q = random_array(DType::f32, {1, 2, 2500, 256}, 1);
+  const Array k = random_array(DType::f32, {1, 2, 300, 256}, 2);
+  Array gates = filled(DType::f32, {1, 2, 2500}, 1);
+  std::fill_n(gates.as<float>() + 2500, 2490, 0.0F);
+  RunOptions run;
+  run.threads = 1;
+  const HeadGatedResult one = head_gated_attention(q, k, k, gates, {}, run);
+  run.threads = 5;
+  EXPECT_TRUE(same_bits(one.out, head_gated_attention(q, k, k, gates, {}, run).out));
+}
+
+Array with_heads(const Array& of_key_heads, int64_t group) {
+  const Tensor from = of_key_heads;
+  Array all(from.dtype(), {1, from.size(1) * group, from.size(2), from.size(3)});
+  for (int64_t h = 0; h < all.view().size(1); ++h) {
+    copy(from.select(0, 0).select(0, h / group), all.view().select(0, 0).select(0, h));
+  }
+  return all;
+}
+
+// The heads of a group share what they read of its keys where their gates are alike; with keys of 17 MB
+// the gradients of those that are not meet one after another.
+TEST(HeadGated, GroupsAreWhatTheirHeadsAreByThemselves) {
+  constexpr int64_t kGroup = 4, kQueries = 3;
+  for (int64_t keys : {20, 4200}) {
+    const int64_t dim = keys == 20 ? 8 : 256, heads = keys == 20 ? 2 * kGroup : kGroup;
+    const Array q = random_array(DType::f64, {1, heads, kQueries, dim}, 1);
+    const Array k = random_array(DType::f64, {1, heads / kGroup, keys, dim}, 2);
+    const Array v = random_array(DType::f64, {1, heads / kGroup, keys, dim}, 3);
+    const Array g = random_array(DType::f64, {1, heads, kQueries, dim}, 4);
+    Array gates = random_array(DType::f64, {1, heads, kQueries}, 5);
+    for (int64_t head = 0; head < heads; head += 2) gates.as<double>()[head * kQueries] = 0;
+    std::fill_n(gates.as<double>() + 3 * kQueries, kQueries, 0.0);
+    HeadGatedOptions options;
+    options.masks.causal = true;
+    const auto gradients = [&](const Array& some_k, const Array& some_v) {
+      const HeadGatedResult r = head_gated_attention(q, some_k, some_v, gates, options);
+      return std::pair(
+          Array(convert(r.out, DType::f64)),
+          head_gated_attention_backward(g, q, some_k, some_v, gates, r.attention, r.lse, options));
+    };
+    const auto [out, found] = gradients(k, v);
+    const auto [own_out, own] = gradients(with_heads(k, kGroup), with_heads(v, kGroup));
+    EXPECT_LT(largest_difference(out, own_out), 1e-13);
+    EXPECT_LT(largest_difference(found.q, own.q), 1e-13);
+    EXPECT_LT(largest_difference(found.gates, own.gates), 1e-12);
+    for (const auto& [sums, each] : {std::pair(&found.k, &own.k), std::pair(&found.v, &own.v)}) {
+      Array of_groups = Array::zeros(DType::f64, k.shape());
+      const int64_t head = keys * dim;
+      for (int64_t i = 0; i < each->count(); ++i) {
+        of_groups.as<double>()[i / (kGroup * head) * head + i % head] += each->as<double>()[i];
+      }
+      EXPECT_LT(largest_difference(*sums, of_groups), 1e-13) << keys;
     }
   }
 }

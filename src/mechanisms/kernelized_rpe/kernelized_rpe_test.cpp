@@ -9,6 +9,7 @@
 #include <vector>
 
 #include "heed/feature_map.h"
+#include "heed/flash_attention.h"
 #include "mechanisms/kernelized_rpe/test_call.h"
 
 namespace heed {
@@ -155,6 +156,52 @@ TEST(KernelizedRpe, CausalDecayIsARecurrence) {
         }
       }
     }
+  }
+}
+
+// Sheet 11, 9(a): random features of M directions are softmax attention of the normalised rows up to an
+// error that falls as 1 / sqrt(M).
+TEST(KernelizedRpe, ManyRandomFeaturesAreSoftmaxAttention) {
+  constexpr int64_t kTokens = 24, kHeads = 8, kDim = 8;
+  const auto unit_rows = [](uint32_t seed) {
+    Array x = random_array(DType::f64, {1, kHeads, kTokens, kDim}, seed);
+    for (int64_t row = 0; row < kHeads * kTokens; ++row) {
+      double* at = x.as<double>() + row * kDim;
+      double square = 0;
+      for (int64_t e = 0; e < kDim; ++e) square += at[e] * at[e];
+      for (int64_t e = 0; e < kDim; ++e) at[e] /= std::sqrt(square);
+    }
+    return x;
+  };
+  const Array q = unit_rows(1), k = unit_rows(2);
+  const Array v = random_array(DType::f64, {1, kHeads, kTokens, 6}, 3);
+  const Array rpb = random_array(DType::f64, {kHeads, 2 * kTokens - 1}, 4);
+  Array bias(DType::f64, {1, kHeads, kTokens, kTokens});
+  for (int64_t i = 0; i < bias.count(); ++i) {
+    const int64_t m = i % kTokens, p = i / kTokens % kTokens, h = i / (kTokens * kTokens);
+    bias.as<double>()[i] = rpb.as<double>()[h * (2 * kTokens - 1) + kTokens - 1 + m - p];
+  }
+  FlashOptions exact;
+  exact.scale = 1;
+  exact.bias = bias;
+  const Array want = flash_attention(q, k, v, exact).out;
+  const auto error = [&](int64_t features) {
+    double square = 0;
+    for (uint64_t seed : {5U, 6U, 7U, 8U}) {
+      const Array projection = performer_projection(kHeads, features, kDim, seed);
+      const Array found = kernelized_rpe_attention(q, k, v, rpb, convert(projection, DType::f64));
+      for (int64_t i = 0; i < want.count(); ++i) {
+        const double d = found.as<double>()[i] - want.as<double>()[i];
+        square += d * d / static_cast<double>(4 * want.count());
+      }
+    }
+    return std::sqrt(square);
+  };
+  const double few = error(64), more = error(1024), many = error(16384);
+  EXPECT_LT(many, 0.02);
+  for (double ratio : {few / more, more / many}) {  // sqrt(16)
+    EXPECT_GT(ratio, 3);
+    EXPECT_LT(ratio, 5.5);
   }
 }
 

@@ -24,11 +24,6 @@ KernelizedRpeOptions rpe_options(const NamedTensors& in, const Spec& options) {
   return chosen;
 }
 
-Tensor projection_of(const NamedTensors& in) {
-  const auto found = in.find("projection");
-  return found == in.end() ? Tensor() : found->second;
-}
-
 cascade::Bindings bind(const NamedTensors& in, const Spec& options) {
   using Index = std::span<const int64_t>;
   const KernelizedRpeOptions chosen = rpe_options(in, options);
@@ -39,7 +34,8 @@ cascade::Bindings bind(const NamedTensors& in, const Spec& options) {
                       {"K", to_nd(in.at("k"))},
                       {"V", to_nd(in.at("v"))},
                       {"Rpb", to_nd(in.at("rpb"))}};
-  if (projection_of(in).defined()) bindings.tensors["W"] = to_nd(projection_of(in));
+  if (input_or_none(in, "projection").defined())
+    bindings.tensors["W"] = to_nd(input_or_none(in, "projection"));
   bindings.indices["g"] = [group](Index i) { return i[0] / group; };
   const bool causal = chosen.causal;
   bindings.predicates["keep"] = [causal](Index i) { return !causal || i[1] <= i[0]; };
@@ -159,7 +155,7 @@ std::vector<CascadeText> rpe_cascades() {
 std::vector<PathAnswer> explain(const NamedTensors& in, const Spec& options,
                                 const RunOptions& run) {
   const Tensor &q = in.at("q"), &v = in.at("v"), &rpb = in.at("rpb");
-  const Tensor w = projection_of(in);
+  const Tensor w = input_or_none(in, "projection");
   const int64_t padded = rpb.rank() == 3 ? (rpb.size(1) + 1) / 2 * rpb.size(2) : q.size(2);
   const RpeCost cost = kernelized_rpe_cost(q.size(2), padded, w.defined() ? w.size(1) : q.size(3),
                                            v.size(3), false, q.dtype(), chosen_isa(run));
@@ -196,16 +192,16 @@ Mechanism kernelized_rpe_record() {
       rpe_case("n4096_d16_m16_fft", {1, 1, 1, 4096, 16, 16, 16}, "features=nprf,path=fft")};
   m.forward = [](const NamedTensors& in, const Spec& options, const RunOptions& run) {
     NamedArrays arrays;
-    arrays.emplace("out",
-                   kernelized_rpe_attention(in.at("q"), in.at("k"), in.at("v"), in.at("rpb"),
-                                            projection_of(in), rpe_options(in, options), run));
+    arrays.emplace("out", kernelized_rpe_attention(in.at("q"), in.at("k"), in.at("v"), in.at("rpb"),
+                                                   input_or_none(in, "projection"),
+                                                   rpe_options(in, options), run));
     return arrays;
   };
   m.backward = [](const NamedTensors& in, const NamedTensors& out_gradients, const Spec& options,
                   const RunOptions& run) {
     KernelizedRpeGradients gradients = kernelized_rpe_attention_backward(
         out_gradients.at("out"), in.at("q"), in.at("k"), in.at("v"), in.at("rpb"),
-        projection_of(in), rpe_options(in, options), run);
+        input_or_none(in, "projection"), rpe_options(in, options), run);
     NamedArrays arrays;
     arrays.emplace("q", std::move(gradients.q));
     arrays.emplace("k", std::move(gradients.k));

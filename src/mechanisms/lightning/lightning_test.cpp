@@ -182,6 +182,34 @@ TEST(Lightning, IdentitiesOfThePaper) {
   }
 }
 
+// Sheet 05, 9(a) 8: what comes back through the state is the forward's recurrence on the reversed sequence
+// with (q, dout) in the place of (k, v).
+TEST(Lightning, TheBackwardIsTheForwardOfTheReversedSequence) {
+  const Inputs in(DType::f64, 2, 2, 150, 12, 9);
+  const double slope[] = {0.05, 0};
+  const Array slopes = numbers({slope[0], slope[1]});
+  const auto reversed = [](const Array& x) {
+    Array back(x.dtype(), x.shape());
+    for (int64_t t = 0; t < 150; ++t) {
+      copy(x.view().slice(2, t, t + 1), back.view().slice(2, 149 - t, 150 - t));
+    }
+    return back;
+  };
+  const Array q = reversed(in.q), k = reversed(in.k), v = reversed(in.v), g = reversed(in.gradient);
+  const LightningOptions options{slopes, in.state};
+  const LightningGradients gradients =
+      lightning_attention_backward(in.q, in.k, in.v, in.gradient, {}, options);
+  LightningResult of_v = lightning_attention(k, q, g, {slopes, {}});
+  EXPECT_LT(relative_error(reversed(of_v.out), gradients.v), 1e-14);
+  const LightningResult of_k = lightning_attention(v, g, q, {slopes, {}});
+  EXPECT_LT(relative_error(reversed(of_k.out), gradients.k), 1e-14);
+  // The state before the first token is one decay further away.
+  for (int64_t i = 0; i < of_v.state.count(); ++i) {
+    of_v.state.as<double>()[i] *= std::exp(-slope[i / (12 * 9)]);
+  }
+  EXPECT_LT(relative_error(of_v.state, gradients.initial_state), 1e-14);
+}
+
 constexpr std::pair<DType, int64_t> kTypesAndWidths[] = {
     {DType::f32, 20}, {DType::f32, 32}, {DType::bf16, 20}, {DType::bf16, 32}};
 

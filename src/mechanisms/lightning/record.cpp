@@ -11,10 +11,8 @@ namespace {
 LightningOptions lightning_options(const NamedTensors& in, const Spec& options) {
   options.require_known({});
   LightningOptions chosen;
-  if (const auto slopes = in.find("slopes"); slopes != in.end()) chosen.slopes = slopes->second;
-  if (const auto state = in.find("initial_state"); state != in.end()) {
-    chosen.initial_state = state->second;
-  }
+  chosen.slopes = input_or_none(in, "slopes");
+  chosen.initial_state = input_or_none(in, "initial_state");
   return chosen;
 }
 

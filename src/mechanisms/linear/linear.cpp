@@ -4,6 +4,7 @@
 #include "engine/chunked/problem.h"
 #include "heed/error.h"
 #include "heed/linear_attention.h"
+#include "mechanisms/results.h"
 
 namespace heed {
 
@@ -12,9 +13,6 @@ namespace {
 constexpr const char* kOp = "linear_attention";
 constexpr const char* kBackward = "linear_attention_backward";
 
-Dims out_shape(const Tensor& q, const Tensor& v) {
-  return {q.size(0), q.size(1), q.size(2), v.size(3)};
-}
 Dims s_shape(const Tensor& q, const Tensor& v) {
   return {q.size(0), q.size(1), q.size(3), v.size(3)};
 }

@@ -11,11 +11,6 @@ namespace heed {
 
 namespace {
 
-Tensor input_or_none(const NamedTensors& in, const char* name) {
-  const auto found = in.find(name);
-  return found == in.end() ? Tensor() : found->second;
-}
-
 LinearOptions linear_options(const NamedTensors& in, const Spec& options) {
   options.require_known({"causal", "normalize", "eps"});
   LinearOptions chosen;

@@ -6,6 +6,7 @@
 #include "heed/error.h"
 #include "heed/local_linear_attention.h"
 #include "mechanisms/local_linear/estimator.h"
+#include "mechanisms/results.h"
 
 namespace heed {
 
@@ -41,10 +42,7 @@ void local_linear_attention(const Tensor& q, const Tensor& k, const Tensor& v, c
 
 Array local_linear_attention(const Tensor& q, const Tensor& k, const Tensor& v,
                              const LocalLinearOptions& options, const RunOptions& run) {
-  Array out;
-  if (q.rank() == 4 && v.rank() == 4) {
-    out = Array(q.dtype(), {q.size(0), q.size(1), q.size(2), v.size(3)});
-  }
+  Array out = empty_result(q, v);
   local_linear_attention(q, k, v, out, options, run);
   return out;
 }
@@ -53,10 +51,7 @@ LocalLinearGradients local_linear_attention_backward(const Tensor& grad_out, con
                                                      const Tensor& k, const Tensor& v,
                                                      const LocalLinearOptions& options,
                                                      const RunOptions& run) {
-  if (q.rank() == 4 && v.rank() == 4) {
-    check_rows_like(kOp, "grad_out", grad_out, {q.size(0), q.size(1), q.size(2), v.size(3)},
-                    q.dtype());
-  }
+  check_grad_out(kOp, grad_out, q, v);
   const local_linear::Call call = checked(q, k, v, grad_out, options, run);
   LocalLinearGradients gradients{Array(q.dtype(), q.shape()), Array(k.dtype(), k.shape()),
                                  Array(v.dtype(), v.shape())};

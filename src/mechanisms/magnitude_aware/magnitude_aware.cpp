@@ -7,6 +7,7 @@
 #include "heed/error.h"
 #include "heed/magnitude_aware_linear_attention.h"
 #include "mechanisms/magnitude_aware/features.h"
+#include "mechanisms/results.h"
 
 namespace heed {
 
@@ -18,9 +19,6 @@ using State = MagnitudeAwareState;
 constexpr const char* kOp = "magnitude_aware_linear_attention";
 constexpr const char* kBackward = "magnitude_aware_linear_attention_backward";
 
-Dims out_shape(const Tensor& q, const Tensor& v) {
-  return {q.size(0), q.size(1), q.size(2), v.size(3)};
-}
 Dims s_shape(const Tensor& q, const Tensor& v) {
   return {q.size(0), q.size(1), q.size(3), v.size(3)};
 }

@@ -7,11 +7,6 @@ namespace heed {
 
 namespace {
 
-Tensor input(const NamedTensors& in, const char* name) {
-  const auto found = in.find(name);
-  return found == in.end() ? Tensor() : found->second;
-}
-
 MohRouterOptions router_options(const Spec& options) {
   options.require_known({"top_k", "form"});
   return {options.integer("top_k").value_or(1),
@@ -24,7 +19,7 @@ cascade::Bindings bind(const NamedTensors& in, const Spec& options) {
   const int64_t channels = in.at("x").size(2);
   const bool grouped = in.count("wg_group") > 0;
   const auto weight = [&](const char* name, int64_t rows) {
-    if (const Tensor given = input(in, name); given.defined()) return to_nd(given);
+    if (const Tensor given = input_or_none(in, name); given.defined()) return to_nd(given);
     return cascade::NdArray{{rows, channels},
                             std::vector<double>(static_cast<size_t>(rows * channels))};
   };
@@ -105,8 +100,8 @@ Mechanism router_record() {
   m.bench_cases = {router_case("moh_vit_b", {{1, 1024, 384}, 12, 4, true, 8}, "code"),
                    router_case("llama3_8b", {{1, 1024, 4096}, 16, 16, true, 8}, "code")};
   m.forward = [](const NamedTensors& in, const Spec& options, const RunOptions& run) {
-    MohRouting routing = moh_router(in.at("x"), in.at("wg"), input(in, "wg_shared"),
-                                    input(in, "wg_group"), router_options(options), run);
+    MohRouting routing = moh_router(in.at("x"), in.at("wg"), input_or_none(in, "wg_shared"),
+                                    input_or_none(in, "wg_group"), router_options(options), run);
     NamedArrays arrays;
     arrays.emplace("gates", std::move(routing.gates));
     arrays.emplace("load_balance_loss", std::move(routing.load_balance_loss));
@@ -114,9 +109,10 @@ Mechanism router_record() {
   };
   m.backward = [](const NamedTensors& in, const NamedTensors& out_gradients, const Spec& options,
                   const RunOptions& run) {
-    MohRouterGradients gradients = moh_router_backward(
-        out_gradients.at("gates"), out_gradients.at("load_balance_loss"), in.at("x"), in.at("wg"),
-        input(in, "wg_shared"), input(in, "wg_group"), router_options(options), run);
+    MohRouterGradients gradients =
+        moh_router_backward(out_gradients.at("gates"), out_gradients.at("load_balance_loss"),
+                            in.at("x"), in.at("wg"), input_or_none(in, "wg_shared"),
+                            input_or_none(in, "wg_group"), router_options(options), run);
     NamedArrays arrays;
     arrays.emplace("x", std::move(gradients.x));
     arrays.emplace("wg", std::move(gradients.wg));

@@ -21,17 +21,6 @@ NeighborhoodGradients zero_gradients(const Tensor& query, const Tensor& key, con
           like(options.rpb)};
 }
 
-void check_gradient(const char* op, const char* name, const Tensor& gradient, const char* like_name,
-                    const Tensor& like, bool unit_stride) {
-  const bool fits = gradient.shape() == like.shape() && gradient.dtype() == like.dtype() &&
-                    (!unit_stride || like.shape().back() == 1 || gradient.strides().back() == 1);
-  if (fits) return;
-  throw Error(std::string(op) + ": " + describe(name, gradient) + "; " + to_string(like.shape()) +
-              " " + name_of(like.dtype()) +
-              (unit_stride ? " with a unit stride in the last dimension" : "") +
-              " is needed, like " + like_name);
-}
-
 void run_forward(const char* op, int rank, const Tensor& query, const Tensor& key,
                  const Tensor& value, const Tensor& out, const Tensor& lse,
                  const NeighborhoodOptions& options, const RunOptions& run) {
@@ -66,8 +55,8 @@ NeighborhoodGradients run_backward(const char* op, int rank, const Tensor& grad_
     throw Error(std::string(op) + ": " + (out.defined() ? "lse" : "out") +
                 " is missing; what the forward returned is needed");
   }
-  check_gradient(op, "grad_out", grad_out, "out", out, true);
-  if (grad_lse.defined()) check_gradient(op, "grad_lse", grad_lse, "lse", lse, false);
+  check_parameter_gradient(op, "grad_out", grad_out, out);
+  check_result(op, "grad_lse", grad_lse, lse.shape(), lse.dtype());
   NeighborhoodGradients result = zero_gradients(query, key, value, options);
   const auto six = [rank](const Tensor& t) { return na::six_axes(t, rank); };
   na::CallGradients gradients{six(grad_out),

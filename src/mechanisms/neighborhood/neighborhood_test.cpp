@@ -2,6 +2,7 @@
 // bits across thread counts, NaN, and messages.
 #include <gtest/gtest.h>
 
+#include <algorithm>
 #include <cmath>
 #include <limits>
 #include <string>
@@ -108,6 +109,25 @@ TEST(Neighborhood, StrideOfTheKernelIsAttentionInBlocks) {
       const Array part =
           convert(found.out.view().slice(1, y, y + 6).slice(2, begin, end), DType::f64);
       EXPECT_LT(largest_difference(as_sequence(part), block.out), 1e-13) << y << " " << begin;
+    }
+  }
+}
+
+// Where the stride divides its length: else the last group's window depends on where the line ends.
+TEST(Neighborhood, ACausalStridedLineIsItsBeginnings) {
+  const Array q = random_array(DType::f64, {1, 60, 2, 8}, 1);
+  const Array k = random_array(DType::f64, {1, 60, 2, 8}, 2);
+  const NeighborhoodOptions options = window({9}, {4}, {1}, {true});
+  const AttentionResult whole = na1d(q, k, k, options);
+  for (int64_t length : {12, 29, 40}) {
+    const auto beginning = [&](const Array& x) { return x.view().slice(1, 0, length); };
+    const AttentionResult part = na1d(beginning(q), beginning(k), beginning(k), options);
+    const double out = largest_difference(part.out, beginning(whole.out));
+    const double lse = largest_difference(part.lse, beginning(whole.lse));
+    if (length % 4 == 0) {
+      EXPECT_LT(std::max(out, lse), 1e-14) << length;
+    } else {
+      EXPECT_GT(std::min(out, lse), 1e-3) << length;
     }
   }
 }

@@ -1,12 +1,12 @@
 #include "mechanisms/neighborhood/passes.h"
 
-#include <cmath>
-#include <limits>
+#include <algorithm>
 
-#include "base/parallel.h"
+#include "engine/tiled/tile_call.h"
+#include "kernels/row_maps.h"
 #include "mechanisms/neighborhood/grid_rows.h"
 #include "mechanisms/neighborhood/small_windows.h"
-#include "mechanisms/row_values.h"
+#include "mechanisms/row_blocks.h"
 
 namespace heed::na {
 
@@ -14,8 +14,6 @@ namespace {
 
 using Side = GridRows::Side;
 using Outside = GridRows::Outside;
-
-constexpr double kNothing = -std::numeric_limits<double>::infinity();
 
 /// Rows of a call; lse has a width of 1.
 struct CallRows {
@@ -65,25 +63,27 @@ tiled::Problem additional_problem(const GridCall& call, const CallRows& rows) {
   return problem;
 }
 
-/// to = weight_a a + weight_b b row by row, with weights(b, h, row) -> {weight_a, weight_b}. a and b
-/// are contiguous [B,H,rows,width] of T and a is lost.
-template <class T, class Weights>
-void add_rows(const Array& a, const Array& b, const GridTensor& to, const RunOptions& run,
-              const Weights& weights) {
-  const Tensor sums = a, others = b;
-  const int64_t heads = sums.size(1), pairs = sums.size(0) * heads, width = sums.size(3);
-  parallel_for(pairs, threads_for(run, pairs), [&](int64_t pair, int) {
-    const int64_t batch = pair / heads, head = pair % heads;
-    const tiled::HeadRows results = to.entry(batch);
-    for (int64_t r = 0; r < sums.size(2); ++r) {
-      std::byte* result = results.row(head, r);
-      if (result == nullptr) continue;
-      const auto [weight_a, weight_b] = weights(batch, head, r);
-      T* x = reinterpret_cast<T*>(sums.at({batch, head, r}));
-      const T* y = reinterpret_cast<const T*>(others.at({batch, head, r}));
-      for (int64_t i = 0; i < width; ++i) x[i] = weight_a * x[i] + weight_b * y[i];
-      store_row(x, T{1}, Tensor(result, results.dtype(), {width}), {});
-    }
+constexpr int64_t kBlockRows = 64;
+
+/// to = of_a a + of_b b row by row, with factors from shares(kernels, block, of_a, of_b). a and b are
+/// contiguous [B,H,rows,width] of T.
+template <class T, class Shares>
+void combine_rows(const Array& a, const Array& b, const GridTensor& to, const RunOptions& run,
+                  const Shares& shares) {
+  const Tensor first = a, second = b;
+  const auto& maps = kernels::row_map_kernels<T>(chosen_isa(run));
+  for_row_blocks(first, kBlockRows, run, [&](const RowBlock& block) {
+    T of_a[kBlockRows], of_b[kBlockRows];
+    shares(maps, block, of_a, of_b);
+    const tiled::HeadRows result = to.entry(block.batch);
+    const auto combine = [&](int64_t row, int64_t count, int64_t stride) {
+      const RowBlock some{block.batch, block.head, row, count};
+      const kernels::Rows y = rows_of(second, some);
+      const int64_t at = row - block.begin;
+      maps.combine(rows_of(first, some), of_a + at, &y, of_b + at, nullptr,
+                   {result.row(block.head, row), result.dtype(), stride, count, y.width});
+    };
+    tiled::for_each_run(result, block.begin, block.begin + block.count, combine);
   });
 }
 
@@ -97,20 +97,20 @@ struct Part {
 
 template <class T>
 void merge(const Part& a, const Part& b, const CallRows& to, const RunOptions& run) {
-  add_rows<T>(a.out, b.out, to.out, run, [&](int64_t batch, int64_t head, int64_t r) {
-    const std::initializer_list<int64_t> at = {batch, head, r};
-    const double x = *reinterpret_cast<const T*>(a.lse.view().at(at));
-    const double y = *reinterpret_cast<const T*>(b.lse.view().at(at));
-    const double most = std::max(x, y), pivot = most == kNothing ? 0 : most;
-    const double total = pivot + std::log(std::exp(x - pivot) + std::exp(y - pivot));
-    if (to.lse.defined()) {
-      *reinterpret_cast<T*>(to.lse.entry(batch).row(head, r)) = static_cast<T>(total);
-    }
-    const auto weight = [total](double lse) {
-      return static_cast<T>(lse == kNothing ? 0 : std::exp(lse - total));
+  const auto shares = [&](const auto& maps, const RowBlock& block, T* of_a, T* of_b) {
+    const auto lse_of = [&](const Part& part) {
+      return reinterpret_cast<const T*>(part.lse.view().at({block.batch, block.head, block.begin}));
     };
-    return std::pair(weight(x), weight(y));
-  });
+    T lse[kBlockRows];
+    maps.shares(lse_of(a), lse_of(b), block.count, of_a, of_b, lse);
+    if (!to.lse.defined()) return;
+    const tiled::HeadRows rows = to.lse.entry(block.batch);
+    for (int64_t r = 0; r < block.count; ++r) {
+      std::byte* row = rows.row(block.head, block.begin + r);
+      if (row != nullptr) *reinterpret_cast<T*>(row) = lse[r];
+    }
+  };
+  combine_rows<T>(a.out, b.out, to.out, run, shares);
 }
 
 CallRows rows_of(const GridCall& call, const GridRows& grid) {
@@ -165,11 +165,13 @@ void backward_with_additional(const GridCall& call, const GridRows& grid, const 
     parts.push_back(std::move(gradient));
   }
   tiled::backward(additional_problem(call, rows), parts, nullptr, run);
-  const auto both = [](int64_t, int64_t, int64_t) { return std::pair(1, 1); };
+  const auto whole = [](const auto&, const RowBlock&, auto* of_near, auto* of_additional) {
+    for (auto* factors : {of_near, of_additional}) std::fill_n(factors, kBlockRows, 1);
+  };
   if (type == DType::f64) {
-    add_rows<double>(near, additional, gradients.q, run, both);
+    combine_rows<double>(near, additional, gradients.q, run, whole);
   } else {
-    add_rows<float>(near, additional, gradients.q, run, both);
+    combine_rows<float>(near, additional, gradients.q, run, whole);
   }
 }
 

@@ -26,13 +26,9 @@ NeighborhoodOptions options_of(const NamedTensors& in, const Spec& spec) {
   const std::vector<int64_t> causal = na::numbers_of(spec, "is_causal", "0", 0);
   options.is_causal.assign(causal.begin(), causal.end());
   options.scale = spec.number("scale");
-  const auto given = [&](const char* name) {
-    const auto found = in.find(name);
-    return found == in.end() ? Tensor() : found->second;
-  };
-  options.additional_keys = given("additional_keys");
-  options.additional_values = given("additional_values");
-  options.rpb = given("rpb");
+  options.additional_keys = input_or_none(in, "additional_keys");
+  options.additional_values = input_or_none(in, "additional_values");
+  options.rpb = input_or_none(in, "rpb");
   return options;
 }
 

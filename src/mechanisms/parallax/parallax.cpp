@@ -1,6 +1,7 @@
 #include "engine/operands.h"
 #include "engine/tiled/problem.h"
 #include "heed/parallax_attention.h"
+#include "mechanisms/results.h"
 
 namespace heed {
 
@@ -8,26 +9,16 @@ namespace {
 
 constexpr const char* kOp = "parallax_attention";
 
-void check_statistic(const char* name, const Tensor& t, const Dims& shape, DType dtype) {
-  const bool rows = shape.rank() == 4;
-  if (t.shape() == shape && t.dtype() == dtype && (!rows || t.size(3) <= 1 || t.stride(3) == 1)) {
-    return;
-  }
-  fail(kOp, describe(name, t),
-       to_string(shape) + " " + name_of(dtype) +
-           (rows ? " with a unit stride in the last dimension is needed" : " is needed"));
-}
-
 tiled::Problem make_problem(const Tensor& q, const Tensor& r, const Tensor& k, const Tensor& v,
                             const Tensor& out, const ParallaxStatistics& statistics,
                             const ParallaxOptions& options) {
   tiled::check_operands(kOp, q, k, v, out, statistics.lse);
   check_rows_like(kOp, "r", r, q.shape(), q.dtype());
   const DType type = wide_type(q.dtype());
-  if (statistics.v_mean.defined()) check_statistic("v_mean", statistics.v_mean, out.shape(), type);
-  if (statistics.t_mean.defined()) {
-    check_statistic("t_mean", statistics.t_mean, {q.size(0), q.size(1), q.size(2)}, type);
+  if (statistics.v_mean.defined()) {
+    check_rows_like(kOp, "v_mean", statistics.v_mean, out.shape(), type);
   }
+  check_result(kOp, "t_mean", statistics.t_mean, {q.size(0), q.size(1), q.size(2)}, type);
   tiled::Problem problem;
   problem.op = kOp;
   problem.sequences = tiled::batch_sequences(
@@ -53,16 +44,8 @@ void parallax_attention(const Tensor& q, const Tensor& r, const Tensor& k, const
 ParallaxResult parallax_attention(const Tensor& q, const Tensor& r, const Tensor& k,
                                   const Tensor& v, const ParallaxOptions& options,
                                   const RunOptions& run) {
-  ParallaxResult result;
-  if (q.rank() == 4 && v.rank() == 4) {  // else the checks of the call explain it
-    const DType type = wide_type(q.dtype());
-    const Dims rows{q.size(0), q.size(1), q.size(2)};
-    const Dims shape{rows[0], rows[1], rows[2], v.size(3)};
-    result.out = Array(q.dtype(), shape);
-    result.v_mean = Array(type, shape);
-    result.t_mean = Array(type, rows);
-    result.lse = Array(type, rows);
-  }
+  ParallaxResult result{empty_result(q, v), empty_result(q, v, wide_type(q.dtype())),
+                        empty_statistic(q), empty_statistic(q)};
   parallax_attention(q, r, k, v, result.out, result.statistics(), options, run);
   return result;
 }

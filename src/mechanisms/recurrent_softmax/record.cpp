@@ -19,7 +19,7 @@ RecurrentSoftmaxOptions recurrent_options(const NamedTensors& in, const Spec& op
   chosen.scale = options.number("scale");
   chosen.score_clamp = options.number("score_clamp");
   chosen.eps = options.number("eps").value_or(chosen.eps);
-  if (const auto gate = in.find("gate"); gate != in.end()) chosen.gate = gate->second;
+  chosen.gate = input_or_none(in, "gate");
   return chosen;
 }
 

@@ -16,6 +16,7 @@
 #include "mechanisms/nearest.h"
 #include "mechanisms/parameter.h"
 #include "mechanisms/recurrent_softmax/row_result.h"
+#include "mechanisms/results.h"
 #include "mechanisms/row_blocks.h"
 
 namespace heed {
@@ -206,16 +207,12 @@ class RowPass {
 
 void check_saved(const Tensor& q, const Tensor& v, const Tensor& core, const Tensor& statistic) {
   const DType type = wide_type(q.dtype());
+  check_rows_like(kOp, "core", core, out_shape(q, v), type);
   const Dims rows{q.size(0), q.size(1), q.size(2)};
-  const Dims full{rows[0], rows[1], rows[2], v.size(3)};
-  const auto check = [&](const char* name, const Tensor& t, const Dims& shape) {
-    const bool unit = t.rank() == 0 || t.shape().back() <= 1 || t.strides().back() == 1;
-    if (t.defined() && t.shape() == shape && t.dtype() == type && unit) return;
-    throw Error(std::string(kOp) + ": " + describe(name, t) + "; " + to_string(shape) + " " +
-                name_of(type) + " with a unit stride in its last dimension is needed");
-  };
-  check("core", core, full);
-  check("statistic", statistic, rows);
+  if (!statistic.defined()) {
+    fail(kOp, "statistic is missing", to_string(rows) + " " + name_of(type) + " is needed");
+  }
+  check_result(kOp, "statistic", statistic, rows, type);
 }
 
 template <class T>
@@ -303,10 +300,7 @@ void recurrent_softmax_attention(const Tensor& q, const Tensor& k, const Tensor&
 
 Array recurrent_softmax_attention(const Tensor& q, const Tensor& k, const Tensor& v,
                                   const RecurrentSoftmaxOptions& options, const RunOptions& run) {
-  Array out;
-  if (q.rank() == 4 && v.rank() == 4) {
-    out = Array(q.dtype(), {q.size(0), q.size(1), q.size(2), v.size(3)});
-  }
+  Array out = empty_result(q, v);
   recurrent_softmax_attention(q, k, v, out, {}, {}, options, run);
   return out;
 }
@@ -314,10 +308,7 @@ Array recurrent_softmax_attention(const Tensor& q, const Tensor& k, const Tensor
 RecurrentSoftmaxGradients recurrent_softmax_attention_backward(
     const Tensor& grad_out, const Tensor& q, const Tensor& k, const Tensor& v, const Tensor& core,
     const Tensor& statistic, const RecurrentSoftmaxOptions& options, const RunOptions& run) {
-  if (q.rank() == 4 && v.rank() == 4) {
-    check_rows_like(kOp, "grad_out", grad_out, {q.size(0), q.size(1), q.size(2), v.size(3)},
-                    q.dtype());
-  }
+  check_grad_out(kOp, grad_out, q, v);
   tiled::check_operands(kOp, q, k, v, grad_out, {});
   check_options(options, q);
   check_saved(q, v, core, statistic);

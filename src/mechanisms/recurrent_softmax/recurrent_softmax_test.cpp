@@ -78,6 +78,39 @@ TEST(RecurrentSoftmax, NormsForgetPositiveFactorsOfTheValues) {
   }
 }
 
+TEST(RecurrentSoftmax, TheFirstTokenOfTheL2VariantIsItsDirection) {
+  const Inputs in = inputs(DType::f64, 1, 1);
+  const Array out = recurrent_softmax_attention(in.q, in.k, in.v, with(Normalizer::l2));
+  for (int64_t i = 0; i < out.count(); ++i) {
+    const double* value = in.v.as<double>() + i / 24 * 12;
+    EXPECT_NEAR(out.as<double>()[i], value[i % 12] / norm(value), 1e-15);
+  }
+}
+
+// A further column, of ones in the keys, adds its entry of the query to all scores of a row.
+TEST(RecurrentSoftmax, NormsForgetShiftsOfARowOfScores) {
+  const Inputs in = inputs(DType::f64, 30, 40);
+  const auto with_column = [](const Array& x, const Array& column) {
+    const Dims shape = x.shape();
+    Array wider(DType::f64, {shape[0], shape[1], shape[2], 17});
+    copy(x, wider.view().slice(3, 0, 16));
+    copy(column, wider.view().slice(3, 16, 17));
+    return wider;
+  };
+  const Array q = with_column(in.q, random_array(DType::f64, {2, 4, 30, 1}, 4, 10));
+  const Array k = with_column(in.k, filled(DType::f64, {2, 2, 40, 1}, 1));
+  for (Normalizer normalizer :
+       {Normalizer::softmax, Normalizer::l2, Normalizer::rms, Normalizer::layer}) {
+    RecurrentSoftmaxOptions options = with(normalizer);
+    options.eps = 0;
+    options.scale = 0.25;
+    EXPECT_LT(largest_difference(recurrent_softmax_attention(q, k, in.v, options),
+                                 recurrent_softmax_attention(in.q, in.k, in.v, options)),
+              1e-12)
+        << name_of(normalizer);
+  }
+}
+
 TEST(RecurrentSoftmax, NormalizersThatDivideByPositiveNumbersAreMultiplesOfOneAnother) {
   const Inputs in = inputs(DType::f64, 1, 9);
   const auto call = [&](Normalizer n) {

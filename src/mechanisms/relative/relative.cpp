@@ -1,10 +1,12 @@
 #include <string>
 #include <tuple>
+#include <utility>
 
 #include "engine/operands.h"
 #include "heed/relative_attention.h"
 #include "mechanisms/parameter.h"
 #include "mechanisms/relative/terms.h"
+#include "mechanisms/results.h"
 
 namespace heed {
 
@@ -72,7 +74,7 @@ Call make_call(const Tensor& q, const Tensor& k, const Tensor& v, const Tensor& 
 }
 
 template <class T>
-void run_forward(Call& call, const RunOptions& run) {
+void run_forward(Call call, const RunOptions& run) {
   const RelativeTerms<T> terms(call.in, run);
   call.problem.terms = &terms;
   tiled::forward(call.problem, run);
@@ -89,7 +91,7 @@ Array rounded(const Array& from, DType type, const RunOptions& run) {
 }
 
 template <class T>
-RelativeGradients run_backward(Call& call, const Tensor& v, const Tensor& grad_out,
+RelativeGradients run_backward(Call call, const Tensor& v, const Tensor& grad_out,
                                const Tensor& grad_lse, const RunOptions& run) {
   RelativeTerms<T> terms(call.in, run);
   call.problem.terms = &terms;
@@ -114,9 +116,9 @@ void relative_attention(const Tensor& q, const Tensor& k, const Tensor& v, const
                         const Tensor& lse, const RelativeOptions& options, const RunOptions& run) {
   Call call = make_call(q, k, v, rel_key, rel_bias, content_bias, out, lse, options);
   if (q.dtype() == DType::f64) {
-    run_forward<double>(call, run);
+    run_forward<double>(std::move(call), run);
   } else {
-    run_forward<float>(call, run);
+    run_forward<float>(std::move(call), run);
   }
 }
 
@@ -124,11 +126,7 @@ RelativeResult relative_attention(const Tensor& q, const Tensor& k, const Tensor
                                   const Tensor& rel_key, const Tensor& rel_bias,
                                   const Tensor& content_bias, const RelativeOptions& options,
                                   const RunOptions& run) {
-  RelativeResult result;
-  if (q.rank() == 4 && v.rank() == 4) {  // else the checks of the call explain it
-    result.out = Array(q.dtype(), {q.size(0), q.size(1), q.size(2), v.size(3)});
-    result.lse = Array(wide_type(q.dtype()), {q.size(0), q.size(1), q.size(2)});
-  }
+  RelativeResult result{empty_result(q, v), empty_statistic(q)};
   relative_attention(q, k, v, rel_key, rel_bias, content_bias, result.out, result.lse, options,
                      run);
   return result;
@@ -142,8 +140,10 @@ RelativeGradients relative_attention_backward(const Tensor& grad_out, const Tens
                                               const RunOptions& run) {
   Call call = make_call(q, k, v, rel_key, rel_bias, content_bias, out, lse, options);
   tiled::check_backward(kOp, grad_out, grad_lse, out, lse);
-  if (q.dtype() == DType::f64) return run_backward<double>(call, v, grad_out, grad_lse, run);
-  return run_backward<float>(call, v, grad_out, grad_lse, run);
+  if (q.dtype() == DType::f64) {
+    return run_backward<double>(std::move(call), v, grad_out, grad_lse, run);
+  }
+  return run_backward<float>(std::move(call), v, grad_out, grad_lse, run);
 }
 
 }  // namespace heed

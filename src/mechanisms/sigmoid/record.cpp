@@ -13,9 +13,7 @@ SigmoidOptions sigmoid_options(const NamedTensors& in, const Spec& options) {
   SigmoidOptions chosen{masks_of(in, options), options.number("scale")};
   if (const auto bias = options.number("bias")) chosen.bias = *bias;
   if (const auto bias = in.find("bias"); bias != in.end()) chosen.bias = bias->second;
-  if (const auto slopes = in.find("alibi_slopes"); slopes != in.end()) {
-    chosen.alibi_slopes = slopes->second;
-  }
+  chosen.alibi_slopes = input_or_none(in, "alibi_slopes");
   return chosen;
 }
 
@@ -28,7 +26,7 @@ cascade::Bindings bind_sigmoid(const NamedTensors& in, const Spec& options) {
     return cascade::NdArray{{heads}, std::vector<double>(static_cast<size_t>(heads), fallback)};
   };
   bindings.tensors["Bias"] = per_head("bias", bias);
-  bindings.tensors["Alibi_Slopes"] = per_head("alibi_slopes", 0);
+  bind_slopes(in, bindings);
   return bindings;
 }
 
@@ -87,7 +85,9 @@ Mechanism sigmoid_record() {
     arrays.emplace("k", std::move(to.k));
     arrays.emplace("v", std::move(to.v));
     if (in.contains("bias")) arrays.emplace("bias", std::move(to.bias));
-    if (in.contains("alibi_slopes")) arrays.emplace("alibi_slopes", std::move(to.alibi_slopes));
+    if (in.contains("alibi_slopes")) {
+      arrays.emplace("alibi_slopes", slopes_gradient(std::move(to.alibi_slopes)));
+    }
     return arrays;
   };
   m.bind = bind_sigmoid;

@@ -4,6 +4,7 @@
 
 #include "engine/tiled/problem.h"
 #include "heed/sigmoid_attention.h"
+#include "mechanisms/results.h"
 
 namespace heed {
 
@@ -37,15 +38,8 @@ tiled::Problem make_problem(const Tensor& q, const Tensor& k, const Tensor& v, c
   for (double& bias : problem.policy.head_bias) {
     bias = std::min(bias, std::numeric_limits<double>::max());
   }
-  if (options.alibi_slopes.defined()) {
-    problem.policy.alibi_slope =
-        tiled::per_head(kOp, "alibi_slopes", options.alibi_slopes, q.size(1));
-  }
+  tiled::set_alibi_slopes(problem.policy, kOp, options.alibi_slopes, q.size(0), q.size(1));
   return problem;
-}
-
-Array head_gradient(const std::vector<double>& sums, const Tensor& like) {
-  return convert(Tensor(sums.data(), DType::f64, like.shape()), like.dtype());
 }
 
 }  // namespace
@@ -57,10 +51,7 @@ void sigmoid_attention(const Tensor& q, const Tensor& k, const Tensor& v, const 
 
 Array sigmoid_attention(const Tensor& q, const Tensor& k, const Tensor& v,
                         const SigmoidOptions& options, const RunOptions& run) {
-  Array out;
-  if (q.rank() == 4 && v.rank() == 4) {
-    out = Array(q.dtype(), {q.size(0), q.size(1), q.size(2), v.size(3)});
-  }
+  Array out = empty_result(q, v);
   sigmoid_attention(q, k, v, out, options, run);
   return out;
 }

@@ -6,6 +6,7 @@
 #include "engine/operands.h"
 #include "engine/tiled/problem.h"
 #include "heed/stochastic_attention.h"
+#include "mechanisms/results.h"
 #include "mechanisms/row_memory.h"
 #include "mechanisms/stochastic/slot_order.h"
 
@@ -252,12 +253,6 @@ tiled::Problem slot_problem(const Call& call, const SlotRows& rows,
   return problem;
 }
 
-void check_gradients(const char* op, const Tensor& grad_out, const Tensor& grad_lse,
-                     const Tensor& out, const Tensor& lse) {
-  if (!lse.defined()) fail(op, "lse is missing", "what the forward returned is needed");
-  tiled::check_backward(op, grad_out, grad_lse, out, lse);
-}
-
 }  // namespace
 
 void stochastic_attention(const Tensor& q, const Tensor& k, const Tensor& v,
@@ -281,11 +276,7 @@ void stochastic_attention(const Tensor& q, const Tensor& k, const Tensor& v,
 AttentionResult stochastic_attention(const Tensor& q, const Tensor& k, const Tensor& v,
                                      const Tensor& permutation, const StochasticOptions& options,
                                      const RunOptions& run) {
-  AttentionResult result;
-  if (q.rank() == 4 && v.rank() == 4) {  // else the checks explain it
-    result.out = Array(q.dtype(), {q.size(0), q.size(1), q.size(2), v.size(3)});
-    result.lse = Array(wide_type(q.dtype()), {q.size(0), q.size(1), q.size(2)});
-  }
+  AttentionResult result{empty_result(q, v), empty_statistic(q)};
   stochastic_attention(q, k, v, permutation, result.out, result.lse, options, run);
   return result;
 }
@@ -298,7 +289,7 @@ StochasticGradients stochastic_attention_backward(const Tensor& grad_out, const 
                                                   const RunOptions& run) {
   constexpr const char* kBackward = "stochastic_attention_backward";
   const Call call(kBackward, q, k, v, permutation, out, lse, options, run);
-  check_gradients(kBackward, grad_out, grad_lse, out, lse);
+  tiled::check_backward(kBackward, grad_out, grad_lse, out, lse);
   StochasticGradients gradients{Array::zeros(q.dtype(), q.shape()),
                                 Array::zeros(k.dtype(), k.shape()),
                                 Array::zeros(v.dtype(), v.shape())};

@@ -15,8 +15,7 @@ TaylorOptions taylor_options(const NamedTensors& in, const Spec& options) {
   TaylorOptions chosen;
   chosen.order = options.integer("order").value_or(chosen.order);
   chosen.scale = options.number("scale");
-  if (const auto s = in.find("initial_s"); s != in.end()) chosen.initial_state.s = s->second;
-  if (const auto z = in.find("initial_z"); z != in.end()) chosen.initial_state.z = z->second;
+  chosen.initial_state = {input_or_none(in, "initial_s"), input_or_none(in, "initial_z")};
   return chosen;
 }
 

@@ -7,6 +7,7 @@
 #include "heed/recurrent_softmax_attention.h"
 #include "heed/taylor_state_attention.h"
 #include "kernels/monomials.h"
+#include "mechanisms/results.h"
 #include "mechanisms/taylor_state/path.h"
 
 namespace heed {
@@ -17,9 +18,6 @@ constexpr const char* kOp = "taylor_state_attention";
 constexpr const char* kBackward = "taylor_state_attention_backward";
 constexpr double kSmallestDenominator = 1e-12;
 
-Dims out_shape(const Tensor& q, const Tensor& v) {
-  return {q.size(0), q.size(1), q.size(2), v.size(3)};
-}
 Dims s_shape(const Tensor& q, const Tensor& v, const TaylorOptions& options) {
   return {q.size(0), q.size(1), taylor_state_size(q.size(3), options.order), v.size(3)};
 }
