@@ -73,8 +73,8 @@ def decode_attention(
         splits: parts that the keys are cut into; 0 chooses. The choice does not depend on the
             number of threads.
         softcap: as in :func:`heed.flash_attention`.
-        alibi_slopes: ``[H]`` of any floating type: adds ``-slope[h] * (lengths[b] - Lq + i - j)``
-            to the scores.
+        alibi_slopes: ``[H]`` or ``[B, H]`` of any floating type: adds
+            ``-slope[h] * (lengths[b] - Lq + i - j)`` to the scores.
         return_lse: also return ``lse``.
 
     Returns:

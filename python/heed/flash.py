@@ -95,8 +95,8 @@ def flash_attention(
             to ``Lk``.
         scale: factor of the scores; ``None`` is ``1 / sqrt(D)``.
         softcap: ``c > 0`` turns scaled scores ``s`` into ``c * tanh(s / c)``; 0 leaves them.
-        alibi_slopes: ``[H]`` of any floating type: adds ``-slope[h] * |i + Lk - Lq - j|`` to the
-            scores.
+        alibi_slopes: ``[H]`` or ``[B, H]`` of any floating type: adds
+            ``-slope[h] * |i + Lk - Lq - j|`` to the scores.
         mask: boolean, broadcastable to ``[B, H, Lq, Lk]``; **True = attend**.
         bias: of any floating type, broadcastable to ``[B, H, Lq, Lk]``, added to the scores; its
             gradient is summed over the broadcast dimensions.
@@ -227,7 +227,8 @@ def flash_attention_varlen(
         cu_seqlens_q: ``[sequences + 1]``, int32 or int64, from 0 to ``Tq``, never decreasing.
         cu_seqlens_k: the same for keys, up to ``Tk``.
         causal, window, scale, softcap, alibi_slopes, sink: as in :func:`flash_attention`, each
-            sequence on its own: causal is aligned to the end of its keys.
+            sequence on its own: causal is aligned to the end of its keys, slopes ``[B, H]`` have a
+            row for each.
         dropout_p, seed: as in :func:`flash_attention`: of sequence ``b`` the weights are dropped
             that are dropped there of entry ``b`` of a batch.
         return_lse: also return ``lse``.

@@ -34,7 +34,8 @@ def sigmoid_attention(
             at the start of training; give the number for the longest length of training where
             lengths vary.
         causal, window, lengths, scale: as in :func:`heed.flash_attention`.
-        alibi_slopes: ``[H]`` of any floating type: ``position = -slope[h] * |i + Lk - Lq - j|``.
+        alibi_slopes: ``[H]`` or ``[B, H]`` of any floating type:
+            ``position = -slope[h] * |i + Lk - Lq - j|``.
 
     Returns:
         ``out [B, H, Lq, Dv]`` of q's type; 0 for a query that sees no key.

@@ -278,3 +278,28 @@ def test_expanded_biases_have_a_gradient_for_every_score(shape):
         gradients += torch.autograd.grad(heed.flash_attention(q, k, v, bias=given).sin().sum(), given)
     assert gradients[0].shape == bias.shape
     torch.testing.assert_close(*gradients, rtol=1e-12, atol=1e-12)
+
+
+def test_slopes_of_each_entry_are_a_bias_of_distances():
+    q, k, v = random_qkv(3, 4, 2, 30, 50, 16, dtype=torch.float64)
+    slopes = random(3, 4, dtype=torch.float64, seed=9).requires_grad_()
+    distance = (torch.arange(30)[:, None] + 20 - torch.arange(50)).abs().double()
+    bias = -slopes[:, :, None, None] * distance
+    out = heed.flash_attention(q, k, v, causal=True, alibi_slopes=slopes)
+    expected = heed.flash_attention(q, k, v, causal=True, bias=bias)
+    torch.testing.assert_close(out, expected, rtol=1e-12, atol=1e-12)
+    weight = random(*out.shape, dtype=torch.float64, seed=10)
+    found, needed = (torch.autograd.grad((x * weight).sum(), slopes)[0] for x in (out, expected))
+    torch.testing.assert_close(found, needed, rtol=1e-9, atol=1e-9)
+    lengths = torch.tensor([50, 50, 50])
+    for entry in (
+        heed.decode_attention(q[:, :, -3:], k, v, lengths, alibi_slopes=slopes.detach()),
+        heed.flash_attention_varlen(
+            q.transpose(1, 2).flatten(0, 1), k.transpose(1, 2).flatten(0, 1),
+            v.transpose(1, 2).flatten(0, 1), torch.arange(4) * 30, torch.arange(4) * 50,
+            causal=True, alibi_slopes=slopes,
+        ).unflatten(0, (3, 30)).transpose(1, 2)[:, :, -3:],
+    ):  # fmt: skip
+        torch.testing.assert_close(entry, out[:, :, -3:], rtol=1e-12, atol=1e-12)
+    with pytest.raises(ValueError, match=r"alibi_slopes.*\[2,4\]"):
+        heed.flash_attention(q, k, v, alibi_slopes=torch.ones(2, 4))

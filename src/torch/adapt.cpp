@@ -137,6 +137,18 @@ std::optional<at::Tensor> held_per_head(const char* op, const char* name,
   return held_input(op, name, given, 1, q.device(), statistics_type(q.scalar_type()));
 }
 
+void check_slopes(const char* op, const std::optional<at::Tensor>& given, c10::Device device) {
+  const bool per_entry = given && given->defined() && given->dim() == 2;
+  check_optional(op, "alibi_slopes", given, per_entry ? 2 : 1, device);
+}
+
+std::optional<at::Tensor> held_slopes(const char* op, const std::optional<at::Tensor>& given,
+                                      const at::Tensor& q) {
+  if (!given || !given->defined()) return std::nullopt;
+  check_slopes(op, given, q.device());
+  return small_input(*given, statistics_type(q.scalar_type()));
+}
+
 at::Tensor gradient_input(const at::Tensor& gradient) {
   return gradient.dim() == 0 || gradient.size(-1) <= 1 || gradient.stride(-1) == 1
              ? gradient
@@ -202,9 +214,6 @@ HeldMasks::HeldMasks(const char* op, bool causal, int64_t window_left, int64_t w
   }
 }
 
-namespace {
-
-// The memory of an Array where it is large: PyTorch's allocator gets fresh pages for many a result.
 at::Tensor empty_result(c10::SymIntArrayRef shape, const at::Tensor& like, at::ScalarType type) {
   const auto sizes = c10::asIntArrayRefSlowOpt(shape);
   const std::optional<DType> dtype = heed_type(type);
@@ -215,8 +224,6 @@ at::Tensor empty_result(c10::SymIntArrayRef shape, const at::Tensor& like, at::S
   }
   return take(Array(*dtype, Dims({sizes->data(), sizes->size()})), like);
 }
-
-}  // namespace
 
 std::pair<at::Tensor, at::Tensor> empty_results(const at::Tensor& q, const at::Tensor& v,
                                                 bool lse) {

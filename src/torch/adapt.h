@@ -66,6 +66,11 @@ std::optional<at::Tensor> held_per_head(const char* op, const char* name,
                                         const std::optional<at::Tensor>& given,
                                         const at::Tensor& q);
 
+/// The same of ALiBi slopes, [H] or [B,H].
+void check_slopes(const char* op, const std::optional<at::Tensor>& given, c10::Device device);
+std::optional<at::Tensor> held_slopes(const char* op, const std::optional<at::Tensor>& given,
+                                      const at::Tensor& q);
+
 /// A gradient as kernels read it: a unit stride in the last dimension.
 at::Tensor gradient_input(const at::Tensor& gradient);
 std::optional<at::Tensor> gradient_input(const std::optional<at::Tensor>& gradient);
@@ -101,6 +106,9 @@ struct HeldMasks {
 
 /// -1 is open; below that is a Python ValueError.
 std::optional<int64_t> window_side(const char* op, const char* side, int64_t value);
+
+/// A result of this type beside inputs like `like`; also for symbolic shapes.
+at::Tensor empty_result(c10::SymIntArrayRef shape, const at::Tensor& like, at::ScalarType type);
 
 /// Results of softmax attention: out [B,H,Lq,Dv], lse [B,H,Lq] or [0]; also for symbolic shapes.
 std::pair<at::Tensor, at::Tensor> empty_results(const at::Tensor& q, const at::Tensor& v,

@@ -27,7 +27,7 @@ Results decode_cpu(const at::Tensor& q, const at::Tensor& k, const at::Tensor& v
                    const MaybeTensor& alibi_slopes) {
   check_decode(q, k, v, lengths);
   const MaybeTensor held[] = {held_per_head(kDecode, "sink", sink, q),
-                              held_per_head(kDecode, "alibi_slopes", alibi_slopes, q)};
+                              held_slopes(kDecode, alibi_slopes, q)};
   const DecodeOptions options{.scale = scale,
                               .window = window_side(kDecode, "window", window),
                               .splits = splits,
@@ -48,7 +48,7 @@ Results decode_meta(const at::Tensor& q, const at::Tensor& k, const at::Tensor& 
                     const at::Tensor& lengths, std::optional<double>, c10::SymInt,
                     const MaybeTensor& sink, int64_t, double, const MaybeTensor& alibi_slopes) {
   check_optional(kDecode, "sink", sink, 1, q.device());
-  check_optional(kDecode, "alibi_slopes", alibi_slopes, 1, q.device());
+  check_slopes(kDecode, alibi_slopes, q.device());
   check_decode(q, k, v, lengths);
   check_qkv_shapes({kDecode, "q", q}, {kDecode, "k_cache", k}, {kDecode, "v_cache", v});
   return empty_results(q, v);

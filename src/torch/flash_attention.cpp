@@ -54,8 +54,8 @@ MaybeTensor score_input(const MaybeTensor& given) {
 struct HeldFlash {
   HeldFlash(const at::Tensor& q, HEED_FLASH_ARGS)
       : masks(kFlash, causal, window_left, window_right, lengths, q.device()),
-        held{held_per_head(kFlash, "alibi_slopes", alibi_slopes, q), score_input(mask),
-             score_input(bias), held_per_head(kFlash, "sink", sink, q),
+        held{held_slopes(kFlash, alibi_slopes, q), score_input(mask), score_input(bias),
+             held_per_head(kFlash, "sink", sink, q),
              held_input(kFlash, "block_mask", block_mask, 3, q.device())} {
     options.masks = masks.masks;
     options.scale = scale;
@@ -121,7 +121,7 @@ Results flash_meta(const at::Tensor& q, const at::Tensor& k, const at::Tensor& v
   check_qkv(args[0], args[1], args[2]);
   check_qkv_shapes(args[0], args[1], args[2]);
   check_optional(kFlash, "lengths", lengths, 1, q.device());
-  check_optional(kFlash, "alibi_slopes", alibi_slopes, 1, q.device());
+  check_slopes(kFlash, alibi_slopes, q.device());
   check_score_inputs(mask, bias, q.device());
   check_optional(kFlash, "sink", sink, 1, q.device());
   check_optional(kFlash, "block_mask", block_mask, 3, q.device());
@@ -138,8 +138,7 @@ Results flash_meta(const at::Tensor& q, const at::Tensor& k, const at::Tensor& v
 
 struct HeldVarlen {
   HeldVarlen(const at::Tensor& q, const at::Tensor& cu_q, const at::Tensor& cu_k, HEED_VARLEN_ARGS)
-      : held{held_per_head(kVarlen, "alibi_slopes", alibi_slopes, q),
-             held_per_head(kVarlen, "sink", sink, q)} {
+      : held{held_slopes(kVarlen, alibi_slopes, q), held_per_head(kVarlen, "sink", sink, q)} {
     check_tensor({kVarlen, "cu_seqlens_q", cu_q}, 1, q.device());
     check_tensor({kVarlen, "cu_seqlens_k", cu_k}, 1, q.device());
     queries = small_input(cu_q);
@@ -209,7 +208,7 @@ Results varlen_meta(const at::Tensor& q, const at::Tensor& k, const at::Tensor& 
   check_packed(q, k, v);
   check_tensor({kVarlen, "cu_seqlens_q", cu_seqlens_q}, 1, q.device());
   check_tensor({kVarlen, "cu_seqlens_k", cu_seqlens_k}, 1, q.device());
-  check_optional(kVarlen, "alibi_slopes", alibi_slopes, 1, q.device());
+  check_slopes(kVarlen, alibi_slopes, q.device());
   check_optional(kVarlen, "sink", sink, 1, q.device());
   const c10::SymInt out[] = {q.sym_size(0), q.sym_size(1), v.sym_size(2)};
   const c10::SymInt lse[] = {q.sym_size(1), q.sym_size(0)};

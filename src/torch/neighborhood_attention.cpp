@@ -85,10 +85,9 @@ struct HeldOptions {
 Results empty_grid_results(const at::Tensor& query, const at::Tensor& value) {
   std::vector<c10::SymInt> shape(query.sym_sizes().begin(), query.sym_sizes().end());
   shape.back() = value.sym_sizes().back();
-  const at::Tensor out = at::empty_symint(shape, query.options());
+  const at::Tensor out = empty_result(shape, query, query.scalar_type());
   shape.pop_back();
-  return {out,
-          at::empty_symint(shape, query.options().dtype(statistics_type(query.scalar_type())))};
+  return {out, empty_statistic(query, shape, true)};
 }
 
 template <int kAxes>

@@ -27,7 +27,7 @@ struct HeldSigmoid {
   HeldSigmoid(const at::Tensor& q, HEED_SIGMOID_ARGS)
       : masks(kSigmoid, causal, window_left, window_right, lengths, q.device()),
         head_bias(held_per_head(kSigmoid, "bias", bias, q)),
-        slopes(held_per_head(kSigmoid, "alibi_slopes", alibi_slopes, q)) {
+        slopes(held_slopes(kSigmoid, alibi_slopes, q)) {
     TORCH_CHECK_VALUE(!(bias_value && head_bias), kSigmoid,
                       ": bias is given both as a number and as a tensor, needed is one of them");
     options.masks = masks.masks;
@@ -80,7 +80,7 @@ at::Tensor sigmoid_meta(const at::Tensor& q, const at::Tensor& k, const at::Tens
   check_qkv_shapes(args[0], args[1], args[2]);
   check_optional(kSigmoid, "bias", bias, 1, q.device());
   check_optional(kSigmoid, "lengths", lengths, 1, q.device());
-  check_optional(kSigmoid, "alibi_slopes", alibi_slopes, 1, q.device());
+  check_slopes(kSigmoid, alibi_slopes, q.device());
   return empty_results(q, v).first;
 }
 // NOLINTEND(performance-unnecessary-value-param)

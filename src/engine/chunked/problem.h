@@ -125,7 +125,6 @@ struct State {
 /// A checked call: q [B,H,Lq,D], k [B,Hkv,Lk,D], v [B,Hkv,Lk,Dv]; query head h reads head h/(H/Hkv).
 template <class T>
 struct Problem {
-  const char* op = "";
   Tensor q, k, v;
   bool causal = true;            // aligned to the end of the keys; queries before all keys give 0
   std::vector<int64_t> lengths;  // keys that exist, per batch entry; empty: all

@@ -136,7 +136,6 @@ struct SequenceGradient {
 
 /// A checked call. All sequences have the same types, numbers of heads and head dims.
 struct Problem {
-  const char* op = "";
   std::vector<Sequence> sequences;
   double scale = 1;
   Policy policy;

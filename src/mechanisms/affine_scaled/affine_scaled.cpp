@@ -30,7 +30,6 @@ Call make_call(const Tensor& q, const Tensor& k, const Tensor& v, const Tensor& 
   Call call{{q, k, v, alpha, alpha_mean, {}, run}, {}};
   call.inputs.plans =
       tiled::TilePlan::from_masks(kOp, options.masks, q.size(0), q.size(2), k.size(2));
-  call.problem.op = kOp;
   call.problem.sequences =
       tiled::batch_sequences(q, k, v, softmax.defined() ? softmax : out, lse, call.inputs.plans);
   call.problem.scale = tiled::resolve_scale(kOp, options.scale, q.size(3));

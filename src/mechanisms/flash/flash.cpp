@@ -39,7 +39,6 @@ std::unique_ptr<Call> make_call(const Tensor& q, const Tensor& k, const Tensor& 
   auto call = std::make_unique<Call>(
       Call{{}, FlashTerms(options, {q.size(0), heads, q.size(2), k.size(2)}, q.dtype(), run)});
   tiled::Problem& problem = call->problem;
-  problem.op = kFlash;
   problem.sequences = tiled::batch_sequences(
       q, k, v, out, lse,
       tiled::TilePlan::from_masks(kFlash, options.masks, q.size(0), q.size(2), k.size(2)));
@@ -103,7 +102,6 @@ void decode_attention(const Tensor& q, const Tensor& k_cache, const Tensor& v_ca
                 "; 0 (chosen) or a positive number is needed");
   }
   tiled::Problem problem;
-  problem.op = kOp;
   problem.sequences =
       tiled::batch_sequences(q, k_cache, v_cache, out, lse,
                              tiled::TilePlan::for_decoding(kOp, lengths, options.window, q.size(0),

@@ -83,7 +83,6 @@ Packed pack(const Tensor& q, const Tensor& k, const Tensor& v, const Tensor& out
 
 tiled::Problem make_problem(const Packed& p, const VarlenOptions& options) {
   tiled::Problem problem;
-  problem.op = kOp;
   const Masks masks{options.causal, options.window, {}};
   for (size_t b = 0; b < p.count(); ++b) {
     tiled::Sequence s;

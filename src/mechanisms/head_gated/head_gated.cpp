@@ -23,10 +23,10 @@ constexpr const char* kOp = "head_gated_attention";
 constexpr int64_t kPartBytes = int64_t{16} << 20;
 
 struct Call {
-  Call(const char* name, const Tensor& q_in, const Tensor& k_in, const Tensor& v_in,
+  Call(const char* op, const Tensor& q_in, const Tensor& k_in, const Tensor& v_in,
        const Tensor& gates_in, const Tensor& out, const HeadGatedOptions& options,
        const RunOptions& run_in)
-      : op(name), q(q_in), k(k_in), v(v_in), run(run_in) {
+      : q(q_in), k(k_in), v(v_in), run(run_in) {
     tiled::check_operands(op, q, k, v, out, {});
     const Dims rows{q.size(0), q.size(1), q.size(2)};
     check_parameter(op, "gates", gates_in, rows, q.dtype());
@@ -41,7 +41,6 @@ struct Call {
   }
   DType wide() const { return wide_type(q.dtype()); }
 
-  const char* op;
   Tensor q, k, v;
   Array gates;  // contiguous float64
   double scale = 1;
@@ -176,7 +175,6 @@ std::vector<int64_t> positions(const AlikeHeads& heads) {
 /// A sequence of one head for each of the part.
 tiled::Problem problem_of(const Call& call, const Part& part, const PartRows& rows) {
   tiled::Problem problem;
-  problem.op = call.op;
   problem.scale = call.scale;
   int64_t first = 0;
   for (const AlikeHeads& heads : part) {

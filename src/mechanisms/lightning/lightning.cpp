@@ -23,7 +23,6 @@ template <class T>
 chunked::Problem<T> make_problem(const Tensor& q, const Tensor& k, const Tensor& v,
                                  const LightningOptions& options) {
   chunked::Problem<T> problem;
-  problem.op = kOp;
   problem.q = q;
   problem.k = k;
   problem.v = v;

@@ -151,7 +151,6 @@ struct Call {
        const RunOptions& run)
       : before(counts(options.initial_state.count, q.size(0))),
         plain(FeatureKind::elu1, chosen_isa(run)) {
-    problem.op = kOp;
     problem.q = q;
     problem.k = k;
     problem.v = v;

@@ -153,19 +153,18 @@ Tensor heads_first(const Tensor& t) {
           {t.stride(0), t.stride(2), t.stride(1), t.stride(3)}};
 }
 
-GridCall::GridCall(const char* name, int axes, const Tensor& query_in, const Tensor& key_in,
+GridCall::GridCall(const char* op, int axes, const Tensor& query_in, const Tensor& key_in,
                    const Tensor& value_in, const Tensor& out_in, const Tensor& lse_in,
                    const NeighborhoodOptions& options)
-    : op(name),
-      rank(axes),
-      grid(checked_grid(name, axes, query_in, key_in, value_in, out_in, lse_in, options)),
+    : rank(axes),
+      grid(checked_grid(op, axes, query_in, key_in, value_in, out_in, lse_in, options)),
       query(six_axes(query_in, axes)),
       key(six_axes(key_in, axes)),
       value(six_axes(value_in, axes)),
       out(out_in.defined() ? six_axes(out_in, axes) : Tensor()),
       lse(six_axes_of_sums(lse_in, axes)),
       rpb(options.rpb),
-      scale(tiled::resolve_scale(name, options.scale, query_in.shape().back())) {
+      scale(tiled::resolve_scale(op, options.scale, query_in.shape().back())) {
   check_additional(op, rank, query_in, key_in, value_in, options.additional_keys,
                    options.additional_values);
   check_rpb(op, rank, rpb, grid, heads());

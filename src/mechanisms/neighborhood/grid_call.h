@@ -27,7 +27,6 @@ struct GridCall {
   int64_t batch() const { return query.size(kBatch); }
   int64_t heads() const { return query.size(kHeads); }
 
-  const char* op;
   int rank;
   tiled::Neighborhood grid;
   Tensor query, key, value, out, lse;         // six axes; the last two undefined if not given

@@ -22,7 +22,6 @@ struct CallRows {
 
 tiled::Problem empty_problem(const GridCall& call) {
   tiled::Problem problem;
-  problem.op = call.op;
   problem.scale = call.scale;
   return problem;
 }

@@ -362,7 +362,6 @@ ModelAttention line_in_model(const Spec& spec, const ModelLayer&) {
                     {x.stride(0), x.stride(1), x.stride(2) * dilation, 1});
     };
     tiled::Problem problem;
-    problem.op = "na1d";
     problem.scale = tiled::resolve_scale("na1d", scale, q.size(3));
     for (int64_t row = 0; row < std::min(rows, dilation); ++row) {
       const int64_t remainder = (past + row) % dilation;

@@ -20,7 +20,6 @@ tiled::Problem make_problem(const Tensor& q, const Tensor& r, const Tensor& k, c
   }
   check_result(kOp, "t_mean", statistics.t_mean, {q.size(0), q.size(1), q.size(2)}, type);
   tiled::Problem problem;
-  problem.op = kOp;
   problem.sequences = tiled::batch_sequences(
       q, k, v, out, statistics.lse,
       tiled::TilePlan::from_masks(kOp, options.masks, q.size(0), q.size(2), k.size(2)));

@@ -58,7 +58,6 @@ Call make_call(const Tensor& q, const Tensor& k, const Tensor& v, const Tensor& 
   const std::vector<tiled::TilePlan> plans = tiled::TilePlan::from_masks(
       kOp, masks, std::max<int64_t>(1, q.size(0)), q.size(2), k.size(2));
   Call call{{}, plans[0]};
-  call.problem.op = kOp;
   call.problem.sequences = tiled::batch_sequences(q, k, v, core, statistic, plans);
   call.problem.scale = tiled::resolve_scale(kOp, options.scale, q.size(3));
   if (options.order) {

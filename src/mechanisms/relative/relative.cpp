@@ -63,7 +63,6 @@ Call make_call(const Tensor& q, const Tensor& k, const Tensor& v, const Tensor& 
              options.causal,
              tiled::resolve_scale(kOp, options.scale, q.size(3))};
   check_tables(call.in);
-  call.problem.op = kOp;
   call.problem.scale = call.in.scale;
   call.problem.query_tile = kQueryTile;
   call.problem.sequences =

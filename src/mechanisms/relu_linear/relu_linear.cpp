@@ -21,7 +21,6 @@ struct Call {
   Call(const Tensor& q, const Tensor& k, const Tensor& v, const Tensor& temperature, double clamp,
        const RunOptions& run)
       : map(FeatureKind::relu, chosen_isa(run)) {
-    problem.op = kOp;
     problem.q = q;
     problem.k = k;
     problem.v = v;

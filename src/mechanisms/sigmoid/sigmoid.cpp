@@ -27,7 +27,6 @@ tiled::Problem make_problem(const Tensor& q, const Tensor& k, const Tensor& v, c
                             const SigmoidOptions& options) {
   tiled::check_operands(kOp, q, k, v, out, {});
   tiled::Problem problem;
-  problem.op = kOp;
   problem.sequences = tiled::batch_sequences(
       q, k, v, out, {},
       tiled::TilePlan::from_masks(kOp, options.masks, q.size(0), q.size(2), k.size(2)));

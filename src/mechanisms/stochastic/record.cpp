@@ -131,7 +131,6 @@ ModelAttention stochastic_in_model(const Spec& spec, const ModelLayer& at) {
     causal.causal = true;
     constexpr const char* kOp = "stochastic_attention";
     tiled::Problem problem;
-    problem.op = kOp;
     problem.sequences = tiled::batch_sequences(
         q, k, v, out, {},
         tiled::TilePlan::from_masks(kOp, causal, q.size(0), q.size(2), k.size(2)));

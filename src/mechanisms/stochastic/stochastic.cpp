@@ -239,7 +239,6 @@ tiled::Problem slot_problem(const Call& call, const SlotRows& rows,
   Masks window;
   window.window = {call.reach, call.reach};
   tiled::Problem problem;
-  problem.op = kOp;
   problem.scale = call.scale;
   tiled::Sequence s;
   s.q = rows.q;

@@ -95,7 +95,6 @@ struct Call {
         list(q.size(3), static_cast<int>(options.order), chunked::kFeatureTile),
         query_map(list, list.coefficients(scale), chosen_isa(run)),
         key_map(list, {}, chosen_isa(run)) {
-    problem.op = kOp;
     problem.q = q;
     problem.k = k;
     problem.v = v;
