@@ -2,7 +2,6 @@
 // A state is a matrix S [features, value dim] with a few row vectors; a chunk is some tens of tokens.
 //
 //   pack_rows        a block of T from rows of any type, with a factor per row
-//   all_finite       what pack_values finds out, for rows that are used as they lie
 //   weigh            W[r,m] = S[r,m] decay[m-r] column[m], exactly 0 outside the ranges
 //   outer            S' = decay(S) + X^T Y                       the update of a state by a chunk
 //   read             O = factor (X S) + added                    what the rows of a chunk read of a state
@@ -50,8 +49,6 @@ template <class T>
 struct ChunkKernels {
   /// Rows times factor (null: 1), padded with zeros to `stride` columns (a multiple of dim_multiple).
   void (*pack_rows)(const Rows& x, const T* factor, Block<T> to) = nullptr;
-  /// Whether no element is infinite or NaN.
-  bool (*all_finite)(const Rows& x) = nullptr;
   /// Weights to `weights`: T, or bfloat16 in pairs of up to 32 columns (weigh_half).
   void (*weigh)(Block<T> s, int64_t rows, int64_t columns, const KeyRange* ranges,
                 const WeightFactors<T>& factors, void* weights, int64_t stride) = nullptr;

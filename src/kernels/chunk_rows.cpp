@@ -31,23 +31,6 @@ void pack_rows(const Rows& x, const T* factor, Block<T> to) {
   });
 }
 
-template <class T>
-bool all_finite(const Rows& x) {
-  const Full<T> d;
-  auto bad = hn::Zero(d);
-  with_element_type<T>(x.dtype, [&](auto from) HWY_ATTR {
-    using From = decltype(from);
-    for (int64_t r = 0; r < x.count; ++r) {
-      const auto* row = static_cast<const From*>(x.data) + r * x.stride;
-      for (int64_t i = 0; i < x.width; i += lanes<T>()) {
-        const auto v = load_elements<T>(row + i, x.width - i);
-        bad = hn::Or(bad, hn::Sub(v, v));  // 0 if finite, else NaN
-      }
-    }
-  });
-  return hn::AllTrue(d, hn::Eq(bad, bad));
-}
-
 // sum of x_i y_i; both are read in whole vectors
 template <class T>
 HWY_INLINE T dot(const T* x, const T* y, int64_t width) {
@@ -254,7 +237,6 @@ void pack_transposed(const Rows& x, const float* factor, uint16_t* to, int64_t s
 template <class T>
 void add_parts(ChunkKernels<T>& table) {
   table.pack_rows = pack_rows<T>;
-  table.all_finite = all_finite<T>;
   table.run_dots = run_dots<T>;
   table.run_add = run_add<T>;
   table.row_dots = row_dots<T>;

@@ -8,24 +8,6 @@ template <class T>
 class Chunks : public testing::Test {};
 TYPED_TEST_SUITE(Chunks, Types);
 
-TYPED_TEST(Chunks, WhatIsNotFiniteIsFound) {
-  using T = TypeParam;
-  for_tables<T>([](const ChunkKernels<T>& k, Isa) {
-    for (int64_t width : {1, 16, 37}) {
-      Matrix<T> x(3, width, width + 5, 1);
-      const Rows rows{x.memory.data(), dtype_of<T>, x.stride, 3, width};
-      for (int64_t r = 0; r < 3; ++r) x.at(r, width) = std::numeric_limits<T>::quiet_NaN();
-      x.at(0, 0) = std::numeric_limits<T>::max();
-      EXPECT_TRUE(k.all_finite(rows));
-      for (T bad : {std::numeric_limits<T>::infinity(), std::numeric_limits<T>::quiet_NaN()}) {
-        Matrix<T> with = x;
-        with.at(2, width - 1) = bad;
-        EXPECT_FALSE(k.all_finite({with.memory.data(), rows.dtype, x.stride, 3, width}));
-      }
-    }
-  });
-}
-
 TYPED_TEST(Chunks, OuterProductsWithEveryDecay) {
   using T = TypeParam;
   for_tables<T>([](const ChunkKernels<T>& k, Isa) {

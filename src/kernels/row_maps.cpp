@@ -267,6 +267,23 @@ void add_bounded(const Rows& x, T bound, Block<T> to) {
   });
 }
 
+template <class T>
+bool all_finite(const Rows& x) {
+  const Full<T> d;
+  auto bad = hn::Zero(d);
+  with_element_type<T>(x.dtype, [&](auto from) HWY_ATTR {
+    using From = decltype(from);
+    for (int64_t r = 0; r < x.count; ++r) {
+      const auto* row = static_cast<const From*>(x.data) + x.offset(r);
+      for (int64_t i = 0; i < x.width; i += lanes<T>()) {
+        const auto v = load_elements<T>(row + i, x.width - i);
+        bad = hn::Or(bad, hn::Sub(v, v));  // 0 if finite, else NaN
+      }
+    }
+  });
+  return hn::AllTrue(d, hn::Eq(bad, bad));
+}
+
 // In units of the larger sum, so that large logarithms lose nothing.
 template <class T>
 void shares(const T* a, const T* b, int64_t n, T* of_a, T* of_b, T* lse) {
@@ -289,7 +306,8 @@ void shares(const T* a, const T* b, int64_t n, T* of_a, T* of_b, T* lse) {
 
 template <class T>
 RowMapKernels<T> table() {
-  return {window_sums<T>, mix<T>, combine<T>, dots<T>, sums<T>, add_bounded<T>, shares<T>};
+  return {window_sums<T>, mix<T>,         combine<T>,    dots<T>,
+          sums<T>,        add_bounded<T>, all_finite<T>, shares<T>};
 }
 
 }  // namespace

@@ -33,6 +33,8 @@ struct RowMapKernels {
   void (*sums)(const Rows& x, double* sums) = nullptr;
   /// to[r] += x[r], where finite numbers beyond `most` count as that; what is not finite is added as it is.
   void (*add_bounded)(const Rows& x, T most, Block<T> to) = nullptr;
+  /// Whether no element is infinite or NaN.
+  bool (*all_finite)(const Rows& x) = nullptr;
   /// Shares of two sums, given by their logarithms, in the sum of both: of_a = e^a / (e^a + e^b), of_b,
   /// and lse = log(e^a + e^b). A side of -inf has the share 0.
   void (*shares)(const T* a, const T* b, int64_t n, T* of_a, T* of_b, T* lse) = nullptr;

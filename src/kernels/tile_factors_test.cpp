@@ -1,7 +1,8 @@
-// Dropout, factors and sums of a tile, on every instruction set.
+// Dropout, factors and sums of a tile, and rows that are finite, on every instruction set.
 #include <gtest/gtest.h>
 
 #include "base/philox.h"
+#include "kernels/row_maps.h"
 #include "kernels/tile_test.h"
 
 namespace heed::kernels {
@@ -13,6 +14,12 @@ bool is_dropped(const Dropout& which, int64_t r, int64_t m) {
       philox(which.seed, {static_cast<uint32_t>(key / 4), static_cast<uint32_t>(which.row + r),
                           which.head, which.batch});
   return words[static_cast<size_t>(key % 4)] < which.limit;
+}
+
+Array filled(DType type, const Dims& shape, double value) {
+  Array wide(DType::f64, shape);
+  std::fill_n(wide.as<double>(), wide.count(), value);
+  return convert(wide, type);
 }
 
 template <class T, class Element>
@@ -130,6 +137,38 @@ void check_sums(const TileKernels<T>& k) {
 
 TEST(TileFactors, SumsAndDistances) {
   for_all_tables([](const auto& k) { check_sums(k); });
+}
+
+template <class T>
+void check_finite_rows(Isa isa) {
+  const auto& k = row_map_kernels<T>(isa);
+  for (DType type : sizeof(T) == 8 ? std::vector<DType>{DType::f64}
+                                   : std::vector<DType>{DType::f32, DType::bf16, DType::f16}) {
+    for (int64_t width : {1, 16, 37}) {
+      const int64_t stride = width + 5, offsets[] = {2 * stride, 0};
+      Array x = filled(type, {3, stride}, kNaN);  // beside the rows anything may lie
+      const auto set = [&](int64_t r, int64_t begin, int64_t end, double value) {
+        copy(filled(type, {end - begin}, value), x.view().select(0, r).slice(0, begin, end));
+      };
+      for (int64_t r = 0; r < 3; ++r) set(r, 0, width, 60000);
+      const Rows rows{x.view().data(), type, stride, 3, width},
+          some{x.view().data(), type, 0, 2, width, offsets};
+      EXPECT_TRUE(k.all_finite(rows)) << name_of(isa) << " " << name_of(type);
+      for (double bad : {double{kInf}, -double{kInf}, double{kNaN}}) {
+        set(1, width - 1, width, bad);
+        EXPECT_FALSE(k.all_finite(rows)) << name_of(isa) << " " << name_of(type);
+        EXPECT_TRUE(k.all_finite(some)) << name_of(isa) << " " << name_of(type);
+        set(1, width - 1, width, 0);
+      }
+    }
+  }
+}
+
+TEST(RowMaps, WhatIsNotFiniteIsFound) {
+  for (Isa isa : available_isas()) {
+    check_finite_rows<float>(isa);
+    check_finite_rows<double>(isa);
+  }
 }
 
 }  // namespace

@@ -9,6 +9,7 @@
 #include "engine/chunked/schedule.h"
 #include "kernels/chunk.h"
 #include "kernels/read_ahead.h"
+#include "kernels/row_maps.h"
 
 namespace heed::chunked {
 
@@ -294,7 +295,8 @@ class ChunkCall {
   /// Rows as keys of a score product.
   void panels(const Rows& x, void* packed) const { products_.pack_keys(x, packed); }
   Right right(const Rows& y, void* packed) const {
-    if (!half_ && lies_packed(y, products_.dim_multiple)) return {y, y.data, rows_.all_finite(y)};
+    if (!half_ && lies_packed(y, products_.dim_multiple))
+      return {y, y.data, kernels::row_map_kernels<T>(path_.isa).all_finite(y)};
     return {y, packed, products_.pack_values(y, packed)};
   }
 

@@ -128,14 +128,14 @@ void Backward<T>::prepare_block(const RowBlock& block) {
 // Which rows have nothing infinite or NaN.
 template <class T>
 void Backward<T>::find_finite(const RowBlock& block, const Rows& x) {
-  char* finite = finite_.data() + row_index(block.sequence, block.head, block.begin);
-  const int64_t bytes = wide_.query_bytes(round_up(x.count, wide_.row_multiple), x.width);
-  Scratch scratch(static_cast<size_t>(bytes) + 64);
-  T* copy = reinterpret_cast<T*>(scratch.take<std::byte>(bytes));
-  wide_.pack_queries(x, false, copy);
-  const int64_t stride = round_up(x.width, wide_.dim_multiple);
+  const auto& maps = kernels::row_map_kernels<T>(path_.isa);
+  if (maps.all_finite(x)) return;
   for (int64_t r = 0; r < x.count; ++r) {
-    if (!all_finite(copy + r * stride, x.width)) finite[r] = 0;
+    const Rows row{static_cast<const std::byte*>(x.data) +
+                       x.offset(r) * static_cast<int64_t>(size_of(x.dtype)),
+                   x.dtype, 0, 1, x.width};
+    if (maps.all_finite(row)) continue;
+    finite_[static_cast<size_t>(row_index(block.sequence, block.head, block.begin + r))] = 0;
   }
 }
 

@@ -4,6 +4,7 @@
 #include <limits>
 
 #include "engine/tiled/forward.h"
+#include "kernels/row_maps.h"
 
 namespace heed::tiled {
 
@@ -38,10 +39,8 @@ void Forward<T>::run_few_rows(const Item& item, const std::vector<QueryTile>& ti
 
 template <class T>
 bool Forward<T>::finite_sums(const Memory& m) const {
-  for (int64_t r = 0; r < streams_ * m.second; ++r) {
-    if (!all_finite(m.out.row(r), value_dim_)) return false;
-  }
-  return true;
+  return kernels::row_map_kernels<T>(path_.isa).all_finite(
+      {m.out.data, dtype_of<T>, m.out.stride, streams_ * m.second, value_dim_});
 }
 
 // `finite`: the values, where some of them are not; each row adds those that it sees by itself.

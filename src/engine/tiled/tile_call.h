@@ -76,17 +76,6 @@ struct FiniteRows {
 };
 FiniteRows finite_rows(const kernels::Rows& rows);
 
-template <class T>
-bool all_finite(const T* x, int64_t n) {
-  T bad[16] = {};  // 0 where finite, else NaN
-  int64_t i = 0;
-  for (; i + 16 <= n; i += 16) {
-    for (int64_t j = 0; j < 16; ++j) bad[j] += 0 * x[i + j];
-  }
-  for (; i < n; ++i) bad[0] += 0 * x[i];
-  return std::all_of(bad, bad + 16, [](T b) { return b == 0; });
-}
-
 /// to[i] += factor * row[i] as it is, without any vector kernel.
 template <class T>
 void add_row(const kernels::Rows& rows, int64_t row, T factor, T* to, int64_t to_stride);
