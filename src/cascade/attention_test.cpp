@@ -183,7 +183,9 @@ TEST(Attention, SigmoidEqualsPlainLoops) {
       Bindings bindings = bind_attention(c);
       const NdArray bias = normal({c.H}, 4), slope = normal({c.H}, 5);
       bindings.tensors["Bias"] = bias;
-      if (alibi) bindings.tensors["Alibi_Slopes"] = slope;
+      bindings.indices["sb"] = [](std::span<const int64_t>) { return 0; };  // one row for all
+      const std::vector<double> none(slope.values.size());
+      bindings.tensors["Alibi_Slopes"] = {{1, c.H}, alibi ? slope.values : none};
       const auto& v = bindings.tensors.at("V").values;
       NdArray expected{{c.B, c.H, c.Lq, c.Dv}, {}};
       for_each_row(

@@ -101,7 +101,8 @@ TEST(Gradient, AllAttentionCascadesAgree) {
 TEST(Gradient, Sigmoid) {
   Bindings bindings = bind_attention({.B = 1, .Lq = 3, .Lk = 4, .D = 2, .Dv = 2, .causal = true});
   bindings.tensors["Bias"] = normal({4}, 8);
-  bindings.tensors["Alibi_Slopes"] = normal({4}, 9);
+  bindings.indices["sb"] = [](std::span<const int64_t>) { return 0; };
+  bindings.tensors["Alibi_Slopes"] = normal({1, 4}, 9);
   expect_gradients(parse_file("src/mechanisms/sigmoid/sigmoid.cascade"), bindings);
 }
 

@@ -212,9 +212,7 @@ ExampleCase random_flash_case(uint64_t seed) {
   const auto some = [&](int64_t extent) { return random.chance(0.5) ? extent : 1; };
   example.definition = "with_options";
   if (random.chance(0.25)) option("softcap=" + std::to_string(random.number(0.5, 3)));
-  if (random.chance(0.25)) {
-    add("alibi_slopes", random.chance(0.5) ? Dims{heads} : Dims{batch, heads}, DType::f32);
-  }
+  if (random.chance(0.25)) add("alibi_slopes", {heads}, DType::f32);
   if (random.chance(0.25)) add("sink", {heads}, DType::f32);
   if (random.chance(0.3)) {
     // One number for all keys has a gradient of 0, of which only rounding would be left to compare.

@@ -278,6 +278,7 @@ void FlashTerms::add_gradient(int lane, const TileAt& at, Block<const double> ds
 }
 
 Array FlashTerms::bias_gradient() {
+  if (sums_.empty()) return Array::zeros(bias_.dtype(), bias_shape_);  // there was nothing to sum
   if (sums_.size() == 1 && sums_[0].dtype() == bias_.dtype()) return std::move(sums_[0]);
   return sums_[0].dtype() == DType::f64 ? sum_of_lanes<double>() : sum_of_lanes<float>();
 }
