@@ -185,17 +185,16 @@ void Backward<T>::weigh(const TileAt& at, const Seen& seen, const Memory& m) con
     return;
   }
   const auto drop_out = [&](const Block& block) {
-    if (!this->drops()) return;
     wide_.multiply(block, at.rows, at.keys, seen.ranges, 1, m.factors);
   };
   if (this->drops()) {
     wide_.dropout_factors(this->dropout(at), at.rows, at.keys, seen.ranges, this->kept(),
                           m.factors);
+    drop_out(m.a);
   }
-  drop_out(m.a);
   wide_.gradients[static_cast<int>(policy.weight)](m.s, m.a, at.rows, at.keys, seen.ranges, shape,
                                                    rows(pivot_), rows(shift_));
-  drop_out(m.s);
+  if (this->drops()) drop_out(m.s);
 }
 
 template <class T>
