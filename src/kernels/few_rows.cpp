@@ -1,5 +1,5 @@
-// The two products for few query rows, straight from unpacked keys and values: memory is the bound, so
-// each key and value row is read once, in order, for all query rows of the group.
+// The products for few query rows, straight from and to unpacked rows of keys: memory is the bound, so
+// each of them is read or written once, in order, for all query rows of the group.
 #include "kernels/simd.h"
 #undef HWY_TARGET_INCLUDE
 #define HWY_TARGET_INCLUDE "kernels/few_rows.cpp"
@@ -11,6 +11,8 @@
 
 #include "kernels/parts.h"
 #include "kernels/prefetch.h"
+#include "kernels/product_loops.h"
+#include "kernels/register_blocks-inl.h"
 #include "kernels/vector-inl.h"
 
 HWY_BEFORE_NAMESPACE();
@@ -313,13 +315,52 @@ void add_rows(Block<const T> weights, int64_t rows, const Rows& v, const T* carr
   });
 }
 
+// out[m][columns] = factor sum over rows of W[r][m] X[r][columns], for MR keys m.
+template <int MR, int NV, class T, class To>
+HWY_NOINLINE void spread_block(const T* w, int64_t w_stride, const T* x, int64_t x_stride,
+                               int64_t rows, T factor, int64_t width, To* out, int64_t out_stride) {
+  const Full<T> d;
+  hn::Vec<Full<T>> acc[MR][NV];
+  for_block<MR, NV>([&](int m, int j) HWY_ATTR { acc[m][j] = hn::Zero(d); });
+  add_product<MR, NV, T>(w, 1, w_stride, x, x_stride, rows, acc);
+  const auto scale = hn::Set(d, factor);
+  for_block<MR, NV>([&](int m, int j) HWY_ATTR {
+    const int64_t f = j * lanes<T>();
+    if (f < width) {
+      store_elements<T>(hn::Mul(scale, acc[m][j]), out + m * out_stride + f, width - f);
+    }
+  });
+}
+
+template <class T>
+void spread_rows(Block<const T> weights, Block<const T> x, int64_t rows, T factor,
+                 const WrittenRows& out) {
+  with_element_type<T>(out.dtype, [&](auto element) {
+    using To = decltype(element);
+    auto* data = static_cast<To*>(out.data);
+    const int64_t vectors = (out.width + lanes<T>() - 1) / lanes<T>();
+    for_even_shares(vectors, kPanelVectors, [&](int64_t vector, int64_t count) {
+      const int64_t column = vector * lanes<T>();
+      with_vectors(count, [&](auto nv) {
+        for_row_blocks<nv>(out.count, [&](int64_t m, auto height) {
+          spread_block<height, nv, T, To>(weights.data + m, weights.stride, x.data + column,
+                                          x.stride, rows, factor, out.width - column,
+                                          data + m * out.stride + column, out.stride);
+        });
+      });
+    });
+  });
+}
+
 }  // namespace
 
 void add_few_row_parts(TileKernels<float>& f, TileKernels<double>& d) {
   f.dot_rows = dot_rows<float>;
   f.add_rows = add_rows<float>;
+  f.spread_rows = spread_rows<float>;
   d.dot_rows = dot_rows<double>;
   d.add_rows = add_rows<double>;
+  d.spread_rows = spread_rows<double>;
 }
 
 }  // namespace heed::kernels::HWY_NAMESPACE

@@ -6,13 +6,14 @@
 //   weights      P[r,m]  = softmax or sigmoid of the shaped score, with running row statistics
 //   accumulate   O[r,f]  = carry[r] O[r,f] + sum_m P[r,m] V[m,f]
 //   finish       out[r]  = factor[r] O[r], converted
-//   dot_rows, add_rows                     the two products for few rows, straight from unpacked memory
+//   dot_rows, add_rows                     `scores` and `accumulate` for few rows, straight from unpacked memory
 //
 // Backward, from the scores S and dP[r,m] = sum_f dO[r,f] V[m,f] (both by `scores`) of a tile:
 //   gradients           S becomes the weights W, dP becomes dS, the gradient of the shaped score
 //   accumulate_columns  C[f,m] += sum_r X[r,f] W[r,m]   (dV^T from dO and W, dK^T from Q and dS)
 //   accumulate          dQ[r,e] += sum_m dS[r,m] K[m,e], with keys packed by pack_values
 //   finish_columns      out[m,f] = factor C[f,m], converted
+//   spread_rows         out[m,f] = factor sum_r W[r,m] X[r,f], converted: both in one where all rows are there
 //
 // T is float (float32, bfloat16 and float16 calls) or double (float64 calls).
 #pragma once
@@ -37,6 +38,15 @@ struct Rows {
   const int64_t* offsets = nullptr;  // of each row; null: evenly spaced. Kernels of few rows and
                                      // of chunks do not take them
   int64_t offset(int64_t r) const { return offsets == nullptr ? r * stride : offsets[r]; }
+};
+
+/// Rows of a tensor that are written, evenly spaced.
+struct WrittenRows {
+  void* data = nullptr;
+  DType dtype = DType::f32;
+  int64_t stride = 0;
+  int64_t count = 0;
+  int64_t width = 0;
 };
 
 /// The offset of a row that does not exist, in memory that is written.
@@ -236,6 +246,9 @@ struct TileKernels {
   void (*dot_rows)(Block<const T> queries, int64_t rows, const Rows& k, Block<T> s) = nullptr;
   void (*add_rows)(Block<const T> weights, int64_t rows, const Rows& v, const T* carry,
                    Block<T> o) = nullptr;
+  /// out[m] = factor sum over rows of weights[r][m] x[r], converted. Rows of x are padded to dim_multiple.
+  void (*spread_rows)(Block<const T> weights, Block<const T> x, int64_t rows, T factor,
+                      const WrittenRows& out) = nullptr;
 };
 
 /// Body with the unit for the products of `kernels` ready.

@@ -75,6 +75,57 @@ TEST(FewRows, EveryIsa) {
   }
 }
 
+template <class T>
+void check_spread(const TileKernels<T>& k, int64_t rows, int64_t keys, int64_t width, DType type) {
+  const int64_t padded = round_up(width, k.dim_multiple), stride = width + 3;
+  const Matrix w(dtype_of<T>, rows, keys, keys + 5, 1);
+  Array x = Array::zeros(dtype_of<T>, {std::max<int64_t>(rows, 1), padded});
+  const Matrix some(dtype_of<T>, rows, width, padded, 2);
+  copy(some.storage.view().slice(1, 0, width), x.view().slice(1, 0, width));
+  Array out(type, {keys, stride});
+  copy(Matrix(type, keys, stride, stride, 3).storage, out);
+  Array want = convert(out, DType::f64), magnitudes = Array::zeros(DType::f64, out.shape());
+  for (int64_t m = 0; m < keys; ++m) {
+    for (int64_t f = 0; f < width; ++f) {
+      double sum = 0;
+      for (int64_t r = 0; r < rows; ++r) {
+        sum += w.at(r, m) * some.at(r, f);
+        magnitudes.as<double>()[m * stride + f] += std::abs(w.at(r, m) * some.at(r, f));
+      }
+      want.as<double>()[m * stride + f] = -0.5 * sum;
+    }
+  }
+  k.spread_rows({w.storage.as<T>(), keys + 5}, {x.as<T>(), padded}, rows, T(-0.5),
+                {out.view().data(), type, stride, keys, width});
+  const Array got = convert(out, DType::f64);
+  const double half_unit = type == DType::bf16 ? 0x1p-8 : type == DType::f16 ? 0x1p-11 : 0;
+  for (int64_t i = 0; i < got.count(); ++i) {
+    const double exact = want.as<double>()[i], size = magnitudes.as<double>()[i];
+    ASSERT_NEAR(got.as<double>()[i], exact,
+                (sizeof(T) == 8 ? 1e-14 : 1e-6) * size + half_unit * std::abs(exact) * 1.01)
+        << k.name << " " << name_of(type) << " rows " << rows << " keys " << keys << " width "
+        << width << " at " << i;
+  }
+}
+
+template <class T>
+void check_all_spreads(const TileKernels<T>& k) {
+  for (int64_t rows : {0, 1, 2, 7, 16, 49}) {
+    for (int64_t keys : {1, 3, 6, 23, 64}) {
+      for (int64_t width : {1, 3, 16, 33, 64, 80, 128, 200, 256}) {
+        for (DType type : input_types(k)) check_spread<T>(k, rows, keys, width, type);
+      }
+    }
+  }
+}
+
+TEST(FewRows, SpreadOverKeys) {
+  for (Isa isa : available_isas()) {
+    check_all_spreads(tile_kernels<float>(isa));
+    check_all_spreads(tile_kernels<double>(isa));
+  }
+}
+
 // On a tile unit weights are two bfloat16 numbers: what is left out is 2^-17 of them.
 TEST(FewRows, TileUnit) {
   std::vector<TileKernels<float>> units;

@@ -35,7 +35,10 @@ Backward<T>::Backward(const Problem& problem, const std::vector<SequenceGradient
       gradients_(gradients),
       terms_(terms),
       padded_dim_(round_up(head_dim_, std::max(products_.dim_multiple, wide_.dim_multiple))),
-      tile_rows_(round_up(path_.query_tile, products_.row_multiple)),
+      padded_values_(round_up(value_dim_, wide_.dim_multiple)),
+      tile_rows_(path_.few_rows ? path_.query_tile
+                                : round_up(path_.query_tile, products_.row_multiple)),
+      block_rows_(path_.few_rows ? group_ * tile_rows_ : tile_rows_),
       tile_keys_(path_.key_tile) {}
 
 template <class T>
@@ -253,13 +256,19 @@ void Backward<T>::run_unit(int lane, int64_t index) {
   const Unit& unit = units_[static_cast<size_t>(index)];
   RowGradients rows = make_row_gradients(unit);
   Scratch scratch(scratch_bytes());
-  const Memory m = cut(scratch);
+  Memory m = cut(scratch);
+  m.one_tile = in_one_tile(unit);
   double* sums = sums_.data() + index * group_ * 2;
   const int64_t keys = sequence(unit.sequence).plan.keys();
+  if (path_.few_rows) pack_few_rows(unit, m);
   for (int64_t tile = 0; tile < key_tiles(unit.sequence); ++tile) {
     if (!unit.owns(tile)) continue;
-    const int64_t key = tile * tile_keys_;
-    run_key_tile(lane, unit, {key, std::min(key + tile_keys_, keys)}, rows, sums, m);
+    const Interval at{tile * tile_keys_, std::min((tile + 1) * tile_keys_, keys)};
+    if (path_.few_rows) {
+      run_few_rows(lane, unit, at, rows, sums, m);
+    } else {
+      run_key_tile(lane, unit, at, rows, sums, m);
+    }
   }
   if (unit.parts == 1) {
     finish_rows(unit.sequence, unit.kv_head, {&rows});

@@ -1,5 +1,5 @@
-// The backward pass as a class, in two files: backward.cpp (work units and what surrounds them) and
-// backward_tile.cpp (one tile).
+// The backward pass as a class, in three files: backward.cpp (work units and what surrounds them),
+// backward_tile.cpp (one tile) and backward_few_rows.cpp (few query rows against many keys).
 #pragma once
 #include <vector>
 
@@ -57,6 +57,7 @@ class Backward : private TileCall<T> {
     void *rounded, *paired;  // bfloat16, with half operands
     Block dk, dv;            // transposed: [head dim, keys]
     KeyRange* ranges;
+    bool one_tile;  // holds all rows that see any key, and one product writes the gradients of keys
   };
 
   /// Accumulated gradients of the query rows of a group, one slot of tile_rows_ rows per query tile.
@@ -102,6 +103,11 @@ class Backward : private TileCall<T> {
   Memory cut(Scratch& scratch) const;
   void run_key_tile(int lane, const Unit& unit, Interval keys, const RowGradients& rows,
                     double* sums, const Memory& m) const;
+  bool in_one_tile(const Unit& unit) const;
+  static kernels::WrittenRows written_rows(const HeadRows& to, int64_t kv_head, Interval keys) {
+    return {to.origin(kv_head, keys.begin), to.dtype(), to.stride(1), keys.end - keys.begin,
+            to.size(2)};
+  }
   void pack_keys(const Sequence& s, int64_t kv_head, Interval keys, const Memory& m) const;
   void run_tile(int lane, const TileAt& at, const Seen& seen, Block dq, Block dr, double* sums,
                 const Memory& m) const;
@@ -110,6 +116,10 @@ class Backward : private TileCall<T> {
     const void *q = nullptr, *r = nullptr, *dout = nullptr;
   };
   Columns pack_rows(const TileAt& at, bool finite, const Memory& m) const;
+  bool finite_rows_of(const TileAt& at) const;
+  /// From raw scores and dP of a tile to its weights and dS, which the terms and the sums per head get.
+  void differentiate(int lane, const TileAt& at, const Seen& seen, Block dq, double* sums,
+                     const Memory& m) const;
   void weigh(const TileAt& at, const Seen& seen, const Memory& m) const;
   void add_products(const TileAt& at, const Seen& seen, const Columns& columns, bool finite,
                     Block dq, Block dr, const Memory& m) const;
@@ -118,9 +128,23 @@ class Backward : private TileCall<T> {
                    const Memory& m) const;
   void add_rows(const TileAt& at, const Seen& seen, Block weights, Block to, const Memory& m) const;
 
+  // backward_few_rows.cpp
+  /// The query head of a group against `keys`.
+  TileAt few_rows_at(const Unit& unit, int64_t g, Interval keys) const;
+  bool finite_few_rows(const Unit& unit) const;
+  void pack_few_rows(const Unit& unit, const Memory& m) const;
+  void run_few_rows(int lane, const Unit& unit, Interval keys, const RowGradients& rows,
+                    double* sums, const Memory& m) const;
+  /// Adds infinite and NaN elements of query rows to the keys that they see.
+  void add_infinite(const Unit& unit, const HeadRows& from, Block weights, T factor,
+                    const kernels::WrittenRows& to) const;
+
   const std::vector<SequenceGradient>& gradients_;
   ScoreTerms* terms_;
-  const int64_t padded_dim_, tile_rows_, tile_keys_;
+  const int64_t padded_dim_, padded_values_;
+  const int64_t tile_rows_;   // of a query tile, with padding
+  const int64_t block_rows_;  // of scratch blocks: few rows of a group share one
+  const int64_t tile_keys_;
   std::vector<int64_t> row_base_;
   // Per query row of all sequences and heads. pivot in units of log2.
   Array pivot_, shift_, t_mean_, dot_out_, dot_mean_;

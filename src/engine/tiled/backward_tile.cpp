@@ -14,15 +14,15 @@ size_t Backward<T>::scratch_bytes() const {
   const int64_t stride = this->block_stride(), streams = second_ ? 2 : 1;
   int64_t bytes = 2 * products_.key_bytes(tile_keys_, std::max(head_dim_, value_dim_)) +
                   products_.value_bytes(tile_keys_, head_dim_);
-  bytes += streams * (products_.query_bytes(tile_rows_, head_dim_) +
-                      products_.column_bytes(tile_rows_, head_dim_)) +
-           products_.query_bytes(tile_rows_, value_dim_) +
-           products_.column_bytes(tile_rows_, value_dim_);
-  bytes += 7 * tile_rows_ * stride * element;
+  bytes += streams * (products_.query_bytes(block_rows_, head_dim_) +
+                      products_.column_bytes(block_rows_, head_dim_)) +
+           products_.query_bytes(block_rows_, value_dim_) +
+           products_.column_bytes(block_rows_, value_dim_);
+  bytes += 7 * block_rows_ * stride * element;
   bytes += (round_up(head_dim_, products_.column_multiple) +
             round_up(value_dim_, products_.column_multiple)) *
            stride * element;
-  bytes += tile_rows_ * static_cast<int64_t>(sizeof(KeyRange));
+  bytes += block_rows_ * static_cast<int64_t>(sizeof(KeyRange));
   return static_cast<size_t>(bytes) + 24 * 64;
 }
 
@@ -35,33 +35,41 @@ typename Backward<T>::Memory Backward<T>::cut(Scratch& scratch) const {
   m.keys = bytes(products_.key_bytes(tile_keys_, head_dim_));
   m.key_values = bytes(products_.value_bytes(tile_keys_, head_dim_));
   m.values = bytes(products_.key_bytes(tile_keys_, value_dim_));
-  m.q = bytes(products_.query_bytes(tile_rows_, head_dim_));
-  m.dout = bytes(products_.query_bytes(tile_rows_, value_dim_));
-  m.q_columns = bytes(products_.column_bytes(tile_rows_, head_dim_));
-  m.dout_columns = bytes(products_.column_bytes(tile_rows_, value_dim_));
-  m.s = block(tile_rows_);
-  m.a = block(tile_rows_);
+  m.q = bytes(products_.query_bytes(block_rows_, head_dim_));
+  m.dout = bytes(products_.query_bytes(block_rows_, value_dim_));
+  m.q_columns = bytes(products_.column_bytes(block_rows_, head_dim_));
+  m.dout_columns = bytes(products_.column_bytes(block_rows_, value_dim_));
+  m.s = block(block_rows_);
+  m.a = block(block_rows_);
   if (second_) {
-    m.r = bytes(products_.query_bytes(tile_rows_, head_dim_));
-    m.r_columns = bytes(products_.column_bytes(tile_rows_, head_dim_));
-    m.t = block(tile_rows_);
+    m.r = bytes(products_.query_bytes(block_rows_, head_dim_));
+    m.r_columns = bytes(products_.column_bytes(block_rows_, head_dim_));
+    m.t = block(block_rows_);
   }
-  if (problem_.policy.softcap > 0 || problem_.policy.most) m.slope = block(tile_rows_);
-  if (this->drops()) m.factors = block(tile_rows_);
+  if (problem_.policy.softcap > 0 || problem_.policy.most) m.slope = block(block_rows_);
+  if (this->drops()) m.factors = block(block_rows_);
   if (path_.half_operands) {
-    m.rounded = scratch.take<uint16_t>(tile_rows_ * stride);
-    m.paired = scratch.take<uint16_t>(tile_rows_ * stride);
+    m.rounded = scratch.take<uint16_t>(block_rows_ * stride);
+    m.paired = scratch.take<uint16_t>(block_rows_ * stride);
   }
   m.dk = block(round_up(head_dim_, products_.column_multiple));
   m.dv = block(round_up(value_dim_, products_.column_multiple));
-  m.ranges = scratch.take<KeyRange>(tile_rows_);
+  m.ranges = scratch.take<KeyRange>(block_rows_);
   // Padding rows stay finite.
-  std::memset(m.q, 0, static_cast<size_t>(products_.query_bytes(tile_rows_, head_dim_)));
-  std::memset(m.dout, 0, static_cast<size_t>(products_.query_bytes(tile_rows_, value_dim_)));
+  std::memset(m.q, 0, static_cast<size_t>(products_.query_bytes(block_rows_, head_dim_)));
+  std::memset(m.dout, 0, static_cast<size_t>(products_.query_bytes(block_rows_, value_dim_)));
   if (second_) {
-    std::memset(m.r, 0, static_cast<size_t>(products_.query_bytes(tile_rows_, head_dim_)));
+    std::memset(m.r, 0, static_cast<size_t>(products_.query_bytes(block_rows_, head_dim_)));
   }
   return m;
+}
+
+template <class T>
+bool Backward<T>::in_one_tile(const Unit& unit) const {
+  const SequenceGradient& to = gradient(unit.sequence);
+  if (path_.half_operands || second_ || group_ * query_tiles(unit.sequence) != 1) return false;
+  if (to.k.offsets != nullptr || to.v.offsets != nullptr) return false;
+  return finite_rows_of({unit.sequence, unit.kv_head, 0, sequence(unit.sequence).plan.queries()});
 }
 
 template <class T>
@@ -88,8 +96,10 @@ void Backward<T>::run_key_tile(int lane, const Unit& unit, Interval keys, const 
       std::fill_n(block.row(f), columns, T{0});
     }
   };
-  clear(m.dk, head_dim_);
-  clear(m.dv, value_dim_);
+  if (!m.one_tile) {
+    clear(m.dk, head_dim_);
+    clear(m.dv, value_dim_);
+  }
   bool packed = false;
   for (int64_t i = 0; i < group_ * tiles; ++i) {
     const int64_t begin = i % tiles * path_.query_tile;
@@ -105,6 +115,17 @@ void Backward<T>::run_key_tile(int lane, const Unit& unit, Interval keys, const 
     };
     run_tile(lane, at, seen, row_block(rows.q), second_ ? row_block(rows.r) : Block{},
              sums + i / tiles * 2, m);
+  }
+  if (m.one_tile) {
+    const int64_t seen_rows = packed ? s.plan.queries() : 0;
+    const auto spread = [&](Block weights, const void* x, int64_t stride, double scale,
+                            const HeadRows& to_rows) {
+      wide_.spread_rows(weights, {static_cast<const T*>(x), stride}, seen_rows,
+                        static_cast<T>(scale), written_rows(to_rows, unit.kv_head, keys));
+    };
+    spread(m.a, m.q, padded_dim_, std::abs(scale_), to.k);
+    spread(m.s, m.dout, padded_values_, 1, to.v);
+    return;
   }
   const double factor = second_ ? 1 : std::abs(scale_);
   const auto finish = [&](const Block& columns, int64_t width, double scale,
@@ -144,22 +165,30 @@ typename Backward<T>::Columns Backward<T>::pack_rows(const TileAt& at, bool fini
 template <class T>
 void Backward<T>::run_tile(int lane, const TileAt& at, const Seen& seen, Block dq, Block dr,
                            double* sums, const Memory& m) const {
-  const Sequence& s = sequence(at.sequence);
-  bool finite = true;
-  if (seen.partial()) {
-    const char* flags = finite_.data() + row_index(at.sequence, at.head, at.row);
-    finite = std::all_of(flags, flags + at.rows, [](char f) { return f != 0; });
-  }
+  const bool finite = !seen.partial() || finite_rows_of(at);
   const Columns columns = pack_rows(at, finite, m);
   products_.scores(m.q, at.rows, m.keys, at.keys, head_dim_, seen.ranges, m.s, nullptr);
   products_.scores(m.dout, at.rows, m.values, at.keys, value_dim_, seen.ranges, m.a, nullptr);
   if (second_) {
     products_.scores(m.r, at.rows, m.keys, at.keys, head_dim_, seen.ranges, m.t, nullptr);
   }
+  differentiate(lane, at, seen, dq, sums, m);
+  add_products(at, seen, columns, finite, dq, dr, m);
+}
+
+template <class T>
+bool Backward<T>::finite_rows_of(const TileAt& at) const {
+  const char* flags = finite_.data() + row_index(at.sequence, at.head, at.row);
+  return std::all_of(flags, flags + at.rows, [](char f) { return f != 0; });
+}
+
+template <class T>
+void Backward<T>::differentiate(int lane, const TileAt& at, const Seen& seen, Block dq,
+                                double* sums, const Memory& m) const {
   weigh(at, seen, m);
   if (problem_.head_gradients) {
-    wide_.sum_tile(m.a, at.rows, at.keys, seen.ranges, s.plan.position(at.row) - at.key, sums[0],
-                   sums[1]);
+    wide_.sum_tile(m.a, at.rows, at.keys, seen.ranges,
+                   sequence(at.sequence).plan.position(at.row) - at.key, sums[0], sums[1]);
   }
   if (terms_ != nullptr && terms_->has_gradient()) {
     terms_->add_gradient(lane, at, m.a, dq);
@@ -168,7 +197,6 @@ void Backward<T>::run_tile(int lane, const TileAt& at, const Seen& seen, Block d
     const T scale = static_cast<T>(second_ ? std::abs(scale_) : 1);
     wide_.multiply(m.a, at.rows, at.keys, seen.ranges, scale, m.slope);
   }
-  add_products(at, seen, columns, finite, dq, dr, m);
 }
 
 // S becomes the weights with dropout, A becomes dS, T becomes dT.
@@ -204,10 +232,11 @@ void Backward<T>::add_products(const TileAt& at, const Seen& seen, const Columns
   const auto rows = [&](const HeadRows& t) {
     return rows_of(t, at.head, at.row, at.row + at.rows);
   };
+  add_rows(at, seen, m.a, dq, m);
+  if (m.one_tile) return;
   add_columns(at, seen, m.s, columns.dout, rows(gradient(at.sequence).out), value_dim_, finite,
               false, m.dv, m);
   add_columns(at, seen, m.a, columns.q, rows(s.q), head_dim_, finite, scale_ < 0, m.dk, m);
-  add_rows(at, seen, m.a, dq, m);
   if (second_) {
     add_columns(at, seen, m.t, columns.r, rows(s.r), head_dim_, finite, false, m.dk, m);
     add_rows(at, seen, m.t, dr, m);

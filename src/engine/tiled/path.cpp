@@ -19,7 +19,7 @@ constexpr int64_t kMostSight = 640, kMostSightOfTileUnit = 384;
 constexpr int64_t kFewQueries = 128;
 
 bool few_rows(const CallKind& call) {
-  return !call.backward && !call.scattered && call.rows_per_key_head <= kFewRows;
+  return !call.scattered && !(call.backward && call.second) && call.rows_per_key_head <= kFewRows;
 }
 
 // Keys of a part: long enough to stream, and for sums over a part to be small beside it; short enough
@@ -27,9 +27,10 @@ bool few_rows(const CallKind& call) {
 // results.
 int64_t part_keys(const CallKind& call, const Problem& problem, int64_t queries,
                   int64_t most_keys) {
+  if (call.backward) return 0;
   const int64_t keys = std::max<int64_t>(1024, 8 * call.rows_per_key_head);
   if (few_rows(call) || problem.splits) return keys;
-  const bool cut = !call.backward && !call.scattered && queries <= kFewQueries;
+  const bool cut = !call.scattered && queries <= kFewQueries;
   return cut && most_keys >= 2 * keys ? keys : 0;
 }
 
@@ -117,6 +118,13 @@ int64_t key_heads(const Problem& problem) {
   return std::max<int64_t>(1, static_cast<int64_t>(problem.sequences.size()) * heads);
 }
 
+// Few tiles of rows get even shares of them: a last one of a row or two costs nearly as much as a whole one.
+int64_t even_query_tile(int64_t query_tile, int64_t queries) {
+  constexpr int64_t kFewTiles = 8, kBlock = 6;
+  const int64_t tiles = std::max<int64_t>(1, (2 * queries + query_tile) / (2 * query_tile));
+  return tiles > kFewTiles ? query_tile : round_up(ceil_div(queries, tiles), kBlock);
+}
+
 // A backward deals key tiles out to threads: where there are too few, smaller ones.
 int64_t tile_for_threads(int64_t key_tile, int64_t keys, int64_t heads, const RunOptions& run) {
   const int64_t threads = run.threads.value_or(default_threads());
@@ -148,7 +156,7 @@ bool has_few_rows(const Sequence& s) {
 Path choose_path(const Problem& problem, const RunOptions& run, bool backward) {
   const Sequence& sequence = longest(problem);
   const CallKind call{rows_per_key_head(sequence), sequence.q.dtype(), backward,
-                      sequence.q.offsets != nullptr};
+                      sequence.q.offsets != nullptr, sequence.r.defined()};
   const Candidate chosen = choose_candidate(call.dtype, no_half_operands(call), run);
   const int64_t queries = std::max<int64_t>(1, sequence.plan.queries()), keys = most_keys(problem);
   Path path;
@@ -159,7 +167,7 @@ Path choose_path(const Problem& problem, const RunOptions& run, bool backward) {
   path.fused = path.half_operands && !backward && attends(problem);
   path.part_keys = part_keys(call, problem, queries, keys);
   TileSizes sizes = tile_sizes(path, backward, sequence, element);
-  if (path.few_rows && path.isa == Isa::amx && !problem.splits) {
+  if (path.few_rows && path.isa == Isa::amx && !backward && !problem.splits) {
     // Products of few rows on a tile unit are short beside what is done once a tile. A window would see
     // little of a long one.
     const Interval seen = sequence.plan.rows(0, sequence.plan.queries());
@@ -172,9 +180,10 @@ Path choose_path(const Problem& problem, const RunOptions& run, bool backward) {
   if (backward && problem.key_tile == 0) {
     path.key_tile = tile_for_threads(path.key_tile, keys, key_heads(problem), run);
   }
-  path.query_tile = path.few_rows            ? call.rows_per_key_head
+  path.query_tile = path.few_rows            ? (backward ? queries : call.rows_per_key_head)
                     : problem.query_tile > 0 ? problem.query_tile
-                                             : std::min(sizes.query_tile, round_up(queries, 8));
+                    : path.isa == Isa::amx   ? std::min(sizes.query_tile, round_up(queries, 8))
+                                             : even_query_tile(sizes.query_tile, queries);
   if (!backward && !path.few_rows && path.part_keys == 0 && problem.key_tile == 0) {
     const int64_t most = path.isa == Isa::amx ? kMostSightOfTileUnit : kMostSight;
     const int64_t sight = longest_sight(problem, path.query_tile, most);

@@ -14,6 +14,7 @@ struct CallKind {
   DType dtype = DType::f32;
   bool backward = false;
   bool scattered = false;  // rows lie at offsets of their own
+  bool second = false;     // there is a second stream
 };
 
 /// Where key tiles that slide along begin: whole panels of every instruction set.
@@ -30,7 +31,7 @@ struct Path {
   int64_t group_rows = 0;  // query rows of a head that share one packed key tile
   int64_t part_keys = 0;   // where a call is cut along the keys: keys of a part; 0: along its rows
 };
-/// Whether so few query rows share the keys of a sequence that reading these is the bound of a forward.
+/// Whether so few query rows share the keys of a sequence that reading these is the bound.
 bool has_few_rows(const Sequence& s);
 Path choose_path(const Problem& problem, const RunOptions& run, bool backward);
 
