@@ -19,7 +19,10 @@ constexpr int64_t kMostSight = 640, kMostSightOfTileUnit = 384;
 constexpr int64_t kFewQueries = 128;
 
 bool few_rows(const CallKind& call) {
-  return !call.scattered && !(call.backward && call.second) && call.rows_per_key_head <= kFewRows;
+  if (call.scattered || (call.backward && call.second)) return false;
+  // A backward also writes what it reads of the keys, and its products are not bfloat16's.
+  const bool longer = call.backward && call.dtype != DType::bf16;
+  return call.rows_per_key_head <= (longer ? 2 * kFewRows : kFewRows);
 }
 
 // Keys of a part: long enough to stream, and for sums over a part to be small beside it; short enough
