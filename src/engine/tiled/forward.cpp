@@ -462,12 +462,13 @@ void forward(const Problem& problem, const RunOptions& run) {
   if (std::all_of(all.begin(), all.end(), nothing)) return;
   // One call may read a prompt and continue other sequences by a token each: few rows go their own way. Terms
   // know sequences by their place.
-  const bool alike = std::all_of(all.begin(), all.end(), has_few_rows) ||
-                     std::none_of(all.begin(), all.end(), has_few_rows);
+  const auto has_few = [&](const Sequence& s) { return has_few_rows(s, run); };
+  const bool alike =
+      std::all_of(all.begin(), all.end(), has_few) || std::none_of(all.begin(), all.end(), has_few);
   if (alike || problem.terms != nullptr) return forward_alike(problem, run);
   Problem few = problem, many = problem;
-  std::erase_if(few.sequences, [](const Sequence& s) { return !has_few_rows(s); });
-  std::erase_if(many.sequences, has_few_rows);
+  std::erase_if(few.sequences, [&](const Sequence& s) { return !has_few(s); });
+  std::erase_if(many.sequences, has_few);
   forward_alike(many, run);
   forward_alike(few, run);
 }

@@ -8,9 +8,6 @@ namespace heed::tiled {
 
 namespace {
 
-// Up to this many query rows per key head, reading keys and values once matters more than products.
-constexpr int64_t kFewRows = 16;
-
 // Up to this many keys a query tile meets all that it sees at once: the score block of its rows stays in
 // the second-level cache beside the keys. The tile unit's is larger, and made faster than it is read.
 constexpr int64_t kMostSight = 640, kMostSightOfTileUnit = 384;
@@ -18,21 +15,35 @@ constexpr int64_t kMostSight = 640, kMostSightOfTileUnit = 384;
 // Up to this many queries there are too few tiles of rows to keep many cores busy.
 constexpr int64_t kFewQueries = 128;
 
-bool few_rows(const CallKind& call) {
-  if (call.scattered || (call.backward && call.second)) return false;
-  // A backward also writes what it reads of the keys, and its products are not bfloat16's.
-  const bool longer = call.backward && call.dtype != DType::bf16;
-  return call.rows_per_key_head <= (longer ? 2 * kFewRows : kFewRows);
+bool may_have_few_rows(const CallKind& call) {
+  return !call.scattered && !(call.backward && call.second);
+}
+
+// Up to how many query rows per key head reading keys and values once, unpacked, is faster than packing
+// them. Packed bfloat16 products are twice as fast, a tile unit's need no packing for few rows; a backward
+// also writes as much as it reads.
+int64_t most_few_rows(const CallKind& call, const RunOptions& run) {
+  if (!may_have_few_rows(call)) return 0;
+  if (call.dtype == DType::bf16) {
+    const Candidate best = choose_candidate(call.dtype, "", run);
+    if (best.half_operands) return best.isa == Isa::amx || call.backward ? 16 : 12;
+  }
+  if (call.second) return 16;
+  return call.backward ? 32 : 24;
+}
+
+bool few_rows(const CallKind& call, const RunOptions& run) {
+  return call.rows_per_key_head <= most_few_rows(call, run);
 }
 
 // Keys of a part: long enough to stream, and for sums over a part to be small beside it; short enough
 // that a cache of a few thousand tokens keeps all cores busy. It depends on nothing else, so neither do
 // results.
-int64_t part_keys(const CallKind& call, const Problem& problem, int64_t queries,
+int64_t part_keys(const CallKind& call, const Problem& problem, bool few_rows, int64_t queries,
                   int64_t most_keys) {
   if (call.backward) return 0;
   const int64_t keys = std::max<int64_t>(1024, 8 * call.rows_per_key_head);
-  if (few_rows(call) || problem.splits) return keys;
+  if (few_rows || problem.splits) return keys;
   const bool cut = !call.scattered && queries <= kFewQueries;
   return cut && most_keys >= 2 * keys ? keys : 0;
 }
@@ -84,7 +95,7 @@ constexpr int64_t kTileRows = 4;
 
 // Why bfloat16 products are not for a call.
 std::string no_half_operands(const CallKind& call) {
-  if (!few_rows(call) || call.rows_per_key_head >= kTileRows) return "";
+  if (!may_have_few_rows(call) || call.rows_per_key_head >= kTileRows) return "";
   return std::to_string(call.rows_per_key_head) +
          " query rows per key head: reading the keys is the bound, not products";
 }
@@ -150,25 +161,24 @@ int64_t rows_per_item(const Problem& problem, int64_t query_tile, const RunOptio
   return ceil_div(tiles, parts) * query_tile;
 }
 
-}  // namespace
-
-bool has_few_rows(const Sequence& s) {
-  return rows_per_key_head(s) <= kFewRows && s.q.offsets == nullptr;
+CallKind kind_of(const Sequence& s, bool backward) {
+  return {rows_per_key_head(s), s.q.dtype(), backward, s.q.offsets != nullptr, s.r.defined()};
 }
+
+}  // namespace
 
 Path choose_path(const Problem& problem, const RunOptions& run, bool backward) {
   const Sequence& sequence = longest(problem);
-  const CallKind call{rows_per_key_head(sequence), sequence.q.dtype(), backward,
-                      sequence.q.offsets != nullptr, sequence.r.defined()};
+  const CallKind call = kind_of(sequence, backward);
   const Candidate chosen = choose_candidate(call.dtype, no_half_operands(call), run);
   const int64_t queries = std::max<int64_t>(1, sequence.plan.queries()), keys = most_keys(problem);
   Path path;
   path.isa = chosen.isa;
-  path.few_rows = few_rows(call);
+  path.few_rows = few_rows(call, run);
   path.half_operands = chosen.half_operands && !path.few_rows;
   const size_t element = path.half_operands ? 2 : call.dtype == DType::f64 ? 8 : 4;
   path.fused = path.half_operands && !backward && attends(problem);
-  path.part_keys = part_keys(call, problem, queries, keys);
+  path.part_keys = part_keys(call, problem, path.few_rows, queries, keys);
   TileSizes sizes = tile_sizes(path, backward, sequence, element);
   if (path.few_rows && path.isa == Isa::amx && !backward && !problem.splits) {
     // Products of few rows on a tile unit are short beside what is done once a tile. A window would see
@@ -199,9 +209,13 @@ Path choose_path(const Problem& problem, const RunOptions& run, bool backward) {
   return path;
 }
 
+bool has_few_rows(const Sequence& s, const RunOptions& run) {
+  return few_rows(kind_of(s, false), run);
+}
+
 std::vector<PathAnswer> explain(const CallKind& call, const RunOptions& run) {
-  return explain_candidates(call.dtype, no_half_operands(call), few_rows(call) ? ", few rows" : "",
-                            run);
+  return explain_candidates(call.dtype, no_half_operands(call),
+                            few_rows(call, run) ? ", few rows" : "", run);
 }
 
 }  // namespace heed::tiled

@@ -31,8 +31,8 @@ struct Path {
   int64_t group_rows = 0;  // query rows of a head that share one packed key tile
   int64_t part_keys = 0;   // where a call is cut along the keys: keys of a part; 0: along its rows
 };
-/// Whether so few query rows share the keys of a sequence that reading these is the bound.
-bool has_few_rows(const Sequence& s);
+/// Whether so few query rows share the keys of a sequence that a forward reads these unpacked.
+bool has_few_rows(const Sequence& s, const RunOptions& run);
 Path choose_path(const Problem& problem, const RunOptions& run, bool backward);
 
 /// The list that choose_path takes the first possible entry of, with reasons.
