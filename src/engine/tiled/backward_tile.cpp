@@ -28,6 +28,7 @@ size_t Backward<T>::scratch_bytes() const {
 
 template <class T>
 typename Backward<T>::Memory Backward<T>::cut(Scratch& scratch) const {
+  constexpr auto element = static_cast<int64_t>(sizeof(T));
   const int64_t stride = this->block_stride();
   const auto bytes = [&](int64_t count) { return scratch.take<std::byte>(count); };
   const auto block = [&](int64_t rows) { return Block{scratch.take<T>(rows * stride), stride}; };
@@ -56,11 +57,14 @@ typename Backward<T>::Memory Backward<T>::cut(Scratch& scratch) const {
   m.dv = block(round_up(value_dim_, products_.column_multiple));
   m.ranges = scratch.take<KeyRange>(block_rows_);
   // Padding rows stay finite.
-  std::memset(m.q, 0, static_cast<size_t>(products_.query_bytes(block_rows_, head_dim_)));
-  std::memset(m.dout, 0, static_cast<size_t>(products_.query_bytes(block_rows_, value_dim_)));
-  if (second_) {
-    std::memset(m.r, 0, static_cast<size_t>(products_.query_bytes(block_rows_, head_dim_)));
-  }
+  const auto clear = [&](void* operand, int64_t width, int64_t padded) {
+    const int64_t size = path_.few_rows ? block_rows_ * padded * element
+                                        : products_.query_bytes(block_rows_, width);
+    std::memset(operand, 0, static_cast<size_t>(size));
+  };
+  clear(m.q, head_dim_, padded_dim_);
+  clear(m.dout, value_dim_, padded_values_);
+  if (second_) clear(m.r, head_dim_, padded_dim_);
   return m;
 }
 
