@@ -106,10 +106,12 @@ void accumulate_columns(const void* packed, int64_t rows, int64_t width, const v
   const int64_t x_stride = round_up(width, lanes<T>());
   const auto* x = static_cast<const T*>(packed);
   const auto* w = static_cast<const T*>(weights);
-  for_column_panels(rows, key_count, ranges, kPanelVectors * lanes<T>(),
+  // Of a panel all keys meet each row that sees one of them: narrower ones where rows see some of the keys.
+  const int64_t panel = (ranges == nullptr ? kPanelVectors : kPanelVectors / 2) * lanes<T>();
+  for_column_panels(rows, key_count, ranges, panel,
                     [&](int64_t start, int64_t keys, int64_t from, int64_t to) {
                       with_vectors((keys + lanes<T>() - 1) / lanes<T>(), [&](auto vectors) {
-                        for_column_blocks(round_up(width, 2), [&](int64_t f, auto block) {
+                        for_row_blocks<vectors>(round_up(width, 2), [&](int64_t f, auto block) {
                           column_block<block, vectors, T>(x + from * x_stride + f, x_stride,
                                                           w + from * w_stride + start, w_stride,
                                                           to - from, c.row(f) + start, c.stride);

@@ -94,8 +94,9 @@ std::vector<typename Backward<T>::RowBlock> Backward<T>::row_blocks() const {
   std::vector<RowBlock> blocks;
   for (int64_t s = 0; s < static_cast<int64_t>(problem_.sequences.size()); ++s) {
     const int64_t rows = sequence(s).plan.queries();
-    for (int64_t head = 0; head < sequence(s).q.size(0); ++head) {
-      for (int64_t row = 0; row < rows; row += kBlockRows) {
+    // Heads inside: where they lie side by side, memory is read in its order.
+    for (int64_t row = 0; row < rows; row += kBlockRows) {
+      for (int64_t head = 0; head < sequence(s).q.size(0); ++head) {
         blocks.push_back({s, head, row, std::min(row + kBlockRows, rows)});
       }
     }

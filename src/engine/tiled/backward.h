@@ -5,6 +5,7 @@
 
 #include "base/parallel.h"
 #include "engine/tiled/tile_call.h"
+#include "kernels/read_ahead.h"
 
 namespace heed::tiled {
 
@@ -109,8 +110,10 @@ class Backward : private TileCall<T> {
             to.size(2)};
   }
   void pack_keys(const Sequence& s, int64_t kv_head, Interval keys, const Memory& m) const;
+  kernels::ReadAhead rows_ahead(const Unit& unit, int64_t tile, Block dq) const;
+  /// `next`: rows that are read later.
   void run_tile(int lane, const TileAt& at, const Seen& seen, Block dq, Block dr, double* sums,
-                const Memory& m) const;
+                kernels::ReadAhead& next, const Memory& m) const;
   /// Operands of products along rows.
   struct Columns {
     const void *q = nullptr, *r = nullptr, *dout = nullptr;
@@ -122,11 +125,12 @@ class Backward : private TileCall<T> {
                      const Memory& m) const;
   void weigh(const TileAt& at, const Seen& seen, const Memory& m) const;
   void add_products(const TileAt& at, const Seen& seen, const Columns& columns, bool finite,
-                    Block dq, Block dr, const Memory& m) const;
+                    Block dq, Block dr, kernels::ReadAhead& next, const Memory& m) const;
   void add_columns(const TileAt& at, const Seen& seen, Block weights, const void* columns,
                    const Rows& from, int64_t width, bool finite, bool negate, Block to,
                    const Memory& m) const;
-  void add_rows(const TileAt& at, const Seen& seen, Block weights, Block to, const Memory& m) const;
+  void add_rows(const TileAt& at, const Seen& seen, Block weights, Block to,
+                kernels::ReadAhead* next, const Memory& m) const;
 
   // backward_few_rows.cpp
   /// The query head of a group against `keys`.

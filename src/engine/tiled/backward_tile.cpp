@@ -58,8 +58,8 @@ typename Backward<T>::Memory Backward<T>::cut(Scratch& scratch) const {
   m.ranges = scratch.take<KeyRange>(block_rows_);
   // Padding rows stay finite.
   const auto clear = [&](void* operand, int64_t width, int64_t padded) {
-    const int64_t size = path_.few_rows ? block_rows_ * padded * element
-                                        : products_.query_bytes(block_rows_, width);
+    const int64_t size =
+        path_.few_rows ? block_rows_ * padded * element : products_.query_bytes(block_rows_, width);
     std::memset(operand, 0, static_cast<size_t>(size));
   };
   clear(m.q, head_dim_, padded_dim_);
@@ -88,6 +88,18 @@ void Backward<T>::pack_keys(const Sequence& s, int64_t kv_head, Interval keys,
   }
 }
 
+// What the next query tile reads, of the group's query tiles.
+template <class T>
+kernels::ReadAhead Backward<T>::rows_ahead(const Unit& unit, int64_t tile, Block dq) const {
+  const Sequence& s = sequence(unit.sequence);
+  const int64_t tiles = query_tiles(unit.sequence), head = unit.kv_head * group_ + tile / tiles;
+  const int64_t begin = tile % tiles * path_.query_tile,
+                end = std::min(begin + path_.query_tile, s.plan.queries());
+  return {rows_of(s.q, head, begin, end),
+          rows_of(gradient(unit.sequence).out, head, begin, end),
+          {dq.data, dtype_of<T>, dq.stride, end - begin, head_dim_}};
+}
+
 template <class T>
 void Backward<T>::run_key_tile(int lane, const Unit& unit, Interval keys, const RowGradients& rows,
                                double* sums, const Memory& m) const {
@@ -114,11 +126,14 @@ void Backward<T>::run_key_tile(int lane, const Unit& unit, Interval keys, const 
     if (!seen.any) continue;
     if (!packed) pack_keys(s, unit.kv_head, keys, m);
     packed = true;
-    const auto row_block = [&](const Array& array) {
-      return Block{array.template as<T>() + i * tile_rows_ * padded_dim_, padded_dim_};
+    const auto row_block = [&](const Array& array, int64_t tile) {
+      return Block{array.template as<T>() + tile * tile_rows_ * padded_dim_, padded_dim_};
     };
-    run_tile(lane, at, seen, row_block(rows.q), second_ ? row_block(rows.r) : Block{},
-             sums + i / tiles * 2, m);
+    kernels::ReadAhead next;
+    if (i + 1 < group_ * tiles) next = rows_ahead(unit, i + 1, row_block(rows.q, i + 1));
+    next.spread(at.rows * at.keys * (2 * head_dim_ + value_dim_) / 2);  // some keys are not seen
+    run_tile(lane, at, seen, row_block(rows.q, i), second_ ? row_block(rows.r, i) : Block{},
+             sums + i / tiles * 2, next, m);
   }
   if (m.one_tile) {
     const int64_t seen_rows = packed ? s.plan.queries() : 0;
@@ -168,16 +183,16 @@ typename Backward<T>::Columns Backward<T>::pack_rows(const TileAt& at, bool fini
 
 template <class T>
 void Backward<T>::run_tile(int lane, const TileAt& at, const Seen& seen, Block dq, Block dr,
-                           double* sums, const Memory& m) const {
+                           double* sums, kernels::ReadAhead& next, const Memory& m) const {
   const bool finite = !seen.partial() || finite_rows_of(at);
   const Columns columns = pack_rows(at, finite, m);
-  products_.scores(m.q, at.rows, m.keys, at.keys, head_dim_, seen.ranges, m.s, nullptr);
-  products_.scores(m.dout, at.rows, m.values, at.keys, value_dim_, seen.ranges, m.a, nullptr);
+  products_.scores(m.q, at.rows, m.keys, at.keys, head_dim_, seen.ranges, m.s, &next);
+  products_.scores(m.dout, at.rows, m.values, at.keys, value_dim_, seen.ranges, m.a, &next);
   if (second_) {
     products_.scores(m.r, at.rows, m.keys, at.keys, head_dim_, seen.ranges, m.t, nullptr);
   }
   differentiate(lane, at, seen, dq, sums, m);
-  add_products(at, seen, columns, finite, dq, dr, m);
+  add_products(at, seen, columns, finite, dq, dr, next, m);
 }
 
 template <class T>
@@ -231,19 +246,20 @@ void Backward<T>::weigh(const TileAt& at, const Seen& seen, const Memory& m) con
 
 template <class T>
 void Backward<T>::add_products(const TileAt& at, const Seen& seen, const Columns& columns,
-                               bool finite, Block dq, Block dr, const Memory& m) const {
+                               bool finite, Block dq, Block dr, kernels::ReadAhead& next,
+                               const Memory& m) const {
   const Sequence& s = sequence(at.sequence);
   const auto rows = [&](const HeadRows& t) {
     return rows_of(t, at.head, at.row, at.row + at.rows);
   };
-  add_rows(at, seen, m.a, dq, m);
+  add_rows(at, seen, m.a, dq, &next, m);
   if (m.one_tile) return;
   add_columns(at, seen, m.s, columns.dout, rows(gradient(at.sequence).out), value_dim_, finite,
               false, m.dv, m);
   add_columns(at, seen, m.a, columns.q, rows(s.q), head_dim_, finite, scale_ < 0, m.dk, m);
   if (second_) {
     add_columns(at, seen, m.t, columns.r, rows(s.r), head_dim_, finite, false, m.dk, m);
-    add_rows(at, seen, m.t, dr, m);
+    add_rows(at, seen, m.t, dr, nullptr, m);
   }
 }
 
@@ -270,14 +286,14 @@ void Backward<T>::add_columns(const TileAt& at, const Seen& seen, Block weights,
 
 template <class T>
 void Backward<T>::add_rows(const TileAt& at, const Seen& seen, Block weights, Block to,
-                           const Memory& m) const {
+                           kernels::ReadAhead* next, const Memory& m) const {
   const void* operand = weights.data;
   if (path_.half_operands) {
     products_.round_weights(weights, at.rows, at.keys, m.rounded, weights.stride);
     operand = m.rounded;
   }
   products_.accumulate(operand, weights.stride, at.rows, m.key_values, at.keys, head_dim_,
-                       seen.ranges, nullptr, to, nullptr);
+                       seen.ranges, nullptr, to, next);
 }
 
 template class Backward<float>;
