@@ -22,8 +22,7 @@ std::string refusal_of_isa(Isa isa, Isa strongest) {
   return isa > strongest ? std::string(name_of(strongest)) + " is forced" : "";
 }
 
-std::string refusal(const Candidate& candidate, DType dtype, const std::string& no_half,
-                    Isa strongest) {
+std::string refusal(const Candidate& candidate, DType dtype, const NoHalf& no_half, Isa strongest) {
   if (std::string reason = refusal_of_isa(candidate.isa, strongest); !reason.empty()) return reason;
   if (!candidate.half_operands) return "";
   if (dtype != DType::bf16) {
@@ -32,12 +31,12 @@ std::string refusal(const Candidate& candidate, DType dtype, const std::string& 
   if (kernels::half_tile_kernels(candidate.isa) == nullptr) {
     return "this processor multiplies bfloat16 no faster than float32";
   }
-  return no_half;
+  return candidate.isa == Isa::amx ? no_half.tile_unit : no_half.vectors;
 }
 
 }  // namespace
 
-Candidate choose_candidate(DType dtype, const std::string& no_half, const RunOptions& run) {
+Candidate choose_candidate(DType dtype, const NoHalf& no_half, const RunOptions& run) {
   const Isa strongest = chosen_isa(run);
   // The portable candidate refuses nothing.
   return *std::find_if(std::begin(kCandidates), std::end(kCandidates), [&](const Candidate& c) {
@@ -45,7 +44,7 @@ Candidate choose_candidate(DType dtype, const std::string& no_half, const RunOpt
   });
 }
 
-std::vector<PathAnswer> explain_candidates(DType dtype, const std::string& no_half,
+std::vector<PathAnswer> explain_candidates(DType dtype, const NoHalf& no_half,
                                            std::string_view wide_name, const RunOptions& run) {
   const Isa strongest = chosen_isa(run);
   std::vector<PathAnswer> answers;

@@ -2,6 +2,7 @@
 #pragma once
 #include <string>
 #include <string_view>
+#include <utility>
 #include <vector>
 
 #include "heed/run.h"
@@ -21,13 +22,21 @@ struct Candidate {
   bool half_operands = false;  // bfloat16 products
 };
 
-/// The first one that can run a call on tensors of this type. `no_half`: why bfloat16 products are not for
-/// this call; empty if they are.
-Candidate choose_candidate(DType dtype, const std::string& no_half, const RunOptions& run);
+/// Why bfloat16 products are not for a call; empty where they are.
+struct NoHalf {
+  NoHalf(const std::string& any)
+      : tile_unit(any), vectors(any) {}  // NOLINT(google-explicit-constructor)
+  NoHalf(std::string of_tile_unit, std::string of_vectors)
+      : tile_unit(std::move(of_tile_unit)), vectors(std::move(of_vectors)) {}
+  std::string tile_unit, vectors;
+};
+
+/// The first one that can run a call on tensors of this type.
+Candidate choose_candidate(DType dtype, const NoHalf& no_half, const RunOptions& run);
 
 /// The list that choose_candidate takes the first possible entry of, with reasons. `wide_name` follows the
 /// names of those without bfloat16 products.
-std::vector<PathAnswer> explain_candidates(DType dtype, const std::string& no_half,
+std::vector<PathAnswer> explain_candidates(DType dtype, const NoHalf& no_half,
                                            std::string_view wide_name, const RunOptions& run);
 
 /// The list of what runs alike on every instruction set but for its vectors.

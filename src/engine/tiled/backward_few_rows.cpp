@@ -54,7 +54,7 @@ void Backward<T>::run_few_rows(int lane, const Unit& unit, Interval keys, const 
   for (int64_t g = 0; g < group_; ++g) {
     const TileAt at = few_rows_at(unit, g, keys);
     const int64_t first = g * tile_rows_;
-    const Seen seen = this->look(at, m.ranges);
+    const Seen seen = at.rows > 0 ? this->look(at, m.ranges) : Seen{};
     partial = partial || !seen.any || seen.partial();
     Memory head = m;
     head.s.data = m.s.row(first);

@@ -15,17 +15,13 @@ constexpr int64_t kMostSight = 640, kMostSightOfTileUnit = 384;
 // Up to this many queries there are too few tiles of rows to keep many cores busy.
 constexpr int64_t kFewQueries = 128;
 
-bool may_have_few_rows(const CallKind& call) {
-  return !call.scattered && !(call.backward && call.second);
-}
-
 // Up to how many query rows per key head reading keys and values once, unpacked, is faster than packing
 // them. Packed bfloat16 products are twice as fast, a tile unit's need no packing for few rows; a backward
 // also writes as much as it reads.
 int64_t most_few_rows(const CallKind& call, const RunOptions& run) {
-  if (!may_have_few_rows(call)) return 0;
+  if (call.scattered || (call.backward && call.second)) return 0;
   if (call.dtype == DType::bf16) {
-    const Candidate best = choose_candidate(call.dtype, "", run);
+    const Candidate best = choose_candidate(call.dtype, {""}, run);
     if (best.half_operands) return best.isa == Isa::amx || call.backward ? 16 : 12;
   }
   if (call.second) return 16;
@@ -90,14 +86,15 @@ int64_t longest_sight(const Problem& problem, int64_t query_tile, int64_t most) 
   return longest;
 }
 
-// From here on products of few rows take longer than reading the keys; a tile unit's do not.
+// From so many on, products of few rows take longer than reading the keys; a tile unit's do not.
 constexpr int64_t kTileRows = 4;
 
-// Why bfloat16 products are not for a call.
-std::string no_half_operands(const CallKind& call) {
-  if (!may_have_few_rows(call) || call.rows_per_key_head >= kTileRows) return "";
-  return std::to_string(call.rows_per_key_head) +
-         " query rows per key head: reading the keys is the bound, not products";
+NoHalf no_half_operands(const CallKind& call, const RunOptions& run) {
+  if (!few_rows(call, run)) return {""};
+  const std::string reason =
+      std::to_string(call.rows_per_key_head) +
+      " query rows per key head: reading the keys is the bound, not products";
+  return {call.rows_per_key_head < kTileRows ? reason : "", reason};
 }
 
 // The longest sequence stands for all.
@@ -170,7 +167,7 @@ CallKind kind_of(const Sequence& s, bool backward) {
 Path choose_path(const Problem& problem, const RunOptions& run, bool backward) {
   const Sequence& sequence = longest(problem);
   const CallKind call = kind_of(sequence, backward);
-  const Candidate chosen = choose_candidate(call.dtype, no_half_operands(call), run);
+  const Candidate chosen = choose_candidate(call.dtype, no_half_operands(call, run), run);
   const int64_t queries = std::max<int64_t>(1, sequence.plan.queries()), keys = most_keys(problem);
   Path path;
   path.isa = chosen.isa;
@@ -214,7 +211,7 @@ bool has_few_rows(const Sequence& s, const RunOptions& run) {
 }
 
 std::vector<PathAnswer> explain(const CallKind& call, const RunOptions& run) {
-  return explain_candidates(call.dtype, no_half_operands(call),
+  return explain_candidates(call.dtype, no_half_operands(call, run),
                             few_rows(call, run) ? ", few rows" : "", run);
 }
 
