@@ -248,6 +248,16 @@ TEST(Threads, OneTo1024) {
   }
 }
 
+TEST(Threads, AreWokenWhereThereIsWorkForThem) {
+  RunOptions run{.threads = 5};
+  EXPECT_EQ(*worth_waking(run, 0).threads, 1);
+  EXPECT_EQ(*worth_waking(run, 9000).threads, 2);
+  EXPECT_EQ(*worth_waking(run, 1e6).threads, 5);
+  EXPECT_EQ(*worth_waking(run, 1e300).threads, 5);
+  run.threads = 0;
+  EXPECT_THROW(worth_waking(run, 0), Error);
+}
+
 TEST(Scratch, IsUsableAfterAnAllocationThatFailed) {
   if (!kKeepsBlocks) GTEST_SKIP() << "an address sanitizer ends a program that asks for too much";
   const std::byte* before = nullptr;

@@ -16,6 +16,10 @@ namespace heed {
 /// Threads to use for `items` items.
 int threads_for(const RunOptions& run, int64_t items);
 
+/// `run` with as many threads as get enough of a work that takes one thread about so long: others are woken and
+/// waited for in microseconds, on a busy machine in milliseconds.
+RunOptions worth_waking(const RunOptions& run, double nanoseconds);
+
 /// Calls body(item, worker) for every item in [0, items), worker in [0, threads). Items are handed out
 /// in order, one at a time, so put the long ones first; no more of them than threads go each to the thread
 /// of its number, which finds in its caches what it left there. The first exception is rethrown after the

@@ -334,7 +334,7 @@ HWY_NOINLINE void spread_block(const T* w, int64_t w_stride, const T* x, int64_t
 
 template <class T>
 void spread_rows(Block<const T> weights, Block<const T> x, int64_t rows, T factor,
-                 const WrittenRows& out) {
+                 const RowsOut& out) {
   with_element_type<T>(out.dtype, [&](auto element) {
     using To = decltype(element);
     auto* data = static_cast<To*>(out.data);

@@ -21,15 +21,6 @@ struct Factor {
   int64_t depth = 1;
 };
 
-/// Where rows of a result go: row r at data + r * stride elements.
-struct RowsOut {
-  void* data = nullptr;
-  DType dtype = DType::f32;
-  int64_t stride = 0;
-  int64_t count = 0;
-  int64_t width = 0;
-};
-
 template <class T>
 struct MatrixKernels {
   /// Elements of a vector. Rows of scratch matrices have strides that are multiples of it.

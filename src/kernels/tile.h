@@ -40,8 +40,8 @@ struct Rows {
   int64_t offset(int64_t r) const { return offsets == nullptr ? r * stride : offsets[r]; }
 };
 
-/// Rows of a tensor that are written, evenly spaced.
-struct WrittenRows {
+/// Where rows of a result go: row r at data + r * stride elements.
+struct RowsOut {
   void* data = nullptr;
   DType dtype = DType::f32;
   int64_t stride = 0;
@@ -248,7 +248,7 @@ struct TileKernels {
                    Block<T> o) = nullptr;
   /// out[m] = factor sum over rows of weights[r][m] x[r], converted. Rows of x are padded to dim_multiple.
   void (*spread_rows)(Block<const T> weights, Block<const T> x, int64_t rows, T factor,
-                      const WrittenRows& out) = nullptr;
+                      const RowsOut& out) = nullptr;
 };
 
 /// Body with the unit for the products of `kernels` ready.

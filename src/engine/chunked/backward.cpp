@@ -1,3 +1,4 @@
+#include "engine/chunked/chunk_call.h"
 #include "engine/chunked/gradients.h"
 
 namespace heed::chunked {
@@ -15,7 +16,8 @@ Tensor or_own(const Tensor& wanted, const Tensor& like, Array& own) {
 
 template <class T>
 void backward(const Problem<T>& problem, const Tensor& out, const State& last,
-              const Gradients& gradients, const RunOptions& run) {
+              const Gradients& gradients, const RunOptions& given) {
+  const RunOptions run = worth_waking(problem, given);
   const bool queries =
       gradients.q.defined() || gradients.slopes != nullptr || gradients.scales != nullptr;
   const State& initial = gradients.initial;

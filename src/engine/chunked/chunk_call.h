@@ -65,6 +65,10 @@ struct Source {
   const RowMap<T>* map = nullptr;
 };
 
+/// `run` with as many threads as the call has work for.
+template <class T>
+RunOptions worth_waking(const Problem<T>& problem, const RunOptions& run);
+
 template <class T>
 class ChunkCall {
  protected:

@@ -260,7 +260,8 @@ class Forward : public Denominators<T>, public Sweep<T> {
 
 template <class T>
 void forward(const Problem<T>& problem, const Tensor& out, const State& last,
-             const RunOptions& run) {
+             const RunOptions& given) {
+  const RunOptions run = worth_waking(problem, given);
   if (can_step(problem, last)) {
     step(problem, out, last, run);
   } else {

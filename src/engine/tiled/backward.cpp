@@ -364,9 +364,11 @@ template class Backward<float>;
 template class Backward<double>;
 
 HeadGradients backward(const Problem& problem, const std::vector<SequenceGradient>& gradients,
-                       ScoreTerms* terms, const RunOptions& run) {
+                       ScoreTerms* terms, const RunOptions& given) {
   const bool no_heads = problem.sequences.empty() || problem.sequences[0].k.size(0) == 0;
   if (no_heads) return nothing_summed(problem.policy);
+  // Two and a half times the products of a forward in three loops, each of which wakes the threads.
+  const RunOptions run = worth_waking(given, forward_nanoseconds(problem) * 2.5 / 3);
   if (problem.sequences[0].q.dtype() == DType::f64) {
     return Backward<double>(problem, gradients, terms, run).run();
   }

@@ -105,7 +105,7 @@ class Backward : private TileCall<T> {
   void run_key_tile(int lane, const Unit& unit, Interval keys, const RowGradients& rows,
                     double* sums, const Memory& m) const;
   bool in_one_tile(const Unit& unit) const;
-  static kernels::WrittenRows written_rows(const HeadRows& to, int64_t kv_head, Interval keys) {
+  static kernels::RowsOut rows_out(const HeadRows& to, int64_t kv_head, Interval keys) {
     return {to.origin(kv_head, keys.begin), to.dtype(), to.stride(1), keys.end - keys.begin,
             to.size(2)};
   }
@@ -141,7 +141,7 @@ class Backward : private TileCall<T> {
                     double* sums, const Memory& m) const;
   /// Adds infinite and NaN elements of query rows to the keys that they see.
   void add_infinite(const Unit& unit, const HeadRows& from, Block weights, T factor,
-                    const kernels::WrittenRows& to) const;
+                    const kernels::RowsOut& to) const;
 
   const std::vector<SequenceGradient>& gradients_;
   ScoreTerms* terms_;

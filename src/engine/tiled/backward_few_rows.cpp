@@ -72,7 +72,7 @@ void Backward<T>::run_few_rows(int lane, const Unit& unit, Interval keys, const 
   const bool as_they_are = !partial || finite_few_rows(unit);
   const auto spread = [&](Block weights, const HeadRows& from, const void* x, int64_t stride,
                           T factor, bool negate, const HeadRows& gradients) {
-    const kernels::WrittenRows out = written_rows(gradients, unit.kv_head, keys);
+    const kernels::RowsOut out = rows_out(gradients, unit.kv_head, keys);
     wide_.spread_rows(weights, {static_cast<const T*>(x), stride}, block_rows_, factor, out);
     if (!as_they_are) add_infinite(unit, from, weights, negate ? -factor : factor, out);
   };
@@ -83,7 +83,7 @@ void Backward<T>::run_few_rows(int lane, const Unit& unit, Interval keys, const 
 
 template <class T>
 void Backward<T>::add_infinite(const Unit& unit, const HeadRows& from, Block weights, T factor,
-                               const kernels::WrittenRows& to) const {
+                               const kernels::RowsOut& to) const {
   std::vector<T> sum(static_cast<size_t>(round_up(to.width, wide_.dim_multiple)));
   const auto bytes = static_cast<int64_t>(size_of(to.dtype));
   for (int64_t i = 0; i < block_rows_; ++i) {

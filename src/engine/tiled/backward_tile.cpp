@@ -140,7 +140,7 @@ void Backward<T>::run_key_tile(int lane, const Unit& unit, Interval keys, const 
     const auto spread = [&](Block weights, const void* x, int64_t stride, double scale,
                             const HeadRows& to_rows) {
       wide_.spread_rows(weights, {static_cast<const T*>(x), stride}, seen_rows,
-                        static_cast<T>(scale), written_rows(to_rows, unit.kv_head, keys));
+                        static_cast<T>(scale), rows_out(to_rows, unit.kv_head, keys));
     };
     spread(m.a, m.q, padded_dim_, std::abs(scale_), to.k);
     spread(m.s, m.dout, padded_values_, 1, to.v);

@@ -61,6 +61,7 @@ void Forward<T>::plan_items() {
     }
   }
   if (path_.part_keys > 0) {
+    if (parts_ == 0) return;
     part_sums_ = Array(DType::f64, {parts_, most_rows_, kPartSums});
     part_out_ = Array(dtype_of<T>, {parts_, streams_ * most_rows_, padded_values_});
     return;
@@ -444,9 +445,10 @@ template class Forward<double>;
 
 namespace {
 
-void forward_alike(const Problem& problem, const RunOptions& run) {
+void forward_alike(const Problem& problem, const RunOptions& given) {
   const std::optional<Problem> folded = heads_as_rows(problem);
   const Problem& call = folded ? *folded : problem;
+  const RunOptions run = worth_waking(given, forward_nanoseconds(call));
   if (call.sequences[0].q.dtype() == DType::f64) {
     Forward<double>(call, run).run();
   } else {

@@ -24,6 +24,7 @@ int64_t most_few_rows(const CallKind& call, const RunOptions& run) {
     const Candidate best = choose_candidate(call.dtype, {""}, run);
     if (best.half_operands) return best.isa == Isa::amx || call.backward ? 16 : 12;
   }
+  if (chosen_isa(run) == Isa::portable) return call.backward ? 8 : 16;
   if (call.second) return 16;
   return call.backward ? 32 : 24;
 }
@@ -204,6 +205,25 @@ Path choose_path(const Problem& problem, const RunOptions& run, bool backward) {
   path.group_rows =
       path.few_rows ? call.rows_per_key_head : rows_per_item(problem, path.query_tile, run);
   return path;
+}
+
+double forward_nanoseconds(const Problem& problem) {
+  // Of float32 with vectors of 512 bits: multiply-adds, bytes of keys, key heads.
+  constexpr double kProduct = 1.0 / 40, kByte = 1.0 / 40, kHead = 200;
+  double sum = 0;
+  for (const Sequence& s : problem.sequences) {
+    const int64_t queries = s.plan.queries();
+    if (queries == 0) continue;
+    const Interval seen = s.plan.rows(0, queries);
+    const auto keys = static_cast<double>(std::max<int64_t>(0, seen.end - seen.begin));
+    const auto width = static_cast<double>(s.q.size(2) + s.v.size(2));
+    const auto rows = static_cast<double>(s.q.size(0) * queries);
+    const auto heads = static_cast<double>(s.k.size(0));
+    sum += keys * width *
+               (rows * kProduct + heads * static_cast<double>(size_of(s.k.dtype())) * kByte) +
+           heads * kHead;
+  }
+  return sum;
 }
 
 bool has_few_rows(const Sequence& s, const RunOptions& run) {

@@ -33,6 +33,8 @@ struct Path {
 };
 /// Whether so few query rows share the keys of a sequence that a forward reads these unpacked.
 bool has_few_rows(const Sequence& s, const RunOptions& run);
+/// About how long one thread takes for a forward, in nanoseconds.
+double forward_nanoseconds(const Problem& problem);
 Path choose_path(const Problem& problem, const RunOptions& run, bool backward);
 
 /// The list that choose_path takes the first possible entry of, with reasons.
