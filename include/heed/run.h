@@ -30,7 +30,7 @@ int default_threads();
 void set_threads(int threads);  // throws Error outside 1..1024
 
 struct RunOptions {
-  std::optional<int> threads = {};
+  std::optional<int> threads = {};  // at most: short calls wake fewer
   std::optional<Isa> isa = {};
 };
 
