@@ -57,11 +57,15 @@ int threads_for(const RunOptions& run, int64_t items) {
   return static_cast<int>(std::max<int64_t>(1, std::min<int64_t>(threads, items)));
 }
 
-RunOptions worth_waking(const RunOptions& run, double nanoseconds) {
+int threads_for(const RunOptions& run, int64_t items, double nanoseconds) {
   constexpr double kShare = 4000;  // measured with two threads
+  const double shares = std::min(nanoseconds / kShare, double{kMostThreads});
+  return threads_for(run, std::min(items, static_cast<int64_t>(shares)));
+}
+
+RunOptions worth_waking(const RunOptions& run, double nanoseconds) {
   RunOptions fewer = run;
-  fewer.threads =
-      threads_for(run, static_cast<int64_t>(std::min(nanoseconds / kShare, double{kMostThreads})));
+  fewer.threads = threads_for(run, kMostThreads, nanoseconds);
   return fewer;
 }
 

@@ -16,8 +16,12 @@ namespace heed {
 /// Threads to use for `items` items.
 int threads_for(const RunOptions& run, int64_t items);
 
-/// `run` with as many threads as get enough of a work that takes one thread about so long: others are woken and
-/// waited for in microseconds, on a busy machine in milliseconds.
+/// Threads that get enough of a work which takes one thread about so long: others are woken and waited for in
+/// microseconds, on a busy machine in milliseconds.
+int threads_for(const RunOptions& run, int64_t items, double nanoseconds);
+/// What loops that read rows and write others take for an element, about.
+inline constexpr double kElementNanoseconds = 0.5;
+/// `run` with no more threads than that.
 RunOptions worth_waking(const RunOptions& run, double nanoseconds);
 
 /// Calls body(item, worker) for every item in [0, items), worker in [0, threads). Items are handed out

@@ -20,7 +20,8 @@ template <class Body>
 void for_row_blocks(const Tensor& t, int64_t most, const RunOptions& run, const Body& body) {
   const int64_t heads = t.size(1), rows = t.size(2), per_head = ceil_div(rows, most);
   const int64_t blocks = t.size(0) * heads * per_head;
-  parallel_for(blocks, threads_for(run, blocks), [&](int64_t i, int) {
+  const double nanoseconds = static_cast<double>(t.count()) * kElementNanoseconds;
+  parallel_for(blocks, threads_for(run, blocks, nanoseconds), [&](int64_t i, int) {
     const int64_t begin = i % per_head * most, head = i / per_head;
     body(RowBlock{head / heads, head % heads, begin, std::min(most, rows - begin)});
   });
