@@ -71,8 +71,9 @@ def scaled_dot_product_attention(
     if attn_mask is not None and is_causal:
         raise ValueError(f"{op}: attn_mask and is_causal are given, needed is one of them")
     query, key, value = autocast(query, key, value)
+    lead: torch.Size | None = None
     if _reads_as_is(query, key, value, enable_gqa):  # as most calls are
-        lead, q, k, v = query.shape[:2], query, key, value
+        q, k, v = query, key, value
     else:
         lead = _leading_shape(op, query, key, value, enable_gqa)
         q, k, v = (_as_4d(t, lead, enable_gqa) for t in (query, key, value))
@@ -104,7 +105,8 @@ def scaled_dot_product_attention(
         if not boolean and not attn_mask.is_floating_point():
             found = str(attn_mask.dtype).removeprefix("torch.")
             raise TypeError(f"{op}: attn_mask has type {found}, needed is bool or a floating type")
-        attn_mask = _mask_4d(op, attn_mask, lead, query.shape[-2], key.shape[-2])
+        heads = q.shape[:2] if lead is None else lead
+        attn_mask = _mask_4d(op, attn_mask, heads, query.shape[-2], key.shape[-2])
         options["mask" if boolean else "bias"] = attn_mask
     if not 0.0 <= number(op, "dropout_p", dropout_p) <= 1.0:
         raise ValueError(f"{op}: dropout_p is {dropout_p}, needed is a probability from 0 to 1")
@@ -120,21 +122,23 @@ def scaled_dot_product_attention(
         raise type(error)(_under_own_names(str(error))) from None
     if drops_all:
         out = out * 0.0
-    return out if len(lead) == 2 else out.reshape(lead + out.shape[2:])
+    return out if lead is None or len(lead) == 2 else out.reshape(lead + out.shape[2:])
 
 
 def _reads_as_is(query: Tensor, key: Tensor, value: Tensor, enable_gqa: bool) -> bool:
     """Whether the three are ``[B, H, L, D]`` with nothing to broadcast, join or copy."""
     try:
+        q, k, v = query.shape, key.shape, value.shape
         return (
-            _is_4d(query)
-            and _is_4d(key)
-            and _is_4d(value)
-            and query.shape[0] == key.shape[0] == value.shape[0]
-            and (query.shape[1] == key.shape[1] or enable_gqa)
-            and key.shape[1] == value.shape[1]
+            len(q) == len(k) == len(v) == 4
+            and q[0] == k[0] == v[0]
+            and (q[1] == k[1] or enable_gqa)
+            and k[1] == v[1]
+            and _has_rows(query)
+            and _has_rows(key)
+            and _has_rows(value)
         )
-    except AttributeError:  # not a tensor: _leading_shape says which
+    except (AttributeError, RuntimeError):  # no tensor or no dense one: _leading_shape says which
         return False
 
 
@@ -142,13 +146,9 @@ def _under_own_names(text: str) -> str:
     return re.sub(rf"\b({'|'.join(_NAMES)})\b", lambda name: _NAMES[name[0]], text)
 
 
-def _is_4d(tensor: Tensor) -> bool:
-    return (
-        tensor.dim() == 4
-        and not tensor.is_nested
-        and tensor.layout is _STRIDED
-        and (tensor.is_contiguous() or tensor.stride(3) == 1)
-    )
+def _has_rows(tensor: Tensor) -> bool:
+    """Whether it is dense, and its last dimension has a unit stride."""
+    return tensor.layout is _STRIDED and (tensor.is_contiguous() or tensor.stride(3) == 1)
 
 
 def _no_tensor(op: str, name: str, given: object) -> TypeError:
