@@ -3,8 +3,9 @@
 All operators take tensors in the layout ``[B, H, L, D]`` (batch, heads, tokens, head dim), as
 ``torch.nn.functional.scaled_dot_product_attention`` does, on the CPU, in float64, float32, bfloat16
 or float16. They use as many threads as ``torch.set_num_threads`` says, fewer where a call is too short
-for them; results have the same bits for any number of threads, gradients for the same number of threads. They work under
-``torch.compile``, and under ``torch.autocast`` for the CPU, in its type (float64 stays float64).
+for them; results have the same bits for any number of threads, gradients for the same number of
+threads. They work under ``torch.compile``, and under ``torch.autocast`` for the CPU, in its type
+(float64 stays float64).
 Where a function says so it is differentiable once; second derivatives and forward-mode derivatives
 raise a ``RuntimeError``.
 """

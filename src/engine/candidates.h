@@ -24,8 +24,8 @@ struct Candidate {
 
 /// Why bfloat16 products are not for a call; empty where they are.
 struct NoHalf {
-  NoHalf(const std::string& any)
-      : tile_unit(any), vectors(any) {}  // NOLINT(google-explicit-constructor)
+  // NOLINTNEXTLINE(google-explicit-constructor)
+  NoHalf(const std::string& any) : tile_unit(any), vectors(any) {}
   NoHalf(std::string of_tile_unit, std::string of_vectors)
       : tile_unit(std::move(of_tile_unit)), vectors(std::move(of_vectors)) {}
   std::string tile_unit, vectors;

@@ -89,9 +89,8 @@ void Backward<T>::add_infinite(const Unit& unit, const HeadRows& from, Block wei
   for (int64_t i = 0; i < block_rows_; ++i) {
     const TileAt at = few_rows_at(unit, i / tile_rows_, {});
     const int64_t r = i % tile_rows_;
-    const bool finite =
-        r >= at.rows || finite_[static_cast<size_t>(row_index(at.sequence, at.head, r))] != 0;
-    for (int64_t key = 0; key < to.count && !finite; ++key) {
+    if (r >= at.rows || finite_rows_of({at.sequence, at.head, r, 1})) continue;
+    for (int64_t key = 0; key < to.count; ++key) {
       const T weight = weights.row(i)[key];
       if (weight == 0) continue;
       std::byte* row = static_cast<std::byte*>(to.data) + key * to.stride * bytes;

@@ -464,13 +464,16 @@ void forward(const Problem& problem, const RunOptions& run) {
   if (std::all_of(all.begin(), all.end(), nothing)) return;
   // One call may read a prompt and continue other sequences by a token each: few rows go their own way. Terms
   // know sequences by their place.
-  const auto has_few = [&](const Sequence& s) { return has_few_rows(s, run); };
+  const std::vector<bool> is_few = have_few_rows(all, run);
   const bool alike =
-      std::all_of(all.begin(), all.end(), has_few) || std::none_of(all.begin(), all.end(), has_few);
+      std::all_of(is_few.begin(), is_few.end(), [&](bool x) { return x == is_few[0]; });
   if (alike || problem.terms != nullptr) return forward_alike(problem, run);
   Problem few = problem, many = problem;
-  std::erase_if(few.sequences, [&](const Sequence& s) { return !has_few(s); });
-  std::erase_if(many.sequences, has_few);
+  few.sequences.clear();
+  many.sequences.clear();
+  for (size_t s = 0; s < all.size(); ++s) {
+    (is_few[s] ? few : many).sequences.push_back(all[s]);
+  }
   forward_alike(many, run);
   forward_alike(few, run);
 }

@@ -29,10 +29,6 @@ int64_t most_few_rows(const CallKind& call, const RunOptions& run) {
   return call.backward ? 32 : 24;
 }
 
-bool few_rows(const CallKind& call, const RunOptions& run) {
-  return call.rows_per_key_head <= most_few_rows(call, run);
-}
-
 // Keys of a part: long enough to stream, and for sums over a part to be small beside it; short enough
 // that a cache of a few thousand tokens keeps all cores busy. It depends on nothing else, so neither do
 // results.
@@ -90,8 +86,8 @@ int64_t longest_sight(const Problem& problem, int64_t query_tile, int64_t most) 
 // From so many on, products of few rows take longer than reading the keys; a tile unit's do not.
 constexpr int64_t kTileRows = 4;
 
-NoHalf no_half_operands(const CallKind& call, const RunOptions& run) {
-  if (!few_rows(call, run)) return {""};
+NoHalf no_half_operands(const CallKind& call, bool few_rows) {
+  if (!few_rows) return {""};
   const std::string reason =
       std::to_string(call.rows_per_key_head) +
       " query rows per key head: reading the keys is the bound, not products";
@@ -168,15 +164,16 @@ CallKind kind_of(const Sequence& s, bool backward) {
 Path choose_path(const Problem& problem, const RunOptions& run, bool backward) {
   const Sequence& sequence = longest(problem);
   const CallKind call = kind_of(sequence, backward);
-  const Candidate chosen = choose_candidate(call.dtype, no_half_operands(call, run), run);
+  const bool few_rows = call.rows_per_key_head <= most_few_rows(call, run);
+  const Candidate chosen = choose_candidate(call.dtype, no_half_operands(call, few_rows), run);
   const int64_t queries = std::max<int64_t>(1, sequence.plan.queries()), keys = most_keys(problem);
   Path path;
   path.isa = chosen.isa;
-  path.few_rows = few_rows(call, run);
+  path.few_rows = few_rows;
   path.half_operands = chosen.half_operands && !path.few_rows;
   const size_t element = path.half_operands ? 2 : call.dtype == DType::f64 ? 8 : 4;
   path.fused = path.half_operands && !backward && attends(problem);
-  path.part_keys = part_keys(call, problem, path.few_rows, queries, keys);
+  path.part_keys = part_keys(call, problem, few_rows, queries, keys);
   TileSizes sizes = tile_sizes(path, backward, sequence, element);
   if (path.few_rows && path.isa == Isa::amx && !backward && !problem.splits) {
     // Products of few rows on a tile unit are short beside what is done once a tile. A window would see
@@ -226,13 +223,18 @@ double forward_nanoseconds(const Problem& problem) {
   return sum;
 }
 
-bool has_few_rows(const Sequence& s, const RunOptions& run) {
-  return few_rows(kind_of(s, false), run);
+std::vector<bool> have_few_rows(const std::vector<Sequence>& sequences, const RunOptions& run) {
+  // Of the same types, so alike but for their lengths.
+  const int64_t most = most_few_rows(kind_of(sequences[0], false), run);
+  std::vector<bool> few;
+  for (const Sequence& s : sequences) few.push_back(rows_per_key_head(s) <= most);
+  return few;
 }
 
 std::vector<PathAnswer> explain(const CallKind& call, const RunOptions& run) {
-  return explain_candidates(call.dtype, no_half_operands(call, run),
-                            few_rows(call, run) ? ", few rows" : "", run);
+  const bool few_rows = call.rows_per_key_head <= most_few_rows(call, run);
+  return explain_candidates(call.dtype, no_half_operands(call, few_rows),
+                            few_rows ? ", few rows" : "", run);
 }
 
 }  // namespace heed::tiled

@@ -31,8 +31,8 @@ struct Path {
   int64_t group_rows = 0;  // query rows of a head that share one packed key tile
   int64_t part_keys = 0;   // where a call is cut along the keys: keys of a part; 0: along its rows
 };
-/// Whether so few query rows share the keys of a sequence that a forward reads these unpacked.
-bool has_few_rows(const Sequence& s, const RunOptions& run);
+/// Of which sequences of a call so few query rows share the keys that a forward reads these unpacked.
+std::vector<bool> have_few_rows(const std::vector<Sequence>& sequences, const RunOptions& run);
 /// About how long one thread takes for a forward, in nanoseconds.
 double forward_nanoseconds(const Problem& problem);
 Path choose_path(const Problem& problem, const RunOptions& run, bool backward);
