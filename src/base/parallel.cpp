@@ -63,6 +63,10 @@ int threads_for(const RunOptions& run, int64_t items, double nanoseconds) {
   return threads_for(run, std::min(items, static_cast<int64_t>(shares)));
 }
 
+int threads_for_rows(const RunOptions& run, int64_t items, int64_t elements) {
+  return threads_for(run, items, static_cast<double>(elements) * kElementNanoseconds);
+}
+
 RunOptions worth_waking(const RunOptions& run, double nanoseconds) {
   RunOptions fewer = run;
   fewer.threads = threads_for(run, kMostThreads, nanoseconds);

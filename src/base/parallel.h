@@ -19,10 +19,15 @@ int threads_for(const RunOptions& run, int64_t items);
 /// Threads that get enough of a work which takes one thread about so long: others are woken and waited for in
 /// microseconds, on a busy machine in milliseconds.
 int threads_for(const RunOptions& run, int64_t items, double nanoseconds);
-/// What loops that read rows and write others take for an element, about.
-inline constexpr double kElementNanoseconds = 0.5;
 /// `run` with no more threads than that.
 RunOptions worth_waking(const RunOptions& run, double nanoseconds);
+
+/// About how long one thread takes, with vectors of 512 bits: for an element in a loop that reads rows and
+/// writes others, for a multiply-add of float32 matrices and for a byte that these read.
+inline constexpr double kElementNanoseconds = 0.5;
+inline constexpr double kMultiplyAddNanoseconds = 1.0 / 40, kByteNanoseconds = 1.0 / 40;
+/// Threads for `items` items of a loop that reads rows and writes others, `elements` in all.
+int threads_for_rows(const RunOptions& run, int64_t items, int64_t elements);
 
 /// Calls body(item, worker) for every item in [0, items), worker in [0, threads). Items are handed out
 /// in order, one at a time, so put the long ones first; no more of them than threads go each to the thread

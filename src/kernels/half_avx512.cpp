@@ -156,6 +156,18 @@ __attribute__((noinline)) void column_block(const uint32_t* x, int64_t x_stride,
   store_block(acc, c, c_stride);
 }
 
+// Calls body(first, size as a constant) for `count` rows of C (a multiple of 2) in blocks of 6, 4 and 2.
+template <class Body>
+void for_column_blocks(int64_t count, Body&& body) {
+  int64_t f = 0;
+  for (; f + 6 <= count; f += 6) body(f, std::integral_constant<int, 6>());
+  if (f + 4 <= count) {
+    body(f, std::integral_constant<int, 4>());
+    f += 4;
+  }
+  if (f < count) body(f, std::integral_constant<int, 2>());
+}
+
 template <int NV>
 void panel_columns(const uint32_t* x, int64_t x_stride, int64_t width, const uint32_t* w,
                    int64_t w_stride, int64_t pairs, Block<float> c, int64_t start) {

@@ -89,18 +89,6 @@ __attribute__((always_inline)) inline void with_height(int64_t rows, Body&& body
   body(std::integral_constant<int, 2>());
 }
 
-// Calls body(first, size as a constant) for `count` rows of C (a multiple of 2) in blocks of 6, 4 and 2.
-template <class Body>
-void for_column_blocks(int64_t count, Body&& body) {
-  int64_t f = 0;
-  for (; f + 6 <= count; f += 6) body(f, std::integral_constant<int, 6>());
-  if (f + 4 <= count) {
-    body(f, std::integral_constant<int, 4>());
-    f += 4;
-  }
-  if (f < count) body(f, std::integral_constant<int, 2>());
-}
-
 // Cuts `count` into the fewest shares of at most `most`, as even as they come: body(first, size).
 template <class Body>
 void for_even_shares(int64_t count, int64_t most, Body&& body) {

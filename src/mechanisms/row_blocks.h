@@ -20,8 +20,7 @@ template <class Body>
 void for_row_blocks(const Tensor& t, int64_t most, const RunOptions& run, const Body& body) {
   const int64_t heads = t.size(1), rows = t.size(2), per_head = ceil_div(rows, most);
   const int64_t blocks = t.size(0) * heads * per_head;
-  const double nanoseconds = static_cast<double>(t.count()) * kElementNanoseconds;
-  parallel_for(blocks, threads_for(run, blocks, nanoseconds), [&](int64_t i, int) {
+  parallel_for(blocks, threads_for_rows(run, blocks, t.count()), [&](int64_t i, int) {
     const int64_t begin = i % per_head * most, head = i / per_head;
     body(RowBlock{head / heads, head % heads, begin, std::min(most, rows - begin)});
   });

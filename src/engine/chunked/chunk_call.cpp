@@ -20,15 +20,14 @@ CallKind kind_of(const Problem<T>& problem) {
 
 template <class T>
 RunOptions worth_waking(const Problem<T>& problem, const RunOptions& run) {
-  // Of float32 with vectors of 512 bits: multiply-adds with a state and inside a chunk, bytes of a state that is
-  // read and written, heads.
-  constexpr double kProduct = 1.0 / 40, kByte = 1.0 / 40, kHead = 200, kChunk = 48;
+  // Multiply-adds with a state and inside a chunk, bytes of a state that is read and written, a head.
+  constexpr double kHead = 200, kChunk = 48;
   const auto tokens = static_cast<double>(std::max(problem.q.size(2), problem.k.size(2)));
   const auto features = static_cast<double>(problem.policy.features),
              values = static_cast<double>(problem.v.size(3));
   const double inside = std::min(tokens, kChunk) / 2 * (features + values);
-  const double head = tokens * (2 * features * values + inside) * kProduct +
-                      features * values * 2 * sizeof(T) * kByte + kHead;
+  const double head = tokens * (2 * features * values + inside) * kMultiplyAddNanoseconds +
+                      features * values * 2 * sizeof(T) * kByteNanoseconds + kHead;
   return worth_waking(run, head * static_cast<double>(problem.q.size(0) * problem.q.size(1)));
 }
 template RunOptions worth_waking(const Problem<float>&, const RunOptions&);

@@ -2,6 +2,7 @@
 
 #include <algorithm>
 
+#include "base/parallel.h"
 #include "base/round_up.h"
 
 namespace heed::tiled {
@@ -205,8 +206,7 @@ Path choose_path(const Problem& problem, const RunOptions& run, bool backward) {
 }
 
 double forward_nanoseconds(const Problem& problem) {
-  // Of float32 with vectors of 512 bits: multiply-adds, bytes of keys, key heads.
-  constexpr double kProduct = 1.0 / 40, kByte = 1.0 / 40, kHead = 200;
+  constexpr double kHead = 200;  // a key head
   double sum = 0;
   for (const Sequence& s : problem.sequences) {
     const int64_t queries = s.plan.queries();
@@ -217,7 +217,8 @@ double forward_nanoseconds(const Problem& problem) {
     const auto rows = static_cast<double>(s.q.size(0) * queries);
     const auto heads = static_cast<double>(s.k.size(0));
     sum += keys * width *
-               (rows * kProduct + heads * static_cast<double>(size_of(s.k.dtype())) * kByte) +
+               (rows * kMultiplyAddNanoseconds +
+                heads * static_cast<double>(size_of(s.k.dtype())) * kByteNanoseconds) +
            heads * kHead;
   }
   return sum;

@@ -36,9 +36,8 @@ template <class Body>
 void MeanMix<T>::for_items(int64_t length, const Body& body) const {
   const int64_t per_head = (length + kItemRows - 1) / kItemRows;
   const int64_t items = in_.q.size(0) * kv_heads_ * per_head;
-  const double nanoseconds =
-      static_cast<double>(in_.q.size(0) * heads_ * length * padded_) * kElementNanoseconds;
-  parallel_for(items, threads_for(in_.run, items, nanoseconds), [&](int64_t item, int) {
+  const int64_t mixed = in_.q.size(0) * heads_ * length * padded_;
+  parallel_for(items, threads_for_rows(in_.run, items, mixed), [&](int64_t item, int) {
     const int64_t elements = kBlockRows * padded_;
     Scratch scratch(static_cast<size_t>(elements) * sizeof(T) +
                     static_cast<size_t>(3 * padded_) * sizeof(double) +

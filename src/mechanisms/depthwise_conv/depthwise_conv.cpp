@@ -124,8 +124,7 @@ class Convolution {
   void for_chunks(const Body& body) const {
     if (dim_ == 0) return;
     const int64_t chunks = ceil_div(tokens_, kItemTokens), items = x_.size(0) * heads_ * chunks;
-    const double nanoseconds = static_cast<double>(x_.count()) * kElementNanoseconds;
-    parallel_for(items, threads_for(run_, items, nanoseconds), [&](int64_t item, int) {
+    parallel_for(items, threads_for_rows(run_, items, x_.count()), [&](int64_t item, int) {
       const int64_t begin = item % chunks * kItemTokens, head = item / chunks;
       body(head / heads_, head % heads_, begin, std::min(begin + kItemTokens, tokens_));
     });

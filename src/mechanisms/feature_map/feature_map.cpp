@@ -69,8 +69,8 @@ void forward(const Call& call, const Tensor& out, const RunOptions& run) {
   const int64_t most = features::tile_rows(call, layer), tiles = ceil_div(call.tokens, most);
   const int64_t items = call.batch * call.heads * tiles;
   const double products = features::is_element_map(call) ? 0 : static_cast<double>(call.x.size(3));
-  const double nanoseconds =
-      static_cast<double>(out.count()) * (kElementNanoseconds + products / 40);
+  const double nanoseconds = static_cast<double>(out.count()) *
+                             (kElementNanoseconds + products * kMultiplyAddNanoseconds);
   parallel_for(items, threads_for(run, items, nanoseconds), [&](int64_t item, int) {
     const int64_t pair = item / tiles, first = item % tiles * most;
     const int64_t b = pair / call.heads, h = pair % call.heads;

@@ -137,8 +137,7 @@ void for_each_row(const Call& call, const Part& part, const Each& each) {
     rows += alike.count() - static_cast<int64_t>(alike.heads.size());
   }
   const auto count = static_cast<int64_t>(heads.size());
-  const double nanoseconds = static_cast<double>(rows * call.q.size(3)) * kElementNanoseconds;
-  parallel_for(count, threads_for(call.run, count, nanoseconds), [&](int64_t n, int) {
+  parallel_for(count, threads_for_rows(call.run, count, rows * call.q.size(3)), [&](int64_t n, int) {
     const auto& [of, head, first] = heads[static_cast<size_t>(n)];
     int64_t row = first;
     for (int64_t p : of->rows) {
@@ -223,8 +222,7 @@ void forward_part(const Call& call, const Part& part, const TokenRows& to, RowMe
 template <class T>
 void clear_rest(const Call& call, const TokenRows& to) {
   const int64_t heads = call.q.size(0) * call.q.size(1);
-  const double nanoseconds = static_cast<double>(call.q.count()) * kElementNanoseconds;
-  parallel_for(heads, threads_for(call.run, heads, nanoseconds), [&](int64_t n, int) {
+  parallel_for(heads, threads_for_rows(call.run, heads, call.q.count()), [&](int64_t n, int) {
     const int64_t b = n / call.q.size(1), h = n % call.q.size(1);
     for (int64_t p = 0; p < call.q.size(2); ++p) {
       if (call.gate(b, h, p) != 0) continue;
@@ -257,8 +255,7 @@ void add_heads(const Call& call, const Part& part, const Tensor& of_heads, const
                const Tensor& to) {
   const int64_t keys = to.size(2);
   const auto width = static_cast<size_t>(to.size(3));
-  const double nanoseconds = static_cast<double>(of_heads.count()) * kElementNanoseconds;
-  parallel_for(keys, threads_for(call.run, keys, nanoseconds), [&](int64_t m, int) {
+  parallel_for(keys, threads_for_rows(call.run, keys, of_heads.count()), [&](int64_t m, int) {
     std::array<T, kMaxHeadDim> sum{};  // `width` are used
     if (!part.front().first) load_row(carried, {m}, sum.data());
     int64_t next = 0;

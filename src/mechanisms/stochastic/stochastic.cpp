@@ -157,10 +157,8 @@ class Mover {
   template <class Each>
   void for_each_run(int64_t heads, const Each& each) const {
     const int64_t tokens = call_.q.size(2), runs = (tokens + kRowsPerMove - 1) / kRowsPerMove;
-    const double nanoseconds =
-        static_cast<double>(heads * tokens * call_.q.size(3)) * kElementNanoseconds;
-    const int threads = threads_for(call_.run, heads * runs, nanoseconds);
-    parallel_for(heads * runs, threads, [&](int64_t item, int) {
+    const int64_t elements = heads * tokens * call_.q.size(3);
+    parallel_for(heads * runs, threads_for_rows(call_.run, heads * runs, elements), [&](int64_t item, int) {
       const int64_t begin = item % runs * kRowsPerMove;
       each(item / runs, begin, std::min(begin + kRowsPerMove, tokens));
     });
