@@ -210,9 +210,34 @@ HWY_INLINE void for_element_rows(DType dtype, int64_t count, int64_t width, bool
   });
 }
 
+// max(z, 0) of n numbers of 16 bits, whose bits are ordered as integers: NaN stays.
+void relu_halves(const int16_t* z, int64_t n, int16_t infinity, int16_t* phi) {
+  const hn::ScalableTag<int16_t> d;
+  const auto lanes = static_cast<int64_t>(hn::Lanes(d));
+  const auto all_but_sign = hn::Set(d, int16_t{0x7fff}), most = hn::Set(d, infinity);
+  int64_t i = 0;
+  for (; i + lanes <= n; i += lanes) {
+    const auto x = hn::LoadU(d, z + i);
+    const auto nan = hn::Gt(hn::And(x, all_but_sign), most);
+    hn::StoreU(hn::IfThenElse(nan, x, hn::Max(x, hn::Zero(d))), d, phi + i);
+  }
+  for (; i < n; ++i) {
+    phi[i] = (z[i] & 0x7fff) > infinity ? z[i] : std::max<int16_t>(z[i], 0);
+  }
+}
+
 template <class T>
 void forward_rows(FeatureKind kind, const Rows& z, const RowsOut& phi) {
   const bool touch = z.stride == z.width && phi.stride == z.width;
+  if (kind == FeatureKind::relu && size_of(z.dtype) == 2) {
+    const auto infinity = static_cast<int16_t>(z.dtype == DType::bf16 ? 0x7f80 : 0x7c00);
+    for (int64_t r = 0; r < (touch ? 1 : z.count); ++r) {
+      relu_halves(static_cast<const int16_t*>(z.data) + r * z.stride,
+                  touch ? z.count * z.width : z.width, infinity,
+                  static_cast<int16_t*>(phi.data) + r * phi.stride);
+    }
+    return;
+  }
   with_element_map<T>(kind, [&](auto f) HWY_ATTR {
     for_element_rows<T>(
         z.dtype, z.count, z.width, touch, [&](auto element, int64_t rows, int64_t n) HWY_ATTR {

@@ -18,6 +18,9 @@ class ElementMap : public chunked::RowMap<T> {
         features_(kernels::feature_kernels<T>(isa)) {}
 
   bool keeps_bfloat16() const override { return kind_ == FeatureKind::relu; }
+  void map_half(const kernels::Rows& x, const kernels::RowsOut& to) const override {
+    features_.forward_rows(kind_, x, to);
+  }
 
   void map(const chunked::RowsAt&, const kernels::Rows& x, int64_t first, int64_t count,
            kernels::Block<T> to) const override {

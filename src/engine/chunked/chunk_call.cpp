@@ -121,6 +121,14 @@ Source<T> ChunkCall<T>::for_sums(Source<T> source, bool query) const {
 }
 
 template <class T>
+kernels::Block<const T> ChunkCall<T>::sum_features(const Source<T>& source, bool query,
+                                                   const Rows& phi, Block block) const {
+  if (separate_sums()) return whole_features(for_sums(source, query), 0, features_, block);
+  if (source.map == nullptr || half_) return whole_rows(phi, block);
+  return {static_cast<const T*>(phi.data), phi.stride};
+}
+
+template <class T>
 void ChunkCall<T>::features(const Source<T>& source, int64_t first, int64_t count, Block to) const {
   if (source.map != nullptr) return source.map->map(source.at, source.rows, first, count, to);
   rows_.pack_rows(columns(source.rows, first, count), nullptr, to);
@@ -155,10 +163,15 @@ kernels::Block<const T> ChunkCall<T>::features_after_sums(const Source<T>& sourc
 }
 
 template <class T>
-Rows ChunkCall<T>::operand(const Source<T>& source, Block block, uint16_t* rounded) const {
+Rows ChunkCall<T>::operand(const Source<T>& source, Block block, uint16_t* half) const {
   if (source.map == nullptr) return source.rows;
-  const Rows wide = as_rows({block.data, block.stride}, source.rows.count, features_);
-  return half_ ? round(wide, rounded, rounded_stride()) : wide;
+  const int64_t rows = source.rows.count;
+  if (half_) {
+    source.map->map_half(source.rows, {half, DType::bf16, half_stride(), rows, features_});
+    return {half, DType::bf16, half_stride(), rows, features_};
+  }
+  features(source, 0, features_, block);
+  return as_rows({block.data, block.stride}, rows, features_);
 }
 
 template <class T>
@@ -230,7 +243,7 @@ typename ChunkCall<T>::UpdateMemory ChunkCall<T>::update_memory(Cutter& cut) con
     const int64_t tile_rows = round_up(tile_, products_.row_multiple);
     m.y_packed = cut.take<std::byte>(products_.value_bytes(chunk_, value_dim_));
     m.x_transposed = cut.take<uint16_t>(tile_rows * round_up(chunk_, products_.key_multiple));
-    m.x_rounded = rounded_memory(cut);
+    m.x_half = half_memory(cut);
     m.sums = {cut.take<T>(tile_rows * padded_values_), padded_values_};
   }
   return m;
@@ -253,15 +266,14 @@ void ChunkCall<T>::advance_view(const FeatureRange& rows, const Decay<T>& decay,
 }
 
 template <class T>
-void ChunkCall<T>::add_half_outer(const Added& added, const Decay<T>& decay,
+void ChunkCall<T>::add_half_outer(const Rows& x, const Added& added, const Decay<T>& decay,
                                   kernels::Block<const T> from, Block to,
                                   const UpdateMemory& m) const {
   if constexpr (sizeof(T) == 4) {
     const int64_t depth = added.y.count, stride = round_up(depth, products_.key_multiple);
     const int64_t size = features_ * padded_values_;
     products_.pack_values(added.y, m.y_packed);
-    if (added.x.map != nullptr) features(added.x, 0, features_, m.x);
-    rows_.pack_transposed(operand(added.x, m.x, m.x_rounded), added.factor, m.x_transposed, stride);
+    rows_.pack_transposed(x, added.factor, m.x_transposed, stride);
     // Not into the state: products write whole blocks of rows, more than it has.
     std::fill_n(m.sums.data, size, T{0});
     products_.accumulate(m.x_transposed, stride, features_, m.y_packed, depth, value_dim_, nullptr,
@@ -312,8 +324,10 @@ void ChunkCall<T>::update_state(const Added& added, const Decay<T>& decay,
   }
   if (to.values != nullptr) add_to_sum(added.y, added.value_factor, from.values, m, to.values);
   kernels::Block<const T> y;
+  Rows half_x;
   if (half_) {
-    add_half_outer(added, decay, from.sums, to.sums, m);
+    half_x = operand(added.x, {}, m.x_half);
+    add_half_outer(half_x, added, decay, from.sums, to.sums, m);
   } else {
     y = whole_rows(added.y, m.y);
   }
@@ -324,16 +338,10 @@ void ChunkCall<T>::update_state(const Added& added, const Decay<T>& decay,
     const Block block{m.x.data, round_up(count, products_.dim_multiple)};
     kernels::Block<const T> psi;
     if (to.keys != nullptr) {
-      Rows x;
-      if (!half_) {
-        psi = whole_features(added.psi, first, count, block);
-        x = as_rows(psi, depth, count);
-      } else if (added.x.map == nullptr) {
-        x = added.x.rows;
-      } else {  // features that add_half_outer made: half operands have no others for sums
-        x = as_rows({block.data, block.stride}, depth, count);
-      }
-      add_to_sum(x, added.key_factor, before(from.keys, first), m, to.keys + first);
+      if (!half_) psi = whole_features(added.psi, first, count, block);
+      // Half operands have no other features for sums.
+      add_to_sum(half_ ? half_x : as_rows(psi, depth, count), added.key_factor,
+                 before(from.keys, first), m, to.keys + first);
     }
     if (half_) continue;
     rows_.outer(update_rows(added, psi, first, count, block), y, depth, count, padded_values_,

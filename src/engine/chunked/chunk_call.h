@@ -88,7 +88,7 @@ class ChunkCall {
   struct UpdateMemory {
     Block x, y, sums;
     void* y_packed = nullptr;
-    uint16_t *x_transposed = nullptr, *x_rounded = nullptr;
+    uint16_t *x_transposed = nullptr, *x_half = nullptr;
     T* row = nullptr;
   };
   UpdateMemory update_memory(Cutter& cut) const;
@@ -193,6 +193,9 @@ class ChunkCall {
   /// The same rows as they enter denominators.
   Source<T> for_sums(Source<T> source, bool query) const;
   bool separate_sums() const { return problem_.policy.sums.has_value(); }
+  /// Those in T, in whole vectors; phi: what operand() made of the source, `block`: memory for others.
+  kernels::Block<const T> sum_features(const Source<T>& source, bool query, const Rows& phi,
+                                       Block block) const;
 
   /// Features [first, first + count) of rows in T.
   void features(const Source<T>& source, int64_t first, int64_t count, Block to) const;
@@ -220,9 +223,9 @@ class ChunkCall {
   static Rows as_rows(kernels::Block<const T> block, int64_t count, int64_t width) {
     return {block.data, kType, block.stride, count, width};
   }
-  /// What tile kernels pack: the rows themselves, or their features, which are in `block` and, for
-  /// bfloat16 products, are rounded to `rounded`.
-  Rows operand(const Source<T>& source, Block block, uint16_t* rounded) const;
+  /// Rows as products and sums over them read them: as they lie, or their features, made in `block` or, for
+  /// bfloat16 products, in `half`.
+  Rows operand(const Source<T>& source, Block block, uint16_t* half) const;
   /// Rows of T as bfloat16, in `to`.
   Rows round(const Rows& x, uint16_t* to, int64_t stride) const {
     if constexpr (sizeof(T) == 4) {
@@ -230,11 +233,11 @@ class ChunkCall {
     }
     return {to, DType::bf16, stride, x.count, x.width};
   }
-  int64_t rounded_stride() const { return round_up(features_, products_.key_multiple); }
-  /// For the rounded features of a chunk's rows, whole blocks of them.
-  uint16_t* rounded_memory(Cutter& cut) const {
+  int64_t half_stride() const { return round_up(features_, products_.key_multiple); }
+  /// For the bfloat16 features of a chunk's rows, whole blocks of them.
+  uint16_t* half_memory(Cutter& cut) const {
     const bool mapped = problem_.policy.maps.q != nullptr || problem_.policy.maps.k != nullptr;
-    return half_ && mapped ? cut.take<uint16_t>(tile_rows_ * rounded_stride()) : nullptr;
+    return half_ && mapped ? cut.take<uint16_t>(tile_rows_ * half_stride()) : nullptr;
   }
 
   /// The left operand of a product: rows in T, or packed bfloat16. `readable`: rows of memory from the
@@ -328,8 +331,8 @@ class ChunkCall {
   int64_t existing(int64_t b) const {
     return problem_.lengths.empty() ? tokens_ : problem_.lengths[static_cast<size_t>(b)];
   }
-  void add_half_outer(const Added& added, const Decay<T>& decay, kernels::Block<const T> from,
-                      Block to, const UpdateMemory& m) const;
+  void add_half_outer(const Rows& x, const Added& added, const Decay<T>& decay,
+                      kernels::Block<const T> from, Block to, const UpdateMemory& m) const;
   // to = from (null: 0) + the sum of the rows times their factors
   void add_to_sum(const Rows& x, const T* factor, const T* from, const UpdateMemory& m,
                   T* to) const;

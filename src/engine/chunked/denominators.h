@@ -67,18 +67,13 @@ class Denominators : public ChunkCall<T> {
   }
 
   /// denominators[r] = psi(q_r) . (state + the keys of the chunk that row r sees); returns psi of the keys.
-  /// phi_q, phi_k: features by maps, which are psi where it is no other.
+  /// q, k: phi, as operand() makes it, which is psi where that is no other.
   kernels::Block<const T> running_denominators(int64_t b, int64_t h, const Chunk& chunk,
-                                               const StateView<T>& state, Block phi_q, Block phi_k,
-                                               const Memory& m) const {
-    const auto psi = [&](const Source<T>& source, bool query, Block phi,
-                         Block own) -> kernels::Block<const T> {
-      if (source.map != nullptr && !this->separate_sums()) return {phi.data, phi.stride};
-      return this->whole_features(this->for_sums(source, query), 0, this->features_, own);
-    };
+                                               const StateView<T>& state, const Rows& q,
+                                               const Rows& k, const Memory& m) const {
     const int64_t width = this->padded_features_;
-    const auto x = psi(this->keys(b, h, chunk), false, phi_k, m.key_rows);
-    const auto y = psi(this->queries(b, h, chunk), true, phi_q, m.query_rows);
+    const auto x = this->sum_features(this->keys(b, h, chunk), false, k, m.key_rows);
+    const auto y = this->sum_features(this->queries(b, h, chunk), true, q, m.query_rows);
     std::copy_n(state.keys, width, m.row);
     this->rows_.run_dots(x, chunk.key_tokens(), y, chunk.query_tokens(), width, m.row,
                          m.denominators);
@@ -89,11 +84,6 @@ class Denominators : public ChunkCall<T> {
   void total_denominators(const Rows& x, const StateView<T>& state, const Memory& m) const {
     std::fill_n(m.denominators, x.count, T{0});
     this->rows_.row_dots(x, {state.keys, 0}, m.denominators);
-  }
-  /// psi(q), given phi(q) by maps in `phi`: half operands have no other psi.
-  Rows rows_for_sums(const Source<T>& q, Block phi) const {
-    if (q.map == nullptr) return q.rows;
-    return this->as_rows({phi.data, phi.stride}, q.rows.count, this->features_);
   }
   /// How rows end, from their denominators.
   void read_ends(int64_t b, const Chunk& chunk, const Memory& m) const {

@@ -46,7 +46,7 @@ class Forward : public Denominators<T>, public Sweep<T> {
     void *query, *key_panels, *values;
     KeyRange* ranges;
     T *num_scale, *sum_scale;
-    uint16_t *query_rounded, *key_rounded;
+    uint16_t *query_half, *key_half;
     ReadAhead* ahead;
   };
 
@@ -71,8 +71,8 @@ class Forward : public Denominators<T>, public Sweep<T> {
     m.ranges = cut.take<KeyRange>(rows);
     m.num_scale = cut.take<T>(rows);
     m.sum_scale = cut.take<T>(rows);
-    m.query_rounded = this->rounded_memory(cut);
-    m.key_rounded = this->rounded_memory(cut);
+    m.query_half = this->half_memory(cut);
+    m.key_half = this->half_memory(cut);
     return m;
   }
   // Of rows of features; denominators read all of the padding.
@@ -169,20 +169,18 @@ class Forward : public Denominators<T>, public Sweep<T> {
 
   void read_linear(int64_t b, int64_t h, const Chunk& chunk, const StateView<T>& state,
                    const Memory& m) const {
-    const Source<T> q = this->queries(b, h, chunk), k = this->keys(b, h, chunk);
-    if (q.map != nullptr) this->features(q, 0, this->features_, m.query_rows);
-    if (k.map != nullptr) this->features(k, 0, this->features_, m.key_rows);
-    const auto left = this->left(this->operand(q, m.query_rows, m.query_rounded),
-                                 this->queries_ - chunk.query, m.query_rows, m.query);
+    const Rows q = this->operand(this->queries(b, h, chunk), m.query_rows, m.query_half);
+    const Rows k = this->operand(this->keys(b, h, chunk), m.key_rows, m.key_half);
+    const auto left = this->left(q, this->queries_ - chunk.query, m.query_rows, m.query);
     if (!this->nothing_before(chunk)) {
       this->accumulate(left, chunk.queries, this->state_values(state, m.state), this->features_,
                        this->value_dim_, nullptr, this->ones(), m.out, m.ahead);
     }
     if (this->problem_.policy.key_sum) {
       if (this->problem_.causal) {
-        this->running_denominators(b, h, chunk, state, m.query_rows, m.key_rows, m.sums);
+        this->running_denominators(b, h, chunk, state, q, k, m.sums);
       } else {
-        this->total_denominators(this->rows_for_sums(q, m.query_rows), state, m.sums);
+        this->total_denominators(q, state, m.sums);
       }
     }
     if (chunk.keys == 0) {
@@ -192,7 +190,7 @@ class Forward : public Denominators<T>, public Sweep<T> {
       }
       return;
     }
-    this->panels(this->operand(k, m.key_rows, m.key_rounded), m.key_panels);
+    this->panels(k, m.key_panels);
     this->scores(left, chunk.queries, m.key_panels, chunk.keys, this->features_, m.ranges,
                  m.weights.scores, m.ahead);
     kernels::WeightFactors<T> factors;

@@ -65,7 +65,7 @@ class KeyGradients : public ChunkCall<T>, public Sweep<T> {
     void *key, *value, *query_panels, *gradient_panels, *queries, *gradients;
     KeyRange* ranges;
     T *factors, *row;
-    uint16_t *query_rounded, *key_rounded;
+    uint16_t *query_half, *key_half;
     ReadAhead* ahead;
   };
 
@@ -103,8 +103,8 @@ class KeyGradients : public ChunkCall<T>, public Sweep<T> {
     m.ranges = cut.take<KeyRange>(rows);
     m.factors = cut.take<T>(rows);
     m.row = cut.take<T>(std::max(this->padded_features_, this->padded_values_));
-    m.query_rounded = this->rounded_memory(cut);
-    m.key_rounded = this->rounded_memory(cut);
+    m.query_half = this->half_memory(cut);
+    m.key_half = this->half_memory(cut);
     return m;
   }
   Memory memory_at(std::byte* base) const {
@@ -192,8 +192,10 @@ class KeyGradients : public ChunkCall<T>, public Sweep<T> {
       } else if (this->reads_totals()) {
         read_totals(chunk.keys, operands, state, m);
       } else {
-        value_part(b, first + i, chunk, operands, state, m);
-        key_part(b, first + i, chunk, operands, state, m);
+        const Rows q =
+            this->operand(this->queries(b, first + i, chunk), m.query_rows, m.query_half);
+        value_part(b, first + i, chunk, q, operands, state, m);
+        key_part(b, first + i, chunk, q, operands, state, m);
       }
       if (direct) break;
       add_rows(m.values, chunk.keys, this->padded_values_, m.value_sum);
@@ -279,9 +281,8 @@ class KeyGradients : public ChunkCall<T>, public Sweep<T> {
     if (this->problem_.policy.polynomial) {
       operands.key = this->left(k.rows, readable, m.raw_rows, m.key);
     } else {
-      if (k.map != nullptr) this->features(k, 0, this->features_, m.key_rows);
       operands.key =
-          this->left(this->operand(k, m.key_rows, m.key_rounded), readable, m.key_rows, m.key);
+          this->left(this->operand(k, m.key_rows, m.key_half), readable, m.key_rows, m.key);
     }
     operands.value = this->left(v, readable, m.value_rows, m.value);
     return operands;
@@ -330,7 +331,7 @@ class KeyGradients : public ChunkCall<T>, public Sweep<T> {
     return this->problem_.causal && chunk.begin + chunk.tokens >= this->tokens_ && !last_.defined();
   }
 
-  void value_part(int64_t b, int64_t h, const Chunk& chunk, const Operands& operands,
+  void value_part(int64_t b, int64_t h, const Chunk& chunk, const Rows& q, const Operands& operands,
                   const StateView<T>& state, const Memory& m) const {
     const Rows gradient = gradient_of(b, h, chunk);
     this->zero_rows(m.values, chunk.keys, this->padded_values_);
@@ -339,9 +340,7 @@ class KeyGradients : public ChunkCall<T>, public Sweep<T> {
                        this->features_, this->value_dim_, nullptr, this->ones(), m.values, m.ahead);
     }
     if (chunk.queries > 0) {
-      const Source<T> q = this->queries(b, h, chunk);
-      if (q.map != nullptr) this->features(q, 0, this->features_, m.query_rows);
-      this->panels(this->operand(q, m.query_rows, m.query_rounded), m.query_panels);
+      this->panels(q, m.query_panels);
       this->scores(operands.key, chunk.keys, m.query_panels, chunk.queries, this->features_,
                    m.ranges, m.weights.scores, m.ahead);
       add_own(b, h, chunk, this->right(gradient, m.gradients), m, m.values);
@@ -361,9 +360,8 @@ class KeyGradients : public ChunkCall<T>, public Sweep<T> {
                         m.values, nullptr, chunk.key_tokens(), this->padded_values_, true, m.row);
   }
 
-  void key_part(int64_t b, int64_t h, const Chunk& chunk, const Operands& operands,
+  void key_part(int64_t b, int64_t h, const Chunk& chunk, const Rows& q, const Operands& operands,
                 const StateView<T>& state, const Memory& m) const {
-    const Source<T> q = this->queries(b, h, chunk);
     if (nothing_behind(chunk)) {
       this->zero_rows(m.features, chunk.keys, this->written_features());
     } else {
@@ -374,8 +372,7 @@ class KeyGradients : public ChunkCall<T>, public Sweep<T> {
       this->panels(gradient_of(b, h, chunk), m.gradient_panels);
       this->scores(operands.value, chunk.keys, m.gradient_panels, chunk.queries, this->value_dim_,
                    m.ranges, m.weights.scores, m.ahead);
-      add_own(b, h, chunk, this->right(this->operand(q, m.query_rows, m.query_rounded), m.queries),
-              m, m.features);
+      add_own(b, h, chunk, this->right(q, m.queries), m, m.features);
     } else if (this->decays(h) != nullptr) {
       this->rows_.scale_rows(m.features, chunk.keys, this->padded_features_, carry(h, chunk));
     }
@@ -385,11 +382,11 @@ class KeyGradients : public ChunkCall<T>, public Sweep<T> {
       to = m.more_features;
       std::fill_n(to.data, this->tile_rows_ * to.stride, T{0});
     }
-    this->features(this->for_sums(q, true), 0, this->features_, m.query_rows);
+    const auto psi = this->sum_features(this->queries(b, h, chunk), true, q, m.query_rows);
     std::copy_n(state.keys, this->padded_features_, m.row);
-    this->rows_.run_add({m.query_rows.data, m.query_rows.stride},
-                        row_numbers(statistics_.denominator, b, h, chunk), chunk.query_tokens(), to,
-                        nullptr, chunk.key_tokens(), this->padded_features_, true, m.row);
+    this->rows_.run_add(psi, row_numbers(statistics_.denominator, b, h, chunk),
+                        chunk.query_tokens(), to, nullptr, chunk.key_tokens(),
+                        this->padded_features_, true, m.row);
   }
 
   void use_polynomial(int64_t b, int64_t h, const Chunk& chunk, const Operands& operands,

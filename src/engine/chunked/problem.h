@@ -35,6 +35,8 @@ class RowMap {
   virtual ~RowMap() = default;
   /// Whether the features of bfloat16 rows are bfloat16 numbers, so that nothing is lost as operands.
   virtual bool keeps_bfloat16() const { return false; }
+  /// Then: all features of such rows, to.width of them.
+  virtual void map_half(const kernels::Rows& /*x*/, const kernels::RowsOut& /*to*/) const {}
   /// to[r] = features [first, first + count) of row r, and zeros behind them up to to.stride. `first` is a
   /// multiple of 16 (of kFeatureTile with a polynomial).
   virtual void map(const RowsAt& at, const kernels::Rows& x, int64_t first, int64_t count,

@@ -72,7 +72,7 @@ class QueryGradients : public SlopeStates<T>, public Sweep<T> {
     void *query, *gradient, *key_panels, *value_panels, *keys;
     KeyRange* ranges;
     T *dots, *sum_dots;
-    uint16_t *query_rounded, *key_rounded;
+    uint16_t *query_half, *key_half;
     ReadAhead* ahead;
   };
 
@@ -105,8 +105,8 @@ class QueryGradients : public SlopeStates<T>, public Sweep<T> {
     m.ranges = cut.take<KeyRange>(rows);
     m.dots = cut.take<T>(rows);
     m.sum_dots = cut.take<T>(rows);
-    m.query_rounded = this->rounded_memory(cut);
-    m.key_rounded = this->rounded_memory(cut);
+    m.query_half = this->half_memory(cut);
+    m.key_half = this->half_memory(cut);
     return m;
   }
   Memory memory_at(std::byte* base) const {
@@ -205,8 +205,9 @@ class QueryGradients : public SlopeStates<T>, public Sweep<T> {
     const int64_t b = lane / this->heads_, h = lane % this->heads_;
     const StateView<T> view = this->total(state, kTotal);
     const Policy<T>& policy = this->problem_.policy;
-    const Source<T> q = this->queries(b, h, chunk), k = this->keys(b, h, chunk);
-    if (policy.read_out || this->slopes_) this->features(q, 0, this->features_, m.query_rows);
+    const Source<T> source = this->queries(b, h, chunk);
+    const Rows q = this->operand(source, m.query_rows, m.query_half);
+    const Rows k = this->operand(this->keys(b, h, chunk), m.key_rows, m.key_half);
     const auto gradient = this->left(gradient_of(b, h, chunk), this->queries_ - chunk.query,
                                      m.gradient_rows, m.gradient);
     if (this->nothing_before(chunk)) {
@@ -216,20 +217,21 @@ class QueryGradients : public SlopeStates<T>, public Sweep<T> {
                    this->value_dim_, nullptr, m.features, m.ahead);
     }
     if (chunk.keys > 0) value_scores(b, h, chunk, gradient, m.weights.scores, m);
-    if (this->slopes_) this->slope_part(lane, index) = slopes_of(b, h, chunk, gradient, state, m);
+    if (this->slopes_) {
+      this->slope_part(lane, index) = slopes_of(h, chunk, gradient, q, k, state, m);
+    }
     if (chunk.keys > 0) {
-      if (k.map != nullptr) this->features(k, 0, this->features_, m.key_rows);
       kernels::WeightFactors<T> factors;
       if (const auto* table = this->decays(h)) factors.decay = table->falling(chunk.shift);
       this->weigh_and_add(m.weights, chunk.queries, chunk.keys, m.ranges, factors, false,
-                          this->right(this->operand(k, m.key_rows, m.key_rounded), m.keys),
-                          this->state_factors(h, chunk.shift + 1), m.features, m.ahead);
+                          this->right(k, m.keys), this->state_factors(h, chunk.shift + 1),
+                          m.features, m.ahead);
     } else if (this->decays(h) != nullptr) {
       this->rows_.scale_rows(m.features, chunk.queries, this->padded_features_,
                              this->state_factors(h, chunk.shift + 1));
     }
-    if (policy.read_out) read_out(lane, chunk, view, m);
-    return pulled(q, m);
+    if (policy.read_out) read_out(lane, chunk, q, k, view, m);
+    return pulled(source, m);
   }
 
   Block pulled(const Source<T>& q, const Memory& m) const {
@@ -277,14 +279,12 @@ class QueryGradients : public SlopeStates<T>, public Sweep<T> {
   }
 
   // Minus the part of the slope's gradient that a chunk's rows give.
-  double slopes_of(int64_t b, int64_t h, const Chunk& chunk, const typename Call::Left& gradient,
-                   T* state, const Memory& m) const {
+  double slopes_of(int64_t h, const Chunk& chunk, const typename Call::Left& gradient,
+                   const Rows& q, const Rows& k, T* state, const Memory& m) const {
     const DecayTable<T>& table = *this->decays(h);
     const auto state_part = [&](Block gradients, bool distance) {
       std::fill_n(m.dots, chunk.queries, T{0});
-      this->rows_.row_dots(this->as_rows({m.query_rows.data, m.query_rows.stride}, chunk.queries,
-                                         this->written_features()),
-                           {gradients.data, gradients.stride}, m.dots);
+      this->rows_.row_dots(q, {gradients.data, gradients.stride}, m.dots);
       double sum = 0;
       for (int64_t r = 0; r < chunk.queries; ++r) {
         const int64_t steps = chunk.shift + r + 1;
@@ -299,11 +299,8 @@ class QueryGradients : public SlopeStates<T>, public Sweep<T> {
                  this->state_keys(this->slope_view(state).sums, this->features_, m.state),
                  this->features_, this->value_dim_, nullptr, m.more_features, m.ahead);
     sum += state_part(m.more_features, false);
-    const Source<T> q = this->queries(b, h, chunk), k = this->keys(b, h, chunk);
-    const auto left = this->left(this->operand(q, m.query_rows, m.query_rounded),
-                                 this->queries_ - chunk.query, m.query_rows, m.query);
-    if (k.map != nullptr) this->features(k, 0, this->features_, m.key_rows);
-    this->panels(this->operand(k, m.key_rows, m.key_rounded), m.key_panels);
+    const auto left = this->left(q, this->queries_ - chunk.query, m.query_rows, m.query);
+    this->panels(k, m.key_panels);
     this->scores(left, chunk.queries, m.key_panels, chunk.keys, this->features_, m.ranges, m.scores,
                  m.ahead);
     const Block& values = m.weights.scores;
@@ -333,17 +330,19 @@ class QueryGradients : public SlopeStates<T>, public Sweep<T> {
     }
   }
 
-  void read_out(int64_t lane, const Chunk& chunk, const StateView<T>& state,
-                const Memory& m) const {
+  void read_out(int64_t lane, const Chunk& chunk, const Rows& q, const Rows& k,
+                const StateView<T>& state, const Memory& m) const {
     const int64_t b = lane / this->heads_, h = lane % this->heads_;
     const int64_t width = this->padded_features_;
-    const auto keys =
-        this->running_denominators(b, h, chunk, state, m.query_rows, m.key_rows, m.sums);
+    kernels::Block<const T> keys;
+    if (this->problem_.causal) {
+      keys = this->running_denominators(b, h, chunk, state, q, k, m.sums);
+    } else {
+      this->total_denominators(q, state, m.sums);
+    }
     std::fill_n(m.dots, chunk.queries, T{0});
     std::fill_n(m.sum_dots, chunk.queries, T{0});
-    this->rows_.row_dots(this->as_rows({m.query_rows.data, m.query_rows.stride}, chunk.queries,
-                                       this->written_features()),
-                         {m.features.data, m.features.stride}, m.dots);
+    this->rows_.row_dots(q, {m.features.data, m.features.stride}, m.dots);
     if (this->problem_.policy.value_sum) {
       this->rows_.pack_rows(this->values(b, h, chunk), nullptr, m.value_rows);
       this->rows_.pack_rows(gradient_of(b, h, chunk), nullptr, m.gradient_rows);
