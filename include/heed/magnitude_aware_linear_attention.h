@@ -28,7 +28,7 @@ namespace heed {
 enum class MagnitudeAwareForm { code, paper, consistent };
 MagnitudeAwareForm parse_magnitude_aware_form(std::string_view name);  // throws Error
 
-/// Of a causal call, after its last token: s [B,H,D,Dv], k_sum [B,H,D], v_sum [B,H,Dv] float32 (float64),
+/// After the last token: s [B,H,D,Dv], k_sum [B,H,D], v_sum [B,H,Dv] float32 (float64),
 /// count [B], the tokens so far: of the same type, int32 or int64 where it is given, of the same type
 /// where it is returned; float32 counts to 2^24, a longer sequence has no state.
 struct MagnitudeAwareState {
@@ -48,6 +48,9 @@ struct MagnitudeAwareOptions {
   double eps = 1e-6;                 // not negative
   /// All four or none; causal only, needs Lq <= Lk.
   MagnitudeAwareState initial_state = {};
+  /// Of the backward of a call that is not causal: the state that its forward gave, whose count is not read.
+  /// Undefined: it is computed again.
+  MagnitudeAwareState forward_state = {};
 };
 
 struct MagnitudeAwareResult {

@@ -19,16 +19,25 @@
 
 namespace heed {
 
+/// Over all keys: s [B,H,D,Dv] = K^T v, z [B,H,D] = sum_m K[m]; float32 (float64 for float64).
+struct ReluLinearState {
+  Tensor s = {}, z = {};
+};
+
 struct ReluLinearOptions {
   double clamp = 100;  // the published models' constant; positive
+  /// Of the backward: the state that its forward gave. Undefined: it is computed again.
+  ReluLinearState forward_state = {};
 };
 
 Array relu_linear_attention(const Tensor& q, const Tensor& k, const Tensor& v,
                             const Tensor& temperature, const ReluLinearOptions& options = {},
                             const RunOptions& run = {});
+/// Into caller memory. Undefined tensors of the state are not written.
 void relu_linear_attention(const Tensor& q, const Tensor& k, const Tensor& v,
                            const Tensor& temperature, const Tensor& out,
-                           const ReluLinearOptions& options = {}, const RunOptions& run = {});
+                           const ReluLinearState& state = {}, const ReluLinearOptions& options = {},
+                           const RunOptions& run = {});
 
 /// Each in the shape and type of what it belongs to.
 struct ReluLinearGradients {

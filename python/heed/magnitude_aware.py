@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from heed._autocast import autocast
+from heed._gradients import may_follow
 from heed._numbers import number
 from heed._states import parts_of
 
@@ -98,7 +99,13 @@ def magnitude_aware_linear_attention(
     Source: Rectifying Magnitude Neglect in Linear Attention (arXiv 2507.00698).
     """
     op = "magnitude_aware_linear_attention"
+    if return_state and not causal:
+        raise ValueError(
+            f"{op}: return_state without causal, needed is causal=True: only a causal call has a state"
+        )
     q, k, v = autocast(q, k, v)
+    # Not causal, the state spares the backward a sum over all keys.
+    in_backward = not causal and may_follow(q, k, v)
     s, k_sum, v_sum, count = parts_of(op, initial_state, ("S", "k_sum", "v_sum", "count"))
     out, *state = torch.ops.heed.magnitude_aware_linear_attention(
         q,
@@ -113,6 +120,6 @@ def magnitude_aware_linear_attention(
         k_sum,
         v_sum,
         count,
-        return_state,
+        return_state or in_backward,
     )
     return (out, tuple(state)) if return_state else out

@@ -4,6 +4,7 @@ import torch
 from torch import Tensor
 
 from heed._autocast import autocast
+from heed._gradients import may_follow
 from heed._numbers import number
 
 
@@ -37,4 +38,6 @@ def relu_linear_attention(
     """
     q, k, v = autocast(q, k, v)
     clamp = number("relu_linear_attention", "clamp", clamp)
-    return torch.ops.heed.relu_linear_attention(q, k, v, temperature, clamp)
+    # The state spares the backward a sum over all keys.
+    in_backward = may_follow(q, k, v, temperature)
+    return torch.ops.heed.relu_linear_attention(q, k, v, temperature, clamp, in_backward)[0]

@@ -46,12 +46,6 @@ void check_rope(size_t numbers) {
                     " numbers, needed are two: the height and width of the grid");
 }
 
-void check_wanted(bool causal, bool return_state) {
-  TORCH_CHECK_VALUE(causal || !return_state, kMagnitudeAware,
-                    ": return_state without causal, needed is causal=True: only a causal call has "
-                    "a state");
-}
-
 MagnitudeAwareOptions options_of(const at::Tensor& q, const at::Tensor& k, const at::Tensor& v,
                                  bool causal, c10::string_view form, at::OptionalIntArrayRef rope,
                                  std::optional<double> scale, double eps,
@@ -82,7 +76,6 @@ Results empty_magnitude_aware(const at::Tensor& q, const at::Tensor& v, bool ret
 
 Results magnitude_aware_cpu(HEED_MAGNITUDE_AWARE_INPUTS) {
   const MagnitudeAwareOptions options = options_of(HEED_MAGNITUDE_AWARE_NAMES);
-  check_wanted(causal, return_state);
   const Results results = empty_magnitude_aware(q, v, return_state);
   guarded([&] {
     const auto& [out, s, k_sum, v_sum, count] = results;
@@ -98,8 +91,13 @@ Results magnitude_aware_cpu(HEED_MAGNITUDE_AWARE_INPUTS) {
 std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor>
 magnitude_aware_backward_cpu(const MaybeTensor& grad_out, const MaybeTensor& grad_s,
                              const MaybeTensor& grad_k_sum, const MaybeTensor& grad_v_sum,
-                             HEED_MAGNITUDE_AWARE_INPUTS) {
-  const MagnitudeAwareOptions options = options_of(HEED_MAGNITUDE_AWARE_NAMES);
+                             const MaybeTensor& s, const MaybeTensor& k_sum,
+                             const MaybeTensor& v_sum, HEED_MAGNITUDE_AWARE_INPUTS) {
+  MagnitudeAwareOptions options = options_of(HEED_MAGNITUDE_AWARE_NAMES);
+  options.forward_state = {view_wanted(s, return_state),
+                           view_wanted(k_sum, return_state),
+                           view_wanted(v_sum, return_state),
+                           {}};
   const at::Tensor g = out_gradient(grad_out, q, v);
   MagnitudeAwareGradients to;
   guarded([&] {
@@ -120,14 +118,13 @@ magnitude_aware_backward_cpu(const MaybeTensor& grad_out, const MaybeTensor& gra
 
 // NOLINTBEGIN(performance-unnecessary-value-param): the dispatcher passes views by value
 Results magnitude_aware_meta(const at::Tensor& q, const at::Tensor& k, const at::Tensor& v,
-                             bool causal, c10::string_view form, at::OptionalSymIntArrayRef rope,
-                             std::optional<double>, double, HEED_MAGNITUDE_AWARE_STATE,
-                             bool return_state) {
+                             bool /*causal*/, c10::string_view form,
+                             at::OptionalSymIntArrayRef rope, std::optional<double>, double,
+                             HEED_MAGNITUDE_AWARE_STATE, bool return_state) {
   check_inputs(q, k, v, initial_s, initial_k_sum, initial_v_sum, initial_count);
   check_qkv_shapes({kMagnitudeAware, "q", q}, {kMagnitudeAware, "k", k}, {kMagnitudeAware, "v", v});
   parse_form(form);
   if (rope) check_rope(rope->size());
-  check_wanted(causal, return_state);
   return empty_magnitude_aware(q, v, return_state);
 }
 // NOLINTEND(performance-unnecessary-value-param)

@@ -201,8 +201,8 @@ TORCH_LIBRARY(heed, m) {
       ") -> (Tensor out, Tensor s, Tensor k_sum, Tensor v_sum, Tensor count)");
   m.def(
       "magnitude_aware_linear_attention_backward(Tensor? grad_out, Tensor? grad_s,"
-      " Tensor? grad_k_sum, Tensor? grad_v_sum, Tensor q, Tensor k, Tensor "
-      "v, " HEED_MAGNITUDE_AWARE_OPTIONS
+      " Tensor? grad_k_sum, Tensor? grad_v_sum, Tensor? s, Tensor? k_sum, Tensor? v_sum,"
+      " Tensor q, Tensor k, Tensor v, " HEED_MAGNITUDE_AWARE_OPTIONS
       ") -> (Tensor grad_q, Tensor grad_k, Tensor grad_v, Tensor grad_initial_s,"
       " Tensor grad_initial_k_sum, Tensor grad_initial_v_sum)");
 #define HEED_FEATURE_ARGUMENTS "Tensor x, str kind, Tensor? weight=None, Tensor? bias=None"
@@ -225,10 +225,13 @@ TORCH_LIBRARY(heed, m) {
       " Tensor unit_feature_k, " HEED_DISTILLATION_ARGUMENTS
       ") -> (Tensor grad_feature_q, Tensor grad_feature_k)");
 #define HEED_RELU_LINEAR_ARGUMENTS \
-  "Tensor q, Tensor k, Tensor v, Tensor temperature, float clamp=100.0"
-  m.def("relu_linear_attention(" HEED_RELU_LINEAR_ARGUMENTS ") -> Tensor out");
-  m.def("relu_linear_attention_backward(Tensor grad_out, " HEED_RELU_LINEAR_ARGUMENTS
-        ") -> (Tensor grad_q, Tensor grad_k, Tensor grad_v, Tensor grad_temperature)");
+  "Tensor q, Tensor k, Tensor v, Tensor temperature, float clamp=100.0, bool return_state=False"
+  m.def("relu_linear_attention(" HEED_RELU_LINEAR_ARGUMENTS
+        ") -> (Tensor out, Tensor s, Tensor z)");
+  m.def(
+      "relu_linear_attention_backward(Tensor grad_out, Tensor s, Tensor "
+      "z, " HEED_RELU_LINEAR_ARGUMENTS
+      ") -> (Tensor grad_q, Tensor grad_k, Tensor grad_v, Tensor grad_temperature)");
 #define HEED_RPE_ARGUMENTS                                                                   \
   "Tensor q, Tensor k, Tensor v, Tensor rpb, Tensor? projection, str features='nprf', bool " \
   "causal=False, SymInt[]? grid=None, str path='auto'"

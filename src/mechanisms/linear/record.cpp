@@ -1,4 +1,5 @@
 #include <cmath>
+#include <memory>
 
 #include "engine/operands.h"
 #include "heed/error.h"
@@ -128,8 +129,7 @@ NamedArrays forward_linear(const NamedTensors& in, const Spec& options, const Ru
 }
 
 NamedArrays backward_linear(const NamedTensors& in, const NamedTensors& out_gradients,
-                            const Spec& options, const RunOptions& run) {
-  const LinearOptions chosen = linear_options(in, options);
+                            const LinearOptions& chosen, const RunOptions& run) {
   const Tensor z = chosen.normalize ? out_gradients.at("z") : Tensor();
   LinearGradients result =
       linear_attention_backward(in.at("q"), in.at("k"), in.at("v"), out_gradients.at("out"),
@@ -141,6 +141,17 @@ NamedArrays backward_linear(const NamedTensors& in, const NamedTensors& out_grad
   if (in.contains("initial_s")) arrays.emplace("initial_s", std::move(result.s));
   if (in.contains("initial_z")) arrays.emplace("initial_z", std::move(result.z));
   return arrays;
+}
+
+BackwardCall forward_for_backward(const NamedTensors& in, const Spec& spec, const RunOptions& run) {
+  const LinearOptions options = linear_options(in, spec);
+  const auto result = std::make_shared<LinearResult>();
+  if (!options.causal) *result = linear_attention(in.at("q"), in.at("k"), in.at("v"), options, run);
+  return [=](const NamedTensors& out_gradients) {
+    LinearOptions backward = options;
+    backward.forward_state = {result->s, result->z};
+    return backward_linear(in, out_gradients, backward, run);
+  };
 }
 
 FeatureKind kind_without_weights(const Spec& options) {
@@ -199,7 +210,7 @@ Mechanism linear_record() {
     }
   }
   m.forward = forward_linear;
-  m.backward = backward_linear;
+  m.forward_for_backward = forward_for_backward;
   m.bind = bind_linear;
   m.explain = [](const NamedTensors& in, const Spec&, const RunOptions& run) {
     return explain_chunked(in, false, run);

@@ -104,6 +104,7 @@ void check(const Tensor& q, const Tensor& k, const Tensor& v, const Options& opt
   if (options.rope) check_rope(q, k, options);
   const State& state = options.initial_state;
   check_sums(kOp, "initial_state", state, q, v);
+  check_sums(kOp, "forward_state", options.forward_state, q, v);
   const bool given = any_of(state);
   if (given && !options.causal)
     fail(kOp, "an initial state without causal", "only causal calls have one");
@@ -157,6 +158,8 @@ struct Call {
     problem.causal = options.causal;
     const State& state = options.initial_state;
     problem.initial = {state.s, state.k_sum, state.v_sum};
+    problem.total = {options.forward_state.s, options.forward_state.k_sum,
+                     options.forward_state.v_sum};
     chunked::Policy<T>& policy = problem.policy;
     policy.maps = {&plain, &plain};
     if (options.rope) {
@@ -215,9 +218,7 @@ void run_backward(const Tensor& q, const Tensor& k, const Tensor& v, const Tenso
                     {into.q, into.k, into.v, {into.s, into.k_sum, into.v_sum}, nullptr}, run);
 }
 
-void check_last(const State& state, const Tensor& q, const Tensor& v, const Options& options) {
-  if (any_of(state) && !options.causal)
-    fail(kOp, "a state is wanted without causal", "only causal calls have one");
+void check_last(const State& state, const Tensor& q, const Tensor& v) {
   check_sums(kOp, "state", state, q, v);
   check_result(kOp, "state count", state.count, {q.size(0)}, wide_type(q.dtype()));
 }
@@ -237,7 +238,7 @@ void magnitude_aware_linear_attention(const Tensor& q, const Tensor& k, const Te
   check(q, k, v, options);
   if (!out.defined()) throw Error(std::string(kOp) + ": out is missing");
   chunked::check_out(kOp, "out", out, out_shape(q, v), q.dtype());
-  check_last(state, q, v, options);
+  check_last(state, q, v);
   if (q.dtype() == DType::f64) {
     run_forward<double>(q, k, v, out, state, options, run);
   } else {

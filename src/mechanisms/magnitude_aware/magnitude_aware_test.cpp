@@ -3,7 +3,9 @@
 #include <gtest/gtest.h>
 
 #include <cmath>
+#include <cstring>
 
+#include "engine/operands.h"
 #include "heed/heed.h"
 #include "mechanisms/chunked_test.h"
 
@@ -142,6 +144,38 @@ TEST(MagnitudeAware, AnyCutGivesTheNumbersOfOneCall) {
       EXPECT_LT(relative_error(out, whole.out), 1e-11) << step;
       EXPECT_LT(relative_error(s, whole.s), 1e-13) << step;
       EXPECT_EQ(*count.as<double>(), 120);
+    }
+  }
+}
+
+TEST(MagnitudeAware, BackwardReadsTheStateOfTheForward) {
+  for (DType type : {DType::f64, DType::f32, DType::bf16}) {
+    for (Isa isa : available_isas()) {
+      for (bool turned : {false, true}) {
+        const Inputs in(type, 4, 2, 1500, 24, 40);
+        const RunOptions run{.threads = {}, .isa = isa};
+        MagnitudeAwareOptions options = with(false, kCode);
+        if (turned) options.rope = Grid{30, 50};
+        const DType wide = wide_type(type);
+        Array s(wide, {1, 4, 24, 40}), k_sum(wide, {1, 4, 24}), v_sum(wide, {1, 4, 40});
+        const MagnitudeAwareState state{s, k_sum, v_sum, {}};
+        Array out(type, {1, 4, 1500, 40});
+        const Array gradient = random_array(type, {1, 4, 1500, 40}, 4);
+        magnitude_aware_linear_attention(in.q, in.k, in.v, out, state, options, run);
+        const auto backward = [&] {
+          return magnitude_aware_linear_attention_backward(in.q, in.k, in.v, gradient, {}, options,
+                                                           run);
+        };
+        const MagnitudeAwareGradients alone = backward();
+        options.forward_state = state;
+        const MagnitudeAwareGradients given = backward();
+        EXPECT_TRUE(same_bits(alone.q, given.q) && same_bits(alone.k, given.k) &&
+                    same_bits(alone.v, given.v))
+            << name_of(type) << " " << name_of(isa) << " " << turned;
+        std::memset(v_sum.view().data(), 0,
+                    static_cast<size_t>(v_sum.count()) * size_of(v_sum.dtype()));
+        EXPECT_FALSE(same_bits(backward().q, given.q));
+      }
     }
   }
 }

@@ -1,4 +1,5 @@
 #include <cmath>
+#include <memory>
 
 #include "engine/operands.h"
 #include "heed/error.h"
@@ -204,8 +205,7 @@ NamedArrays forward_mala(const NamedTensors& in, const Spec& options, const RunO
 }
 
 NamedArrays backward_mala(const NamedTensors& in, const NamedTensors& out_gradients,
-                          const Spec& options, const RunOptions& run) {
-  const MagnitudeAwareOptions chosen = mala_options(in, options);
+                          const MagnitudeAwareOptions& chosen, const RunOptions& run) {
   MagnitudeAwareState state;
   if (chosen.causal) {
     state = {out_gradients.at("s"), out_gradients.at("k_sum"), out_gradients.at("v_sum"), {}};
@@ -222,6 +222,29 @@ NamedArrays backward_mala(const NamedTensors& in, const NamedTensors& out_gradie
     arrays.emplace("initial_v_sum", std::move(result.v_sum));
   }
   return arrays;
+}
+
+BackwardCall forward_for_backward(const NamedTensors& in, const Spec& spec, const RunOptions& run) {
+  struct Saved {
+    Array s, k_sum, v_sum;
+  };
+  const MagnitudeAwareOptions options = mala_options(in, spec);
+  const auto saved = std::make_shared<Saved>();
+  if (!options.causal) {
+    const Tensor &q = in.at("q"), &v = in.at("v");
+    const DType type = wide_type(q.dtype());
+    saved->s = Array(type, {q.size(0), q.size(1), q.size(3), v.size(3)});
+    saved->k_sum = Array(type, {q.size(0), q.size(1), q.size(3)});
+    saved->v_sum = Array(type, {q.size(0), q.size(1), v.size(3)});
+    Array out(q.dtype(), {q.size(0), q.size(1), q.size(2), v.size(3)});
+    magnitude_aware_linear_attention(q, in.at("k"), v, out,
+                                     {saved->s, saved->k_sum, saved->v_sum, {}}, options, run);
+  }
+  return [=](const NamedTensors& out_gradients) {
+    MagnitudeAwareOptions backward = options;
+    backward.forward_state = {saved->s, saved->k_sum, saved->v_sum, {}};
+    return backward_mala(in, out_gradients, backward, run);
+  };
 }
 
 // Without rope: the model has turned queries and keys already.
@@ -284,7 +307,7 @@ Mechanism mala_record() {
       attention_case("d64_n4096_rope", {1, 8, 8, 4096, 4096, 64, 64}, "height=64,width=64"),
       attention_case("d64_n4096_causal", {1, 8, 8, 4096, 4096, 64, 64}, "causal=1")};
   m.forward = forward_mala;
-  m.backward = backward_mala;
+  m.forward_for_backward = forward_for_backward;
   m.bind = bind_mala;
   m.explain = [](const NamedTensors& in, const Spec&, const RunOptions& run) {
     return explain_chunked(in, true, run);

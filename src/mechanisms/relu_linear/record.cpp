@@ -1,3 +1,6 @@
+#include <memory>
+
+#include "engine/operands.h"
 #include "heed/relu_linear_attention.h"
 #include "mechanisms/chunked_case.h"
 #include "mechanisms/embedded.h"
@@ -40,6 +43,32 @@ ExampleCase relu_case(std::string name, const Shape& s, std::string options = ""
   return example;
 }
 
+BackwardCall forward_for_backward(const NamedTensors& in, const Spec& spec, const RunOptions& run) {
+  struct Saved {
+    Array s, z;
+  };
+  const Tensor q = in.at("q"), k = in.at("k"), v = in.at("v"), temperature = in.at("temperature");
+  const DType type = wide_type(q.dtype());
+  const auto saved = std::make_shared<Saved>();
+  saved->s = Array(type, {q.size(0), q.size(1), q.size(3), v.size(3)});
+  saved->z = Array(type, {q.size(0), q.size(1), q.size(3)});
+  const ReluLinearOptions options = relu_options(spec);
+  Array out(q.dtype(), {q.size(0), q.size(1), q.size(2), v.size(3)});
+  relu_linear_attention(q, k, v, temperature, out, {saved->s, saved->z}, options, run);
+  return [=](const NamedTensors& out_gradients) {
+    ReluLinearOptions backward = options;
+    backward.forward_state = {saved->s, saved->z};
+    ReluLinearGradients gradients = relu_linear_attention_backward(out_gradients.at("out"), q, k, v,
+                                                                   temperature, backward, run);
+    NamedArrays arrays;
+    arrays.emplace("q", std::move(gradients.q));
+    arrays.emplace("k", std::move(gradients.k));
+    arrays.emplace("v", std::move(gradients.v));
+    arrays.emplace("temperature", std::move(gradients.temperature));
+    return arrays;
+  };
+}
+
 Mechanism relu_linear_record() {
   Mechanism m;
   m.name = "relu_linear_attention";
@@ -72,18 +101,7 @@ Mechanism relu_linear_record() {
                                                 in.at("temperature"), relu_options(options), run));
     return arrays;
   };
-  m.backward = [](const NamedTensors& in, const NamedTensors& out_gradients, const Spec& options,
-                  const RunOptions& run) {
-    ReluLinearGradients gradients =
-        relu_linear_attention_backward(out_gradients.at("out"), in.at("q"), in.at("k"), in.at("v"),
-                                       in.at("temperature"), relu_options(options), run);
-    NamedArrays arrays;
-    arrays.emplace("q", std::move(gradients.q));
-    arrays.emplace("k", std::move(gradients.k));
-    arrays.emplace("v", std::move(gradients.v));
-    arrays.emplace("temperature", std::move(gradients.temperature));
-    return arrays;
-  };
+  m.forward_for_backward = forward_for_backward;
   m.bind = bind;
   m.explain = [](const NamedTensors& in, const Spec&, const RunOptions& run) {
     return explain_chunked(in, false, run);

@@ -18,19 +18,21 @@ constexpr const char* kOp = "relu_linear_attention";
 /// A checked call with what its policy points to.
 template <class T>
 struct Call {
-  Call(const Tensor& q, const Tensor& k, const Tensor& v, const Tensor& temperature, double clamp,
-       const RunOptions& run)
+  Call(const Tensor& q, const Tensor& k, const Tensor& v, const Tensor& temperature,
+       const ReluLinearOptions& options, const RunOptions& run)
       : map(FeatureKind::relu, chosen_isa(run)) {
     problem.q = q;
     problem.k = k;
     problem.v = v;
     problem.causal = false;
+    problem.total = {.sums = options.forward_state.s, .keys = options.forward_state.z};
     chunked::Policy<T>& policy = problem.policy;
     policy.maps = {&map, &map};
     policy.features = q.size(3);
     policy.key_sum = true;
     policy.scales = contiguous_values<double>(temperature);
-    const double least = std::max(clamp, static_cast<double>(std::numeric_limits<T>::min()));
+    const double least =
+        std::max(options.clamp, static_cast<double>(std::numeric_limits<T>::min()));
     policy.read_out = chunked::each_row<T>([least](int64_t, int64_t, double denominator) {
       chunked::ReadOut row;
       row.num_scale = 1 / (denominator < least ? least : denominator);  // NaN stays NaN
@@ -46,14 +48,30 @@ struct Call {
 };
 
 template <class T>
+void run_forward(const Tensor& q, const Tensor& k, const Tensor& v, const Tensor& temperature,
+                 const Tensor& out, const ReluLinearState& state, const ReluLinearOptions& options,
+                 const RunOptions& run) {
+  const Call<T> call(q, k, v, temperature, options, run);
+  chunked::forward(call.problem, out, {.sums = state.s, .keys = state.z}, run);
+}
+
+template <class T>
 void run_backward(const Tensor& grad_out, const Tensor& q, const Tensor& k, const Tensor& v,
                   const Tensor& temperature, const ReluLinearOptions& options,
                   const ReluLinearGradientViews& into, const RunOptions& run) {
-  const Call<T> call(q, k, v, temperature, options.clamp, run);
+  const Call<T> call(q, k, v, temperature, options, run);
   std::vector<double> scales(static_cast<size_t>(q.size(1)));
   chunked::Gradients gradients{into.q, into.k, into.v, {}, nullptr, &scales};
   chunked::backward(call.problem, grad_out, {}, gradients, run);
   copy_values(scales.data(), into.temperature);
+}
+
+void check_state(const std::string& of, const ReluLinearState& state, const Tensor& q,
+                 const Tensor& v) {
+  const DType type = wide_type(q.dtype());
+  check_result(kOp, (of + " s").c_str(), state.s, {q.size(0), q.size(1), q.size(3), v.size(3)},
+               type);
+  check_result(kOp, (of + " z").c_str(), state.z, {q.size(0), q.size(1), q.size(3)}, type);
 }
 
 AttentionSizes checked(const Tensor& q, const Tensor& k, const Tensor& v, const Tensor& temperature,
@@ -63,6 +81,7 @@ AttentionSizes checked(const Tensor& q, const Tensor& k, const Tensor& v, const 
   if (!(options.clamp > 0) || !std::isfinite(options.clamp)) {
     fail(kOp, "clamp is " + std::to_string(options.clamp), "a positive number is needed");
   }
+  check_state("forward_state", options.forward_state, q, v);
   return sizes;
 }
 
@@ -70,13 +89,15 @@ AttentionSizes checked(const Tensor& q, const Tensor& k, const Tensor& v, const 
 
 void relu_linear_attention(const Tensor& q, const Tensor& k, const Tensor& v,
                            const Tensor& temperature, const Tensor& out,
-                           const ReluLinearOptions& options, const RunOptions& run) {
+                           const ReluLinearState& state, const ReluLinearOptions& options,
+                           const RunOptions& run) {
   const AttentionSizes sizes = checked(q, k, v, temperature, options);
   check_rows_like(kOp, "out", out, sizes.out_shape(), q.dtype());
+  check_state("state", state, q, v);
   if (q.dtype() == DType::f64) {
-    chunked::forward(Call<double>(q, k, v, temperature, options.clamp, run).problem, out, {}, run);
+    run_forward<double>(q, k, v, temperature, out, state, options, run);
   } else {
-    chunked::forward(Call<float>(q, k, v, temperature, options.clamp, run).problem, out, {}, run);
+    run_forward<float>(q, k, v, temperature, out, state, options, run);
   }
 }
 
@@ -84,7 +105,7 @@ Array relu_linear_attention(const Tensor& q, const Tensor& k, const Tensor& v,
                             const Tensor& temperature, const ReluLinearOptions& options,
                             const RunOptions& run) {
   Array out(q.dtype(), checked(q, k, v, temperature, options).out_shape());
-  relu_linear_attention(q, k, v, temperature, out, options, run);
+  relu_linear_attention(q, k, v, temperature, out, {}, options, run);
   return out;
 }
 

@@ -1,8 +1,10 @@
 // Identities of the paper, bits across thread counts, NaN, extreme values, empty tensors, messages.
 #include <gtest/gtest.h>
 
+#include <cstring>
 #include <limits>
 
+#include "engine/operands.h"
 #include "heed/relu_linear_attention.h"
 #include "mechanisms/test_arrays.h"
 
@@ -39,6 +41,30 @@ TEST(ReluLinear, SameBitsForAnyThreadCount) {
         EXPECT_TRUE(same_bits(first.q, other.q) && same_bits(first.k, other.k));
         EXPECT_TRUE(same_bits(first.v, other.v) && same_bits(first.temperature, other.temperature));
       }
+    }
+  }
+}
+
+TEST(ReluLinear, BackwardReadsTheStateOfTheForward) {
+  for (DType type : {DType::f64, DType::f32, DType::bf16}) {
+    for (Isa isa : available_isas()) {
+      const Call call(type, 4, 2, 130, 1500, 24, 40);
+      const RunOptions run{.threads = {}, .isa = isa};
+      const Array gradient = random_array(type, {2, 4, 130, 40}, 5);
+      Array s(wide_type(type), {2, 4, 24, 40}), z(wide_type(type), {2, 4, 24});
+      Array out(type, {2, 4, 130, 40});
+      relu_linear_attention(call.q, call.k, call.v, call.temperature, out, {s, z}, {}, run);
+      EXPECT_TRUE(same_bits(out, call.run({}, run)));
+      const auto backward = [&](const ReluLinearState& state) {
+        return relu_linear_attention_backward(gradient, call.q, call.k, call.v, call.temperature,
+                                              {.forward_state = state}, run);
+      };
+      const ReluLinearGradients alone = backward({}), given = backward({s, z});
+      EXPECT_TRUE(same_bits(alone.q, given.q) && same_bits(alone.k, given.k) &&
+                  same_bits(alone.v, given.v) && same_bits(alone.temperature, given.temperature))
+          << name_of(type) << " " << name_of(isa);
+      std::memset(s.view().data(), 0, static_cast<size_t>(s.count()) * size_of(s.dtype()));
+      EXPECT_FALSE(same_bits(backward({s, z}).q, given.q));
     }
   }
 }
@@ -181,6 +207,9 @@ TEST(ReluLinear, ErrorsNameTheArgument) {
        {"out", "[2,4,70,12]"});
   says(error_of([&] { relu_linear_attention_backward(c.q, c.q, c.k, c.v, c.temperature); }),
        {"grad_out", "[2,4,70,12]"});
+  const Array s(DType::f32, {2, 4, 16, 11});
+  says(error_of([&] { c.run({.forward_state = {s, {}}}); }),
+       {"forward_state s", "[2,4,16,11]", "[2,4,16,12]"});
   const Array out = c.run();
   says(error_of([&] {
          relu_linear_attention_backward(out, c.q, c.k, c.v, c.temperature, {}, {c.q, c.k, c.v, {}});
