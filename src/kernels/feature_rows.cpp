@@ -158,34 +158,38 @@ void taylor_forward(const FeatureRows<T>& in, const T* z, T* phi) {
   }
 }
 
-// Calls body(f) with phi = f(z) of a kind that maps element by element.
+// Kinds that map element by element: phi = map(z), and dz from phi and dphi.
+template <class T>
+struct Relu {
+  static HWY_INLINE V<T> map(V<T> z) { return at_least(Full<T>(), T{0}, z); }
+  static HWY_INLINE V<T> pull(V<T> phi, V<T> dphi) {
+    const auto zero = hn::Zero(Full<T>());
+    return hn::IfThenElse(hn::Le(phi, zero), zero, dphi);
+  }
+};
+template <class T>
+struct Exp {
+  static HWY_INLINE V<T> map(V<T> z) { return exp_of<T>(z); }
+  static HWY_INLINE V<T> pull(V<T> phi, V<T> dphi) { return hn::Mul(dphi, phi); }
+};
+template <class T>
+struct Elu1 {
+  static HWY_INLINE V<T> map(V<T> z) {
+    const Full<T> d;
+    return hn::IfThenElse(hn::Gt(z, hn::Zero(d)), hn::Add(z, hn::Set(d, T{1})), exp_of<T>(z));
+  }
+  static HWY_INLINE V<T> pull(V<T> phi, V<T> dphi) {  // the slope is 1 above 1, phi below
+    const auto one = hn::Set(Full<T>(), T{1});
+    return hn::Mul(dphi, hn::IfThenElse(hn::Gt(phi, one), one, phi));
+  }
+};
+
+// Calls body with one of them.
 template <class T, class Body>
 HWY_INLINE void with_element_map(FeatureKind kind, Body&& body) {
-  const Full<T> d;
-  if (kind == FeatureKind::relu) {
-    return body([=](V<T> x) HWY_ATTR { return at_least(d, T{0}, x); });
-  }
-  if (kind == FeatureKind::exp) return body([=](V<T> x) HWY_ATTR { return exp_of<T>(x); });
-  body([=](V<T> x) HWY_ATTR {  // elu1
-    return hn::IfThenElse(hn::Gt(x, hn::Zero(d)), hn::Add(x, hn::Set(d, T{1})), exp_of<T>(x));
-  });
-}
-
-// Calls body(f) with dz = f(phi, dphi).
-template <class T, class Body>
-HWY_INLINE void with_element_pull(FeatureKind kind, Body&& body) {
-  const Full<T> d;
-  if (kind == FeatureKind::relu) {
-    return body([=](V<T> phi, V<T> g)
-                    HWY_ATTR { return hn::IfThenElse(hn::Le(phi, hn::Zero(d)), hn::Zero(d), g); });
-  }
-  if (kind == FeatureKind::exp) {
-    return body([=](V<T> phi, V<T> g) HWY_ATTR { return hn::Mul(g, phi); });
-  }
-  body([=](V<T> phi, V<T> g) HWY_ATTR {  // elu1: the slope is 1 above 1, phi below
-    const auto one = hn::Set(d, T{1});
-    return hn::Mul(g, hn::IfThenElse(hn::Gt(phi, one), one, phi));
-  });
+  if (kind == FeatureKind::relu) return body(Relu<T>());
+  if (kind == FeatureKind::exp) return body(Exp<T>());
+  body(Elu1<T>());
 }
 
 template <class T>
@@ -238,7 +242,8 @@ void forward_rows(FeatureKind kind, const Rows& z, const RowsOut& phi) {
     }
     return;
   }
-  with_element_map<T>(kind, [&](auto f) HWY_ATTR {
+  with_element_map<T>(kind, [&](auto element_map) HWY_ATTR {
+    using Map = decltype(element_map);
     for_element_rows<T>(
         z.dtype, z.count, z.width, touch, [&](auto element, int64_t rows, int64_t n) HWY_ATTR {
           using E = decltype(element);
@@ -246,7 +251,7 @@ void forward_rows(FeatureKind kind, const Rows& z, const RowsOut& phi) {
             const E* from = static_cast<const E*>(z.data) + r * z.stride;
             E* to = static_cast<E*>(phi.data) + r * phi.stride;
             for (int64_t i = 0; i < n; i += lanes<T>()) {
-              store_elements<T>(f(load_elements<T>(from + i, n - i)), to + i, n - i);
+              store_elements<T>(Map::map(load_elements<T>(from + i, n - i)), to + i, n - i);
             }
           }
         });
@@ -256,7 +261,8 @@ void forward_rows(FeatureKind kind, const Rows& z, const RowsOut& phi) {
 template <class T>
 void backward_rows(FeatureKind kind, const Rows& phi, const Rows& dphi, const RowsOut& dz) {
   const bool touch = phi.stride == phi.width && dphi.stride == phi.width && dz.stride == phi.width;
-  with_element_pull<T>(kind, [&](auto f) HWY_ATTR {
+  with_element_map<T>(kind, [&](auto element_map) HWY_ATTR {
+    using Map = decltype(element_map);
     for_element_rows<T>(phi.dtype, phi.count, phi.width, touch,
                         [&](auto element, int64_t rows, int64_t n) HWY_ATTR {
                           using E = decltype(element);
@@ -265,8 +271,30 @@ void backward_rows(FeatureKind kind, const Rows& phi, const Rows& dphi, const Ro
                             const E* g = static_cast<const E*>(dphi.data) + r * dphi.stride;
                             E* to = static_cast<E*>(dz.data) + r * dz.stride;
                             for (int64_t i = 0; i < n; i += lanes<T>()) {
-                              const auto y =
-                                  f(load_elements<T>(x + i, n - i), load_elements<T>(g + i, n - i));
+                              const auto y = Map::pull(load_elements<T>(x + i, n - i),
+                                                       load_elements<T>(g + i, n - i));
+                              store_elements<T>(y, to + i, n - i);
+                            }
+                          }
+                        });
+  });
+}
+
+template <class T>
+void pull_rows(FeatureKind kind, const Rows& z, Block<const T> dphi, bool add, Block<T> dz) {
+  with_element_map<T>(kind, [&](auto element_map) HWY_ATTR {
+    using Map = decltype(element_map);
+    for_element_rows<T>(z.dtype, z.count, z.width, false,
+                        [&](auto element, int64_t rows, int64_t n) HWY_ATTR {
+                          using E = decltype(element);
+                          for (int64_t r = 0; r < rows; ++r) {
+                            const E* x = static_cast<const E*>(z.data) + r * z.stride;
+                            const T* g = dphi.row(r);
+                            T* to = dz.row(r);
+                            for (int64_t i = 0; i < n; i += lanes<T>()) {
+                              auto y = Map::pull(Map::map(load_elements<T>(x + i, n - i)),
+                                                 load_elements<T>(g + i, n - i));
+                              if (add) y = hn::Add(y, load_elements<T>(to + i, n - i));
                               store_elements<T>(y, to + i, n - i);
                             }
                           }
@@ -424,8 +452,10 @@ void backward(const FeatureRows<T>& in, Block<const T> phi, Block<const T> dphi,
 }  // namespace
 
 void fill_feature_kernels(FeatureKernels<float>& f, FeatureKernels<double>& d) {
-  f = {forward<float>, backward<float>, forward_rows<float>, backward_rows<float>};
-  d = {forward<double>, backward<double>, forward_rows<double>, backward_rows<double>};
+  f = {forward<float>, backward<float>, forward_rows<float>, backward_rows<float>,
+       pull_rows<float>};
+  d = {forward<double>, backward<double>, forward_rows<double>, backward_rows<double>,
+       pull_rows<double>};
 }
 
 }  // namespace heed::kernels::HWY_NAMESPACE

@@ -1,7 +1,6 @@
 // Features made element by element (elu1, relu, exp) of the rows of q and k, for the chunked engine.
 #pragma once
 #include <algorithm>
-#include <vector>
 
 #include "engine/chunked/problem.h"
 #include "kernels/chunk.h"
@@ -35,14 +34,8 @@ class ElementMap : public chunked::RowMap<T> {
   }
 
   void pull(const chunked::RowsAt&, const kernels::Rows& x, int64_t, int64_t,
-            kernels::Block<const T> gradient, kernels::Block<T> into) const override {
-    const int64_t stride = into.stride;
-    std::vector<T> memory(static_cast<size_t>(2 * x.count * stride));
-    const kernels::Block<T> z{memory.data(), stride}, dz{z.row(x.count), stride};
-    const kernels::FeatureRows<T> in = rows_of(x, z);
-    features_.forward(in, dz);
-    features_.backward(in, {dz.data, dz.stride}, gradient, dz, nullptr);
-    for (int64_t r = 0; r < x.count; ++r) rows_.add_scaled(T{1}, dz.row(r), x.width, into.row(r));
+            kernels::Block<const T> gradient, bool add, kernels::Block<T> into) const override {
+    features_.pull_rows(kind_, x, gradient, add, into);
   }
 
  private:

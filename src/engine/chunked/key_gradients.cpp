@@ -172,22 +172,26 @@ class KeyGradients : public ChunkCall<T>, public Sweep<T> {
     this->key_ranges(chunk, m.ranges);
     const int64_t first = key_head * this->group_;
     const Source<T> k = this->keys(b, first, chunk);
-    const bool direct = this->group_ == 1 && k.map == nullptr;
-    if (direct) {
-      m.features = this->in_place(gradients_.k, b, key_head, chunk.begin, chunk.keys, m.features);
-      m.values = this->in_place(gradients_.v, b, key_head, chunk.begin, chunk.keys, m.values);
-    } else {
-      std::fill_n(m.key_sum.data, this->tile_rows_ * this->padded_width_, T{0});
-      std::fill_n(m.value_sum.data, this->tile_rows_ * m.value_sum.stride, T{0});
-    }
+    const bool polynomial = this->problem_.policy.polynomial.has_value();
+    const bool one_head = this->group_ == 1, one_sum = one_head && k.map == nullptr;
     const Block key_sum{m.key_sum.data, this->padded_width_};
+    if (one_sum) {
+      m.features = this->in_place(gradients_.k, b, key_head, chunk.begin, chunk.keys, m.features);
+    } else if (polynomial || k.map == nullptr) {
+      std::fill_n(key_sum.data, this->tile_rows_ * key_sum.stride, T{0});
+    }
+    if (!one_head) {
+      std::fill_n(m.value_sum.data, this->tile_rows_ * m.value_sum.stride, T{0});
+    } else if (!polynomial) {
+      m.values = this->in_place(gradients_.v, b, key_head, chunk.begin, chunk.keys, m.values);
+    }
     const Operands operands = pack_keys(k, b, first, chunk, m);
     for (int64_t i = 0; i < this->group_; ++i) {
       const StateView<T> state = this->total(states + i * this->total_size(kTotal), kTotal);
       ReadAhead ahead = rows_ahead(b, first + i, chunk, this->chunk_of_keys(b, at.next));
       ahead.spread(this->work(chunk.keys, chunk.queries));
       m.ahead = &ahead;
-      if (this->problem_.policy.polynomial) {
+      if (polynomial) {
         use_polynomial(b, first + i, chunk, operands, state, key_sum, m);
       } else if (this->reads_totals()) {
         read_totals(chunk.keys, operands, state, m);
@@ -197,17 +201,17 @@ class KeyGradients : public ChunkCall<T>, public Sweep<T> {
         value_part(b, first + i, chunk, q, operands, state, m);
         key_part(b, first + i, chunk, q, operands, state, m);
       }
-      if (direct) break;
-      add_rows(m.values, chunk.keys, this->padded_values_, m.value_sum);
-      if (this->problem_.policy.polynomial) continue;
+      if (!one_head) add_rows(m.values, chunk.keys, this->padded_values_, m.value_sum);
+      if (polynomial || one_sum) continue;
       if (k.map == nullptr) {
         add_rows(m.features, chunk.keys, this->padded_width_, key_sum);
       } else {
-        pull(k, m, key_sum);
+        pull(k, m, i > 0, key_sum);
       }
     }
-    this->finish(direct ? m.features : key_sum, gradients_.k, b, key_head, chunk.begin, chunk.keys);
-    this->finish(direct ? m.values : m.value_sum, gradients_.v, b, key_head, chunk.begin,
+    this->finish(one_sum ? m.features : key_sum, gradients_.k, b, key_head, chunk.begin,
+                 chunk.keys);
+    this->finish(one_head ? m.values : m.value_sum, gradients_.v, b, key_head, chunk.begin,
                  chunk.keys);
   }
 
@@ -230,12 +234,12 @@ class KeyGradients : public ChunkCall<T>, public Sweep<T> {
   void add_rows(Block from, int64_t rows, int64_t width, Block to) const {
     for (int64_t r = 0; r < rows; ++r) this->rows_.add_scaled(T{1}, from.row(r), width, to.row(r));
   }
-  void pull(const Source<T>& k, const Memory& m, Block to) const {
-    k.map->pull(k.at, k.rows, 0, this->features_, {m.features.data, m.features.stride}, to);
+  void pull(const Source<T>& k, const Memory& m, bool add, Block to) const {
+    k.map->pull(k.at, k.rows, 0, this->features_, {m.features.data, m.features.stride}, add, to);
     if (!this->separate_sums()) return;
     const Source<T> psi = this->for_sums(k, false);
     psi.map->pull(psi.at, psi.rows, 0, this->features_,
-                  {m.more_features.data, m.more_features.stride}, to);
+                  {m.more_features.data, m.more_features.stride}, true, to);
   }
   // Keys that no query head reads.
   void zero_all() const {
@@ -433,7 +437,7 @@ class KeyGradients : public ChunkCall<T>, public Sweep<T> {
                            features, this->value_dim_, nullptr, y, nullptr);
     std::copy_n(state.keys + first, padded, m.row);
     this->rows_.run_add({}, nullptr, {}, y, nullptr, {0, count}, padded, false, m.row);
-    k.map->pull(k.at, k.rows, first, features, {y.data, padded}, key_sum);
+    k.map->pull(k.at, k.rows, first, features, {y.data, padded}, true, key_sum);
   }
 
   const Tensor& out_;

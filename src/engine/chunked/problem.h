@@ -47,9 +47,10 @@ class RowMap {
                          int64_t /*count*/, kernels::Block<T> /*x*/) const {
     return false;
   }
-  /// into[r] += gradient[r] (of those features), times their derivative with respect to row r.
+  /// into[r] = gradient[r] (of those features) times their derivative with respect to row r; `add`: added to
+  /// what is there, which is the case with a polynomial.
   virtual void pull(const RowsAt& at, const kernels::Rows& x, int64_t first, int64_t count,
-                    kernels::Block<const T> gradient, kernels::Block<T> into) const = 0;
+                    kernels::Block<const T> gradient, bool add, kernels::Block<T> into) const = 0;
 };
 
 /// Maps of q and k; null: the rows as they are.

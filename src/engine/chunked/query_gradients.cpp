@@ -236,12 +236,12 @@ class QueryGradients : public SlopeStates<T>, public Sweep<T> {
 
   Block pulled(const Source<T>& q, const Memory& m) const {
     if (q.map == nullptr) return m.features;
-    std::fill_n(m.rows.data, this->tile_rows_ * m.rows.stride, T{0});
-    q.map->pull(q.at, q.rows, 0, this->features_, {m.features.data, m.features.stride}, m.rows);
+    q.map->pull(q.at, q.rows, 0, this->features_, {m.features.data, m.features.stride}, false,
+                m.rows);
     if (this->separate_sums()) {
       const Source<T> psi = this->for_sums(q, true);
       psi.map->pull(psi.at, psi.rows, 0, this->features_,
-                    {m.more_features.data, m.more_features.stride}, m.rows);
+                    {m.more_features.data, m.more_features.stride}, true, m.rows);
     }
     return m.rows;
   }
@@ -423,8 +423,8 @@ class QueryGradients : public SlopeStates<T>, public Sweep<T> {
         this->state_keys({state.sums.row(first), state.sums.stride}, features, m.state), features,
         this->value_dim_, nullptr, y, nullptr);
     this->rows_.row_dots(this->as_rows({x.data, padded}, count, padded), {y.data, padded}, m.dots);
-    q.map->pull(q.at, q.rows, first, features, {y.data, padded}, m.rows);
-    q.map->pull(q.at, q.rows, first, features, {state.keys + first, 0}, m.more_rows);
+    q.map->pull(q.at, q.rows, first, features, {y.data, padded}, true, m.rows);
+    q.map->pull(q.at, q.rows, first, features, {state.keys + first, 0}, true, m.more_rows);
   }
 
   const Tensor& out_;

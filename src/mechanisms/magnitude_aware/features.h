@@ -105,12 +105,12 @@ class TurnedElu : public chunked::RowMap<T> {
   }
 
   void pull(const chunked::RowsAt& at, const kernels::Rows& x, int64_t begin, int64_t count,
-            kernels::Block<const T> gradient, kernels::Block<T> into) const override {
-    std::vector<T> memory(static_cast<size_t>(x.count * into.stride));
-    const kernels::Block<T> turned{memory.data(), into.stride};
+            kernels::Block<const T> gradient, bool add, kernels::Block<T> into) const override {
+    std::vector<T> memory(add ? static_cast<size_t>(x.count * into.stride) : 0);
+    const kernels::Block<T> turned{add ? memory.data() : into.data, into.stride};
     for (int64_t r = 0; r < x.count; ++r) std::copy_n(gradient.row(r), x.width, turned.row(r));
     rotate(at, x.count, begin, begin + count, turned, true);
-    elu_.pull(at, x, begin, count, {turned.data, turned.stride}, into);
+    elu_.pull(at, x, begin, count, {turned.data, turned.stride}, add, into);
   }
 
  private:

@@ -64,7 +64,7 @@ class MonomialMap : public chunked::RowMap<T> {
     kernels_.map(list_, x, coefficients(), first, count, to);
   }
   void pull(const chunked::RowsAt&, const kernels::Rows& x, int64_t first, int64_t count,
-            kernels::Block<const T> gradient, kernels::Block<T> into) const override {
+            kernels::Block<const T> gradient, bool /*add*/, kernels::Block<T> into) const override {
     kernels_.pull(list_, x, coefficients(), first, count, gradient, into);
   }
 
