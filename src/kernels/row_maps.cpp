@@ -173,8 +173,33 @@ HWY_INLINE const T* piece(const Rows& x, int64_t r, int64_t begin, int64_t n, T*
   return found;
 }
 
+// Rows that all have the type E.
+template <class T, class E>
+HWY_INLINE void combine_alike(const Rows& x, const T* a, const Rows* y, const T* b, const T* c,
+                              const RowsOut& out) {
+  const Full<T> d;
+  for (int64_t r = 0; r < x.count; ++r) {
+    const E* xs = static_cast<const E*>(x.data) + x.offset(r);
+    const E* ys = y == nullptr ? nullptr : static_cast<const E*>(y->data) + y->offset(r);
+    E* to = static_cast<E*>(out.data) + r * out.stride;
+    const auto of_x = hn::Set(d, a[r]), of_y = hn::Set(d, y == nullptr ? T{0} : b[r]);
+    const auto constant = hn::Set(d, c == nullptr ? T{0} : c[r]);
+    for (int64_t i = 0; i < x.width; i += lanes<T>()) {
+      const int64_t n = x.width - i;
+      auto v = constant;
+      if (ys != nullptr) v = hn::MulAdd(of_y, load_elements<T>(ys + i, n), v);
+      store_elements<T>(hn::MulAdd(of_x, load_elements<T>(xs + i, n), v), to + i, n);
+    }
+  }
+}
+
 template <class T>
 void combine(const Rows& x, const T* a, const Rows* y, const T* b, const T* c, const RowsOut& out) {
+  if (x.dtype == out.dtype && (y == nullptr || y->dtype == out.dtype)) {
+    return with_element_type<T>(out.dtype, [&](auto type) HWY_ATTR {
+      combine_alike<T, decltype(type)>(x, a, y, b, c, out);
+    });
+  }
   const Full<T> d;
   HWY_ALIGN T x_buffer[kPiece], y_buffer[kPiece];
   for (int64_t r = 0; r < x.count; ++r) {
@@ -209,8 +234,31 @@ HWY_INLINE void in_double(hn::Vec<Full<float>> x, hn::Vec<Full<float>> y, Body&&
   body(hn::PromoteTo(d, hn::UpperHalf(half, x)), hn::PromoteTo(d, hn::UpperHalf(half, y)));
 }
 
+// R rows from `first` on, whose sums do not wait for each other.
+template <int R, class T, class From>
+HWY_INLINE void dot_block(const Rows& x, const Rows& y, int64_t first, double* results) {
+  const Full<double> d;
+  hn::Vec<Full<double>> sum[R];
+  const From *xs[R], *ys[R];
+#pragma GCC unroll 4
+  for (int r = 0; r < R; ++r) {
+    sum[r] = hn::Zero(d);
+    xs[r] = static_cast<const From*>(x.data) + x.offset(first + r);
+    ys[r] = static_cast<const From*>(y.data) + y.offset(first + r);
+  }
+  for (int64_t i = 0; i < x.width; i += lanes<T>()) {
+#pragma GCC unroll 4
+    for (int r = 0; r < R; ++r) {
+      in_double(load_elements<T>(xs[r] + i, x.width - i), load_elements<T>(ys[r] + i, x.width - i),
+                [&](auto a, auto b) HWY_ATTR { sum[r] = hn::MulAdd(a, b, sum[r]); });
+    }
+  }
+#pragma GCC unroll 4
+  for (int r = 0; r < R; ++r) results[first + r] = hn::GetLane(hn::SumOfLanes(d, sum[r]));
+}
+
 template <class T>
-void dots(const Rows& x, const Rows& y, double* results) {
+void dots_of_two_types(const Rows& x, const Rows& y, double* results) {
   const Full<double> d;
   HWY_ALIGN T x_buffer[kPiece], y_buffer[kPiece];
   for (int64_t r = 0; r < x.count; ++r) {
@@ -226,6 +274,17 @@ void dots(const Rows& x, const Rows& y, double* results) {
     }
     results[r] = hn::GetLane(hn::SumOfLanes(d, sum));
   }
+}
+
+template <class T>
+void dots(const Rows& x, const Rows& y, double* results) {
+  if (x.dtype != y.dtype) return dots_of_two_types<T>(x, y, results);
+  with_element_type<T>(x.dtype, [&](auto from) HWY_ATTR {
+    using From = decltype(from);
+    int64_t r = 0;
+    for (; r + 4 <= x.count; r += 4) dot_block<4, T, From>(x, y, r, results);
+    for (; r < x.count; ++r) dot_block<1, T, From>(x, y, r, results);
+  });
 }
 
 template <class T>

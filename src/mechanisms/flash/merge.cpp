@@ -7,6 +7,7 @@
 #include "engine/operands.h"
 #include "heed/error.h"
 #include "heed/flash_attention.h"
+#include "kernels/read_ahead.h"
 #include "kernels/row_maps.h"
 #include "mechanisms/row_blocks.h"
 
@@ -72,6 +73,9 @@ class Merge {
                 const AttentionView& b, const MergeGradients& to) const {
     for_row_blocks(like_, kBlockRows, run_, [&](const RowBlock& block) {
       double with_a[kBlockRows], with_b[kBlockRows];
+      kernels::ReadAhead ahead{rows_of(grad_out, block), rows_of(a.out, block),
+                               rows_of(b.out, block)};
+      ahead.ask(ahead.lines());
       maps_.dots(rows_of(grad_out, block), rows_of(a.out, block), with_a);
       maps_.dots(rows_of(grad_out, block), rows_of(b.out, block), with_b);
       const Shares of(a.lse, b.lse, block, maps_);
