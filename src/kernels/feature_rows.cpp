@@ -281,10 +281,29 @@ void backward_rows(FeatureKind kind, const Rows& phi, const Rows& dphi, const Ro
 }
 
 template <class T>
-void pull_rows(FeatureKind kind, const Rows& z, Block<const T> dphi, bool add, Block<T> dz) {
+void map_rows(FeatureKind kind, const Rows& z, Block<T> phi) {
+  const bool touch = z.stride == z.width && phi.stride == z.width;
   with_element_map<T>(kind, [&](auto element_map) HWY_ATTR {
     using Map = decltype(element_map);
-    for_element_rows<T>(z.dtype, z.count, z.width, false,
+    for_element_rows<T>(
+        z.dtype, z.count, z.width, touch, [&](auto element, int64_t rows, int64_t n) HWY_ATTR {
+          using E = decltype(element);
+          for (int64_t r = 0; r < rows; ++r) {
+            const E* from = static_cast<const E*>(z.data) + r * z.stride;
+            for (int64_t i = 0; i < n; i += lanes<T>()) {
+              store_elements<T>(Map::map(load_elements<T>(from + i, n - i)), phi.row(r) + i, n - i);
+            }
+          }
+        });
+  });
+}
+
+template <class T>
+void pull_rows(FeatureKind kind, const Rows& z, Block<const T> dphi, bool add, Block<T> dz) {
+  const bool touch = z.stride == z.width && dphi.stride == z.width && dz.stride == z.width;
+  with_element_map<T>(kind, [&](auto element_map) HWY_ATTR {
+    using Map = decltype(element_map);
+    for_element_rows<T>(z.dtype, z.count, z.width, touch,
                         [&](auto element, int64_t rows, int64_t n) HWY_ATTR {
                           using E = decltype(element);
                           for (int64_t r = 0; r < rows; ++r) {
@@ -452,10 +471,10 @@ void backward(const FeatureRows<T>& in, Block<const T> phi, Block<const T> dphi,
 }  // namespace
 
 void fill_feature_kernels(FeatureKernels<float>& f, FeatureKernels<double>& d) {
-  f = {forward<float>, backward<float>, forward_rows<float>, backward_rows<float>,
-       pull_rows<float>};
-  d = {forward<double>, backward<double>, forward_rows<double>, backward_rows<double>,
-       pull_rows<double>};
+  f = {forward<float>,       backward<float>, forward_rows<float>,
+       backward_rows<float>, map_rows<float>, pull_rows<float>};
+  d = {forward<double>,       backward<double>, forward_rows<double>,
+       backward_rows<double>, map_rows<double>, pull_rows<double>};
 }
 
 }  // namespace heed::kernels::HWY_NAMESPACE

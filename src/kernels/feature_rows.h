@@ -33,7 +33,9 @@ struct FeatureKernels {
   void (*forward_rows)(FeatureKind kind, const Rows& z, const RowsOut& phi) = nullptr;
   void (*backward_rows)(FeatureKind kind, const Rows& phi, const Rows& dphi,
                         const RowsOut& dz) = nullptr;
-  /// Of these kinds too, without the features: dz = dphi times the derivative at z, added to dz if `add`,
+  /// Of these kinds too: phi in T, of rows z as they lie.
+  void (*map_rows)(FeatureKind kind, const Rows& z, Block<T> phi) = nullptr;
+  /// And without the features: dz = dphi times the derivative at z, added to dz if `add`,
   /// of rows z as they lie. dz may be dphi where nothing is added.
   void (*pull_rows)(FeatureKind kind, const Rows& z, Block<const T> dphi, bool add,
                     Block<T> dz) = nullptr;

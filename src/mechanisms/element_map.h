@@ -3,7 +3,6 @@
 #include <algorithm>
 
 #include "engine/chunked/problem.h"
-#include "kernels/chunk.h"
 #include "kernels/feature_rows.h"
 
 namespace heed {
@@ -12,9 +11,7 @@ template <class T>
 class ElementMap : public chunked::RowMap<T> {
  public:
   ElementMap(FeatureKind kind, Isa isa)
-      : kind_(kind),
-        rows_(kernels::chunk_kernels<T>(isa)),
-        features_(kernels::feature_kernels<T>(isa)) {}
+      : kind_(kind), features_(kernels::feature_kernels<T>(isa)) {}
 
   bool keeps_bfloat16() const override { return kind_ == FeatureKind::relu; }
   void map_half(const kernels::Rows& x, const kernels::RowsOut& to) const override {
@@ -27,7 +24,7 @@ class ElementMap : public chunked::RowMap<T> {
     part.data =
         static_cast<const std::byte*>(x.data) + first * static_cast<int64_t>(size_of(x.dtype));
     part.width = count;
-    features_.forward(rows_of(part, to), to);
+    features_.map_rows(kind_, part, to);
     for (int64_t r = 0; r < x.count && count < to.stride; ++r) {
       std::fill(to.row(r) + count, to.row(r) + to.stride, T{0});
     }
@@ -39,23 +36,7 @@ class ElementMap : public chunked::RowMap<T> {
   }
 
  private:
-  // Rows of T are read where they lie, others are widened to `block`.
-  kernels::FeatureRows<T> rows_of(const kernels::Rows& x, kernels::Block<T> block) const {
-    kernels::FeatureRows<T> rows;
-    rows.kind = kind_;
-    rows.rows = x.count;
-    rows.width = x.width;
-    if (x.dtype == dtype_of<T>) {
-      rows.z = {static_cast<const T*>(x.data), x.stride};
-    } else {
-      rows_.pack_rows(x, nullptr, block);
-      rows.z = {block.data, block.stride};
-    }
-    return rows;
-  }
-
   FeatureKind kind_;
-  const kernels::ChunkKernels<T>& rows_;
   const kernels::FeatureKernels<T>& features_;
 };
 
