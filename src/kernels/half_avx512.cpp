@@ -60,6 +60,34 @@ inline void store_block(const __m512 (&acc)[MR][NV], float* to, int64_t stride) 
   }
 }
 
+// Rounded to bfloat16 as all results are, numbers too small to be normal included.
+inline __m256i rounded(__m512 x) {
+  const __m512i bits = _mm512_castps_si512(x), one = _mm512_set1_epi32(1);
+  const __m512i odd = _mm512_and_si512(_mm512_srli_epi32(bits, 16), one);
+  const __m512i up = _mm512_add_epi32(bits, _mm512_add_epi32(odd, _mm512_set1_epi32(0x7fff)));
+  const __mmask16 nan = _mm512_cmp_ps_mask(x, x, _CMP_UNORD_Q);
+  const __m512i all = _mm512_mask_or_epi32(up, nan, bits, _mm512_set1_epi32(0x400000));
+  return _mm512_cvtepi32_epi16(_mm512_srli_epi32(all, 16));
+}
+
+// Of MR rows those that exist, of their columns the first `width`.
+template <int MR, int NV>
+inline void store_rounded(const __m512 (&acc)[MR][NV], const float* factor, int64_t rows,
+                          int64_t width, uint16_t* to, int64_t stride) {
+#pragma GCC unroll 12
+  for (int r = 0; r < MR; ++r) {
+    if (r >= rows) return;
+    const __m512 f = _mm512_set1_ps(factor == nullptr ? 1.0f : factor[r]);
+#pragma GCC unroll 4
+    for (int j = 0; j < NV; ++j) {
+      const int64_t left = width - j * 16;
+      const int mask = left >= 16 ? 0xffff : left > 0 ? (1 << left) - 1 : 0;
+      _mm256_mask_storeu_epi16(to + r * stride + j * 16, static_cast<__mmask16>(mask),
+                               rounded(_mm512_mul_ps(f, acc[r][j])));
+    }
+  }
+}
+
 template <int MR, int NV>
 __attribute__((noinline)) void score_block(const uint32_t* q, int64_t q_stride,
                                            const uint32_t* panel, int64_t panel_width,
@@ -137,6 +165,43 @@ void accumulate(const void* weights, int64_t p_stride, int64_t rows, const void*
     with_columns(count, [&](auto vectors) {
       sum_columns<vectors>(p, p_stride, rows, v, v_stride, key_count, ranges, carry, o, column,
                            ahead);
+    });
+  });
+}
+
+template <int MR, int NV>
+__attribute__((noinline)) void product_block(const uint32_t* p, int64_t p_stride, const uint32_t* v,
+                                             int64_t v_stride, int64_t pairs, const float* factor,
+                                             int64_t rows, int64_t width, uint16_t* out,
+                                             int64_t out_stride) {
+  __m512 acc[MR][NV];
+#pragma GCC unroll 12
+  for (auto& row : acc) {
+#pragma GCC unroll 4
+    for (auto& x : row) x = _mm512_setzero_ps();
+  }
+  multiply_pairs<MR, NV>(p, p_stride, v, v_stride, pairs, acc);
+  store_rounded(acc, factor, rows, width, out, out_stride);
+}
+
+void product(const void* weights, int64_t p_stride, const void* values, int64_t key_count,
+             const float* factor, const RowsOut& out, ReadAhead* ahead) {
+  const int64_t v_stride = round_up(out.width, kHalfColumns), pairs = (key_count + 1) / 2;
+  const auto* p = static_cast<const uint32_t*>(weights);
+  for_even_shares(v_stride / 16, kMostVectors, [&](int64_t vector, int64_t count) {
+    const int64_t column = vector * 16;
+    const auto* v = static_cast<const uint32_t*>(values) + column;
+    auto* to = static_cast<uint16_t*>(out.data) + column;
+    with_columns(count, [&](auto vectors) {
+      constexpr int kRows = half_block_rows(vectors);
+      for (int64_t r = 0; r < out.count; r += kRows) {
+        with_height<kRows>(out.count - r, [&](auto height) {
+          advance(ahead, height, vectors * 16, key_count);
+          product_block<height, vectors>(p + r * (p_stride / 2), p_stride / 2, v, v_stride, pairs,
+                                         factor == nullptr ? nullptr : factor + r, out.count - r,
+                                         out.width - column, to + r * out.stride, out.stride);
+        });
+      }
     });
   });
 }
@@ -322,6 +387,7 @@ void add_avx512_half_products(TileKernels<float>& f) {
   f.row_multiple = kRowMultiple;
   f.scores = scores;
   f.accumulate = accumulate;
+  f.product = product;
   f.accumulate_columns = accumulate_columns;
   f.column_multiple = 2;
 }

@@ -200,6 +200,10 @@ struct TileKernels {
   void (*finish)(Block<const T> o, int64_t rows, int64_t width, const T* factor, void* out,
                  DType out_dtype, int64_t out_stride) = nullptr;
 
+  /// `accumulate` to zero and `finish` to rows of bfloat16 in one; null where nothing is won by it.
+  void (*product)(const void* weights, int64_t weight_stride, const void* values, int64_t key_count,
+                  const T* factor, const RowsOut& out, ReadAhead* ahead) = nullptr;
+
   /// Backward. s holds raw scores and becomes W (softmax: 2^(t - pivot[r]), at most 1, see RoundedPivot;
   /// an infinite pivot: all 0), dp becomes dS in natural units of the shaped score: softmax
   /// W (dp + shift[r]); sigmoid W (1 - W) dp; polynomial W' (dp + shift[r]) with the derivative W'. Both

@@ -348,6 +348,41 @@ TEST(TileSums, Double) {
 }
 TEST(TileSums, EmulatedTileUnit) { check_all_sums(emulated_tile_table()); }
 
+// And nothing but the rows and columns that exist is written.
+void check_product(const TileKernels<float>& k, const Sizes& n, bool with_factor) {
+  const int64_t rows = round_up(n.rows, k.row_multiple), depth = round_up(n.keys, k.key_multiple);
+  const int64_t padded = round_up(n.value_width, k.dim_multiple), stride = n.value_width + 5;
+  const Matrix p(DType::bf16, rows, n.keys, depth, 4);
+  const Matrix v(DType::bf16, n.keys, n.value_width, n.value_width + 1, 3);
+  std::vector<std::byte> weights(static_cast<size_t>(k.query_bytes(rows, n.keys)) + 64);
+  std::vector<std::byte> values(static_cast<size_t>(k.value_bytes(n.keys, n.value_width)) + 64);
+  k.pack_queries(p.rows(), false, weights.data());
+  k.pack_values(v.rows(), values.data());
+  std::vector<float> factor(static_cast<size_t>(rows));
+  for (size_t r = 0; r < factor.size(); ++r) factor[r] = r % 5 == 4 ? NAN : r % 3 ? -0.3f : 1e-39f;
+  const float* factors = with_factor ? factor.data() : nullptr;
+  std::vector<float> sums(static_cast<size_t>(rows * padded), 0.0f);
+  k.accumulate(weights.data(), depth, n.rows, values.data(), n.keys, n.value_width, nullptr,
+               nullptr, {sums.data(), padded}, nullptr);
+  std::vector<uint16_t> want(static_cast<size_t>(n.rows * stride), 0x4321), found = want;
+  k.finish({sums.data(), padded}, n.rows, n.value_width, factors, want.data(), DType::bf16, stride);
+  k.product(weights.data(), depth, values.data(), n.keys, factors,
+            {found.data(), DType::bf16, stride, n.rows, n.value_width}, nullptr);
+  EXPECT_EQ(found, want) << k.name << " " << n.rows << "x" << n.keys << "x" << n.value_width;
+}
+
+TEST(TileSums, ProductsInOneHaveTheBitsOfTheirSteps) {
+  int64_t tables_with_it = 0;
+  for (const auto* k : tables<float>()) {
+    if (k->product == nullptr) continue;
+    ++tables_with_it;
+    for (const Sizes& n : kSizes) {
+      for (bool with_factor : {false, true}) check_product(*k, n, with_factor);
+    }
+  }
+  if (tables_with_it == 0) GTEST_SKIP() << "no products of bfloat16 in vectors here";
+}
+
 template <class T>
 void check_finite_flag(const TileKernels<T>& k) {
   for (DType type : input_types(k)) {

@@ -111,6 +111,10 @@ class ChunkCall {
   bool makes_total() const { return !problem_.causal && !problem_.policy.polynomial; }
   /// Rows read a total in one product.
   bool reads_totals() const { return makes_total() && !half_; }
+  /// Or rows of bfloat16 do, which end with a factor at most: the product rounds them to where they go.
+  bool multiplies_totals() const {
+    return makes_total() && half_ && products_.product != nullptr && !problem_.policy.value_sum;
+  }
   /// What products read of a total lies behind it: made once, by complete_total, for its use as the values
   /// or as the keys of products.
   struct TotalUse {
@@ -177,6 +181,10 @@ class ChunkCall {
   }
 
   Rows rows(const Tensor& t, int64_t b, int64_t h, int64_t begin, int64_t count) const {
+    return {t.at({b, h, begin}), t.dtype(), t.stride(2), count, t.size(3)};
+  }
+  kernels::RowsOut rows_out(const Tensor& t, int64_t b, int64_t h, int64_t begin,
+                            int64_t count) const {
     return {t.at({b, h, begin}), t.dtype(), t.stride(2), count, t.size(3)};
   }
   /// As many rows behind these.

@@ -113,6 +113,7 @@ class Forward : public Denominators<T>, public Sweep<T> {
                     this->values(b, h, next)};
     ahead.spread(this->work(chunk.queries, chunk.keys));
     m.ahead = &ahead;
+    if (this->multiplies_totals()) return multiply_totals(b, h, chunk, view, m);
     std::fill_n(m.out.data, this->tile_rows_ * m.out.stride, T{0});
     this->query_ranges(chunk, m.ranges);
     if (this->problem_.policy.polynomial) {
@@ -152,6 +153,21 @@ class Forward : public Denominators<T>, public Sweep<T> {
     if (whole) return;
     this->wide_.finish(to, chunk.queries, this->value_dim_, nullptr, out, out_.dtype(),
                        out_.stride(2));
+  }
+
+  // The same of bfloat16 rows.
+  void multiply_totals(int64_t b, int64_t h, const Chunk& chunk, const StateView<T>& state,
+                       const Memory& m) const {
+    const Rows q = this->operand(this->queries(b, h, chunk), m.query_rows, m.query_half);
+    const auto left = this->left(q, this->queries_ - chunk.query, m.query_rows, m.query);
+    const T* factor = nullptr;
+    if (this->problem_.policy.read_out) {
+      this->total_denominators(q, state, m.sums);
+      row_ends(b, h, chunk, m);
+      factor = m.num_scale;
+    }
+    this->products_.product(left.data, left.stride, state.as_values, this->features_, factor,
+                            this->rows_out(out_, b, h, chunk.query, chunk.queries), m.ahead);
   }
 
   void row_ends(int64_t b, int64_t h, const Chunk& chunk, const Memory& m) const {

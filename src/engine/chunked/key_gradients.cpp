@@ -211,6 +211,7 @@ class KeyGradients : public ChunkCall<T>, public Sweep<T> {
     }
     this->finish(one_sum ? m.features : key_sum, gradients_.k, b, key_head, chunk.begin,
                  chunk.keys);
+    if (gives_values()) return;
     this->finish(one_head ? m.values : m.value_sum, gradients_.v, b, key_head, chunk.begin,
                  chunk.keys);
   }
@@ -330,6 +331,9 @@ class KeyGradients : public ChunkCall<T>, public Sweep<T> {
                      nullptr);
   }
 
+  // Whether one product makes the gradients of values where they go.
+  bool gives_values() const { return this->multiplies_totals() && this->group_ == 1; }
+
   // Whether the gradient of the state behind a chunk is zero.
   bool nothing_behind(const Chunk& chunk) const {
     return this->problem_.causal && chunk.begin + chunk.tokens >= this->tokens_ && !last_.defined();
@@ -337,6 +341,12 @@ class KeyGradients : public ChunkCall<T>, public Sweep<T> {
 
   void value_part(int64_t b, int64_t h, const Chunk& chunk, const Rows& q, const Operands& operands,
                   const StateView<T>& state, const Memory& m) const {
+    if (gives_values()) {
+      this->products_.product(
+          operands.key.data, operands.key.stride, state.as_values, this->features_, nullptr,
+          this->rows_out(gradients_.v, b, this->key_head(h), chunk.begin, chunk.keys), m.ahead);
+      return;
+    }
     const Rows gradient = gradient_of(b, h, chunk);
     this->zero_rows(m.values, chunk.keys, this->padded_values_);
     if (!nothing_behind(chunk)) {
