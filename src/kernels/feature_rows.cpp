@@ -214,6 +214,18 @@ HWY_INLINE void for_element_rows(DType dtype, int64_t count, int64_t width, bool
   });
 }
 
+template <class T, class Map, class From, class To>
+HWY_INLINE void map_elements(const From* z, int64_t z_stride, int64_t rows, int64_t n, To* phi,
+                             int64_t phi_stride) {
+  for (int64_t r = 0; r < rows; ++r) {
+    const From* from = z + r * z_stride;
+    To* to = phi + r * phi_stride;
+    for (int64_t i = 0; i < n; i += lanes<T>()) {
+      store_elements<T>(Map::map(load_elements<T>(from + i, n - i)), to + i, n - i);
+    }
+  }
+}
+
 // max(z, 0) of n numbers of 16 bits, whose bits are ordered as integers: NaN stays.
 void relu_halves(const int16_t* z, int64_t n, int16_t infinity, int16_t* phi) {
   const hn::ScalableTag<int16_t> d;
@@ -244,17 +256,12 @@ void forward_rows(FeatureKind kind, const Rows& z, const RowsOut& phi) {
   }
   with_element_map<T>(kind, [&](auto element_map) HWY_ATTR {
     using Map = decltype(element_map);
-    for_element_rows<T>(
-        z.dtype, z.count, z.width, touch, [&](auto element, int64_t rows, int64_t n) HWY_ATTR {
-          using E = decltype(element);
-          for (int64_t r = 0; r < rows; ++r) {
-            const E* from = static_cast<const E*>(z.data) + r * z.stride;
-            E* to = static_cast<E*>(phi.data) + r * phi.stride;
-            for (int64_t i = 0; i < n; i += lanes<T>()) {
-              store_elements<T>(Map::map(load_elements<T>(from + i, n - i)), to + i, n - i);
-            }
-          }
-        });
+    for_element_rows<T>(z.dtype, z.count, z.width, touch,
+                        [&](auto element, int64_t rows, int64_t n) HWY_ATTR {
+                          using E = decltype(element);
+                          map_elements<T, Map>(static_cast<const E*>(z.data), z.stride, rows, n,
+                                               static_cast<E*>(phi.data), phi.stride);
+                        });
   });
 }
 
@@ -285,16 +292,12 @@ void map_rows(FeatureKind kind, const Rows& z, Block<T> phi) {
   const bool touch = z.stride == z.width && phi.stride == z.width;
   with_element_map<T>(kind, [&](auto element_map) HWY_ATTR {
     using Map = decltype(element_map);
-    for_element_rows<T>(
-        z.dtype, z.count, z.width, touch, [&](auto element, int64_t rows, int64_t n) HWY_ATTR {
-          using E = decltype(element);
-          for (int64_t r = 0; r < rows; ++r) {
-            const E* from = static_cast<const E*>(z.data) + r * z.stride;
-            for (int64_t i = 0; i < n; i += lanes<T>()) {
-              store_elements<T>(Map::map(load_elements<T>(from + i, n - i)), phi.row(r) + i, n - i);
-            }
-          }
-        });
+    for_element_rows<T>(z.dtype, z.count, z.width, touch,
+                        [&](auto element, int64_t rows, int64_t n) HWY_ATTR {
+                          using E = decltype(element);
+                          map_elements<T, Map>(static_cast<const E*>(z.data), z.stride, rows, n,
+                                               phi.data, phi.stride);
+                        });
   });
 }
 
