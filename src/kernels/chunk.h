@@ -31,15 +31,6 @@ struct WeightFactors {
   const T* column = nullptr;
 };
 
-/// Row r of a product becomes factor[r] times itself plus added_factor[r] times the row `added`.
-/// Without a factor it is 1, without a row nothing is added.
-template <class T>
-struct RowEnds {
-  const T* factor = nullptr;
-  const T* added = nullptr;
-  const T* added_factor = nullptr;
-};
-
 /// Tokens [first, last) of a chunk that have a row; row r of a block is token first + r.
 struct TokenRange {
   int64_t first = 0, last = 0;

@@ -10,6 +10,7 @@
 #include <limits>
 
 #include "kernels/by_isa.h"
+#include "kernels/element_maps-inl.h"
 #include "kernels/functions-inl.h"
 #include "kernels/row_loops-inl.h"
 
@@ -158,169 +159,19 @@ void taylor_forward(const FeatureRows<T>& in, const T* z, T* phi) {
   }
 }
 
-// Kinds that map element by element: phi = map(z), and dz from phi and dphi.
-template <class T>
-struct Relu {
-  static HWY_INLINE V<T> map(V<T> z) { return at_least(Full<T>(), T{0}, z); }
-  static HWY_INLINE V<T> pull(V<T> phi, V<T> dphi) {
-    const auto zero = hn::Zero(Full<T>());
-    return hn::IfThenElse(hn::Le(phi, zero), zero, dphi);
-  }
-};
-template <class T>
-struct Exp {
-  static HWY_INLINE V<T> map(V<T> z) { return exp_of<T>(z); }
-  static HWY_INLINE V<T> pull(V<T> phi, V<T> dphi) { return hn::Mul(dphi, phi); }
-};
-template <class T>
-struct Elu1 {
-  static HWY_INLINE V<T> map(V<T> z) {
-    const Full<T> d;
-    return hn::IfThenElse(hn::Gt(z, hn::Zero(d)), hn::Add(z, hn::Set(d, T{1})), exp_of<T>(z));
-  }
-  static HWY_INLINE V<T> pull(V<T> phi, V<T> dphi) {  // the slope is 1 above 1, phi below
-    const auto one = hn::Set(Full<T>(), T{1});
-    return hn::Mul(dphi, hn::IfThenElse(hn::Gt(phi, one), one, phi));
-  }
-};
-
-// Calls body with one of them.
-template <class T, class Body>
-HWY_INLINE void with_element_map(FeatureKind kind, Body&& body) {
-  if (kind == FeatureKind::relu) return body(Relu<T>());
-  if (kind == FeatureKind::exp) return body(Exp<T>());
-  body(Elu1<T>());
-}
-
 template <class T>
 void forward_row(const FeatureRows<T>& in, int64_t row, T* phi) {
   const Full<T> d;
   const T* z = in.z.row(row);
+  if (element_by_element(in.kind)) {
+    return with_element_map<T>(in.kind, [&](auto element_map) HWY_ATTR {
+      map_row<T>(z, in.width, phi, [&](V<T> x) HWY_ATTR { return element_map.map(x); });
+    });
+  }
   if (in.kind == FeatureKind::taylor2) return taylor_forward(in, z, phi);
   const auto shift = hn::Set(d, in.shift[row]), factor = hn::Set(d, in.factor);
   map_row<T>(z, in.width, phi, [&](V<T> x) HWY_ATTR {  // performer
     return hn::Mul(factor, exp_of<T>(hn::Sub(x, shift)));
-  });
-}
-
-// Calls body(elements, rows, width) with rows of one type as they lie, all as one row where they touch.
-template <class T, class Body>
-HWY_INLINE void for_element_rows(DType dtype, int64_t count, int64_t width, bool touch,
-                                 Body&& body) {
-  with_any_element_type(dtype, [&](auto element) HWY_ATTR {
-    if constexpr (kInVectors<T, decltype(element)>) {
-      body(element, touch ? 1 : count, touch ? count * width : width);
-    }
-  });
-}
-
-template <class T, class Map, class From, class To>
-HWY_INLINE void map_elements(const From* z, int64_t z_stride, int64_t rows, int64_t n, To* phi,
-                             int64_t phi_stride) {
-  for (int64_t r = 0; r < rows; ++r) {
-    const From* from = z + r * z_stride;
-    To* to = phi + r * phi_stride;
-    for (int64_t i = 0; i < n; i += lanes<T>()) {
-      store_elements<T>(Map::map(load_elements<T>(from + i, n - i)), to + i, n - i);
-    }
-  }
-}
-
-// max(z, 0) of n numbers of 16 bits, whose bits are ordered as integers: NaN stays.
-void relu_halves(const int16_t* z, int64_t n, int16_t infinity, int16_t* phi) {
-  const hn::ScalableTag<int16_t> d;
-  const auto lanes = static_cast<int64_t>(hn::Lanes(d));
-  const auto all_but_sign = hn::Set(d, int16_t{0x7fff}), most = hn::Set(d, infinity);
-  int64_t i = 0;
-  for (; i + lanes <= n; i += lanes) {
-    const auto x = hn::LoadU(d, z + i);
-    const auto nan = hn::Gt(hn::And(x, all_but_sign), most);
-    hn::StoreU(hn::IfThenElse(nan, x, hn::Max(x, hn::Zero(d))), d, phi + i);
-  }
-  for (; i < n; ++i) {
-    phi[i] = (z[i] & 0x7fff) > infinity ? z[i] : std::max<int16_t>(z[i], 0);
-  }
-}
-
-template <class T>
-void forward_rows(FeatureKind kind, const Rows& z, const RowsOut& phi) {
-  const bool touch = z.stride == z.width && phi.stride == z.width;
-  if (kind == FeatureKind::relu && size_of(z.dtype) == 2) {
-    const auto infinity = static_cast<int16_t>(z.dtype == DType::bf16 ? 0x7f80 : 0x7c00);
-    for (int64_t r = 0; r < (touch ? 1 : z.count); ++r) {
-      relu_halves(static_cast<const int16_t*>(z.data) + r * z.stride,
-                  touch ? z.count * z.width : z.width, infinity,
-                  static_cast<int16_t*>(phi.data) + r * phi.stride);
-    }
-    return;
-  }
-  with_element_map<T>(kind, [&](auto element_map) HWY_ATTR {
-    using Map = decltype(element_map);
-    for_element_rows<T>(z.dtype, z.count, z.width, touch,
-                        [&](auto element, int64_t rows, int64_t n) HWY_ATTR {
-                          using E = decltype(element);
-                          map_elements<T, Map>(static_cast<const E*>(z.data), z.stride, rows, n,
-                                               static_cast<E*>(phi.data), phi.stride);
-                        });
-  });
-}
-
-template <class T>
-void backward_rows(FeatureKind kind, const Rows& phi, const Rows& dphi, const RowsOut& dz) {
-  const bool touch = phi.stride == phi.width && dphi.stride == phi.width && dz.stride == phi.width;
-  with_element_map<T>(kind, [&](auto element_map) HWY_ATTR {
-    using Map = decltype(element_map);
-    for_element_rows<T>(phi.dtype, phi.count, phi.width, touch,
-                        [&](auto element, int64_t rows, int64_t n) HWY_ATTR {
-                          using E = decltype(element);
-                          for (int64_t r = 0; r < rows; ++r) {
-                            const E* x = static_cast<const E*>(phi.data) + r * phi.stride;
-                            const E* g = static_cast<const E*>(dphi.data) + r * dphi.stride;
-                            E* to = static_cast<E*>(dz.data) + r * dz.stride;
-                            for (int64_t i = 0; i < n; i += lanes<T>()) {
-                              const auto y = Map::pull(load_elements<T>(x + i, n - i),
-                                                       load_elements<T>(g + i, n - i));
-                              store_elements<T>(y, to + i, n - i);
-                            }
-                          }
-                        });
-  });
-}
-
-template <class T>
-void map_rows(FeatureKind kind, const Rows& z, Block<T> phi) {
-  const bool touch = z.stride == z.width && phi.stride == z.width;
-  with_element_map<T>(kind, [&](auto element_map) HWY_ATTR {
-    using Map = decltype(element_map);
-    for_element_rows<T>(z.dtype, z.count, z.width, touch,
-                        [&](auto element, int64_t rows, int64_t n) HWY_ATTR {
-                          using E = decltype(element);
-                          map_elements<T, Map>(static_cast<const E*>(z.data), z.stride, rows, n,
-                                               phi.data, phi.stride);
-                        });
-  });
-}
-
-template <class T>
-void pull_rows(FeatureKind kind, const Rows& z, Block<const T> dphi, bool add, Block<T> dz) {
-  const bool touch = z.stride == z.width && dphi.stride == z.width && dz.stride == z.width;
-  with_element_map<T>(kind, [&](auto element_map) HWY_ATTR {
-    using Map = decltype(element_map);
-    for_element_rows<T>(z.dtype, z.count, z.width, touch,
-                        [&](auto element, int64_t rows, int64_t n) HWY_ATTR {
-                          using E = decltype(element);
-                          for (int64_t r = 0; r < rows; ++r) {
-                            const E* x = static_cast<const E*>(z.data) + r * z.stride;
-                            const T* g = dphi.row(r);
-                            T* to = dz.row(r);
-                            for (int64_t i = 0; i < n; i += lanes<T>()) {
-                              auto y = Map::pull(Map::map(load_elements<T>(x + i, n - i)),
-                                                 load_elements<T>(g + i, n - i));
-                              if (add) y = hn::Add(y, load_elements<T>(to + i, n - i));
-                              store_elements<T>(y, to + i, n - i);
-                            }
-                          }
-                        });
   });
 }
 
@@ -437,19 +288,7 @@ T performer_backward(const T* phi, const T* dphi, int64_t n, T* dz) {
 }
 
 template <class T>
-Rows rows_of(const FeatureRows<T>& in, Block<const T> block) {
-  return {block.data, dtype_of<T>, block.stride, in.rows, in.width};
-}
-template <class T>
-RowsOut result_of(const FeatureRows<T>& in, Block<T> block) {
-  return {block.data, dtype_of<T>, block.stride, in.rows, in.width};
-}
-
-template <class T>
 void forward(const FeatureRows<T>& in, Block<T> phi) {
-  if (element_by_element(in.kind)) {
-    return forward_rows<T>(in.kind, rows_of(in, in.z), result_of(in, phi));
-  }
   if (is_hedgehog(in.kind)) return hedgehog_forward(in, phi);
   for (int64_t r = 0; r < in.rows; ++r) forward_row(in, r, phi.row(r));
 }
@@ -458,12 +297,16 @@ template <class T>
 void backward(const FeatureRows<T>& in, Block<const T> phi, Block<const T> dphi, Block<T> dz,
               T* row_sums) {
   if (is_hedgehog(in.kind)) return hedgehog_backward(in, phi, dphi, dz);
-  if (element_by_element(in.kind)) {
-    return backward_rows<T>(in.kind, rows_of(in, phi), rows_of(in, dphi), result_of(in, dz));
-  }
   for (int64_t r = 0; r < in.rows; ++r) {
     const T *f = phi.row(r), *g = dphi.row(r);
-    if (in.kind == FeatureKind::performer) {
+    if (element_by_element(in.kind)) {
+      with_element_map<T>(in.kind, [&](auto element_map) HWY_ATTR {
+        for_each_vector<T>(in.width, [&](int64_t i, auto all) HWY_ATTR {
+          const auto x = element_map.pull(load_some<T>(all, f + i), load_some<T>(all, g + i));
+          store_some<T>(all, x, dz.row(r) + i);
+        });
+      });
+    } else if (in.kind == FeatureKind::performer) {
       row_sums[r] = performer_backward(f, g, in.width, dz.row(r));
     } else {
       taylor_backward(in, f + 1, g, dz.row(r));
@@ -474,10 +317,8 @@ void backward(const FeatureRows<T>& in, Block<const T> phi, Block<const T> dphi,
 }  // namespace
 
 void fill_feature_kernels(FeatureKernels<float>& f, FeatureKernels<double>& d) {
-  f = {forward<float>,       backward<float>, forward_rows<float>,
-       backward_rows<float>, map_rows<float>, pull_rows<float>};
-  d = {forward<double>,       backward<double>, forward_rows<double>,
-       backward_rows<double>, map_rows<double>, pull_rows<double>};
+  f = {forward<float>, backward<float>};
+  d = {forward<double>, backward<double>};
 }
 
 }  // namespace heed::kernels::HWY_NAMESPACE

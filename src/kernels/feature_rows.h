@@ -5,6 +5,7 @@
 
 #include "heed/feature_map.h"
 #include "heed/run.h"
+#include "kernels/element_maps.h"
 #include "kernels/matrix.h"
 
 namespace heed::kernels {
@@ -28,22 +29,7 @@ struct FeatureKernels {
   /// floor. performer: also the sum of each row of dz.
   void (*backward)(const FeatureRows<T>& in, Block<const T> phi, Block<const T> dphi, Block<T> dz,
                    T* row_sums) = nullptr;
-  /// The same of kinds that map element by element, of rows as they lie: all of one type, T or (of float)
-  /// one of 16 bits.
-  void (*forward_rows)(FeatureKind kind, const Rows& z, const RowsOut& phi) = nullptr;
-  void (*backward_rows)(FeatureKind kind, const Rows& phi, const Rows& dphi,
-                        const RowsOut& dz) = nullptr;
-  /// Of these kinds too: phi in T, of rows z as they lie.
-  void (*map_rows)(FeatureKind kind, const Rows& z, Block<T> phi) = nullptr;
-  /// And without the features: dz = dphi times the derivative at z, added to dz if `add`,
-  /// of rows z as they lie. dz may be dphi where nothing is added.
-  void (*pull_rows)(FeatureKind kind, const Rows& z, Block<const T> dphi, bool add,
-                    Block<T> dz) = nullptr;
 };
-
-inline bool element_by_element(FeatureKind kind) {
-  return kind == FeatureKind::elu1 || kind == FeatureKind::relu || kind == FeatureKind::exp;
-}
 
 template <class T>
 const FeatureKernels<T>& feature_kernels(Isa isa);

@@ -72,18 +72,25 @@ inline __m256i rounded(__m512 x) {
 
 // Of MR rows those that exist, of their columns the first `width`.
 template <int MR, int NV>
-inline void store_rounded(const __m512 (&acc)[MR][NV], const float* factor, int64_t rows,
+inline void store_rounded(const __m512 (&acc)[MR][NV], const RowEnds<float>& ends, int64_t rows,
                           int64_t width, uint16_t* to, int64_t stride) {
+  __m512 added[NV];
+#pragma GCC unroll 4
+  for (int j = 0; j < NV; ++j) {
+    added[j] = ends.added == nullptr ? _mm512_setzero_ps() : _mm512_loadu_ps(ends.added + j * 16);
+  }
 #pragma GCC unroll 12
   for (int r = 0; r < MR; ++r) {
     if (r >= rows) return;
-    const __m512 f = _mm512_set1_ps(factor == nullptr ? 1.0f : factor[r]);
+    const __m512 f = _mm512_set1_ps(ends.factor == nullptr ? 1.0f : ends.factor[r]);
+    const __m512 a = _mm512_set1_ps(ends.added_factor == nullptr ? 1.0f : ends.added_factor[r]);
 #pragma GCC unroll 4
     for (int j = 0; j < NV; ++j) {
       const int64_t left = width - j * 16;
       const int mask = left >= 16 ? 0xffff : left > 0 ? (1 << left) - 1 : 0;
-      _mm256_mask_storeu_epi16(to + r * stride + j * 16, static_cast<__mmask16>(mask),
-                               rounded(_mm512_mul_ps(f, acc[r][j])));
+      __m512 x = _mm512_mul_ps(f, acc[r][j]);
+      if (ends.added != nullptr) x = _mm512_fmadd_ps(a, added[j], x);
+      _mm256_mask_storeu_epi16(to + r * stride + j * 16, static_cast<__mmask16>(mask), rounded(x));
     }
   }
 }
@@ -171,9 +178,9 @@ void accumulate(const void* weights, int64_t p_stride, int64_t rows, const void*
 
 template <int MR, int NV>
 __attribute__((noinline)) void product_block(const uint32_t* p, int64_t p_stride, const uint32_t* v,
-                                             int64_t v_stride, int64_t pairs, const float* factor,
-                                             int64_t rows, int64_t width, uint16_t* out,
-                                             int64_t out_stride) {
+                                             int64_t v_stride, int64_t pairs,
+                                             const RowEnds<float>& ends, int64_t rows,
+                                             int64_t width, uint16_t* out, int64_t out_stride) {
   __m512 acc[MR][NV];
 #pragma GCC unroll 12
   for (auto& row : acc) {
@@ -181,25 +188,27 @@ __attribute__((noinline)) void product_block(const uint32_t* p, int64_t p_stride
     for (auto& x : row) x = _mm512_setzero_ps();
   }
   multiply_pairs<MR, NV>(p, p_stride, v, v_stride, pairs, acc);
-  store_rounded(acc, factor, rows, width, out, out_stride);
+  store_rounded(acc, ends, rows, width, out, out_stride);
 }
 
 void product(const void* weights, int64_t p_stride, const void* values, int64_t key_count,
-             const float* factor, const RowsOut& out, ReadAhead* ahead) {
+             const RowEnds<float>& ends, const RowsOut& out, ReadAhead* ahead) {
   const int64_t v_stride = round_up(out.width, kHalfColumns), pairs = (key_count + 1) / 2;
   const auto* p = static_cast<const uint32_t*>(weights);
   for_even_shares(v_stride / 16, kMostVectors, [&](int64_t vector, int64_t count) {
     const int64_t column = vector * 16;
     const auto* v = static_cast<const uint32_t*>(values) + column;
     auto* to = static_cast<uint16_t*>(out.data) + column;
+    const auto from = [](const float* x, int64_t i) { return x == nullptr ? nullptr : x + i; };
     with_columns(count, [&](auto vectors) {
       constexpr int kRows = half_block_rows(vectors);
       for (int64_t r = 0; r < out.count; r += kRows) {
         with_height<kRows>(out.count - r, [&](auto height) {
           advance(ahead, height, vectors * 16, key_count);
-          product_block<height, vectors>(p + r * (p_stride / 2), p_stride / 2, v, v_stride, pairs,
-                                         factor == nullptr ? nullptr : factor + r, out.count - r,
-                                         out.width - column, to + r * out.stride, out.stride);
+          product_block<height, vectors>(
+              p + r * (p_stride / 2), p_stride / 2, v, v_stride, pairs,
+              {from(ends.factor, r), from(ends.added, column), from(ends.added_factor, r)},
+              out.count - r, out.width - column, to + r * out.stride, out.stride);
         });
       }
     });

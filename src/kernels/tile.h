@@ -134,6 +134,15 @@ struct TileOperands {
   const KeyRange* ranges = nullptr;  // null: all keys
 };
 
+/// Row r of a product becomes factor[r] times itself plus added_factor[r] times the row `added`.
+/// Without a factor it is 1, without a row nothing is added.
+template <class T>
+struct RowEnds {
+  const T* factor = nullptr;
+  const T* added = nullptr;
+  const T* added_factor = nullptr;
+};
+
 template <class T>
 struct TileKernels {
   const char* name = "";
@@ -200,9 +209,10 @@ struct TileKernels {
   void (*finish)(Block<const T> o, int64_t rows, int64_t width, const T* factor, void* out,
                  DType out_dtype, int64_t out_stride) = nullptr;
 
-  /// `accumulate` to zero and `finish` to rows of bfloat16 in one; null where nothing is won by it.
+  /// `accumulate` to zero and rows of bfloat16 as they end in one; null where nothing is won by it. An
+  /// added row is padded to dim_multiple.
   void (*product)(const void* weights, int64_t weight_stride, const void* values, int64_t key_count,
-                  const T* factor, const RowsOut& out, ReadAhead* ahead) = nullptr;
+                  const RowEnds<T>& ends, const RowsOut& out, ReadAhead* ahead) = nullptr;
 
   /// Backward. s holds raw scores and becomes W (softmax: 2^(t - pivot[r]), at most 1, see RoundedPivot;
   /// an infinite pivot: all 0), dp becomes dS in natural units of the shaped score: softmax

@@ -349,7 +349,7 @@ TEST(TileSums, Double) {
 TEST(TileSums, EmulatedTileUnit) { check_all_sums(emulated_tile_table()); }
 
 // And nothing but the rows and columns that exist is written.
-void check_product(const TileKernels<float>& k, const Sizes& n, bool with_factor) {
+void check_product(const TileKernels<float>& k, const Sizes& n, bool with_factor, bool with_row) {
   const int64_t rows = round_up(n.rows, k.row_multiple), depth = round_up(n.keys, k.key_multiple);
   const int64_t padded = round_up(n.value_width, k.dim_multiple), stride = n.value_width + 5;
   const Matrix p(DType::bf16, rows, n.keys, depth, 4);
@@ -361,12 +361,22 @@ void check_product(const TileKernels<float>& k, const Sizes& n, bool with_factor
   std::vector<float> factor(static_cast<size_t>(rows));
   for (size_t r = 0; r < factor.size(); ++r) factor[r] = r % 5 == 4 ? NAN : r % 3 ? -0.3f : 1e-39f;
   const float* factors = with_factor ? factor.data() : nullptr;
+  const Matrix added(DType::f32, 1, padded, padded, 5), added_factor(DType::f32, 1, rows, rows, 6);
+  RowEnds<float> ends{factors};
+  if (with_row) ends = {factors, added.storage.as<float>(), added_factor.storage.as<float>()};
   std::vector<float> sums(static_cast<size_t>(rows * padded), 0.0f);
   k.accumulate(weights.data(), depth, n.rows, values.data(), n.keys, n.value_width, nullptr,
                nullptr, {sums.data(), padded}, nullptr);
   std::vector<uint16_t> want(static_cast<size_t>(n.rows * stride), 0x4321), found = want;
-  k.finish({sums.data(), padded}, n.rows, n.value_width, factors, want.data(), DType::bf16, stride);
-  k.product(weights.data(), depth, values.data(), n.keys, factors,
+  for (int64_t r = 0; with_row && r < n.rows; ++r) {
+    for (int64_t c = 0; c < padded; ++c) {
+      float& x = sums[static_cast<size_t>(r * padded + c)];
+      x = std::fma(ends.added_factor[r], ends.added[c], (with_factor ? factors[r] : 1.0f) * x);
+    }
+  }
+  k.finish({sums.data(), padded}, n.rows, n.value_width, with_row ? nullptr : factors, want.data(),
+           DType::bf16, stride);
+  k.product(weights.data(), depth, values.data(), n.keys, ends,
             {found.data(), DType::bf16, stride, n.rows, n.value_width}, nullptr);
   EXPECT_EQ(found, want) << k.name << " " << n.rows << "x" << n.keys << "x" << n.value_width;
 }
@@ -377,7 +387,9 @@ TEST(TileSums, ProductsInOneHaveTheBitsOfTheirSteps) {
     if (k->product == nullptr) continue;
     ++tables_with_it;
     for (const Sizes& n : kSizes) {
-      for (bool with_factor : {false, true}) check_product(*k, n, with_factor);
+      for (bool with_factor : {false, true}) {
+        for (bool with_row : {false, true}) check_product(*k, n, with_factor, with_row);
+      }
     }
   }
   if (tables_with_it == 0) GTEST_SKIP() << "no products of bfloat16 in vectors here";

@@ -9,7 +9,7 @@ namespace {
 template <class T>
 CallKind kind_of(const Problem<T>& problem) {
   const Policy<T>& policy = problem.policy;
-  const auto needs_t = [](const RowMap<T>* map) { return map && !map->keeps_bfloat16(); };
+  const auto needs_t = [](const RowMap<T>* map) { return map && !map->has_halves(); };
   const bool mapped = needs_t(policy.maps.q) || needs_t(policy.maps.k) || policy.sums;
   const int64_t score_width = policy.polynomial ? problem.q.size(3) : policy.features;
   return {problem.q.dtype(), problem.k.size(2), mapped,      problem.causal,
@@ -167,7 +167,8 @@ Rows ChunkCall<T>::operand(const Source<T>& source, Block block, uint16_t* half)
   if (source.map == nullptr) return source.rows;
   const int64_t rows = source.rows.count;
   if (half_) {
-    source.map->map_half(source.rows, {half, DType::bf16, half_stride(), rows, features_});
+    source.map->map_half(source.at, source.rows,
+                         {half, DType::bf16, half_stride(), rows, features_});
     return {half, DType::bf16, half_stride(), rows, features_};
   }
   features(source, 0, features_, block);

@@ -111,9 +111,15 @@ class ChunkCall {
   bool makes_total() const { return !problem_.causal && !problem_.policy.polynomial; }
   /// Rows read a total in one product.
   bool reads_totals() const { return makes_total() && !half_; }
-  /// Or rows of bfloat16 do, which end with a factor at most: the product rounds them to where they go.
-  bool multiplies_totals() const {
-    return makes_total() && half_ && products_.product != nullptr && !problem_.policy.value_sum;
+  /// Or rows of bfloat16 do: the product rounds them to where they go.
+  bool multiplies_totals() const { return makes_total() && half_ && products_.product != nullptr; }
+  /// Totals of keys are centred (problem.h), and those of their gradients hold the same with the means taken
+  /// off.
+  bool centred() const { return half_ && problem_.policy.value_sum; }
+  /// What is missing in the bfloat16 features of a lane's keys; null: nothing.
+  const T* key_offsets(int64_t lane) const {
+    const RowMap<T>* map = problem_.policy.maps.k;
+    return map == nullptr ? nullptr : map->offsets({lane / heads_, key_head(lane % heads_), 0});
   }
   /// What products read of a total lies behind it: made once, by complete_total, for its use as the values
   /// or as the keys of products.
@@ -122,7 +128,8 @@ class ChunkCall {
   };
   int64_t total_size(TotalUse use) const;
   StateView<T> total(T* state, TotalUse use) const;
-  void complete_total(T* state, TotalUse use) const;
+  /// `sums`: what stands there for those of the state.
+  void complete_total(T* state, TotalUse use, kernels::Block<T> sums) const;
   template <class U>  // T or const T
   StateView<U> view(U* state) const;
   /// A state from, or to, the tensors of a caller.

@@ -66,6 +66,29 @@ class Denominators : public ChunkCall<T> {
     this->update_state(added, this->chunk_decay(h, at.chunk), from, to, m);
   }
 
+  /// The total of keys as its uses read it. `from_chunks`: as updates by chunks have left it.
+  void complete_keys(int64_t lane, T* state, bool from_chunks,
+                     const typename Call::TotalUse& use) const {
+    const StateView<T> v = this->view(state);
+    if (!this->centred()) return this->complete_total(state, use, v.sums);
+    const T* offsets = this->key_offsets(lane);
+    if (from_chunks && offsets != nullptr) {
+      for (int64_t f = 0; f < this->features_; ++f) {
+        this->rows_.add_scaled(offsets[f], v.values, this->padded_values_, v.sums.row(f));
+        v.keys[f] += static_cast<T>(this->tokens_) * offsets[f];
+      }
+    }
+    Scratch scratch(static_cast<size_t>(this->features_ * this->padded_values_) * sizeof(T));
+    const Block centred{scratch.take<T>(this->features_ * this->padded_values_),
+                        this->padded_values_};
+    for (int64_t f = 0; f < this->features_; ++f) {
+      std::copy_n(v.sums.row(f), this->padded_values_, centred.row(f));
+      this->rows_.add_scaled(-v.keys[f] / static_cast<T>(this->tokens_), v.values,
+                             this->padded_values_, centred.row(f));
+    }
+    this->complete_total(state, use, centred);
+  }
+
   /// denominators[r] = psi(q_r) . (state + the keys of the chunk that row r sees); returns psi of the keys.
   /// q, k: phi, as operand() makes it, which is psi where that is no other.
   kernels::Block<const T> running_denominators(int64_t b, int64_t h, const Chunk& chunk,
@@ -88,6 +111,13 @@ class Denominators : public ChunkCall<T> {
   /// How rows end, from their denominators.
   void read_ends(int64_t b, const Chunk& chunk, const Memory& m) const {
     this->problem_.policy.read_out(this->ending_rows(b, chunk), m.denominators, m.ends);
+    if (!this->centred()) return;
+    const double share = 1 / static_cast<double>(this->tokens_);
+    for (int64_t r = 0; r < chunk.queries; ++r) {
+      const auto den = static_cast<double>(m.denominators[r]);
+      m.ends.sum_scale[r] -= m.ends.num_scale[r] * den * share;
+      m.ends.sum_slope[r] -= (m.ends.num_slope[r] * den + m.ends.num_scale[r]) * share;
+    }
   }
 
   // The two parts of a polynomial's denominators.

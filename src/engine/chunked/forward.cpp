@@ -89,7 +89,9 @@ class Forward : public Denominators<T>, public Sweep<T> {
   void load(int64_t lane, T* state) const override {
     this->load_state(this->problem_.initial, lane, state);
   }
-  void complete(T* state) const override { this->complete_total(state, kTotal); }
+  void complete(int64_t lane, T* state) const override {
+    if (this->makes_total()) this->complete_keys(lane, state, true, kTotal);
+  }
   void store(int64_t lane, const T* state) const override { this->store_state(state, last_, lane); }
   void update(int64_t lane, const Turn& at, const T* from, T* to,
               std::byte* memory) const override {
@@ -134,9 +136,7 @@ class Forward : public Denominators<T>, public Sweep<T> {
     if (policy.read_out) {
       x = this->whole_features(this->for_sums(q, true), 0, this->features_, m.query_rows);
       this->total_denominators(this->as_rows(x, chunk.queries, this->features_), state, m.sums);
-      row_ends(b, h, chunk, m);
-      ends.factor = m.num_scale;
-      if (policy.value_sum) ends = {m.num_scale, state.values, m.sum_scale};
+      ends = row_ends(b, h, chunk, state, m);
     }
     if (!policy.read_out || this->separate_sums()) {
       x = this->features_after_sums(q, x, 0, this->features_, m.query_rows);
@@ -160,24 +160,24 @@ class Forward : public Denominators<T>, public Sweep<T> {
                        const Memory& m) const {
     const Rows q = this->operand(this->queries(b, h, chunk), m.query_rows, m.query_half);
     const auto left = this->left(q, this->queries_ - chunk.query, m.query_rows, m.query);
-    const T* factor = nullptr;
+    kernels::RowEnds<T> ends;
     if (this->problem_.policy.read_out) {
       this->total_denominators(q, state, m.sums);
-      row_ends(b, h, chunk, m);
-      factor = m.num_scale;
+      ends = row_ends(b, h, chunk, state, m);
     }
-    this->products_.product(left.data, left.stride, state.as_values, this->features_, factor,
+    this->products_.product(left.data, left.stride, state.as_values, this->features_, ends,
                             this->rows_out(out_, b, h, chunk.query, chunk.queries), m.ahead);
   }
 
-  void row_ends(int64_t b, int64_t h, const Chunk& chunk, const Memory& m) const {
+  kernels::RowEnds<T> row_ends(int64_t b, int64_t h, const Chunk& chunk, const StateView<T>& state,
+                               const Memory& m) const {
     this->read_ends(b, chunk, m.sums);
     const ReadOuts& ends = m.sums.ends;
     const double scale = this->scale(h);
     scaled(ends.num_scale, chunk.queries, scale, m.num_scale);
-    if (this->problem_.policy.value_sum) {
-      scaled(ends.sum_scale, chunk.queries, -scale, m.sum_scale);
-    }
+    if (!this->problem_.policy.value_sum) return {m.num_scale, nullptr, nullptr};
+    scaled(ends.sum_scale, chunk.queries, -scale, m.sum_scale);
+    return {m.num_scale, state.values, m.sum_scale};
   }
   static void scaled(const double* from, int64_t count, double factor, T* to) {
     for (int64_t r = 0; r < count; ++r) to[r] = static_cast<T>(factor * from[r]);
@@ -248,10 +248,7 @@ class Forward : public Denominators<T>, public Sweep<T> {
               const Memory& m) const {
     const Policy<T>& policy = this->problem_.policy;
     const T* factor = nullptr;
-    if (policy.read_out) {
-      row_ends(b, h, chunk, m);
-      factor = m.num_scale;
-    }
+    if (policy.read_out) factor = row_ends(b, h, chunk, state, m).factor;
     if (policy.value_sum) {  // and so read_out
       this->rows_.scale_rows(m.out, chunk.queries, this->padded_values_, factor);
       factor = nullptr;

@@ -8,9 +8,11 @@ namespace heed::chunked {
 
 /// Per query [B,H,Lq], where the policy has a read-out: num_scale, the gradient of the denominator, and
 /// minus sum_scale. A few elements longer, for kernels that read whole vectors.
+/// Of centred states also minus the means of keys' features, [B,H,padded F], and of values, [B,H,padded Dv].
 template <class T>
 struct RowStatistics {
   std::vector<T> num_scale, denominator, sum_scale;
+  std::vector<T> minus_key_means, minus_value_means;
 };
 
 template <class T>

@@ -125,7 +125,28 @@ class KeyGradients : public ChunkCall<T>, public Sweep<T> {
   void load(int64_t lane, T* state) const override { this->load_state(last_, lane, state); }
   static constexpr typename Call::TotalUse kTotal{.values = true, .keys = true};
 
-  void complete(T* state) const override { this->complete_total(state, kTotal); }
+  void complete(int64_t lane, T* state) const override {
+    const StateView<T> v = this->view(state);
+    if (this->centred()) take_off_means(lane, v);
+    if (this->makes_total()) this->complete_total(state, kTotal, v.sums);
+  }
+  // With the mean value and the mean features off, as a key's value and features meet D there: D as products
+  // read it, and features less their offsets.
+  void take_off_means(int64_t lane, const StateView<T>& v) const {
+    const int64_t stride = this->padded_values_;
+    const T* minus_keys = statistics_.minus_key_means.data() + lane * this->padded_features_;
+    const T* minus_values = statistics_.minus_value_means.data() + lane * stride;
+    const T* offsets = this->key_offsets(lane);
+    Scratch scratch(static_cast<size_t>(this->features_ * stride) * sizeof(uint16_t));
+    auto* rounded = scratch.take<uint16_t>(this->features_ * stride);
+    const auto d = this->as_rows({v.sums.data, v.sums.stride}, this->features_, stride);
+    this->rows_.pack_rows(this->round(d, rounded, stride), nullptr, v.sums);
+    this->rows_.row_dots(d, {minus_values, 0}, v.keys);
+    for (int64_t f = 0; f < this->features_; ++f) {
+      const T minus_mean = minus_keys[f] + (offsets == nullptr ? T{0} : offsets[f]);
+      this->rows_.add_scaled(minus_mean, v.sums.row(f), stride, v.values);
+    }
+  }
   void store(int64_t lane, const T* state) const override {
     this->store_state(state, gradients_.initial, lane);
   }
@@ -343,7 +364,8 @@ class KeyGradients : public ChunkCall<T>, public Sweep<T> {
                   const StateView<T>& state, const Memory& m) const {
     if (gives_values()) {
       this->products_.product(
-          operands.key.data, operands.key.stride, state.as_values, this->features_, nullptr,
+          operands.key.data, operands.key.stride, state.as_values, this->features_,
+          {nullptr, state.values, this->ones()},
           this->rows_out(gradients_.v, b, this->key_head(h), chunk.begin, chunk.keys), m.ahead);
       return;
     }

@@ -10,6 +10,14 @@
 // causal: a query reads the state after its own token; else the state after all of them. Everything is
 // float32 beside 16-bit tensors, float64 in float64 calls (T). phi and psi are what a RowMap makes of a
 // row; without one they are the row itself.
+//
+// A result with a value_sum is the difference of two terms, in which the rounding of bfloat16 operands would
+// show. Over all N keys and where psi is phi, the same is said without it by the centred state
+//
+//   C = S - z vs^T / N
+//   out = scale (num_scale phi(q) C - (sum_scale - num_scale den / N) vs)
+//
+// which stays as it is whatever row is subtracted from all phi(k_t).
 #pragma once
 #include <functional>
 #include <optional>
@@ -33,10 +41,15 @@ template <class T>
 class RowMap {
  public:
   virtual ~RowMap() = default;
-  /// Whether the features of bfloat16 rows are bfloat16 numbers, so that nothing is lost as operands.
-  virtual bool keeps_bfloat16() const { return false; }
-  /// Then: all features of such rows, to.width of them.
-  virtual void map_half(const kernels::Rows& /*x*/, const kernels::RowsOut& /*to*/) const {}
+  /// Whether products may read the features of bfloat16 rows as bfloat16 numbers: because they are such
+  /// numbers, or because the states are centred.
+  virtual bool has_halves() const { return false; }
+  /// Then: all features of such rows, to.width of them, less their offsets.
+  virtual void map_half(const RowsAt& /*at*/, const kernels::Rows& /*x*/,
+                        const kernels::RowsOut& /*to*/) const {}
+  /// Keys of centred states: numbers [F] near the features of a head, so that little is lost by rounding what
+  /// the features differ from them. Null: 0.
+  virtual const T* offsets(const RowsAt& /*at*/) const { return nullptr; }
   /// to[r] = features [first, first + count) of row r, and zeros behind them up to to.stride. `first` is a
   /// multiple of 16 (of kFeatureTile with a polynomial).
   virtual void map(const RowsAt& at, const kernels::Rows& x, int64_t first, int64_t count,

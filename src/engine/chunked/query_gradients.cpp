@@ -52,6 +52,10 @@ class QueryGradients : public SlopeStates<T>, public Sweep<T> {
       }
       if (gradients_.scales != nullptr) scale_parts_.assign(rows, T{0});
     }
+    if (this->centred()) {
+      statistics_.minus_key_means.resize(static_cast<size_t>(shape.lanes * this->padded_features_));
+      statistics_.minus_value_means.resize(static_cast<size_t>(shape.lanes * this->padded_values_));
+    }
     this->start_slopes(shape.chunks);
     shape.results = {&gradients_.q};
     Schedule<T>(shape, *this, this->products_).run();
@@ -123,7 +127,18 @@ class QueryGradients : public SlopeStates<T>, public Sweep<T> {
 
   static constexpr typename Call::TotalUse kTotal{.keys = true};
 
-  void complete(T* state) const override { this->complete_total(state, kTotal); }
+  void complete(int64_t lane, T* state) const override {
+    if (!this->makes_total()) return;
+    this->complete_keys(lane, state, !knows_total_, kTotal);
+    if (!this->centred()) return;
+    const StateView<T> v = this->view(state);
+    keep_minus_mean(lane, v.keys, this->padded_features_, statistics_.minus_key_means);
+    keep_minus_mean(lane, v.values, this->padded_values_, statistics_.minus_value_means);
+  }
+  void keep_minus_mean(int64_t lane, const T* sums, int64_t count, std::vector<T>& means) const {
+    T* to = means.data() + lane * count;
+    for (int64_t i = 0; i < count; ++i) to[i] = -sums[i] / static_cast<T>(this->tokens_);
+  }
 
   void load(int64_t lane, T* state) const override {
     this->load_state(knows_total_ ? this->problem_.total : this->problem_.initial, lane, state);
@@ -343,7 +358,9 @@ class QueryGradients : public SlopeStates<T>, public Sweep<T> {
     std::fill_n(m.dots, chunk.queries, T{0});
     std::fill_n(m.sum_dots, chunk.queries, T{0});
     this->rows_.row_dots(q, {m.features.data, m.features.stride}, m.dots);
-    if (this->problem_.policy.value_sum) {
+    if (this->centred()) {
+      this->rows_.row_dots(gradient_of(b, h, chunk), {state.values, 0}, m.sum_dots);
+    } else if (this->problem_.policy.value_sum) {
       this->rows_.pack_rows(this->values(b, h, chunk), nullptr, m.value_rows);
       this->rows_.pack_rows(gradient_of(b, h, chunk), nullptr, m.gradient_rows);
       std::copy_n(state.values, this->padded_values_, m.sums.row);

@@ -53,7 +53,7 @@ class Sweep {
   virtual void advance(int64_t lane, int64_t chunk, const FeatureRange& rows, const T* from,
                        const T* added, T* to) const = 0;
   /// Not running: a state that is complete, before its uses.
-  virtual void complete(T* /*state*/) const {}
+  virtual void complete(int64_t /*lane*/, T* /*state*/) const {}
   virtual void store(int64_t lane, const T* state) const = 0;
 };
 
@@ -175,7 +175,7 @@ class Schedule {
         sum_part(first + i, part, sum, memory);
         sweep_.advance(first + i, 0, all_rows(), state, sum, state);
       }
-      sweep_.complete(state);
+      sweep_.complete(first + i, state);
     }
     for (int64_t u = 0; u < shape_.uses; ++u) sweep_.use(group, {u, next_use(u)}, states, memory);
     store(first, shape_.lanes_per_group, states);
@@ -222,7 +222,7 @@ class Schedule {
         sweep_.advance(lane, 0, rows, state, sums + (lane * parts() + part) * size, state);
       }
     });
-    for (int64_t lane = 0; lane < lanes; ++lane) sweep_.complete(states + lane * size);
+    for (int64_t lane = 0; lane < lanes; ++lane) sweep_.complete(lane, states + lane * size);
     with_memory(shape_.groups() * shape_.uses, [&](int64_t item, std::byte* scratch) {
       const int64_t group = item / shape_.uses, u = item % shape_.uses;
       sweep_.use(group, {u, next_use(u)}, states + group * shape_.lanes_per_group * size, scratch);

@@ -32,24 +32,24 @@ StateView<T> ChunkCall<T>::total(T* state, TotalUse use) const {
 }
 
 template <class T>
-void ChunkCall<T>::complete_total(T* state, TotalUse use) const {
+void ChunkCall<T>::complete_total(T* state, TotalUse use, Block sums) const {
   const StateView<T> v = total(state, use);
   if (v.transposed.data != nullptr) {
-    kernels::matrix_kernels<T>(path_.isa).transpose({v.sums.data, v.sums.stride}, features_,
-                                                    value_dim_, v.transposed);
+    kernels::matrix_kernels<T>(path_.isa).transpose({sums.data, sums.stride}, features_, value_dim_,
+                                                    v.transposed);
   }
   if (v.as_values == nullptr && v.as_keys == nullptr) return;
   Scratch scratch(static_cast<size_t>(features_ * padded_values_) * sizeof(uint16_t));
   auto* rounded = scratch.take<uint16_t>(features_ * padded_values_);
-  if (v.as_values != nullptr) state_values(v.sums, features_, {rounded, v.as_values});
-  if (v.as_keys != nullptr) state_keys(v.sums, features_, {rounded, v.as_keys});
+  if (v.as_values != nullptr) state_values(sums, features_, {rounded, v.as_values});
+  if (v.as_keys != nullptr) state_keys(sums, features_, {rounded, v.as_keys});
 }
 
 template int64_t ChunkCall<float>::total_size(TotalUse use) const;
 template int64_t ChunkCall<double>::total_size(TotalUse use) const;
 template StateView<float> ChunkCall<float>::total(float* state, TotalUse use) const;
 template StateView<double> ChunkCall<double>::total(double* state, TotalUse use) const;
-template void ChunkCall<float>::complete_total(float* state, TotalUse use) const;
-template void ChunkCall<double>::complete_total(double* state, TotalUse use) const;
+template void ChunkCall<float>::complete_total(float*, TotalUse, Block) const;
+template void ChunkCall<double>::complete_total(double*, TotalUse, Block) const;
 
 }  // namespace heed::chunked

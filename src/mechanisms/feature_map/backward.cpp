@@ -89,7 +89,9 @@ class Backward {
     Rows given;
     if (reads_features(call_)) given = rows_of(call_.forward_features, b, h, first, rows);
     if (given.data != nullptr && is_element_map(call_)) {
-      if (wanted_.x.defined()) features_.backward_rows(call_.kind, given, dout, to());
+      if (wanted_.x.defined()) {
+        kernels::element_map_kernels<T>(path_.isa).pull_rows(call_.kind, given, dout, to());
+      }
       return;
     }
     tile.load(x);

@@ -69,15 +69,17 @@ void forward(const Call& call, const Tensor& out, const RunOptions& run) {
   const int64_t most = features::tile_rows(call, layer), tiles = ceil_div(call.tokens, most);
   const int64_t items = call.batch * call.heads * tiles;
   const double products = features::is_element_map(call) ? 0 : static_cast<double>(call.x.size(3));
-  const double nanoseconds = static_cast<double>(out.count()) *
-                             (kElementNanoseconds + products * kMultiplyAddNanoseconds);
+  const double nanoseconds =
+      static_cast<double>(out.count()) * (kElementNanoseconds + products * kMultiplyAddNanoseconds);
   parallel_for(items, threads_for(run, items, nanoseconds), [&](int64_t item, int) {
     const int64_t pair = item / tiles, first = item % tiles * most;
     const int64_t b = pair / call.heads, h = pair % call.heads;
     const int64_t rows = std::min(most, call.tokens - first);
     const Rows x = features::rows_of(call.x, b, h, first, rows);
     const kernels::RowsOut to = features::results_of(out, b, h, first, rows);
-    if (features::is_element_map(call)) return maps.forward_rows(call.kind, x, to);
+    if (features::is_element_map(call)) {
+      return kernels::element_map_kernels<T>(path.isa).map_rows(call.kind, x, to);
+    }
     features::Tile<T> tile(call, kernels, layer, most, false);
     tile.load(x);
     const auto in = tile.apply(x, h);

@@ -162,6 +162,12 @@ struct Call {
                      options.forward_state.v_sum};
     chunked::Policy<T>& policy = problem.policy;
     policy.maps = {&plain, &plain};
+    if (q.dtype() == DType::bf16 && !options.causal && !options.rope) {
+      const Isa isa = chosen_isa(run);
+      rounded_queries = std::make_unique<ElementMap<T>>(FeatureKind::elu1, isa, true);
+      centred_keys = std::make_unique<CentredElementMap<T>>(FeatureKind::elu1, isa, k);
+      policy.maps = {rounded_queries.get(), centred_keys.get()};
+    }
     if (options.rope) {
       if (options.form != MagnitudeAwareForm::consistent) policy.sums = policy.maps;
       angles = std::make_unique<GridAngles<T>>(*options.rope, q.size(3), before, k.size(2));
@@ -191,6 +197,7 @@ struct Call {
   std::vector<int64_t> before;
   ElementMap<T> plain;
   std::unique_ptr<GridAngles<T>> angles;
+  std::unique_ptr<ElementMap<T>> rounded_queries, centred_keys;
   std::unique_ptr<TurnedElu<T>> turned_queries, turned_keys;
   chunked::Problem<T> problem;
 };

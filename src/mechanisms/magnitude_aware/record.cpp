@@ -309,8 +309,9 @@ Mechanism mala_record() {
   m.forward = forward_mala;
   m.forward_for_backward = forward_for_backward;
   m.bind = bind_mala;
-  m.explain = [](const NamedTensors& in, const Spec&, const RunOptions& run) {
-    return explain_chunked(in, true, run);
+  m.explain = [](const NamedTensors& in, const Spec& options, const RunOptions& run) {
+    const MagnitudeAwareOptions chosen = mala_options({}, options);
+    return explain_chunked(in, chosen.causal || chosen.rope, run);
   };
   m.fill = fill_mala;
   m.random_case = random_mala_case;

@@ -1,0 +1,74 @@
+// Feature maps that take one element to one feature.
+#if defined(HEED_KERNELS_ELEMENT_MAPS_INL_H_) == defined(HWY_TARGET_TOGGLE)
+#ifdef HEED_KERNELS_ELEMENT_MAPS_INL_H_
+#undef HEED_KERNELS_ELEMENT_MAPS_INL_H_
+#else
+#define HEED_KERNELS_ELEMENT_MAPS_INL_H_
+#endif
+
+#include "heed/feature_map.h"
+#include "kernels/functions-inl.h"
+
+HWY_BEFORE_NAMESPACE();
+namespace heed::kernels::HWY_NAMESPACE {
+namespace {
+namespace hn = hwy::HWY_NAMESPACE;
+
+template <class T>
+using V = hn::Vec<Full<T>>;
+
+// To 2^-18, which rounding to bfloat16 hides.
+template <class T>
+HWY_INLINE V<T> exp_to_round(V<T> x) {
+  const Full<T> d;
+  if constexpr (sizeof(T) == 8) return exp_of<T>(x);
+  V<T> power[1] = {at_most(d, T{128}, hn::Mul(x, hn::Set(d, T{1.44269504f})))};
+  exp2<Exactness::half>(d, power);
+  return power[0];
+}
+
+// Kinds that map element by element: phi = map(z), map_to_round(z) where bfloat16 is all that stays of the
+// result, and dz from phi and dphi.
+template <class T>
+struct Relu {
+  static HWY_INLINE V<T> map(V<T> z) { return at_least(Full<T>(), T{0}, z); }
+  static HWY_INLINE V<T> map_to_round(V<T> z) { return map(z); }
+  static HWY_INLINE V<T> pull(V<T> phi, V<T> dphi) {
+    const auto zero = hn::Zero(Full<T>());
+    return hn::IfThenElse(hn::Le(phi, zero), zero, dphi);
+  }
+};
+template <class T>
+struct Exp {
+  static HWY_INLINE V<T> map(V<T> z) { return exp_of<T>(z); }
+  static HWY_INLINE V<T> map_to_round(V<T> z) { return exp_to_round<T>(z); }
+  static HWY_INLINE V<T> pull(V<T> phi, V<T> dphi) { return hn::Mul(dphi, phi); }
+};
+template <class T>
+struct Elu1 {
+  static HWY_INLINE V<T> map(V<T> z) { return joined(z, exp_of<T>(z)); }
+  static HWY_INLINE V<T> map_to_round(V<T> z) { return joined(z, exp_to_round<T>(z)); }
+  static HWY_INLINE V<T> pull(V<T> phi, V<T> dphi) {  // the slope is 1 above 1, phi below
+    const auto one = hn::Set(Full<T>(), T{1});
+    return hn::Mul(dphi, hn::IfThenElse(hn::Gt(phi, one), one, phi));
+  }
+
+ private:
+  static HWY_INLINE V<T> joined(V<T> z, V<T> exponential) {
+    const Full<T> d;
+    return hn::IfThenElse(hn::Gt(z, hn::Zero(d)), hn::Add(z, hn::Set(d, T{1})), exponential);
+  }
+};
+
+// Calls body with one of them.
+template <class T, class Body>
+HWY_INLINE void with_element_map(FeatureKind kind, Body&& body) {
+  if (kind == FeatureKind::relu) return body(Relu<T>());
+  if (kind == FeatureKind::exp) return body(Exp<T>());
+  body(Elu1<T>());
+}
+
+}  // namespace
+}  // namespace heed::kernels::HWY_NAMESPACE
+HWY_AFTER_NAMESPACE();
+#endif
