@@ -18,6 +18,18 @@ void check_out(const char* op, const char* name, const Tensor& given, const Dims
   }
 }
 
+Dims sums_shape(const Tensor& q, const Tensor& v, int64_t features) {
+  return {q.size(0), q.size(1), features, v.size(3)};
+}
+Dims key_sums_shape(const Tensor& q, int64_t features) { return {q.size(0), q.size(1), features}; }
+
+void check_sums(const char* op, const std::string& of, const Tensor& s, const Tensor& z,
+                const Tensor& q, const Tensor& v, int64_t features) {
+  const DType type = wide_type(q.dtype());
+  check_result(op, (of + " s").c_str(), s, sums_shape(q, v, features), type);
+  check_result(op, (of + " z").c_str(), z, key_sums_shape(q, features), type);
+}
+
 std::vector<double> check_slopes(const char* op, const Tensor& slopes, int64_t heads) {
   if (slopes.rank() != 1 || slopes.size(0) != heads || !is_floating(slopes.dtype())) {
     fail(op, describe("slopes", slopes),

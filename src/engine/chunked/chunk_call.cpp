@@ -237,10 +237,11 @@ template <class T>
 typename ChunkCall<T>::UpdateMemory ChunkCall<T>::update_memory(Cutter& cut) const {
   const int64_t padded_tile = round_up(tile_, products_.dim_multiple);
   UpdateMemory m;
-  m.x = {cut.take<T>(chunk_ * padded_tile), padded_tile};
-  m.y = {cut.take<T>(chunk_ * padded_values_), padded_values_};
   m.row = cut.take<T>(std::max(padded_features_, padded_values_));
-  if (half_) {
+  if (!half_) {
+    m.x = {cut.take<T>(chunk_ * padded_tile), padded_tile};
+    m.y = {cut.take<T>(chunk_ * padded_values_), padded_values_};
+  } else {
     const int64_t tile_rows = round_up(tile_, products_.row_multiple);
     m.y_packed = cut.take<std::byte>(products_.value_bytes(chunk_, value_dim_));
     m.x_transposed = cut.take<uint16_t>(tile_rows * round_up(chunk_, products_.key_multiple));

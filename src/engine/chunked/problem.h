@@ -168,6 +168,12 @@ void backward(const Problem<T>& problem, const Tensor& out, const State& last,
 /// check_result, and a unit stride in its last dimension.
 void check_out(const char* op, const char* name, const Tensor& given, const Dims& shape,
                DType type);
+/// Of the sums over keys and values, [B,H,F,Dv], and over keys alone, [B,H,F].
+Dims sums_shape(const Tensor& q, const Tensor& v, int64_t features);
+Dims key_sums_shape(const Tensor& q, int64_t features);
+/// Both, as far as they are given, as `s` and `z` of what messages call `of`.
+void check_sums(const char* op, const std::string& of, const Tensor& s, const Tensor& z,
+                const Tensor& q, const Tensor& v, int64_t features);
 /// A tensor [H] of finite numbers that are not negative.
 std::vector<double> check_slopes(const char* op, const Tensor& slopes, int64_t heads);
 /// Throws Error where a state is given to a causal call with more queries than keys: what the first

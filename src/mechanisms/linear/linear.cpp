@@ -13,18 +13,14 @@ namespace {
 constexpr const char* kOp = "linear_attention";
 constexpr const char* kBackward = "linear_attention_backward";
 
-Dims s_shape(const Tensor& q, const Tensor& v) {
-  return {q.size(0), q.size(1), q.size(3), v.size(3)};
-}
-Dims z_shape(const Tensor& q) { return {q.size(0), q.size(1), q.size(3)}; }
+Dims s_shape(const Tensor& q, const Tensor& v) { return chunked::sums_shape(q, v, q.size(3)); }
+Dims z_shape(const Tensor& q) { return chunked::key_sums_shape(q, q.size(3)); }
 
-void check_state(const char* op, const char* s_name, const char* z_name, const LinearState& state,
-                 const Tensor& q, const Tensor& v, bool normalize) {
-  const DType type = wide_type(q.dtype());
-  check_result(op, s_name, state.s, s_shape(q, v), type);
-  check_result(op, z_name, state.z, z_shape(q), type);
+void check_state(const char* op, const std::string& of, const LinearState& state, const Tensor& q,
+                 const Tensor& v, bool normalize) {
+  chunked::check_sums(op, of, state.s, state.z, q, v, q.size(3));
   if (!normalize && state.z.defined()) {
-    throw Error(std::string(op) + ": " + describe(z_name, state.z) +
+    throw Error(std::string(op) + ": " + describe((of + " z").c_str(), state.z) +
                 " without normalize; only s belongs to that state");
   }
 }
@@ -32,13 +28,12 @@ void check_state(const char* op, const char* s_name, const char* z_name, const L
 void check(const Tensor& q, const Tensor& k, const Tensor& v, const LinearOptions& options) {
   check_attention(kOp, q, k, v, {}, kAnyHeadDim);
   const LinearState& state = options.initial_state;
-  check_state(kOp, "initial_state s", "initial_state z", state, q, v, options.normalize);
+  check_state(kOp, "initial_state", state, q, v, options.normalize);
   if (options.normalize && state.s.defined() != state.z.defined()) {
     throw Error(std::string(kOp) + ": initial_state has " + (state.s.defined() ? "s" : "z") +
                 " alone; normalize needs both s and z");
   }
-  check_state(kOp, "forward_state s", "forward_state z", options.forward_state, q, v,
-              options.normalize);
+  check_state(kOp, "forward_state", options.forward_state, q, v, options.normalize);
   chunked::check_alignment(kOp, options.causal, state.s.defined(), q.size(2), k.size(2));
   if (!std::isfinite(options.eps) || options.eps < 0) {
     throw Error(std::string(kOp) + ": eps is " + std::to_string(options.eps) +
@@ -98,7 +93,7 @@ void linear_attention(const Tensor& q, const Tensor& k, const Tensor& v, const T
   check(q, k, v, options);
   if (!out.defined()) throw Error(std::string(kOp) + ": out is missing");
   chunked::check_out(kOp, "out", out, out_shape(q, v), q.dtype());
-  check_state(kOp, "state s", "state z", state, q, v, options.normalize);
+  check_state(kOp, "state", state, q, v, options.normalize);
   if (q.dtype() == DType::f64) {
     run_forward<double>(q, k, v, out, state, options, run);
   } else {
@@ -123,13 +118,12 @@ void linear_attention_backward(const Tensor& q, const Tensor& k, const Tensor& v
   check(q, k, v, options);
   if (!out_gradient.defined()) throw Error(std::string(kBackward) + ": out_gradient is missing");
   chunked::check_out(kBackward, "out_gradient", out_gradient, out_shape(q, v), q.dtype());
-  check_state(kBackward, "state_gradient s", "state_gradient z", state_gradient, q, v,
-              options.normalize);
+  check_state(kBackward, "state_gradient", state_gradient, q, v, options.normalize);
   chunked::check_out(kBackward, "gradient of q", gradients.q, q.shape(), q.dtype());
   chunked::check_out(kBackward, "gradient of k", gradients.k, k.shape(), k.dtype());
   chunked::check_out(kBackward, "gradient of v", gradients.v, v.shape(), v.dtype());
-  check_state(kBackward, "gradient of initial_state s", "gradient of initial_state z",
-              {gradients.s, gradients.z}, q, v, options.normalize);
+  check_state(kBackward, "gradient of initial_state", {gradients.s, gradients.z}, q, v,
+              options.normalize);
   if (q.dtype() == DType::f64) {
     run_backward<double>(q, k, v, out_gradient, state_gradient, gradients, options, run);
   } else {

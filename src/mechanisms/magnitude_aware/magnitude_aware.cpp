@@ -19,10 +19,8 @@ using State = MagnitudeAwareState;
 constexpr const char* kOp = "magnitude_aware_linear_attention";
 constexpr const char* kBackward = "magnitude_aware_linear_attention_backward";
 
-Dims s_shape(const Tensor& q, const Tensor& v) {
-  return {q.size(0), q.size(1), q.size(3), v.size(3)};
-}
-Dims k_sum_shape(const Tensor& q) { return {q.size(0), q.size(1), q.size(3)}; }
+Dims s_shape(const Tensor& q, const Tensor& v) { return chunked::sums_shape(q, v, q.size(3)); }
+Dims k_sum_shape(const Tensor& q) { return chunked::key_sums_shape(q, q.size(3)); }
 Dims v_sum_shape(const Tensor& q, const Tensor& v) { return {q.size(0), q.size(1), v.size(3)}; }
 
 bool any_of(const State& state) {

@@ -68,10 +68,7 @@ void run_backward(const Tensor& grad_out, const Tensor& q, const Tensor& k, cons
 
 void check_state(const std::string& of, const ReluLinearState& state, const Tensor& q,
                  const Tensor& v) {
-  const DType type = wide_type(q.dtype());
-  check_result(kOp, (of + " s").c_str(), state.s, {q.size(0), q.size(1), q.size(3), v.size(3)},
-               type);
-  check_result(kOp, (of + " z").c_str(), state.z, {q.size(0), q.size(1), q.size(3)}, type);
+  chunked::check_sums(kOp, of, state.s, state.z, q, v, q.size(3));
 }
 
 AttentionSizes checked(const Tensor& q, const Tensor& k, const Tensor& v, const Tensor& temperature,

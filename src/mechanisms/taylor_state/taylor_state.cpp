@@ -19,17 +19,15 @@ constexpr const char* kBackward = "taylor_state_attention_backward";
 constexpr double kSmallestDenominator = 1e-12;
 
 Dims s_shape(const Tensor& q, const Tensor& v, const TaylorOptions& options) {
-  return {q.size(0), q.size(1), taylor_state_size(q.size(3), options.order), v.size(3)};
+  return chunked::sums_shape(q, v, taylor_state_size(q.size(3), options.order));
 }
 Dims z_shape(const Tensor& q, const TaylorOptions& options) {
-  return {q.size(0), q.size(1), taylor_state_size(q.size(3), options.order)};
+  return chunked::key_sums_shape(q, taylor_state_size(q.size(3), options.order));
 }
 
-void check_state(const char* op, const char* s_name, const char* z_name, const TaylorState& state,
-                 const Tensor& q, const Tensor& v, const TaylorOptions& options) {
-  const DType type = wide_type(q.dtype());
-  check_result(op, s_name, state.s, s_shape(q, v, options), type);
-  check_result(op, z_name, state.z, z_shape(q, options), type);
+void check_state(const char* op, const std::string& of, const TaylorState& state, const Tensor& q,
+                 const Tensor& v, const TaylorOptions& options) {
+  chunked::check_sums(op, of, state.s, state.z, q, v, taylor_state_size(q.size(3), options.order));
 }
 
 void check(const Tensor& q, const Tensor& k, const Tensor& v, const TaylorOptions& options) {
@@ -41,7 +39,7 @@ void check(const Tensor& q, const Tensor& k, const Tensor& v, const TaylorOption
     throw Error(op + "scale is " + std::to_string(*options.scale) + "; a finite number is needed");
   }
   const TaylorState& state = options.initial_state;
-  check_state(kOp, "initial_state s", "initial_state z", state, q, v, options);
+  check_state(kOp, "initial_state", state, q, v, options);
   if (state.s.defined() != state.z.defined()) {
     throw Error(op + "initial_state has " + (state.s.defined() ? "s" : "z") +
                 " alone; both s and z are needed");
@@ -195,7 +193,7 @@ void taylor_state_attention(const Tensor& q, const Tensor& k, const Tensor& v, c
   check(q, k, v, options);
   if (!out.defined()) throw Error(std::string(kOp) + ": out is missing");
   chunked::check_out(kOp, "out", out, out_shape(q, v), q.dtype());
-  check_state(kOp, "state s", "state z", state, q, v, options);
+  check_state(kOp, "state", state, q, v, options);
   const bool pairs = taylor_by_pairs(q, k, v, options);
   const auto forward = [&](auto zero) {
     using T = decltype(zero);
@@ -223,12 +221,11 @@ void taylor_state_attention_backward(const Tensor& q, const Tensor& k, const Ten
   check(q, k, v, options);
   if (!out_gradient.defined()) throw Error(std::string(kBackward) + ": out_gradient is missing");
   chunked::check_out(kBackward, "out_gradient", out_gradient, out_shape(q, v), q.dtype());
-  check_state(kBackward, "state_gradient s", "state_gradient z", state_gradient, q, v, options);
+  check_state(kBackward, "state_gradient", state_gradient, q, v, options);
   chunked::check_out(kBackward, "gradient of q", gradients.q, q.shape(), q.dtype());
   chunked::check_out(kBackward, "gradient of k", gradients.k, k.shape(), k.dtype());
   chunked::check_out(kBackward, "gradient of v", gradients.v, v.shape(), v.dtype());
-  check_state(kBackward, "gradient of initial_state s", "gradient of initial_state z",
-              {gradients.s, gradients.z}, q, v, options);
+  check_state(kBackward, "gradient of initial_state", {gradients.s, gradients.z}, q, v, options);
   const bool state_used = state_gradient.s.defined() || state_gradient.z.defined();
   if (!state_used && taylor_by_pairs(q, k, v, options)) {
     return run_backward_by_pairs(q, k, v, out_gradient, gradients, options, run);
