@@ -120,28 +120,51 @@ void pull_rows(FeatureKind kind, const Rows& phi, const Rows& dphi, const RowsOu
       });
 }
 
+template <class T, class Map, class From, class To>
+HWY_INLINE void pull_rows_of(Map map, const From* z, int64_t z_stride, int64_t rows, int64_t n,
+                             Block<const T> dphi, const RowEnds<T>& ends, bool add, To* dz,
+                             int64_t dz_stride) {
+  const Full<T> d;
+  const auto one_or = [&](const T* factors, int64_t r)
+                          HWY_ATTR { return hn::Set(d, factors == nullptr ? T{1} : factors[r]); };
+  for (int64_t r = 0; r < rows; ++r) {
+    const From* x = z + r * z_stride;
+    To* to = dz + r * dz_stride;
+    const auto factor = one_or(ends.factor, r), added_factor = one_or(ends.added_factor, r);
+    for (int64_t i = 0; i < n; i += lanes<T>()) {
+      auto g = hn::Mul(factor, load_elements<T>(dphi.row(r) + i, n - i));
+      if (ends.added != nullptr) {
+        g = hn::MulAdd(added_factor, load_elements<T>(ends.added + i, n - i), g);
+      }
+      const auto element = load_elements<T>(x + i, n - i);
+      if constexpr (std::is_same_v<From, bfloat16>) {
+        g = map.pull(map.map_to_round(element), g);
+      } else {
+        g = map.pull(map.map(element), g);
+      }
+      if (add) g = hn::Add(g, load_elements<T>(to + i, n - i));
+      store_elements<T>(g, to + i, n - i);
+    }
+  }
+}
+
 template <class T>
-void pull_block(FeatureKind kind, const Rows& z, Block<const T> dphi, bool add, Block<T> dz) {
-  const bool touch = z.stride == z.width && dphi.stride == z.width && dz.stride == z.width;
-  with_map_of_rows<T>(
-      kind, z, touch, [&](auto map, auto element, int64_t rows, int64_t n) HWY_ATTR {
-        using E = decltype(element);
-        const auto feature = [&](auto x) HWY_ATTR {
-          if constexpr (std::is_same_v<E, bfloat16>) return map.map_to_round(x);
-          return map.map(x);
-        };
-        for (int64_t r = 0; r < rows; ++r) {
-          const E* x = static_cast<const E*>(z.data) + r * z.stride;
-          const T* g = dphi.row(r);
-          T* to = dz.row(r);
-          for (int64_t i = 0; i < n; i += lanes<T>()) {
-            auto y =
-                map.pull(feature(load_elements<T>(x + i, n - i)), load_elements<T>(g + i, n - i));
-            if (add) y = hn::Add(y, load_elements<T>(to + i, n - i));
-            store_elements<T>(y, to + i, n - i);
-          }
-        }
-      });
+void pull_block(FeatureKind kind, const Rows& z, Block<const T> dphi, const RowEnds<T>& ends,
+                bool add, const RowsOut& dz) {
+  const bool touch = z.stride == z.width && dphi.stride == z.width && dz.stride == z.width &&
+                     ends.factor == nullptr && ends.added == nullptr;
+  with_map_of_rows<T>(kind, z, touch,
+                      [&](auto map, auto element, int64_t rows, int64_t n) HWY_ATTR {
+                        using E = decltype(element);
+                        const E* x = static_cast<const E*>(z.data);
+                        if (dz.dtype == dtype_of<T>) {
+                          pull_rows_of<T>(map, x, z.stride, rows, n, dphi, ends, add,
+                                          static_cast<T*>(dz.data), dz.stride);
+                        } else {
+                          pull_rows_of<T>(map, x, z.stride, rows, n, dphi, ends, add,
+                                          static_cast<E*>(dz.data), dz.stride);
+                        }
+                      });
 }
 
 }  // namespace

@@ -19,9 +19,10 @@ struct ElementMapKernels {
   /// `less` (or null), then rounded. Whole vectors of a row are written, for which phi.stride has room.
   void (*map_to_halves)(FeatureKind kind, const Rows& z, const T* less,
                         const RowsOut& phi) = nullptr;
-  /// dz = dphi times the derivative at z, added to dz if `add`. dz may be dphi where nothing is added.
-  void (*pull_block)(FeatureKind kind, const Rows& z, Block<const T> dphi, bool add,
-                     Block<T> dz) = nullptr;
+  /// dz = what dphi becomes by `ends`, times the derivative at z; added to dz if `add`. dz is of T, or of the
+  /// type of z, and may be dphi where nothing is added.
+  void (*pull_block)(FeatureKind kind, const Rows& z, Block<const T> dphi, const RowEnds<T>& ends,
+                     bool add, const RowsOut& dz) = nullptr;
 };
 
 inline bool element_by_element(FeatureKind kind) {

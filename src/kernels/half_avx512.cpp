@@ -32,6 +32,15 @@ __attribute__((always_inline)) inline void with_columns(int64_t vectors, Body&& 
 
 inline __m512bh as_pairs(__m512i x) { return reinterpret_cast<__m512bh>(x); }
 
+template <int MR, int NV>
+inline void clear(__m512 (&acc)[MR][NV]) {
+#pragma GCC unroll 12
+  for (auto& row : acc) {
+#pragma GCC unroll 4
+    for (auto& x : row) x = _mm512_setzero_ps();
+  }
+}
+
 // acc[r][j] += sum_i a[r][i] . b[i][j]: pairs i of row r at a + r * a_stride, 16 columns a vector.
 template <int MR, int NV>
 inline void multiply_pairs(const uint32_t* a, int64_t a_stride, const uint32_t* b, int64_t b_stride,
@@ -100,11 +109,7 @@ __attribute__((noinline)) void score_block(const uint32_t* q, int64_t q_stride,
                                            const uint32_t* panel, int64_t panel_width,
                                            int64_t pairs, float* s, int64_t s_stride) {
   __m512 acc[MR][NV];
-#pragma GCC unroll 6
-  for (auto& row : acc) {
-#pragma GCC unroll 4
-    for (auto& x : row) x = _mm512_setzero_ps();
-  }
+  clear(acc);
   multiply_pairs<MR, NV>(q, q_stride, panel, panel_width, pairs, acc);
   store_block(acc, s, s_stride);
 }
@@ -182,11 +187,7 @@ __attribute__((noinline)) void product_block(const uint32_t* p, int64_t p_stride
                                              const RowEnds<float>& ends, int64_t rows,
                                              int64_t width, uint16_t* out, int64_t out_stride) {
   __m512 acc[MR][NV];
-#pragma GCC unroll 12
-  for (auto& row : acc) {
-#pragma GCC unroll 4
-    for (auto& x : row) x = _mm512_setzero_ps();
-  }
+  clear(acc);
   multiply_pairs<MR, NV>(p, p_stride, v, v_stride, pairs, acc);
   store_rounded(acc, ends, rows, width, out, out_stride);
 }

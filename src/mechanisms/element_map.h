@@ -36,8 +36,9 @@ class ElementMap : public chunked::RowMap<T> {
   }
 
   void pull(const chunked::RowsAt&, const kernels::Rows& x, int64_t, int64_t,
-            kernels::Block<const T> gradient, bool add, kernels::Block<T> into) const override {
-    maps_.pull_block(kind_, x, gradient, add, into);
+            kernels::Block<const T> gradient, const kernels::RowEnds<T>& ends, bool add,
+            const kernels::RowsOut& into) const override {
+    maps_.pull_block(kind_, x, gradient, ends, add, into);
   }
 
  private:

@@ -281,6 +281,9 @@ class ChunkCall {
   /// Rows of a result where they lie if products can write them there, else `scratch`.
   Block in_place(const Tensor& to, int64_t b, int64_t h, int64_t first, int64_t count,
                  Block scratch) const;
+  static kernels::RowsOut out_rows(Block block, int64_t count, int64_t width) {
+    return {block.data, kType, block.stride, count, width};
+  }
   /// Copies rows into a result, unless they lie there.
   void finish(Block rows, const Tensor& to, int64_t b, int64_t h, int64_t first,
               int64_t count) const;

@@ -60,10 +60,12 @@ class RowMap {
                          int64_t /*count*/, kernels::Block<T> /*x*/) const {
     return false;
   }
-  /// into[r] = gradient[r] (of those features) times their derivative with respect to row r; `add`: added to
-  /// what is there, which is the case with a polynomial.
+  /// into[r] = what gradient[r] (of those features) becomes by `ends`, times their derivative with respect to
+  /// row r; `add`: added to what is there. `into` is of T, or of x's type. With a polynomial it is of T,
+  /// always added to, and rows end as they are.
   virtual void pull(const RowsAt& at, const kernels::Rows& x, int64_t first, int64_t count,
-                    kernels::Block<const T> gradient, bool add, kernels::Block<T> into) const = 0;
+                    kernels::Block<const T> gradient, const kernels::RowEnds<T>& ends, bool add,
+                    const kernels::RowsOut& into) const = 0;
 };
 
 /// Maps of q and k; null: the rows as they are.

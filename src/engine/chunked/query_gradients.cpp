@@ -179,18 +179,17 @@ class QueryGradients : public SlopeStates<T>, public Sweep<T> {
     ahead.spread(this->work(chunk.queries, chunk.keys));
     m.ahead = &ahead;
     this->query_ranges(chunk, m.ranges);
-    Block result = m.rows;
     if (this->problem_.policy.polynomial) {
       use_polynomial(b, h, chunk, this->view(state), m);
-    } else if (this->reads_totals()) {
-      result = use_totals(lane, chunk, this->total(state, kTotal), m);
-    } else {
-      if (this->problem_.policy.maps.q == nullptr) {
-        m.features = this->in_place(gradients_.q, b, h, chunk.query, chunk.queries, m.features);
-      }
-      result = use_linear(lane, at.chunk, chunk, state, m);
+      return this->finish(m.rows, gradients_.q, b, h, chunk.query, chunk.queries);
     }
-    this->finish(result, gradients_.q, b, h, chunk.query, chunk.queries);
+    if (this->problem_.policy.maps.q == nullptr && !this->reads_totals()) {
+      m.features = this->in_place(gradients_.q, b, h, chunk.query, chunk.queries, m.features);
+    }
+    const kernels::RowEnds<T> ends = this->reads_totals()
+                                         ? use_totals(lane, chunk, this->total(state, kTotal), m)
+                                         : use_linear(lane, at.chunk, chunk, state, m);
+    finish_features(b, h, chunk, ends, m);
   }
 
   // What the use after this one reads.
@@ -215,8 +214,9 @@ class QueryGradients : public SlopeStates<T>, public Sweep<T> {
                  to, m.ahead);
   }
 
-  Block use_linear(int64_t lane, int64_t index, const Chunk& chunk, T* state,
-                   const Memory& m) const {
+  // Gradients by feature, in m.features; returns how their rows end yet.
+  kernels::RowEnds<T> use_linear(int64_t lane, int64_t index, const Chunk& chunk, T* state,
+                                 const Memory& m) const {
     const int64_t b = lane / this->heads_, h = lane % this->heads_;
     const StateView<T> view = this->total(state, kTotal);
     const Policy<T>& policy = this->problem_.policy;
@@ -245,25 +245,33 @@ class QueryGradients : public SlopeStates<T>, public Sweep<T> {
       this->rows_.scale_rows(m.features, chunk.queries, this->padded_features_,
                              this->state_factors(h, chunk.shift + 1));
     }
-    if (policy.read_out) read_out(lane, chunk, q, k, view, m);
-    return pulled(source, m);
+    if (!policy.read_out) return {};
+    return read_out(lane, chunk, q, k, view, m);
   }
 
-  Block pulled(const Source<T>& q, const Memory& m) const {
-    if (q.map == nullptr) return m.features;
-    q.map->pull(q.at, q.rows, 0, this->features_, {m.features.data, m.features.stride}, false,
-                m.rows);
-    if (this->separate_sums()) {
+  // Gradients by feature become those of the rows.
+  void finish_features(int64_t b, int64_t h, const Chunk& chunk, const kernels::RowEnds<T>& ends,
+                       const Memory& m) const {
+    const Source<T> q = this->queries(b, h, chunk);
+    const kernels::Block<const T> by_feature{m.features.data, m.features.stride};
+    if (q.map == nullptr) {
+      this->finish(m.features, gradients_.q, b, h, chunk.query, chunk.queries);
+    } else if (!this->separate_sums()) {
+      const auto to = this->rows_out(gradients_.q, b, h, chunk.query, chunk.queries);
+      q.map->pull(q.at, q.rows, 0, this->features_, by_feature, ends, false, to);
+    } else {
+      const auto to = this->out_rows(m.rows, chunk.queries, this->width_);
+      q.map->pull(q.at, q.rows, 0, this->features_, by_feature, ends, false, to);
       const Source<T> psi = this->for_sums(q, true);
       psi.map->pull(psi.at, psi.rows, 0, this->features_,
-                    {m.more_features.data, m.more_features.stride}, true, m.rows);
+                    {m.more_features.data, m.more_features.stride}, {}, true, to);
+      this->finish(m.rows, gradients_.q, b, h, chunk.query, chunk.queries);
     }
-    return m.rows;
   }
 
-  // The same where all keys are seen.
-  Block use_totals(int64_t lane, const Chunk& chunk, const StateView<T>& state,
-                   const Memory& m) const {
+  // The same as use_linear where all keys are seen.
+  kernels::RowEnds<T> use_totals(int64_t lane, const Chunk& chunk, const StateView<T>& state,
+                                 const Memory& m) const {
     const int64_t b = lane / this->heads_, h = lane % this->heads_, rows = chunk.queries;
     const Source<T> q = this->queries(b, h, chunk);
     const Rows gradient = gradient_of(b, h, chunk);
@@ -273,7 +281,7 @@ class QueryGradients : public SlopeStates<T>, public Sweep<T> {
     ahead.spread(rows * this->value_dim_ * this->features_);
     this->rows_.read(g, {state.transposed.data, state.transposed.stride}, rows, this->value_dim_,
                      state.transposed.stride, {}, m.features, &ahead);
-    if (!this->problem_.policy.read_out) return pulled(q, m);
+    if (!this->problem_.policy.read_out) return {};
     auto x = this->whole_features(this->for_sums(q, true), 0, this->features_, m.query_rows);
     this->total_denominators(this->as_rows(x, rows, this->features_), state, m.sums);
     if (this->separate_sums()) {
@@ -288,9 +296,7 @@ class QueryGradients : public SlopeStates<T>, public Sweep<T> {
                            m.sum_dots);
     }
     row_scales(lane, chunk, m, m.dots, m.sum_dots);
-    this->rows_.scale_rows(m.features, rows, this->written_features(), m.dots);
-    add_denominators(chunk, {}, state, m);
-    return pulled(q, m);
+    return ends_of(chunk, {}, state, m);
   }
 
   // Minus the part of the slope's gradient that a chunk's rows give.
@@ -345,10 +351,9 @@ class QueryGradients : public SlopeStates<T>, public Sweep<T> {
     }
   }
 
-  void read_out(int64_t lane, const Chunk& chunk, const Rows& q, const Rows& k,
-                const StateView<T>& state, const Memory& m) const {
+  kernels::RowEnds<T> read_out(int64_t lane, const Chunk& chunk, const Rows& q, const Rows& k,
+                               const StateView<T>& state, const Memory& m) const {
     const int64_t b = lane / this->heads_, h = lane % this->heads_;
-    const int64_t width = this->padded_features_;
     kernels::Block<const T> keys;
     if (this->problem_.causal) {
       keys = this->running_denominators(b, h, chunk, state, q, k, m.sums);
@@ -369,14 +374,19 @@ class QueryGradients : public SlopeStates<T>, public Sweep<T> {
                            this->padded_values_, m.sums.row, m.sum_dots);
     }
     row_scales(lane, chunk, m, m.dots, m.sum_dots);
-    this->rows_.scale_rows(m.features, chunk.queries, width, m.dots);
-    add_denominators(chunk, keys, state, m);
+    return ends_of(chunk, keys, state, m);
   }
 
-  // What denominators give; keys: psi of those in the chunk.
-  void add_denominators(const Chunk& chunk, kernels::Block<const T> keys, const StateView<T>& state,
-                        const Memory& m) const {
+  // Gradients by feature times m.dots, and what denominators give; keys: psi of those in the chunk. Where one
+  // sum is for all rows and they go through a map, that is left to it.
+  kernels::RowEnds<T> ends_of(const Chunk& chunk, kernels::Block<const T> keys,
+                              const StateView<T>& state, const Memory& m) const {
     const int64_t width = this->padded_features_;
+    const bool mapped = this->problem_.policy.maps.q != nullptr;
+    if (mapped && !this->problem_.causal && !this->separate_sums()) {
+      return {m.dots, state.keys, m.sum_dots};
+    }
+    this->rows_.scale_rows(m.features, chunk.queries, this->written_features(), m.dots);
     Block sums = m.features;
     if (this->separate_sums()) {
       sums = m.more_features;
@@ -385,6 +395,7 @@ class QueryGradients : public SlopeStates<T>, public Sweep<T> {
     std::copy_n(state.keys, width, m.sums.row);
     this->rows_.run_add(keys, nullptr, chunk.key_tokens(), sums, m.sum_dots, chunk.query_tokens(),
                         width, false, m.sums.row);
+    return {};
   }
 
   // rows = a (what num gives) + e (what the denominator gives), each pulled from features first.
@@ -440,8 +451,10 @@ class QueryGradients : public SlopeStates<T>, public Sweep<T> {
         this->state_keys({state.sums.row(first), state.sums.stride}, features, m.state), features,
         this->value_dim_, nullptr, y, nullptr);
     this->rows_.row_dots(this->as_rows({x.data, padded}, count, padded), {y.data, padded}, m.dots);
-    q.map->pull(q.at, q.rows, first, features, {y.data, padded}, true, m.rows);
-    q.map->pull(q.at, q.rows, first, features, {state.keys + first, 0}, true, m.more_rows);
+    q.map->pull(q.at, q.rows, first, features, {y.data, padded}, {}, true,
+                this->out_rows(m.rows, count, this->width_));
+    q.map->pull(q.at, q.rows, first, features, {state.keys + first, 0}, {}, true,
+                this->out_rows(m.more_rows, count, this->width_));
   }
 
   const Tensor& out_;

@@ -2,6 +2,7 @@
 #pragma once
 #include <algorithm>
 #include <cmath>
+#include <memory>
 #include <vector>
 
 #include "heed/magnitude_aware_linear_attention.h"
@@ -105,15 +106,29 @@ class TurnedElu : public chunked::RowMap<T> {
   }
 
   void pull(const chunked::RowsAt& at, const kernels::Rows& x, int64_t begin, int64_t count,
-            kernels::Block<const T> gradient, bool add, kernels::Block<T> into) const override {
-    std::vector<T> memory(add ? static_cast<size_t>(x.count * into.stride) : 0);
-    const kernels::Block<T> turned{add ? memory.data() : into.data, into.stride};
-    for (int64_t r = 0; r < x.count; ++r) std::copy_n(gradient.row(r), x.width, turned.row(r));
+            kernels::Block<const T> gradient, const kernels::RowEnds<T>& ends, bool add,
+            const kernels::RowsOut& into) const override {
+    // The place of the result serves where it holds whole vectors of T.
+    const bool in_place = !add && into.dtype == dtype_of<T> && into.stride % kVector == 0;
+    const int64_t stride = in_place ? into.stride : round_up(x.width, kVector);
+    std::unique_ptr<T[]> memory;
+    if (!in_place) memory = std::make_unique_for_overwrite<T[]>(x.count * stride);
+    const kernels::Block<T> turned{in_place ? static_cast<T*>(into.data) : memory.get(), stride};
+    for (int64_t r = 0; r < x.count; ++r) {
+      const T factor = ends.factor == nullptr ? T{1} : ends.factor[r];
+      const T added_factor = ends.added_factor == nullptr ? T{1} : ends.added_factor[r];
+      for (int64_t i = 0; i < x.width; ++i) {
+        turned.row(r)[i] = factor * gradient.row(r)[i];
+        if (ends.added != nullptr) turned.row(r)[i] += added_factor * ends.added[i];
+      }
+    }
     rotate(at, x.count, begin, begin + count, turned, true);
-    elu_.pull(at, x, begin, count, {turned.data, turned.stride}, add, into);
+    elu_.pull(at, x, begin, count, {turned.data, turned.stride}, {}, add, into);
   }
 
  private:
+  static constexpr int64_t kVector = 16;  // elements, at most
+
   void rotate(const chunked::RowsAt& at, int64_t count, int64_t begin, int64_t end,
               kernels::Block<T> x, bool back) const {
     const int64_t start = first_[static_cast<size_t>(at.batch)] + at.token;

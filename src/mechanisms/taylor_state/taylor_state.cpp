@@ -62,8 +62,10 @@ class MonomialMap : public chunked::RowMap<T> {
     kernels_.map(list_, x, coefficients(), first, count, to);
   }
   void pull(const chunked::RowsAt&, const kernels::Rows& x, int64_t first, int64_t count,
-            kernels::Block<const T> gradient, bool /*add*/, kernels::Block<T> into) const override {
-    kernels_.pull(list_, x, coefficients(), first, count, gradient, into);
+            kernels::Block<const T> gradient, const kernels::RowEnds<T>&, bool,
+            const kernels::RowsOut& into) const override {
+    kernels_.pull(list_, x, coefficients(), first, count, gradient,
+                  {static_cast<T*>(into.data), into.stride});
   }
 
  private:
