@@ -17,46 +17,46 @@ namespace hn = hwy::HWY_NAMESPACE;
 template <class T>
 using V = hn::Vec<Full<T>>;
 
-// To 2^-18, which rounding to bfloat16 hides.
-template <class T>
-HWY_INLINE V<T> exp_to_round(V<T> x) {
-  const Full<T> d;
-  if constexpr (sizeof(T) == 8) return exp_of<T>(x);
-  V<T> power[1] = {at_most(d, T{128}, hn::Mul(x, hn::Set(d, T{1.44269504f})))};
-  exp2<Exactness::half>(d, power);
-  return power[0];
-}
-
-// Kinds that map element by element: phi = map(z), map_to_round(z) where bfloat16 is all that stays of the
-// result, and dz from phi and dphi.
+// Kinds that map element by element: phi = map(z), dz = pull(phi, dphi) or, where only bfloat16 of it stays,
+// pull_to_round(z, dphi).
 template <class T>
 struct Relu {
   static HWY_INLINE V<T> map(V<T> z) { return at_least(Full<T>(), T{0}, z); }
-  static HWY_INLINE V<T> map_to_round(V<T> z) { return map(z); }
   static HWY_INLINE V<T> pull(V<T> phi, V<T> dphi) {
     const auto zero = hn::Zero(Full<T>());
     return hn::IfThenElse(hn::Le(phi, zero), zero, dphi);
   }
+  static HWY_INLINE V<T> pull_to_round(V<T> z, V<T> dphi) { return pull(z, dphi); }
 };
 template <class T>
 struct Exp {
   static HWY_INLINE V<T> map(V<T> z) { return exp_of<T>(z); }
-  static HWY_INLINE V<T> map_to_round(V<T> z) { return exp_to_round<T>(z); }
   static HWY_INLINE V<T> pull(V<T> phi, V<T> dphi) { return hn::Mul(dphi, phi); }
+  static HWY_INLINE V<T> pull_to_round(V<T> z, V<T> dphi) { return pull(map(z), dphi); }
 };
 template <class T>
 struct Elu1 {
-  static HWY_INLINE V<T> map(V<T> z) { return joined(z, exp_of<T>(z)); }
-  static HWY_INLINE V<T> map_to_round(V<T> z) { return joined(z, exp_to_round<T>(z)); }
+  static HWY_INLINE V<T> map(V<T> z) {
+    const Full<T> d;
+    return hn::IfThenElse(hn::Gt(z, hn::Zero(d)), hn::Add(z, hn::Set(d, T{1})), exp_of<T>(z));
+  }
   static HWY_INLINE V<T> pull(V<T> phi, V<T> dphi) {  // the slope is 1 above 1, phi below
     const auto one = hn::Set(Full<T>(), T{1});
     return hn::Mul(dphi, hn::IfThenElse(hn::Gt(phi, one), one, phi));
   }
+  static HWY_INLINE V<T> pull_to_round(V<T> z, V<T> dphi) { return hn::Mul(dphi, rough_slope(z)); }
+  /// The feature itself, to 2^-18.
+  static HWY_INLINE V<T> map_to_round(V<T> z) {
+    return hn::Add(rough_slope(z), at_least(Full<T>(), T{0}, z));
+  }
 
  private:
-  static HWY_INLINE V<T> joined(V<T> z, V<T> exponential) {
+  static HWY_INLINE V<T> rough_slope(V<T> z) {
     const Full<T> d;
-    return hn::IfThenElse(hn::Gt(z, hn::Zero(d)), hn::Add(z, hn::Set(d, T{1})), exponential);
+    if constexpr (sizeof(T) == 8) return exp_of<T>(at_most(d, T{0}, z));
+    V<T> power[1] = {hn::Mul(at_most(d, T{0}, z), hn::Set(d, T{1.44269504f}))};
+    exp2<Exactness::half>(d, power);
+    return power[0];
   }
 };
 

@@ -138,7 +138,7 @@ HWY_INLINE void pull_rows_of(Map map, const From* z, int64_t z_stride, int64_t r
       }
       const auto element = load_elements<T>(x + i, n - i);
       if constexpr (std::is_same_v<From, bfloat16>) {
-        g = map.pull(map.map_to_round(element), g);
+        g = map.pull_to_round(element, g);
       } else {
         g = map.pull(map.map(element), g);
       }
