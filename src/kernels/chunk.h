@@ -99,6 +99,8 @@ struct ChunkKernels {
   /// rows of a block, rounded; columns [width, stride) are zero.
   void (*round_rows)(Block<const T> from, int64_t rows, int64_t width, uint16_t* to,
                      int64_t stride) = nullptr;
+  /// bfloat16 rows less a row, rounded again; whole vectors are written.
+  void (*subtract_row)(const Rows& x, const T* row, uint16_t* to, int64_t stride) = nullptr;
   /// X^T as rows [width][stride] of bfloat16, zero behind x.count; x is bfloat16, with a factor per row.
   void (*pack_transposed)(const Rows& x, const T* factor, uint16_t* to, int64_t stride) = nullptr;
 };

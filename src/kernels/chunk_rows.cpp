@@ -203,6 +203,19 @@ void round_rows(Block<const float> from, int64_t rows, int64_t width, uint16_t* 
   }
 }
 
+void subtract_row(const Rows& x, const float* row, uint16_t* to, int64_t stride) {
+  const hn::Rebind<uint16_t, Full<float>> d16;
+  for (int64_t r = 0; r < x.count; ++r) {
+    const auto* from = static_cast<const bfloat16*>(x.data) + r * x.stride;
+    for (int64_t i = 0; i < x.width; i += lanes<float>()) {
+      const int64_t left = x.width - i;
+      const auto less = load_elements<float>(row + i, left);
+      hn::StoreU(half_operands(hn::Sub(load_elements<float>(from + i, left), less)), d16,
+                 to + r * stride + i);
+    }
+  }
+}
+
 // Elements [f, f + lanes) of a row of bfloat16 as bits in 32-bit lanes, multiplied and rounded again.
 HWY_INLINE hn::Vec<Full<uint32_t>> scaled_bits(const uint16_t* row, int64_t count, float factor) {
   const Full<float> d;
@@ -253,6 +266,7 @@ void add_chunk_row_parts(ChunkKernels<float>& f, ChunkKernels<double>& d) {
   add_parts(f);
   add_parts(d);
   f.round_rows = round_rows;
+  f.subtract_row = subtract_row;
   f.pack_transposed = pack_transposed;
 }
 

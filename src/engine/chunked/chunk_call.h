@@ -113,9 +113,20 @@ class ChunkCall {
   bool reads_totals() const { return makes_total() && !half_; }
   /// Or rows of bfloat16 do: the product rounds them to where they go.
   bool multiplies_totals() const { return makes_total() && half_ && products_.product != nullptr; }
-  /// Totals of keys are centred (problem.h), and those of their gradients hold the same with the means taken
-  /// off.
-  bool centred() const { return half_ && problem_.policy.value_sum; }
+  /// Makes the call a centred one (problem.h), if its products are of bfloat16 and it has denominators.
+  void centre_values();
+  bool centred() const { return centred_; }
+  /// The row m of a centred call is `share` times this row.
+  const T* centre(int64_t lane, const StateView<T>& keys) const {
+    if (problem_.policy.value_sum) return keys.values;
+    return centres_.data() +
+           (lane / heads_ * problem_.k.size(1) + key_head(lane % heads_)) * padded_values_;
+  }
+  T centre_share() const {
+    return problem_.policy.value_sum ? T{1} / static_cast<T>(tokens_) : T{1};
+  }
+  /// S - z m^T.
+  void centre_sums(int64_t lane, const StateView<T>& keys, Block to) const;
   /// What is missing in the bfloat16 features of a lane's keys; null: nothing.
   const T* key_offsets(int64_t lane) const {
     const RowMap<T>* map = problem_.policy.maps.k;
@@ -255,6 +266,19 @@ class ChunkCall {
     return half_ && mapped ? cut.take<uint16_t>(tile_rows_ * half_stride()) : nullptr;
   }
 
+  /// Values of a causal chunk less the row m, in `centred`.
+  uint16_t* centred_memory(Cutter& cut) const {
+    return centred_ && problem_.causal ? cut.take<uint16_t>(tile_rows_ * padded_values_) : nullptr;
+  }
+  Rows centred_values(int64_t b, int64_t h, const Chunk& chunk, uint16_t* centred) const {
+    const Rows v = values(b, h, chunk);
+    if (centred == nullptr) return v;
+    if constexpr (sizeof(T) == 4) {
+      rows_.subtract_row(v, centre(b * heads_ + h, {}), centred, padded_values_);
+    }
+    return {centred, DType::bf16, padded_values_, v.count, value_dim_};
+  }
+
   /// The left operand of a product: rows in T, or packed bfloat16. `readable`: rows of memory from the
   /// first of x on; with enough of them for whole register blocks x may be used as it lies.
   struct Left {
@@ -360,6 +384,8 @@ class ChunkCall {
                                       int64_t first, int64_t count, Block block) const;
 
   int64_t state_size_ = 0;
+  bool centred_ = false;
+  std::vector<T> centres_;             // [B,Hkv,padded Dv]
   std::vector<DecayTable<T>> decays_;  // per head; empty: no decay
   std::vector<T> ones_;
 };

@@ -81,11 +81,7 @@ class Denominators : public ChunkCall<T> {
     Scratch scratch(static_cast<size_t>(this->features_ * this->padded_values_) * sizeof(T));
     const Block centred{scratch.take<T>(this->features_ * this->padded_values_),
                         this->padded_values_};
-    for (int64_t f = 0; f < this->features_; ++f) {
-      std::copy_n(v.sums.row(f), this->padded_values_, centred.row(f));
-      this->rows_.add_scaled(-v.keys[f] / static_cast<T>(this->tokens_), v.values,
-                             this->padded_values_, centred.row(f));
-    }
+    this->centre_sums(lane, v, centred);
     this->complete_total(state, use, centred);
   }
 
@@ -112,7 +108,8 @@ class Denominators : public ChunkCall<T> {
   void read_ends(int64_t b, const Chunk& chunk, const Memory& m) const {
     this->problem_.policy.read_out(this->ending_rows(b, chunk), m.denominators, m.ends);
     if (!this->centred()) return;
-    const double share = 1 / static_cast<double>(this->tokens_);
+    const bool over_all = this->problem_.policy.value_sum;
+    const double share = over_all ? 1 / static_cast<double>(this->tokens_) : 1;
     for (int64_t r = 0; r < chunk.queries; ++r) {
       const auto den = static_cast<double>(m.denominators[r]);
       m.ends.sum_scale[r] -= m.ends.num_scale[r] * den * share;

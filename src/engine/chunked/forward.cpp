@@ -14,6 +14,7 @@ class Forward : public Denominators<T>, public Sweep<T> {
  public:
   Forward(const Problem<T>& problem, const Tensor& out, const State& last, const RunOptions& run)
       : Denominators<T>(problem, run), out_(out), last_(last) {
+    if (problem.policy.value_sum) this->centre_values();
     Cutter cut;
     this->memory(cut);
     memory_bytes_ = cut.used();

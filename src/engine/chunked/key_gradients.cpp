@@ -49,16 +49,24 @@ class KeyGradients : public KeyOperands<T>, public Sweep<T> {
   }
 
  private:
-  void load(int64_t lane, T* state) const override { this->load_state(last_, lane, state); }
+  void load(int64_t lane, T* state) const override {
+    this->load_state(last_, lane, state);
+    const StateView<T> v = this->view(state);
+    if (this->centred() && !this->problem_.policy.value_sum) this->centre_given(lane, v, false);
+  }
   static constexpr typename Call::TotalUse kTotal{.values = true, .keys = true};
 
   void complete(int64_t lane, T* state) const override {
     const StateView<T> v = this->view(state);
-    if (this->centred()) this->take_off_means(lane, v);
+    if (this->centred()) this->centre_total(lane, v);
     if (this->makes_total()) this->complete_total(state, kTotal, v.sums);
   }
   void store(int64_t lane, const T* state) const override {
-    this->store_state(state, this->gradients_.initial, lane);
+    const State& to = this->gradients_.initial;
+    if (!this->centred() || !to.defined()) return this->store_state(state, to, lane);
+    std::vector<T> as_given(state, state + this->state_size());
+    this->centre_given(lane, this->view(as_given.data()), true);
+    this->store_state(as_given.data(), to, lane);
   }
 
   void advance(int64_t lane, int64_t chunk, const FeatureRange& rows, const T* from, const T* added,

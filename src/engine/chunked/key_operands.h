@@ -19,7 +19,9 @@ class KeyOperands : public ChunkCall<T> {
         out_(out),
         gradients_(gradients),
         statistics_(statistics),
-        padded_panel_(round_up(this->tile_, this->products_.key_multiple)) {}
+        padded_panel_(round_up(this->tile_, this->products_.key_multiple)) {
+    if (may_centre(problem.causal, gradients)) this->centre_values();
+  }
 
   struct Memory {
     typename Call::UpdateMemory update;
@@ -34,6 +36,7 @@ class KeyOperands : public ChunkCall<T> {
     KeyRange* ranges;
     T *factors, *row;
     uint16_t *query_half, *key_half;
+    uint16_t* centred;  // values of a chunk
     ReadAhead* ahead;
   };
 
@@ -73,6 +76,7 @@ class KeyOperands : public ChunkCall<T> {
     m.row = cut.take<T>(std::max(this->padded_features_, this->padded_values_));
     m.query_half = this->half_memory(cut);
     m.key_half = this->half_memory(cut);
+    m.centred = this->centred_memory(cut);
     return m;
   }
   Memory memory_at(std::byte* base) const {
@@ -119,7 +123,9 @@ class KeyOperands : public ChunkCall<T> {
       operands.key =
           this->left(this->operand(k, m.key_rows, m.key_half), readable, m.key_rows, m.key);
     }
-    operands.value = this->left(v, readable, m.value_rows, m.value);
+    const Rows y = this->centred_values(b, h, chunk, m.centred);
+    operands.value =
+        this->left(y, m.centred == nullptr ? readable : this->tile_rows_, m.value_rows, m.value);
     return operands;
   }
 
@@ -134,22 +140,31 @@ class KeyOperands : public ChunkCall<T> {
     const auto* table = this->decays(h);
     return table == nullptr ? this->ones() : table->falling(chunk.tokens - 1);
   }
-  // With the mean value and the mean features off, as a key's value and features meet D there: D as products
-  // read it, and features less their offsets.
-  void take_off_means(int64_t lane, const StateView<T>& v) const {
+  // A total with the row m off, as values meet D there, and with the mean features off where that is the mean
+  // value: with D as products read it, and features less their offsets.
+  void centre_total(int64_t lane, const StateView<T>& v) const {
     const int64_t stride = this->padded_values_;
-    const T* minus_keys = statistics_.minus_key_means.data() + lane * this->padded_features_;
-    const T* minus_values = statistics_.minus_value_means.data() + lane * stride;
-    const T* offsets = this->key_offsets(lane);
     Scratch scratch(static_cast<size_t>(this->features_ * stride) * sizeof(uint16_t));
     auto* rounded = scratch.take<uint16_t>(this->features_ * stride);
     const auto d = this->as_rows({v.sums.data, v.sums.stride}, this->features_, stride);
     this->rows_.pack_rows(this->round(d, rounded, stride), nullptr, v.sums);
-    this->rows_.row_dots(d, {minus_values, 0}, v.keys);
+    this->rows_.row_dots(d, {statistics_.minus_centres.data() + lane * stride, 0}, v.keys);
+    if (v.values == nullptr) return;
+    const T* minus_means = statistics_.minus_key_means.data() + lane * this->padded_features_;
+    const T* offsets = this->key_offsets(lane);
     for (int64_t f = 0; f < this->features_; ++f) {
-      const T minus_mean = minus_keys[f] + (offsets == nullptr ? T{0} : offsets[f]);
+      const T minus_mean = minus_means[f] + (offsets == nullptr ? T{0} : offsets[f]);
       this->rows_.add_scaled(minus_mean, v.sums.row(f), stride, v.values);
     }
+  }
+  // The gradient w of z becomes the one beside values less the row m, or comes back from it.
+  void centre_given(int64_t lane, const StateView<T>& v, bool back) const {
+    const T* row = this->centre(lane, {});
+    std::vector<T> shift(static_cast<size_t>(this->padded_features_));
+    this->rows_.row_dots(
+        this->as_rows({v.sums.data, v.sums.stride}, this->features_, this->padded_values_),
+        {row, 0}, shift.data());
+    this->rows_.add_scaled(back ? T{-1} : T{1}, shift.data(), this->padded_features_, v.keys);
   }
 
   const Tensor& out_;

@@ -11,13 +11,16 @@
 // float32 beside 16-bit tensors, float64 in float64 calls (T). phi and psi are what a RowMap makes of a
 // row; without one they are the row itself.
 //
-// A result with a value_sum is the difference of two terms, in which the rounding of bfloat16 operands would
-// show. Over all N keys and where psi is phi, the same is said without it by the centred state
+// Where den is the product of phi(q) with a sum, differences hide in which the rounding of bfloat16 operands
+// would show: between the two terms of a result with a value_sum, and between what num and den give to the
+// gradients of queries and keys, if values are far from 0. Both are gone in the centred form, with any row m
 //
-//   C = S - z vs^T / N
-//   out = scale (num_scale phi(q) C - (sum_scale - num_scale den / N) vs)
+//   C = S - z m^T
+//   out = scale (num_scale (phi(q) C + den m) - sum_scale vs)
 //
-// which stays as it is whatever row is subtracted from all phi(k_t).
+// Bfloat16 products work on C. With a value_sum over all N keys m is vs / N; then out has one row vs, and C
+// stays as it is whatever row is subtracted from all phi(k_t). Else m is about the mean of the values, and
+// only gradients are made in this form.
 #pragma once
 #include <functional>
 #include <optional>

@@ -25,6 +25,7 @@ class QueryGradients : public SlopeStates<T>, public Sweep<T> {
         statistics_(statistics),
         knows_total_(!problem.causal && has_total(problem) && !this->slopes_),
         padded_panel_(round_up(this->tile_, this->products_.key_multiple)) {
+    if (may_centre(problem.causal, gradients)) this->centre_values();
     Cutter cut;
     memory(cut);
     memory_bytes_ = cut.used();
@@ -54,7 +55,7 @@ class QueryGradients : public SlopeStates<T>, public Sweep<T> {
     }
     if (this->centred()) {
       statistics_.minus_key_means.resize(static_cast<size_t>(shape.lanes * this->padded_features_));
-      statistics_.minus_value_means.resize(static_cast<size_t>(shape.lanes * this->padded_values_));
+      statistics_.minus_centres.resize(static_cast<size_t>(shape.lanes * this->padded_values_));
     }
     this->start_slopes(shape.chunks);
     shape.results = {&gradients_.q};
@@ -77,6 +78,8 @@ class QueryGradients : public SlopeStates<T>, public Sweep<T> {
     KeyRange* ranges;
     T *dots, *sum_dots;
     uint16_t *query_half, *key_half;
+    uint16_t* centred;     // values of a chunk
+    Block sums_of_values;  // a centred state
     ReadAhead* ahead;
   };
 
@@ -111,6 +114,9 @@ class QueryGradients : public SlopeStates<T>, public Sweep<T> {
     m.sum_dots = cut.take<T>(rows);
     m.query_half = this->half_memory(cut);
     m.key_half = this->half_memory(cut);
+    m.centred = this->centred_memory(cut);
+    const int64_t state_rows = this->centred() && this->problem_.causal ? this->features_ : 0;
+    m.sums_of_values = {cut.take<T>(state_rows * wide), wide};
     return m;
   }
   Memory memory_at(std::byte* base) const {
@@ -132,12 +138,17 @@ class QueryGradients : public SlopeStates<T>, public Sweep<T> {
     this->complete_keys(lane, state, !knows_total_, kTotal);
     if (!this->centred()) return;
     const StateView<T> v = this->view(state);
-    keep_minus_mean(lane, v.keys, this->padded_features_, statistics_.minus_key_means);
-    keep_minus_mean(lane, v.values, this->padded_values_, statistics_.minus_value_means);
+    keep_minus(lane, this->centre(lane, v), this->padded_values_, this->centre_share(),
+               statistics_.minus_centres);
+    if (this->problem_.policy.value_sum) {
+      keep_minus(lane, v.keys, this->padded_features_, this->centre_share(),
+                 statistics_.minus_key_means);
+    }
   }
-  void keep_minus_mean(int64_t lane, const T* sums, int64_t count, std::vector<T>& means) const {
-    T* to = means.data() + lane * count;
-    for (int64_t i = 0; i < count; ++i) to[i] = -sums[i] / static_cast<T>(this->tokens_);
+  void keep_minus(int64_t lane, const T* row, int64_t count, T factor, std::vector<T>& rows) const {
+    for (int64_t i = 0; i < count; ++i) {
+      rows[static_cast<size_t>(lane * count + i)] = -row[i] * factor;
+    }
   }
 
   void load(int64_t lane, T* state) const override {
@@ -209,9 +220,15 @@ class QueryGradients : public SlopeStates<T>, public Sweep<T> {
   // G v^T inside the chunk.
   void value_scores(int64_t b, int64_t h, const Chunk& chunk, const typename Call::Left& gradient,
                     Block to, const Memory& m) const {
-    this->panels(this->values(b, h, chunk), m.value_panels);
+    this->panels(this->centred_values(b, h, chunk, m.centred), m.value_panels);
     this->scores(gradient, chunk.queries, m.value_panels, chunk.keys, this->value_dim_, m.ranges,
                  to, m.ahead);
+  }
+
+  const void* centred_keys(int64_t lane, const StateView<T>& state, const Memory& m) const {
+    if (!this->centred() || !this->problem_.causal) return this->state_keys(state, m.state);
+    this->centre_sums(lane, state, m.sums_of_values);
+    return this->state_keys(m.sums_of_values, this->features_, m.state);
   }
 
   // Gradients by feature, in m.features; returns how their rows end yet.
@@ -228,7 +245,7 @@ class QueryGradients : public SlopeStates<T>, public Sweep<T> {
     if (this->nothing_before(chunk)) {
       this->zero_rows(m.features, chunk.queries, this->written_features());
     } else {
-      this->scores(gradient, chunk.queries, this->state_keys(view, m.state), this->features_,
+      this->scores(gradient, chunk.queries, centred_keys(lane, view, m), this->features_,
                    this->value_dim_, nullptr, m.features, m.ahead);
     }
     if (chunk.keys > 0) value_scores(b, h, chunk, gradient, m.weights.scores, m);
@@ -364,7 +381,7 @@ class QueryGradients : public SlopeStates<T>, public Sweep<T> {
     std::fill_n(m.sum_dots, chunk.queries, T{0});
     this->rows_.row_dots(q, {m.features.data, m.features.stride}, m.dots);
     if (this->centred()) {
-      this->rows_.row_dots(gradient_of(b, h, chunk), {state.values, 0}, m.sum_dots);
+      this->rows_.row_dots(gradient_of(b, h, chunk), {this->centre(lane, state), 0}, m.sum_dots);
     } else if (this->problem_.policy.value_sum) {
       this->rows_.pack_rows(this->values(b, h, chunk), nullptr, m.value_rows);
       this->rows_.pack_rows(gradient_of(b, h, chunk), nullptr, m.gradient_rows);

@@ -6,6 +6,7 @@
 
 #include "engine/operands.h"
 #include "heed/relu_linear_attention.h"
+#include "mechanisms/chunked_test.h"
 #include "mechanisms/test_arrays.h"
 
 namespace heed {
@@ -66,6 +67,28 @@ TEST(ReluLinear, BackwardReadsTheStateOfTheForward) {
       std::memset(s.view().data(), 0, static_cast<size_t>(s.count()) * size_of(s.dtype()));
       EXPECT_FALSE(same_bits(backward({s, z}).q, given.q));
     }
+  }
+}
+
+// num and den give gradients of queries that nearly cancel there. Rounding alone is 2e-3.
+TEST(ReluLinear, BfloatGradientsOfValuesFarFromZero) {
+  for (Isa isa : available_isas()) {
+    Call call(DType::bf16, 4, 2, 300, 333, 24, 20);
+    Array values = random_array(DType::f64, {2, 2, 333, 20}, 3);
+    for (int64_t i = 0; i < values.count(); ++i) values.as<double>()[i] += 5;
+    call.v = convert(values, DType::bf16);
+    const Array gradient = random_array(DType::bf16, {2, 4, 300, 20}, 5);
+    const auto backward = [&](DType type) {
+      const auto as = [&](const Array& x) { return convert(x, type); };
+      return relu_linear_attention_backward(as(gradient), as(call.q), as(call.k), as(call.v),
+                                            as(call.temperature), {.clamp = 3},
+                                            {.threads = {}, .isa = isa});
+    };
+    const ReluLinearGradients found = backward(DType::bf16), want = backward(DType::f64);
+    EXPECT_LT(relative_error(found.q, want.q), 0.01) << name_of(isa);
+    EXPECT_LT(relative_error(found.k, want.k), 0.01) << name_of(isa);
+    EXPECT_LT(relative_error(found.v, want.v), 0.01) << name_of(isa);
+    EXPECT_LT(relative_error(found.temperature, want.temperature), 0.01) << name_of(isa);
   }
 }
 
