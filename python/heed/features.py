@@ -43,7 +43,8 @@ def feature_map(
 
     The four Hedgehog kinds are different functions: a model trained with one is wrong with another.
     ``exp``, ``hedgehog_exp`` and ``performer`` overflow where their exponent does (88; float16: 11);
-    the other Hedgehog kinds never do, and are at least 1e-12 (float16: 6e-8).
+    the other Hedgehog kinds never do, and are at least 1e-12 (float16: 6e-8). In float16 the
+    gradients that return to features so small may overflow: train with float32 or bfloat16.
 
     Args:
         x: ``[B, H, L, D]``; types and strides as in :func:`heed.flash_attention`.
