@@ -122,8 +122,8 @@ class ChunkCall {
     return centres_.data() +
            (lane / heads_ * problem_.k.size(1) + key_head(lane % heads_)) * padded_values_;
   }
-  T centre_share() const {
-    return problem_.policy.value_sum ? T{1} / static_cast<T>(tokens_) : T{1};
+  double centre_share() const {
+    return problem_.policy.value_sum ? 1 / static_cast<double>(tokens_) : 1;
   }
   /// S - z m^T.
   void centre_sums(int64_t lane, const StateView<T>& keys, Block to) const;

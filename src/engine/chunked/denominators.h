@@ -108,8 +108,7 @@ class Denominators : public ChunkCall<T> {
   void read_ends(int64_t b, const Chunk& chunk, const Memory& m) const {
     this->problem_.policy.read_out(this->ending_rows(b, chunk), m.denominators, m.ends);
     if (!this->centred()) return;
-    const bool over_all = this->problem_.policy.value_sum;
-    const double share = over_all ? 1 / static_cast<double>(this->tokens_) : 1;
+    const double share = this->centre_share();
     for (int64_t r = 0; r < chunk.queries; ++r) {
       const auto den = static_cast<double>(m.denominators[r]);
       m.ends.sum_scale[r] -= m.ends.num_scale[r] * den * share;

@@ -138,16 +138,15 @@ class QueryGradients : public SlopeStates<T>, public Sweep<T> {
     this->complete_keys(lane, state, !knows_total_, kTotal);
     if (!this->centred()) return;
     const StateView<T> v = this->view(state);
-    keep_minus(lane, this->centre(lane, v), this->padded_values_, this->centre_share(),
-               statistics_.minus_centres);
+    keep_minus(lane, this->centre(lane, v), this->padded_values_, statistics_.minus_centres);
     if (this->problem_.policy.value_sum) {
-      keep_minus(lane, v.keys, this->padded_features_, this->centre_share(),
-                 statistics_.minus_key_means);
+      keep_minus(lane, v.keys, this->padded_features_, statistics_.minus_key_means);
     }
   }
-  void keep_minus(int64_t lane, const T* row, int64_t count, T factor, std::vector<T>& rows) const {
+  void keep_minus(int64_t lane, const T* row, int64_t count, std::vector<T>& rows) const {
+    const auto share = static_cast<T>(this->centre_share());
     for (int64_t i = 0; i < count; ++i) {
-      rows[static_cast<size_t>(lane * count + i)] = -row[i] * factor;
+      rows[static_cast<size_t>(lane * count + i)] = -row[i] * share;
     }
   }
 

@@ -81,9 +81,10 @@ void ChunkCall<T>::centre_values() {
 template <class T>
 void ChunkCall<T>::centre_sums(int64_t lane, const StateView<T>& keys, Block to) const {
   const T* row = centre(lane, keys);
+  const auto share = static_cast<T>(centre_share());
   for (int64_t f = 0; f < features_; ++f) {
     std::copy_n(keys.sums.row(f), padded_values_, to.row(f));
-    rows_.add_scaled(-keys.keys[f] * centre_share(), row, padded_values_, to.row(f));
+    rows_.add_scaled(-keys.keys[f] * share, row, padded_values_, to.row(f));
   }
 }
 
