@@ -246,7 +246,9 @@ std::vector<Task> Backward<T>::deal_out(const std::vector<size_t>& order) const 
 template <class T>
 typename Backward<T>::RowGradients Backward<T>::make_row_gradients(const Unit& unit) const {
   const DType type = dtype_of<T>;
-  const Dims shape{group_ * query_tiles(unit.sequence) * tile_rows_, padded_dim_};
+  // Few rows are added to in one tile, also where a sequence among others, or alone, has none.
+  const int64_t tiles = std::max<int64_t>(query_tiles(unit.sequence), path_.few_rows ? 1 : 0);
+  const Dims shape{group_ * tiles * tile_rows_, padded_dim_};
   RowGradients rows{Array::zeros(type, shape), {}};
   if (second_) rows.r = Array::zeros(type, shape);
   return rows;

@@ -334,6 +334,32 @@ TEST(Empty, TensorsWithoutElements) {
   for (int64_t i = 0; i < sums.count(); ++i) EXPECT_EQ(sums.as<float>()[i], 0);
 }
 
+// Rows that are longer than the least that memory is taken for.
+TEST(Empty, KeysWithoutQueriesHaveGradientsOfZero) {
+  for (DType type : {DType::f64, DType::f32, DType::bf16, DType::f16}) {
+    for (Isa isa : available_isas()) {
+      for (int64_t kv_heads : {1, 4}) {
+        const RunOptions run{.isa = isa};
+        const Array q = random_array(type, {2, 4, 0, 100}, 1), slopes = random_array(type, {4}, 4);
+        const Array k = random_array(type, {2, kv_heads, 70, 100}, 2);
+        const auto expect_zeros = [&](const Array& x) {
+          const Array wide = convert(x, DType::f64);
+          ASSERT_EQ(wide.count(), k.count());
+          for (int64_t i = 0; i < wide.count(); ++i) ASSERT_EQ(wide.as<double>()[i], 0);
+        };
+        const AttentionResult result = flash_attention(q, k, k, {}, run);
+        const FlashGradients flash =
+            flash_attention_backward(q, {}, q, k, k, result.out, result.lse, {}, run);
+        expect_zeros(flash.k);
+        expect_zeros(flash.v);
+        const SigmoidGradients sigmoid = sigmoid_attention_backward(q, q, k, k, {}, run);
+        expect_zeros(sigmoid.k);
+        expect_zeros(sigmoid.v);
+      }
+    }
+  }
+}
+
 TEST(Empty, NumbersPerHeadHaveGradientsOfZero) {
   const Array slopes = random_array(DType::f32, {2}, 3);
   const auto expect_zeros = [](const Array& found, const std::string& what) {

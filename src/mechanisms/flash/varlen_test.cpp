@@ -74,6 +74,38 @@ TEST(FlashVarlen, FewQueriesBesideManyAreReadLikeAlone) {
   }
 }
 
+// Keys that no query of their sequence reads; rows that are longer than the least that memory is taken for.
+TEST(FlashVarlen, GradientsBesideASequenceWithoutQueries) {
+  for (DType type : {DType::f64, DType::f32, DType::bf16}) {
+    const Array q = random_array(type, {3, 4, 100}, 1), k = random_array(type, {48, 2, 100}, 2),
+                v = random_array(type, {48, 2, 40}, 3), g = random_array(type, {3, 4, 40}, 4);
+    const int32_t query_ends[] = {0, 0, 3}, key_ends[] = {0, 40, 48};
+    const Tensor cu_q(query_ends, DType::i32, {3}), cu_k(key_ends, DType::i32, {3});
+    for (Isa isa : available_isas()) {
+      const RunOptions run{.isa = isa};
+      const auto gradients = [&](const Tensor& keys, const Tensor& values, const Tensor& q_ends,
+                                 const Tensor& k_ends) {
+        const AttentionResult result =
+            flash_attention_varlen(q, keys, values, q_ends, k_ends, {}, run);
+        return flash_attention_varlen_backward(g, {}, q, keys, values, result.out, result.lse,
+                                               q_ends, k_ends, {}, run);
+      };
+      const int32_t own_queries[] = {0, 3}, own_keys[] = {0, 8};
+      const FlashGradients both = gradients(k, v, cu_q, cu_k);
+      const FlashGradients alone =
+          gradients(k.view().slice(0, 40, 48), v.view().slice(0, 40, 48),
+                    Tensor(own_queries, DType::i32, {2}), Tensor(own_keys, DType::i32, {2}));
+      EXPECT_TRUE(same_bits(both.q, alone.q)) << name_of(type) << " " << name_of(isa);
+      EXPECT_TRUE(same_bits(both.k.view().slice(0, 40, 48), alone.k));
+      EXPECT_TRUE(same_bits(both.v.view().slice(0, 40, 48), alone.v));
+      for (const Array* x : {&both.k, &both.v}) {
+        const Array unread = convert(x->view().slice(0, 0, 40), DType::f64);
+        for (int64_t i = 0; i < unread.count(); ++i) ASSERT_EQ(unread.as<double>()[i], 0);
+      }
+    }
+  }
+}
+
 TEST(FlashVarlen, SequencesOfOneLengthAreABatch) {
   constexpr int64_t kBatch = 3, kQueries = 50, kKeys = 70;
   std::vector<int32_t> query_ends, key_ends;
