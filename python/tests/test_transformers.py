@@ -349,6 +349,21 @@ def test_registering_twice_wraps_once_and_other_names_pass():
         tiny_bloom("sdpa")
 
 
+@pytest.mark.parametrize(
+    ("wrong", "error", "says"),
+    [
+        ({"sigmoid_bias": float("nan")}, ValueError, "sigmoid_bias is nan"),
+        ({"sigmoid_bias": "x"}, TypeError, "sigmoid_bias is 'x'"),
+        ({"stochastic_window": 0}, ValueError, "stochastic_window is 0"),
+        ({"stochastic_window": 2.5}, TypeError, "stochastic_window is 2.5"),
+        ({"stochastic_seed": "a"}, TypeError, "stochastic_seed is 'a'"),
+    ],
+)
+def test_registering_says_what_is_wrong(wrong, error, says):
+    with pytest.raises(error, match=says):
+        heed.integrations.transformers.register(**wrong)
+
+
 STATIC = [
     (tiny_llama, "heed_sigmoid"),
     (tiny_llama, "heed_stochastic"),

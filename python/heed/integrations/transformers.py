@@ -5,10 +5,14 @@
     model = AutoModelForCausalLM.from_pretrained(..., attn_implementation="heed")
 """
 
+from math import isfinite
+from numbers import Real
+
 import torch
 from torch import Tensor
 
 import heed
+from heed._numbers import check_sizes, whole_number
 from heed._seeds import drawn_seed
 
 _Result = tuple[Tensor, None]
@@ -50,7 +54,21 @@ def register(
 
     Raises:
         ImportError: transformers is not installed or is older than 5.
+        TypeError, ValueError: an argument is no such number.
     """
+    if sigmoid_bias is not None and not isinstance(sigmoid_bias, Real):
+        raise TypeError(f"register: sigmoid_bias is {sigmoid_bias!r}, needed is a number or None")
+    if sigmoid_bias is not None and not isfinite(sigmoid_bias):
+        raise ValueError(f"register: sigmoid_bias is {sigmoid_bias}, needed is a finite number")
+    check_sizes("register", {"stochastic_window": stochastic_window})
+    if stochastic_window < 1:
+        raise ValueError(f"register: stochastic_window is {stochastic_window}, needed is 1 or more")
+    try:
+        stochastic_seed = whole_number(stochastic_seed)
+    except TypeError:
+        raise TypeError(
+            f"register: stochastic_seed is {stochastic_seed!r}, needed is a whole number"
+        ) from None
     try:
         from transformers import AttentionInterface
         from transformers.masking_utils import AttentionMaskInterface
