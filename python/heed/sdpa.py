@@ -108,6 +108,8 @@ def scaled_dot_product_attention(
         heads = q.shape[:2] if lead is None else lead
         attn_mask = _mask_4d(op, attn_mask, heads, query.shape[-2], key.shape[-2])
         options["mask" if boolean else "bias"] = attn_mask
+    if dropout_p is None or isinstance(dropout_p, str):
+        raise TypeError(f"{op}: dropout_p is {dropout_p!r}, needed is a number")
     if not 0.0 <= number(op, "dropout_p", dropout_p) <= 1.0:
         raise ValueError(f"{op}: dropout_p is {dropout_p}, needed is a probability from 0 to 1")
     drops_all = dropout_p == 1.0

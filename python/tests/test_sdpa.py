@@ -167,6 +167,12 @@ def test_errors_name_the_argument(call, words):
         assert word in str(caught.value)
 
 
+@pytest.mark.parametrize("wrong", [None, "0.1", torch.tensor(0.1)])
+def test_a_dropout_probability_is_a_number(wrong):
+    with pytest.raises(TypeError, match="scaled_dot_product_attention: dropout_p is"):
+        heed.scaled_dot_product_attention(Q, Q, Q, dropout_p=wrong)
+
+
 def nested(layout):
     parts = [random(4, 3, 8), random(4, 5, 8)]
     return torch.nested.nested_tensor(parts, layout=layout)
