@@ -105,13 +105,15 @@ void* allocate_block(size_t bytes) {
     if (void* memory = kept_blocks().take(bytes)) return memory;
   }
   constexpr size_t kLine = 64;
-  const size_t rounded = std::max(Scratch::rounded(bytes), kLine);
+  // An address sanitizer shall see where it ends.
+  const size_t size = kKeepsBlocks ? Scratch::rounded(bytes) : bytes;
   void* memory = nullptr;
-  if (posix_memalign(&memory, bytes >= kHugePage ? kHugePage : kLine, rounded) != 0) {
+  if (posix_memalign(&memory, bytes >= kHugePage ? kHugePage : kLine, std::max<size_t>(size, 1)) !=
+      0) {
     if (is_kept(bytes)) kept_blocks().not_used(bytes);
     throw OutOfMemory(bytes);
   }
-  prefer_huge_pages(memory, rounded);
+  prefer_huge_pages(memory, size);
   return memory;
 }
 
