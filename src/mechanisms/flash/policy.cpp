@@ -9,7 +9,8 @@ tiled::Policy softmax_policy(const char* op, int64_t batch, int64_t heads, doubl
                              const Tensor& alibi_slopes, const Tensor& sink, double dropout_p,
                              uint64_t seed) {
   if (!(softcap >= 0) || !std::isfinite(softcap)) {
-    fail(op, "softcap is " + std::to_string(softcap), "0 (none) or a positive finite number is needed");
+    fail(op, "softcap is " + std::to_string(softcap),
+         "0 (none) or a positive finite number is needed");
   }
   if (!(dropout_p >= 0 && dropout_p < 1)) {
     fail(op, "dropout_p is " + std::to_string(dropout_p),
