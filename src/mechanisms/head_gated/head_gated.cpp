@@ -137,14 +137,15 @@ void for_each_row(const Call& call, const Part& part, const Each& each) {
     rows += alike.count() - static_cast<int64_t>(alike.heads.size());
   }
   const auto count = static_cast<int64_t>(heads.size());
-  parallel_for(count, threads_for_rows(call.run, count, rows * call.q.size(3)), [&](int64_t n, int) {
-    const auto& [of, head, first] = heads[static_cast<size_t>(n)];
-    int64_t row = first;
-    for (int64_t p : of->rows) {
-      each(QueryAt{of->batch, head, p}, row);
-      row += static_cast<int64_t>(of->heads.size());
-    }
-  });
+  parallel_for(count, threads_for_rows(call.run, count, rows * call.q.size(3)),
+               [&](int64_t n, int) {
+                 const auto& [of, head, first] = heads[static_cast<size_t>(n)];
+                 int64_t row = first;
+                 for (int64_t p : of->rows) {
+                   each(QueryAt{of->batch, head, p}, row);
+                   row += static_cast<int64_t>(of->heads.size());
+                 }
+               });
 }
 
 void copy_row(const Tensor& from, std::initializer_list<int64_t> at, const Tensor& to,

@@ -158,10 +158,11 @@ class Mover {
   void for_each_run(int64_t heads, const Each& each) const {
     const int64_t tokens = call_.q.size(2), runs = (tokens + kRowsPerMove - 1) / kRowsPerMove;
     const int64_t elements = heads * tokens * call_.q.size(3);
-    parallel_for(heads * runs, threads_for_rows(call_.run, heads * runs, elements), [&](int64_t item, int) {
-      const int64_t begin = item % runs * kRowsPerMove;
-      each(item / runs, begin, std::min(begin + kRowsPerMove, tokens));
-    });
+    parallel_for(heads * runs, threads_for_rows(call_.run, heads * runs, elements),
+                 [&](int64_t item, int) {
+                   const int64_t begin = item % runs * kRowsPerMove;
+                   each(item / runs, begin, std::min(begin + kRowsPerMove, tokens));
+                 });
   }
   void move(const Tensor& from, const Tensor& to, bool to_slots) const {
     const int64_t heads = std::max(from.size(0), to.size(0));
