@@ -36,12 +36,16 @@ def whole_pair(op: str, name: str, pair: tuple[int, int], needed: str) -> tuple[
     raise TypeError(f"{op}: {name} is {pair!r}, needed are {needed}")
 
 
+def checked_whole_number(op: str, name: str, value: int) -> int:
+    """A whole number as :func:`whole_number` takes it, or a TypeError that names the argument."""
+    try:
+        return whole_number(value)
+    except TypeError:
+        raise TypeError(f"{op}: {name} is {value!r}, needed is a whole number") from None
+
+
 def check_sizes(op: str, sizes: Mapping[str, int]) -> None:
     """Raises an error under the name of the first that is not a whole number of at least 0."""
     for name, size in sizes.items():
-        try:
-            fits = whole_number(size) >= 0
-        except TypeError:
-            raise TypeError(f"{op}: {name} is {size!r}, needed is a whole number") from None
-        if not fits:
+        if checked_whole_number(op, name, size) < 0:
             raise ValueError(f"{op}: {name} is {size}, needed is 0 or more")

@@ -7,6 +7,7 @@
 #include "kernels/chunk_parts.h"
 #include "kernels/product_loops.h"
 #include "kernels/register_blocks-inl.h"
+#include "kernels/row_loops-inl.h"
 #include "kernels/transpose-inl.h"
 
 HWY_BEFORE_NAMESPACE();
@@ -204,16 +205,7 @@ void round_rows(Block<const float> from, int64_t rows, int64_t width, uint16_t* 
 }
 
 void subtract_row(const Rows& x, const float* row, uint16_t* to, int64_t stride) {
-  const hn::Rebind<uint16_t, Full<float>> d16;
-  for (int64_t r = 0; r < x.count; ++r) {
-    const auto* from = static_cast<const bfloat16*>(x.data) + r * x.stride;
-    for (int64_t i = 0; i < x.width; i += lanes<float>()) {
-      const int64_t left = x.width - i;
-      const auto less = load_elements<float>(row + i, left);
-      hn::StoreU(half_operands(hn::Sub(load_elements<float>(from + i, left), less)), d16,
-                 to + r * stride + i);
-    }
-  }
+  rows_to_halves(x, row, to, stride, [](hn::Vec<Full<float>> v) HWY_ATTR { return v; });
 }
 
 // Elements [f, f + lanes) of a row of bfloat16 as bits in 32-bit lanes, multiplied and rounded again.

@@ -68,6 +68,26 @@ HWY_INLINE void with_element_map(FeatureKind kind, Body&& body) {
   body(Elu1<T>());
 }
 
+template <class T, class Map, class From, class To>
+HWY_INLINE void map_elements(Map map, const From* z, int64_t z_stride, int64_t rows, int64_t n,
+                             To* phi, int64_t phi_stride) {
+  for (int64_t r = 0; r < rows; ++r) {
+    const From* from = z + r * z_stride;
+    To* to = phi + r * phi_stride;
+    for (int64_t i = 0; i < n; i += lanes<T>()) {
+      store_elements<T>(map.map(load_elements<T>(from + i, n - i)), to + i, n - i);
+    }
+  }
+}
+
+template <class T, class Map, class E>
+HWY_INLINE void pull_elements(Map map, const E* phi, const E* dphi, int64_t n, E* dz) {
+  for (int64_t i = 0; i < n; i += lanes<T>()) {
+    const auto y = map.pull(load_elements<T>(phi + i, n - i), load_elements<T>(dphi + i, n - i));
+    store_elements<T>(y, dz + i, n - i);
+  }
+}
+
 }  // namespace
 }  // namespace heed::kernels::HWY_NAMESPACE
 HWY_AFTER_NAMESPACE();

@@ -28,18 +28,6 @@ HWY_INLINE void with_map_of_rows(FeatureKind kind, const Rows& x, bool touch, Bo
   });
 }
 
-template <class T, class Map, class From, class To>
-HWY_INLINE void map_elements(Map map, const From* z, int64_t z_stride, int64_t rows, int64_t n,
-                             To* phi, int64_t phi_stride) {
-  for (int64_t r = 0; r < rows; ++r) {
-    const From* from = z + r * z_stride;
-    To* to = phi + r * phi_stride;
-    for (int64_t i = 0; i < n; i += lanes<T>()) {
-      store_elements<T>(map.map(load_elements<T>(from + i, n - i)), to + i, n - i);
-    }
-  }
-}
-
 // max(z, 0) of n numbers of 16 bits, whose bits are ordered as integers: NaN stays.
 void relu_halves(const int16_t* z, int64_t n, int16_t infinity, int16_t* phi) {
   const hn::ScalableTag<int16_t> d;
@@ -90,34 +78,22 @@ void map_to_block(FeatureKind kind, const Rows& z, Block<T> phi) {
 
 void map_to_halves(FeatureKind kind, const Rows& z, const float* less, const RowsOut& phi) {
   if (kind == FeatureKind::relu) return relu_rows(z, phi);
-  const hn::Rebind<uint16_t, Full<float>> d16;
-  for (int64_t r = 0; r < z.count; ++r) {
-    const auto* from = static_cast<const bfloat16*>(z.data) + r * z.stride;
-    auto* to = static_cast<uint16_t*>(phi.data) + r * phi.stride;
-    for (int64_t i = 0; i < z.width; i += lanes<float>()) {
-      auto y = Elu1<float>::map_to_round(load_elements<float>(from + i, z.width - i));
-      if (less != nullptr) y = hn::Sub(y, load_elements<float>(less + i, z.width - i));
-      hn::StoreU(half_operands(y), d16, to + i);
-    }
-  }
+  rows_to_halves(z, less, static_cast<uint16_t*>(phi.data), phi.stride,
+                 [](V<float> x) HWY_ATTR { return Elu1<float>::map_to_round(x); });
 }
 
 template <class T>
 void pull_rows(FeatureKind kind, const Rows& phi, const Rows& dphi, const RowsOut& dz) {
   const bool touch = phi.stride == phi.width && dphi.stride == phi.width && dz.stride == phi.width;
-  with_map_of_rows<T>(
-      kind, phi, touch, [&](auto map, auto element, int64_t rows, int64_t n) HWY_ATTR {
-        using E = decltype(element);
-        for (int64_t r = 0; r < rows; ++r) {
-          const E* x = static_cast<const E*>(phi.data) + r * phi.stride;
-          const E* g = static_cast<const E*>(dphi.data) + r * dphi.stride;
-          E* to = static_cast<E*>(dz.data) + r * dz.stride;
-          for (int64_t i = 0; i < n; i += lanes<T>()) {
-            const auto y = map.pull(load_elements<T>(x + i, n - i), load_elements<T>(g + i, n - i));
-            store_elements<T>(y, to + i, n - i);
-          }
-        }
-      });
+  with_map_of_rows<T>(kind, phi, touch,
+                      [&](auto map, auto element, int64_t rows, int64_t n) HWY_ATTR {
+                        using E = decltype(element);
+                        for (int64_t r = 0; r < rows; ++r) {
+                          pull_elements<T>(map, static_cast<const E*>(phi.data) + r * phi.stride,
+                                           static_cast<const E*>(dphi.data) + r * dphi.stride, n,
+                                           static_cast<E*>(dz.data) + r * dz.stride);
+                        }
+                      });
 }
 
 template <class T, class Map, class From, class To>

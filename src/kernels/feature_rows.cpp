@@ -19,9 +19,6 @@ namespace heed::kernels::HWY_NAMESPACE {
 namespace {
 namespace hn = hwy::HWY_NAMESPACE;
 
-template <class T>
-using V = hn::Vec<Full<T>>;
-
 bool is_hedgehog(FeatureKind kind) {
   return kind == FeatureKind::hedgehog_exp || kind == FeatureKind::hedgehog_softmax ||
          kind == FeatureKind::hedgehog_exp_max || kind == FeatureKind::hedgehog_joint;
@@ -163,11 +160,6 @@ template <class T>
 void forward_row(const FeatureRows<T>& in, int64_t row, T* phi) {
   const Full<T> d;
   const T* z = in.z.row(row);
-  if (element_by_element(in.kind)) {
-    return with_element_map<T>(in.kind, [&](auto element_map) HWY_ATTR {
-      map_row<T>(z, in.width, phi, [&](V<T> x) HWY_ATTR { return element_map.map(x); });
-    });
-  }
   if (in.kind == FeatureKind::taylor2) return taylor_forward(in, z, phi);
   const auto shift = hn::Set(d, in.shift[row]), factor = hn::Set(d, in.factor);
   map_row<T>(z, in.width, phi, [&](V<T> x) HWY_ATTR {  // performer
@@ -290,6 +282,11 @@ T performer_backward(const T* phi, const T* dphi, int64_t n, T* dz) {
 template <class T>
 void forward(const FeatureRows<T>& in, Block<T> phi) {
   if (is_hedgehog(in.kind)) return hedgehog_forward(in, phi);
+  if (element_by_element(in.kind)) {
+    return with_element_map<T>(in.kind, [&](auto element_map) HWY_ATTR {
+      map_elements<T>(element_map, in.z.data, in.z.stride, in.rows, in.width, phi.data, phi.stride);
+    });
+  }
   for (int64_t r = 0; r < in.rows; ++r) forward_row(in, r, phi.row(r));
 }
 
@@ -301,10 +298,7 @@ void backward(const FeatureRows<T>& in, Block<const T> phi, Block<const T> dphi,
     const T *f = phi.row(r), *g = dphi.row(r);
     if (element_by_element(in.kind)) {
       with_element_map<T>(in.kind, [&](auto element_map) HWY_ATTR {
-        for_each_vector<T>(in.width, [&](int64_t i, auto all) HWY_ATTR {
-          const auto x = element_map.pull(load_some<T>(all, f + i), load_some<T>(all, g + i));
-          store_some<T>(all, x, dz.row(r) + i);
-        });
+        pull_elements<T>(element_map, f, g, in.width, dz.row(r));
       });
     } else if (in.kind == FeatureKind::performer) {
       row_sums[r] = performer_backward(f, g, in.width, dz.row(r));

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 import heed
-from heed._numbers import check_sizes, whole_number
+from heed._numbers import checked_whole_number
 from heed._seeds import drawn_seed
 
 _Result = tuple[Tensor, None]
@@ -60,15 +60,9 @@ def register(
         raise TypeError(f"register: sigmoid_bias is {sigmoid_bias!r}, needed is a number or None")
     if sigmoid_bias is not None and not isfinite(sigmoid_bias):
         raise ValueError(f"register: sigmoid_bias is {sigmoid_bias}, needed is a finite number")
-    check_sizes("register", {"stochastic_window": stochastic_window})
-    if stochastic_window < 1:
+    if checked_whole_number("register", "stochastic_window", stochastic_window) < 1:
         raise ValueError(f"register: stochastic_window is {stochastic_window}, needed is 1 or more")
-    try:
-        stochastic_seed = whole_number(stochastic_seed)
-    except TypeError:
-        raise TypeError(
-            f"register: stochastic_seed is {stochastic_seed!r}, needed is a whole number"
-        ) from None
+    stochastic_seed = checked_whole_number("register", "stochastic_seed", stochastic_seed)
     try:
         from transformers import AttentionInterface
         from transformers.masking_utils import AttentionMaskInterface

@@ -113,20 +113,6 @@ class ChunkCall {
   bool reads_totals() const { return makes_total() && !half_; }
   /// Or rows of bfloat16 do: the product rounds them to where they go.
   bool multiplies_totals() const { return makes_total() && half_ && products_.product != nullptr; }
-  /// Makes the call a centred one (problem.h), if its products are of bfloat16 and it has denominators.
-  void centre_values();
-  bool centred() const { return centred_; }
-  /// The row m of a centred call is `share` times this row.
-  const T* centre(int64_t lane, const StateView<T>& keys) const {
-    if (problem_.policy.value_sum) return keys.values;
-    return centres_.data() +
-           (lane / heads_ * problem_.k.size(1) + key_head(lane % heads_)) * padded_values_;
-  }
-  double centre_share() const {
-    return problem_.policy.value_sum ? 1 / static_cast<double>(tokens_) : 1;
-  }
-  /// S - z m^T.
-  void centre_sums(int64_t lane, const StateView<T>& keys, Block to) const;
   /// What is missing in the bfloat16 features of a lane's keys; null: nothing.
   const T* key_offsets(int64_t lane) const {
     const RowMap<T>* map = problem_.policy.maps.k;
@@ -164,6 +150,10 @@ class ChunkCall {
   Chunk chunk_of_keys(int64_t b, int64_t i) const {
     if (i < 0) return {};
     return problem_.causal ? causal_chunk(b, i) : key_chunk(b, i);
+  }
+  /// Keys that a sequence has.
+  int64_t existing(int64_t b) const {
+    return problem_.lengths.empty() ? tokens_ : problem_.lengths[static_cast<size_t>(b)];
   }
   /// First query that sees a key position: those before it see nothing.
   int64_t first_query() const {
@@ -266,17 +256,11 @@ class ChunkCall {
     return half_ && mapped ? cut.take<uint16_t>(tile_rows_ * half_stride()) : nullptr;
   }
 
-  /// Values of a causal chunk less the row m, in `centred`.
-  uint16_t* centred_memory(Cutter& cut) const {
-    return centred_ && problem_.causal ? cut.take<uint16_t>(tile_rows_ * padded_values_) : nullptr;
-  }
-  Rows centred_values(int64_t b, int64_t h, const Chunk& chunk, uint16_t* centred) const {
-    const Rows v = values(b, h, chunk);
-    if (centred == nullptr) return v;
-    if constexpr (sizeof(T) == 4) {
-      rows_.subtract_row(v, centre(b * heads_ + h, {}), centred, padded_values_);
-    }
-    return {centred, DType::bf16, padded_values_, v.count, value_dim_};
+  /// bfloat16 rows less a row, in `to`; without `to` as they are.
+  Rows less_row(const Rows& x, const T* row, uint16_t* to) const {
+    if (to == nullptr) return x;
+    if constexpr (sizeof(T) == 4) rows_.subtract_row(x, row, to, padded_values_);
+    return {to, DType::bf16, padded_values_, x.count, x.width};
   }
 
   /// The left operand of a product: rows in T, or packed bfloat16. `readable`: rows of memory from the
@@ -370,9 +354,6 @@ class ChunkCall {
 
  private:
   int64_t count(int64_t tokens) const { return ceil_div(tokens, chunk_); }
-  int64_t existing(int64_t b) const {
-    return problem_.lengths.empty() ? tokens_ : problem_.lengths[static_cast<size_t>(b)];
-  }
   void add_half_outer(const Rows& x, const Added& added, const Decay<T>& decay,
                       kernels::Block<const T> from, Block to, const UpdateMemory& m) const;
   // to = from (null: 0) + the sum of the rows times their factors
@@ -384,8 +365,6 @@ class ChunkCall {
                                       int64_t first, int64_t count, Block block) const;
 
   int64_t state_size_ = 0;
-  bool centred_ = false;
-  std::vector<T> centres_;             // [B,Hkv,padded Dv]
   std::vector<DecayTable<T>> decays_;  // per head; empty: no decay
   std::vector<T> ones_;
 };

@@ -1,6 +1,8 @@
 // What forward and the gradient of queries share: states of keys and values, and denominators.
 #pragma once
+#include <cmath>
 #include <cstring>
+#include <vector>
 
 #include "engine/chunked/chunk_call.h"
 
@@ -20,6 +22,28 @@ class Denominators : public ChunkCall<T> {
     ReadOuts ends;               // per query
     T* row = nullptr;
   };
+  /// Makes the call a centred one (problem.h), if its products are of bfloat16 and it has denominators.
+  void centre_values();
+  bool centred() const { return centred_; }
+  /// The row m of a centred call is `share` times this row.
+  const T* centre(int64_t lane, const StateView<T>& keys) const {
+    if (this->problem_.policy.value_sum) return keys.values;
+    const int64_t b = lane / this->heads_, h = this->key_head(lane % this->heads_);
+    return centres_.data() + (b * this->problem_.k.size(1) + h) * this->padded_values_;
+  }
+  double centre_share() const {
+    return this->problem_.policy.value_sum ? 1 / static_cast<double>(this->tokens_) : 1;
+  }
+  /// to = S - z m^T.
+  void centre_sums(int64_t lane, const StateView<T>& keys, Block to) const {
+    const T* row = centre(lane, keys);
+    const auto share = static_cast<T>(centre_share());
+    for (int64_t f = 0; f < this->features_; ++f) {
+      std::copy_n(keys.sums.row(f), this->padded_values_, to.row(f));
+      this->rows_.add_scaled(-keys.keys[f] * share, row, this->padded_values_, to.row(f));
+    }
+  }
+
   /// Whether the state that a chunk reads is zero.
   bool nothing_before(const Chunk& chunk) const {
     return this->problem_.causal && chunk.begin == 0 && !this->problem_.initial.defined();
@@ -70,7 +94,7 @@ class Denominators : public ChunkCall<T> {
   void complete_keys(int64_t lane, T* state, bool from_chunks,
                      const typename Call::TotalUse& use) const {
     const StateView<T> v = this->view(state);
-    if (!this->centred()) return this->complete_total(state, use, v.sums);
+    if (!centred()) return this->complete_total(state, use, v.sums);
     const T* offsets = this->key_offsets(lane);
     if (from_chunks && offsets != nullptr) {
       for (int64_t f = 0; f < this->features_; ++f) {
@@ -81,7 +105,7 @@ class Denominators : public ChunkCall<T> {
     Scratch scratch(static_cast<size_t>(this->features_ * this->padded_values_) * sizeof(T));
     const Block centred{scratch.take<T>(this->features_ * this->padded_values_),
                         this->padded_values_};
-    this->centre_sums(lane, v, centred);
+    centre_sums(lane, v, centred);
     this->complete_total(state, use, centred);
   }
 
@@ -107,8 +131,8 @@ class Denominators : public ChunkCall<T> {
   /// How rows end, from their denominators.
   void read_ends(int64_t b, const Chunk& chunk, const Memory& m) const {
     this->problem_.policy.read_out(this->ending_rows(b, chunk), m.denominators, m.ends);
-    if (!this->centred()) return;
-    const double share = this->centre_share();
+    if (!centred()) return;
+    const double share = centre_share();
     for (int64_t r = 0; r < chunk.queries; ++r) {
       const auto den = static_cast<double>(m.denominators[r]);
       m.ends.sum_scale[r] -= m.ends.num_scale[r] * den * share;
@@ -127,6 +151,41 @@ class Denominators : public ChunkCall<T> {
                        const Memory& m) const {
     this->rows_.range_sums({weights.data, weights.stride}, {}, count, ranges, m.denominators);
   }
+
+ private:
+  bool centred_ = false;
+  std::vector<T> centres_;  // [B,Hkv,padded Dv]
 };
+
+template <class T>
+void Denominators<T>::centre_values() {
+  const Policy<T>& policy = this->problem_.policy;
+  centred_ = this->half_ && policy.key_sum && this->problem_.policy.slopes.empty();
+  if (!centred_ || policy.value_sum) return;
+  constexpr int64_t kMostRows = 128;
+  const int64_t key_heads = this->problem_.k.size(1);
+  centres_.assign(static_cast<size_t>(this->batch_ * key_heads * this->padded_values_), T{0});
+  std::vector<T> odd(static_cast<size_t>(this->padded_values_));
+  for (int64_t i = 0; i < this->batch_ * key_heads; ++i) {
+    const int64_t tokens = this->existing(i / key_heads), step = ceil_div(tokens, kMostRows) * 2;
+    if (tokens < 2) continue;
+    T* even = centres_.data() + i * this->padded_values_;
+    const auto sum = [&](int64_t first, T* to) {
+      Rows some = this->rows(this->problem_.v, i / key_heads, i % key_heads, first,
+                             ceil_div(tokens - first, step));
+      some.stride *= step;
+      this->rows_.sum_rows(some, nullptr, to);
+      for (int64_t c = 0; c < this->value_dim_; ++c) to[c] /= static_cast<T>(some.count);
+    };
+    sum(0, even);
+    sum(step / 2, odd.data());
+    // Few values that are far from the others are not what all are near to.
+    for (int64_t c = 0; c < this->value_dim_; ++c) {
+      const T both = even[c] + odd[static_cast<size_t>(c)],
+              apart = even[c] - odd[static_cast<size_t>(c)];
+      even[c] = std::isfinite(both) && std::abs(apart) < std::abs(both) / 2 ? both / 2 : T{0};
+    }
+  }
+}
 
 }  // namespace heed::chunked

@@ -8,19 +8,13 @@ namespace heed::chunked {
 
 /// Per query [B,H,Lq], where the policy has a read-out: num_scale, the gradient of the denominator, and
 /// minus sum_scale. A few elements longer, for kernels that read whole vectors.
-/// Of centred totals also minus the row m, [B,H,padded Dv], and minus the means of keys' features,
-/// [B,H,padded F].
+/// Where gradients are made in the centred form (problem.h), for each query head also its row m,
+/// [B,H,padded Dv], and with a value_sum the means of the keys' features, [B,H,padded F].
 template <class T>
 struct RowStatistics {
   std::vector<T> num_scale, denominator, sum_scale;
-  std::vector<T> minus_centres, minus_key_means;
+  std::vector<T> centres, key_means;
 };
-
-/// Whether a call may be made in the centred form (problem.h). A total whose own gradient is asked for is
-/// not: it would be rounded.
-inline bool may_centre(bool causal, const Gradients& gradients) {
-  return causal || !gradients.initial.defined();
-}
 
 template <class T>
 void query_gradients(const Problem<T>& problem, const Tensor& out, const State& last,

@@ -52,7 +52,7 @@ class KeyGradients : public KeyOperands<T>, public Sweep<T> {
   void load(int64_t lane, T* state) const override {
     this->load_state(last_, lane, state);
     const StateView<T> v = this->view(state);
-    if (this->centred() && !this->problem_.policy.value_sum) this->centre_given(lane, v, false);
+    if (this->centred() && !this->problem_.policy.value_sum) this->shift_keys(lane, v, T{1});
   }
   static constexpr typename Call::TotalUse kTotal{.values = true, .keys = true};
 
@@ -65,7 +65,7 @@ class KeyGradients : public KeyOperands<T>, public Sweep<T> {
     const State& to = this->gradients_.initial;
     if (!this->centred() || !to.defined()) return this->store_state(state, to, lane);
     std::vector<T> as_given(state, state + this->state_size());
-    this->centre_given(lane, this->view(as_given.data()), true);
+    this->shift_keys(lane, this->view(as_given.data()), T{-1});
     this->store_state(as_given.data(), to, lane);
   }
 

@@ -19,9 +19,7 @@ class KeyOperands : public ChunkCall<T> {
         out_(out),
         gradients_(gradients),
         statistics_(statistics),
-        padded_panel_(round_up(this->tile_, this->products_.key_multiple)) {
-    if (may_centre(problem.causal, gradients)) this->centre_values();
-  }
+        padded_panel_(round_up(this->tile_, this->products_.key_multiple)) {}
 
   struct Memory {
     typename Call::UpdateMemory update;
@@ -36,7 +34,7 @@ class KeyOperands : public ChunkCall<T> {
     KeyRange* ranges;
     T *factors, *row;
     uint16_t *query_half, *key_half;
-    uint16_t* centred;  // values of a chunk
+    uint16_t* centred = nullptr;  // values of a chunk
     ReadAhead* ahead;
   };
 
@@ -76,7 +74,9 @@ class KeyOperands : public ChunkCall<T> {
     m.row = cut.take<T>(std::max(this->padded_features_, this->padded_values_));
     m.query_half = this->half_memory(cut);
     m.key_half = this->half_memory(cut);
-    m.centred = this->centred_memory(cut);
+    if (centred() && this->problem_.causal) {
+      m.centred = cut.take<uint16_t>(rows * this->padded_values_);
+    }
     return m;
   }
   Memory memory_at(std::byte* base) const {
@@ -123,7 +123,7 @@ class KeyOperands : public ChunkCall<T> {
       operands.key =
           this->left(this->operand(k, m.key_rows, m.key_half), readable, m.key_rows, m.key);
     }
-    const Rows y = this->centred_values(b, h, chunk, m.centred);
+    const Rows y = this->less_row(v, centre(b * this->heads_ + h), m.centred);
     operands.value =
         this->left(y, m.centred == nullptr ? readable : this->tile_rows_, m.value_rows, m.value);
     return operands;
@@ -140,31 +140,36 @@ class KeyOperands : public ChunkCall<T> {
     const auto* table = this->decays(h);
     return table == nullptr ? this->ones() : table->falling(chunk.tokens - 1);
   }
-  // A total with the row m off, as values meet D there, and with the mean features off where that is the mean
-  // value: with D as products read it, and features less their offsets.
+  // Whether the gradients of queries were made in the centred form, and the row m of a lane there.
+  bool centred() const { return !statistics_.centres.empty(); }
+  const T* centre(int64_t lane) const {
+    return centred() ? statistics_.centres.data() + lane * this->padded_values_ : nullptr;
+  }
+  // w += sign D m: the gradient of z beside values as they are becomes that beside values less m (-1: of
+  // what keys meet when their values are as they are).
+  void shift_keys(int64_t lane, const StateView<T>& v, T sign) const {
+    std::vector<T> shift(static_cast<size_t>(this->padded_features_));
+    this->rows_.row_dots(
+        this->as_rows({v.sums.data, v.sums.stride}, this->features_, this->padded_values_),
+        {centre(lane), 0}, shift.data());
+    this->rows_.add_scaled(sign, shift.data(), this->padded_features_, v.keys);
+  }
+  // A total as values and features meet it: with D as products read it, the row m off, and where that is the
+  // mean value also the mean features, which lack their offsets.
   void centre_total(int64_t lane, const StateView<T>& v) const {
     const int64_t stride = this->padded_values_;
     Scratch scratch(static_cast<size_t>(this->features_ * stride) * sizeof(uint16_t));
     auto* rounded = scratch.take<uint16_t>(this->features_ * stride);
     const auto d = this->as_rows({v.sums.data, v.sums.stride}, this->features_, stride);
     this->rows_.pack_rows(this->round(d, rounded, stride), nullptr, v.sums);
-    this->rows_.row_dots(d, {statistics_.minus_centres.data() + lane * stride, 0}, v.keys);
+    shift_keys(lane, v, T{-1});
     if (v.values == nullptr) return;
-    const T* minus_means = statistics_.minus_key_means.data() + lane * this->padded_features_;
+    const T* means = statistics_.key_means.data() + lane * this->padded_features_;
     const T* offsets = this->key_offsets(lane);
     for (int64_t f = 0; f < this->features_; ++f) {
-      const T minus_mean = minus_means[f] + (offsets == nullptr ? T{0} : offsets[f]);
-      this->rows_.add_scaled(minus_mean, v.sums.row(f), stride, v.values);
+      const T less = (offsets == nullptr ? T{0} : offsets[f]) - means[f];
+      this->rows_.add_scaled(less, v.sums.row(f), stride, v.values);
     }
-  }
-  // The gradient w of z becomes the one beside values less the row m, or comes back from it.
-  void centre_given(int64_t lane, const StateView<T>& v, bool back) const {
-    const T* row = this->centre(lane, {});
-    std::vector<T> shift(static_cast<size_t>(this->padded_features_));
-    this->rows_.row_dots(
-        this->as_rows({v.sums.data, v.sums.stride}, this->features_, this->padded_values_),
-        {row, 0}, shift.data());
-    this->rows_.add_scaled(back ? T{-1} : T{1}, shift.data(), this->padded_features_, v.keys);
   }
 
   const Tensor& out_;

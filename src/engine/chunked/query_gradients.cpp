@@ -25,7 +25,8 @@ class QueryGradients : public SlopeStates<T>, public Sweep<T> {
         statistics_(statistics),
         knows_total_(!problem.causal && has_total(problem) && !this->slopes_),
         padded_panel_(round_up(this->tile_, this->products_.key_multiple)) {
-    if (may_centre(problem.causal, gradients)) this->centre_values();
+    // The gradient of a total, where it is asked for, is not to be rounded.
+    if (problem.causal || !gradients.initial.defined()) this->centre_values();
     Cutter cut;
     memory(cut);
     memory_bytes_ = cut.used();
@@ -53,10 +54,7 @@ class QueryGradients : public SlopeStates<T>, public Sweep<T> {
       }
       if (gradients_.scales != nullptr) scale_parts_.assign(rows, T{0});
     }
-    if (this->centred()) {
-      statistics_.minus_key_means.resize(static_cast<size_t>(shape.lanes * this->padded_features_));
-      statistics_.minus_centres.resize(static_cast<size_t>(shape.lanes * this->padded_values_));
-    }
+    if (this->centred()) keep_centres();
     this->start_slopes(shape.chunks);
     shape.results = {&gradients_.q};
     Schedule<T>(shape, *this, this->products_).run();
@@ -78,8 +76,8 @@ class QueryGradients : public SlopeStates<T>, public Sweep<T> {
     KeyRange* ranges;
     T *dots, *sum_dots;
     uint16_t *query_half, *key_half;
-    uint16_t* centred;     // values of a chunk
-    Block sums_of_values;  // a centred state
+    uint16_t* centred = nullptr;  // values of a chunk
+    Block centred_state;
     ReadAhead* ahead;
   };
 
@@ -114,9 +112,10 @@ class QueryGradients : public SlopeStates<T>, public Sweep<T> {
     m.sum_dots = cut.take<T>(rows);
     m.query_half = this->half_memory(cut);
     m.key_half = this->half_memory(cut);
-    m.centred = this->centred_memory(cut);
-    const int64_t state_rows = this->centred() && this->problem_.causal ? this->features_ : 0;
-    m.sums_of_values = {cut.take<T>(state_rows * wide), wide};
+    if (centres_chunks()) {
+      m.centred = cut.take<uint16_t>(rows * wide);
+      m.centred_state = {cut.take<T>(this->features_ * wide), wide};
+    }
     return m;
   }
   Memory memory_at(std::byte* base) const {
@@ -136,18 +135,27 @@ class QueryGradients : public SlopeStates<T>, public Sweep<T> {
   void complete(int64_t lane, T* state) const override {
     if (!this->makes_total()) return;
     this->complete_keys(lane, state, !knows_total_, kTotal);
-    if (!this->centred()) return;
-    const StateView<T> v = this->view(state);
-    keep_minus(lane, this->centre(lane, v), this->padded_values_, statistics_.minus_centres);
-    if (this->problem_.policy.value_sum) {
-      keep_minus(lane, v.keys, this->padded_features_, statistics_.minus_key_means);
+    if (this->centred() && this->problem_.policy.value_sum) keep_means(lane, this->view(state));
+  }
+  void keep_centres() const {
+    const bool in_states = this->problem_.policy.value_sum;
+    statistics_.centres.resize(static_cast<size_t>(this->lanes() * this->padded_values_));
+    if (in_states) {
+      statistics_.key_means.resize(static_cast<size_t>(this->lanes() * this->padded_features_));
+    }
+    for (int64_t lane = 0; !in_states && lane < this->lanes(); ++lane) {
+      std::copy_n(this->centre(lane, {}), this->padded_values_,
+                  statistics_.centres.data() + lane * this->padded_values_);
     }
   }
-  void keep_minus(int64_t lane, const T* row, int64_t count, std::vector<T>& rows) const {
+  void keep_means(int64_t lane, const StateView<T>& keys) const {
     const auto share = static_cast<T>(this->centre_share());
-    for (int64_t i = 0; i < count; ++i) {
-      rows[static_cast<size_t>(lane * count + i)] = -row[i] * share;
-    }
+    const auto keep = [&](const T* sums, int64_t count, std::vector<T>& means) {
+      T* to = means.data() + lane * count;
+      for (int64_t i = 0; i < count; ++i) to[i] = sums[i] * share;
+    };
+    keep(keys.values, this->padded_values_, statistics_.centres);
+    keep(keys.keys, this->padded_features_, statistics_.key_means);
   }
 
   void load(int64_t lane, T* state) const override {
@@ -219,15 +227,18 @@ class QueryGradients : public SlopeStates<T>, public Sweep<T> {
   // G v^T inside the chunk.
   void value_scores(int64_t b, int64_t h, const Chunk& chunk, const typename Call::Left& gradient,
                     Block to, const Memory& m) const {
-    this->panels(this->centred_values(b, h, chunk, m.centred), m.value_panels);
+    const T* row = centres_chunks() ? this->centre(b * this->heads_ + h, {}) : nullptr;
+    this->panels(this->less_row(this->values(b, h, chunk), row, m.centred), m.value_panels);
     this->scores(gradient, chunk.queries, m.value_panels, chunk.keys, this->value_dim_, m.ranges,
                  to, m.ahead);
   }
 
+  // Totals are centred once, running states at every chunk.
+  bool centres_chunks() const { return this->centred() && this->problem_.causal; }
   const void* centred_keys(int64_t lane, const StateView<T>& state, const Memory& m) const {
-    if (!this->centred() || !this->problem_.causal) return this->state_keys(state, m.state);
-    this->centre_sums(lane, state, m.sums_of_values);
-    return this->state_keys(m.sums_of_values, this->features_, m.state);
+    if (!centres_chunks()) return this->state_keys(state, m.state);
+    this->centre_sums(lane, state, m.centred_state);
+    return this->state_keys(m.centred_state, this->features_, m.state);
   }
 
   // Gradients by feature, in m.features; returns how their rows end yet.

@@ -1,6 +1,4 @@
 // States that all rows of a call see, in the forms that products read them in.
-#include <cmath>
-
 #include "engine/chunked/chunk_call.h"
 #include "kernels/matrix.h"
 
@@ -47,51 +45,6 @@ void ChunkCall<T>::complete_total(T* state, TotalUse use, Block sums) const {
   if (v.as_keys != nullptr) state_keys(sums, features_, {rounded, v.as_keys});
 }
 
-template <class T>
-void ChunkCall<T>::centre_values() {
-  const Policy<T>& policy = problem_.policy;
-  centred_ = half_ && policy.key_sum && decays_.empty();
-  if (!centred_ || policy.value_sum) return;
-  constexpr int64_t kMostRows = 128;
-  const int64_t key_heads = problem_.k.size(1);
-  centres_.assign(static_cast<size_t>(batch_ * key_heads * padded_values_), T{0});
-  std::vector<T> odd(static_cast<size_t>(padded_values_));
-  for (int64_t i = 0; i < batch_ * key_heads; ++i) {
-    const int64_t tokens = existing(i / key_heads), step = ceil_div(tokens, kMostRows) * 2;
-    if (tokens < 2) continue;
-    T* even = centres_.data() + i * padded_values_;
-    const auto sum = [&](int64_t first, T* to) {
-      Rows some =
-          rows(problem_.v, i / key_heads, i % key_heads, first, ceil_div(tokens - first, step));
-      some.stride *= step;
-      rows_.sum_rows(some, nullptr, to);
-      for (int64_t c = 0; c < value_dim_; ++c) to[c] /= static_cast<T>(some.count);
-    };
-    sum(0, even);
-    sum(step / 2, odd.data());
-    // Few values that are far from the others are not what all are near to.
-    for (int64_t c = 0; c < value_dim_; ++c) {
-      const T both = even[c] + odd[static_cast<size_t>(c)],
-              apart = even[c] - odd[static_cast<size_t>(c)];
-      even[c] = std::isfinite(both) && std::abs(apart) < std::abs(both) / 2 ? both / 2 : T{0};
-    }
-  }
-}
-
-template <class T>
-void ChunkCall<T>::centre_sums(int64_t lane, const StateView<T>& keys, Block to) const {
-  const T* row = centre(lane, keys);
-  const auto share = static_cast<T>(centre_share());
-  for (int64_t f = 0; f < features_; ++f) {
-    std::copy_n(keys.sums.row(f), padded_values_, to.row(f));
-    rows_.add_scaled(-keys.keys[f] * share, row, padded_values_, to.row(f));
-  }
-}
-
-template void ChunkCall<float>::centre_values();
-template void ChunkCall<double>::centre_values();
-template void ChunkCall<float>::centre_sums(int64_t, const StateView<float>&, Block) const;
-template void ChunkCall<double>::centre_sums(int64_t, const StateView<double>&, Block) const;
 template int64_t ChunkCall<float>::total_size(TotalUse use) const;
 template int64_t ChunkCall<double>::total_size(TotalUse use) const;
 template StateView<float> ChunkCall<float>::total(float* state, TotalUse use) const;
