@@ -2,7 +2,7 @@
 // A state is a matrix S [features, value dim] with a few row vectors; a chunk is some tens of tokens.
 //
 //   pack_rows        a block of T from rows of any type, with a factor per row
-//   weigh            W[r,m] = S[r,m] decay[m-r] column[m], exactly 0 outside the ranges
+//   weigh            W[r,m] = (S[r,m] - less[r or m]) decay[m-r] column[m], exactly 0 outside the ranges
 //   outer            S' = decay(S) + X^T Y                       the update of a state by a chunk
 //   read             O = factor (X S) + added                    what the rows of a chunk read of a state
 //   step             S = decay(S) + k^T v, o = q S               one token; reads and writes S once
@@ -24,11 +24,13 @@ struct Decay {
   bool keep = false;
 };
 
-/// Factors of a weight beside its score; null: 1.
+/// Factors of a weight beside its score, and what is taken off the score before; null: 1, and 0. All but
+/// less_of_row is readable wherever whole vectors reach.
 template <class T>
 struct WeightFactors {
-  const T* decay = nullptr;  // row r, column m: decay[m - r]; readable wherever whole vectors reach
+  const T* decay = nullptr;  // row r, column m: decay[m - r]
   const T* column = nullptr;
+  const T *less_of_row = nullptr, *less_of_column = nullptr;
 };
 
 /// Tokens [first, last) of a chunk that have a row; row r of a block is token first + r.
@@ -99,8 +101,6 @@ struct ChunkKernels {
   /// rows of a block, rounded; columns [width, stride) are zero.
   void (*round_rows)(Block<const T> from, int64_t rows, int64_t width, uint16_t* to,
                      int64_t stride) = nullptr;
-  /// bfloat16 rows less a row, rounded again; whole vectors are written.
-  void (*subtract_row)(const Rows& x, const T* row, uint16_t* to, int64_t stride) = nullptr;
   /// X^T as rows [width][stride] of bfloat16, zero behind x.count; x is bfloat16, with a factor per row.
   void (*pack_transposed)(const Rows& x, const T* factor, uint16_t* to, int64_t stride) = nullptr;
 };

@@ -7,7 +7,6 @@
 #include "kernels/chunk_parts.h"
 #include "kernels/product_loops.h"
 #include "kernels/register_blocks-inl.h"
-#include "kernels/row_loops-inl.h"
 #include "kernels/transpose-inl.h"
 
 HWY_BEFORE_NAMESPACE();
@@ -204,10 +203,6 @@ void round_rows(Block<const float> from, int64_t rows, int64_t width, uint16_t* 
   }
 }
 
-void subtract_row(const Rows& x, const float* row, uint16_t* to, int64_t stride) {
-  rows_to_halves(x, row, to, stride, [](hn::Vec<Full<float>> v) HWY_ATTR { return v; });
-}
-
 // Elements [f, f + lanes) of a row of bfloat16 as bits in 32-bit lanes, multiplied and rounded again.
 HWY_INLINE hn::Vec<Full<uint32_t>> scaled_bits(const uint16_t* row, int64_t count, float factor) {
   const Full<float> d;
@@ -258,7 +253,6 @@ void add_chunk_row_parts(ChunkKernels<float>& f, ChunkKernels<double>& d) {
   add_parts(f);
   add_parts(d);
   f.round_rows = round_rows;
-  f.subtract_row = subtract_row;
   f.pack_transposed = pack_transposed;
 }
 

@@ -159,7 +159,11 @@ TYPED_TEST(Chunks, WeightsAreExactlyZeroOutsideTheRanges) {
     Matrix<T> table(1, 256, 256, 3), column(1, 64, 64, 4);
     const T* decay = table.memory.data() + 100;
     for (const WeightFactors<T>& factors :
-         {WeightFactors<T>{}, {decay, nullptr}, {decay, column.memory.data()}}) {
+         {WeightFactors<T>{},
+          {.decay = decay},
+          {.decay = decay, .column = column.memory.data()},
+          {.less_of_row = column.memory.data() + 1},
+          {.column = column.memory.data(), .less_of_column = column.memory.data() + 2}}) {
       Matrix<T> s = masked_scores<T>(ranges, kColumns, 1), w = s;
       k.weigh(w.block(), kRows, kColumns, ranges.data(), factors, w.memory.data(), w.stride);
       for (int64_t r = 0; r < kRows; ++r) {
@@ -169,6 +173,8 @@ TYPED_TEST(Chunks, WeightsAreExactlyZeroOutsideTheRanges) {
             continue;
           }
           double want = s.at(r, m);
+          if (factors.less_of_row != nullptr) want -= double(factors.less_of_row[r]);
+          if (factors.less_of_column != nullptr) want -= double(factors.less_of_column[m]);
           if (factors.decay != nullptr) want *= double(decay[m - r]);
           if (factors.column != nullptr) want *= double(factors.column[m]);
           ASSERT_NEAR(w.at(r, m), want, unit<T>());

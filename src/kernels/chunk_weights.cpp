@@ -54,6 +54,10 @@ void weigh(Block<T> s, int64_t rows, int64_t columns, const KeyRange* ranges,
     int64_t done = 0;
     for_seen<T>(range, [&](int64_t m, auto seen) HWY_ATTR {
       auto w = hn::LoadU(d, row + m);
+      if (factors.less_of_row != nullptr) w = hn::Sub(w, hn::Set(d, factors.less_of_row[r]));
+      if (factors.less_of_column != nullptr) {
+        w = hn::Sub(w, hn::LoadU(d, factors.less_of_column + m));
+      }
       if (factors.decay != nullptr) w = hn::Mul(w, hn::LoadU(d, factors.decay + m - r));
       if (factors.column != nullptr) w = hn::Mul(w, hn::LoadU(d, factors.column + m));
       Weights::store(hn::IfThenElseZero(seen, w), out + m);

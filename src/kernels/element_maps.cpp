@@ -78,8 +78,17 @@ void map_to_block(FeatureKind kind, const Rows& z, Block<T> phi) {
 
 void map_to_halves(FeatureKind kind, const Rows& z, const float* less, const RowsOut& phi) {
   if (kind == FeatureKind::relu) return relu_rows(z, phi);
-  rows_to_halves(z, less, static_cast<uint16_t*>(phi.data), phi.stride,
-                 [](V<float> x) HWY_ATTR { return Elu1<float>::map_to_round(x); });
+  const hn::Rebind<uint16_t, Full<float>> d16;
+  for (int64_t r = 0; r < z.count; ++r) {
+    const auto* from = static_cast<const bfloat16*>(z.data) + r * z.stride;
+    auto* to = static_cast<uint16_t*>(phi.data) + r * phi.stride;
+    for (int64_t i = 0; i < z.width; i += lanes<float>()) {
+      const int64_t left = z.width - i;
+      auto y = Elu1<float>::map_to_round(load_elements<float>(from + i, left));
+      if (less != nullptr) y = hn::Sub(y, load_elements<float>(less + i, left));
+      hn::StoreU(half_operands(y), d16, to + i);
+    }
+  }
 }
 
 template <class T>

@@ -107,23 +107,6 @@ HWY_INLINE void store_row(const T* from, int64_t width, To* to) {
   }
 }
 
-// What `map` makes of bfloat16 rows, less a row (null: nothing), as operands of bfloat16 products. Whole
-// vectors are written.
-template <class Map>
-HWY_INLINE void rows_to_halves(const Rows& x, const float* less, uint16_t* to, int64_t stride,
-                               Map&& map) {
-  const hn::Rebind<uint16_t, Full<float>> d16;
-  for (int64_t r = 0; r < x.count; ++r) {
-    const auto* from = static_cast<const bfloat16*>(x.data) + r * x.stride;
-    for (int64_t i = 0; i < x.width; i += lanes<float>()) {
-      const int64_t left = x.width - i;
-      auto y = map(load_elements<float>(from + i, left));
-      if (less != nullptr) y = hn::Sub(y, load_elements<float>(less + i, left));
-      hn::StoreU(half_operands(y), d16, to + r * stride + i);
-    }
-  }
-}
-
 }  // namespace heed::kernels::HWY_NAMESPACE
 HWY_AFTER_NAMESPACE();
 #endif

@@ -256,13 +256,6 @@ class ChunkCall {
     return half_ && mapped ? cut.take<uint16_t>(tile_rows_ * half_stride()) : nullptr;
   }
 
-  /// bfloat16 rows less a row, in `to`; without `to` as they are.
-  Rows less_row(const Rows& x, const T* row, uint16_t* to) const {
-    if (to == nullptr) return x;
-    if constexpr (sizeof(T) == 4) rows_.subtract_row(x, row, to, padded_values_);
-    return {to, DType::bf16, padded_values_, x.count, x.width};
-  }
-
   /// The left operand of a product: rows in T, or packed bfloat16. `readable`: rows of memory from the
   /// first of x on; with enough of them for whole register blocks x may be used as it lies.
   struct Left {

@@ -23,20 +23,19 @@ class Denominators : public ChunkCall<T> {
     T* row = nullptr;
   };
   /// Makes the call a centred one (problem.h), if its products are of bfloat16 and it has denominators.
-  void centre_values();
-  bool centred() const { return centred_; }
-  /// The row m of a centred call is `share` times this row.
-  const T* centre(int64_t lane, const StateView<T>& keys) const {
-    if (this->problem_.policy.value_sum) return keys.values;
-    const int64_t b = lane / this->heads_, h = this->key_head(lane % this->heads_);
-    return centres_.data() + (b * this->problem_.k.size(1) + h) * this->padded_values_;
+  void centre_values() {
+    const Policy<T>& policy = this->problem_.policy;
+    centred_ = this->half_ && policy.key_sum && policy.slopes.empty();
   }
+  bool centred() const { return centred_; }
+  /// The row m of a state is centre_share() times this row: the sum of values if there is one, else what leaves
+  /// the least of S in S - z m^T, written to `memory`.
+  const T* centre(const StateView<T>& keys, T* memory) const;
   double centre_share() const {
     return this->problem_.policy.value_sum ? 1 / static_cast<double>(this->tokens_) : 1;
   }
   /// to = S - z m^T.
-  void centre_sums(int64_t lane, const StateView<T>& keys, Block to) const {
-    const T* row = centre(lane, keys);
+  void centre_sums(const StateView<T>& keys, const T* row, Block to) const {
     const auto share = static_cast<T>(centre_share());
     for (int64_t f = 0; f < this->features_; ++f) {
       std::copy_n(keys.sums.row(f), this->padded_values_, to.row(f));
@@ -90,8 +89,9 @@ class Denominators : public ChunkCall<T> {
     this->update_state(added, this->chunk_decay(h, at.chunk), from, to, m);
   }
 
-  /// The total of keys as its uses read it. `from_chunks`: as updates by chunks have left it.
-  void complete_keys(int64_t lane, T* state, bool from_chunks,
+  /// The total of keys as its uses read it. `from_chunks`: as updates by chunks have left it; `row`: memory
+  /// for a centre.
+  void complete_keys(int64_t lane, T* state, bool from_chunks, T* row,
                      const typename Call::TotalUse& use) const {
     const StateView<T> v = this->view(state);
     if (!centred()) return this->complete_total(state, use, v.sums);
@@ -105,7 +105,7 @@ class Denominators : public ChunkCall<T> {
     Scratch scratch(static_cast<size_t>(this->features_ * this->padded_values_) * sizeof(T));
     const Block centred{scratch.take<T>(this->features_ * this->padded_values_),
                         this->padded_values_};
-    centre_sums(lane, v, centred);
+    centre_sums(v, centre(v, row), centred);
     this->complete_total(state, use, centred);
   }
 
@@ -154,38 +154,25 @@ class Denominators : public ChunkCall<T> {
 
  private:
   bool centred_ = false;
-  std::vector<T> centres_;  // [B,Hkv,padded Dv]
 };
 
 template <class T>
-void Denominators<T>::centre_values() {
-  const Policy<T>& policy = this->problem_.policy;
-  centred_ = this->half_ && policy.key_sum && this->problem_.policy.slopes.empty();
-  if (!centred_ || policy.value_sum) return;
-  constexpr int64_t kMostRows = 128;
-  const int64_t key_heads = this->problem_.k.size(1);
-  centres_.assign(static_cast<size_t>(this->batch_ * key_heads * this->padded_values_), T{0});
-  std::vector<T> odd(static_cast<size_t>(this->padded_values_));
-  for (int64_t i = 0; i < this->batch_ * key_heads; ++i) {
-    const int64_t tokens = this->existing(i / key_heads), step = ceil_div(tokens, kMostRows) * 2;
-    if (tokens < 2) continue;
-    T* even = centres_.data() + i * this->padded_values_;
-    const auto sum = [&](int64_t first, T* to) {
-      Rows some = this->rows(this->problem_.v, i / key_heads, i % key_heads, first,
-                             ceil_div(tokens - first, step));
-      some.stride *= step;
-      this->rows_.sum_rows(some, nullptr, to);
-      for (int64_t c = 0; c < this->value_dim_; ++c) to[c] /= static_cast<T>(some.count);
-    };
-    sum(0, even);
-    sum(step / 2, odd.data());
-    // Few values that are far from the others are not what all are near to.
-    for (int64_t c = 0; c < this->value_dim_; ++c) {
-      const T both = even[c] + odd[static_cast<size_t>(c)],
-              apart = even[c] - odd[static_cast<size_t>(c)];
-      even[c] = std::isfinite(both) && std::abs(apart) < std::abs(both) / 2 ? both / 2 : T{0};
-    }
+const T* Denominators<T>::centre(const StateView<T>& keys, T* memory) const {
+  if (this->problem_.policy.value_sum) return keys.values;
+  const int64_t width = this->padded_values_;
+  const auto sums = this->as_rows({keys.sums.data, keys.sums.stride}, this->features_, width);
+  this->rows_.sum_rows(sums, keys.keys, memory);
+  double squares = 0;
+  for (int64_t f = 0; f < this->features_; ++f) {
+    squares += static_cast<double>(keys.keys[f]) * static_cast<double>(keys.keys[f]);
   }
+  bool finite = true;
+  for (int64_t c = 0; c < width; ++c) {
+    memory[c] = static_cast<T>(static_cast<double>(memory[c]) / squares);
+    finite = finite && std::isfinite(memory[c]);
+  }
+  if (!finite) std::fill_n(memory, width, T{0});
+  return memory;
 }
 
 }  // namespace heed::chunked

@@ -91,7 +91,7 @@ class Forward : public Denominators<T>, public Sweep<T> {
     this->load_state(this->problem_.initial, lane, state);
   }
   void complete(int64_t lane, T* state) const override {
-    if (this->makes_total()) this->complete_keys(lane, state, true, kTotal);
+    if (this->makes_total()) this->complete_keys(lane, state, true, nullptr, kTotal);
   }
   void store(int64_t lane, const T* state) const override { this->store_state(state, last_, lane); }
   void update(int64_t lane, const Turn& at, const T* from, T* to,

@@ -8,12 +8,13 @@ namespace heed::chunked {
 
 /// Per query [B,H,Lq], where the policy has a read-out: num_scale, the gradient of the denominator, and
 /// minus sum_scale. A few elements longer, for kernels that read whole vectors.
-/// Where gradients are made in the centred form (problem.h), for each query head also its row m,
-/// [B,H,padded Dv], and with a value_sum the means of the keys' features, [B,H,padded F].
+/// Where gradients are made in the centred form (problem.h), also the row m that states before a chunk had,
+/// [B,H,chunks,padded Dv] (a total: one), with a value_sum the means of the keys' features, [B,H,padded F],
+/// and of causal calls, per query, what the gradient's products G . v_j with values of the same chunk lack.
 template <class T>
 struct RowStatistics {
   std::vector<T> num_scale, denominator, sum_scale;
-  std::vector<T> centres, key_means;
+  std::vector<T> centres, key_means, value_shares;
 };
 
 template <class T>

@@ -52,21 +52,31 @@ class KeyGradients : public KeyOperands<T>, public Sweep<T> {
   void load(int64_t lane, T* state) const override {
     this->load_state(last_, lane, state);
     const StateView<T> v = this->view(state);
-    if (this->centred() && !this->problem_.policy.value_sum) this->shift_keys(lane, v, T{1});
+    if (centres_total()) shift_total(T{1}, lane, v);
   }
   static constexpr typename Call::TotalUse kTotal{.values = true, .keys = true};
 
   void complete(int64_t lane, T* state) const override {
     const StateView<T> v = this->view(state);
+    if (!this->makes_total()) return;
+    if (centres_total() && this->gradients_.initial.defined()) {
+      shift_total(T{-1}, lane, v);
+      this->store_state(state, this->gradients_.initial, lane);
+      shift_total(T{1}, lane, v);
+    }
     if (this->centred()) this->centre_total(lane, v);
-    if (this->makes_total()) this->complete_total(state, kTotal, v.sums);
+    this->complete_total(state, kTotal, v.sums);
   }
   void store(int64_t lane, const T* state) const override {
-    const State& to = this->gradients_.initial;
-    if (!this->centred() || !to.defined()) return this->store_state(state, to, lane);
-    std::vector<T> as_given(state, state + this->state_size());
-    this->shift_keys(lane, this->view(as_given.data()), T{-1});
-    this->store_state(as_given.data(), to, lane);
+    if (!centres_total()) this->store_state(state, this->gradients_.initial, lane);
+  }
+  // Whether a total is made for values less m: its w differs by D m from that of the tensors of a caller.
+  bool centres_total() const {
+    return this->centred() && this->makes_total() && !this->problem_.policy.value_sum;
+  }
+  void shift_total(T sign, int64_t lane, const StateView<T>& v) const {
+    std::vector<T> memory(static_cast<size_t>(this->padded_features_));
+    this->shift_keys(sign, this->sums_rows(v.sums), this->centre(lane, 0), memory.data(), v.keys);
   }
 
   void advance(int64_t lane, int64_t chunk, const FeatureRange& rows, const T* from, const T* added,
@@ -99,6 +109,9 @@ class KeyGradients : public KeyOperands<T>, public Sweep<T> {
     }
     this->update_state(added, this->chunk_decay(h, at.chunk), this->view(from), this->view(to),
                        m.update);
+    if (!this->centres_chunks()) return;
+    this->shift_keys(T{-1}, this->sums_rows(m.update.sums), this->centre(lane, at.chunk),
+                     m.update.row, this->view(to).keys);
   }
 
   void use(int64_t group, const Turn& at, T* states, std::byte* memory) const override {
@@ -222,10 +235,11 @@ class KeyGradients : public KeyOperands<T>, public Sweep<T> {
 
   // Adds W Y of the chunk's own queries, or only decays where it has none.
   void add_own(int64_t b, int64_t h, const Chunk& chunk, const typename Call::Right& right,
-               const Memory& m, Block o) const {
-    this->weigh_and_add(m.weights, chunk.keys, chunk.queries, m.ranges,
-                        this->weight_factors(b, h, chunk), false, right, this->carry(h, chunk), o,
-                        m.ahead);
+               const T* less, const Memory& m, Block o) const {
+    auto factors = this->weight_factors(b, h, chunk);
+    factors.less_of_column = less;
+    this->weigh_and_add(m.weights, chunk.keys, chunk.queries, m.ranges, factors, false, right,
+                        this->carry(h, chunk), o, m.ahead);
   }
 
   // Keys that all queries see.
@@ -276,7 +290,7 @@ class KeyGradients : public KeyOperands<T>, public Sweep<T> {
       this->panels(q, m.query_panels);
       this->scores(operands.key, chunk.keys, m.query_panels, chunk.queries, this->features_,
                    m.ranges, m.weights.scores, m.ahead);
-      add_own(b, h, chunk, this->right(gradient, m.gradients), m, m.values);
+      add_own(b, h, chunk, this->right(gradient, m.gradients), nullptr, m, m.values);
     } else if (this->decays(h) != nullptr) {
       this->rows_.scale_rows(m.values, chunk.keys, this->padded_values_, this->carry(h, chunk));
     }
@@ -306,7 +320,8 @@ class KeyGradients : public KeyOperands<T>, public Sweep<T> {
       this->panels(this->gradient_of(b, h, chunk), m.gradient_panels);
       this->scores(operands.value, chunk.keys, m.gradient_panels, chunk.queries, this->value_dim_,
                    m.ranges, m.weights.scores, m.ahead);
-      add_own(b, h, chunk, this->right(q, m.queries), m, m.features);
+      add_own(b, h, chunk, this->right(q, m.queries),
+              this->row_numbers(this->statistics_.value_shares, b, h, chunk), m, m.features);
     } else if (this->decays(h) != nullptr) {
       this->rows_.scale_rows(m.features, chunk.keys, this->padded_features_, this->carry(h, chunk));
     }
@@ -318,6 +333,9 @@ class KeyGradients : public KeyOperands<T>, public Sweep<T> {
     }
     const auto psi = this->sum_features(this->queries(b, h, chunk), true, q, m.query_rows);
     std::copy_n(state.keys, this->padded_features_, m.row);
+    if (this->centres_chunks() && !nothing_behind(chunk)) {
+      this->settle_keys(b * this->heads_ + h, chunk, state.sums, m, m.row);
+    }
     this->rows_.run_add(psi, this->row_numbers(this->statistics_.denominator, b, h, chunk),
                         chunk.query_tokens(), to, nullptr, chunk.key_tokens(),
                         this->padded_features_, true, m.row);

@@ -34,7 +34,6 @@ class KeyOperands : public ChunkCall<T> {
     KeyRange* ranges;
     T *factors, *row;
     uint16_t *query_half, *key_half;
-    uint16_t* centred = nullptr;  // values of a chunk
     ReadAhead* ahead;
   };
 
@@ -74,9 +73,6 @@ class KeyOperands : public ChunkCall<T> {
     m.row = cut.take<T>(std::max(this->padded_features_, this->padded_values_));
     m.query_half = this->half_memory(cut);
     m.key_half = this->half_memory(cut);
-    if (centred() && this->problem_.causal) {
-      m.centred = cut.take<uint16_t>(rows * this->padded_values_);
-    }
     return m;
   }
   Memory memory_at(std::byte* base) const {
@@ -123,9 +119,7 @@ class KeyOperands : public ChunkCall<T> {
       operands.key =
           this->left(this->operand(k, m.key_rows, m.key_half), readable, m.key_rows, m.key);
     }
-    const Rows y = this->less_row(v, centre(b * this->heads_ + h), m.centred);
-    operands.value =
-        this->left(y, m.centred == nullptr ? readable : this->tile_rows_, m.value_rows, m.value);
+    operands.value = this->left(v, readable, m.value_rows, m.value);
     return operands;
   }
 
@@ -140,19 +134,34 @@ class KeyOperands : public ChunkCall<T> {
     const auto* table = this->decays(h);
     return table == nullptr ? this->ones() : table->falling(chunk.tokens - 1);
   }
-  // Whether the gradients of queries were made in the centred form, and the row m of a lane there.
+  // Whether the gradients of queries were made in the centred form; then the row m of a lane's total, or of
+  // its state before a chunk.
   bool centred() const { return !statistics_.centres.empty(); }
-  const T* centre(int64_t lane) const {
-    return centred() ? statistics_.centres.data() + lane * this->padded_values_ : nullptr;
+  bool centres_chunks() const { return centred() && this->problem_.causal; }
+  const T* centre(int64_t lane, int64_t chunk) const {
+    const int64_t row = centres_chunks() ? lane * this->key_chunks() + chunk : lane;
+    return statistics_.centres.data() + row * this->padded_values_;
   }
-  // w += sign D m: the gradient of z beside values as they are becomes that beside values less m (-1: of
-  // what keys meet when their values are as they are).
-  void shift_keys(int64_t lane, const StateView<T>& v, T sign) const {
-    std::vector<T> shift(static_cast<size_t>(this->padded_features_));
-    this->rows_.row_dots(
-        this->as_rows({v.sums.data, v.sums.stride}, this->features_, this->padded_values_),
-        {centre(lane), 0}, shift.data());
-    this->rows_.add_scaled(sign, shift.data(), this->padded_features_, v.keys);
+  // w += sign X m, for rows X of a gradient of S; memory for as many numbers as w has.
+  void shift_keys(T sign, const Rows& x, const T* row, T* memory, T* w) const {
+    std::fill_n(memory, this->padded_features_, T{0});
+    this->rows_.row_dots(x, {row, 0}, memory);
+    this->rows_.add_scaled(sign, memory, this->padded_features_, w);
+  }
+  Rows sums_rows(Block sums) const {
+    return this->as_rows({sums.data, sums.stride}, this->features_, this->padded_values_);
+  }
+  // w as the keys of a chunk meet it, whose values D meets rounded by state_keys: about values less a row near
+  // to them, nothing would be lost. That of the state behind the chunk; of the first one before a query where
+  // that comes later.
+  void settle_keys(int64_t lane, const Chunk& chunk, Block sums, const Memory& m, T* w) const {
+    const int64_t before = std::max<int64_t>(0, this->tokens_ - this->queries_);
+    const int64_t behind = std::max(chunk.begin, before - 1) / this->chunk_ + 1;
+    const T* row = centre(lane, std::min(behind, this->key_chunks() - 1));
+    shift_keys(T{1}, sums_rows(sums), row, m.update.row, w);
+    const Rows rounded{m.as_keys.rounded, DType::bf16, this->padded_values_, this->features_,
+                       this->value_dim_};
+    shift_keys(T{-1}, rounded, row, m.update.row, w);
   }
   // A total as values and features meet it: with D as products read it, the row m off, and where that is the
   // mean value also the mean features, which lack their offsets.
@@ -160,9 +169,10 @@ class KeyOperands : public ChunkCall<T> {
     const int64_t stride = this->padded_values_;
     Scratch scratch(static_cast<size_t>(this->features_ * stride) * sizeof(uint16_t));
     auto* rounded = scratch.take<uint16_t>(this->features_ * stride);
-    const auto d = this->as_rows({v.sums.data, v.sums.stride}, this->features_, stride);
+    const Rows d = sums_rows(v.sums);
     this->rows_.pack_rows(this->round(d, rounded, stride), nullptr, v.sums);
-    shift_keys(lane, v, T{-1});
+    std::vector<T> memory(static_cast<size_t>(this->padded_features_));
+    shift_keys(T{-1}, d, centre(lane, 0), memory.data(), v.keys);
     if (v.values == nullptr) return;
     const T* means = statistics_.key_means.data() + lane * this->padded_features_;
     const T* offsets = this->key_offsets(lane);

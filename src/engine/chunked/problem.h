@@ -19,8 +19,9 @@
 //   out = scale (num_scale (phi(q) C + den m) - sum_scale vs)
 //
 // Bfloat16 products work on C. With a value_sum over all N keys m is vs / N; then out has one row vs, and C
-// stays as it is whatever row is subtracted from all phi(k_t). Else m is about the mean of the values, and
-// only gradients are made in this form.
+// stays as it is whatever row is subtracted from all phi(k_t). Else only gradients are made in this form, with
+// the m that leaves the least of S, S^T z / |z|^2: each chunk of a causal call has that of the state before it.
+// It stands in for m inside of a chunk too, where G . v_j - G . m is made in T before it is rounded.
 #pragma once
 #include <functional>
 #include <optional>

@@ -25,8 +25,7 @@ class QueryGradients : public SlopeStates<T>, public Sweep<T> {
         statistics_(statistics),
         knows_total_(!problem.causal && has_total(problem) && !this->slopes_),
         padded_panel_(round_up(this->tile_, this->products_.key_multiple)) {
-    // The gradient of a total, where it is asked for, is not to be rounded.
-    if (problem.causal || !gradients.initial.defined()) this->centre_values();
+    this->centre_values();
     Cutter cut;
     memory(cut);
     memory_bytes_ = cut.used();
@@ -54,7 +53,7 @@ class QueryGradients : public SlopeStates<T>, public Sweep<T> {
       }
       if (gradients_.scales != nullptr) scale_parts_.assign(rows, T{0});
     }
-    if (this->centred()) keep_centres();
+    if (this->centred()) start_centres();
     this->start_slopes(shape.chunks);
     shape.results = {&gradients_.q};
     Schedule<T>(shape, *this, this->products_).run();
@@ -76,7 +75,6 @@ class QueryGradients : public SlopeStates<T>, public Sweep<T> {
     KeyRange* ranges;
     T *dots, *sum_dots;
     uint16_t *query_half, *key_half;
-    uint16_t* centred = nullptr;  // values of a chunk
     Block centred_state;
     ReadAhead* ahead;
   };
@@ -112,10 +110,7 @@ class QueryGradients : public SlopeStates<T>, public Sweep<T> {
     m.sum_dots = cut.take<T>(rows);
     m.query_half = this->half_memory(cut);
     m.key_half = this->half_memory(cut);
-    if (centres_chunks()) {
-      m.centred = cut.take<uint16_t>(rows * wide);
-      m.centred_state = {cut.take<T>(this->features_ * wide), wide};
-    }
+    if (centres_chunks()) m.centred_state = {cut.take<T>(this->features_ * wide), wide};
     return m;
   }
   Memory memory_at(std::byte* base) const {
@@ -134,19 +129,24 @@ class QueryGradients : public SlopeStates<T>, public Sweep<T> {
 
   void complete(int64_t lane, T* state) const override {
     if (!this->makes_total()) return;
-    this->complete_keys(lane, state, !knows_total_, kTotal);
+    this->complete_keys(lane, state, !knows_total_, kept_centre(lane, 0), kTotal);
     if (this->centred() && this->problem_.policy.value_sum) keep_means(lane, this->view(state));
   }
-  void keep_centres() const {
-    const bool in_states = this->problem_.policy.value_sum;
-    statistics_.centres.resize(static_cast<size_t>(this->lanes() * this->padded_values_));
-    if (in_states) {
-      statistics_.key_means.resize(static_cast<size_t>(this->lanes() * this->padded_features_));
+  // Memory for what gradients of keys read of a centred call.
+  void start_centres() const {
+    const int64_t lanes = this->lanes(), chunks = centres_chunks() ? this->key_chunks() : 1;
+    statistics_.centres.assign(static_cast<size_t>(lanes * chunks * this->padded_values_), T{0});
+    if (centres_chunks()) {
+      statistics_.value_shares.assign(static_cast<size_t>(lanes * this->queries_ + 64), T{0});
     }
-    for (int64_t lane = 0; !in_states && lane < this->lanes(); ++lane) {
-      std::copy_n(this->centre(lane, {}), this->padded_values_,
-                  statistics_.centres.data() + lane * this->padded_values_);
+    if (this->problem_.policy.value_sum) {
+      statistics_.key_means.resize(static_cast<size_t>(lanes * this->padded_features_));
     }
+  }
+  T* kept_centre(int64_t lane, int64_t chunk) const {
+    if (!this->centred()) return nullptr;
+    const int64_t row = centres_chunks() ? lane * this->key_chunks() + chunk : lane;
+    return statistics_.centres.data() + row * this->padded_values_;
   }
   void keep_means(int64_t lane, const StateView<T>& keys) const {
     const auto share = static_cast<T>(this->centre_share());
@@ -227,18 +227,35 @@ class QueryGradients : public SlopeStates<T>, public Sweep<T> {
   // G v^T inside the chunk.
   void value_scores(int64_t b, int64_t h, const Chunk& chunk, const typename Call::Left& gradient,
                     Block to, const Memory& m) const {
-    const T* row = centres_chunks() ? this->centre(b * this->heads_ + h, {}) : nullptr;
-    this->panels(this->less_row(this->values(b, h, chunk), row, m.centred), m.value_panels);
+    this->panels(this->values(b, h, chunk), m.value_panels);
     this->scores(gradient, chunk.queries, m.value_panels, chunk.keys, this->value_dim_, m.ranges,
                  to, m.ahead);
   }
 
   // Totals are centred once, running states at every chunk.
   bool centres_chunks() const { return this->centred() && this->problem_.causal; }
-  const void* centred_keys(int64_t lane, const StateView<T>& state, const Memory& m) const {
+  const void* centred_keys(int64_t lane, int64_t index, const StateView<T>& state,
+                           const Memory& m) const {
     if (!centres_chunks()) return this->state_keys(state, m.state);
-    this->centre_sums(lane, state, m.centred_state);
+    this->centre_sums(state, this->centre(state, kept_centre(lane, index)), m.centred_state);
     return this->state_keys(m.centred_state, this->features_, m.state);
+  }
+  // What is taken off the products of G and the values of its chunk: G . m, or before there is a state the
+  // mean of those that the row sees.
+  const T* value_shares(int64_t lane, int64_t index, const Chunk& chunk, const Memory& m) const {
+    if (!centres_chunks()) return nullptr;
+    T* shares = statistics_.value_shares.data() + lane * this->queries_ + chunk.query;
+    if (!this->nothing_before(chunk)) {
+      this->rows_.row_dots(gradient_of(lane / this->heads_, lane % this->heads_, chunk),
+                           {kept_centre(lane, index), 0}, shares);
+    } else if (!gradients_.initial.defined()) {  // which all rows of a chunk give to by one m
+      const Block& scores = m.weights.scores;
+      this->rows_.range_sums({scores.data, scores.stride}, {}, chunk.queries, m.ranges, shares);
+      for (int64_t r = 0; r < chunk.queries; ++r) {
+        shares[r] /= static_cast<T>(std::max(1, m.ranges[r].end - m.ranges[r].begin));
+      }
+    }
+    return shares;
   }
 
   // Gradients by feature, in m.features; returns how their rows end yet.
@@ -255,16 +272,18 @@ class QueryGradients : public SlopeStates<T>, public Sweep<T> {
     if (this->nothing_before(chunk)) {
       this->zero_rows(m.features, chunk.queries, this->written_features());
     } else {
-      this->scores(gradient, chunk.queries, centred_keys(lane, view, m), this->features_,
+      this->scores(gradient, chunk.queries, centred_keys(lane, index, view, m), this->features_,
                    this->value_dim_, nullptr, m.features, m.ahead);
     }
     if (chunk.keys > 0) value_scores(b, h, chunk, gradient, m.weights.scores, m);
+    const T* shares = value_shares(lane, index, chunk, m);
     if (this->slopes_) {
       this->slope_part(lane, index) = slopes_of(h, chunk, gradient, q, k, state, m);
     }
     if (chunk.keys > 0) {
       kernels::WeightFactors<T> factors;
       if (const auto* table = this->decays(h)) factors.decay = table->falling(chunk.shift);
+      factors.less_of_row = shares;
       this->weigh_and_add(m.weights, chunk.queries, chunk.keys, m.ranges, factors, false,
                           this->right(k, m.keys), this->state_factors(h, chunk.shift + 1),
                           m.features, m.ahead);
@@ -390,8 +409,12 @@ class QueryGradients : public SlopeStates<T>, public Sweep<T> {
     std::fill_n(m.dots, chunk.queries, T{0});
     std::fill_n(m.sum_dots, chunk.queries, T{0});
     this->rows_.row_dots(q, {m.features.data, m.features.stride}, m.dots);
-    if (this->centred()) {
-      this->rows_.row_dots(gradient_of(b, h, chunk), {this->centre(lane, state), 0}, m.sum_dots);
+    if (centres_chunks()) {
+      std::copy_n(statistics_.value_shares.data() + lane * this->queries_ + chunk.query,
+                  chunk.queries, m.sum_dots);
+    } else if (this->centred()) {
+      const T* row = this->problem_.policy.value_sum ? state.values : kept_centre(lane, 0);
+      this->rows_.row_dots(gradient_of(b, h, chunk), {row, 0}, m.sum_dots);
     } else if (this->problem_.policy.value_sum) {
       this->rows_.pack_rows(this->values(b, h, chunk), nullptr, m.value_rows);
       this->rows_.pack_rows(gradient_of(b, h, chunk), nullptr, m.gradient_rows);
