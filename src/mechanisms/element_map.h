@@ -47,7 +47,8 @@ class ElementMap : public chunked::RowMap<T> {
   const kernels::ElementMapKernels<T>& maps_;
 };
 
-/// The same of the keys of centred states [B,Hkv,L,D]: offsets are means over some rows of each head.
+/// The same of the keys of centred states [B,Hkv,L,D]: offsets are medians of some rows of each head, which
+/// a few rows far from the others do not move.
 template <class T>
 class CentredElementMap : public ElementMap<T> {
  public:
@@ -64,10 +65,11 @@ class CentredElementMap : public ElementMap<T> {
       this->map(at, {first, keys.dtype(), keys.stride(2) * step, count, width_}, 0, width_,
                 {memory.data(), width_});
       for (int64_t f = 0; f < width_; ++f) {
-        T sum = 0;
-        for (int64_t r = 0; r < count; ++r) sum += memory[static_cast<size_t>(r * width_ + f)];
-        const T mean = sum / static_cast<T>(count);
-        if (std::isfinite(mean)) offsets_[static_cast<size_t>(lane * width_ + f)] = mean;
+        T some[kMostRows];
+        for (int64_t r = 0; r < count; ++r) some[r] = memory[static_cast<size_t>(r * width_ + f)];
+        if (!std::all_of(some, some + count, [](T x) { return std::isfinite(x); })) continue;
+        std::nth_element(some, some + count / 2, some + count);
+        offsets_[static_cast<size_t>(lane * width_ + f)] = some[count / 2];
       }
     }
   }

@@ -279,7 +279,7 @@ void magnitude_aware_linear_attention_backward(const Tensor& q, const Tensor& k,
   chunked::check_out(kBackward, "out_gradient", out_gradient, out_shape(q, v), q.dtype());
   const State sums{state_gradient.s, state_gradient.k_sum, state_gradient.v_sum, {}};
   if (any_of(sums) && !options.causal)
-    fail(kOp, "a gradient of a state without causal", "only causal calls have one");
+    fail(kBackward, "a gradient of a state without causal", "only causal calls have one");
   check_sums(kBackward, "state_gradient", sums, q, v);
   chunked::check_out(kBackward, "gradient of q", gradients.q, q.shape(), q.dtype());
   chunked::check_out(kBackward, "gradient of k", gradients.k, k.shape(), k.dtype());
