@@ -6,7 +6,7 @@
 //   lse[b,h,p] = log sum over the visible m (and the sink) of exp S      natural logarithm
 //
 // q [B,H,Lq,D]  k [B,Hkv,Lk,D]  v [B,Hkv,Lk,Dv]  out [B,H,Lq,Dv]  lse [B,H,Lq]
-// H % Hkv == 0; D and Dv from 1 to 256; any strides with a unit stride in the last dimension.
+// H % Hkv == 0; D and Dv from 1; any strides with a unit stride in the last dimension.
 // float64, float32, bfloat16, float16; out has q's type. Scores, statistics and sums are float32
 // (float64 for float64, where everything is float64); lse is float32 or float64 accordingly.
 // A row that sees no key: out = 0, lse = -inf (its sink, if there is one), gradients 0.

@@ -1,20 +1,24 @@
 """Seeds as the operators take them."""
 
 import torch
+from torch import Tensor
 
 from heed._numbers import whole_number
 
 
-def drawn_seed() -> int:
+def drawn_seed() -> Tensor:
     """One from PyTorch's generator."""
-    return torch.randint(2**62, ()).item()  # a symbol where the call is traced
+    return torch.randint(2**62, ())
 
 
-def dropout_seed(seed: int | None, dropout_p: float) -> int:
-    """The seed given, or for ``None`` one that is drawn, if anything is dropped."""
+def dropout_seeds(seed: int | None, dropout_p: float) -> tuple[int, Tensor | None]:
+    """``seed`` and ``drawn_seed`` of an operator: for ``None`` one is drawn, if anything is dropped.
+
+    It stays a tensor: as a number it would end the graph of ``torch.compile``.
+    """
     if seed is not None:
-        return signed_seed(seed)
-    return drawn_seed() if dropout_p != 0.0 else 0
+        return signed_seed(seed), None
+    return 0, drawn_seed() if dropout_p != 0.0 else None
 
 
 def signed_seed(seed: int) -> int:

@@ -1,5 +1,6 @@
 """Softmax attention for new tokens over a cache, and results merged from parts."""
 
+from math import prod
 from typing import Literal, overload
 
 import torch
@@ -139,7 +140,9 @@ def merge_attention(
                 f"merge_attention: {name} has shape {list(part.shape)}, needed is {list(size)} "
                 f"beside out_a {list(shape)}"
             )
-    count = rows.numel()  # without the sizes of out_a none could be inferred where Dv is 0
+    # Without the sizes of out_a none could be inferred where Dv is 0; rows.numel() would fix those that
+    # torch.export leaves open.
+    count = prod(rows)
     out, lse = _ops.merge_attention(
         *(part.reshape(1, 1, count, *part.shape[len(rows) :]) for part in parts)
     )

@@ -8,7 +8,7 @@ from torch import Tensor
 from heed._autocast import autocast
 from heed._masks import Window, window_sides
 from heed._numbers import number, whole_pair
-from heed._seeds import dropout_seed
+from heed._seeds import dropout_seeds
 
 _ops = torch.ops.heed
 
@@ -81,9 +81,9 @@ def flash_attention(
     query ``i`` sees, with the key head ``g = h // (H // Hkv)``.
 
     Args:
-        q: ``[B, H, Lq, D]``, float64, float32, bfloat16 or float16; ``D`` from 1 to 256.
+        q: ``[B, H, Lq, D]``, float64, float32, bfloat16 or float16; any ``D`` from 1.
         k: ``[B, Hkv, Lk, D]``, same type; ``H`` is a multiple of ``Hkv``.
-        v: ``[B, Hkv, Lk, Dv]``, same type; ``Dv`` from 1 to 256. The last dimension of q, k and v
+        v: ``[B, Hkv, Lk, Dv]``, same type; any ``Dv`` from 1. The last dimension of q, k and v
             has stride 1; all other strides are free, nothing is copied. Under ``torch.autocast``
             for the CPU the three are taken in its type (float64 stays float64).
         causal: query ``i`` sees keys ``j <= i + Lk - Lq``: aligned to the end of the keys, so that
@@ -152,7 +152,7 @@ def flash_attention(
         rows,
         keys,
         number(op, "dropout_p", dropout_p),
-        dropout_seed(seed, dropout_p),
+        *dropout_seeds(seed, dropout_p),
     )
     return (out, lse) if return_lse else out
 
@@ -258,6 +258,6 @@ def flash_attention_varlen(
         alibi_slopes,
         sink,
         number(op, "dropout_p", dropout_p),
-        dropout_seed(seed, dropout_p),
+        *dropout_seeds(seed, dropout_p),
     )
     return (out, lse) if return_lse else out

@@ -115,7 +115,7 @@ def scaled_dot_product_attention(
     drops_all = dropout_p == 1.0
     if dropout_p != 0.0 and not drops_all:
         options["dropout_p"] = dropout_p
-        options["seed"] = drawn_seed()
+        options["drawn_seed"] = drawn_seed()
     try:
         out, _ = _ops.flash_attention(q, k, v, **options)
     except (ValueError, TypeError, RuntimeError) as error:

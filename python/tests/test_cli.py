@@ -353,7 +353,8 @@ def test_explain_of_options():
 
 
 def test_explain_refuses_what_the_operator_refuses():
-    assert "1 to 256 is supported" in error_of("explain", "flash", "--q", "1,2,64,512")
+    assert "1 to 256 is supported" in error_of("explain", "sigmoid", "--q", "1,2,64,512")
+    assert heed_json("explain", "flash", "--q", "1,2,64,512")
     message = error_of("explain", "flash", "--q", "1,2,64,32", "--k", "1,3,64,32")
     assert "q has 2 heads, k has 3" in message
     assert "head dim 11" in error_of("explain", "lightning", "--q", "1,8,512,64", "--k", "1,3,7,11")

@@ -58,7 +58,7 @@ def check_decode(
 
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("lq", [1, 3, 16])
-@pytest.mark.parametrize("d, dv", [(1, 1), (5, 9), (64, 64), (80, 33), (256, 200)])
+@pytest.mark.parametrize("d, dv", [(1, 1), (5, 9), (64, 64), (80, 33), (256, 200), (577, 260)])
 def test_decode_sizes(dtype, lq, d, dv):
     q, k, v = random_qkv(3, 6, 2, lq, 200, d, dv, dtype)
     check_decode(q, k, v, torch.tensor([200, 16, 77]))
@@ -223,6 +223,21 @@ def test_merge_of_any_rank_under_compile_and_vmap():
     )
     for found in (compiled(*parts), torch.vmap(heed.merge_attention)(*parts)):
         assert all(torch.equal(f, e) for f, e in zip(found, expected))
+
+
+def test_merge_of_any_rank_is_exported_with_open_sizes():
+    class Merge(torch.nn.Module):
+        def forward(self, *parts):
+            return heed.merge_attention(*parts)
+
+    def packed(tokens):
+        return (random(tokens, 3, 8), random(tokens, 3), random(tokens, 3, 8), random(tokens, 3))
+
+    sizes = ({0: torch.export.Dim("tokens")},) * 4
+    exported = torch.export.export(Merge(), packed(4), dynamic_shapes=(sizes,)).module()
+    parts = packed(7)
+    for found, expected in zip(exported(*parts), heed.merge_attention(*parts)):
+        assert torch.equal(found, expected)
 
 
 def test_mistakes_of_merges_of_any_rank():

@@ -36,7 +36,7 @@ def check(q, k, v, *, causal=False, window=(-1, -1), lengths=None, scale=None, v
 @pytest.mark.parametrize("causal", [False, True])
 @pytest.mark.parametrize("lk", [1, 7, 129])
 @pytest.mark.parametrize("lq", [1, 7, 129])
-@pytest.mark.parametrize("d, dv", [(1, 3), (5, 5), (63, 17), (80, 80), (200, 256), (256, 1)])
+@pytest.mark.parametrize("d, dv", [(1, 3), (5, 5), (63, 17), (80, 80), (200, 256), (256, 1), (257, 576)])
 def test_sizes(dtype, causal, lq, lk, d, dv):
     check(*random_qkv(2, 4, 2, lq, lk, d, dv, dtype), causal=causal)
 

@@ -30,6 +30,11 @@ CALLS = {
         (*(t[0].transpose(0, 1) for t in (Q, K, V)), *ENDS),
         {"alibi_slopes": random(4), "sink": random(4), "dropout_p": 0.25, "seed": 3},
     ),
+    "flash_attention with a drawn seed": (
+        OPS.flash_attention.default,
+        (Q, K, V),
+        {"dropout_p": 0.25, "drawn_seed": torch.tensor(2**61)},
+    ),
     "decode_attention": (
         OPS.decode_attention.default,
         (Q, K, V, LENGTHS),
@@ -77,9 +82,7 @@ QKV_MISTAKES = [
     (lambda f: f(q=random(2, 4, 8, 5).mT), ValueError, ["q ", "stride"]),
     (lambda f: f(k=random(2, 2, 8, 7).mT), ValueError, ["k ", "stride"]),
     (lambda f: f(v=random(2, 2, 6, 7).mT), ValueError, ["v ", "stride"]),
-    (lambda f: f(q=Q[..., :0], k=K[..., :0]), ValueError, ["q ", "256"]),
-    (lambda f: f(q=random(2, 4, 5, 257), k=random(2, 2, 7, 257)), ValueError, ["q ", "257", "256"]),
-    (lambda f: f(v=random(2, 2, 7, 257)), ValueError, ["v ", "257", "256"]),
+    (lambda f: f(q=Q[..., :0], k=K[..., :0]), ValueError, ["q ", "head dim 0"]),
     (lambda f: f(q=Q.int(), k=K.int(), v=V.int()), TypeError, ["q ", "int32"]),
     (lambda f: f(q=Q.cfloat()), TypeError, ["q ", "ComplexFloat"]),
     (lambda f: f(k=K.double()), TypeError, ["k ", "float64", "float32"]),
@@ -95,6 +98,11 @@ QKV_MISTAKES = [
     (lambda f: f(lengths=LENGTHS.to("meta")), RuntimeError, ["lengths", "meta"]),
     (lambda f: f(lengths=[7, 5]), RuntimeError, ["lengths", "list"]),
     (lambda f: f(scale="1"), RuntimeError, ["scale", "str"]),
+]
+
+WIDE_MISTAKES = [
+    (lambda f: f(q=random(2, 4, 5, 257), k=random(2, 2, 7, 257)), ValueError, ["q ", "257", "256"]),
+    (lambda f: f(v=random(2, 2, 7, 257)), ValueError, ["v ", "257", "256"]),
 ]
 
 WINDOW_MISTAKES = [
@@ -118,6 +126,11 @@ def expect_error(call, operator, error, words):
 @pytest.mark.parametrize("call, error, words", QKV_MISTAKES + WINDOW_MISTAKES)
 def test_mistakes(operator, call, error, words):
     expect_error(call, operator, error, [f"{operator.__name__}_attention", *words])
+
+
+@pytest.mark.parametrize("call, error, words", WIDE_MISTAKES)
+def test_mistakes_of_head_dims(call, error, words):
+    expect_error(call, sigmoid, error, ["sigmoid_attention", *words])
 
 
 @pytest.mark.parametrize("call, error, words", QKV_MISTAKES)

@@ -230,3 +230,4 @@ def test_dropout_in_one_graph():
     torch.manual_seed(3)
     assert torch.equal(found, attend(x)) and torch.equal(next_found, attend(x))
     assert not torch.equal(found, next_found)
+    assert torch._dynamo.explain(attend)(x).graph_break_count == 0

@@ -42,6 +42,7 @@ CALLS = {
         dict(order=1, initial_s=random(2, 4, 9, 6, seed=9), initial_z=features(2, 4, 9) * 9, return_state=True),
     ),
     "mala": (OPS.magnitude_aware_linear_attention, SELF, dict(rope=(2, 3))),
+    "mala_sums": (OPS.magnitude_aware_linear_attention, QKV, dict(return_state=True)),
     "mala_state": (
         OPS.magnitude_aware_linear_attention,
         QKV,

@@ -175,6 +175,45 @@ def test_models_of_the_interface(model, config, options, inputs):
     torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)
 
 
+LATENT = dict(
+    SMALL,
+    num_attention_heads=4,
+    num_key_value_heads=4,
+    q_lora_rank=16,
+    kv_lora_rank=16,
+    qk_nope_head_dim=8,
+    qk_rope_head_dim=8,
+    v_head_dim=10,
+    head_dim=8,
+    n_routed_experts=4,
+    n_group=1,
+    topk_group=1,
+    num_experts_per_tok=2,
+    moe_intermediate_size=32,
+    index_topk=3,
+)
+
+
+@pytest.mark.parametrize("side", [None, "left"])
+def test_model_that_chooses_keys(side):
+    inputs = {} if side is None else dict(attention_mask=padding(side))
+    found, expected = (
+        tiny("DeepseekV32ForCausalLM", "DeepseekV32Config", i, **LATENT)(TOKENS, **inputs).logits
+        for i in ("heed", "sdpa")
+    )
+    real = slice(None) if side is None else padding(side).bool()
+    torch.testing.assert_close(found[real], expected[real], rtol=1e-4, atol=1e-4)
+
+
+def test_model_of_wide_heads():
+    options = {**SHARED_KEYS, "global_head_dim": 512}
+    found, expected = (
+        tiny("Gemma4ForCausalLM", "Gemma4TextConfig", i, **options)(TOKENS).logits
+        for i in ("heed", "sdpa")
+    )
+    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)
+
+
 def test_model_of_two_models():
     name = "LlavaForConditionalGeneration"
     expected = tiny(name, "LlavaConfig", "sdpa", **LLAVA)

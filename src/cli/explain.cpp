@@ -32,7 +32,7 @@ ExampleCase example_of(const Mechanism& mechanism, const Arguments& arguments) {
   return example;
 }
 
-// What operators refuse before any kernel is asked. Only kernels of tiles have a largest head dim.
+// What operators refuse before any kernel is asked. Only mechanisms of tiles have a largest head dim.
 void check_operands(const Mechanism& mechanism, const NamedTensors& in) {
   const bool cache = in.contains("k_cache");
   const OperandNames names = cache ? OperandNames{"k_cache", "v_cache"} : OperandNames();
@@ -40,8 +40,9 @@ void check_operands(const Mechanism& mechanism, const NamedTensors& in) {
   const Tensor& k = in.at(names.k);
   const Tensor& v = in.contains(names.v) ? in.at(names.v) : k;
   const Tensor& q = in.at("q");
-  check_attention(mechanism.name.c_str(), q, k, v, names,
-                  mechanism.engine == "tiled" ? kMaxHeadDim : kAnyHeadDim);
+  check_attention(
+      mechanism.name.c_str(), q, k, v, names,
+      mechanism.engine == "tiled" && !mechanism.any_head_dim ? kMaxHeadDim : kAnyHeadDim);
   if (cache) check_decode_queries(mechanism.name.c_str(), q);
 }
 

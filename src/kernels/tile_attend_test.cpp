@@ -128,9 +128,9 @@ void check_attend(const TileKernels<float>& k, const AttendCase& c,
   }
 }
 
-constexpr Sizes kAttendSizes[] = {{1, 1, 1, 1},      {5, 7, 3, 2},       {32, 64, 64, 64},
-                                  {31, 129, 33, 48}, {64, 640, 64, 64},  {70, 97, 65, 33},
-                                  {40, 700, 80, 80}, {33, 520, 128, 128}};
+constexpr Sizes kAttendSizes[] = {{1, 1, 1, 1},      {5, 7, 3, 2},        {32, 64, 64, 64},
+                                  {31, 129, 33, 48}, {64, 640, 64, 64},   {70, 97, 65, 33},
+                                  {40, 700, 80, 80}, {33, 520, 128, 128}, {21, 130, 520, 300}};
 
 std::vector<KeyRange> window_ranges(int64_t rows, int64_t keys) {
   std::vector<KeyRange> ranges;

@@ -16,18 +16,6 @@ inline Array numbers(std::initializer_list<double> values) {
   return result;
 }
 
-// Root mean square of a - b over that of b; NaN if any is.
-inline double relative_error(const Tensor& a, const Tensor& b) {
-  const Array x = convert(a, DType::f64), y = convert(b, DType::f64);
-  double error = 0, size = 0;
-  for (int64_t i = 0; i < x.count(); ++i) {
-    const double d = x.as<double>()[i] - y.as<double>()[i];
-    error += d * d;
-    size += y.as<double>()[i] * y.as<double>()[i];
-  }
-  return error == 0 ? 0 : std::sqrt(error / size);
-}
-
 inline double inner(const Tensor& a, const Tensor& b) {
   const Array x = convert(a, DType::f64), y = convert(b, DType::f64);
   double sum = 0;

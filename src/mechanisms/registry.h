@@ -74,6 +74,7 @@ struct Mechanism {
   std::vector<int> sheets;
   std::vector<std::string> arxiv;
   std::string engine;                          // "tiled" or "chunked" or "none"
+  bool any_head_dim = false;                   // or those up to kMaxHeadDim
   std::string pass_rank;                       // the rank whose passes are counted, usually "m"
   std::string card;                            // Markdown, one page
   std::vector<CascadeText> cascades;           // the definition first, then the fast form

@@ -225,11 +225,15 @@ at::Tensor empty_result(c10::SymIntArrayRef shape, const at::Tensor& like, at::S
   return take(Array(*dtype, Dims({sizes->data(), sizes->size()})), like);
 }
 
+at::Tensor empty_out(const at::Tensor& q, const at::Tensor& v) {
+  const c10::SymInt shape[] = {q.sym_size(0), q.sym_size(1), q.sym_size(2), v.sym_size(3)};
+  return empty_result(shape, q, q.scalar_type());
+}
+
 std::pair<at::Tensor, at::Tensor> empty_results(const at::Tensor& q, const at::Tensor& v,
                                                 bool lse) {
-  const c10::SymInt shape[] = {q.sym_size(0), q.sym_size(1), q.sym_size(2), v.sym_size(3)};
-  return {empty_result(shape, q, q.scalar_type()),
-          empty_statistic(q, c10::SymIntArrayRef(shape, 3), lse)};
+  const c10::SymInt rows[] = {q.sym_size(0), q.sym_size(1), q.sym_size(2)};
+  return {empty_out(q, v), empty_statistic(q, rows, lse)};
 }
 
 std::tuple<at::Tensor, at::Tensor, at::Tensor> empty_wide_results(const at::Tensor& q,

@@ -110,6 +110,8 @@ std::optional<int64_t> window_side(const char* op, const char* side, int64_t val
 /// A result of this type beside inputs like `like`; also for symbolic shapes.
 at::Tensor empty_result(c10::SymIntArrayRef shape, const at::Tensor& like, at::ScalarType type);
 
+/// A result out [B,H,Lq,Dv]; also for symbolic shapes.
+at::Tensor empty_out(const at::Tensor& q, const at::Tensor& v);
 /// Results of softmax attention: out [B,H,Lq,Dv], lse [B,H,Lq] or [0]; also for symbolic shapes.
 std::pair<at::Tensor, at::Tensor> empty_results(const at::Tensor& q, const at::Tensor& v,
                                                 bool lse = true);

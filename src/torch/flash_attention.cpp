@@ -25,10 +25,10 @@ constexpr const char* kVarlen = "flash_attention_varlen";
       std::optional<double> scale, double softcap, const MaybeTensor &alibi_slopes,            \
       const MaybeTensor &mask, const MaybeTensor &bias, const MaybeTensor &sink,               \
       const MaybeTensor &block_mask, int64_t block_rows, int64_t block_keys, double dropout_p, \
-      int64_t seed
+      int64_t seed, const MaybeTensor &drawn_seed
 #define HEED_FLASH_NAMES                                                                      \
   causal, window_left, window_right, lengths, scale, softcap, alibi_slopes, mask, bias, sink, \
-      block_mask, block_rows, block_keys, dropout_p, seed
+      block_mask, block_rows, block_keys, dropout_p, seed, drawn_seed
 
 // A mask and a bias have any shape that broadcasts to the scores.
 void check_score_inputs(const MaybeTensor& mask, const MaybeTensor& bias, c10::Device device) {
@@ -50,6 +50,14 @@ MaybeTensor score_input(const MaybeTensor& given) {
   return as_it_lies ? *given : given->contiguous();
 }
 
+uint64_t seed_of(const char* op, int64_t seed, const MaybeTensor& drawn) {
+  if (!drawn || !drawn->defined()) return static_cast<uint64_t>(seed);
+  check_tensor({op, "drawn_seed", *drawn}, 0, at::kCPU);
+  TORCH_CHECK_TYPE(drawn->scalar_type() == at::kLong, op, ": drawn_seed has type ",
+                   drawn->scalar_type(), ", needed is int64");
+  return static_cast<uint64_t>(*drawn->const_data_ptr<int64_t>());
+}
+
 // Options and what their views point to.
 struct HeldFlash {
   HeldFlash(const at::Tensor& q, HEED_FLASH_ARGS)
@@ -67,7 +75,7 @@ struct HeldFlash {
     options.block_mask = view(held[4]);
     options.block_size = {block_rows, block_keys};
     options.dropout_p = dropout_p;
-    options.seed = static_cast<uint64_t>(seed);
+    options.seed = seed_of(kFlash, seed, drawn_seed);
   }
   HeldMasks masks;
   MaybeTensor held[5];
@@ -116,7 +124,7 @@ Results flash_meta(const at::Tensor& q, const at::Tensor& k, const at::Tensor& v
                    c10::SymInt, const MaybeTensor& lengths, std::optional<double>, double,
                    const MaybeTensor& alibi_slopes, const MaybeTensor& mask,
                    const MaybeTensor& bias, const MaybeTensor& sink, const MaybeTensor& block_mask,
-                   int64_t, int64_t, double, c10::SymInt) {
+                   int64_t, int64_t, double, c10::SymInt, const MaybeTensor& drawn_seed) {
   const Arg args[] = {{kFlash, "q", q}, {kFlash, "k", k}, {kFlash, "v", v}};
   check_qkv(args[0], args[1], args[2]);
   check_qkv_shapes(args[0], args[1], args[2]);
@@ -125,6 +133,7 @@ Results flash_meta(const at::Tensor& q, const at::Tensor& k, const at::Tensor& v
   check_score_inputs(mask, bias, q.device());
   check_optional(kFlash, "sink", sink, 1, q.device());
   check_optional(kFlash, "block_mask", block_mask, 3, q.device());
+  check_optional(kFlash, "drawn_seed", drawn_seed, 0, q.device());
   return empty_results(q, v);
 }
 // NOLINTEND(performance-unnecessary-value-param)
@@ -132,9 +141,9 @@ Results flash_meta(const at::Tensor& q, const at::Tensor& k, const at::Tensor& v
 #define HEED_VARLEN_ARGS                                                                          \
   bool causal, int64_t window_left, int64_t window_right, std::optional<double> scale,            \
       double softcap, const MaybeTensor &alibi_slopes, const MaybeTensor &sink, double dropout_p, \
-      int64_t seed
+      int64_t seed, const MaybeTensor &drawn_seed
 #define HEED_VARLEN_NAMES \
-  causal, window_left, window_right, scale, softcap, alibi_slopes, sink, dropout_p, seed
+  causal, window_left, window_right, scale, softcap, alibi_slopes, sink, dropout_p, seed, drawn_seed
 
 struct HeldVarlen {
   HeldVarlen(const at::Tensor& q, const at::Tensor& cu_q, const at::Tensor& cu_k, HEED_VARLEN_ARGS)
@@ -151,7 +160,7 @@ struct HeldVarlen {
     options.alibi_slopes = view(held[0]);
     options.sink = view(held[1]);
     options.dropout_p = dropout_p;
-    options.seed = static_cast<uint64_t>(seed);
+    options.seed = seed_of(kVarlen, seed, drawn_seed);
   }
   MaybeTensor held[2];
   at::Tensor queries, keys;
@@ -163,6 +172,13 @@ void check_packed(const at::Tensor& q, const at::Tensor& k, const at::Tensor& v)
   for (const Arg& arg : {Arg{kVarlen, "q", q}, Arg{kVarlen, "k", k}, Arg{kVarlen, "v", v}}) {
     check_floating(arg, 3, q.device(), q.scalar_type());
   }
+}
+
+// As check_qkv_shapes, for rows [T,H,D].
+void check_packed_shapes(const at::Tensor& q, const at::Tensor& k, const at::Tensor& v) {
+  const auto by_head = [](const at::Tensor& t) { return t.unsqueeze(0).transpose(1, 2); };
+  const at::Tensor q4 = by_head(q), k4 = by_head(k), v4 = by_head(v);
+  check_qkv_shapes({kVarlen, "q", q4}, {kVarlen, "k", k4}, {kVarlen, "v", v4});
 }
 
 Results varlen_cpu(const at::Tensor& q, const at::Tensor& k, const at::Tensor& v,
@@ -204,12 +220,15 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor> varlen_ba
 Results varlen_meta(const at::Tensor& q, const at::Tensor& k, const at::Tensor& v,
                     const at::Tensor& cu_seqlens_q, const at::Tensor& cu_seqlens_k, bool,
                     c10::SymInt, c10::SymInt, std::optional<double>, double,
-                    const MaybeTensor& alibi_slopes, const MaybeTensor& sink, double, c10::SymInt) {
+                    const MaybeTensor& alibi_slopes, const MaybeTensor& sink, double, c10::SymInt,
+                    const MaybeTensor& drawn_seed) {
   check_packed(q, k, v);
+  check_packed_shapes(q, k, v);
   check_tensor({kVarlen, "cu_seqlens_q", cu_seqlens_q}, 1, q.device());
   check_tensor({kVarlen, "cu_seqlens_k", cu_seqlens_k}, 1, q.device());
   check_slopes(kVarlen, alibi_slopes, q.device());
   check_optional(kVarlen, "sink", sink, 1, q.device());
+  check_optional(kVarlen, "drawn_seed", drawn_seed, 0, q.device());
   const c10::SymInt out[] = {q.sym_size(0), q.sym_size(1), v.sym_size(2)};
   const c10::SymInt lse[] = {q.sym_size(1), q.sym_size(0)};
   return {at::empty_symint(out, q.options()),

@@ -48,7 +48,7 @@ KernelizedRpeOptions options_of(HEED_RPE_INPUTS, at::OptionalIntArrayRef grid,
 at::Tensor rpe_cpu(HEED_RPE_INPUTS, at::OptionalIntArrayRef grid, c10::string_view path) {
   const KernelizedRpeOptions options = options_of(HEED_RPE_NAMES, grid, path);
   const MaybeTensor plain[] = {parameter_input(rpb, q), parameter_input(projection, q)};
-  const at::Tensor out = empty_results(q, v).first;
+  const at::Tensor out = empty_out(q, v);
   guarded([&] {
     kernelized_rpe_attention(view(q), view(k), view(v), view(plain[0]), view(plain[1]), view(out),
                              options, run_options());
@@ -77,7 +77,7 @@ at::Tensor rpe_meta(HEED_RPE_INPUTS, at::OptionalSymIntArrayRef grid, c10::strin
   check_qkv_shapes({kRpe, "q", q}, {kRpe, "k", k}, {kRpe, "v", v});
   TORCH_CHECK_VALUE(k.sym_size(2) == q.sym_size(2), kRpe, ": k has length ", k.sym_size(2),
                     " but q has ", q.sym_size(2));
-  return empty_results(q, v).first;
+  return empty_out(q, v);
 }
 // NOLINTEND(performance-unnecessary-value-param)
 

@@ -30,8 +30,7 @@ void check_inputs(HEED_LIGHTNING_INPUTS) {
 }
 
 Results empty_lightning(const at::Tensor& q, const at::Tensor& v, bool return_state) {
-  return {empty_results(q, v).first,
-          empty_statistic(q, state_shape(q, q.sym_size(3), v), return_state)};
+  return {empty_out(q, v), empty_statistic(q, state_shape(q, q.sym_size(3), v), return_state)};
 }
 
 Results lightning_cpu(HEED_LIGHTNING_INPUTS, bool return_state) {

@@ -37,7 +37,7 @@ LinearOptions checked_options(HEED_LINEAR_INPUTS) {
 
 Results empty_linear(const at::Tensor& q, const at::Tensor& v, bool return_s, bool return_z) {
   const auto shape = state_shape(q, q.sym_size(3), v);
-  return {empty_results(q, v).first, empty_statistic(q, shape, return_s),
+  return {empty_out(q, v), empty_statistic(q, shape, return_s),
           empty_statistic(q, c10::SymIntArrayRef(shape).slice(0, 3), return_z)};
 }
 

@@ -15,7 +15,7 @@ constexpr const char* kLocal = "local_linear_attention";
 at::Tensor local_cpu(const at::Tensor& q, const at::Tensor& k, const at::Tensor& v, double ridge,
                      bool causal, std::optional<double> scale) {
   check_qkv({kLocal, "q", q}, {kLocal, "k", k}, {kLocal, "v", v});
-  const at::Tensor out = empty_results(q, v).first;
+  const at::Tensor out = empty_out(q, v);
   guarded([&] {
     local_linear_attention(view(q), view(k), view(v), view(out), {ridge, causal, scale},
                            run_options());
@@ -40,7 +40,7 @@ at::Tensor local_meta(const at::Tensor& q, const at::Tensor& k, const at::Tensor
                       std::optional<double>) {
   check_qkv({kLocal, "q", q}, {kLocal, "k", k}, {kLocal, "v", v});
   check_qkv_shapes({kLocal, "q", q}, {kLocal, "k", k}, {kLocal, "v", v});
-  return empty_results(q, v).first;
+  return empty_out(q, v);
 }
 
 }  // namespace

@@ -68,7 +68,7 @@ MagnitudeAwareOptions options_of(const at::Tensor& q, const at::Tensor& k, const
 Results empty_magnitude_aware(const at::Tensor& q, const at::Tensor& v, bool return_state) {
   const auto shape = state_shape(q, q.sym_size(3), v);
   const c10::SymInt v_sum[] = {shape[0], shape[1], shape[3]};
-  return {empty_results(q, v).first, empty_statistic(q, shape, return_state),
+  return {empty_out(q, v), empty_statistic(q, shape, return_state),
           empty_statistic(q, c10::SymIntArrayRef(shape).slice(0, 3), return_state),
           empty_statistic(q, v_sum, return_state),
           empty_statistic(q, c10::SymIntArrayRef(shape).slice(0, 1), return_state)};
@@ -101,9 +101,11 @@ magnitude_aware_backward_cpu(const MaybeTensor& grad_out, const MaybeTensor& gra
   const at::Tensor g = out_gradient(grad_out, q, v);
   MagnitudeAwareGradients to;
   guarded([&] {
-    const MagnitudeAwareState state_gradient = {view_wanted(grad_s, return_state),
-                                                view_wanted(grad_k_sum, return_state),
-                                                view_wanted(grad_v_sum, return_state),
+    // Without causal it is no state that a caller sees, but what spares this backward a sum.
+    const bool state = return_state && causal;
+    const MagnitudeAwareState state_gradient = {view_wanted(grad_s, state),
+                                                view_wanted(grad_k_sum, state),
+                                                view_wanted(grad_v_sum, state),
                                                 {}};
     to = magnitude_aware_linear_attention_backward(view(q), view(k), view(v), view(g),
                                                    state_gradient, options, run_options());

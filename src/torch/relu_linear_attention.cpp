@@ -24,7 +24,7 @@ void check_inputs(HEED_RELU_LINEAR_INPUTS) {
 
 Results empty_relu_linear(const at::Tensor& q, const at::Tensor& v, bool return_state) {
   const auto shape = state_shape(q, q.sym_size(3), v);
-  return {empty_results(q, v).first, empty_statistic(q, shape, return_state),
+  return {empty_out(q, v), empty_statistic(q, shape, return_state),
           empty_statistic(q, c10::SymIntArrayRef(shape).slice(0, 3), return_state)};
 }
 

@@ -12,11 +12,12 @@ TORCH_LIBRARY(heed, m) {
 
   // An operator with a gradient has a twin `..._backward`; src/torch/autograd.cpp says how its
   // arguments and results are found by their names.
+  // `drawn_seed` stands in for `seed`: a number that PyTorch drew needs not be known where a call is traced.
 #define HEED_FLASH_OPTIONS                                                                  \
   "bool causal=False, SymInt window_left=-1, SymInt window_right=-1, Tensor? lengths=None," \
   " float? scale=None, float softcap=0.0, Tensor? alibi_slopes=None, Tensor? mask=None,"    \
   " Tensor? bias=None, Tensor? sink=None, Tensor? block_mask=None, int block_rows=64,"      \
-  " int block_keys=64, float dropout_p=0.0, SymInt seed=0"
+  " int block_keys=64, float dropout_p=0.0, SymInt seed=0, Tensor? drawn_seed=None"
   m.def("flash_attention(Tensor q, Tensor k, Tensor v, " HEED_FLASH_OPTIONS
         ") -> (Tensor out, Tensor lse)");
   m.def(
@@ -28,7 +29,7 @@ TORCH_LIBRARY(heed, m) {
 #define HEED_VARLEN_OPTIONS                                                              \
   "bool causal=False, SymInt window_left=-1, SymInt window_right=-1, float? scale=None," \
   " float softcap=0.0, Tensor? alibi_slopes=None, Tensor? sink=None,"                    \
-  " float dropout_p=0.0, SymInt seed=0"
+  " float dropout_p=0.0, SymInt seed=0, Tensor? drawn_seed=None"
   m.def(
       "flash_attention_varlen(Tensor q, Tensor k, Tensor v, Tensor cu_seqlens_q,"
       " Tensor cu_seqlens_k, " HEED_VARLEN_OPTIONS ") -> (Tensor out, Tensor lse)");
@@ -49,7 +50,7 @@ TORCH_LIBRARY(heed, m) {
       "merge_attention_backward(Tensor grad_out, Tensor? grad_lse, Tensor out_a, Tensor lse_a,"
       " Tensor out_b, Tensor lse_b)"
       " -> (Tensor grad_out_a, Tensor grad_lse_a, Tensor grad_out_b, Tensor grad_lse_b)");
-#define HEED_PARALLAX_OPTIONS                                                               \
+#define HEED_MASK_OPTIONS                                                                   \
   "bool causal=False, SymInt window_left=-1, SymInt window_right=-1, Tensor? lengths=None," \
   " float? scale=None"
   // `statistics` asks for what the backward reads; without it those results are empty, and a backward
@@ -57,11 +58,11 @@ TORCH_LIBRARY(heed, m) {
 #define HEED_STATISTICS ", bool statistics=False"
   m.def(
       "parallax_attention(Tensor q, Tensor r, Tensor k, Tensor "
-      "v, " HEED_PARALLAX_OPTIONS HEED_STATISTICS
+      "v, " HEED_MASK_OPTIONS HEED_STATISTICS
       ") -> (Tensor out, Tensor v_mean, Tensor t_mean, Tensor lse)");
   m.def(
       "parallax_attention_backward(Tensor grad_out, Tensor? grad_lse, Tensor q, Tensor r, Tensor k,"
-      " Tensor v, Tensor out, Tensor v_mean, Tensor t_mean, Tensor lse, " HEED_PARALLAX_OPTIONS
+      " Tensor v, Tensor out, Tensor v_mean, Tensor t_mean, Tensor lse, " HEED_MASK_OPTIONS
       ") -> (Tensor grad_q, Tensor grad_r, Tensor grad_k, Tensor grad_v)");
   m.def(
       "relative_attention(Tensor q, Tensor k, Tensor v, Tensor rel_key, Tensor rel_bias,"
@@ -71,16 +72,13 @@ TORCH_LIBRARY(heed, m) {
       " Tensor rel_key, Tensor rel_bias, Tensor content_bias, Tensor out, Tensor lse,"
       " bool causal=True, float? scale=None) -> (Tensor grad_q, Tensor grad_k, Tensor grad_v,"
       " Tensor grad_rel_key, Tensor grad_rel_bias, Tensor grad_content_bias)");
-#define HEED_AFFINE_OPTIONS                                                                 \
-  "bool causal=False, SymInt window_left=-1, SymInt window_right=-1, Tensor? lengths=None," \
-  " float? scale=None"
   m.def(
       "affine_scaled_attention(Tensor q, Tensor k, Tensor v, Tensor alpha, Tensor "
-      "alpha_mean," HEED_AFFINE_OPTIONS HEED_STATISTICS
+      "alpha_mean," HEED_MASK_OPTIONS HEED_STATISTICS
       ") -> (Tensor out, Tensor softmax_out, Tensor lse)");
   m.def(
       "affine_scaled_attention_backward(Tensor grad_out, Tensor q, Tensor k, Tensor v,"
-      " Tensor alpha, Tensor alpha_mean, Tensor softmax_out, Tensor lse, " HEED_AFFINE_OPTIONS
+      " Tensor alpha, Tensor alpha_mean, Tensor softmax_out, Tensor lse, " HEED_MASK_OPTIONS
       ") -> (Tensor grad_q, Tensor grad_k, Tensor grad_v, Tensor grad_alpha,"
       " Tensor grad_alpha_mean)");
   m.def("depthwise_causal_conv(Tensor x, Tensor weight, Tensor? bias=None) -> Tensor out");
@@ -101,9 +99,6 @@ TORCH_LIBRARY(heed, m) {
       "moh_router_backward(Tensor? grad_gates, Tensor? "
       "grad_load_balance_loss, " HEED_ROUTER_ARGUMENTS
       ") -> (Tensor grad_x, Tensor grad_wg, Tensor grad_wg_shared, Tensor grad_wg_group)");
-#define HEED_MASK_OPTIONS                                                                   \
-  "bool causal=False, SymInt window_left=-1, SymInt window_right=-1, Tensor? lengths=None," \
-  " float? scale=None"
   m.def(
       "head_gated_attention(Tensor q, Tensor k, Tensor v, Tensor "
       "gates, " HEED_MASK_OPTIONS HEED_STATISTICS

@@ -45,7 +45,7 @@ at::Tensor sigmoid_cpu(const at::Tensor& q, const at::Tensor& k, const at::Tenso
                        HEED_SIGMOID_ARGS) {
   check_qkv({kSigmoid, "q", q}, {kSigmoid, "k", k}, {kSigmoid, "v", v});
   const HeldSigmoid held(q, HEED_SIGMOID_NAMES);
-  const at::Tensor out = empty_results(q, v).first;
+  const at::Tensor out = empty_out(q, v);
   guarded([&] {
     sigmoid_attention(view(q), view(k), view(v), view(out), held.options, run_options());
   });
@@ -81,7 +81,7 @@ at::Tensor sigmoid_meta(const at::Tensor& q, const at::Tensor& k, const at::Tens
   check_optional(kSigmoid, "bias", bias, 1, q.device());
   check_optional(kSigmoid, "lengths", lengths, 1, q.device());
   check_slopes(kSigmoid, alibi_slopes, q.device());
-  return empty_results(q, v).first;
+  return empty_out(q, v);
 }
 // NOLINTEND(performance-unnecessary-value-param)
 

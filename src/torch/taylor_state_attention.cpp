@@ -40,7 +40,7 @@ Results empty_taylor(const at::Tensor& q, const at::Tensor& v, int64_t order, bo
   c10::SymInt monomials = 1;  // taylor_state_size, for symbolic head dims too
   for (int64_t i = 1; i <= order; ++i) monomials = monomials * (q.sym_size(3) + i) / i;
   const auto shape = state_shape(q, monomials, v);
-  return {empty_results(q, v).first, empty_statistic(q, shape, return_state),
+  return {empty_out(q, v), empty_statistic(q, shape, return_state),
           empty_statistic(q, c10::SymIntArrayRef(shape).slice(0, 3), return_state)};
 }
 

@@ -24,8 +24,8 @@ def register(
     """Makes heed's mechanisms values of ``attn_implementation``, and returns their names.
 
     ``"heed"``
-        Exact softmax attention; every mask, grouped queries, position biases, packed sequences,
-        softcap and sinks of the model, with gradients. Same results as ``"sdpa"`` up to rounding.
+        Exact softmax attention; every mask, chosen keys (``indices``), grouped queries, position
+        biases, packed sequences, softcap and sinks of the model, with gradients. Same results as ``"sdpa"`` up to rounding.
     ``"heed_sigmoid"``
         Sigmoid attention (:func:`heed.sigmoid_attention`).
     ``"heed_stochastic"``
@@ -89,7 +89,7 @@ def register(
             )
         seed = stochastic_seed * 1_000_003 + layer
         if module.training:  # checkpoints replay the generator, and with it the order
-            seed = seed % 2**62 + drawn_seed()
+            seed = seed % 2**62 + drawn_seed().item()
         return _stochastic(
             module, query, key, value, attention_mask, stochastic_window, seed, **options
         )
@@ -120,8 +120,8 @@ def _unit_stride(*tensors: Tensor) -> list[Tensor]:
 
 
 # Attention that only PyTorch code of the model itself can compute.
-_NEVER_OFFERED = frozenset(("sinks", "indices", "block_indices"))
-_SOFTMAX_ONLY = _NEVER_OFFERED | {"position_bias", "softcap", "s_aux"}
+_NEVER_OFFERED = frozenset(("sinks", "block_indices"))
+_SOFTMAX_ONLY = _NEVER_OFFERED | {"indices", "position_bias", "softcap", "s_aux"}
 
 
 def _refuse(name: str, options: dict, keywords: frozenset[str]) -> None:
@@ -130,6 +130,12 @@ def _refuse(name: str, options: dict, keywords: frozenset[str]) -> None:
             raise ValueError(
                 f"{name}: the model gives {keyword}, needed is a model without: it is not offered"
             )
+
+
+def _chosen_keys(indices: Tensor, keys: int) -> Tensor:
+    """bool ``[B, 1, Lq, keys]`` of indices ``[B, Lq, chosen]``."""
+    none = indices.new_zeros((*indices.shape[:2], keys), dtype=torch.bool)
+    return none.scatter(-1, indices.long(), True)[:, None]
 
 
 def _same_sequence(query: Tensor, key: Tensor, ends_q: Tensor, ends_k: Tensor) -> Tensor:
@@ -151,6 +157,7 @@ def _softmax(
     position_bias: Tensor | None = None,
     softcap: float | None = None,
     s_aux: Tensor | None = None,
+    indices: Tensor | None = None,
     cu_seq_lens_q: Tensor | None = None,
     cu_seq_lens_k: Tensor | None = None,
     **options,
@@ -167,6 +174,9 @@ def _softmax(
         mask = attention_mask
     elif attention_mask is not None:
         bias = attention_mask if bias is None else bias + attention_mask
+    if indices is not None:
+        chosen = _chosen_keys(indices, key.shape[2])
+        mask = chosen if mask is None else mask & chosen
     query, key, value = _unit_stride(query, key, value)
     common = {
         "causal": causal,

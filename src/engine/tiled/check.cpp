@@ -7,8 +7,8 @@
 namespace heed::tiled {
 
 void check_operands(const char* op, const Tensor& q, const Tensor& k, const Tensor& v,
-                    const Tensor& out, const Tensor& lse, OperandNames names) {
-  const AttentionSizes sizes = check_attention(op, q, k, v, names);
+                    const Tensor& out, const Tensor& lse, int64_t most_dim, OperandNames names) {
+  const AttentionSizes sizes = check_attention(op, q, k, v, names, most_dim);
   check_rows_like(op, "out", out, sizes.out_shape(), q.dtype());
   check_result(op, "lse", lse, {sizes.batch, sizes.heads, sizes.queries}, wide_type(q.dtype()));
 }

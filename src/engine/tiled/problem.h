@@ -176,7 +176,8 @@ double dropout_factor(const Policy& policy, int64_t batch, int64_t head, int64_t
 
 /// Throws Error unless q [B,H,Lq,D], k, v, out and (if defined) lse fit together.
 void check_operands(const char* op, const Tensor& q, const Tensor& k, const Tensor& v,
-                    const Tensor& out, const Tensor& lse, OperandNames names = {});
+                    const Tensor& out, const Tensor& lse, int64_t most_dim = kMaxHeadDim,
+                    OperandNames names = {});
 /// Throws Error unless the gradients of out and lse look like them; lse must be there.
 void check_backward(const char* op, const Tensor& grad_out, const Tensor& grad_lse,
                     const Tensor& out, const Tensor& lse);

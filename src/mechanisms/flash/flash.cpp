@@ -34,7 +34,7 @@ struct Call {
 std::unique_ptr<Call> make_call(const Tensor& q, const Tensor& k, const Tensor& v,
                                 const Tensor& out, const Tensor& lse, const FlashOptions& options,
                                 const RunOptions& run) {
-  tiled::check_operands(kFlash, q, k, v, out, lse);
+  tiled::check_operands(kFlash, q, k, v, out, lse, kAnyHeadDim);
   const int64_t heads = q.size(1);
   auto call = std::make_unique<Call>(
       Call{{}, FlashTerms(options, {q.size(0), heads, q.size(2), k.size(2)}, q.dtype(), run)});
@@ -95,7 +95,7 @@ void decode_attention(const Tensor& q, const Tensor& k_cache, const Tensor& v_ca
                       const Tensor& lengths, const Tensor& out, const Tensor& lse,
                       const DecodeOptions& options, const RunOptions& run) {
   constexpr const char* kOp = "decode_attention";
-  tiled::check_operands(kOp, q, k_cache, v_cache, out, lse, {"k_cache", "v_cache"});
+  tiled::check_operands(kOp, q, k_cache, v_cache, out, lse, kAnyHeadDim, {"k_cache", "v_cache"});
   check_decode_queries(kOp, q);
   if (options.splits < 0) {
     throw Error(std::string(kOp) + ": splits is " + std::to_string(options.splits) +

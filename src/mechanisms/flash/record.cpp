@@ -279,6 +279,7 @@ Mechanism flash_record() {
   m.sheets = {1};
   m.arxiv = {"2205.14135", "2307.08691"};
   m.engine = "tiled";
+  m.any_head_dim = true;
   m.pass_rank = "m";
   m.card = embedded("flash/card.md");
   m.cascades = softmax_cascades();
@@ -369,6 +370,7 @@ Mechanism decode_record() {
   m.sheets = {1};
   m.arxiv = {"2307.08691"};
   m.engine = "tiled";
+  m.any_head_dim = true;
   m.pass_rank = "m";
   m.card = embedded("flash/card.md");
   m.cascades = softmax_cascades();

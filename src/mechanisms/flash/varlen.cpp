@@ -69,7 +69,7 @@ Packed pack(const Tensor& q, const Tensor& k, const Tensor& v, const Tensor& out
     p.lse = Tensor(lse.data(), lse.dtype(), {1, lse.size(0), lse.size(1)},
                    {0, lse.stride(0), lse.stride(1)});
   }
-  tiled::check_operands(kOp, p.q, p.k, p.v, p.out, p.lse);
+  tiled::check_operands(kOp, p.q, p.k, p.v, p.out, p.lse, kAnyHeadDim);
   p.queries = boundaries("cu_seqlens_q", cu_seqlens_q, q.size(0));
   p.keys = boundaries("cu_seqlens_k", cu_seqlens_k, k.size(0));
   if (p.queries.size() != p.keys.size()) {
