@@ -14,7 +14,7 @@ def moh_router(
     wg_group: Tensor | None = None,
     *,
     top_k: int,
-    form: str = "code",
+    form: Literal["code", "paper"] = "code",
 ) -> tuple[Tensor, Tensor]:
     """Which heads each token uses, and how much.
 

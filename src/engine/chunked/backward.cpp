@@ -15,7 +15,7 @@ Tensor or_own(const Tensor& wanted, const Tensor& like, Array& own) {
 }  // namespace
 
 template <class T>
-void backward(const Problem<T>& problem, const Tensor& out, const State& last,
+void backward(const Problem<T>& problem, const Tensor& out_gradient, const State& last_gradient,
               const Gradients& gradients, const RunOptions& given) {
   const RunOptions run = worth_waking(problem, given);
   const bool queries =
@@ -29,12 +29,12 @@ void backward(const Problem<T>& problem, const Tensor& out, const State& last,
   // The second sweep needs the row numbers of the first.
   if (queries || problem.policy.read_out) {
     all.q = or_own(gradients.q, problem.q, own_q);
-    query_gradients(problem, out, last, all, statistics, run);
+    query_gradients(problem, out_gradient, last_gradient, all, statistics, run);
   }
   if (!keys) return;
   all.k = or_own(gradients.k, problem.k, own_k);
   all.v = or_own(gradients.v, problem.v, own_v);
-  key_gradients(problem, out, last, all, statistics, run);
+  key_gradients(problem, out_gradient, last_gradient, all, statistics, run);
 }
 
 template void backward(const Problem<float>&, const Tensor&, const State&, const Gradients&,

@@ -18,12 +18,12 @@ struct RowStatistics {
 };
 
 template <class T>
-void query_gradients(const Problem<T>& problem, const Tensor& out, const State& last,
-                     const Gradients& gradients, RowStatistics<T>& statistics,
-                     const RunOptions& run);
+void query_gradients(const Problem<T>& problem, const Tensor& out_gradient,
+                     const State& last_gradient, const Gradients& gradients,
+                     RowStatistics<T>& statistics, const RunOptions& run);
 template <class T>
-void key_gradients(const Problem<T>& problem, const Tensor& out, const State& last,
-                   const Gradients& gradients, const RowStatistics<T>& statistics,
-                   const RunOptions& run);
+void key_gradients(const Problem<T>& problem, const Tensor& out_gradient,
+                   const State& last_gradient, const Gradients& gradients,
+                   const RowStatistics<T>& statistics, const RunOptions& run);
 
 }  // namespace heed::chunked

@@ -19,10 +19,11 @@ class KeyGradients : public KeyOperands<T>, public Sweep<T> {
   using typename KeyOperands<T>::Operands;
 
  public:
-  KeyGradients(const Problem<T>& problem, const Tensor& out, const State& last,
+  KeyGradients(const Problem<T>& problem, const Tensor& out_gradient, const State& last_gradient,
                const Gradients& gradients, const RowStatistics<T>& statistics,
                const RunOptions& run)
-      : KeyOperands<T>(problem, out, gradients, statistics, run), last_(last) {
+      : KeyOperands<T>(problem, out_gradient, gradients, statistics, run),
+        last_gradient_(last_gradient) {
     Cutter cut;
     this->memory(cut);
     memory_bytes_ = cut.used();
@@ -50,7 +51,7 @@ class KeyGradients : public KeyOperands<T>, public Sweep<T> {
 
  private:
   void load(int64_t lane, T* state) const override {
-    this->load_state(last_, lane, state);
+    this->load_state(last_gradient_, lane, state);
     const StateView<T> v = this->view(state);
     if (centres_total()) shift_total(T{1}, lane, v);
   }
@@ -267,7 +268,8 @@ class KeyGradients : public KeyOperands<T>, public Sweep<T> {
 
   // Whether the gradient of the state behind a chunk is zero.
   bool nothing_behind(const Chunk& chunk) const {
-    return this->problem_.causal && chunk.begin + chunk.tokens >= this->tokens_ && !last_.defined();
+    return this->problem_.causal && chunk.begin + chunk.tokens >= this->tokens_ &&
+           !last_gradient_.defined();
   }
 
   void value_part(int64_t b, int64_t h, const Chunk& chunk, const Rows& q, const Operands& operands,
@@ -390,17 +392,17 @@ class KeyGradients : public KeyOperands<T>, public Sweep<T> {
                 this->out_rows(key_sum, count, this->width_));
   }
 
-  const State& last_;
+  const State& last_gradient_;
   size_t memory_bytes_ = 0;
 };
 
 }  // namespace
 
 template <class T>
-void key_gradients(const Problem<T>& problem, const Tensor& out, const State& last,
-                   const Gradients& gradients, const RowStatistics<T>& statistics,
-                   const RunOptions& run) {
-  KeyGradients<T>(problem, out, last, gradients, statistics, run).run();
+void key_gradients(const Problem<T>& problem, const Tensor& out_gradient,
+                   const State& last_gradient, const Gradients& gradients,
+                   const RowStatistics<T>& statistics, const RunOptions& run) {
+  KeyGradients<T>(problem, out_gradient, last_gradient, gradients, statistics, run).run();
 }
 
 template void key_gradients(const Problem<float>&, const Tensor&, const State&, const Gradients&,

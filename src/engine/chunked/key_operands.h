@@ -13,10 +13,10 @@ class KeyOperands : public ChunkCall<T> {
   using Call = ChunkCall<T>;
   using typename Call::Block;
 
-  KeyOperands(const Problem<T>& problem, const Tensor& out, const Gradients& gradients,
+  KeyOperands(const Problem<T>& problem, const Tensor& out_gradient, const Gradients& gradients,
               const RowStatistics<T>& statistics, const RunOptions& run)
       : Call(problem, run),
-        out_(out),
+        out_gradient_(out_gradient),
         gradients_(gradients),
         statistics_(statistics),
         padded_panel_(round_up(this->tile_, this->products_.key_multiple)) {}
@@ -87,7 +87,7 @@ class KeyOperands : public ChunkCall<T> {
     return numbers.data() + (b * this->heads_ + h) * this->queries_ + chunk.query;
   }
   Rows gradient_of(int64_t b, int64_t h, const Chunk& chunk) const {
-    return this->rows(out_, b, h, chunk.query, chunk.queries);
+    return this->rows(out_gradient_, b, h, chunk.query, chunk.queries);
   }
 
   // Keys and values as left operands: the same for all heads of a group.
@@ -182,7 +182,7 @@ class KeyOperands : public ChunkCall<T> {
     }
   }
 
-  const Tensor& out_;
+  const Tensor& out_gradient_;
   const Gradients& gradients_;
   const RowStatistics<T>& statistics_;
   const int64_t padded_panel_;

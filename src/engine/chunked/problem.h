@@ -168,7 +168,7 @@ struct Gradients {
 
 /// Writes the gradients that are wanted, given those of out and of the last state.
 template <class T>
-void backward(const Problem<T>& problem, const Tensor& out, const State& last,
+void backward(const Problem<T>& problem, const Tensor& out_gradient, const State& last_gradient,
               const Gradients& gradients, const RunOptions& run);
 
 /// check_result, and a unit stride in its last dimension.

@@ -5,34 +5,30 @@
 // Slopes: slope_states.h.
 #include <numeric>
 
-#include "engine/chunked/slope_states.h"
+#include "engine/chunked/query_operands.h"
 
 namespace heed::chunked {
 
 namespace {
 
 template <class T>
-class QueryGradients : public SlopeStates<T>, public Sweep<T> {
+class QueryGradients : public QueryOperands<T>, public Sweep<T> {
   using Call = ChunkCall<T>;
   using typename Call::Block;
+  using typename QueryOperands<T>::Memory;
 
  public:
-  QueryGradients(const Problem<T>& problem, const Tensor& out, const State& last,
+  QueryGradients(const Problem<T>& problem, const Tensor& out_gradient, const State& last_gradient,
                  const Gradients& gradients, RowStatistics<T>& statistics, const RunOptions& run)
-      : SlopeStates<T>(problem, last, gradients, run),
-        out_(out),
-        gradients_(gradients),
-        statistics_(statistics),
-        knows_total_(!problem.causal && has_total(problem) && !this->slopes_),
-        padded_panel_(round_up(this->tile_, this->products_.key_multiple)) {
-    this->centre_values();
+      : QueryOperands<T>(problem, out_gradient, last_gradient, gradients, statistics, run),
+        knows_total_(!problem.causal && has_total(problem) && !this->slopes_) {
     Cutter cut;
-    memory(cut);
+    this->memory(cut);
     memory_bytes_ = cut.used();
   }
 
   void run() {
-    this->zero_unseeing_rows(gradients_.q);
+    this->zero_unseeing_rows(this->gradients_.q);
     const bool causal = this->problem_.causal;
     SweepShape shape;
     shape.lanes = this->lanes();
@@ -47,77 +43,21 @@ class QueryGradients : public SlopeStates<T>, public Sweep<T> {
     shape.threads = threads_for(this->run_, shape.lanes * std::max(shape.chunks, shape.uses));
     if (this->problem_.policy.read_out) {
       const auto rows = static_cast<size_t>(shape.lanes * this->queries_ + 64);
-      for (auto* values :
-           {&statistics_.num_scale, &statistics_.denominator, &statistics_.sum_scale}) {
+      for (auto* values : {&this->statistics_.num_scale, &this->statistics_.denominator,
+                           &this->statistics_.sum_scale}) {
         values->assign(rows, T{0});
       }
-      if (gradients_.scales != nullptr) scale_parts_.assign(rows, T{0});
+      if (this->gradients_.scales != nullptr) scale_parts_.assign(rows, T{0});
     }
-    if (this->centred()) start_centres();
+    if (this->centred()) this->start_centres();
     this->start_slopes(shape.chunks);
-    shape.results = {&gradients_.q};
+    shape.results = {&this->gradients_.q};
     Schedule<T>(shape, *this, this->products_).run();
     this->finish_slopes();
-    if (gradients_.scales != nullptr) add_scales();
+    if (this->gradients_.scales != nullptr) add_scales();
   }
 
  private:
-  struct Memory {
-    typename Call::UpdateMemory update;
-    typename Denominators<T>::Memory sums;
-    typename Call::StateOperandMemory state;
-    typename Call::WeightMemory weights;
-    Block scores;  // of queries and keys, where weights holds those of G and values
-    Block query_rows, key_rows, value_rows, gradient_rows;
-    Block features, more_features;  // gradients by feature
-    Block rows, more_rows;          // gradients by element of a row
-    void *query, *gradient, *key_panels, *value_panels, *keys;
-    KeyRange* ranges;
-    T *dots, *sum_dots;
-    uint16_t *query_half, *key_half;
-    Block centred_state;
-    ReadAhead* ahead;
-  };
-
-  Memory memory(Cutter& cut) const {
-    const int64_t rows = this->tile_rows_, wide = this->padded_values_;
-    const auto block = [&](int64_t width) { return Block{cut.take<T>(rows * width), width}; };
-    const auto& products = this->products_;
-    const int64_t operand = std::max(this->width_, this->tile_);
-    Memory m;
-    m.update = this->update_memory(cut);
-    m.sums = this->denominator_memory(cut);
-    m.state = this->state_operand_memory(cut, true);
-    m.weights.scores = block(this->score_stride_);
-    m.weights.rounded = this->half_ ? cut.take<uint16_t>(rows * this->score_stride_) : nullptr;
-    m.scores = block(this->score_stride_);
-    m.query_rows = block(std::max(this->padded_width_, padded_panel_));
-    m.key_rows = block(std::max(this->padded_width_, padded_panel_));
-    m.query_rows.stride = m.key_rows.stride = padded_panel_;
-    m.value_rows = block(wide);
-    m.gradient_rows = block(wide);
-    m.features = block(padded_panel_);
-    m.more_features = block(padded_panel_);
-    m.rows = block(this->padded_width_);
-    m.more_rows = block(this->padded_width_);
-    m.query = cut.take<std::byte>(products.query_bytes(rows, operand));
-    m.gradient = cut.take<std::byte>(products.query_bytes(rows, this->value_dim_));
-    m.key_panels = cut.take<std::byte>(products.key_bytes(this->chunk_, operand));
-    m.value_panels = cut.take<std::byte>(products.key_bytes(this->chunk_, this->value_dim_));
-    m.keys = cut.take<std::byte>(products.value_bytes(this->chunk_, operand));
-    m.ranges = cut.take<KeyRange>(rows);
-    m.dots = cut.take<T>(rows);
-    m.sum_dots = cut.take<T>(rows);
-    m.query_half = this->half_memory(cut);
-    m.key_half = this->half_memory(cut);
-    if (centres_chunks()) m.centred_state = {cut.take<T>(this->features_ * wide), wide};
-    return m;
-  }
-  Memory memory_at(std::byte* base) const {
-    Cutter cut(base);
-    return memory(cut);
-  }
-
   static bool has_total(const Problem<T>& problem) {
     const Policy<T>& policy = problem.policy;
     const State& total = problem.total;
@@ -129,35 +69,10 @@ class QueryGradients : public SlopeStates<T>, public Sweep<T> {
 
   void complete(int64_t lane, T* state) const override {
     if (!this->makes_total()) return;
-    this->complete_keys(lane, state, !knows_total_, kept_centre(lane, 0), kTotal);
-    if (this->centred() && this->problem_.policy.value_sum) keep_means(lane, this->view(state));
+    this->complete_keys(lane, state, !knows_total_, this->kept_centre(lane, 0), kTotal);
+    if (this->centred() && this->problem_.policy.value_sum)
+      this->keep_means(lane, this->view(state));
   }
-  // Memory for what gradients of keys read of a centred call.
-  void start_centres() const {
-    const int64_t lanes = this->lanes(), chunks = centres_chunks() ? this->key_chunks() : 1;
-    statistics_.centres.assign(static_cast<size_t>(lanes * chunks * this->padded_values_), T{0});
-    if (centres_chunks()) {
-      statistics_.value_shares.assign(static_cast<size_t>(lanes * this->queries_ + 64), T{0});
-    }
-    if (this->problem_.policy.value_sum) {
-      statistics_.key_means.resize(static_cast<size_t>(lanes * this->padded_features_));
-    }
-  }
-  T* kept_centre(int64_t lane, int64_t chunk) const {
-    if (!this->centred()) return nullptr;
-    const int64_t row = centres_chunks() ? lane * this->key_chunks() + chunk : lane;
-    return statistics_.centres.data() + row * this->padded_values_;
-  }
-  void keep_means(int64_t lane, const StateView<T>& keys) const {
-    const auto share = static_cast<T>(this->centre_share());
-    const auto keep = [&](const T* sums, int64_t count, std::vector<T>& means) {
-      T* to = means.data() + lane * count;
-      for (int64_t i = 0; i < count; ++i) to[i] = sums[i] * share;
-    };
-    keep(keys.values, this->padded_values_, statistics_.centres);
-    keep(keys.keys, this->padded_features_, statistics_.key_means);
-  }
-
   void load(int64_t lane, T* state) const override {
     this->load_state(knows_total_ ? this->problem_.total : this->problem_.initial, lane, state);
     this->clear_slope(state);
@@ -166,7 +81,7 @@ class QueryGradients : public SlopeStates<T>, public Sweep<T> {
   void update(int64_t lane, const Turn& at, const T* from, T* to,
               std::byte* memory) const override {
     const int64_t b = lane / this->heads_, h = lane % this->heads_;
-    const Memory m = memory_at(memory);
+    const Memory m = this->memory_at(memory);
     this->update_slope(lane, at, from, to, m.update);
     this->add_keys(b, h, at, this->view(from), this->view(to), m.update);
   }
@@ -179,7 +94,7 @@ class QueryGradients : public SlopeStates<T>, public Sweep<T> {
   void store(int64_t lane, const T* state) const override { this->store_last_slope(lane, state); }
 
   void add_scales() const {
-    std::vector<double>& scales = *gradients_.scales;
+    std::vector<double>& scales = *this->gradients_.scales;
     std::fill(scales.begin(), scales.end(), 0.0);
     for (int64_t lane = 0; lane < this->lanes(); ++lane) {
       const T* rows = scale_parts_.data() + lane * this->queries_;
@@ -192,17 +107,17 @@ class QueryGradients : public SlopeStates<T>, public Sweep<T> {
     const int64_t b = lane / this->heads_, h = lane % this->heads_;
     const Chunk chunk = this->chunk_of_queries(b, at.chunk);
     if (chunk.queries == 0) return;
-    Memory m = memory_at(memory);
+    Memory m = this->memory_at(memory);
     ReadAhead ahead = rows_ahead(b, h, this->chunk_of_queries(b, at.next));
     ahead.spread(this->work(chunk.queries, chunk.keys));
     m.ahead = &ahead;
     this->query_ranges(chunk, m.ranges);
     if (this->problem_.policy.polynomial) {
       use_polynomial(b, h, chunk, this->view(state), m);
-      return this->finish(m.rows, gradients_.q, b, h, chunk.query, chunk.queries);
+      return this->finish(m.rows, this->gradients_.q, b, h, chunk.query, chunk.queries);
     }
     if (this->problem_.policy.maps.q == nullptr && !this->reads_totals()) {
-      m.features = this->in_place(gradients_.q, b, h, chunk.query, chunk.queries, m.features);
+      m.features = this->in_place(this->gradients_.q, b, h, chunk.query, chunk.queries, m.features);
     }
     const kernels::RowEnds<T> ends = this->reads_totals()
                                          ? use_totals(lane, chunk, this->total(state, kTotal), m)
@@ -213,15 +128,11 @@ class QueryGradients : public SlopeStates<T>, public Sweep<T> {
   // What the use after this one reads.
   ReadAhead rows_ahead(int64_t b, int64_t h, const Chunk& next) const {
     ReadAhead ahead;
-    ahead.add(gradient_of(b, h, next));
+    ahead.add(this->gradient_of(b, h, next));
     ahead.add(this->values(b, h, next));
     ahead.add(this->keys(b, h, next).rows);
     if (this->problem_.policy.read_out || this->slopes_) ahead.add(this->queries(b, h, next).rows);
     return ahead;
-  }
-
-  Rows gradient_of(int64_t b, int64_t h, const Chunk& chunk) const {
-    return this->rows(out_, b, h, chunk.query, chunk.queries);
   }
 
   // G v^T inside the chunk.
@@ -230,32 +141,6 @@ class QueryGradients : public SlopeStates<T>, public Sweep<T> {
     this->panels(this->values(b, h, chunk), m.value_panels);
     this->scores(gradient, chunk.queries, m.value_panels, chunk.keys, this->value_dim_, m.ranges,
                  to, m.ahead);
-  }
-
-  // Totals are centred once, running states at every chunk.
-  bool centres_chunks() const { return this->centred() && this->problem_.causal; }
-  const void* centred_keys(int64_t lane, int64_t index, const StateView<T>& state,
-                           const Memory& m) const {
-    if (!centres_chunks()) return this->state_keys(state, m.state);
-    this->centre_sums(state, this->centre(state, kept_centre(lane, index)), m.centred_state);
-    return this->state_keys(m.centred_state, this->features_, m.state);
-  }
-  // What is taken off the products of G and the values of its chunk: G . m, or before there is a state the
-  // mean of those that the row sees.
-  const T* value_shares(int64_t lane, int64_t index, const Chunk& chunk, const Memory& m) const {
-    if (!centres_chunks()) return nullptr;
-    T* shares = statistics_.value_shares.data() + lane * this->queries_ + chunk.query;
-    if (!this->nothing_before(chunk)) {
-      this->rows_.row_dots(gradient_of(lane / this->heads_, lane % this->heads_, chunk),
-                           {kept_centre(lane, index), 0}, shares);
-    } else if (!gradients_.initial.defined()) {  // which all rows of a chunk give to by one m
-      const Block& scores = m.weights.scores;
-      this->rows_.range_sums({scores.data, scores.stride}, {}, chunk.queries, m.ranges, shares);
-      for (int64_t r = 0; r < chunk.queries; ++r) {
-        shares[r] /= static_cast<T>(std::max(1, m.ranges[r].end - m.ranges[r].begin));
-      }
-    }
-    return shares;
   }
 
   // Gradients by feature, in m.features; returns how their rows end yet.
@@ -267,16 +152,16 @@ class QueryGradients : public SlopeStates<T>, public Sweep<T> {
     const Source<T> source = this->queries(b, h, chunk);
     const Rows q = this->operand(source, m.query_rows, m.query_half);
     const Rows k = this->operand(this->keys(b, h, chunk), m.key_rows, m.key_half);
-    const auto gradient = this->left(gradient_of(b, h, chunk), this->queries_ - chunk.query,
+    const auto gradient = this->left(this->gradient_of(b, h, chunk), this->queries_ - chunk.query,
                                      m.gradient_rows, m.gradient);
     if (this->nothing_before(chunk)) {
       this->zero_rows(m.features, chunk.queries, this->written_features());
     } else {
-      this->scores(gradient, chunk.queries, centred_keys(lane, index, view, m), this->features_,
-                   this->value_dim_, nullptr, m.features, m.ahead);
+      this->scores(gradient, chunk.queries, this->centred_keys(lane, index, view, m),
+                   this->features_, this->value_dim_, nullptr, m.features, m.ahead);
     }
     if (chunk.keys > 0) value_scores(b, h, chunk, gradient, m.weights.scores, m);
-    const T* shares = value_shares(lane, index, chunk, m);
+    const T* shares = this->value_shares(lane, index, chunk, m);
     if (this->slopes_) {
       this->slope_part(lane, index) = slopes_of(h, chunk, gradient, q, k, state, m);
     }
@@ -301,9 +186,9 @@ class QueryGradients : public SlopeStates<T>, public Sweep<T> {
     const Source<T> q = this->queries(b, h, chunk);
     const kernels::Block<const T> by_feature{m.features.data, m.features.stride};
     if (q.map == nullptr) {
-      this->finish(m.features, gradients_.q, b, h, chunk.query, chunk.queries);
+      this->finish(m.features, this->gradients_.q, b, h, chunk.query, chunk.queries);
     } else if (!this->separate_sums()) {
-      const auto to = this->rows_out(gradients_.q, b, h, chunk.query, chunk.queries);
+      const auto to = this->rows_out(this->gradients_.q, b, h, chunk.query, chunk.queries);
       q.map->pull(q.at, q.rows, 0, this->features_, by_feature, ends, false, to);
     } else {
       const auto to = this->out_rows(m.rows, chunk.queries, this->width_);
@@ -311,7 +196,7 @@ class QueryGradients : public SlopeStates<T>, public Sweep<T> {
       const Source<T> psi = this->for_sums(q, true);
       psi.map->pull(psi.at, psi.rows, 0, this->features_,
                     {m.more_features.data, m.more_features.stride}, {}, true, to);
-      this->finish(m.rows, gradients_.q, b, h, chunk.query, chunk.queries);
+      this->finish(m.rows, this->gradients_.q, b, h, chunk.query, chunk.queries);
     }
   }
 
@@ -320,10 +205,10 @@ class QueryGradients : public SlopeStates<T>, public Sweep<T> {
                                  const Memory& m) const {
     const int64_t b = lane / this->heads_, h = lane % this->heads_, rows = chunk.queries;
     const Source<T> q = this->queries(b, h, chunk);
-    const Rows gradient = gradient_of(b, h, chunk);
+    const Rows gradient = this->gradient_of(b, h, chunk);
     const auto g = this->whole_rows(gradient, m.gradient_rows);
     ReadAhead ahead{this->following(q.rows), this->following(gradient),
-                    this->following(this->rows(gradients_.q, b, h, chunk.query, rows))};
+                    this->following(this->rows(this->gradients_.q, b, h, chunk.query, rows))};
     ahead.spread(rows * this->value_dim_ * this->features_);
     this->rows_.read(g, {state.transposed.data, state.transposed.stride}, rows, this->value_dim_,
                      state.transposed.stride, {}, m.features, &ahead);
@@ -388,12 +273,12 @@ class QueryGradients : public SlopeStates<T>, public Sweep<T> {
       const auto dot = static_cast<double>(m.dots[r]), sum_dot = static_cast<double>(m.sum_dots[r]);
       const double gradient = row.num_slope * dot - row.sum_slope * sum_dot;
       const size_t i = first + static_cast<size_t>(r);
-      if (gradients_.scales != nullptr) {
+      if (this->gradients_.scales != nullptr) {
         scale_parts_[i] = static_cast<T>(row.num_scale * dot - row.sum_scale * sum_dot);
       }
-      num_scale[r] = statistics_.num_scale[i] = static_cast<T>(scale * row.num_scale);
-      denominator[r] = statistics_.denominator[i] = static_cast<T>(scale * gradient);
-      statistics_.sum_scale[i] = static_cast<T>(-scale * row.sum_scale);
+      num_scale[r] = this->statistics_.num_scale[i] = static_cast<T>(scale * row.num_scale);
+      denominator[r] = this->statistics_.denominator[i] = static_cast<T>(scale * gradient);
+      this->statistics_.sum_scale[i] = static_cast<T>(-scale * row.sum_scale);
     }
   }
 
@@ -409,15 +294,15 @@ class QueryGradients : public SlopeStates<T>, public Sweep<T> {
     std::fill_n(m.dots, chunk.queries, T{0});
     std::fill_n(m.sum_dots, chunk.queries, T{0});
     this->rows_.row_dots(q, {m.features.data, m.features.stride}, m.dots);
-    if (centres_chunks()) {
-      std::copy_n(statistics_.value_shares.data() + lane * this->queries_ + chunk.query,
+    if (this->centres_chunks()) {
+      std::copy_n(this->statistics_.value_shares.data() + lane * this->queries_ + chunk.query,
                   chunk.queries, m.sum_dots);
     } else if (this->centred()) {
-      const T* row = this->problem_.policy.value_sum ? state.values : kept_centre(lane, 0);
-      this->rows_.row_dots(gradient_of(b, h, chunk), {row, 0}, m.sum_dots);
+      const T* row = this->problem_.policy.value_sum ? state.values : this->kept_centre(lane, 0);
+      this->rows_.row_dots(this->gradient_of(b, h, chunk), {row, 0}, m.sum_dots);
     } else if (this->problem_.policy.value_sum) {
       this->rows_.pack_rows(this->values(b, h, chunk), nullptr, m.value_rows);
-      this->rows_.pack_rows(gradient_of(b, h, chunk), nullptr, m.gradient_rows);
+      this->rows_.pack_rows(this->gradient_of(b, h, chunk), nullptr, m.gradient_rows);
       std::copy_n(state.values, this->padded_values_, m.sums.row);
       this->rows_.run_dots({m.value_rows.data, m.value_rows.stride}, chunk.key_tokens(),
                            {m.gradient_rows.data, m.gradient_rows.stride}, chunk.query_tokens(),
@@ -453,7 +338,7 @@ class QueryGradients : public SlopeStates<T>, public Sweep<T> {
                       const Memory& m) const {
     const auto& polynomial = *this->problem_.policy.polynomial;
     const Source<T> q = this->queries(b, h, chunk), k = this->keys(b, h, chunk);
-    const auto gradient = this->left(gradient_of(b, h, chunk), this->queries_ - chunk.query,
+    const auto gradient = this->left(this->gradient_of(b, h, chunk), this->queries_ - chunk.query,
                                      m.gradient_rows, m.gradient);
     for (T* row : {m.sums.denominators, m.dots, m.sum_dots}) std::fill_n(row, chunk.queries, T{0});
     for (const Block& block : {m.rows, m.more_rows}) {
@@ -507,11 +392,7 @@ class QueryGradients : public SlopeStates<T>, public Sweep<T> {
                 this->out_rows(m.more_rows, count, this->width_));
   }
 
-  const Tensor& out_;
-  const Gradients& gradients_;
-  RowStatistics<T>& statistics_;
   const bool knows_total_;
-  const int64_t padded_panel_;
   size_t memory_bytes_ = 0;
   mutable std::vector<T> scale_parts_;  // per query
 };
@@ -519,10 +400,10 @@ class QueryGradients : public SlopeStates<T>, public Sweep<T> {
 }  // namespace
 
 template <class T>
-void query_gradients(const Problem<T>& problem, const Tensor& out, const State& last,
-                     const Gradients& gradients, RowStatistics<T>& statistics,
-                     const RunOptions& run) {
-  QueryGradients<T>(problem, out, last, gradients, statistics, run).run();
+void query_gradients(const Problem<T>& problem, const Tensor& out_gradient,
+                     const State& last_gradient, const Gradients& gradients,
+                     RowStatistics<T>& statistics, const RunOptions& run) {
+  QueryGradients<T>(problem, out_gradient, last_gradient, gradients, statistics, run).run();
 }
 
 template void query_gradients(const Problem<float>&, const Tensor&, const State&, const Gradients&,

@@ -15,17 +15,16 @@ class SlopeStates : public Denominators<T> {
   using Call = ChunkCall<T>;
   using typename Call::Block;
 
-  /// `last`: the gradient of the last state.
-  SlopeStates(const Problem<T>& problem, const State& last, const Gradients& gradients,
+  SlopeStates(const Problem<T>& problem, const State& last_gradient, const Gradients& gradients,
               const RunOptions& run)
       : Denominators<T>(problem, run),
         slopes_(gradients.slopes != nullptr && !problem.policy.slopes.empty()),
-        last_(last),
+        last_gradient_(last_gradient),
         gradients_(gradients.slopes) {}
 
   /// Of W; 0 where no gradient of slopes is asked for.
   int64_t slope_size() const { return slopes_ ? this->features_ * this->padded_values_ : 0; }
-  bool reads_last_slope() const { return slopes_ && last_.sums.defined(); }
+  bool reads_last_slope() const { return slopes_ && last_gradient_.sums.defined(); }
   template <class U>  // T or const T
   StateView<U> slope_view(U* state) const {
     if (state == nullptr) return {};
@@ -72,8 +71,9 @@ class SlopeStates : public Denominators<T> {
     double sum = 0;
     for (int64_t f = 0; f < this->features_; ++f) {
       for (int64_t c = 0; c < this->value_dim_; ++c) {
-        sum += static_cast<double>(*reinterpret_cast<const T*>(last_.sums.at({b, h, f, c}))) *
-               static_cast<double>(slope.row(f)[c]);
+        sum +=
+            static_cast<double>(*reinterpret_cast<const T*>(last_gradient_.sums.at({b, h, f, c}))) *
+            static_cast<double>(slope.row(f)[c]);
       }
     }
     slope_part(lane, per_lane_ - 1) = sum;
@@ -100,7 +100,7 @@ class SlopeStates : public Denominators<T> {
                            slope_view(to).sums.row(rows.first));
   }
 
-  const State& last_;
+  const State& last_gradient_;
   std::vector<double>* const gradients_;
   int64_t per_lane_ = 0;
   mutable std::vector<double> parts_;
