@@ -74,7 +74,7 @@ def test_commands_of_a_conversation(chat_model):
 
 def test_help_in_a_conversation(chat_model):
     code, shown = conversation(
-        chat_model, (b"Ctrl-D ends", b""), (b"> ", b"/help\n"), (b"/reset starts", b""),
+        chat_model, (b"Ctrl-D ends", b""), (b"> ", b"/help\n"), (b"/reset starts", b""), (b"Ctrl-D ends", b""),
         (b"> ", b"/exit\n"),
     )  # fmt: skip
     assert code == 0 and b"there is no" not in shown and b"in attention" not in shown
@@ -104,7 +104,7 @@ def test_a_full_conversation_forgets_its_oldest_questions(chat_model, attention)
         chat_model, (b"> ", b"Tim\n"), (b"in attention", b""),
         (b"> ", b"Once upon a time\n"), (b"in attention", b""),
         (b"> ", b"Lily and her cat\n"), (b"in attention", b""),
-        (b"> ", b"long " * context + b"\n"), (f"the context holds {context}".encode(), b""),
+        (b"> ", b"long " * context + b"\n"), (f"the context holds {context}; a larger --context".encode(), b""),
         (b"> ", b"Tim\n"), (b"in attention", b""), (b"> ", b"/exit\n"),
         options=[*options, "--context", str(context)],
     )  # fmt: skip
@@ -114,6 +114,7 @@ def test_a_full_conversation_forgets_its_oldest_questions(chat_model, attention)
     assert said in answers[3] and f"{last['text']}\n" in answers[3]
     # The question that was too long is as never asked, and those before it are still there.
     assert said not in answers[4] and said not in answers[5]
+    assert "the question is too long" in answers[4] and "/reset" not in answers[4]
     assert int(re.search(r"of (\d+) tokens", answers[5])[1]) > last["prompt_tokens"]
 
 

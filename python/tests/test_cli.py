@@ -239,6 +239,20 @@ def test_show_counts_as_numbers():
     assert "--sizes: option 'b': found 'x'" in error_of("show", "sigmoid", "--sizes", "b=x")
 
 
+def test_show_counts_take_the_sizes_that_its_help_names():
+    text = " ".join(heed("show", "--help").stdout.split())
+    sizes = re.search(r"b=1,h=8\S+", text)[0]
+    tiles = {}
+    for more in ("", ",m1=1", ",m1=4"):
+        cascades = heed_json("show", "flash", "--sizes", sizes + more)["cascades"]
+        (counts,) = (c["counts"] for c in cascades if c["name"] == "flash")
+        tiles[more] = sum(row["exponentials"] for row in counts)
+    assert tiles[""] == tiles[",m1=1"] < tiles[",m1=4"]
+    for name in ("decode", "sigmoid", "affine_scaled", "parallax", "head_gated", "linear"):
+        heed("show", name, "--sizes", sizes)
+    assert error_of("show", "flash", "--sizes", "b=1").endswith("needed b, e, h, m, p, f\n")
+
+
 def test_show_latex_and_html():
     assert "\\" in heed("show", "flash", "--latex").stdout
     assert "<" in heed("show", "flash", "--html").stdout
@@ -349,6 +363,9 @@ def test_explain_of_options():
     assert "order is 9" in error_of(*call, "order=9", "taylor_state")
     for name in ("flash", "magnitude_aware_linear", "feature_map"):
         assert "unknown option 'foo'" in error_of(*call, "foo=1", name)
+    for name in ("flash", "affine_scaled", "parallax", "head_gated", "sigmoid"):
+        message = error_of(*call, "window=30,left=3", name)
+        assert "window=30 and left=3" in message and "one of them is needed" in message
     assert "--causal" in error_of(*call, "causal=0", "flash", "--causal")
 
 
@@ -362,6 +379,9 @@ def test_explain_refuses_what_the_operator_refuses():
     assert "number of keys 8 but k_cache has 9" in message
     assert "no values" in error_of("explain", "feature_map", "--q", "1,2,9,8", "--v", "1,2,9,8")
     heed("explain", "decode", "--q", "1,8,16,64")
+    line = ["explain", "na1d", "--q", "1,4,64,32"]
+    assert "those of an example, kernel_size=256: --options sets others" in error_of(*line)
+    assert "example" not in error_of(*line, "--options", "kernel_size=5")
     shape = ["decode", "--q", "1,8,17,64"]
     assert error_of("explain", *shape) == error_of("bench", *shape)
 

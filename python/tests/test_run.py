@@ -89,6 +89,7 @@ def test_options_of_draws_need_a_temperature(option):
         ([*ONCE, "-p", "x", "--attention", "flash:seed=1"], "window, softcap, scale"),
         ([*ONCE, "-p", "x", "--attention", "sigmoid:right=1"], "bias, window, scale"),
         ([*ONCE, "-p", "x", "--attention", "unknown"], "a model takes: "),
+        ([*ONCE, "-p", "x", "--attention", "affine_scaled:window=30,left=3"], "and left=3"),
         ([*ONCE, "-p", "x", "--attention", f"stochastic:seed={2**64}"], "-2^63 to 2^63 - 1"),
         (["run", "-p", "x", "--dtype", "int4x"], "--dtype: dtype is int4x, needed is f32, "),
         ([*ONCE, "-p", "x", "--temperature", "nan"], "--temperature: found 'nan'"),
@@ -110,6 +111,11 @@ def test_help_says_where_models_lie_and_where_to_read_on():
     for command in ("run", "eval"):
         text = heed(command, "--help").stdout
         assert "HEED_MODELS" in text and "docs/real-model.md" in text
+
+
+def test_help_says_when_the_temperature_is_applied():
+    text = " ".join(heed("run", "--help").stdout.split())
+    assert "in this order, by probabilities before the temperature" in text
 
 
 def test_a_context_longer_than_the_model_was_trained_for_is_said():
@@ -154,9 +160,10 @@ def stories(*arguments, **options):
 def test_run_continues_a_text():
     answer = stories("-p", "Once upon a time", "--max-tokens", "20")
     assert set(answer) >= {
-        "prompt_tokens", "tokens", "text", "prefill_tokens_per_s", "decode_tokens_per_s",
-        "attention_share",
+        "prompt_tokens", "prompt_tokens_read", "tokens", "text", "prefill_tokens_per_s",
+        "decode_tokens_per_s", "attention_share",
     }  # fmt: skip
+    assert answer["prompt_tokens_read"] == answer["prompt_tokens"]
     assert answer["prompt_tokens"] == 5 and len(answer["tokens"]) == 20
     assert answer["text"].startswith(", there was a little girl named Lily.")
     assert answer["decode_tokens_per_s"] > 0 and 0 < answer["attention_share"] < 1
@@ -302,7 +309,7 @@ def test_a_prompt_longer_than_the_context_says_so():
 def test_a_full_context_ends_the_answer():
     answer = stories("-p", "Once upon a time", "--context", "16", "--max-tokens", "100")
     assert answer["stop"] == "context full"
-    assert answer["prompt_tokens"] + len(answer["tokens"]) in (16, 17)
+    assert answer["prompt_tokens"] + len(answer["tokens"]) == 17  # the last one is never read
 
 
 def test_missing_and_broken_models(tmp_path):
@@ -387,7 +394,13 @@ def test_eval_says_where_a_text_is_not_utf8(tmp_path):
 
 def test_a_perplexity_of_nan_is_an_error():
     text = ["--model", STORIES, "--text", "LICENSE", "--attention", "flash:scale=1e38"]
-    assert "hold NaN or infinity" in error_of("eval", *text, "--json")
+    message = error_of("eval", *text, "--json")
+    assert "hold NaN or infinity" in message and "--attention overflowed" in message
+
+
+def test_an_answer_from_nan_is_an_error():
+    message = error_of(*ONCE, "-p", "Once upon a time", "--attention", "flash:scale=1e38")
+    assert "hold NaN or infinity" in message and "--attention overflowed" in message
 
 
 def test_eval_of_mixes_and_states(tmp_path):

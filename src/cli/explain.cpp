@@ -8,6 +8,7 @@
 #include "cli/measure.h"
 #include "cli/terminal.h"
 #include "engine/operands.h"
+#include "heed/error.h"
 
 namespace heed::cli {
 namespace {
@@ -46,16 +47,29 @@ void check_operands(const Mechanism& mechanism, const NamedTensors& in) {
   if (cache) check_decode_queries(mechanism.name.c_str(), q);
 }
 
+// The paths for a call; its errors say where options come from that nobody gave.
+std::vector<PathAnswer> answers_of(const Mechanism& mechanism, const ExampleCase& example,
+                                   const Arguments& arguments, DType dtype, const RunOptions& run) {
+  const Spec options = Spec::parse_options(example.options);
+  const NamedTensors tensors = shapes_only(example, dtype);
+  check_operands(mechanism, tensors);
+  try {
+    return mechanism.explain(tensors, options, run);
+  } catch (const Error& error) {
+    const std::string& own = mechanism.bench_cases.at(0).options;
+    if (arguments.options || own.empty()) throw;
+    throw Error(fmt::format("{}; the options are those of an example, {}: --options sets others",
+                            error.what(), own));
+  }
+}
+
 void explain(const Arguments& arguments) {
   const Mechanism& mechanism = find_mechanism(arguments.name);
   const ExampleCase example = example_of(mechanism, arguments);
   RunOptions run;
   if (!arguments.isa.empty()) run.isa = isas_to_use(arguments.isa).front();
   const DType dtype = parse_dtype(arguments.dtype);
-  const Spec options = Spec::parse_options(example.options);
-  const NamedTensors tensors = shapes_only(example, dtype);
-  check_operands(mechanism, tensors);
-  const auto answers = mechanism.explain(tensors, options, run);
+  const auto answers = answers_of(mechanism, example, arguments, dtype, run);
   // What is wrong with an option that no path depends on shows in a call.
   if (arguments.options) {
     const ExampleCase twin = twin_of(mechanism, example);
@@ -91,8 +105,10 @@ void add_explain(CLI::App& app, Outcome&) {
       ->required();
   command->add_option("--k", arguments->k, "Shape of the keys; without it as the queries");
   command->add_option("--v", arguments->v, "Shape of the values; without it as the keys");
-  CLI::Option* options = command->add_option("--options", arguments->options,
-                                             "Options of the call: causal=1,window=256");
+  CLI::Option* options =
+      command->add_option("--options", arguments->options,
+                          "Options of the call: causal=1,window=256; without it those of an "
+                          "example of the mechanism");
   command->add_option("--dtype", arguments->dtype, "f64, f32, bf16 or f16")->capture_default_str();
   command->add_option("--isa", arguments->isa, "Force this path: portable, avx2, avx512, amx");
   command->add_flag("--causal", arguments->causal, "Causal mask; every path has it")

@@ -61,6 +61,7 @@ std::optional<std::string> given_prompt(const Arguments& arguments) {
 
 Json result_json(const GenerateResult& result, const std::string& text, const Model& model) {
   return {{"prompt_tokens", result.prompt_tokens},
+          {"prompt_tokens_read", result.read_tokens},
           {"tokens", result.tokens},
           {"text", text},
           {"prefill_tokens_per_s", result.prefill_tokens_per_s()},
@@ -172,6 +173,7 @@ int answer_once(LanguageModel& loaded, const Arguments& arguments, const std::st
 
 constexpr const char* kCommands =
     "/reset starts a new conversation, /exit or /quit ends, /help says this";
+constexpr const char* kKeys = "Ctrl-C stops an answer, Ctrl-D ends";
 
 struct Line {
   std::optional<std::string> text;  // none: the conversation is over
@@ -221,6 +223,13 @@ class Conversation {
     std::vector<ChatMessage> messages = messages_;
     messages.push_back({"user", question});
     const std::vector<int32_t> prompt = fitting_prompt(messages);
+    const int64_t context = loaded_.model->context();
+    if (static_cast<int64_t>(prompt.size()) > context) {
+      say("heed: the question is too long: it has {} tokens in the chat form, the context holds "
+          "{}; a larger --context at the start takes longer ones\n",
+          prompt.size(), context);
+      return;
+    }
     const auto answer = speaker_.answer(prompt, chat().stop_tokens(), true);
     fmt::print("\n");
     flush_output();
@@ -271,7 +280,7 @@ std::vector<int32_t> Conversation::fitting_prompt(std::vector<ChatMessage>& mess
 
 int converse(LanguageModel& loaded, const Arguments& arguments) {
   Conversation conversation(loaded, arguments);
-  say("{}, Ctrl-C stops an answer, Ctrl-D ends\n", kCommands);
+  say("{}, {}\n", kCommands, kKeys);
   Line next;
   while ((next = next_line()).text) {
     const std::string& line = *next.text;
@@ -282,7 +291,7 @@ int converse(LanguageModel& loaded, const Arguments& arguments) {
       continue;
     }
     if (command == "/help") {
-      say("{}\n", kCommands);
+      say("{}, {}\n", kCommands, kKeys);
       continue;
     }
     if (line.size() == kTerminalLine) {
@@ -342,7 +351,7 @@ void add_run(CLI::App& app, Outcome& outcome) {
                     "<|user|> or <s>, are those tokens, and a begin token is not doubled");
   command->add_option("--system", arguments->system, "System message instead of the model's own");
   add_model_options(*command, arguments->model,
-                    "Tokens of prompt and answer; without it the model's");
+                    "Tokens of prompt and answer, its last one apart; without it the model's");
   command->add_option("--max-tokens", arguments->generate.max_tokens, "Longest answer")
       ->transform(whole_number(0))
       ->capture_default_str();
@@ -362,9 +371,14 @@ void add_run(CLI::App& app, Outcome& outcome) {
       command->add_option("--seed", sampler.seed, "Seed of the draws")
           ->transform(whole_number(0, std::numeric_limits<uint64_t>::max()))
           ->capture_default_str()};
-  command->add_flag("--json", arguments->json, "JSON at the end instead of words as they come");
+  command->add_flag(
+      "--json", arguments->json,
+      "JSON at the end instead of words as they come; prompt_tokens_read is less than "
+      "prompt_tokens where Ctrl-C came while the prompt was read");
   command->footer(
       std::string(
+          "--top-k, --top-p and --min-p choose, in this order, by probabilities before the\n"
+          "temperature, which then divides the logits of what is left.\n"
           "Without -p and -f, a chat starts on a terminal (/help lists its commands); standard\n"
           "input that is piped is one prompt.\n"
           "After Ctrl-C the statistics are printed and the exit code is 130; a chat goes on, and "

@@ -3,6 +3,7 @@
 
 #include <memory>
 
+#include "cascade/ast.h"
 #include "cli/arguments.h"
 #include "cli/commands.h"
 #include "cli/terminal.h"
@@ -44,6 +45,21 @@ std::string cell(const Polynomial& polynomial, const std::optional<Sizes>& sizes
   return sizes ? fmt::format("{:.0f}", polynomial.at(*sizes)) : polynomial.text();
 }
 
+// Keys of a tile where no number of tiles is given: the longest of the engine.
+constexpr int64_t kTileKeys = 512;
+
+// Splits into tiles of any length, by the rank that counts the tiles: the rank that is cut.
+std::map<std::string, std::string> tiled_ranks(const Mechanism& m) {
+  std::map<std::string, std::string> tiled;
+  for (const CascadeText& text : m.cascades) {
+    const Program program = cascade::parse(text.text, text.name);
+    for (const auto& split : program.ast().splits) {
+      if (split.block == "M0") tiled.emplace(split.outer, split.parent);
+    }
+  }
+  return tiled;
+}
+
 // The sizes of all ranks that the counts of the mechanism's cascades have.
 std::optional<Sizes> parse_sizes(const std::string& text, const Mechanism& m) {
   if (text.empty()) return std::nullopt;
@@ -67,8 +83,16 @@ std::optional<Sizes> parse_sizes(const std::string& text, const Mechanism& m) {
                   joined(needed));
     }
   }
+  const auto tiled = tiled_ranks(m);
+  for (const auto& [outer, parent] : tiled) std::erase(needed, outer);
+  const auto size_of = [&](const std::string& rank) {
+    return reading("--sizes", [&] { return given.integer(rank); });
+  };
   for (auto& [rank, size] : sizes) {
-    const auto value = reading("--sizes", [&] { return given.integer(rank); });
+    auto value = size_of(rank);
+    if (const auto split = tiled.find(rank); !value && split != tiled.end()) {
+      value = 1 + (size_of(split->second).value_or(1) - 1) / kTileKeys;
+    }
     if (!value || *value < 1) {
       throw Error("--sizes: no positive size of rank '" + rank + "'; needed " + joined(needed));
     }
@@ -179,7 +203,8 @@ void add_show(CLI::App& app, Outcome&) {
   auto arguments = std::make_shared<Arguments>();
   command->add_option("NAME", arguments->name, "Mechanism, with or without _attention")->required();
   command->add_option("--sizes", arguments->sizes,
-                      "Counts as numbers for these rank sizes: b=1,h=8,p=512,m=512,...");
+                      "Counts as numbers for these rank sizes: b=1,h=8,p=512,m=512,e=64,f=64 for "
+                      "flash; an error names a mechanism's ranks; without m1 tiles have 512 keys");
   CLI::Option* json = command->add_flag("--json", arguments->json, "JSON");
   CLI::Option* latex =
       command->add_flag("--latex", arguments->latex, "Only the cascades, as LaTeX");

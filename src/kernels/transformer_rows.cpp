@@ -52,6 +52,30 @@ using V = hn::Vec<D>;
 using VU = hn::Vec<DU>;
 constexpr int64_t kLanes = lanes<float>();
 
+// In float64, for rows whose squares float32 cannot hold.
+template <class From, class To>
+HWY_NOINLINE void rms_norm_wide_row(const From* x, const float* weight, float eps, To* out,
+                                    int64_t columns) {
+  float block[kLanes];
+  double total = 0.0;
+  for (int64_t c = 0; c < columns; c += kLanes) {
+    hn::StoreU(load_elements<float>(x + c, columns - c), D(), block);
+    for (const float value : block) {
+      total += static_cast<double>(value) * static_cast<double>(value);
+    }
+  }
+  const double root = std::sqrt(total / static_cast<double>(columns) + static_cast<double>(eps));
+  for (int64_t c = 0; c < columns; c += kLanes) {
+    hn::StoreU(load_elements<float>(x + c, columns - c), D(), block);
+    const int64_t n = std::min(columns - c, kLanes);
+    for (int64_t i = 0; i < n; ++i) {
+      block[i] = static_cast<float>(static_cast<double>(block[i]) / root *
+                                    static_cast<double>(weight[c + i]));
+    }
+    store_elements<float>(hn::LoadU(D(), block), out + c, n);
+  }
+}
+
 template <class From, class To>
 void rms_norm_row(const From* x, const float* weight, float eps, To* out, int64_t columns) {
   V sums[2] = {hn::Zero(D()), hn::Zero(D())};
@@ -64,7 +88,13 @@ void rms_norm_row(const From* x, const float* weight, float eps, To* out, int64_
     }
   }
   const float total = hn::GetLane(hn::SumOfLanes(D(), hn::Add(sums[0], sums[1])));
-  const V factor = hn::Set(D(), 1.0f / std::sqrt(total / static_cast<float>(columns) + eps));
+  const float mean = total / static_cast<float>(columns) + eps;
+  // Past float32, or so small that squares below 2^-126 are missing from it; NaN fails too.
+  if (!(mean >= 0x1p-100f && mean <= std::numeric_limits<float>::max())) {
+    rms_norm_wide_row(x, weight, eps, out, columns);
+    return;
+  }
+  const V factor = hn::Set(D(), 1.0f / std::sqrt(mean));
   for (int64_t c = 0; c < columns; c += kLanes) {
     const int64_t n = columns - c;
     store_elements<float>(hn::Mul(hn::Mul(load_elements<float>(x + c, n), factor),

@@ -109,6 +109,48 @@ TEST(TransformerRows, RmsNorm) {
   });
 }
 
+// Squares of such values are past float32 or nothing in it.
+TEST(TransformerRows, RmsNormOfHugeAndTinyRows) {
+  for_cases([](Isa isa, DType type, int64_t rows, int64_t columns, const std::string& what) {
+    const std::vector<float> ones(static_cast<size_t>(columns), 1.0f);
+    const Tensor weight(ones.data(), DType::f32, {columns});
+    for (float size : {1e20f, 1e37f, 1e-17f, 1e-25f, 1e-38f}) {
+      Matrix x = Matrix::random(type, rows, columns, 1);
+      for (int64_t i = 0; i < rows; ++i) {
+        for (int64_t c = 0; c < columns; ++c) x.set(i, c, x.get(i, c) * size);
+      }
+      const Matrix before = x;
+      const RunOptions run{.threads = 2, .isa = isa};
+      rms_norm(x.view(), weight, 0.0f, x.view(), run);
+      const auto exact = [&](int64_t i, int64_t j) {
+        double sum = 0;
+        for (int64_t c = 0; c < columns; ++c)
+          sum += std::pow(static_cast<double>(before.get(i, c)), 2);
+        return static_cast<double>(before.get(i, j)) /
+               std::sqrt(sum / static_cast<double>(columns));
+      };
+      expect_values(x, exact, what + " of " + std::to_string(size));
+      Matrix heads = before;
+      rms_norm_heads(heads.view(), {{1, weight}}, 0.0f, run);
+      expect_values(heads, exact, what + " as heads");
+    }
+  });
+}
+
+TEST(TransformerRows, RmsNormShowsWhatIsNotFinite) {
+  for_cases([](Isa isa, DType type, int64_t rows, int64_t columns, const std::string& what) {
+    const std::vector<float> ones(static_cast<size_t>(columns), 1.0f);
+    const Tensor weight(ones.data(), DType::f32, {columns});
+    for (float value : {kNan, std::numeric_limits<float>::infinity()}) {
+      Matrix x = Matrix::random(type, rows, columns, 1), out(type, rows, columns);
+      x.set(rows - 1, columns - 1, value);
+      rms_norm(x.view(), weight, 1e-5f, out.view(), {.threads = 2, .isa = isa});
+      ASSERT_TRUE(std::isnan(out.get(rows - 1, columns - 1))) << what;
+      ASSERT_TRUE(rows == 1 || std::isfinite(out.get(0, 0))) << what;
+    }
+  });
+}
+
 TEST(TransformerRows, RmsNormOfHeadsIsThatOfRows) {
   constexpr int64_t kHeads = 3;  // two with one weight, the third with another
   for_cases([](Isa isa, DType type, int64_t rows, int64_t columns, const std::string& what) {

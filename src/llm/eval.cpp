@@ -54,8 +54,11 @@ Perplexity perplexity(Model& model, std::span<const int32_t> tokens,
             ++result.scored;
           });
       if (!finite) {
-        throw Error("perplexity: the logits for tokens " + std::to_string(from + 1) + " to " +
-                    std::to_string(to) + " hold NaN or infinity, needed finite ones or -inf");
+        throw Error(
+            "perplexity: the logits for tokens " + std::to_string(from + 1) + " to " +
+            std::to_string(to) +
+            " hold NaN or infinity, needed finite ones or -inf; the model or its --attention "
+            "overflowed");
       }
       result.passed += to - from;
       if (options.on_progress) go_on = options.on_progress(result.scored, total);

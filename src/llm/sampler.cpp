@@ -27,8 +27,8 @@ int32_t best_of(std::span<const float> logits) {
   size_t best = 0;
   for (size_t i = 0; i < logits.size(); ++i) {
     if (std::isnan(logits[i]) || logits[i] == std::numeric_limits<float>::infinity())
-      throw Error("sampler: logits[" + std::to_string(i) + "] is " + std::to_string(logits[i]) +
-                  ", needed a finite value or -inf");
+      throw Error("sampler: the logits hold NaN or infinity, first for token " + std::to_string(i) +
+                  ", needed finite ones or -inf; the model or its --attention overflowed");
     if (logits[i] > logits[best]) best = i;
   }
   if (std::isinf(logits[best])) throw Error("sampler: every logit is -inf, needed a finite one");

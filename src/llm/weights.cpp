@@ -35,8 +35,8 @@ class Loader {
     if (tensor == nullptr) return nullptr;
     used_.insert(name);
     if (tensor->shape != shape) {
-      throw Error(file_.name() + ": " + name + " has shape " + to_string(Dims(tensor->shape)) +
-                  ", " + to_string(Dims(shape)) + " is needed");
+      throw Error("model file " + shown(file_.name()) + ": " + name + " has shape " +
+                  to_string(Dims(tensor->shape)) + ", " + to_string(Dims(shape)) + " is needed");
     }
     return tensor;
   }
@@ -75,7 +75,7 @@ class Loader {
   void require_all_used() const {
     for (const GgufTensor& tensor : file_.tensors()) {
       if (!used_.contains(tensor.name)) {
-        throw Error(file_.name() + ": the tensor " + shown(tensor.name) +
+        throw Error("model file " + shown(file_.name()) + ": the tensor " + shown(tensor.name) +
                     " has no place in this architecture");
       }
     }
@@ -273,8 +273,8 @@ ModelDtype default_model_dtype(const GgufFile& file) {
 ModelWeights load_weights(const GgufFile& file, const ModelConfig& config, ModelDtype dtype,
                           const RunOptions& run) {
   if (dtype == ModelDtype::int4 && default_model_dtype(file) != ModelDtype::int4) {
-    throw Error("dtype is int4, which reads quantised layers, and " + file.name() +
-                " has none; f32 or bf16 is needed");
+    throw Error("dtype is int4, which reads quantised layers, and model file " +
+                shown(file.name()) + " has none; f32 or bf16 is needed");
   }
   Loader loader(file, dtype);
   ModelWeights weights;

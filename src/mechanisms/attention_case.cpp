@@ -4,6 +4,7 @@
 
 #include "base/philox.h"
 #include "engine/tiled/path.h"
+#include "heed/error.h"
 
 namespace heed {
 
@@ -19,6 +20,10 @@ void require_attention_keys(const Spec& options, const std::vector<std::string>&
 }
 
 Masks masks_of(const NamedTensors& in, const Spec& options) {
+  if (options.has("window") && options.has("left")) {
+    throw Error("options window=" + *options.text("window") + " and left=" + *options.text("left") +
+                ": both say how many keys before its own a query sees, one of them is needed");
+  }
   Masks masks;
   masks.causal = options.flag("causal");
   masks.window.left = options.has("left") ? options.integer("left") : options.integer("window");
