@@ -46,7 +46,7 @@ DistillationGradients attention_distillation_loss_backward(const Tensor& grad_lo
                                                            const RunOptions& run = {});
 /// Into caller memory.
 struct DistillationGradientViews {
-  Tensor feature_q, feature_k;
+  Tensor feature_q = {}, feature_k = {};
 };
 void attention_distillation_loss_backward(const Tensor& grad_loss, const Tensor& q, const Tensor& k,
                                           const Tensor& feature_q, const Tensor& feature_k,

@@ -1,4 +1,6 @@
-// Everything a user of the core library includes.
+// Everything a user of the core library includes. All operators throw heed::Error (error.h) for a mistake in
+// their input, before they write anything. Results that are handed in as views have memory of their own: their
+// elements overlap neither each other nor inputs or other results.
 #pragma once
 #include "heed/affine_scaled_attention.h"
 #include "heed/attention_distillation_loss.h"

@@ -80,7 +80,7 @@ KernelizedRpeGradients kernelized_rpe_attention_backward(
     const Tensor& projection, const KernelizedRpeOptions& options = {}, const RunOptions& run = {});
 /// Into caller memory. Same bits for the same number of threads.
 struct KernelizedRpeGradientViews {
-  Tensor q, k, v, rpb;
+  Tensor q = {}, k = {}, v = {}, rpb = {};
 };
 void kernelized_rpe_attention_backward(const Tensor& grad_out, const Tensor& q, const Tensor& k,
                                        const Tensor& v, const Tensor& rpb, const Tensor& projection,

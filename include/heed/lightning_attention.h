@@ -7,7 +7,9 @@
 // No scale, no denominator. Query head h reads key head h / (H/Hkv); a state belongs to a query head.
 // Causal, aligned to the end of the keys: query i sees keys j <= i + Lk - Lq (none: out = 0). Any head
 // dims from 1, any strides with a unit stride in the last dimension. float64, float32, bfloat16,
-// float16; out has q's type. States and sums are float32 (float64 for float64, where everything is).
+// float16; out has q's type. States and sums are float32 (float64 for float64, where everything is). Where a
+// processor has bfloat16 products, bfloat16 calls of 32 keys and more round the state, and what keys and
+// queries of a chunk make of each other, where products read them: about 2e-3 |q| . |S| of a result.
 // The state is the one after the last token: it is the initial_state of the tokens that follow, and
 // cutting a sequence into calls changes results only by rounding. One token is one pass over the state.
 // Decays are exponentials of distances: slopes from 0 to any size, no overflow at any length.
@@ -47,7 +49,7 @@ struct LightningGradients {
   Array q, k, v, slopes, initial_state;
 };
 struct LightningGradientViews {
-  Tensor q, k, v, slopes, initial_state;
+  Tensor q = {}, k = {}, v = {}, slopes = {}, initial_state = {};
 };
 
 /// Given the gradients of out and of the state after the last token (undefined: zero). Nothing of the

@@ -10,7 +10,9 @@
 // state gives 0, and so does a denominator of 0 or one so small that its inverse is infinite (float32:
 // below 2.9e-39). Any F and Dv from 1, any strides with a unit stride in the last dimension. float64,
 // float32, bfloat16, float16; out has q's type. States, sums and denominators are float32 (float64 for
-// float64, where everything is).
+// float64, where everything is). Where a processor has bfloat16 products, bfloat16 calls of 32 keys and more
+// round the state, and what keys and queries of a chunk make of each other, where products read them: about
+// 2e-3 |q| . |S| of a numerator.
 // A denominator d near 0, where features of both signs cancel, divides what it is: its relative error is
 // about u |q| . |z| / |d|, u = 6e-8 (float64: 1e-16).
 // The state is the one after the last token: it is the initial_state of the tokens that follow.
@@ -56,7 +58,7 @@ struct LinearGradients {
   Array q, k, v, s, z;
 };
 struct LinearGradientViews {
-  Tensor q, k, v, s, z;
+  Tensor q = {}, k = {}, v = {}, s = {}, z = {};
 };
 
 /// Given the gradients of out and of the state after the last token (undefined: zero). Nothing of the

@@ -76,7 +76,7 @@ struct MagnitudeAwareGradients {
   Array q, k, v, s, k_sum, v_sum;
 };
 struct MagnitudeAwareGradientViews {
-  Tensor q, k, v, s, k_sum, v_sum;
+  Tensor q = {}, k = {}, v = {}, s = {}, k_sum = {}, v_sum = {};
 };
 
 /// Given the gradients of out and of the state after the last token (undefined: zero; count is ignored).

@@ -9,8 +9,8 @@ namespace heed {
 
 /// Keys to the left and right of a query that it still sees; none = open on that side.
 struct Window {
-  std::optional<int64_t> left;
-  std::optional<int64_t> right;
+  std::optional<int64_t> left = {};
+  std::optional<int64_t> right = {};
 };
 
 /// With the offset o = Lk - Lq (alignment to the end of the keys) query i sees key j when

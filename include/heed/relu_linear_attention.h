@@ -50,7 +50,7 @@ ReluLinearGradients relu_linear_attention_backward(const Tensor& grad_out, const
                                                    const RunOptions& run = {});
 /// Into caller memory.
 struct ReluLinearGradientViews {
-  Tensor q, k, v, temperature;
+  Tensor q = {}, k = {}, v = {}, temperature = {};
 };
 void relu_linear_attention_backward(const Tensor& grad_out, const Tensor& q, const Tensor& k,
                                     const Tensor& v, const Tensor& temperature,

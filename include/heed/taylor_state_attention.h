@@ -58,7 +58,7 @@ struct TaylorGradients {
   Array q, k, v, s, z;
 };
 struct TaylorGradientViews {
-  Tensor q, k, v, s, z;
+  Tensor q = {}, k = {}, v = {}, s = {}, z = {};
 };
 
 /// Given the gradients of out and of the state after the last token (undefined: zero). Nothing of the

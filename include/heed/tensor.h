@@ -37,7 +37,7 @@ float16 to_float16(float x);
 
 inline constexpr int kMaxRank = 6;
 
-/// A sequence of up to kMaxRank extents or strides.
+/// A sequence of up to kMaxRank extents or strides. Indices are not checked.
 class Dims {
  public:
   Dims() = default;
@@ -82,11 +82,11 @@ class Tensor {
   int64_t count() const { return element_count(shape_); }
   bool is_contiguous() const;
 
-  /// The view with index `i` taken along `axis`, which disappears.
+  /// The view with index `i` taken along `axis`, which disappears. Throws Error where there is none.
   Tensor select(int axis, int64_t i) const;
-  /// The view of [begin, end) along `axis`.
+  /// The view of [begin, end) along `axis`. Throws Error where that is not inside.
   Tensor slice(int axis, int64_t begin, int64_t end) const;
-  /// Address of the element at the leading indices (missing ones are 0).
+  /// Address of the element at the leading indices (missing ones are 0). Nothing is checked.
   std::byte* at(std::initializer_list<int64_t> index) const;
 
  private:

@@ -1,5 +1,7 @@
 """Mixture-of-Head attention: the router."""
 
+from typing import Literal
+
 import torch
 from torch import Tensor
 

@@ -5,6 +5,7 @@
 #include <bit>
 #include <chrono>
 #include <cmath>
+#include <cstdlib>
 #include <functional>
 #include <limits>
 #include <set>
@@ -64,6 +65,44 @@ TEST(HalfFloats, RoundToNearestEven) {
   EXPECT_EQ(to_float(to_float16(0x1.8p-25f)), 0x1p-24f);
 }
 
+// Rounded twice, by way of float32, the first and the last of each type would be ties.
+TEST(HalfFloats, Float64IsRoundedOnce) {
+  const auto converted = [](double x, DType type) {
+    const Array half = convert(Tensor(&x, DType::f64, {1}), type);
+    return *convert(half, DType::f64).as<double>();
+  };
+  constexpr double kInf = std::numeric_limits<double>::infinity();
+  const std::pair<double, double> float16s[] = {{1 + 0x1p-11 + 0x1p-30, 1 + 0x1p-10},
+                                                {1 + 0x1p-11, 1},
+                                                {1 + 0x1p-11 - 0x1p-30, 1},
+                                                {1 + 0x3p-11, 1 + 0x1p-9},
+                                                {65519.999999, 65504},
+                                                {65520, kInf},
+                                                {0x1p-25, 0},
+                                                {0x1p-25 + 0x1p-60, 0x1p-24},
+                                                {1e300, kInf},
+                                                {1e-300, 0},
+                                                {0x3p-25 - 0x1p-60, 0x1p-24}};
+  const std::pair<double, double> bfloat16s[] = {{1 + 0x1p-8 + 0x1p-33, 1 + 0x1p-7},
+                                                 {1 + 0x1p-8, 1},
+                                                 {1 + 0x3p-8, 1 + 0x1p-6},
+                                                 {0x1.fep127, 0x1.fep127},
+                                                 {0x1.fefffffffp127, 0x1.fep127},
+                                                 {0x1.ffp127, kInf},
+                                                 {1e300, kInf},
+                                                 {0x1p-134, 0},
+                                                 {0x1p-134 + 0x1p-180, 0x1p-133},
+                                                 {1 + 0x3p-8 - 0x1p-40, 1 + 0x1p-7}};
+  for (double sign : {1.0, -1.0}) {
+    for (const auto& [x, y] : float16s) EXPECT_EQ(converted(sign * x, DType::f16), sign * y) << x;
+    for (const auto& [x, y] : bfloat16s) EXPECT_EQ(converted(sign * x, DType::bf16), sign * y) << x;
+  }
+  for (DType type : {DType::f16, DType::bf16}) {
+    EXPECT_EQ(converted(-kInf, type), -kInf);
+    EXPECT_TRUE(std::isnan(converted(std::nan(""), type)));
+  }
+}
+
 TEST(TensorView, SelectAndSliceFollowStrides) {
   std::vector<float> memory(2 * 3 * 4);
   for (size_t i = 0; i < memory.size(); ++i) memory[i] = static_cast<float>(i);
@@ -101,6 +140,22 @@ TEST(TensorView, RefusesWhatCannotBe) {
   EXPECT_THROW(Array(DType::f32, {int64_t{1} << 40, int64_t{1} << 40}), Error);
   EXPECT_THROW(Array(DType::f32, {-1}), Error);
   EXPECT_THROW(Dims({1, 2, 3, 4, 5, 6, 7}), Error);
+  float memory[6] = {};
+  const Tensor t(memory, DType::f32, {2, 3});
+  for (const auto& [begin, end] : {std::pair<int64_t, int64_t>{0, 4}, {2, 1}, {-1, 2}, {4, 4}}) {
+    EXPECT_THROW(t.slice(1, begin, end), Error);
+  }
+  EXPECT_EQ(t.slice(1, 3, 3).count(), 0);
+  for (const auto& [axis, i] : {std::pair<int, int64_t>{0, 2}, {0, -1}, {2, 0}, {-1, 0}}) {
+    EXPECT_THROW(t.select(axis, i), Error);
+  }
+  EXPECT_THROW(t.slice(2, 0, 0), Error);
+  try {
+    t.slice(1, 0, 1000);
+  } catch (const Error& error) {
+    EXPECT_STREQ(error.what(),
+                 "slice: range 0 to 1000 of axis 1 of a tensor of shape [2,3] does not exist");
+  }
 }
 
 // Test vectors published with the reference implementation (Random123, kat_vectors).
@@ -212,6 +267,32 @@ TEST(Scratch, NestsWithoutSharingMemory) {
   float* b = inner.take<float>(256);
   EXPECT_TRUE(b >= a + 256 || a >= b + 256);
   EXPECT_EQ(reinterpret_cast<uintptr_t>(a) % 64, 0u);
+}
+
+struct WorksWhenDestroyed {
+  ~WorksWhenDestroyed() {
+    work(size_t{1} << 16);
+    const auto& isas = available_isas();
+    if (std::find(isas.begin(), isas.end(), default_isa()) == isas.end()) std::abort();
+  }
+  static void work(size_t bytes) {
+    (void)default_isa();
+    parallel_for(4, threads_for({.threads = 2, .isa = {}}, 4), [&](int64_t, int) {
+      Scratch scratch(bytes);
+      scratch.take<std::byte>(4096)[4095] = std::byte{1};
+    });
+  }
+};
+
+TEST(StaticObjects, MayCallWhenTheyAreDestroyed) {
+  GTEST_FLAG_SET(death_test_style, "threadsafe");  // a process in which nothing has been called yet
+  EXPECT_EXIT(
+      {
+        static const WorksWhenDestroyed object;
+        WorksWhenDestroyed::work(4096);
+        std::exit(0);
+      },
+      testing::ExitedWithCode(0), "");
 }
 
 TEST(Isa, NamesParseAndUnknownOnesAreExplained) {

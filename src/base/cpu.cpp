@@ -137,11 +137,12 @@ int64_t cache_bytes(int level, std::string_view type) {
 }  // namespace
 
 const std::vector<Isa>& available_isas() {
-  static const std::vector<Isa> isas = [] {
-    std::vector<Isa> list{Isa::portable};
-    if (support().avx2) list.push_back(Isa::avx2);
-    if (support().avx512) list.push_back(Isa::avx512);
-    if (support().amx) list.push_back(Isa::amx);
+  // Never destroyed: destructors of static objects may still call operators.
+  static const auto& isas = *[] {
+    auto* list = new std::vector<Isa>{Isa::portable};
+    if (support().avx2) list->push_back(Isa::avx2);
+    if (support().avx512) list->push_back(Isa::avx512);
+    if (support().amx) list->push_back(Isa::amx);
     return list;
   }();
   return isas;

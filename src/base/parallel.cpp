@@ -4,12 +4,13 @@
 
 #include <algorithm>
 #include <atomic>
-#include <cassert>
 #include <cstdlib>
 #include <cstring>
 #include <exception>
-#include <limits>
+#include <mutex>
 #include <string>
+#include <system_error>
+#include <thread>
 #include <vector>
 
 #include "base/blocks.h"
@@ -21,8 +22,32 @@ namespace heed {
 namespace {
 std::atomic<int> requested_threads{0};  // 0: nobody said how many
 
-// OpenMP ends the process where it can make no more threads.
 constexpr int kMostThreads = 1024;
+
+// As many of `wanted` threads as the system lets exist together: OpenMP ends the process where it is refused
+// one. Tried once, with threads of our own.
+int threads_to_be_had(int wanted) {
+  static std::atomic<int> had{1}, most{kMostThreads};
+  static std::mutex trying;
+  if (wanted <= had) return wanted;
+  if (const std::unique_lock lock(trying, std::try_to_lock); lock && wanted <= most) {
+    std::vector<std::thread> threads;
+    threads.reserve(static_cast<size_t>(wanted));
+    std::atomic<bool> all_there{false};
+    try {
+      while (static_cast<int>(threads.size()) + 1 < wanted) {
+        threads.emplace_back([&] { all_there.wait(false); });
+      }
+    } catch (const std::system_error&) {
+      most = static_cast<int>(threads.size()) + 1;
+    }
+    all_there = true;
+    all_there.notify_all();
+    for (std::thread& thread : threads) thread.join();
+    had = std::max<int>(had, static_cast<int>(threads.size()) + 1);
+  }
+  return std::min<int>(wanted, most);
+}
 
 void check_threads(int threads) {
   if (threads < 1 || threads > kMostThreads) {
@@ -54,7 +79,8 @@ int threads_for(const RunOptions& run, int64_t items) {
   if (run.threads) check_threads(*run.threads);
   int threads = run.threads.value_or(default_threads());
   if (omp_in_parallel()) threads = 1;
-  return static_cast<int>(std::max<int64_t>(1, std::min<int64_t>(threads, items)));
+  return threads_to_be_had(
+      static_cast<int>(std::max<int64_t>(1, std::min<int64_t>(threads, items))));
 }
 
 int threads_for(const RunOptions& run, int64_t items, double nanoseconds) {
@@ -141,19 +167,29 @@ void parallel_for_shares(int64_t items, int threads,
 
 namespace {
 
-// One block per thread, grown on demand and kept: at most what the largest tile so far needed.
+// One block per thread, grown on demand and kept: at most what the largest tile so far needed. It has no
+// destructor, as destructors of static objects, which run after those of the main thread's, may still call
+// operators.
 struct Block {
   std::byte* memory = nullptr;
   size_t bytes = 0;
   bool in_use = false;
-  ~Block() { std::free(memory); }
 };
-
 thread_local Block block;
+
+struct FreesBlock {
+  ~FreesBlock() {
+    std::free(block.memory);
+    block = {};
+  }
+  void is_used() const {}
+};
+thread_local const FreesBlock frees_block;
 
 }  // namespace
 
 Scratch::Scratch(size_t bytes) {
+  frees_block.is_used();
   bytes = rounded(bytes);
   if (block.in_use) {
     next_ = static_cast<std::byte*>(std::aligned_alloc(64, std::max<size_t>(bytes, 64)));

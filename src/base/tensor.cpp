@@ -1,7 +1,6 @@
 #include "heed/tensor.h"
 
 #include <bit>
-#include <cassert>
 #include <cmath>
 #include <cstring>
 #include <type_traits>
@@ -162,8 +161,27 @@ std::byte* Tensor::at(std::initializer_list<int64_t> index) const {
   return static_cast<std::byte*>(data_) + offset * static_cast<int64_t>(size_of(dtype_));
 }
 
+namespace {
+
+[[noreturn]] void refuse_view(const char* call, const std::string& found, const Dims& shape) {
+  throw Error(std::string(call) + ": " + found + " of a tensor of shape " + to_string(shape) +
+              " does not exist");
+}
+
+void check_axis(const char* call, int axis, const Dims& shape) {
+  if (axis < 0 || axis >= shape.rank()) {
+    refuse_view(call, "axis " + std::to_string(axis), shape);
+  }
+}
+
+}  // namespace
+
 Tensor Tensor::select(int axis, int64_t i) const {
-  assert(i >= 0 && i < size(axis));
+  check_axis("select", axis, shape_);
+  if (i < 0 || i >= size(axis)) {
+    refuse_view("select", "index " + std::to_string(i) + " of axis " + std::to_string(axis),
+                shape_);
+  }
   Dims shape, strides;
   std::array<int64_t, kMaxRank> kept_shape{}, kept_strides{};
   size_t kept = 0;
@@ -179,7 +197,13 @@ Tensor Tensor::select(int axis, int64_t i) const {
 }
 
 Tensor Tensor::slice(int axis, int64_t begin, int64_t end) const {
-  assert(0 <= begin && begin <= end && end <= size(axis));
+  check_axis("slice", axis, shape_);
+  if (begin < 0 || begin > end || end > size(axis)) {
+    refuse_view("slice",
+                "range " + std::to_string(begin) + " to " + std::to_string(end) + " of axis " +
+                    std::to_string(axis),
+                shape_);
+  }
   Tensor part = *this;
   part.shape_[axis] = end - begin;
   part.data_ = static_cast<std::byte*>(data_) +
@@ -244,12 +268,22 @@ double load(From x) {
   }
 }
 
+// To odd: a number that lies between two floats becomes the one whose last bit is 1, so that rounding to
+// fewer bits afterwards sees on which side of a tie it lay.
+float round_to_odd(double x) {
+  const auto nearest = static_cast<float>(x);
+  if (std::isnan(x) || static_cast<double>(nearest) == x) return nearest;
+  auto bits = std::bit_cast<uint32_t>(nearest);
+  if (std::abs(static_cast<double>(nearest)) > std::abs(x)) --bits;
+  return std::bit_cast<float>(bits | 1);
+}
+
 template <class To>
 To store(double x) {
   if constexpr (std::is_same_v<To, bfloat16>) {
-    return to_bfloat16(static_cast<float>(x));
+    return to_bfloat16(round_to_odd(x));
   } else if constexpr (std::is_same_v<To, float16>) {
-    return to_float16(static_cast<float>(x));
+    return to_float16(round_to_odd(x));
   } else {
     return static_cast<To>(x);
   }
