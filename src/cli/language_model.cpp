@@ -13,7 +13,6 @@
 #include "cli/terminal.h"
 #include "heed/error.h"
 #include "llm/attention_pattern.h"
-#include "llm/shown.h"
 
 namespace heed::cli {
 namespace {
@@ -68,9 +67,9 @@ LanguageModel load_model(const ModelArguments& arguments, Use use) {
   loaded.tokenizer = std::make_unique<Tokenizer>(*loaded.file);
   // More rows than tokens are padding.
   if (config.vocab < loaded.tokenizer->vocab_size()) {
-    throw Error("model file " + shown(loaded.file->name()) + ": token_embd.weight has " +
-                std::to_string(config.vocab) + " rows, one for each of the tokenizer's " +
-                std::to_string(loaded.tokenizer->vocab_size()) + " tokens is needed");
+    loaded.file->fail("token_embd.weight has " + std::to_string(config.vocab) +
+                      " rows, one for each of the tokenizer's " +
+                      std::to_string(loaded.tokenizer->vocab_size()) + " tokens is needed");
   }
   if (use == Use::chat) loaded.chat.emplace(*loaded.file, *loaded.tokenizer);
   loaded.model = std::make_unique<Model>(*loaded.file, std::move(options));

@@ -6,7 +6,6 @@
 #include <hwy/foreach_target.h>
 // After foreach_target.
 #include "kernels/chunk_parts.h"
-#include "kernels/prefetch.h"
 #include "kernels/product_loops.h"
 #include "kernels/register_blocks-inl.h"
 

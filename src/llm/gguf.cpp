@@ -91,10 +91,13 @@ const GgufFile::Value* GgufFile::value(std::string_view key) const {
 
 bool GgufFile::has(std::string_view key) const { return value(key) != nullptr; }
 
+void GgufFile::fail(const std::string& what) const {
+  throw Error("model file " + shown(name_) + ": " + what);
+}
+
 void GgufFile::wrong_type(std::string_view key, const Value& found, const char* needed) const {
-  throw Error("model file " + shown(name_) + ": metadata key " + shown(key) + " is " +
-              (found.is_array ? "an array of " : "of type ") +
-              std::string(gguf_value_name(found.type)) + ", needed " + needed);
+  fail("metadata key " + shown(key) + " is " + (found.is_array ? "an array of " : "of type ") +
+       std::string(gguf_value_name(found.type)) + ", needed " + needed);
 }
 
 std::optional<std::string_view> GgufFile::string(std::string_view key) const {
@@ -125,8 +128,8 @@ int64_t GgufFile::integer_at(std::string_view key, const Value& v, uint64_t inde
     case gguf_value::kUint64: {
       auto wide = load<uint64_t>(p);
       if (wide > static_cast<uint64_t>(std::numeric_limits<int64_t>::max()))
-        throw Error("model file " + shown(name_) + ": metadata key " + shown(key) + " is " +
-                    std::to_string(wide) + ", needed at most 2^63 - 1");
+        fail("metadata key " + shown(key) + " is " + std::to_string(wide) +
+             ", needed at most 2^63 - 1");
       return static_cast<int64_t>(wide);
     }
     default:
@@ -206,8 +209,7 @@ std::optional<std::vector<float>> GgufFile::floats(std::string_view key) const {
 
 template <class T>
 T GgufFile::required(std::optional<T> found, std::string_view key) const {
-  if (!found)
-    throw Error("model file " + shown(name_) + ": metadata key " + shown(key) + " is missing");
+  if (!found) fail("metadata key " + shown(key) + " is missing");
   return std::move(*found);
 }
 
@@ -232,8 +234,7 @@ const GgufTensor* GgufFile::find(std::string_view name) const {
 
 const GgufTensor& GgufFile::require(std::string_view name) const {
   const GgufTensor* found = find(name);
-  if (found == nullptr)
-    throw Error("model file " + shown(name_) + ": tensor " + shown(name) + " is missing");
+  if (found == nullptr) fail("tensor " + shown(name) + " is missing");
   return *found;
 }
 

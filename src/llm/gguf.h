@@ -70,6 +70,8 @@ class GgufFile {
 
   /// Path or name, for messages.
   const std::string& name() const { return name_; }
+  /// Throws Error with `what` after the name of the file.
+  [[noreturn]] void fail(const std::string& what) const;
 
  private:
   struct Value {

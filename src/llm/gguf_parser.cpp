@@ -56,9 +56,7 @@ bool gguf_is_integer(uint32_t type) {
   return type <= gguf_value::kInt32 || type == gguf_value::kUint64 || type == gguf_value::kInt64;
 }
 
-void GgufParser::fail(const std::string& what) const {
-  throw Error("model file " + shown(file_.name_) + ": " + what);
-}
+void GgufParser::fail(const std::string& what) const { file_.fail(what); }
 
 void GgufParser::need(uint64_t bytes, const std::string& what) const {
   if (bytes > left())

@@ -40,8 +40,7 @@ class Keys {
 
   [[noreturn]] void fail(const char* key, const std::string& found,
                          const std::string& needed) const {
-    throw Error("model file " + shown(file_.name()) + ": " + name(key) + " is " + found + ", " +
-                needed + " is needed");
+    file_.fail(name(key) + " is " + found + ", " + needed + " is needed");
   }
 
  private:
@@ -107,15 +106,14 @@ void read_rotation(const GgufFile& file, const Keys& keys, int64_t dims, ModelCo
   }
   if (const GgufTensor* factors = file.find("rope_freqs.weight")) {
     if (factors->count() != dims / 2) {
-      throw Error("model file " + shown(file.name()) + ": rope_freqs.weight has " +
-                  std::to_string(factors->count()) + " values, " + std::to_string(dims / 2) +
-                  " are needed");
+      file.fail("rope_freqs.weight has " + std::to_string(factors->count()) + " values, " +
+                std::to_string(dims / 2) + " are needed");
     }
     const std::vector<float> values = factors->to_float();
     for (size_t i = 0; i < frequencies.size(); ++i) {
       if (!(values[i] > 0)) {
-        throw Error("model file " + shown(file.name()) + ": rope_freqs.weight holds " +
-                    std::to_string(values[i]) + ", positive numbers are needed");
+        file.fail("rope_freqs.weight holds " + std::to_string(values[i]) +
+                  ", positive numbers are needed");
       }
       frequencies[i] /= static_cast<double>(values[i]);
     }
@@ -129,16 +127,15 @@ ModelConfig read_model_config(const GgufFile& file) {
   constexpr int64_t kMost = int64_t{1} << 24;  // no size of a real model is near it
   ModelConfig config;
   if (const int64_t parts = file.integer("split.count").value_or(1); parts > 1) {
-    throw Error("model file " + shown(file.name()) + ": it is part " +
-                std::to_string(file.integer("split.no").value_or(0) + 1) + " of " +
-                std::to_string(parts) +
-                ", needed one file of all parts: llama-gguf-split --merge joins them");
+    file.fail("it is part " + std::to_string(file.integer("split.no").value_or(0) + 1) + " of " +
+              std::to_string(parts) +
+              ", needed one file of all parts: llama-gguf-split --merge joins them");
   }
   config.architecture = file.require_string("general.architecture");
   if (config.architecture != "llama" && config.architecture != "qwen2" &&
       config.architecture != "qwen3") {
-    throw Error("model file " + shown(file.name()) + ": general.architecture is " +
-                shown(config.architecture) + ", llama, qwen2 or qwen3 is needed");
+    file.fail("general.architecture is " + shown(config.architecture) +
+              ", llama, qwen2 or qwen3 is needed");
   }
   const Keys keys(file, config.architecture);
   if (keys.integer("expert_count", 0, kMost, 0) > 0) {
@@ -169,9 +166,8 @@ ModelConfig read_model_config(const GgufFile& file) {
   config.qk_norm = config.architecture == "qwen3";
   const GgufTensor& embedding = file.require("token_embd.weight");
   if (embedding.shape.size() != 2 || embedding.shape[1] != config.width) {
-    throw Error("model file " + shown(file.name()) + ": token_embd.weight has no " +
-                std::to_string(config.width) + " columns, which " + keys.name("embedding_length") +
-                " needs");
+    file.fail("token_embd.weight has no " + std::to_string(config.width) + " columns, which " +
+              keys.name("embedding_length") + " needs");
   }
   config.vocab = embedding.shape[0];
   return config;

@@ -10,7 +10,6 @@
 #include "base/parallel.h"
 #include "base/round_up.h"
 #include "heed/error.h"
-#include "kernels/transformer_rows.h"
 #include "llm/bf16_product.h"
 #include "llm/ggml_types.h"
 #include "llm/gguf.h"
@@ -35,8 +34,8 @@ class Loader {
     if (tensor == nullptr) return nullptr;
     used_.insert(name);
     if (tensor->shape != shape) {
-      throw Error("model file " + shown(file_.name()) + ": " + name + " has shape " +
-                  to_string(Dims(tensor->shape)) + ", " + to_string(Dims(shape)) + " is needed");
+      file_.fail("" + name + " has shape " + to_string(Dims(tensor->shape)) + ", " +
+                 to_string(Dims(shape)) + " is needed");
     }
     return tensor;
   }
@@ -75,8 +74,7 @@ class Loader {
   void require_all_used() const {
     for (const GgufTensor& tensor : file_.tensors()) {
       if (!used_.contains(tensor.name)) {
-        throw Error("model file " + shown(file_.name()) + ": the tensor " + shown(tensor.name) +
-                    " has no place in this architecture");
+        file_.fail("the tensor " + shown(tensor.name) + " has no place in this architecture");
       }
     }
   }

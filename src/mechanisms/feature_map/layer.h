@@ -5,7 +5,6 @@
 #include <vector>
 
 #include "base/round_up.h"
-#include "engine/candidates.h"
 #include "heed/feature_map.h"
 #include "kernels/matrix.h"
 #include "kernels/tile.h"

@@ -6,6 +6,7 @@
 #include <type_traits>
 #include <vector>
 
+#include "engine/candidates.h"
 #include "engine/operands.h"
 #include "heed/feature_map.h"
 #include "kernels/feature_rows.h"
