@@ -1,5 +1,10 @@
 #include "engine/operands.h"
 
+#include <array>
+#include <cstdlib>
+#include <span>
+#include <utility>
+
 namespace heed {
 
 void fail(const char* op, const std::string& found, const std::string& needed) {
@@ -64,6 +69,30 @@ void check_result(const char* op, const char* name, const Tensor& given, const D
                   DType dtype) {
   if (!given.defined() || (given.shape() == shape && given.dtype() == dtype)) return;
   fail(op, describe(name, given), to_string(shape) + " " + name_of(dtype) + " is needed");
+}
+
+void check_apart(const char* op, const char* name, const Tensor& result) {
+  if (!result.defined() || result.count() == 0) return;
+  // By stride, each axis has to step over all that those before it reach.
+  std::array<std::pair<int64_t, int64_t>, kMaxRank> axes;
+  size_t count = 0;
+  for (int axis = 0; axis < result.rank(); ++axis) {
+    if (result.size(axis) == 1) continue;
+    const std::pair next{std::abs(result.stride(axis)), result.size(axis)};
+    size_t at = count++;
+    for (; at > 0 && axes[at - 1] > next; --at) axes[at] = axes[at - 1];
+    axes[at] = next;
+  }
+  int64_t reach = 0;
+  for (const auto& [stride, size] : std::span(axes.data(), count)) {
+    if (stride <= reach) {
+      fail(op,
+           std::string(name) + " " + to_string(result.shape()) + " has strides " +
+               to_string(result.strides()) + ", so that elements overlap",
+           "each in memory of its own is needed");
+    }
+    reach += stride * (size - 1);
+  }
 }
 
 void check_rows_like(const char* op, const char* name, const Tensor& t, const Dims& shape,

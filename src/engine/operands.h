@@ -36,6 +36,8 @@ void check_same_type(const char* op, const char* name, const Tensor& t, const ch
 /// The shape and type asked for, if it is given at all.
 void check_result(const char* op, const char* name, const Tensor& given, const Dims& shape,
                   DType dtype);
+/// That no two elements of a result lie in one place.
+void check_apart(const char* op, const char* name, const Tensor& result);
 /// check_rows and check_result.
 void check_rows_like(const char* op, const char* name, const Tensor& t, const Dims& shape,
                      DType dtype);

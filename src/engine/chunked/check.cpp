@@ -6,8 +6,10 @@
 
 namespace heed::chunked {
 
-void check_out(const char* op, const char* name, const Tensor& given, const Dims& shape,
-               DType type) {
+namespace {
+
+void check_like(const char* op, const char* name, const Tensor& given, const Dims& shape,
+                DType type) {
   check_result(op, name, given, shape, type);
   const int last = given.rank() - 1;
   if (given.defined() && given.size(last) > 1 && given.stride(last) != 1) {
@@ -16,6 +18,31 @@ void check_out(const char* op, const char* name, const Tensor& given, const Dims
              " in its last dimension",
          "a unit stride is needed there");
   }
+}
+
+void check_out_like(const char* op, const char* name, const Tensor& out, const Tensor& q,
+                    const Tensor& v) {
+  if (!out.defined()) throw Error(std::string(op) + ": " + name + " is missing");
+  check_like(op, name, out, {q.size(0), q.size(1), q.size(2), v.size(3)}, q.dtype());
+}
+
+}  // namespace
+
+void check_out(const char* op, const Tensor& out, const Tensor& q, const Tensor& v) {
+  check_out_like(op, "out", out, q, v);
+  check_apart(op, "out", out);
+}
+
+void check_gradients(const char* op, const Tensor& q, const Tensor& k, const Tensor& v,
+                     const Tensor& out_gradient, const InputGradients& to) {
+  check_out_like(op, "out_gradient", out_gradient, q, v);
+  const auto check = [&](const char* name, const Tensor& gradient, const Tensor& input) {
+    check_like(op, name, gradient, input.shape(), input.dtype());
+    check_apart(op, name, gradient);
+  };
+  check("gradient of q", to.q, q);
+  check("gradient of k", to.k, k);
+  check("gradient of v", to.v, v);
 }
 
 Dims sums_shape(const Tensor& q, const Tensor& v, int64_t features) {

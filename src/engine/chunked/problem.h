@@ -171,9 +171,14 @@ template <class T>
 void backward(const Problem<T>& problem, const Tensor& out_gradient, const State& last_gradient,
               const Gradients& gradients, const RunOptions& run);
 
-/// check_result, and a unit stride in its last dimension.
-void check_out(const char* op, const char* name, const Tensor& given, const Dims& shape,
-               DType type);
+/// Results of inputs q, k and v: of their types, with a unit stride in the last dimension. out [B,H,Lq,Dv] and
+/// its gradient have to be there.
+void check_out(const char* op, const Tensor& out, const Tensor& q, const Tensor& v);
+struct InputGradients {
+  const Tensor &q, &k, &v;
+};
+void check_gradients(const char* op, const Tensor& q, const Tensor& k, const Tensor& v,
+                     const Tensor& out_gradient, const InputGradients& to);
 /// Of the sums over keys and values, [B,H,F,Dv], and over keys alone, [B,H,F].
 Dims sums_shape(const Tensor& q, const Tensor& v, int64_t features);
 Dims key_sums_shape(const Tensor& q, int64_t features);

@@ -59,8 +59,7 @@ void lightning_attention(const Tensor& q, const Tensor& k, const Tensor& v, cons
                          const Tensor& state, const LightningOptions& options,
                          const RunOptions& run) {
   check(q, k, v, options);
-  if (!out.defined()) throw Error(std::string(kOp) + ": out is missing");
-  chunked::check_out(kOp, "out", out, {q.size(0), q.size(1), q.size(2), v.size(3)}, q.dtype());
+  chunked::check_out(kOp, out, q, v);
   check_result(kOp, "state", state, state_shape(q, v), wide_type(q.dtype()));
   if (q.dtype() == DType::f64) {
     run_forward<double>(q, k, v, out, state, options, run);
@@ -85,13 +84,9 @@ void lightning_attention_backward(const Tensor& q, const Tensor& k, const Tensor
   constexpr const char* kBackward = "lightning_attention_backward";
   check(q, k, v, options);
   const DType state = wide_type(q.dtype());
-  if (!out_gradient.defined()) throw Error(std::string(kBackward) + ": out_gradient is missing");
-  chunked::check_out(kBackward, "out_gradient", out_gradient,
-                     {q.size(0), q.size(1), q.size(2), v.size(3)}, q.dtype());
+  chunked::check_gradients(kBackward, q, k, v, out_gradient,
+                           {gradients.q, gradients.k, gradients.v});
   check_result(kBackward, "state_gradient", state_gradient, state_shape(q, v), state);
-  chunked::check_out(kBackward, "gradient of q", gradients.q, q.shape(), q.dtype());
-  chunked::check_out(kBackward, "gradient of k", gradients.k, k.shape(), k.dtype());
-  chunked::check_out(kBackward, "gradient of v", gradients.v, v.shape(), v.dtype());
   check_result(kBackward, "gradient of slopes", gradients.slopes, {q.size(1)}, state);
   check_result(kBackward, "gradient of initial_state", gradients.initial_state, state_shape(q, v),
                state);

@@ -91,8 +91,7 @@ void linear_attention(const Tensor& q, const Tensor& k, const Tensor& v, const T
                       const LinearState& state, const LinearOptions& options,
                       const RunOptions& run) {
   check(q, k, v, options);
-  if (!out.defined()) throw Error(std::string(kOp) + ": out is missing");
-  chunked::check_out(kOp, "out", out, out_shape(q, v), q.dtype());
+  chunked::check_out(kOp, out, q, v);
   check_state(kOp, "state", state, q, v, options.normalize);
   if (q.dtype() == DType::f64) {
     run_forward<double>(q, k, v, out, state, options, run);
@@ -116,12 +115,9 @@ void linear_attention_backward(const Tensor& q, const Tensor& k, const Tensor& v
                                const LinearGradientViews& gradients, const LinearOptions& options,
                                const RunOptions& run) {
   check(q, k, v, options);
-  if (!out_gradient.defined()) throw Error(std::string(kBackward) + ": out_gradient is missing");
-  chunked::check_out(kBackward, "out_gradient", out_gradient, out_shape(q, v), q.dtype());
+  chunked::check_gradients(kBackward, q, k, v, out_gradient,
+                           {gradients.q, gradients.k, gradients.v});
   check_state(kBackward, "state_gradient", state_gradient, q, v, options.normalize);
-  chunked::check_out(kBackward, "gradient of q", gradients.q, q.shape(), q.dtype());
-  chunked::check_out(kBackward, "gradient of k", gradients.k, k.shape(), k.dtype());
-  chunked::check_out(kBackward, "gradient of v", gradients.v, v.shape(), v.dtype());
   check_state(kBackward, "gradient of initial_state", {gradients.s, gradients.z}, q, v,
               options.normalize);
   if (q.dtype() == DType::f64) {

@@ -241,8 +241,7 @@ void magnitude_aware_linear_attention(const Tensor& q, const Tensor& k, const Te
                                       const Tensor& out, const State& state, const Options& options,
                                       const RunOptions& run) {
   check(q, k, v, options);
-  if (!out.defined()) throw Error(std::string(kOp) + ": out is missing");
-  chunked::check_out(kOp, "out", out, out_shape(q, v), q.dtype());
+  chunked::check_out(kOp, out, q, v);
   check_last(state, q, v);
   if (q.dtype() == DType::f64) {
     run_forward<double>(q, k, v, out, state, options, run);
@@ -275,15 +274,12 @@ void magnitude_aware_linear_attention_backward(const Tensor& q, const Tensor& k,
                                                const MagnitudeAwareGradientViews& gradients,
                                                const Options& options, const RunOptions& run) {
   check(q, k, v, options);
-  if (!out_gradient.defined()) throw Error(std::string(kBackward) + ": out_gradient is missing");
-  chunked::check_out(kBackward, "out_gradient", out_gradient, out_shape(q, v), q.dtype());
+  chunked::check_gradients(kBackward, q, k, v, out_gradient,
+                           {gradients.q, gradients.k, gradients.v});
   const State sums{state_gradient.s, state_gradient.k_sum, state_gradient.v_sum, {}};
   if (any_of(sums) && !options.causal)
     fail(kBackward, "a gradient of a state without causal", "only causal calls have one");
   check_sums(kBackward, "state_gradient", sums, q, v);
-  chunked::check_out(kBackward, "gradient of q", gradients.q, q.shape(), q.dtype());
-  chunked::check_out(kBackward, "gradient of k", gradients.k, k.shape(), k.dtype());
-  chunked::check_out(kBackward, "gradient of v", gradients.v, v.shape(), v.dtype());
   check_sums(kBackward, "gradient of initial_state",
              {gradients.s, gradients.k_sum, gradients.v_sum, {}}, q, v);
   if (q.dtype() == DType::f64) {

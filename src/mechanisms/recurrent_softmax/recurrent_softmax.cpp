@@ -308,7 +308,7 @@ RecurrentSoftmaxGradients recurrent_softmax_attention_backward(
     const Tensor& grad_out, const Tensor& q, const Tensor& k, const Tensor& v, const Tensor& core,
     const Tensor& statistic, const RecurrentSoftmaxOptions& options, const RunOptions& run) {
   check_grad_out(kOp, grad_out, q, v);
-  tiled::check_operands(kOp, q, k, v, grad_out, {});
+  check_attention(kOp, q, k, v);
   check_options(options, q);
   check_saved(q, v, core, statistic);
   const Call call = make_call(q, k, v, core, statistic, options);

@@ -193,8 +193,7 @@ void taylor_state_attention(const Tensor& q, const Tensor& k, const Tensor& v, c
                             const TaylorState& state, const TaylorOptions& options,
                             const RunOptions& run) {
   check(q, k, v, options);
-  if (!out.defined()) throw Error(std::string(kOp) + ": out is missing");
-  chunked::check_out(kOp, "out", out, out_shape(q, v), q.dtype());
+  chunked::check_out(kOp, out, q, v);
   check_state(kOp, "state", state, q, v, options);
   const bool pairs = taylor_by_pairs(q, k, v, options);
   const auto forward = [&](auto zero) {
@@ -221,12 +220,9 @@ void taylor_state_attention_backward(const Tensor& q, const Tensor& k, const Ten
                                      const TaylorGradientViews& gradients,
                                      const TaylorOptions& options, const RunOptions& run) {
   check(q, k, v, options);
-  if (!out_gradient.defined()) throw Error(std::string(kBackward) + ": out_gradient is missing");
-  chunked::check_out(kBackward, "out_gradient", out_gradient, out_shape(q, v), q.dtype());
+  chunked::check_gradients(kBackward, q, k, v, out_gradient,
+                           {gradients.q, gradients.k, gradients.v});
   check_state(kBackward, "state_gradient", state_gradient, q, v, options);
-  chunked::check_out(kBackward, "gradient of q", gradients.q, q.shape(), q.dtype());
-  chunked::check_out(kBackward, "gradient of k", gradients.k, k.shape(), k.dtype());
-  chunked::check_out(kBackward, "gradient of v", gradients.v, v.shape(), v.dtype());
   check_state(kBackward, "gradient of initial_state", {gradients.s, gradients.z}, q, v, options);
   const bool state_used = state_gradient.s.defined() || state_gradient.z.defined();
   if (!state_used && taylor_by_pairs(q, k, v, options)) {
