@@ -7,6 +7,7 @@
 #include <functional>
 #include <memory>
 #include <optional>
+#include <type_traits>
 #include <vector>
 
 #include "heed/run.h"
@@ -80,6 +81,46 @@ class Scratch {
   std::byte* next_ = nullptr;
   std::byte* end_ = nullptr;
   std::byte* owned_ = nullptr;  // set when the thread's block is taken by an outer Scratch
+};
+
+/// Hands out parts of one block of memory, 64-byte aligned; without a block it only counts. One function that
+/// takes what it needs from a Cutter says so how much that is, and lays it out.
+class Cutter {
+ public:
+  explicit Cutter(std::byte* base = nullptr) : base_(base) {}
+  template <class T>
+  T* take(int64_t count) {
+    std::byte* start = base_ == nullptr ? nullptr : base_ + used_;
+    used_ += Scratch::rounded(static_cast<size_t>(count) * sizeof(T));
+    return reinterpret_cast<T*>(start);
+  }
+  size_t used() const { return used_; }
+
+ private:
+  std::byte* base_;
+  size_t used_ = 0;
+};
+
+/// Scratch memory as make(cutter) lays it out.
+template <class Make>
+class LaidOut {
+ public:
+  explicit LaidOut(const Make& make) : scratch_(counted(make)), memory(cut(make)) {}
+
+ private:
+  static size_t counted(const Make& make) {
+    Cutter counting;
+    make(counting);
+    return counting.used();
+  }
+  auto cut(const Make& make) {
+    Cutter cutter(scratch_.take<std::byte>(0));
+    return make(cutter);
+  }
+  Scratch scratch_;
+
+ public:
+  std::invoke_result_t<const Make&, Cutter&> memory;
 };
 
 }  // namespace heed

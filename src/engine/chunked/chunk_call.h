@@ -2,6 +2,7 @@
 #pragma once
 #include <vector>
 
+#include "base/parallel.h"
 #include "base/round_up.h"
 #include "engine/chunked/decay_table.h"
 #include "engine/chunked/path.h"
@@ -27,23 +28,6 @@ struct Chunk {
   int64_t shift = 0;               // position of the first query, from begin
   TokenRange key_tokens() const { return {0, keys}; }
   TokenRange query_tokens() const { return {shift, shift + queries}; }
-};
-
-/// Hands out parts of one block of memory; without a block it only counts.
-class Cutter {
- public:
-  explicit Cutter(std::byte* base = nullptr) : base_(base) {}
-  template <class U>
-  U* take(int64_t count) {
-    std::byte* start = base_ == nullptr ? nullptr : base_ + used_;
-    used_ += Scratch::rounded(static_cast<size_t>(count) * sizeof(U));
-    return reinterpret_cast<U*>(start);
-  }
-  size_t used() const { return used_; }
-
- private:
-  std::byte* base_;
-  size_t used_ = 0;
 };
 
 /// A state in memory: a matrix with padded rows and the two row vectors.

@@ -258,8 +258,9 @@ template <class T>
 void Backward<T>::run_unit(int lane, int64_t index) {
   const Unit& unit = units_[static_cast<size_t>(index)];
   RowGradients rows = make_row_gradients(unit);
-  Scratch scratch(scratch_bytes());
-  Memory m = cut(scratch);
+  LaidOut scratch([&](Cutter& cut) { return memory(cut); });
+  Memory& m = scratch.memory;
+  clear_row_operands(m);
   m.one_tile = in_one_tile(unit);
   double* sums = sums_.data() + index * group_ * 2;
   const int64_t keys = sequence(unit.sequence).plan.keys();

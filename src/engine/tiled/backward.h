@@ -100,8 +100,10 @@ class Backward : private TileCall<T> {
   HeadGradients head_gradients() const;
 
   // backward_tile.cpp
-  size_t scratch_bytes() const;
-  Memory cut(Scratch& scratch) const;
+  Memory memory(Cutter& cut) const;
+  /// Of queries and gradients of a block; their padding rows stay finite.
+  int64_t row_operand_bytes(int64_t width, int64_t padded) const;
+  void clear_row_operands(const Memory& m) const;
   void run_key_tile(int lane, const Unit& unit, Interval keys, const RowGradients& rows,
                     double* sums, const Memory& m) const;
   bool in_one_tile(const Unit& unit) const;

@@ -9,63 +9,51 @@
 namespace heed::tiled {
 
 template <class T>
-size_t Backward<T>::scratch_bytes() const {
-  const auto element = static_cast<int64_t>(sizeof(T));
-  const int64_t stride = this->block_stride(), streams = second_ ? 2 : 1;
-  int64_t bytes = 2 * products_.key_bytes(tile_keys_, std::max(head_dim_, value_dim_)) +
-                  products_.value_bytes(tile_keys_, head_dim_);
-  bytes += streams * (products_.query_bytes(block_rows_, head_dim_) +
-                      products_.column_bytes(block_rows_, head_dim_)) +
-           products_.query_bytes(block_rows_, value_dim_) +
-           products_.column_bytes(block_rows_, value_dim_);
-  bytes += 7 * block_rows_ * stride * element;
-  bytes += (round_up(head_dim_, products_.column_multiple) +
-            round_up(value_dim_, products_.column_multiple)) *
-           stride * element;
-  bytes += block_rows_ * static_cast<int64_t>(sizeof(KeyRange));
-  return static_cast<size_t>(bytes) + 24 * 64;
-}
-
-template <class T>
-typename Backward<T>::Memory Backward<T>::cut(Scratch& scratch) const {
-  constexpr auto element = static_cast<int64_t>(sizeof(T));
+typename Backward<T>::Memory Backward<T>::memory(Cutter& cut) const {
   const int64_t stride = this->block_stride();
-  const auto bytes = [&](int64_t count) { return scratch.take<std::byte>(count); };
-  const auto block = [&](int64_t rows) { return Block{scratch.take<T>(rows * stride), stride}; };
+  const auto bytes = [&](int64_t count) { return cut.take<std::byte>(count); };
+  const auto block = [&](int64_t rows) { return Block{cut.take<T>(rows * stride), stride}; };
   Memory m{};
   m.keys = bytes(products_.key_bytes(tile_keys_, head_dim_));
   m.key_values = bytes(products_.value_bytes(tile_keys_, head_dim_));
   m.values = bytes(products_.key_bytes(tile_keys_, value_dim_));
-  m.q = bytes(products_.query_bytes(block_rows_, head_dim_));
-  m.dout = bytes(products_.query_bytes(block_rows_, value_dim_));
+  m.q = bytes(row_operand_bytes(head_dim_, padded_dim_));
+  m.dout = bytes(row_operand_bytes(value_dim_, padded_values_));
   m.q_columns = bytes(products_.column_bytes(block_rows_, head_dim_));
   m.dout_columns = bytes(products_.column_bytes(block_rows_, value_dim_));
   m.s = block(block_rows_);
   m.a = block(block_rows_);
   if (second_) {
-    m.r = bytes(products_.query_bytes(block_rows_, head_dim_));
+    m.r = bytes(row_operand_bytes(head_dim_, padded_dim_));
     m.r_columns = bytes(products_.column_bytes(block_rows_, head_dim_));
     m.t = block(block_rows_);
   }
   if (problem_.policy.softcap > 0 || problem_.policy.most) m.slope = block(block_rows_);
   if (this->drops()) m.factors = block(block_rows_);
   if (path_.half_operands) {
-    m.rounded = scratch.take<uint16_t>(block_rows_ * stride);
-    m.paired = scratch.take<uint16_t>(block_rows_ * stride);
+    m.rounded = cut.take<uint16_t>(block_rows_ * stride);
+    m.paired = cut.take<uint16_t>(block_rows_ * stride);
   }
   m.dk = block(round_up(head_dim_, products_.column_multiple));
   m.dv = block(round_up(value_dim_, products_.column_multiple));
-  m.ranges = scratch.take<KeyRange>(block_rows_);
-  // Padding rows stay finite.
+  m.ranges = cut.take<KeyRange>(block_rows_);
+  return m;
+}
+
+template <class T>
+int64_t Backward<T>::row_operand_bytes(int64_t width, int64_t padded) const {
+  return path_.few_rows ? block_rows_ * padded * static_cast<int64_t>(sizeof(T))
+                        : products_.query_bytes(block_rows_, width);
+}
+
+template <class T>
+void Backward<T>::clear_row_operands(const Memory& m) const {
   const auto clear = [&](void* operand, int64_t width, int64_t padded) {
-    const int64_t size =
-        path_.few_rows ? block_rows_ * padded * element : products_.query_bytes(block_rows_, width);
-    std::memset(operand, 0, static_cast<size_t>(size));
+    std::memset(operand, 0, static_cast<size_t>(row_operand_bytes(width, padded)));
   };
   clear(m.q, head_dim_, padded_dim_);
   clear(m.dout, value_dim_, padded_values_);
   if (second_) clear(m.r, head_dim_, padded_dim_);
-  return m;
 }
 
 template <class T>

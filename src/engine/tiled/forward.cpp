@@ -141,52 +141,42 @@ typename Forward<T>::Layout Forward<T>::layout(const std::vector<QueryTile>& til
 }
 
 template <class T>
-size_t Forward<T>::scratch_bytes(const std::vector<QueryTile>& tiles) const {
-  const Layout l = layout(tiles);
-  const int64_t block = l.block_rows * l.block_stride;
-  int64_t bytes =
-      static_cast<int64_t>(sizeof(T)) * (l.out_rows * padded_values_ + 5 * l.out_rows + 2 * block);
-  bytes += l.block_rows * static_cast<int64_t>(sizeof(KeyRange)) + query_bytes(tiles);
-  if (path_.few_rows) {
-    bytes += static_cast<int64_t>(sizeof(T)) * l.out_rows * (padded_values_ + 2);
-  } else {
-    bytes += products_.key_bytes(packed_keys(), head_dim_) +
-             products_.value_bytes(packed_keys(), value_dim_);
-  }
-  bytes += static_cast<int64_t>(sizeof(T)) * l.weight_rows * l.block_stride;
-  return static_cast<size_t>(bytes) + 20 * 64;
-}
-
-template <class T>
-typename Forward<T>::Memory Forward<T>::cut(Scratch& scratch, const Item& item,
-                                            const std::vector<QueryTile>& tiles) const {
+typename Forward<T>::Memory Forward<T>::memory(Cutter& cut,
+                                               const std::vector<QueryTile>& tiles) const {
   const Layout l = layout(tiles);
   Memory m{};
   m.second = l.rows;
-  m.queries = scratch.take<std::byte>(query_bytes(tiles));
+  m.queries = cut.take<std::byte>(query_bytes(tiles));
   m.query_tile_bytes =
       path_.few_rows ? 0 : round_up(products_.query_bytes(tile_rows_, head_dim_), 64);
-  m.pivot = scratch.take<T>(l.out_rows);
-  m.sum = scratch.take<T>(l.out_rows);
-  m.carry = scratch.take<T>(l.out_rows);
-  m.out = {scratch.take<T>(l.out_rows * padded_values_), padded_values_};
-  m.weights = scratch.take<T>((l.weight_rows + l.block_rows) * l.block_stride);
-  m.scores = {static_cast<T*>(m.weights) + l.weight_rows * l.block_stride, l.block_stride};
+  m.pivot = cut.take<T>(l.out_rows);
+  m.sum = cut.take<T>(l.out_rows);
+  m.carry = cut.take<T>(l.out_rows);
+  m.out = {cut.take<T>(l.out_rows * padded_values_), padded_values_};
+  // Scores behind the weights that are written over them.
+  T* weights = cut.take<T>((l.weight_rows + l.block_rows) * l.block_stride);
+  m.weights = weights;
+  m.scores = {weights + l.weight_rows * l.block_stride, l.block_stride};
   if (second_ && !path_.few_rows) {
-    m.second_scores = {scratch.take<T>(l.block_rows * l.block_stride), l.block_stride};
+    m.second_scores = {cut.take<T>(l.block_rows * l.block_stride), l.block_stride};
   }
-  m.ranges = scratch.take<KeyRange>(l.block_rows);
+  m.ranges = cut.take<KeyRange>(l.block_rows);
   if (path_.few_rows) {
-    m.kept = {scratch.take<T>(l.out_rows * (padded_values_ + 2)), padded_values_ + 2};
+    m.kept = {cut.take<T>(l.out_rows * (padded_values_ + 2)), padded_values_ + 2};
   } else {
-    m.keys = scratch.take<std::byte>(products_.key_bytes(packed_keys(), head_dim_));
-    m.values = scratch.take<std::byte>(products_.value_bytes(packed_keys(), value_dim_));
-  }
-  const bool padding = item.row_end % path_.query_tile != 0 || tile_rows_ > path_.query_tile;
-  if (padding || path_.few_rows) {  // it stays finite
-    std::memset(m.queries, 0, static_cast<size_t>(query_bytes(tiles)));
+    m.keys = cut.take<std::byte>(products_.key_bytes(packed_keys(), head_dim_));
+    m.values = cut.take<std::byte>(products_.value_bytes(packed_keys(), value_dim_));
   }
   return m;
+}
+
+template <class T>
+void Forward<T>::clear_padding(const Item& item, const std::vector<QueryTile>& tiles,
+                               const Memory& m) const {
+  if (item.row_end % path_.query_tile == 0 && tile_rows_ == path_.query_tile && !path_.few_rows) {
+    return;
+  }
+  std::memset(m.queries, 0, static_cast<size_t>(query_bytes(tiles)));  // it stays finite
 }
 
 // Rows that have seen no key so far.
@@ -239,8 +229,9 @@ void Forward<T>::run_item(const Item& item) const {
   if (path_.sliding) return run_sliding(item);
   const std::vector<QueryTile> tiles = query_tiles(item);
   const Sequence& s = sequence(item.sequence);
-  Scratch scratch(scratch_bytes(tiles));
-  const Memory m = cut(scratch, item, tiles);
+  const LaidOut scratch([&](Cutter& cut) { return memory(cut, tiles); });
+  const Memory& m = scratch.memory;
+  clear_padding(item, tiles, m);
   start_rows(item, tiles, m);
   pack_item(item, tiles, m);
   if (!item.keys.empty()) {

@@ -86,8 +86,9 @@ class Forward : private TileCall<T> {
   int64_t slots(const std::vector<QueryTile>& tiles) const;
   int64_t query_bytes(const std::vector<QueryTile>& tiles) const;
   Layout layout(const std::vector<QueryTile>& tiles) const;
-  size_t scratch_bytes(const std::vector<QueryTile>& tiles) const;
-  Memory cut(Scratch& scratch, const Item& item, const std::vector<QueryTile>& tiles) const;
+  Memory memory(Cutter& cut, const std::vector<QueryTile>& tiles) const;
+  /// Of packed queries, behind the rows of a tile.
+  void clear_padding(const Item& item, const std::vector<QueryTile>& tiles, const Memory& m) const;
   void start_rows(const Item& item, const std::vector<QueryTile>& tiles, const Memory& m) const;
   void place_sinks(const std::vector<QueryTile>& tiles, const Memory& m) const;
   void pack_item(const Item& item, const std::vector<QueryTile>& tiles, const Memory& m) const;

@@ -99,8 +99,9 @@ template <class T>
 void Forward<T>::run_sliding(const Item& item) const {
   const std::vector<QueryTile> tiles = query_tiles(item);
   std::vector<QueryTile> one(1);
-  Scratch scratch(scratch_bytes(one));
-  const Memory m = cut(scratch, item, one);
+  const LaidOut scratch([&](Cutter& cut) { return memory(cut, one); });
+  const Memory& m = scratch.memory;
+  clear_padding(item, one, m);
   PackedKeys packed(*this, item, m);
   for (size_t t = 0; t < tiles.size(); ++t) {
     one[0] = {tiles[t].head, tiles[t].begin, tiles[t].end};

@@ -95,23 +95,9 @@ class Tile {
         x_stride_(stride_of(call.dim)),
         z_stride_(stride_of(call.width)),
         phi_stride_(kernels::row_stride(kernels, call.features)),
-        scratch_(bytes(rows, gradients)) {
-    x_block_ = {scratch_.take<T>(rows * x_stride_), x_stride_};
-    z = {scratch_.take<T>(rows * z_stride_), z_stride_};
-    phi = {scratch_.take<T>(rows * phi_stride_), phi_stride_};
-    shift = scratch_.take<T>(rows);
-    row_sums = scratch_.take<T>(rows);
-    if (gradients) {
-      dphi = {scratch_.take<T>(rows * phi_stride_), phi_stride_};
-      dz = {scratch_.take<T>(rows * z_stride_), z_stride_};
-      dx = {scratch_.take<T>(rows * x_stride_), x_stride_};
-    }
-    if (!layer.half) return;
-    half.x = scratch_.take<std::byte>(layer.half.x_bytes(rows));
-    if (!gradients) return;
-    half.dz = scratch_.take<std::byte>(layer.half.dz_bytes(rows));
-    half.columns = scratch_.take<std::byte>(layer.half.column_bytes(rows));
-    half.pairs = scratch_.take<uint32_t>(ceil_div(rows, 2) * z_stride_);
+        scratch_(counted(rows, gradients)) {
+    Cutter cut(scratch_.take<std::byte>(0));
+    lay_out(cut, rows, gradients);
   }
 
   Block<const T> x;
@@ -174,29 +160,36 @@ class Tile {
     return kernels::row_stride(kernels_, columns);
   }
 
-  size_t bytes(int64_t rows, bool gradients) const {
-    const auto rounded = [](int64_t count, size_t size) {
-      return Scratch::rounded(static_cast<size_t>(count) * size);
-    };
-    const size_t x_bytes = rounded(rows * x_stride_, sizeof(T));
-    const size_t z_bytes = rounded(rows * z_stride_, sizeof(T));
-    size_t sum = (gradients ? 2 : 1) * (x_bytes + z_bytes) +
-                 (gradients ? 2 : 1) * rounded(rows * phi_stride_, sizeof(T)) +
-                 2 * rounded(rows, sizeof(T));
-    if (!layer_.half) return sum;
-    sum += rounded(layer_.half.x_bytes(rows), 1);
-    if (!gradients) return sum;
-    return sum + rounded(layer_.half.dz_bytes(rows), 1) +
-           rounded(layer_.half.column_bytes(rows), 1) +
-           rounded(ceil_div(rows, 2) * z_stride_, sizeof(uint32_t));
+  size_t counted(int64_t rows, bool gradients) {
+    Cutter cut;
+    lay_out(cut, rows, gradients);
+    return cut.used();
+  }
+  void lay_out(Cutter& cut, int64_t rows, bool gradients) {
+    x_block_ = {cut.take<T>(rows * x_stride_), x_stride_};
+    z = {cut.take<T>(rows * z_stride_), z_stride_};
+    phi = {cut.take<T>(rows * phi_stride_), phi_stride_};
+    shift = cut.take<T>(rows);
+    row_sums = cut.take<T>(rows);
+    if (gradients) {
+      dphi = {cut.take<T>(rows * phi_stride_), phi_stride_};
+      dz = {cut.take<T>(rows * z_stride_), z_stride_};
+      dx = {cut.take<T>(rows * x_stride_), x_stride_};
+    }
+    if (!layer_.half) return;
+    half.x = cut.take<std::byte>(layer_.half.x_bytes(rows));
+    if (!gradients) return;
+    half.dz = cut.take<std::byte>(layer_.half.dz_bytes(rows));
+    half.columns = cut.take<std::byte>(layer_.half.column_bytes(rows));
+    half.pairs = cut.take<uint32_t>(ceil_div(rows, 2) * z_stride_);
   }
 
   const Call& call_;
   const MatrixKernels<T>& kernels_;
   const Layer<T>& layer_;
   int64_t x_stride_, z_stride_, phi_stride_;
-  Scratch scratch_;
   Block<T> x_block_;
+  Scratch scratch_;
 };
 
 // backward.cpp
