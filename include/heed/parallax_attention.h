@@ -29,8 +29,7 @@ struct ParallaxOptions {
 
 /// All of them float32 (float64 for float64).
 struct ParallaxStatistics {
-  Tensor v_mean =
-      {};  // [B,H,Lq,Dv], unit stride in the last dimension: what softmax attention returns
+  Tensor v_mean = {};  // [B,H,Lq,Dv], unit stride in the last one: what softmax attention returns
   Tensor t_mean = {};  // [B,H,Lq]
   Tensor lse = {};     // [B,H,Lq], as in flash_attention.h
 };

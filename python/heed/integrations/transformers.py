@@ -25,7 +25,8 @@ def register(
 
     ``"heed"``
         Exact softmax attention; every mask, chosen keys (``indices``), grouped queries, position
-        biases, packed sequences, softcap and sinks of the model, with gradients. Same results as ``"sdpa"`` up to rounding.
+        biases, packed sequences, softcap and sinks of the model, with gradients. Same results as
+        ``"sdpa"`` up to rounding.
     ``"heed_sigmoid"``
         Sigmoid attention (:func:`heed.sigmoid_attention`).
     ``"heed_stochastic"``

@@ -151,9 +151,9 @@ class KeyOperands : public ChunkCall<T> {
   Rows sums_rows(Block sums) const {
     return this->as_rows({sums.data, sums.stride}, this->features_, this->padded_values_);
   }
-  // w as the keys of a chunk meet it, whose values D meets rounded by state_keys: about values less a row near
-  // to them, nothing would be lost. That of the state behind the chunk; of the first one before a query where
-  // that comes later.
+  // w as the keys of a chunk meet it, beside D rounded by state_keys: for a row m, w + D m stays as it was, so
+  // that rounding shows only in what values differ from m. It is that of the state behind the chunk, or of
+  // the first one that a query reads.
   void settle_keys(int64_t lane, const Chunk& chunk, Block sums, const Memory& m, T* w) const {
     const int64_t before = std::max<int64_t>(0, this->tokens_ - this->queries_);
     const int64_t behind = std::max(chunk.begin, before - 1) / this->chunk_ + 1;
