@@ -459,10 +459,16 @@ def test_packed_sequences_are_one_batch():
         tiny_llama("heed")(TOKENS, cu_seq_lens_q=ENDS, use_cache=False)
 
 
-@pytest.mark.parametrize("keyword", ["sinks", "indices", "block_indices"])
-def test_keywords_that_no_name_takes(keyword):
-    with pytest.raises(ValueError, match=keyword):
-        tiny_llama("heed")(TOKENS, **{keyword: torch.zeros(1)})
+@pytest.mark.parametrize(
+    "name, keyword",
+    [
+        *(("heed", keyword) for keyword in ("sinks", "block_indices")),
+        *(("heed_sigmoid", keyword) for keyword in ("sinks", "indices", "block_indices")),
+    ],
+)
+def test_keywords_that_a_name_does_not_take(name, keyword):
+    with pytest.raises(ValueError, match=f"{name}: the model gives {keyword}"):
+        tiny_llama(name)(TOKENS, **{keyword: torch.zeros(1)})
 
 
 def test_sigmoid_honours_the_window(fixed_bias):
