@@ -176,7 +176,8 @@ void Forward<T>::clear_padding(const Item& item, const std::vector<QueryTile>& t
   if (item.row_end % path_.query_tile == 0 && tile_rows_ == path_.query_tile && !path_.few_rows) {
     return;
   }
-  std::memset(m.queries, 0, static_cast<size_t>(query_bytes(tiles)));  // it stays finite
+  // It stays finite.
+  std::fill_n(static_cast<std::byte*>(m.queries), query_bytes(tiles), std::byte{0});
 }
 
 // Rows that have seen no key so far.
