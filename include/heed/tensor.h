@@ -60,8 +60,7 @@ int64_t element_count(const Dims& shape);
 Dims contiguous_strides(const Dims& shape);
 
 /// A non-owning view: element (i0,i1,...) lies at data + sum(i_k * stride_k) elements.
-/// Whoever makes the view keeps the memory alive, and aligned to the size of an element. Inputs are never
-/// written through.
+/// Whoever makes the view keeps the memory alive. Inputs are never written through.
 class Tensor {
  public:
   Tensor() = default;

@@ -1,7 +1,4 @@
 #include <gtest/gtest.h>
-#include <sys/resource.h>
-#include <sys/wait.h>
-#include <unistd.h>
 
 #include <algorithm>
 #include <atomic>
@@ -13,8 +10,6 @@
 #include <limits>
 #include <set>
 #include <stdexcept>
-#include <string>
-#include <system_error>
 #include <thread>
 #include <vector>
 
@@ -151,7 +146,6 @@ TEST(TensorView, RefusesWhatCannotBe) {
     EXPECT_THROW(t.slice(1, begin, end), Error);
   }
   EXPECT_EQ(t.slice(1, 3, 3).count(), 0);
-  EXPECT_THROW(Tensor(memory, DType::f32, {2, 3}).slice(1, INT64_MIN, 0), Error);
   for (const auto& [axis, i] : {std::pair<int, int64_t>{0, 2}, {0, -1}, {2, 0}, {-1, 0}}) {
     EXPECT_THROW(t.select(axis, i), Error);
   }
@@ -161,24 +155,6 @@ TEST(TensorView, RefusesWhatCannotBe) {
   } catch (const Error& error) {
     EXPECT_STREQ(error.what(),
                  "slice: range 0 to 1000 of axis 1 of a tensor of shape [2,3] does not exist");
-  }
-}
-
-TEST(TensorView, MemoryIsAlignedToItsElements) {
-  alignas(16) std::byte memory[32] = {};
-  for (DType type : {DType::f64, DType::f32, DType::bf16, DType::f16, DType::i64, DType::i32}) {
-    EXPECT_NO_THROW(Tensor(memory + size_of(type), type, {2}));
-    EXPECT_THROW(Tensor(memory + size_of(type) / 2, type, {2}), Error);
-    EXPECT_NO_THROW(Tensor(memory + 1, type, {0, 2}));
-    EXPECT_NO_THROW(Tensor(nullptr, type, {2, 0}));
-  }
-  EXPECT_NO_THROW(Tensor(memory + 1, DType::boolean, {3}));
-  try {
-    Tensor(memory + 1, DType::f16, {2, 3});
-  } catch (const Error& error) {
-    EXPECT_STREQ(error.what(),
-                 "tensor of shape [2,3] float16 begins 1 bytes past a multiple of 2; an address "
-                 "aligned to its elements is needed");
   }
 }
 
@@ -298,7 +274,6 @@ struct WorksWhenDestroyed {
     work(size_t{1} << 16);
     const auto& isas = available_isas();
     if (std::find(isas.begin(), isas.end(), default_isa()) == isas.end()) std::abort();
-    if (cpu_info().model != model) std::abort();
   }
   static void work(size_t bytes) {
     (void)default_isa();
@@ -307,16 +282,14 @@ struct WorksWhenDestroyed {
       scratch.take<std::byte>(4096)[4095] = std::byte{1};
     });
   }
-  std::string model;
 };
 
 TEST(StaticObjects, MayCallWhenTheyAreDestroyed) {
   GTEST_FLAG_SET(death_test_style, "threadsafe");  // a process in which nothing has been called yet
   EXPECT_EXIT(
       {
-        static WorksWhenDestroyed object;
+        static const WorksWhenDestroyed object;
         WorksWhenDestroyed::work(4096);
-        object.model = cpu_info().model;
         std::exit(0);
       },
       testing::ExitedWithCode(0), "");
@@ -354,47 +327,6 @@ TEST(Threads, OneTo1024) {
     run.threads = threads;
     EXPECT_THROW(threads_for(run, 10), Error);
   }
-}
-
-// The system's limit binds processes of a user, but not the super-user's.
-int calls_with_no_more_threads_to_be_had() {
-  if (getuid() == 0 && setuid(65534) != 0) return 2;
-  const rlimit one{1, 1};
-  if (setrlimit(RLIMIT_NPROC, &one) != 0) return 2;
-  try {
-    std::thread([] {}).join();
-    return 2;
-  } catch (const std::system_error&) {
-  }
-  for (int threads : {4, 3, 8}) {
-    RunOptions run;
-    run.threads = threads;
-    if (threads_for(run, 100) != 1) return 1;
-  }
-  return 0;
-}
-
-TEST(Threads, ACallMakesDoWithThoseItGets) {
-  GTEST_FLAG_SET(death_test_style, "threadsafe");  // a process that has asked for no thread yet
-  // Left without destructors: a leak checker would want a thread.
-  const auto skipped_or = [](int status) {
-    return WIFEXITED(status) && (WEXITSTATUS(status) == 0 || WEXITSTATUS(status) == 2);
-  };
-  EXPECT_EXIT(std::_Exit(calls_with_no_more_threads_to_be_had()), skipped_or, "");
-}
-
-TEST(Threads, ManyCallsAskAtOnce) {
-  std::vector<std::thread> callers;
-  std::atomic<int> wrong{0};
-  for (int i = 0; i < 8; ++i) {
-    callers.emplace_back([&, i] {
-      RunOptions run;
-      run.threads = 2 + i;
-      wrong += threads_for(run, 100) != 2 + i;
-    });
-  }
-  for (std::thread& caller : callers) caller.join();
-  EXPECT_EQ(wrong, 0);
 }
 
 TEST(Threads, AreWokenWhereThereIsWorkForThem) {

@@ -1,14 +1,15 @@
 #include "base/parallel.h"
 
 #include <omp.h>
-#include <unistd.h>
 
 #include <algorithm>
 #include <atomic>
 #include <cstdlib>
 #include <cstring>
 #include <exception>
+#include <mutex>
 #include <string>
+#include <system_error>
 #include <thread>
 #include <vector>
 
@@ -23,33 +24,13 @@ std::atomic<int> requested_threads{0};  // 0: nobody said how many
 
 constexpr int kMostThreads = 1024;
 
-// One thread at a time holds it; those that wait for it need no lock that a child, forked meanwhile, would
-// find taken for ever.
-class Turn {
- public:
-  Turn() {
-    for (pid_t other = 0; !holder_.compare_exchange_weak(other, own_);) {
-      if (other != own_) continue;  // free by now, or the parent's
-      std::this_thread::yield();
-      other = 0;
-    }
-  }
-  ~Turn() { holder_ = 0; }
-  Turn(const Turn&) = delete;
-  Turn& operator=(const Turn&) = delete;
-
- private:
-  static inline std::atomic<pid_t> holder_{0};
-  const pid_t own_ = getpid();
-};
-
 // As many of `wanted` threads as the system lets exist together: OpenMP ends the process where it is refused
-// one. Tried once for each larger number, with threads of our own.
+// one. Tried once, with threads of our own.
 int threads_to_be_had(int wanted) {
   static std::atomic<int> had{1}, most{kMostThreads};
+  static std::mutex trying;
   if (wanted <= had) return wanted;
-  const Turn turn;
-  if (wanted > had && wanted <= most) {
+  if (const std::unique_lock lock(trying, std::try_to_lock); lock && wanted <= most) {
     std::vector<std::thread> threads;
     threads.reserve(static_cast<size_t>(wanted));
     std::atomic<bool> all_there{false};
@@ -57,7 +38,7 @@ int threads_to_be_had(int wanted) {
       while (static_cast<int>(threads.size()) + 1 < wanted) {
         threads.emplace_back([&] { all_there.wait(false); });
       }
-    } catch (const std::exception&) {  // refused, or no memory for it
+    } catch (const std::system_error&) {
       most = static_cast<int>(threads.size()) + 1;
     }
     all_there = true;

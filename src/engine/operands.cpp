@@ -71,8 +71,6 @@ void check_result(const char* op, const char* name, const Tensor& given, const D
   fail(op, describe(name, given), to_string(shape) + " " + name_of(dtype) + " is needed");
 }
 
-namespace {
-
 void check_apart(const char* op, const char* name, const Tensor& result) {
   if (!result.defined() || result.count() == 0) return;
   // By stride, each axis has to step over all that those before it reach.
@@ -95,12 +93,6 @@ void check_apart(const char* op, const char* name, const Tensor& result) {
     }
     reach += stride * (size - 1);
   }
-}
-
-}  // namespace
-
-void check_apart(const char* op, std::initializer_list<NamedResult> results) {
-  for (const auto& [name, result] : results) check_apart(op, name, result);
 }
 
 void check_rows_like(const char* op, const char* name, const Tensor& t, const Dims& shape,

@@ -2,7 +2,6 @@
 // the argument, what was found and what is needed.
 #pragma once
 #include <cstdint>
-#include <initializer_list>
 #include <limits>
 #include <string>
 #include <string_view>
@@ -37,12 +36,8 @@ void check_same_type(const char* op, const char* name, const Tensor& t, const ch
 /// The shape and type asked for, if it is given at all.
 void check_result(const char* op, const char* name, const Tensor& given, const Dims& shape,
                   DType dtype);
-struct NamedResult {
-  const char* name;
-  const Tensor& result;
-};
-/// That no two elements of a result lie in one place, of those that are given. Inputs may: they are read.
-void check_apart(const char* op, std::initializer_list<NamedResult> results);
+/// That no two elements of a result lie in one place.
+void check_apart(const char* op, const char* name, const Tensor& result);
 /// check_rows and check_result.
 void check_rows_like(const char* op, const char* name, const Tensor& t, const Dims& shape,
                      DType dtype);

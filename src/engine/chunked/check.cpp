@@ -30,7 +30,7 @@ void check_out_like(const char* op, const char* name, const Tensor& out, const T
 
 void check_out(const char* op, const Tensor& out, const Tensor& q, const Tensor& v) {
   check_out_like(op, "out", out, q, v);
-  check_apart(op, {{"out", out}});
+  check_apart(op, "out", out);
 }
 
 void check_gradients(const char* op, const Tensor& q, const Tensor& k, const Tensor& v,
@@ -38,7 +38,7 @@ void check_gradients(const char* op, const Tensor& q, const Tensor& k, const Ten
   check_out_like(op, "out_gradient", out_gradient, q, v);
   const auto check = [&](const char* name, const Tensor& gradient, const Tensor& input) {
     check_like(op, name, gradient, input.shape(), input.dtype());
-    check_apart(op, {{name, gradient}});
+    check_apart(op, name, gradient);
   };
   check("gradient of q", to.q, q);
   check("gradient of k", to.k, k);

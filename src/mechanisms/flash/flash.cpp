@@ -57,9 +57,7 @@ std::unique_ptr<Call> make_call(const Tensor& q, const Tensor& k, const Tensor& 
 
 void flash_attention(const Tensor& q, const Tensor& k, const Tensor& v, const Tensor& out,
                      const Tensor& lse, const FlashOptions& options, const RunOptions& run) {
-  const auto call = make_call(q, k, v, out, lse, options, run);
-  check_apart(kFlash, {{"out", out}, {"lse", lse}});
-  tiled::forward(call->problem, run);
+  tiled::forward(make_call(q, k, v, out, lse, options, run)->problem, run);
 }
 
 AttentionResult flash_attention(const Tensor& q, const Tensor& k, const Tensor& v,
@@ -98,7 +96,6 @@ void decode_attention(const Tensor& q, const Tensor& k_cache, const Tensor& v_ca
                       const DecodeOptions& options, const RunOptions& run) {
   constexpr const char* kOp = "decode_attention";
   tiled::check_operands(kOp, q, k_cache, v_cache, out, lse, kAnyHeadDim, {"k_cache", "v_cache"});
-  check_apart(kOp, {{"out", out}, {"lse", lse}});
   check_decode_queries(kOp, q);
   if (options.splits < 0) {
     throw Error(std::string(kOp) + ": splits is " + std::to_string(options.splits) +

@@ -172,7 +172,6 @@ void merge_attention(const Tensor& out_a, const Tensor& lse_a, const Tensor& out
   check_merge_side("out_a", out_a, "lse_a", lse_a, out_a);
   check_merge_side("out_b", out_b, "lse_b", lse_b, out_a);
   check_merge_side("out", out, "lse", lse.defined() ? lse : lse_a, out_a);
-  check_apart("merge_attention", {{"out", out}, {"lse", lse}});
   with_type(out.dtype(), [&](auto type) {
     Merge<decltype(type)>(out, run).forward({out_a, lse_a}, {out_b, lse_b}, out, lse);
   });

@@ -45,9 +45,7 @@ tiled::Problem make_problem(const Tensor& q, const Tensor& k, const Tensor& v, c
 
 void sigmoid_attention(const Tensor& q, const Tensor& k, const Tensor& v, const Tensor& out,
                        const SigmoidOptions& options, const RunOptions& run) {
-  const tiled::Problem problem = make_problem(q, k, v, out, options);
-  check_apart(kOp, {{"out", out}});
-  tiled::forward(problem, run);
+  tiled::forward(make_problem(q, k, v, out, options), run);
 }
 
 Array sigmoid_attention(const Tensor& q, const Tensor& k, const Tensor& v,
