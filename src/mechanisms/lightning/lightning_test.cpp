@@ -4,6 +4,7 @@
 
 #include <cmath>
 #include <limits>
+#include <vector>
 
 #include "engine/operands.h"
 #include "heed/heed.h"
@@ -294,6 +295,10 @@ TEST(Lightning, ErrorsNameTheArgumentWhatItWasAndWhatIsNeeded) {
   const Array three = random_array(DType::f32, {1, 3, 9, 8}, 2),
               long_q = random_array(DType::f32, {1, 4, 10, 8}, 2);
   expect_says(call(Tensor(), in.k, in.v), {"lightning_attention", "q is missing"});
+  std::vector<float> memory(400);
+  const Tensor overlapping(memory.data(), DType::f32, {1, 4, 9, 6}, {216, 0, 6, 1});
+  expect_says(error_of([&] { lightning_attention(in.q, in.k, in.v, overlapping, {}); }),
+              {"out [1,4,9,6]", "strides [216,0,6,1]", "overlap", "memory of its own"});
   expect_says(call(in.q, narrow, in.v), {"k", "7", "q", "8", "head dim"});
   expect_says(call(in.q, three, three), {"q has 4 heads", "3", "multiple"});
   expect_says(call(in.q, half, in.v), {"bfloat16", "float32", "one type"});
