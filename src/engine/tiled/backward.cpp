@@ -158,10 +158,12 @@ void Backward<T>::prepare_row(int64_t s, int64_t head, int64_t row, double out_d
   // A row without keys has no gradient, whatever arrives.
   const bool dead = lse == -std::numeric_limits<double>::infinity();
   set(pivot_, lse * kLog2E);
-  set(shift_, dead ? 0 : from_lse - out_dot);
+  const HeadRows& known = gradient(s).delta;
+  const double delta = known.defined() ? load_statistic(known, head, row) : out_dot - from_lse;
+  set(shift_, dead ? 0 : -delta);
   if (second_) {
     set(t_mean_, load_statistic(sequence(s).t_mean, head, row));
-    set(dot_out_, out_dot - from_lse);
+    set(dot_out_, delta);
     set(dot_mean_, mean_dot);
   }
 }

@@ -132,6 +132,9 @@ struct SequenceGradient {
   HeadRows out,
       lse;  // given; lse may be undefined (zero). Polynomial: of the undivided result and sum
   HeadRows q, k, v, r;  // written
+  /// Softmax: what stands for out . d(out) - d(lse) of each row [H,Lq], where the caller knows it better
+  /// than the rounded factors do; undefined: they are taken.
+  HeadRows delta = {};
 };
 
 /// A checked call. All sequences have the same types, numbers of heads and head dims.

@@ -103,9 +103,9 @@ class RowPass {
     });
   }
 
-  /// grad_core and grad_statistic have the shapes of core and statistic; returns the gradient of the gate.
-  Array backward(const Tensor& grad_out, const Tensor& grad_core,
-                 const Tensor& grad_statistic) const {
+  /// Writes the gradient of core and, of each row, that of the polynomials' sum of weights, or what the
+  /// exponential's weights subtract (SequenceGradient::delta); returns the gradient of the gate.
+  Array backward(const Tensor& grad_out, const Tensor& grad_core, const Tensor& of_weights) const {
     Array grad_gate;
     if (gated()) grad_gate = Array(kType, gate_.shape());
     for_row_blocks(core_, kItemRows, run_, [&](const RowBlock& block) {
@@ -114,32 +114,44 @@ class RowPass {
       double dots[kItemRows], sums[kItemRows];
       maps_.dots(rows_of(grad_out, block), rows_of(core_, block), dots);
       maps_.sums(rows_of(grad_out, block), sums);
+      bool of_num_alone[kItemRows];
+      double den[kItemRows];
       T of_gradient[kItemRows], of_row[kItemRows], constant[kItemRows], scale[kItemRows];
       for (int64_t r = 0; r < block.count; ++r) {
         const recurrent::RowResult result = recurrent::row_result(kind_, rows.row[r]);
         const double gate = gate_of(block, r, rows.row[r]);
         scale[r] = static_cast<T>(result.scale);
+        // A numerator may overflow alone (none, divide_by_count); its gradient of 0 stays 0.
+        const bool none = std::isinf(scale[r]) && is_zero(rows_of(grad_out, row_of(block, r)));
         if (gated()) {
           const double gradient = result.scale * dots[r] + result.shift * sums[r];
           *reinterpret_cast<T*>(at(grad_gate, block, r)) =
-              static_cast<T>(rows.row[r].keys > 0 ? gradient : 0);
+              static_cast<T>(rows.row[r].keys > 0 && !none ? gradient : 0);
         }
-        const recurrent::RowGradient g =
-            recurrent::row_gradient(kind_, rows.row[r], gate * dots[r], gate * sums[r]);
+        recurrent::RowGradient g;
+        if (!none) g = recurrent::row_gradient(kind_, rows.row[r], gate * dots[r], gate * sums[r]);
         of_gradient[r] = static_cast<T>(gate * g.of_gradient);
         of_row[r] = static_cast<T>(g.of_row);
         constant[r] = static_cast<T>(g.constant);
-        *reinterpret_cast<T*>(at(grad_statistic, block, r)) = static_cast<T>(g.statistic);
+        den[r] = g.den;
+        of_num_alone[r] = g.of_num_alone;
       }
       const kernels::Rows gradient = rows_of(grad_out, block);
       const kernels::RowsOut to = out_rows(grad_core, block);
       if (!kind_.needs_square()) {
         maps_.combine(gradient, of_gradient, nullptr, nullptr, constant, to);
-        return;
+      } else {
+        mapped(block, scale, nullptr, [&](const kernels::Rows& normalized) {
+          maps_.combine(gradient, of_gradient, &normalized, of_row, constant, to);
+        });
       }
-      mapped(block, scale, nullptr, [&](const kernels::Rows& normalized) {
-        maps_.combine(gradient, of_gradient, &normalized, of_row, constant, to);
-      });
+      // As the engine sees it: rounded.
+      if (!kind_.polynomial) maps_.dots(rows_of(grad_core, block), rows_of(core_, block), dots);
+      for (int64_t r = 0; r < block.count; ++r) {
+        const double delta = of_num_alone[r] ? 0 : dots[r];
+        *reinterpret_cast<T*>(at(of_weights, block, r)) =
+            static_cast<T>(kind_.polynomial ? den[r] : delta);
+      }
     });
     return grad_gate;
   }
@@ -151,6 +163,14 @@ class RowPass {
 
   static std::byte* at(const Tensor& t, const RowBlock& block, int64_t r) {
     return t.at({block.batch, block.head, block.begin + r});
+  }
+  static RowBlock row_of(const RowBlock& block, int64_t r) {
+    return {block.batch, block.head, block.begin + r, 1};
+  }
+  bool is_zero(const kernels::Rows& row) const {
+    double square = 0;
+    maps_.dots(row, row, &square);
+    return square == 0;
   }
   bool gated() const { return gate_.view().defined(); }
   /// 0 for a row that sees nothing, whatever its gate is.
@@ -221,16 +241,21 @@ RecurrentSoftmaxGradients gradients(const Tensor& grad_out, const Call& call, co
                                     const RunOptions& run) {
   // The engine multiplies bfloat16 rows with bfloat16 rows; float16 might overflow where float32 does not.
   Array grad_core(q.dtype() == DType::bf16 ? q.dtype() : core.dtype(), core.shape());
-  Array grad_statistic(statistic.dtype(), statistic.shape());
+  Array of_weights(statistic.dtype(), statistic.shape());
   RecurrentSoftmaxGradients to;
   const RowPass<T> pass(core, statistic, call.plan, options, run);
-  const Array gate = pass.backward(grad_out, grad_core, grad_statistic);
+  const Array gate = pass.backward(grad_out, grad_core, of_weights);
   if (options.gate.defined()) to.gate = convert(gate, options.gate.dtype());
   to.q = Array(q.dtype(), q.shape());
   to.k = Array(k.dtype(), k.shape());
   to.v = Array(v.dtype(), v.shape());
-  tiled::backward(call.problem, tiled::batch_gradients(grad_core, grad_statistic, to.q, to.k, to.v),
-                  nullptr, run);
+  const bool polynomial = options.order.has_value();
+  std::vector<tiled::SequenceGradient> gradients = tiled::batch_gradients(
+      grad_core, polynomial ? of_weights.view() : Tensor(), to.q, to.k, to.v);
+  for (size_t b = 0; b < gradients.size() && !polynomial; ++b) {
+    gradients[b].delta = of_weights.view().select(0, static_cast<int64_t>(b));
+  }
+  tiled::backward(call.problem, gradients, nullptr, run);
   return to;
 }
 

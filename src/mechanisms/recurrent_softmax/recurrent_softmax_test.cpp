@@ -213,25 +213,82 @@ TEST(RecurrentSoftmax, FloorsOfOneRow) {
   RowKind l2{Normalizer::l2, false, 0, 1};
   Row row{log_den, 3, 2.5e-27, 0};
   EXPECT_NEAR(recurrent::row_result(l2, row).scale, 4e12, 1);
-  EXPECT_NE(recurrent::row_gradient(l2, row, 1, 1).statistic, 0);
+  EXPECT_EQ(recurrent::row_gradient(l2, row, 1, 1).of_row, 0);
   row.square = 1e-24;
   EXPECT_NEAR(recurrent::row_result(l2, row).scale, 1e12, 1);
-  EXPECT_EQ(recurrent::row_gradient(l2, row, 1, 1).statistic, 0);
+  EXPECT_NE(recurrent::row_gradient(l2, row, 1, 1).of_row, 0);
   // A denominator of -1e-20 becomes -1e-12.
   const RowKind softmax{Normalizer::softmax, true, 0, 1};
   EXPECT_NEAR(recurrent::row_result(softmax, {-1e-20, 3, 0, 0}).scale, -1e12, 1);
-  EXPECT_EQ(recurrent::row_gradient(softmax, {-1e-20, 3, 0, 0}, 1, 1).statistic, 0);
+  EXPECT_EQ(recurrent::row_gradient(softmax, {-1e-20, 3, 0, 0}, 1, 1).den, 0);
   EXPECT_EQ(recurrent::row_result(softmax, {-2, 3, 0, 0}).scale, -0.5);
-  EXPECT_EQ(recurrent::row_gradient(softmax, {-2, 3, 0, 0}, 1, 1).statistic, -0.25);
+  EXPECT_EQ(recurrent::row_gradient(softmax, {-2, 3, 0, 0}, 1, 1).den, -0.25);
   // Clamped: den = 1/4 counts as 1.
   const RowKind clamped{Normalizer::clamped, false, 0, 1};
   EXPECT_NEAR(recurrent::row_result(clamped, {-log_den, 3, 0, 0}).scale, 0.25, 1e-15);
-  EXPECT_NEAR(recurrent::row_gradient(clamped, {-log_den, 3, 0, 0}, 1, 1).statistic, 0.25, 1e-15);
-  EXPECT_EQ(recurrent::row_gradient(clamped, {log_den, 3, 0, 0}, 1, 1).statistic, 0);
+  EXPECT_TRUE(recurrent::row_gradient(clamped, {-log_den, 3, 0, 0}, 1, 1).of_num_alone);
+  EXPECT_FALSE(recurrent::row_gradient(clamped, {log_den, 3, 0, 0}, 1, 1).of_num_alone);
   // A vanishing numerator: eps alone is under the root.
   const RowKind rms{Normalizer::rms, false, 1e-6, 12};
   EXPECT_EQ(recurrent::row_result(rms, {-800, 3, 1, 0}).scale, 0);
-  EXPECT_EQ(recurrent::row_gradient(rms, {-800, 3, 1, 0}, 1, 1).statistic, 0);
+  EXPECT_EQ(recurrent::row_gradient(rms, {-800, 3, 1, 0}, 1, 1).of_gradient, 0);
+}
+
+RecurrentSoftmaxGradients gradients_of(const Inputs& in, const Array& grad_out,
+                                       const RecurrentSoftmaxOptions& options) {
+  const DType wide = wide_type(in.q.dtype());
+  const Dims shape = grad_out.shape();
+  Array out(in.q.dtype(), shape), core(wide, shape),
+      statistic(wide, {shape[0], shape[1], shape[2]});
+  recurrent_softmax_attention(in.q, in.k, in.v, out, core, statistic, options);
+  return recurrent_softmax_attention_backward(grad_out, in.q, in.k, in.v, core, statistic, options);
+}
+
+// Where a result depends on the numerator alone, nothing is subtracted from the products of values and
+// gradients, not even the difference of two roundings, which would be large beside small values.
+TEST(RecurrentSoftmax, GradientsOfKeysWithSmallValuesBesideLargeOnes) {
+  Inputs exact = inputs(DType::f64, 128, 128);
+  for (int64_t i = 0; i < exact.v.count(); ++i) {
+    double& value = exact.v.as<double>()[i];
+    value = i / 12 % 128 < 64 ? value * 0.01 : value + 4;
+  }
+  const Array grad_out = random_array(DType::bf16, {2, 4, 128, 12}, 4);
+  for (DType type : {DType::f32, DType::bf16}) {
+    const auto rounded = [&](const Array& x) { return convert(convert(x, type), DType::f64); };
+    const Inputs wide{rounded(exact.q), rounded(exact.k), rounded(exact.v)};
+    const Inputs in{convert(wide.q, type), convert(wide.k, type), convert(wide.v, type)};
+    for (Normalizer normalizer : kNormalizers) {
+      if (normalizer == Normalizer::softmax || normalizer == Normalizer::clamped) continue;
+      RecurrentSoftmaxOptions options = with(normalizer);
+      options.causal = false;
+      const auto of_small_values = [&](const Inputs& given, DType of) {
+        const Array k = gradients_of(given, convert(grad_out, of), options).k;
+        return convert(k.view().slice(2, 0, 64), DType::f64);
+      };
+      EXPECT_LT(relative_error(of_small_values(in, type), of_small_values(wide, DType::f64)),
+                type == DType::f32 ? 2e-5 : 1e-2)
+          << name_of(normalizer) << " " << name_of(type);
+    }
+  }
+}
+
+TEST(RecurrentSoftmax, ARowThatOverflowsAndHasNoGradientLeavesTheOthersAlone) {
+  for (Normalizer normalizer : {Normalizer::none, Normalizer::divide_by_count}) {
+    Inputs in = inputs(DType::f32, 40, 40);
+    Array grad_out = random_array(DType::f32, {2, 4, 40, 12}, 4);
+    for (int64_t head = 0; head < 8; ++head) {
+      for (int64_t f = 0; f < 16; ++f) in.q.as<float>()[(head * 40 + 20) * 16 + f] *= 400;
+      std::fill_n(grad_out.as<float>() + (head * 40 + 20) * 12, 12, 0.0F);
+    }
+    RecurrentSoftmaxOptions options = with(normalizer);
+    options.gate = filled(DType::f32, {2, 4, 40}, 1);
+    const RecurrentSoftmaxGradients got = gradients_of(in, grad_out, options);
+    for (const Array* gradient : {&got.q, &got.k, &got.v, &got.gate}) {
+      for (int64_t i = 0; i < gradient->count(); ++i) {
+        ASSERT_TRUE(std::isfinite(gradient->as<float>()[i])) << name_of(normalizer);
+      }
+    }
+  }
 }
 
 TEST(RecurrentSoftmax, SameBitsForAnyThreadCount) {

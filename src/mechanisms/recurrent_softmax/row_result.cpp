@@ -18,15 +18,11 @@ double safe_denominator(double den) {
   return std::copysign(std::max(std::abs(den), kLeastDenominator), den);
 }
 
-/// 1 / sqrt(m + eps / unit^2) for a mean of squares m of o, and the share that eps has of the root.
-struct Root {
-  double inverse = 0, eps_share = 0;
-};
-Root root_of(const RowKind& kind, const Row& row) {
+/// 1 / sqrt(m + eps / unit^2) for a mean of squares m of o.
+double inverse_root(const RowKind& kind, const Row& row) {
   const double mean = row.square / kind.width;
   const double eps = kind.polynomial ? kind.eps : kind.eps * std::exp(-2 * row.statistic);
-  if (mean + eps == 0) return {};
-  return {1 / std::sqrt(mean + eps), std::isinf(eps) ? 1 : eps / (mean + eps)};
+  return mean + eps == 0 ? 0 : 1 / std::sqrt(mean + eps);
 }
 
 /// max(|num|, least) is |num|: else the norm of num is replaced.
@@ -52,9 +48,9 @@ RowResult row_result(const RowKind& kind, const Row& row) {
       return {norm_counts(kind, row, norm) ? 1 / norm : unit_of(kind, row) / kLeastNorm, 0};
     }
     case Normalizer::rms:
-      return {root_of(kind, row).inverse, 0};
+      return {inverse_root(kind, row), 0};
     case Normalizer::layer: {
-      const double inverse = root_of(kind, row).inverse;
+      const double inverse = inverse_root(kind, row);
       return {inverse, -inverse * row.mean};
     }
     case Normalizer::divide_by_count:
@@ -73,36 +69,33 @@ RowGradient row_gradient(const RowKind& kind, const Row& row, double gradient_do
   if (sees_nothing(kind, row)) return {};
   const double scale = row_result(kind, row).scale, t = row.statistic;
   const double dot = gradient_dot_row;
+  RowGradient gradient{scale, 0, 0, 0, !kind.polynomial};
   switch (kind.normalizer) {
     case Normalizer::softmax:
-      if (!kind.polynomial) return {1, 0, 0, 0};
-      return {scale, 0, 0, std::abs(t) >= kLeastDenominator ? -scale * scale * dot : 0};
-    case Normalizer::l2: {
-      const double norm = std::sqrt(row.square);
-      if (norm_counts(kind, row, norm)) return {scale, -scale * (scale * dot), 0, 0};
-      const double least = unit_of(kind, row) / kLeastNorm;
-      return {least, 0, 0, kind.polynomial ? 0 : least * dot};
-    }
-    case Normalizer::rms: {
-      const Root root = root_of(kind, row);
-      const double pull = scale * (scale * dot) / kind.width;
-      return {scale, -pull, 0, kind.polynomial ? 0 : scale * root.eps_share * dot};
-    }
+      gradient.of_num_alone = false;
+      if (kind.polynomial && std::abs(t) >= kLeastDenominator) gradient.den = -scale * scale * dot;
+      break;
+    case Normalizer::l2:
+      if (norm_counts(kind, row, std::sqrt(row.square))) gradient.of_row = -scale * (scale * dot);
+      break;
+    case Normalizer::rms:
+      gradient.of_row = -scale * (scale * dot) / kind.width;
+      break;
     case Normalizer::layer: {
-      const Root root = root_of(kind, row);
-      const double centred = dot - row.mean * gradient_sum;
-      const double pull = scale * (scale * centred) / kind.width;
-      return {scale, -pull, pull * (scale * row.mean) - scale * gradient_sum / kind.width,
-              kind.polynomial ? 0 : scale * root.eps_share * centred};
+      const double pull = scale * (scale * (dot - row.mean * gradient_sum)) / kind.width;
+      gradient.of_row = -pull;
+      gradient.constant = pull * (scale * row.mean) - scale * gradient_sum / kind.width;
+      break;
     }
+    case Normalizer::clamped:
+      if (kind.polynomial && t >= 1) gradient.den = -scale * scale * dot;
+      gradient.of_num_alone = gradient.of_num_alone && t < 0;
+      break;
     case Normalizer::divide_by_count:
     case Normalizer::none:
-      return {scale, 0, 0, kind.polynomial ? 0 : scale * dot};
-    case Normalizer::clamped:
       break;
   }
-  if (kind.polynomial) return {scale, 0, 0, t >= 1 ? -scale * scale * dot : 0};
-  return {scale, 0, 0, t < 0 ? scale * dot : 0};
+  return gradient;
 }
 
 }  // namespace heed::recurrent

@@ -36,10 +36,12 @@ struct RowResult {
 RowResult row_result(const RowKind& kind, const Row& row);
 
 /// With g the gradient of the result, g.o and the sum of g:
-/// d(loss)/do = of_gradient * g + of_row * (scale * o) + constant, and d(loss)/d(statistic). of_row is 0
-/// unless needs_square(). (scale * o is of size 1 there: o alone may be so small that its factor overflows.)
+/// d(loss)/do = of_gradient * g + of_row * (scale * o) + constant. of_row is 0 unless needs_square().
+/// (scale * o is of size 1 there: o alone may be so small that its factor overflows.)
 struct RowGradient {
-  double of_gradient = 0, of_row = 0, constant = 0, statistic = 0;
+  double of_gradient = 0, of_row = 0, constant = 0;
+  double den = 0;             // polynomial: d(loss)/d(den)
+  bool of_num_alone = false;  // exponential: d(loss)/d(log den) is o . d(loss)/do, else 0
 };
 RowGradient row_gradient(const RowKind& kind, const Row& row, double gradient_dot_row,
                          double gradient_sum);
