@@ -10,6 +10,7 @@
 #include <limits>
 #include <set>
 #include <stdexcept>
+#include <string>
 #include <thread>
 #include <vector>
 
@@ -146,6 +147,7 @@ TEST(TensorView, RefusesWhatCannotBe) {
     EXPECT_THROW(t.slice(1, begin, end), Error);
   }
   EXPECT_EQ(t.slice(1, 3, 3).count(), 0);
+  EXPECT_THROW(t.slice(1, INT64_MIN, 0), Error);
   for (const auto& [axis, i] : {std::pair<int, int64_t>{0, 2}, {0, -1}, {2, 0}, {-1, 0}}) {
     EXPECT_THROW(t.select(axis, i), Error);
   }
@@ -274,6 +276,7 @@ struct WorksWhenDestroyed {
     work(size_t{1} << 16);
     const auto& isas = available_isas();
     if (std::find(isas.begin(), isas.end(), default_isa()) == isas.end()) std::abort();
+    if (cpu_info().model != model) std::abort();
   }
   static void work(size_t bytes) {
     (void)default_isa();
@@ -282,14 +285,16 @@ struct WorksWhenDestroyed {
       scratch.take<std::byte>(4096)[4095] = std::byte{1};
     });
   }
+  std::string model;
 };
 
 TEST(StaticObjects, MayCallWhenTheyAreDestroyed) {
   GTEST_FLAG_SET(death_test_style, "threadsafe");  // a process in which nothing has been called yet
   EXPECT_EXIT(
       {
-        static const WorksWhenDestroyed object;
+        static WorksWhenDestroyed object;
         WorksWhenDestroyed::work(4096);
+        object.model = cpu_info().model;
         std::exit(0);
       },
       testing::ExitedWithCode(0), "");

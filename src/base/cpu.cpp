@@ -182,8 +182,10 @@ bool CpuInfo::has(std::string_view feature) const {
 }
 
 const CpuInfo& cpu_info() {
-  static const CpuInfo info = [] {
-    CpuInfo found;
+  // Never destroyed, as the list above: bfloat16 calls ask for features.
+  static const auto& info = *[] {
+    auto* made = new CpuInfo;
+    CpuInfo& found = *made;
     found.model = first_line_with("/proc/cpuinfo", "model name");
     if (found.model.empty()) found.model = "unknown processor";
     found.cores = static_cast<int>(std::max(1u, std::thread::hardware_concurrency()));
@@ -200,7 +202,7 @@ const CpuInfo& cpu_info() {
 #if defined(__aarch64__)
     found.features.push_back("neon");  // what the portable kernels are compiled to
 #endif
-    return found;
+    return made;
   }();
   return info;
 }

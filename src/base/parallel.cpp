@@ -9,7 +9,6 @@
 #include <exception>
 #include <mutex>
 #include <string>
-#include <system_error>
 #include <thread>
 #include <vector>
 
@@ -25,20 +24,23 @@ std::atomic<int> requested_threads{0};  // 0: nobody said how many
 constexpr int kMostThreads = 1024;
 
 // As many of `wanted` threads as the system lets exist together: OpenMP ends the process where it is refused
-// one. Tried once, with threads of our own.
+// one. Tried once for each larger number, with threads of our own; who comes meanwhile makes do with those
+// that there have been.
 int threads_to_be_had(int wanted) {
   static std::atomic<int> had{1}, most{kMostThreads};
   static std::mutex trying;
   if (wanted <= had) return wanted;
-  if (const std::unique_lock lock(trying, std::try_to_lock); lock && wanted <= most) {
+  const std::unique_lock lock(trying, std::try_to_lock);
+  if (!lock) return std::min<int>(wanted, had);
+  if (wanted <= most) {
     std::vector<std::thread> threads;
-    threads.reserve(static_cast<size_t>(wanted));
     std::atomic<bool> all_there{false};
     try {
+      threads.reserve(static_cast<size_t>(wanted));
       while (static_cast<int>(threads.size()) + 1 < wanted) {
         threads.emplace_back([&] { all_there.wait(false); });
       }
-    } catch (const std::system_error&) {
+    } catch (const std::exception&) {  // refused, or no memory for it
       most = static_cast<int>(threads.size()) + 1;
     }
     all_there = true;
