@@ -4,6 +4,7 @@ import heed
 import pytest
 import torch
 from calls import CALLS, Q, call
+from reference import random
 from torch.library import opcheck
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint
@@ -184,6 +185,21 @@ def test_a_backward_that_nobody_foresaw(name):
     found = torch.func.grad(lambda x: torch.vmap(each)(x).sum())(batch)
     assert torch.equal(found[0], expected)
     assert torch.equal(torch.vmap(torch.func.grad(each))(batch)[0], expected)
+
+
+# As gradients of sums and means are: strides of 0 in some or in all dimensions.
+@pytest.mark.parametrize("name", sorted(set(CALLS) - {"decode_attention"}))
+def test_gradients_of_results_may_be_broadcast(name):
+    own, results = wanting(name)
+    results = [t for t in results if t.requires_grad]
+    for last in (True, False):
+        seeds = [random(*t.shape[-1:]) if last and t.dim() else torch.tensor(0.5) for t in results]
+        spread = [seed.expand(t.shape) for seed, t in zip(seeds, results)]
+        found, expected = (
+            torch.autograd.grad(results, list(own.values()), grads, True, allow_unused=True)
+            for grads in (spread, [g.contiguous() for g in spread])
+        )
+        assert all(f is e is None or torch.equal(f, e) for f, e in zip(found, expected))
 
 
 AUTOCAST = torch.bfloat16
