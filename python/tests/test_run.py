@@ -293,6 +293,7 @@ def test_stochastic_attention_follows_its_seed():
         (["-p", ""], "prompt is empty"),
         (["-p", "x", "-f", "y"], "--prompt"),
         (["-f", "no-such-file"], "no-such-file"),
+        (["-f", "/dev/zero"], "more than 256 MiB"),
         (["-p", "x", "--system", "y"], "--system"),
     ],
 )

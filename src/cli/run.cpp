@@ -51,8 +51,9 @@ std::string utf8_of(std::string_view option, std::string text) {
 // The prompt that was given, from the option, a file, or a pipe; none: a conversation.
 std::optional<std::string> given_prompt(const Arguments& arguments) {
   if (arguments.prompt) return utf8_of("--prompt", *arguments.prompt);
+  constexpr size_t kMost = size_t{1} << 28;  // more than any context holds; a pipe may never end
   const auto read = [](const char* option, const std::string& path) {
-    return utf8_of(option, without_last_newline(read_text(option, path)));
+    return utf8_of(option, without_last_newline(read_text(option, path, kMost)));
   };
   if (arguments.file) return read("--file", *arguments.file);
   if (!is_terminal(stdin)) return read("standard input", "-");
