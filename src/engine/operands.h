@@ -16,6 +16,12 @@ namespace heed {
 /// The type of scores, statistics, states and parameters beside tensors of `dtype`.
 inline DType wide_type(DType dtype) { return dtype == DType::f64 ? DType::f64 : DType::f32; }
 
+/// Returns body(T{}) with the T whose dtype_of is wide_type(dtype).
+template <class Body>
+auto with_wide_type(DType dtype, const Body& body) {
+  return dtype == DType::f64 ? body(double{}) : body(float{});
+}
+
 [[noreturn]] void fail(const char* op, const std::string& found, const std::string& needed);
 
 /// `rank` dimensions of a floating type, a unit stride in the last one; `axes` say in messages what is

@@ -441,11 +441,7 @@ void forward_alike(const Problem& problem, const RunOptions& given) {
   const std::optional<Problem> folded = heads_as_rows(problem);
   const Problem& call = folded ? *folded : problem;
   const RunOptions run = worth_waking(given, forward_nanoseconds(call));
-  if (call.sequences[0].q.dtype() == DType::f64) {
-    Forward<double>(call, run).run();
-  } else {
-    Forward<float>(call, run).run();
-  }
+  with_wide_type(call.sequences[0].q.dtype(), [&]<class T>(T) { Forward<T>(call, run).run(); });
 }
 
 }  // namespace

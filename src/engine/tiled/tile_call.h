@@ -9,6 +9,7 @@
 #include <vector>
 
 #include "base/round_up.h"
+#include "engine/operands.h"
 #include "engine/tiled/path.h"
 #include "engine/tiled/problem.h"
 
@@ -56,11 +57,7 @@ inline double load_statistic(const HeadRows& t, int64_t head, int64_t row) {
 }
 
 inline void store_statistic(std::byte* p, DType dtype, double value) {
-  if (dtype == DType::f64) {
-    *reinterpret_cast<double*>(p) = value;
-  } else {
-    *reinterpret_cast<float*>(p) = static_cast<float>(value);
-  }
+  with_wide_type(dtype, [&]<class T>(T) { *reinterpret_cast<T*>(p) = static_cast<T>(value); });
 }
 
 inline uint32_t drop_limit(double p) { return static_cast<uint32_t>(std::ldexp(p, 32)); }

@@ -74,11 +74,8 @@ void affine_scaled_attention(const Tensor& q, const Tensor& k, const Tensor& v, 
   const Call call = make_call(q, k, v, alpha, alpha_mean, out, softmax, lse, options, run);
   tiled::forward(call.problem, run);
   const Tensor& mixed = softmax.defined() ? softmax : out;
-  if (q.dtype() == DType::f64) {
-    affine_scaled::MeanMix<double>(call.inputs).mix(mixed, out);
-  } else {
-    affine_scaled::MeanMix<float>(call.inputs).mix(mixed, out);
-  }
+  with_wide_type(q.dtype(),
+                 [&]<class T>(T) { affine_scaled::MeanMix<T>(call.inputs).mix(mixed, out); });
 }
 
 Array affine_scaled_attention(const Tensor& q, const Tensor& k, const Tensor& v,
@@ -98,8 +95,8 @@ AffineScaledGradients affine_scaled_attention_backward(
   }
   check_grad_out(kOp, grad_out, q, v);
   const Call call = make_call(q, k, v, alpha, alpha_mean, grad_out, softmax_out, lse, options, run);
-  return q.dtype() == DType::f64 ? gradients<double>(grad_out, call, softmax_out, run)
-                                 : gradients<float>(grad_out, call, softmax_out, run);
+  return with_wide_type(q.dtype(),
+                        [&]<class T>(T) { return gradients<T>(grad_out, call, softmax_out, run); });
 }
 
 }  // namespace heed

@@ -224,11 +224,7 @@ void depthwise_causal_conv(const Tensor& x, const Tensor& weight, const Tensor& 
     throw Error(std::string(kOp) + ": out has stride " + std::to_string(out.stride(3)) +
                 " in its last dimension; a unit stride is needed there");
   }
-  if (x.dtype() == DType::f64) {
-    Convolution<double>(x, weight, bias, run).forward(out);
-  } else {
-    Convolution<float>(x, weight, bias, run).forward(out);
-  }
+  with_wide_type(x.dtype(), [&]<class T>(T) { Convolution<T>(x, weight, bias, run).forward(out); });
 }
 
 Array depthwise_causal_conv(const Tensor& x, const Tensor& weight, const Tensor& bias,
@@ -244,8 +240,8 @@ DepthwiseConvGradients depthwise_causal_conv_backward(const Tensor& grad_out, co
                                                       const RunOptions& run) {
   check_inputs(x, weight, bias);
   check_like_x("grad_out", grad_out, x);
-  return x.dtype() == DType::f64 ? gradients<double>(grad_out, x, weight, bias, run)
-                                 : gradients<float>(grad_out, x, weight, bias, run);
+  return with_wide_type(x.dtype(),
+                        [&]<class T>(T) { return gradients<T>(grad_out, x, weight, bias, run); });
 }
 
 }  // namespace heed

@@ -420,11 +420,9 @@ void attention_distillation_loss(const Tensor& q, const Tensor& k, const Tensor&
                                  const DistillationOptions& options, const RunOptions& run) {
   const Call call = checked(q, k, feature_q, feature_k, options);
   check_loss("loss", loss, q.dtype());
-  if (q.dtype() == DType::f64) {
-    *loss.as<double>() = Distillation<double>(call, run).loss();
-  } else {
-    *loss.as<float>() = static_cast<float>(Distillation<float>(call, run).loss());
-  }
+  with_wide_type(q.dtype(), [&]<class T>(T) {
+    *loss.as<T>() = static_cast<T>(Distillation<T>(call, run).loss());
+  });
 }
 
 Array attention_distillation_loss(const Tensor& q, const Tensor& k, const Tensor& feature_q,
@@ -444,12 +442,9 @@ void attention_distillation_loss_backward(const Tensor& grad_loss, const Tensor&
   const Call call = checked(q, k, feature_q, feature_k, options);
   check_loss("grad_loss", grad_loss, q.dtype());
   check_gradients(gradients, call, feature_q.dtype());
-  if (q.dtype() == DType::f64) {
-    Distillation<double>(call, run).gradients(*grad_loss.as<double>(), gradients);
-  } else {
-    Distillation<float>(call, run).gradients(static_cast<double>(*grad_loss.as<float>()),
-                                             gradients);
-  }
+  with_wide_type(q.dtype(), [&]<class T>(T) {
+    Distillation<T>(call, run).gradients(static_cast<double>(*grad_loss.as<T>()), gradients);
+  });
 }
 
 void attention_distillation_loss_with_gradients(const Tensor& q, const Tensor& k,
@@ -461,11 +456,9 @@ void attention_distillation_loss_with_gradients(const Tensor& q, const Tensor& k
   const Call call = checked(q, k, feature_q, feature_k, options);
   check_loss("loss", loss, q.dtype());
   check_gradients(gradients, call, wide_type(q.dtype()));
-  if (q.dtype() == DType::f64) {
-    *loss.as<double>() = Distillation<double>(call, run).gradients(1, gradients);
-  } else {
-    *loss.as<float>() = static_cast<float>(Distillation<float>(call, run).gradients(1, gradients));
-  }
+  with_wide_type(q.dtype(), [&]<class T>(T) {
+    *loss.as<T>() = static_cast<T>(Distillation<T>(call, run).gradients(1, gradients));
+  });
 }
 
 DistillationGradients attention_distillation_loss_backward(const Tensor& grad_loss, const Tensor& q,

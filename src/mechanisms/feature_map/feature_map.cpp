@@ -106,7 +106,7 @@ void feature_map(const Tensor& x, FeatureKind kind, const Tensor& out,
                  const FeatureMapOptions& options, const RunOptions& run) {
   const Call call = checked_call(x, kind, options);
   check_rows_like(kOp, "out", out, call.out_shape(), call.dtype());
-  call.dtype() == DType::f64 ? forward<double>(call, out, run) : forward<float>(call, out, run);
+  with_wide_type(call.dtype(), [&]<class T>(T) { forward<T>(call, out, run); });
 }
 
 Array feature_map(const Tensor& x, FeatureKind kind, const FeatureMapOptions& options,
@@ -122,11 +122,8 @@ void feature_map_backward(const Tensor& grad_out, const Tensor& x, FeatureKind k
   const Call call = checked_call(x, kind, options);
   check_rows_like(kOp, "grad_out", grad_out, call.out_shape(), call.dtype());
   check_gradients(call, gradients);
-  if (call.dtype() == DType::f64) {
-    features::backward<double>(call, grad_out, gradients, run);
-  } else {
-    features::backward<float>(call, grad_out, gradients, run);
-  }
+  with_wide_type(call.dtype(),
+                 [&]<class T>(T) { features::backward<T>(call, grad_out, gradients, run); });
 }
 
 FeatureMapGradients feature_map_backward(const Tensor& grad_out, const Tensor& x, FeatureKind kind,

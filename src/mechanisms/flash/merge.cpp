@@ -158,12 +158,6 @@ class Merge {
   const Array zeros_ = Array::zeros(like_.dtype(), {like_.size(3)});
 };
 
-// Calls body with the type of the computation.
-template <class Body>
-void with_type(DType dtype, Body&& body) {
-  return dtype == DType::f64 ? body(double{}) : body(float{});
-}
-
 }  // namespace
 
 void merge_attention(const Tensor& out_a, const Tensor& lse_a, const Tensor& out_b,
@@ -172,8 +166,8 @@ void merge_attention(const Tensor& out_a, const Tensor& lse_a, const Tensor& out
   check_merge_side("out_a", out_a, "lse_a", lse_a, out_a);
   check_merge_side("out_b", out_b, "lse_b", lse_b, out_a);
   check_merge_side("out", out, "lse", lse.defined() ? lse : lse_a, out_a);
-  with_type(out.dtype(), [&](auto type) {
-    Merge<decltype(type)>(out, run).forward({out_a, lse_a}, {out_b, lse_b}, out, lse);
+  with_wide_type(out.dtype(), [&]<class T>(T) {
+    Merge<T>(out, run).forward({out_a, lse_a}, {out_b, lse_b}, out, lse);
   });
 }
 
@@ -197,9 +191,8 @@ MergeGradients merge_attention_backward(const Tensor& grad_out, const Tensor& gr
   check_merge_side("grad_out", grad_out, "grad_lse", grad_lse.defined() ? grad_lse : lse_a, out_a);
   MergeGradients to{Array(out_a.dtype(), out_a.shape()), Array(lse_a.dtype(), lse_a.shape()),
                     Array(out_a.dtype(), out_a.shape()), Array(lse_a.dtype(), lse_a.shape())};
-  with_type(out_a.dtype(), [&](auto type) {
-    Merge<decltype(type)>(out_a, run)
-        .backward(grad_out, grad_lse, {out_a, lse_a}, {out_b, lse_b}, to);
+  with_wide_type(out_a.dtype(), [&]<class T>(T) {
+    Merge<T>(out_a, run).backward(grad_out, grad_lse, {out_a, lse_a}, {out_b, lse_b}, to);
   });
   return to;
 }

@@ -261,11 +261,7 @@ void FlashTerms::add_tile(int lane, const TileAt& at, Block<const T> ds) const {
       }
     }
   };
-  if (sums.dtype() == DType::f64) {
-    add(sums.as<double>() + first);
-  } else {
-    add(sums.as<float>() + first);
-  }
+  with_wide_type(sums.dtype(), [&]<class To>(To) { add(sums.as<To>() + first); });
 }
 
 void FlashTerms::add_gradient(int lane, const TileAt& at, Block<const float> ds,
@@ -280,7 +276,7 @@ void FlashTerms::add_gradient(int lane, const TileAt& at, Block<const double> ds
 Array FlashTerms::bias_gradient() {
   if (sums_.empty()) return Array::zeros(bias_.dtype(), bias_shape_);  // there was nothing to sum
   if (sums_.size() == 1 && sums_[0].dtype() == bias_.dtype()) return std::move(sums_[0]);
-  return sums_[0].dtype() == DType::f64 ? sum_of_lanes<double>() : sum_of_lanes<float>();
+  return with_wide_type(sums_[0].dtype(), [&]<class T>(T) { return sum_of_lanes<T>(); });
 }
 
 // Each element is summed in float64, in the order of the lanes.

@@ -390,11 +390,7 @@ void head_gated_attention(const Tensor& q, const Tensor& k, const Tensor& v, con
   }
   if (lse.defined()) tiled::check_operands(kOp, q, k, v, out, lse);
   if (is_empty(call)) return;
-  if (q.dtype() == DType::f64) {
-    run_forward<double>(call, {out, attention, lse});
-  } else {
-    run_forward<float>(call, {out, attention, lse});
-  }
+  with_wide_type(q.dtype(), [&]<class T>(T) { run_forward<T>(call, {out, attention, lse}); });
 }
 
 HeadGatedResult head_gated_attention(const Tensor& q, const Tensor& k, const Tensor& v,
@@ -422,11 +418,9 @@ HeadGatedGradients head_gated_attention_backward(const Tensor& grad_out, const T
       Array::zeros(q.dtype(), q.shape()), Array::zeros(k.dtype(), k.shape()),
       Array::zeros(v.dtype(), v.shape()), Array::zeros(gates.dtype(), gates.shape())};
   if (is_empty(call) || k.size(2) == 0) return gradients;
-  if (q.dtype() == DType::f64) {
-    BackwardCall<double>(call, grad_out, {{}, attention, lse}, gradients).run();
-  } else {
-    BackwardCall<float>(call, grad_out, {{}, attention, lse}, gradients).run();
-  }
+  with_wide_type(q.dtype(), [&]<class T>(T) {
+    BackwardCall<T>(call, grad_out, {{}, attention, lse}, gradients).run();
+  });
   return gradients;
 }
 

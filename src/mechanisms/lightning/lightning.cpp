@@ -61,11 +61,7 @@ void lightning_attention(const Tensor& q, const Tensor& k, const Tensor& v, cons
   check(q, k, v, options);
   chunked::check_out(kOp, out, q, v);
   check_result(kOp, "state", state, state_shape(q, v), wide_type(q.dtype()));
-  if (q.dtype() == DType::f64) {
-    run_forward<double>(q, k, v, out, state, options, run);
-  } else {
-    run_forward<float>(q, k, v, out, state, options, run);
-  }
+  with_wide_type(q.dtype(), [&]<class T>(T) { run_forward<T>(q, k, v, out, state, options, run); });
 }
 
 LightningResult lightning_attention(const Tensor& q, const Tensor& k, const Tensor& v,
@@ -90,11 +86,9 @@ void lightning_attention_backward(const Tensor& q, const Tensor& k, const Tensor
   check_result(kBackward, "gradient of slopes", gradients.slopes, {q.size(1)}, state);
   check_result(kBackward, "gradient of initial_state", gradients.initial_state, state_shape(q, v),
                state);
-  if (q.dtype() == DType::f64) {
-    run_backward<double>(q, k, v, out_gradient, state_gradient, gradients, options, run);
-  } else {
-    run_backward<float>(q, k, v, out_gradient, state_gradient, gradients, options, run);
-  }
+  with_wide_type(q.dtype(), [&]<class T>(T) {
+    run_backward<T>(q, k, v, out_gradient, state_gradient, gradients, options, run);
+  });
 }
 
 LightningGradients lightning_attention_backward(const Tensor& q, const Tensor& k, const Tensor& v,

@@ -93,11 +93,7 @@ void linear_attention(const Tensor& q, const Tensor& k, const Tensor& v, const T
   check(q, k, v, options);
   chunked::check_out(kOp, out, q, v);
   check_state(kOp, "state", state, q, v, options.normalize);
-  if (q.dtype() == DType::f64) {
-    run_forward<double>(q, k, v, out, state, options, run);
-  } else {
-    run_forward<float>(q, k, v, out, state, options, run);
-  }
+  with_wide_type(q.dtype(), [&]<class T>(T) { run_forward<T>(q, k, v, out, state, options, run); });
 }
 
 LinearResult linear_attention(const Tensor& q, const Tensor& k, const Tensor& v,
@@ -120,11 +116,9 @@ void linear_attention_backward(const Tensor& q, const Tensor& k, const Tensor& v
   check_state(kBackward, "state_gradient", state_gradient, q, v, options.normalize);
   check_state(kBackward, "gradient of initial_state", {gradients.s, gradients.z}, q, v,
               options.normalize);
-  if (q.dtype() == DType::f64) {
-    run_backward<double>(q, k, v, out_gradient, state_gradient, gradients, options, run);
-  } else {
-    run_backward<float>(q, k, v, out_gradient, state_gradient, gradients, options, run);
-  }
+  with_wide_type(q.dtype(), [&]<class T>(T) {
+    run_backward<T>(q, k, v, out_gradient, state_gradient, gradients, options, run);
+  });
 }
 
 LinearGradients linear_attention_backward(const Tensor& q, const Tensor& k, const Tensor& v,

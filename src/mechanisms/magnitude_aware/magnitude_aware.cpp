@@ -243,11 +243,7 @@ void magnitude_aware_linear_attention(const Tensor& q, const Tensor& k, const Te
   check(q, k, v, options);
   chunked::check_out(kOp, out, q, v);
   check_last(state, q, v);
-  if (q.dtype() == DType::f64) {
-    run_forward<double>(q, k, v, out, state, options, run);
-  } else {
-    run_forward<float>(q, k, v, out, state, options, run);
-  }
+  with_wide_type(q.dtype(), [&]<class T>(T) { run_forward<T>(q, k, v, out, state, options, run); });
 }
 
 MagnitudeAwareResult magnitude_aware_linear_attention(const Tensor& q, const Tensor& k,
@@ -282,11 +278,9 @@ void magnitude_aware_linear_attention_backward(const Tensor& q, const Tensor& k,
   check_sums(kBackward, "state_gradient", sums, q, v);
   check_sums(kBackward, "gradient of initial_state",
              {gradients.s, gradients.k_sum, gradients.v_sum, {}}, q, v);
-  if (q.dtype() == DType::f64) {
-    run_backward<double>(q, k, v, out_gradient, sums, gradients, options, run);
-  } else {
-    run_backward<float>(q, k, v, out_gradient, sums, gradients, options, run);
-  }
+  with_wide_type(q.dtype(), [&]<class T>(T) {
+    run_backward<T>(q, k, v, out_gradient, sums, gradients, options, run);
+  });
 }
 
 MagnitudeAwareGradients magnitude_aware_linear_attention_backward(

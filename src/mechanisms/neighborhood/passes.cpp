@@ -167,11 +167,8 @@ void backward_with_additional(const GridCall& call, const GridRows& grid, const 
   const auto whole = [](const auto&, const RowBlock&, auto* of_near, auto* of_additional) {
     for (auto* factors : {of_near, of_additional}) std::fill_n(factors, kBlockRows, 1);
   };
-  if (type == DType::f64) {
-    combine_rows<double>(near, additional, gradients.q, run, whole);
-  } else {
-    combine_rows<float>(near, additional, gradients.q, run, whole);
-  }
+  with_wide_type(type,
+                 [&]<class T>(T) { combine_rows<T>(near, additional, gradients.q, run, whole); });
 }
 
 }  // namespace
@@ -191,11 +188,7 @@ void forward(const GridCall& call, const RunOptions& run) {
   };
   tiled::forward(grid_problem(call, grid, to(near)), run);
   tiled::forward(additional_problem(call, to(additional)), run);
-  if (type == DType::f64) {
-    merge<double>(near, additional, rows, run);
-  } else {
-    merge<float>(near, additional, rows, run);
-  }
+  with_wide_type(type, [&]<class T>(T) { merge<T>(near, additional, rows, run); });
 }
 
 Array backward(const GridCall& call, const CallGradients& to, const RunOptions& run) {

@@ -6,6 +6,7 @@
 #include <vector>
 
 #include "base/round_up.h"
+#include "engine/operands.h"
 #include "mechanisms/neighborhood/window_planes.h"
 
 namespace heed::na {
@@ -180,9 +181,8 @@ std::optional<SmallWindowWork> small_window_work(const GridCall& call, const Run
     lines += static_cast<double>(keys.end - keys.begin);
   }
   const Isa isa = chosen_isa(run);
-  const int64_t lanes = call.query.dtype() == DType::f64
-                            ? kernels::window_kernels<double>(isa).lanes
-                            : kernels::window_kernels<float>(isa).lanes;
+  const int64_t lanes = with_wide_type(
+      call.query.dtype(), [&]<class T>(T) { return kernels::window_kernels<T>(isa).lanes; });
   for (const auto& window : lane_windows<double>(group.lines[2], lanes)) {
     shifts += static_cast<double>(window.shifts);
   }
@@ -202,8 +202,8 @@ bool takes_small_windows(const GridCall& call, const TileShapes& shapes, const R
 }
 
 bool small_windows_forward(const GridCall& call, const RunOptions& run) {
-  if (call.query.dtype() == DType::f64) return SmallWindows<double>(call, run).forward();
-  return SmallWindows<float>(call, run).forward();
+  return with_wide_type(call.query.dtype(),
+                        [&]<class T>(T) { return SmallWindows<T>(call, run).forward(); });
 }
 
 }  // namespace heed::na

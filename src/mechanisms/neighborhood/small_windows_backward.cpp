@@ -14,6 +14,7 @@
 #include <vector>
 
 #include "base/round_up.h"
+#include "engine/operands.h"
 #include "mechanisms/neighborhood/small_windows.h"
 #include "mechanisms/neighborhood/window_planes.h"
 
@@ -364,13 +365,12 @@ bool takes_small_windows_backward(const GridCall& call, const TileShapes& shapes
                                   const RunOptions& run) {
   const std::optional<SmallWindowWork> work = small_window_work(call, run);
   if (!work) return false;
-  const auto lines_of = [&]<class T>(T) {
+  const int64_t score_lines = with_wide_type(call.query.dtype(), [&]<class T>(T) {
     const auto& kernels = kernels::window_kernels<T>(chosen_isa(run));
     const Plane<T> plane(call.grid.group(0), call.query.size(3), kernels);
     return score_rows(plane, {0, std::min(plane.chunk, plane.points)}, kernels).lines;
-  };
-  const auto lines = static_cast<double>(call.query.dtype() == DType::f64 ? lines_of(double{})
-                                                                          : lines_of(float{}));
+  });
+  const auto lines = static_cast<double>(score_lines);
   const double product = work->many_registers ? kProduct + kProductOfOneLine / lines
                                               : kProductOfFew + kProductOfFewOfOneLine / lines;
   return work->pairs * (product * work->widths + kWeight) <
@@ -379,10 +379,9 @@ bool takes_small_windows_backward(const GridCall& call, const TileShapes& shapes
 
 bool small_windows_backward(const GridCall& call, const CallGradients& gradients,
                             const RunOptions& run) {
-  if (call.query.dtype() == DType::f64) {
-    return SmallWindowsBackward<double>(call, gradients, run).run();
-  }
-  return SmallWindowsBackward<float>(call, gradients, run).run();
+  return with_wide_type(call.query.dtype(), [&]<class T>(T) {
+    return SmallWindowsBackward<T>(call, gradients, run).run();
+  });
 }
 
 }  // namespace heed::na

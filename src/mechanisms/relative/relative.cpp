@@ -114,11 +114,7 @@ void relative_attention(const Tensor& q, const Tensor& k, const Tensor& v, const
                         const Tensor& rel_bias, const Tensor& content_bias, const Tensor& out,
                         const Tensor& lse, const RelativeOptions& options, const RunOptions& run) {
   Call call = make_call(q, k, v, rel_key, rel_bias, content_bias, out, lse, options);
-  if (q.dtype() == DType::f64) {
-    run_forward<double>(std::move(call), run);
-  } else {
-    run_forward<float>(std::move(call), run);
-  }
+  with_wide_type(q.dtype(), [&]<class T>(T) { run_forward<T>(std::move(call), run); });
 }
 
 RelativeResult relative_attention(const Tensor& q, const Tensor& k, const Tensor& v,
@@ -139,10 +135,9 @@ RelativeGradients relative_attention_backward(const Tensor& grad_out, const Tens
                                               const RunOptions& run) {
   Call call = make_call(q, k, v, rel_key, rel_bias, content_bias, out, lse, options);
   tiled::check_backward(kOp, grad_out, grad_lse, out, lse);
-  if (q.dtype() == DType::f64) {
-    return run_backward<double>(std::move(call), v, grad_out, grad_lse, run);
-  }
-  return run_backward<float>(std::move(call), v, grad_out, grad_lse, run);
+  return with_wide_type(q.dtype(), [&]<class T>(T) {
+    return run_backward<T>(std::move(call), v, grad_out, grad_lse, run);
+  });
 }
 
 }  // namespace heed

@@ -91,11 +91,9 @@ void relu_linear_attention(const Tensor& q, const Tensor& k, const Tensor& v,
   const AttentionSizes sizes = checked(q, k, v, temperature, options);
   check_rows_like(kOp, "out", out, sizes.out_shape(), q.dtype());
   check_state("state", state, q, v);
-  if (q.dtype() == DType::f64) {
-    run_forward<double>(q, k, v, temperature, out, state, options, run);
-  } else {
-    run_forward<float>(q, k, v, temperature, out, state, options, run);
-  }
+  with_wide_type(q.dtype(), [&]<class T>(T) {
+    run_forward<T>(q, k, v, temperature, out, state, options, run);
+  });
 }
 
 Array relu_linear_attention(const Tensor& q, const Tensor& k, const Tensor& v,
@@ -117,11 +115,9 @@ void relu_linear_attention_backward(const Tensor& grad_out, const Tensor& q, con
   check_rows_like(kOp, "gradient of k", gradients.k, k.shape(), q.dtype());
   check_rows_like(kOp, "gradient of v", gradients.v, v.shape(), q.dtype());
   check_parameter_gradient(kOp, "gradient of temperature", gradients.temperature, temperature);
-  if (q.dtype() == DType::f64) {
-    run_backward<double>(grad_out, q, k, v, temperature, options, gradients, run);
-  } else {
-    run_backward<float>(grad_out, q, k, v, temperature, options, gradients, run);
-  }
+  with_wide_type(q.dtype(), [&]<class T>(T) {
+    run_backward<T>(grad_out, q, k, v, temperature, options, gradients, run);
+  });
 }
 
 ReluLinearGradients relu_linear_attention_backward(const Tensor& grad_out, const Tensor& q,

@@ -321,10 +321,8 @@ StochasticGradients stochastic_attention_backward(const Tensor& grad_out, const 
     for (const auto& [slots, tokens] : key_gradients) {
       if (call.key_copies() == 1) {
         mover.to_tokens(slots, tokens);
-      } else if (q.dtype() == DType::f64) {
-        mover.sum_to_tokens<double>(slots, tokens);
       } else {
-        mover.sum_to_tokens<float>(slots, tokens);
+        with_wide_type(q.dtype(), [&]<class T>(T) { mover.sum_to_tokens<T>(slots, tokens); });
       }
     }
   }

@@ -196,13 +196,10 @@ void taylor_state_attention(const Tensor& q, const Tensor& k, const Tensor& v, c
   chunked::check_out(kOp, out, q, v);
   check_state(kOp, "state", state, q, v, options);
   const bool pairs = taylor_by_pairs(q, k, v, options);
-  const auto forward = [&](auto zero) {
-    using T = decltype(zero);
+  with_wide_type(q.dtype(), [&]<class T>(T) {
     const auto way = pairs ? run_forward_by_pairs<T> : run_forward<T>;
     way(q, k, v, out, state, options, run);
-  };
-  if (q.dtype() == DType::f64) return forward(0.0);
-  forward(0.0F);
+  });
 }
 
 TaylorResult taylor_state_attention(const Tensor& q, const Tensor& k, const Tensor& v,
@@ -228,11 +225,9 @@ void taylor_state_attention_backward(const Tensor& q, const Tensor& k, const Ten
   if (!state_used && taylor_by_pairs(q, k, v, options)) {
     return run_backward_by_pairs(q, k, v, out_gradient, gradients, options, run);
   }
-  if (q.dtype() == DType::f64) {
-    run_backward<double>(q, k, v, out_gradient, state_gradient, gradients, options, run);
-  } else {
-    run_backward<float>(q, k, v, out_gradient, state_gradient, gradients, options, run);
-  }
+  with_wide_type(q.dtype(), [&]<class T>(T) {
+    run_backward<T>(q, k, v, out_gradient, state_gradient, gradients, options, run);
+  });
 }
 
 TaylorGradients taylor_state_attention_backward(const Tensor& q, const Tensor& k, const Tensor& v,
