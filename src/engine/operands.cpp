@@ -124,11 +124,11 @@ void check_heads(const char* op, const char* name, const Tensor& t, const Tensor
 void check_decode_queries(const char* op, const Tensor& q) {
   constexpr int64_t kMost = 16;
   if (q.size(2) <= kMost) return;
-  throw Error(
-      std::string(op) + ": " + describe("q", q) + " has " + std::to_string(q.size(2)) +
-      " queries; at most " + std::to_string(kMost) +
-      " are supported; flash_attention_varlen takes more, causal to the end of each sequence as "
-      "here (flash_attention with lengths stays aligned to all keys of k)");
+  fail(op, describe("q", q) + " has " + std::to_string(q.size(2)) + " queries",
+       "at most " + std::to_string(kMost) +
+           " are supported; flash_attention_varlen takes more, causal to the end of each sequence "
+           "as "
+           "here (flash_attention with lengths stays aligned to all keys of k)");
 }
 
 AttentionSizes check_attention(const char* op, const Tensor& q, const Tensor& k, const Tensor& v,

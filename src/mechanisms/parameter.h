@@ -3,7 +3,6 @@
 #include <string>
 
 #include "engine/operands.h"
-#include "heed/error.h"
 #include "heed/tensor.h"
 
 namespace heed {
@@ -20,8 +19,8 @@ inline void check_parameter(const char* op, const char* name, const Tensor& t, c
                             DType dtype) {
   const bool typed = t.dtype() == dtype || t.dtype() == wide_type(dtype);
   if (t.defined() && t.shape() == shape && typed) return;
-  throw Error(std::string(op) + ": " + describe(name, t) + "; " + to_string(shape) + " of type " +
-              parameter_types(dtype) + " is needed");
+  fail(op, describe(name, t),
+       to_string(shape) + " of type " + parameter_types(dtype) + " is needed");
 }
 
 /// The tensor itself if its last axis has a unit stride, else a copy that `storage` holds.

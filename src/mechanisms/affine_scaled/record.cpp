@@ -4,7 +4,6 @@
 
 #include "engine/tiled/problem.h"
 #include "heed/affine_scaled_attention.h"
-#include "heed/error.h"
 #include "mechanisms/attention_case.h"
 #include "mechanisms/embedded.h"
 
@@ -83,8 +82,8 @@ BackwardCall forward_for_backward(const NamedTensors& in, const Spec& spec, cons
 float finite_or(const Spec& options, const char* key, double fallback) {
   const auto value = static_cast<float>(options.number(key).value_or(fallback));
   if (!std::isfinite(value)) {
-    throw Error(std::string("affine_scaled_attention: ") + key + " is " + *options.text(key) +
-                "; a finite number is needed");
+    fail("affine_scaled_attention", std::string(key) + " is " + *options.text(key),
+         "a finite number is needed");
   }
   return value;
 }

@@ -5,7 +5,6 @@
 
 #include "base/parallel.h"
 #include "base/round_up.h"
-#include "heed/error.h"
 #include "kernels/depthwise.h"
 #include "mechanisms/parameter.h"
 
@@ -23,8 +22,7 @@ constexpr int64_t kSumElements = 1 << 22;
 
 void check_x(const char* name, const Tensor& x) {
   if (x.rank() == 4 && is_floating(x.dtype())) return;
-  throw Error(std::string(kOp) + ": " + describe(name, x) +
-              "; [B,H,L,D] of float64, float32, bfloat16 or float16 is needed");
+  fail(kOp, describe(name, x), "[B,H,L,D] of float64, float32, bfloat16 or float16 is needed");
 }
 
 void check_inputs(const Tensor& x, const Tensor& weight, const Tensor& bias) {
@@ -34,10 +32,10 @@ void check_inputs(const Tensor& x, const Tensor& weight, const Tensor& bias) {
   const int64_t taps = rank == 0 ? 0 : weight.shape().back();
   const Dims shared{dim, taps}, own{heads, dim, taps};
   if (taps < 1 || (weight.shape() != shared && weight.shape() != own)) {
-    throw Error(std::string(kOp) + ": " + describe("weight", weight) + " but " + describe("x", x) +
-                "; [D,W] or [H,D,W] with W >= 1 is needed, as " +
-                to_string(Dims{dim, std::max<int64_t>(taps, 1)}) + " or " +
-                to_string(Dims{heads, dim, std::max<int64_t>(taps, 1)}));
+    fail(kOp, describe("weight", weight) + " but " + describe("x", x),
+         "[D,W] or [H,D,W] with W >= 1 is needed, as " +
+             to_string(Dims{dim, std::max<int64_t>(taps, 1)}) + " or " +
+             to_string(Dims{heads, dim, std::max<int64_t>(taps, 1)}));
   }
   check_parameter(kOp, "weight", weight, weight.shape(), x.dtype());
   if (!bias.defined()) return;
@@ -46,8 +44,7 @@ void check_inputs(const Tensor& x, const Tensor& weight, const Tensor& bias) {
 
 void check_like_x(const char* name, const Tensor& t, const Tensor& x) {
   if (t.shape() == x.shape() && t.dtype() == x.dtype() && t.defined()) return;
-  throw Error(std::string(kOp) + ": " + describe(name, t) + " but " + describe("x", x) +
-              "; give both the same shape and type");
+  fail(kOp, describe(name, t) + " but " + describe("x", x), "give both the same shape and type");
 }
 
 kernels::Rows rows_of(const Tensor& t, int64_t b, int64_t h) {
@@ -221,8 +218,8 @@ void depthwise_causal_conv(const Tensor& x, const Tensor& weight, const Tensor& 
   check_inputs(x, weight, bias);
   check_like_x("out", out, x);
   if (out.size(3) > 1 && out.stride(3) != 1) {
-    throw Error(std::string(kOp) + ": out has stride " + std::to_string(out.stride(3)) +
-                " in its last dimension; a unit stride is needed there");
+    fail(kOp, "out has stride " + std::to_string(out.stride(3)) + " in its last dimension",
+         "a unit stride is needed there");
   }
   with_wide_type(x.dtype(), [&]<class T>(T) { Convolution<T>(x, weight, bias, run).forward(out); });
 }

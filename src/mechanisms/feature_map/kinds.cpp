@@ -7,6 +7,7 @@
 #include <vector>
 
 #include "base/philox.h"
+#include "engine/operands.h"
 #include "heed/error.h"
 #include "heed/feature_map.h"
 #include "mechanisms/nearest.h"
@@ -19,8 +20,7 @@ void require_sizes(const char* function,
                    std::initializer_list<std::pair<const char*, int64_t>> sizes) {
   for (const auto& [name, value] : sizes) {
     if (value < 0) {
-      throw Error(std::string(function) + ": " + name + " is " + std::to_string(value) +
-                  "; 0 or more is needed");
+      fail(function, std::string(name) + " is " + std::to_string(value), "0 or more is needed");
     }
   }
 }
@@ -122,8 +122,8 @@ FeatureKind parse_feature_kind(std::string_view name) {
     if (name == name_of(kind)) return kind;
     names.emplace_back(name_of(kind));
   }
-  throw Error("feature_map: unknown kind '" + std::string(name) + "'" + did_you_mean(name, names) +
-              "; known: " + joined(names));
+  fail("feature_map", "unknown kind '" + std::string(name) + "'" + did_you_mean(name, names),
+       "known: " + joined(names));
 }
 
 int64_t feature_count(FeatureKind kind, int64_t width) {

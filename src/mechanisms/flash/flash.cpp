@@ -1,7 +1,6 @@
 #include <memory>
 #include <string>
 
-#include "heed/error.h"
 #include "heed/flash_attention.h"
 #include "mechanisms/flash/policy.h"
 #include "mechanisms/flash/terms.h"
@@ -98,8 +97,8 @@ void decode_attention(const Tensor& q, const Tensor& k_cache, const Tensor& v_ca
   tiled::check_operands(kOp, q, k_cache, v_cache, out, lse, kAnyHeadDim, {"k_cache", "v_cache"});
   check_decode_queries(kOp, q);
   if (options.splits < 0) {
-    throw Error(std::string(kOp) + ": splits is " + std::to_string(options.splits) +
-                "; 0 (chosen) or a positive number is needed");
+    fail(kOp, "splits is " + std::to_string(options.splits),
+         "0 (chosen) or a positive number is needed");
   }
   tiled::Problem problem;
   problem.sequences =

@@ -5,7 +5,6 @@
 #include <utility>
 
 #include "engine/operands.h"
-#include "heed/error.h"
 #include "heed/flash_attention.h"
 #include "kernels/read_ahead.h"
 #include "kernels/row_maps.h"
@@ -17,17 +16,16 @@ namespace {
 
 void check_merge_side(const char* out_name, const Tensor& out, const char* lse_name,
                       const Tensor& lse, const Tensor& like) {
-  const std::string op = "merge_attention: ";
-  check_operand("merge_attention", out_name, out, 4, "[B,H,L,Dv]", "[B,H,L,Dv]");
+  constexpr const char* kOp = "merge_attention";
+  check_operand(kOp, out_name, out, 4, "[B,H,L,Dv]", "[B,H,L,Dv]");
   if (!(out.shape() == like.shape()) || out.dtype() != like.dtype()) {
-    throw Error(op + describe(out_name, out) + " but " + describe("out_a", like) +
-                "; give both results the same shape and type");
+    fail(kOp, describe(out_name, out) + " but " + describe("out_a", like),
+         "give both results the same shape and type");
   }
   const Dims rows{like.size(0), like.size(1), like.size(2)};
   const DType statistics = wide_type(like.dtype());
   if (!(lse.shape() == rows) || lse.dtype() != statistics) {
-    throw Error(op + describe(lse_name, lse) + "; " + to_string(rows) + " " + name_of(statistics) +
-                " is needed");
+    fail(kOp, describe(lse_name, lse), to_string(rows) + " " + name_of(statistics) + " is needed");
   }
 }
 

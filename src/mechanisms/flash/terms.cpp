@@ -9,7 +9,6 @@
 
 #include "base/parallel.h"
 #include "base/round_up.h"
-#include "heed/error.h"
 #include "kernels/row_maps.h"
 
 namespace heed {
@@ -34,8 +33,7 @@ Dims broadcast_strides(const char* name, const Tensor& t, const Dims& given, con
     strides[axis] = size == 1 ? 0 : given[axis - missing];
   }
   if (!fits) {
-    throw Error(std::string(kOp) + ": " + describe(name, t) + "; a shape that broadcasts to " +
-                to_string(shape) + " is needed");
+    fail(kOp, describe(name, t), "a shape that broadcasts to " + to_string(shape) + " is needed");
   }
   return strides;
 }
@@ -85,18 +83,17 @@ void add_strided(const Tensor& bias, const TileAt& at, Block<T> s) {
 FlashTerms::FlashTerms(const FlashOptions& options, const Dims& scores, DType type,
                        const RunOptions& run)
     : run_(run), isa_(chosen_isa(run)) {
-  const std::string op = std::string(kOp) + ": ";
   if (options.mask.defined()) {
     if (options.mask.dtype() != DType::boolean) {
-      throw Error(op + describe("mask", options.mask) +
-                  "; booleans are needed (true = attend); additive masks are `bias`");
+      fail(kOp, describe("mask", options.mask),
+           "booleans are needed (true = attend); additive masks are `bias`");
     }
     mask_ = broadcast("mask", options.mask, scores);
   }
   if (options.bias.defined()) {
     if (!is_floating(options.bias.dtype())) {
-      throw Error(op + describe("bias", options.bias) +
-                  "; a floating type is needed; boolean masks are `mask`");
+      fail(kOp, describe("bias", options.bias),
+           "a floating type is needed; boolean masks are `mask`");
     }
     bias_ = broadcast("bias", options.bias, scores);
     bias_shape_ = options.bias.shape();
@@ -110,17 +107,18 @@ FlashTerms::FlashTerms(const FlashOptions& options, const Dims& scores, DType ty
   block_rows_ = options.block_size[0];
   block_keys_ = options.block_size[1];
   if (block_rows_ < 1 || block_keys_ < 1) {
-    throw Error(op + "block_size is (" + std::to_string(block_rows_) + ", " +
-                std::to_string(block_keys_) + "); positive numbers are needed");
+    fail(kOp,
+         "block_size is (" + std::to_string(block_rows_) + ", " + std::to_string(block_keys_) + ")",
+         "positive numbers are needed");
   }
   const Dims wanted{scores[1], ceil_div(scores[2], block_rows_), ceil_div(scores[3], block_keys_)};
   const bool fits = blocks.rank() == 3 && blocks.dtype() == DType::boolean &&
                     (blocks.size(0) == 1 || blocks.size(0) == wanted[0]) &&
                     blocks.size(1) == wanted[1] && blocks.size(2) == wanted[2];
   if (!fits) {
-    throw Error(op + describe("block_mask", blocks) + "; booleans " + to_string(wanted) +
-                " (or 1 for the heads) are needed for blocks of " + std::to_string(block_rows_) +
-                " x " + std::to_string(block_keys_));
+    fail(kOp, describe("block_mask", blocks),
+         "booleans " + to_string(wanted) + " (or 1 for the heads) are needed for blocks of " +
+             std::to_string(block_rows_) + " x " + std::to_string(block_keys_));
   }
   block_mask_ = broadcast("block_mask", blocks, wanted);
 }

@@ -6,7 +6,6 @@
 #include <vector>
 
 #include "base/parallel.h"
-#include "heed/error.h"
 #include "heed/kernelized_rpe_attention.h"
 #include "kernels/fft.h"
 #include "kernels/matrix.h"
@@ -36,8 +35,9 @@ Value parse(const char* what, std::string_view name, const Value (&values)[N]) {
     if (name == name_of(value)) return value;
     names.emplace_back(name_of(value));
   }
-  throw Error(std::string(kOp) + ": unknown " + what + " '" + std::string(name) + "'" +
-              did_you_mean(name, names) + "; known: " + joined(names));
+  fail(kOp,
+       std::string("unknown ") + what + " '" + std::string(name) + "'" + did_you_mean(name, names),
+       "known: " + joined(names));
 }
 
 void check_grid(const std::array<int64_t, 2>& grid, int64_t tokens) {

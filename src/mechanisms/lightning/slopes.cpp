@@ -3,7 +3,7 @@
 #include <string>
 #include <vector>
 
-#include "heed/error.h"
+#include "engine/operands.h"
 #include "heed/lightning_attention.h"
 
 namespace heed {
@@ -32,13 +32,13 @@ double layer_factor(LightningSlopes form, int64_t layer, int64_t layers) {
   const int64_t first = from_one ? 1 : 0, last = from_one ? layers : layers - 1;
   const int64_t fewest = form == LightningSlopes::code ? 2 : 1;
   if (layers < fewest) {
-    throw Error(std::string(kOp) + ": num_layers is " + std::to_string(layers) + "; at least " +
-                std::to_string(fewest) + " is needed in this form");
+    fail(kOp, "num_layers is " + std::to_string(layers),
+         "at least " + std::to_string(fewest) + " is needed in this form");
   }
   if (layer < first || layer > last) {
-    throw Error(std::string(kOp) + ": layer is " + std::to_string(layer) + "; " +
-                std::to_string(first) + " to " + std::to_string(last) +
-                " is needed in this form with num_layers " + std::to_string(layers));
+    fail(kOp, "layer is " + std::to_string(layer),
+         std::to_string(first) + " to " + std::to_string(last) +
+             " is needed in this form with num_layers " + std::to_string(layers));
   }
   const auto l = static_cast<double>(layer);
   if (form != LightningSlopes::code) return 1 - l / static_cast<double>(layers);
@@ -52,19 +52,17 @@ LightningSlopes parse_lightning_slopes(std::string_view name) {
   if (name == "code") return LightningSlopes::code;
   if (name == "paper") return LightningSlopes::paper;
   if (name == "fla") return LightningSlopes::fla;
-  throw Error(std::string(kOp) + ": form is '" + std::string(name) +
-              "'; 'code', 'paper' or 'fla' is needed");
+  fail(kOp, "form is '" + std::string(name) + "'", "'code', 'paper' or 'fla' is needed");
 }
 
 Array lightning_slopes(int64_t heads, std::optional<int64_t> layer,
                        std::optional<int64_t> num_layers, LightningSlopes form) {
   if (heads < 1 || heads > (int64_t{1} << 20)) {
-    throw Error(std::string(kOp) + ": num_heads is " + std::to_string(heads) +
-                "; 1 to 1048576 is needed");
+    fail(kOp, "num_heads is " + std::to_string(heads), "1 to 1048576 is needed");
   }
   if (layer.has_value() != num_layers.has_value()) {
-    throw Error(std::string(kOp) + ": " + (layer ? "layer" : "num_layers") + " is given without " +
-                (layer ? "num_layers" : "layer") + "; give both or neither");
+    fail(kOp, layer ? "layer is given without num_layers" : "num_layers is given without layer",
+         "give both or neither");
   }
   const double factor = layer ? layer_factor(form, *layer, *num_layers) : 1;
   std::vector<double> slopes;

@@ -2,7 +2,6 @@
 #include <string>
 
 #include "engine/chunked/problem.h"
-#include "heed/error.h"
 #include "heed/linear_attention.h"
 #include "mechanisms/results.h"
 
@@ -20,8 +19,8 @@ void check_state(const char* op, const std::string& of, const LinearState& state
                  const Tensor& v, bool normalize) {
   chunked::check_sums(op, of, state.s, state.z, q, v, q.size(3));
   if (!normalize && state.z.defined()) {
-    throw Error(std::string(op) + ": " + describe((of + " z").c_str(), state.z) +
-                " without normalize; only s belongs to that state");
+    fail(op, describe((of + " z").c_str(), state.z) + " without normalize",
+         "only s belongs to that state");
   }
 }
 
@@ -30,14 +29,14 @@ void check(const Tensor& q, const Tensor& k, const Tensor& v, const LinearOption
   const LinearState& state = options.initial_state;
   check_state(kOp, "initial_state", state, q, v, options.normalize);
   if (options.normalize && state.s.defined() != state.z.defined()) {
-    throw Error(std::string(kOp) + ": initial_state has " + (state.s.defined() ? "s" : "z") +
-                " alone; normalize needs both s and z");
+    fail(kOp, std::string("initial_state has ") + (state.s.defined() ? "s" : "z") + " alone",
+         "normalize needs both s and z");
   }
   check_state(kOp, "forward_state", options.forward_state, q, v, options.normalize);
   chunked::check_alignment(kOp, options.causal, state.s.defined(), q.size(2), k.size(2));
   if (!std::isfinite(options.eps) || options.eps < 0) {
-    throw Error(std::string(kOp) + ": eps is " + std::to_string(options.eps) +
-                "; a finite number that is not negative is needed");
+    fail(kOp, "eps is " + std::to_string(options.eps),
+         "a finite number that is not negative is needed");
   }
 }
 

@@ -3,7 +3,6 @@
 
 #include "engine/operands.h"
 #include "engine/tiled/problem.h"
-#include "heed/error.h"
 #include "heed/local_linear_attention.h"
 #include "mechanisms/local_linear/estimator.h"
 #include "mechanisms/results.h"
@@ -18,8 +17,7 @@ local_linear::Call checked(const Tensor& q, const Tensor& k, const Tensor& v, co
                            const LocalLinearOptions& options, const RunOptions& run) {
   tiled::check_operands(kOp, q, k, v, out, {});
   if (!std::isfinite(options.ridge) || options.ridge <= 0) {
-    throw Error(std::string(kOp) + ": ridge is " + std::to_string(options.ridge) +
-                "; a finite number > 0 is needed");
+    fail(kOp, "ridge is " + std::to_string(options.ridge), "a finite number > 0 is needed");
   }
   Masks masks;
   masks.causal = options.causal;

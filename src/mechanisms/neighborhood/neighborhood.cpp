@@ -1,7 +1,6 @@
 #include <string>
 
 #include "engine/tiled/problem.h"
-#include "heed/error.h"
 #include "mechanisms/neighborhood/passes.h"
 
 namespace heed {
@@ -26,9 +25,7 @@ void run_forward(const char* op, int rank, const Tensor& query, const Tensor& ke
                  const NeighborhoodOptions& options, const RunOptions& run) {
   const na::GridCall call(op, rank, query, key, value, out, lse, options);
   if (!out.defined()) {
-    throw Error(std::string(op) +
-                ": out is missing; a tensor shaped like query is needed, with the "
-                "head dim of value");
+    fail(op, "out is missing", "a tensor shaped like query is needed, with the head dim of value");
   }
   na::forward(call, run);
 }
@@ -52,8 +49,8 @@ NeighborhoodGradients run_backward(const char* op, int rank, const Tensor& grad_
                                    const NeighborhoodOptions& options, const RunOptions& run) {
   const na::GridCall call(op, rank, query, key, value, out, lse, options);
   if (!out.defined() || !lse.defined()) {
-    throw Error(std::string(op) + ": " + (out.defined() ? "lse" : "out") +
-                " is missing; what the forward returned is needed");
+    fail(op, std::string(out.defined() ? "lse" : "out") + " is missing",
+         "what the forward returned is needed");
   }
   check_parameter_gradient(op, "grad_out", grad_out, out);
   check_result(op, "grad_lse", grad_lse, lse.shape(), lse.dtype());

@@ -4,7 +4,6 @@
 #include "engine/candidates.h"
 #include "engine/tiled/path.h"
 #include "engine/tiled/problem.h"
-#include "heed/error.h"
 #include "heed/neighborhood_attention.h"
 #include "mechanisms/attention_case.h"
 #include "mechanisms/embedded.h"
@@ -337,8 +336,7 @@ std::vector<PathAnswer> explain(int rank, const NamedTensors& in, const Spec& sp
 int64_t at_least_one(const Spec& spec, const char* key, int64_t fallback) {
   const int64_t value = spec.integer(key).value_or(fallback);
   if (value < 1) {
-    throw Error(std::string("na1d: ") + key + " is " + std::to_string(value) +
-                "; at least 1 is needed");
+    fail("na1d", std::string(key) + " is " + std::to_string(value), "at least 1 is needed");
   }
   return value;
 }

@@ -3,7 +3,6 @@
 #include <vector>
 
 #include "engine/chunked/problem.h"
-#include "heed/error.h"
 #include "heed/recurrent_softmax_attention.h"
 #include "heed/taylor_state_attention.h"
 #include "kernels/monomials.h"
@@ -31,18 +30,17 @@ void check_state(const char* op, const std::string& of, const TaylorState& state
 }
 
 void check(const Tensor& q, const Tensor& k, const Tensor& v, const TaylorOptions& options) {
-  const std::string op = std::string(kOp) + ": ";
   check_attention(kOp, q, k, v, {}, kAnyHeadDim);
   check_head_dim(kOp, "q", q);
   (void)taylor_state_size(q.size(3), options.order);  // checks the order
   if (options.scale && !std::isfinite(*options.scale)) {
-    throw Error(op + "scale is " + std::to_string(*options.scale) + "; a finite number is needed");
+    fail(kOp, "scale is " + std::to_string(*options.scale), "a finite number is needed");
   }
   const TaylorState& state = options.initial_state;
   check_state(kOp, "initial_state", state, q, v, options);
   if (state.s.defined() != state.z.defined()) {
-    throw Error(op + "initial_state has " + (state.s.defined() ? "s" : "z") +
-                " alone; both s and z are needed");
+    fail(kOp, std::string("initial_state has ") + (state.s.defined() ? "s" : "z") + " alone",
+         "both s and z are needed");
   }
   chunked::check_alignment(kOp, true, state.s.defined(), q.size(2), k.size(2));
 }
@@ -166,7 +164,7 @@ void run_backward_by_pairs(const Tensor& q, const Tensor& k, const Tensor& v,
 
 int64_t taylor_state_size(int64_t head_dim, int64_t order) {
   if (order < 0 || order > 3) {
-    throw Error(std::string(kOp) + ": order is " + std::to_string(order) + "; 0 to 3 is needed");
+    fail(kOp, "order is " + std::to_string(order), "0 to 3 is needed");
   }
   int64_t size = 1;
   for (int64_t i = 1; i <= order; ++i) size = size * (head_dim + i) / i;
