@@ -7,6 +7,7 @@
 #include <span>
 #include <string>
 #include <string_view>
+#include <utility>
 #include <vector>
 
 #include "cascade/cascade.h"
@@ -19,6 +20,15 @@ namespace heed {
 
 using NamedTensors = std::map<std::string, Tensor>;
 using NamedArrays = std::map<std::string, Array>;
+
+/// Arrays by name: named_arrays({"out", "lse"}, out, lse).
+template <class... Arrays>
+NamedArrays named_arrays(const char* const (&names)[sizeof...(Arrays)], Arrays... arrays) {
+  NamedArrays named;
+  const char* const* name = names;
+  (named.emplace(*name++, std::move(arrays)), ...);
+  return named;
+}
 
 /// A call to try: input shapes by argument name and options in the form of a Spec.
 struct ExampleCase {

@@ -30,6 +30,11 @@ inline Array empty_statistic(const Tensor& q) {
   return q.rank() == 4 ? Array(wide_type(q.dtype()), {q.size(0), q.size(1), q.size(2)}) : Array();
 }
 
+/// An array for the gradient of an input that may be undefined.
+inline Array empty_like(const Tensor& t) {
+  return t.defined() ? Array(t.dtype(), t.shape()) : Array();
+}
+
 /// That grad_out looks like the result of a call that is not checked yet.
 inline void check_grad_out(const char* op, const Tensor& grad_out, const Tensor& q,
                            const Tensor& v) {

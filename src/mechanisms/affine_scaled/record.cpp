@@ -69,13 +69,9 @@ BackwardCall forward_for_backward(const NamedTensors& in, const Spec& spec, cons
     AffineScaledGradients gradients =
         affine_scaled_attention_backward(out_gradients.at("out"), q, k, v, alpha, alpha_mean,
                                          saved->softmax_out, saved->lse, options, run);
-    NamedArrays arrays;
-    arrays.emplace("q", std::move(gradients.q));
-    arrays.emplace("k", std::move(gradients.k));
-    arrays.emplace("v", std::move(gradients.v));
-    arrays.emplace("alpha", std::move(gradients.alpha));
-    arrays.emplace("alpha_mean", std::move(gradients.alpha_mean));
-    return arrays;
+    return named_arrays({"q", "k", "v", "alpha", "alpha_mean"}, std::move(gradients.q),
+                        std::move(gradients.k), std::move(gradients.v), std::move(gradients.alpha),
+                        std::move(gradients.alpha_mean));
   };
 }
 
@@ -131,11 +127,9 @@ Mechanism affine_record() {
     m.bench_cases.push_back(with_alpha(example, true));
   }
   m.forward = [](const NamedTensors& in, const Spec& options, const RunOptions& run) {
-    NamedArrays arrays;
-    arrays.emplace("out",
-                   affine_scaled_attention(in.at("q"), in.at("k"), in.at("v"), in.at("alpha"),
-                                           in.at("alpha_mean"), affine_options(in, options), run));
-    return arrays;
+    return named_arrays(
+        {"out"}, affine_scaled_attention(in.at("q"), in.at("k"), in.at("v"), in.at("alpha"),
+                                         in.at("alpha_mean"), affine_options(in, options), run));
   };
   m.forward_for_backward = forward_for_backward;
   m.bind = bind;

@@ -76,18 +76,15 @@ Mechanism conv_record() {
                    per_head_case("d128_n4096", {1, 8, 4096, 128}, 4, Bias::given)};
   m.forward = [](const NamedTensors& in, const Spec& options, const RunOptions& run) {
     options.require_known({"per_head"});
-    NamedArrays arrays;
-    arrays.emplace(
-        "out", depthwise_causal_conv(in.at("x"), in.at("weight"), input_or_none(in, "bias"), run));
-    return arrays;
+    return named_arrays({"out"}, depthwise_causal_conv(in.at("x"), in.at("weight"),
+                                                       input_or_none(in, "bias"), run));
   };
   m.backward = [](const NamedTensors& in, const NamedTensors& out_gradients, const Spec&,
                   const RunOptions& run) {
     DepthwiseConvGradients gradients = depthwise_causal_conv_backward(
         out_gradients.at("out"), in.at("x"), in.at("weight"), input_or_none(in, "bias"), run);
-    NamedArrays arrays;
-    arrays.emplace("x", std::move(gradients.x));
-    arrays.emplace("weight", std::move(gradients.weight));
+    NamedArrays arrays =
+        named_arrays({"x", "weight"}, std::move(gradients.x), std::move(gradients.weight));
     if (input_or_none(in, "bias").defined()) arrays.emplace("bias", std::move(gradients.bias));
     return arrays;
   };

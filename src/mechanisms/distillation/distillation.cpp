@@ -16,6 +16,8 @@
 #include "kernels/tile.h"
 #include "mechanisms/distillation/path.h"
 #include "mechanisms/parameter.h"
+#include "mechanisms/results.h"
+#include "mechanisms/row_blocks.h"
 
 namespace heed {
 
@@ -43,9 +45,6 @@ struct Call {
   int64_t rows() const { return batch * heads * queries; }
 };
 
-Rows rows_of(const Tensor& t, int64_t b, int64_t h, int64_t begin, int64_t count) {
-  return {t.at({b, h, begin}), t.dtype(), t.stride(2), count, t.size(3)};
-}
 Rows slice_of(Rows rows, int64_t begin, int64_t count) {
   rows.data = static_cast<const std::byte*>(rows.data) +
               begin * rows.stride * static_cast<int64_t>(size_of(rows.dtype));
@@ -171,7 +170,7 @@ class Distillation {
       const int64_t end = share_begin(tiles, part + 1, parts);
       for (int64_t t = share_begin(tiles, part, parts); t < end; ++t) {
         const int64_t query_head = head * group(call_.fk) + t / query_tiles();
-        const QueryRows at = rows_at(query_head, t % query_tiles());
+        const RowBlock at = rows_at(query_head, t % query_tiles());
         losses[static_cast<size_t>(query_head * query_tiles() + t % query_tiles())] =
             weigh(at, tile);
         gradient(at, weight, tile, sums, gradients.feature_q);
@@ -209,11 +208,6 @@ class Distillation {
     });
   }
 
-  // Rows [begin, begin + count) of a query head.
-  struct QueryRows {
-    int64_t b, h, begin, count;
-  };
-
   // Scratch of one thread: scores of the teacher, products of the student, factors of the rows, and, sized
   // by those who need them, sums of gradients.
   struct Tile {
@@ -248,7 +242,7 @@ class Distillation {
   }
 
   int64_t query_tiles() const { return ceil_div(call_.queries, tile_); }
-  QueryRows rows_at(int64_t head, int64_t tile) const {
+  RowBlock rows_at(int64_t head, int64_t tile) const {
     const int64_t begin = tile * tile_;
     return {head / call_.heads, head % call_.heads, begin, std::min(tile_, call_.queries - begin)};
   }
@@ -265,22 +259,22 @@ class Distillation {
   int64_t group(const Tensor& t) const { return call_.heads / std::max<int64_t>(1, t.size(1)); }
 
   // Heads of t that rows of q read, as keys [first, first + count).
-  Rows keys_of(const Tensor& t, const QueryRows& at, int64_t first, int64_t count) const {
-    return rows_of(t, at.b, at.h / group(t), first, count);
+  Rows keys_of(const Tensor& t, const RowBlock& at, int64_t first, int64_t count) const {
+    return rows_of(t, {at.batch, at.head / group(t), first, count});
   }
 
   // Calls body(first, last) for strips of keys that the rows see, with both products in the tile. Those of
   // an only strip are made where `fresh`, and are there still from the last time elsewhere.
   template <class Body>
-  void for_strips(const QueryRows& at, Tile& tile, bool fresh, Body&& body) {
+  void for_strips(const RowBlock& at, Tile& tile, bool fresh, Body&& body) {
     const int64_t end = call_.visible_keys(at.begin + at.count - 1);
     for (int64_t first = 0; first < end; first += strip_) {
       const int64_t last = std::min(end, first + strip_);
       if (fresh || end > strip_) {
-        tile.products.scores(rows_of(call_.q, at.b, at.h, at.begin, at.count),
-                             keys_of(call_.k, at, first, last - first), tile.s);
-        tile.products.scores(rows_of(call_.fq, at.b, at.h, at.begin, at.count),
-                             keys_of(call_.fk, at, first, last - first), tile.r);
+        tile.products.scores(rows_of(call_.q, at), keys_of(call_.k, at, first, last - first),
+                             tile.s);
+        tile.products.scores(rows_of(call_.fq, at), keys_of(call_.fk, at, first, last - first),
+                             tile.r);
       }
       body(first, last);
     }
@@ -288,7 +282,7 @@ class Distillation {
 
   // The same for each row: body(row, keys of the strip that it sees).
   template <class Body>
-  void for_rows(const QueryRows& at, Tile& tile, bool fresh, Body&& body) {
+  void for_rows(const RowBlock& at, Tile& tile, bool fresh, Body&& body) {
     for_strips(at, tile, fresh, [&](int64_t first, int64_t last) {
       for (int64_t row = 0; row < at.count; ++row) body(row, seen(at.begin + row, first, last));
     });
@@ -298,7 +292,7 @@ class Distillation {
   }
 
   // Makes the factors of the rows; returns the sum of their P log A.
-  double weigh(const QueryRows& at, Tile& tile) {
+  double weigh(const RowBlock& at, Tile& tile) {
     constexpr T kNothing = -std::numeric_limits<T>::infinity();
     const T scale = static_cast<T>(call_.scale), floor = static_cast<T>(kFloor);
     std::vector<EntropyRow<T>> stats(static_cast<size_t>(at.count), {kNothing, 0, 0});
@@ -320,7 +314,7 @@ class Distillation {
   }
 
   // After weigh: the gradient of the rows' features, and their share of those of the keys.
-  void gradient(const QueryRows& at, T weight, Tile& tile, Block<T> key_sums, const Tensor& to) {
+  void gradient(const RowBlock& at, T weight, Tile& tile, Block<T> key_sums, const Tensor& to) {
     tile.query_sums.assign(static_cast<size_t>(padded_tile_ * query_stride_), T{0});
     const Block<T> sums{tile.query_sums.data(), query_stride_};
     for_strips(at, tile, false, [&](int64_t first, int64_t last) {
@@ -333,11 +327,10 @@ class Distillation {
       }
       tile.products.add_weighted(tile.r, at.count, keys_of(call_.fk, at, first, last - first),
                                  sums);
-      tile.products.add_columns(tile.r, last - first,
-                                rows_of(call_.fq, at.b, at.h, at.begin, at.count),
+      tile.products.add_columns(tile.r, last - first, rows_of(call_.fq, at),
                                 {key_sums.data + first, key_sums.stride});
     });
-    products_.finish(sums, at.count, call_.features, nullptr, to.at({at.b, at.h, at.begin}),
+    products_.finish(sums, at.count, call_.features, nullptr, to.at({at.batch, at.head, at.begin}),
                      to.dtype(), to.stride(2));
   }
 
@@ -467,8 +460,7 @@ DistillationGradients attention_distillation_loss_backward(const Tensor& grad_lo
                                                            const DistillationOptions& options,
                                                            const RunOptions& run) {
   checked(q, k, feature_q, feature_k, options);
-  DistillationGradients result{Array(feature_q.dtype(), feature_q.shape()),
-                               Array(feature_k.dtype(), feature_k.shape())};
+  DistillationGradients result{empty_like(feature_q), empty_like(feature_k)};
   attention_distillation_loss_backward(grad_loss, q, k, feature_q, feature_k, options,
                                        {result.feature_q, result.feature_k}, run);
   return result;

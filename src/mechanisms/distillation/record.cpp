@@ -105,21 +105,17 @@ Mechanism distillation_record() {
   m.bench_cases.push_back(
       distillation_case("n8192_d64_f128_causal", {1, 1, 1, 1, 8192, 8192, 64, 128}, "causal=1"));
   m.forward = [](const NamedTensors& in, const Spec& options, const RunOptions& run) {
-    NamedArrays arrays;
-    arrays.emplace("loss", attention_distillation_loss(in.at("q"), in.at("k"), in.at("feature_q"),
-                                                       in.at("feature_k"),
-                                                       distillation_options(options), run));
-    return arrays;
+    return named_arrays({"loss"}, attention_distillation_loss(
+                                      in.at("q"), in.at("k"), in.at("feature_q"),
+                                      in.at("feature_k"), distillation_options(options), run));
   };
   m.backward = [](const NamedTensors& in, const NamedTensors& out_gradients, const Spec& options,
                   const RunOptions& run) {
     DistillationGradients gradients = attention_distillation_loss_backward(
         out_gradients.at("loss"), in.at("q"), in.at("k"), in.at("feature_q"), in.at("feature_k"),
         distillation_options(options), run);
-    NamedArrays arrays;
-    arrays.emplace("feature_q", std::move(gradients.feature_q));
-    arrays.emplace("feature_k", std::move(gradients.feature_k));
-    return arrays;
+    return named_arrays({"feature_q", "feature_k"}, std::move(gradients.feature_q),
+                        std::move(gradients.feature_k));
   };
   m.bind = bind;
   m.explain = [](const NamedTensors& in, const Spec&, const RunOptions& run) {

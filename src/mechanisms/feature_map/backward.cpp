@@ -67,7 +67,7 @@ class Backward {
       const int64_t end = share_begin(tiles_of_head_, share + 1, shares_);
       for (int64_t t = share_begin(tiles_of_head_, share, shares_); t < end; ++t) {
         const int64_t first = t % tiles_ * tile_rows_;
-        run_tile(tile, item, t / tiles_, h, first, std::min(tile_rows_, call_.tokens - first));
+        run_tile(tile, item, {t / tiles_, h, first, std::min(tile_rows_, call_.tokens - first)});
       }
     });
     if (!wanted_.weight.defined() && !wanted_.bias.defined()) return;
@@ -83,11 +83,12 @@ class Backward {
                                std::max<int64_t>(1, tiles_of_head_));
   }
 
-  void run_tile(Tile<T>& tile, int64_t item, int64_t b, int64_t h, int64_t first, int64_t rows) {
-    const Rows x = rows_of(call_.x, b, h, first, rows), dout = rows_of(dout_, b, h, first, rows);
-    const auto to = [&] { return results_of(wanted_.x, b, h, first, rows); };
+  void run_tile(Tile<T>& tile, int64_t item, const RowBlock& at) {
+    const int64_t h = at.head, rows = at.count;
+    const Rows x = rows_of(call_.x, at), dout = rows_of(dout_, at);
+    const auto to = [&] { return out_rows(wanted_.x, at); };
     Rows given;
-    if (reads_features(call_)) given = rows_of(call_.forward_features, b, h, first, rows);
+    if (reads_features(call_)) given = rows_of(call_.forward_features, at);
     if (given.data != nullptr && is_element_map(call_)) {
       if (wanted_.x.defined()) {
         kernels::element_map_kernels<T>(path_.isa).pull_rows(call_.kind, given, dout, to());

@@ -4,6 +4,7 @@
 
 #include "base/parallel.h"
 #include "mechanisms/feature_map/tile.h"
+#include "mechanisms/results.h"
 
 namespace heed {
 
@@ -73,16 +74,16 @@ void forward(const Call& call, const Tensor& out, const RunOptions& run) {
       static_cast<double>(out.count()) * (kElementNanoseconds + products * kMultiplyAddNanoseconds);
   parallel_for(items, threads_for(run, items, nanoseconds), [&](int64_t item, int) {
     const int64_t pair = item / tiles, first = item % tiles * most;
-    const int64_t b = pair / call.heads, h = pair % call.heads;
-    const int64_t rows = std::min(most, call.tokens - first);
-    const Rows x = features::rows_of(call.x, b, h, first, rows);
-    const kernels::RowsOut to = features::results_of(out, b, h, first, rows);
+    const RowBlock at{pair / call.heads, pair % call.heads, first,
+                      std::min(most, call.tokens - first)};
+    const Rows x = rows_of(call.x, at);
+    const kernels::RowsOut to = out_rows(out, at);
     if (features::is_element_map(call)) {
       return kernels::element_map_kernels<T>(path.isa).map_rows(call.kind, x, to);
     }
     features::Tile<T> tile(call, kernels, layer, most, false);
     tile.load(x);
-    const auto in = tile.apply(x, h);
+    const auto in = tile.apply(x, at.head);
     kernels::make_rows<T>(kernels, to, tile.phi,
                           [&](kernels::Block<T> phi) { maps.forward(in, phi); });
   });
@@ -129,13 +130,7 @@ void feature_map_backward(const Tensor& grad_out, const Tensor& x, FeatureKind k
 FeatureMapGradients feature_map_backward(const Tensor& grad_out, const Tensor& x, FeatureKind kind,
                                          const FeatureMapOptions& options, const RunOptions& run) {
   checked_call(x, kind, options);
-  FeatureMapGradients result;
-  result.x = Array(x.dtype(), x.shape());
-  const auto like = [](const Tensor& t) {
-    return t.defined() ? Array(t.dtype(), t.shape()) : Array();
-  };
-  result.weight = like(options.weight);
-  result.bias = like(options.bias);
+  FeatureMapGradients result{empty_like(x), empty_like(options.weight), empty_like(options.bias)};
   feature_map_backward(grad_out, x, kind, options, {result.x, result.weight, result.bias}, run);
   return result;
 }

@@ -163,9 +163,7 @@ Mechanism feature_map_record() {
   m.bench_cases.push_back(
       feature_case("taylor2_n4096_d16", FeatureKind::taylor2, {1, 8, 4096, 16}));
   m.forward = [](const NamedTensors& in, const Spec& options, const RunOptions& run) {
-    NamedArrays arrays;
-    arrays.emplace("out", feature_map(in.at("x"), kind_of(options), parameters(in), run));
-    return arrays;
+    return named_arrays({"out"}, feature_map(in.at("x"), kind_of(options), parameters(in), run));
   };
   m.forward_for_backward = forward_for_backward;
   m.bind = bind;

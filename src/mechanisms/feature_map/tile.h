@@ -13,6 +13,7 @@
 #include "kernels/matrix.h"
 #include "mechanisms/feature_map/layer.h"
 #include "mechanisms/parameter.h"
+#include "mechanisms/row_blocks.h"
 
 namespace heed::features {
 
@@ -54,15 +55,6 @@ struct Layer {
     }
   }
 };
-
-// Rows of tokens [first, first + count) of one head.
-inline Rows rows_of(const Tensor& t, int64_t b, int64_t h, int64_t first, int64_t count) {
-  return {t.at({b, h, first}), t.dtype(), t.stride(2), count, t.size(3)};
-}
-inline kernels::RowsOut results_of(const Tensor& t, int64_t b, int64_t h, int64_t first,
-                                   int64_t count) {
-  return {t.at({b, h, first}), t.dtype(), t.stride(2), count, t.size(3)};
-}
 
 // Whether a feature is made of one element of x alone.
 inline bool is_element_map(const Call& call) {

@@ -78,9 +78,9 @@ FlashGradients flash_attention_backward(const Tensor& grad_out, const Tensor& gr
   const bool bias_wanted = wanted.bias && options.bias.defined();
   problem.head_gradients = slopes_wanted;
   FlashGradients to;
-  to.q = Array(q.dtype(), q.shape());
-  to.k = Array(k.dtype(), k.shape());
-  to.v = Array(v.dtype(), v.shape());
+  to.q = empty_like(q);
+  to.k = empty_like(k);
+  to.v = empty_like(v);
   const tiled::HeadGradients heads =
       tiled::backward(problem, tiled::batch_gradients(grad_out, grad_lse, to.q, to.k, to.v),
                       bias_wanted ? &call->terms : nullptr, run);

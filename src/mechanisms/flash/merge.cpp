@@ -4,10 +4,10 @@
 #include <optional>
 #include <utility>
 
-#include "engine/operands.h"
 #include "heed/flash_attention.h"
 #include "kernels/read_ahead.h"
 #include "kernels/row_maps.h"
+#include "mechanisms/results.h"
 #include "mechanisms/row_blocks.h"
 
 namespace heed {
@@ -187,8 +187,7 @@ MergeGradients merge_attention_backward(const Tensor& grad_out, const Tensor& gr
   check_merge_side("out_a", out_a, "lse_a", lse_a, out_a);
   check_merge_side("out_b", out_b, "lse_b", lse_b, out_a);
   check_merge_side("grad_out", grad_out, "grad_lse", grad_lse.defined() ? grad_lse : lse_a, out_a);
-  MergeGradients to{Array(out_a.dtype(), out_a.shape()), Array(lse_a.dtype(), lse_a.shape()),
-                    Array(out_a.dtype(), out_a.shape()), Array(lse_a.dtype(), lse_a.shape())};
+  MergeGradients to{empty_like(out_a), empty_like(lse_a), empty_like(out_a), empty_like(lse_a)};
   with_wide_type(out_a.dtype(), [&]<class T>(T) {
     Merge<T>(out_a, run).backward(grad_out, grad_lse, {out_a, lse_a}, {out_b, lse_b}, to);
   });

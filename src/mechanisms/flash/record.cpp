@@ -28,10 +28,7 @@ FlashOptions flash_options(const NamedTensors& in, const Spec& options) {
 }
 
 NamedArrays named(AttentionResult result) {
-  NamedArrays arrays;
-  arrays.emplace("out", std::move(result.out));
-  arrays.emplace("lse", std::move(result.lse));
-  return arrays;
+  return named_arrays({"out", "lse"}, std::move(result.out), std::move(result.lse));
 }
 
 void add_gradient(NamedArrays& to, const char* name, Array& gradient) {
@@ -441,12 +438,8 @@ Mechanism merge_record() {
     return [=](const NamedTensors& gradients) {
       MergeGradients to = merge_attention_backward(gradients.at("out"), gradients.at("lse"), out_a,
                                                    lse_a, out_b, lse_b, run);
-      NamedArrays arrays;
-      arrays.emplace("out_a", std::move(to.out_a));
-      arrays.emplace("lse_a", std::move(to.lse_a));
-      arrays.emplace("out_b", std::move(to.out_b));
-      arrays.emplace("lse_b", std::move(to.lse_b));
-      return arrays;
+      return named_arrays({"out_a", "lse_a", "out_b", "lse_b"}, std::move(to.out_a),
+                          std::move(to.lse_a), std::move(to.out_b), std::move(to.lse_b));
     };
   };
   m.bind = [](const NamedTensors& in, const Spec&) {

@@ -96,9 +96,7 @@ Mechanism record() {
     const Tensor &q = in.at("q"), &k = in.at("k"), &v = in.at("v");
     Array out(q.dtype(), {q.size(0), q.size(1), q.size(2), v.size(3)});
     head_gated_attention(q, k, v, in.at("gates"), out, {}, {}, options_of(in, spec), run);
-    NamedArrays arrays;
-    arrays.emplace("out", std::move(out));
-    return arrays;
+    return named_arrays({"out"}, std::move(out));
   };
   m.forward_for_backward = [](const NamedTensors& in, const Spec& spec,
                               const RunOptions& run) -> BackwardCall {
@@ -109,12 +107,8 @@ Mechanism record() {
     return [=](const NamedTensors& out_gradients) {
       HeadGatedGradients gradients = head_gated_attention_backward(
           out_gradients.at("out"), q, k, v, gates, result->attention, result->lse, options, run);
-      NamedArrays arrays;
-      arrays.emplace("q", std::move(gradients.q));
-      arrays.emplace("k", std::move(gradients.k));
-      arrays.emplace("v", std::move(gradients.v));
-      arrays.emplace("gates", std::move(gradients.gates));
-      return arrays;
+      return named_arrays({"q", "k", "v", "gates"}, std::move(gradients.q), std::move(gradients.k),
+                          std::move(gradients.v), std::move(gradients.gates));
     };
   };
   m.bind = [](const NamedTensors& in, const Spec& spec) {

@@ -11,6 +11,7 @@
 
 #include "base/parallel.h"
 #include "mechanisms/kernelized_rpe/features.h"
+#include "mechanisms/row_blocks.h"
 
 namespace heed::rpe {
 
@@ -82,8 +83,7 @@ class Direct {
         features_.queries(b, h, begin, rows, work.features, work.phi);
         sums(flight, head, h, begin, rows, work, work.phi);
         for (int64_t r = 0; r < rows; ++r) divide(h, begin + r, work.sums.row(r));
-        kernels_.store_rows(readable(work.sums),
-                            {out.at({b, h, begin}), out.dtype(), out.stride(2), rows, e_});
+        kernels_.store_rows(readable(work.sums), out_rows(out, {b, h, begin, rows}));
       });
     });
   }
@@ -214,8 +214,7 @@ class Direct {
     const int64_t begin = tile * kTile, pair = flight.first + key_head;
     const int64_t b = pair / call_.sizes.kv_heads, kv = pair % call_.sizes.kv_heads;
     const Block<T> to = flight.values.at(key_head, begin);
-    const Tensor& v = call_.v;
-    kernels_.load_rows({v.at({b, kv, begin}), v.dtype(), v.stride(2), rows, e_}, to);
+    kernels_.load_rows(rows_of(call_.v, {b, kv, begin, rows}), to);
     flight.finite_values[static_cast<size_t>(key_head * tiles_ + tile)] = all_finite(to, rows, e_);
     for (int64_t r = 0; r < rows; ++r) {
       std::fill(to.row(r) + e_, to.row(r) + to.stride, T{0});
@@ -348,8 +347,7 @@ class Direct {
   // Gradients of the sums [N, D] from those of N / D, in place of the results in `sums`.
   void sum_gradients(const Tensor& grad_out, const Place& at, int64_t begin, int64_t rows,
                      Work& work, Block<T> to) {
-    kernels_.load_rows(
-        {grad_out.at({at.b, at.h, begin}), grad_out.dtype(), grad_out.stride(2), rows, e_}, to);
+    kernels_.load_rows(rows_of(grad_out, {at.b, at.h, begin, rows}), to);
     for (int64_t r = 0; r < rows; ++r) {
       const T inverse = divide(at.h, begin + r, work.sums.row(r));
       T* g = to.row(r);
@@ -451,12 +449,9 @@ class Direct {
         for (int64_t r = 0; r < rows; ++r) kernels_.add(sum.row(r), work.features.dx.row(r), dim);
       }
       const auto [b, h] = call_.place(flight.first, key_head * group_);
-      const int64_t kv = h / group_;
-      const Tensor &to_k = gradients.k, &to_v = gradients.v;
-      kernels_.store_rows(readable(sum),
-                          {to_k.at({b, kv, begin}), to_k.dtype(), to_k.stride(2), rows, dim});
-      kernels_.store_rows(readable(work.sums),
-                          {to_v.at({b, kv, begin}), to_v.dtype(), to_v.stride(2), rows, e_});
+      const RowBlock keys{b, h / group_, begin, rows};
+      kernels_.store_rows(readable(sum), out_rows(gradients.k, keys));
+      kernels_.store_rows(readable(work.sums), out_rows(gradients.v, keys));
     });
   }
 

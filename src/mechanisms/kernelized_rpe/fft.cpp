@@ -19,6 +19,7 @@
 #include "mechanisms/kernelized_rpe/fft_error.h"
 #include "mechanisms/kernelized_rpe/spectral_flight.h"
 #include "mechanisms/kernelized_rpe/toeplitz.h"
+#include "mechanisms/row_blocks.h"
 
 namespace heed::rpe {
 
@@ -54,14 +55,10 @@ class Spectral {
       add_sums(flight);
       check_sums(flight);
       if (error_ > limit_) return;
-      parallel(flight.heads * tiles_, [&](int64_t item, Work& work) {
-        const int64_t head = item / tiles_, begin = item % tiles_ * kTile;
-        const auto [b, h] = call_.place(flight.first, head);
-        const int64_t rows = std::min(kTile, l_ - begin);
-        results(flight, head, begin, rows, work);
-        scale_rows(work.sums, rows, 1 / flight.scales[static_cast<size_t>(head / group_)]);
-        kernels_.store_rows({work.sums.data, work.sums.stride},
-                            {out.at({b, h, begin}), out.dtype(), out.stride(2), rows, e_});
+      for_tiles(flight, [&](int64_t head, const RowBlock& at, Work& work) {
+        results(flight, head, at, work);
+        scale_rows(work.sums, at.count, 1 / flight.scales[static_cast<size_t>(head / group_)]);
+        kernels_.store_rows({work.sums.data, work.sums.stride}, out_rows(out, at));
       });
     });
     return error_;
@@ -115,6 +112,16 @@ class Spectral {
     parallel_for_with(works_, items, threads_for(run_, items), make, body);
   }
 
+  // Calls body(number of a query head in the flight, a tile of its tokens, work) for all of them.
+  template <class Body>
+  void for_tiles(const Flight& flight, const Body& body) {
+    parallel(flight.heads * tiles_, [&](int64_t item, Work& work) {
+      const int64_t head = item / tiles_, begin = item % tiles_ * kTile;
+      const auto [b, h] = call_.place(flight.first, head);
+      body(head, RowBlock{b, h, begin, std::min(kTile, l_ - begin)}, work);
+    });
+  }
+
   // As many heads at a time as keep all threads busy.
   template <class Body>
   void for_flights(bool backward, Body&& body) {
@@ -131,23 +138,21 @@ class Spectral {
 
   void load(Flight& flight) {
     value_sizes(flight);
-    parallel(flight.heads * tiles_, [&](int64_t item, Work& work) {
-      const int64_t head = item / tiles_, begin = item % tiles_ * kTile;
-      const auto [b, h] = call_.place(flight.first, head);
-      flight.largest[static_cast<size_t>(item)] = features_.key_exponents(
-          b, h, begin, std::min(kTile, l_ - begin), work.features, work.phi);
+    for_tiles(flight, [&](int64_t head, const RowBlock& at, Work& work) {
+      flight.largest[static_cast<size_t>(head * tiles_ + at.begin / kTile)] =
+          features_.key_exponents(at.batch, at.head, at.begin, at.count, work.features, work.phi);
     });
-    parallel(flight.heads * tiles_, [&](int64_t item, Work& work) {
-      const int64_t head = item / tiles_, begin = item % tiles_ * kTile;
-      const int64_t rows = std::min(kTile, l_ - begin), f = call_.features;
-      const auto [b, h] = call_.place(flight.first, head);
+    for_tiles(flight, [&](int64_t head, const RowBlock& at, Work& work) {
+      const auto& [b, h, begin, rows] = at;
+      const int64_t f = call_.features;
       const double* first = flight.largest.data() + head * tiles_;
       features_.key_exponents(b, h, begin, rows, work.features, work.phi);
       features_.finish_keys(rows, *std::max_element(first, first + tiles_), work.phi);
       to_channels(work.phi, rows, f, flight.keys.from_token(head, begin));
       features_.queries(b, h, begin, rows, work.features, work.phi);
       to_channels(work.phi, rows, f, flight.queries.from_token(head, begin));
-      if (head % group_ == 0) load_values(flight, head / group_, b, h / group_, begin, rows, work);
+      if (head % group_ == 0)
+        load_values(flight, head / group_, {b, h / group_, begin, rows}, work);
     });
     parallel(flight.heads, [&](int64_t head, Work& work) { load_weights(flight, head, work); });
   }
@@ -159,13 +164,11 @@ class Spectral {
     kernels_.transpose({channels.data, channels.stride}, width, count, rows);
   }
 
-  void load_values(Flight& flight, int64_t key_head, int64_t b, int64_t kv, int64_t begin,
-                   int64_t rows, Work& work) {
-    const Tensor& v = call_.v;
-    kernels_.load_rows({v.at({b, kv, begin}), v.dtype(), v.stride(2), rows, e_}, work.sums);
-    scale_rows(work.sums, rows, flight.scales[static_cast<size_t>(key_head)]);
-    for (int64_t r = 0; r < rows; ++r) work.sums.row(r)[e_] = 1;
-    to_channels(work.sums, rows, channels_, flight.values.from_token(key_head, begin));
+  void load_values(Flight& flight, int64_t key_head, const RowBlock& at, Work& work) {
+    kernels_.load_rows(rows_of(call_.v, at), work.sums);
+    scale_rows(work.sums, at.count, flight.scales[static_cast<size_t>(key_head)]);
+    for (int64_t r = 0; r < at.count; ++r) work.sums.row(r)[e_] = 1;
+    to_channels(work.sums, at.count, channels_, flight.values.from_token(key_head, at.begin));
   }
 
   void scale_rows(Block<double> x, int64_t rows, double factor) const {
@@ -305,33 +308,28 @@ class Spectral {
   }
 
   // work.sums = rows of results with 1 / D behind them, 0 where nothing is visible.
-  void results(Flight& flight, int64_t head, int64_t begin, int64_t rows, Work& work) {
-    to_rows(flight.sums.from_token(head, begin), rows, channels_, work.sums);
-    for (int64_t r = 0; r < rows; ++r) {
+  void results(Flight& flight, int64_t head, const RowBlock& at, Work& work) {
+    to_rows(flight.sums.from_token(head, at.begin), at.count, channels_, work.sums);
+    for (int64_t r = 0; r < at.count; ++r) {
       double* row = work.sums.row(r);
-      const bool dead = row[e_] == 0 || !flight.sees_something(head, begin + r);
+      const bool dead = row[e_] == 0 || !flight.sees_something(head, at.begin + r);
       row[e_] = dead ? 0 : 1 / row[e_];
       for (int64_t i = 0; i < e_; ++i) row[i] *= row[e_];
     }
   }
 
   void sum_gradients(Flight& flight, const Tensor& grad_out) {
-    parallel(flight.heads * tiles_, [&](int64_t item, Work& work) {
-      const int64_t head = item / tiles_, begin = item % tiles_ * kTile;
-      const int64_t rows = std::min(kTile, l_ - begin);
-      const auto [b, h] = call_.place(flight.first, head);
-      results(flight, head, begin, rows, work);
-      kernels_.load_rows(
-          {grad_out.at({b, h, begin}), grad_out.dtype(), grad_out.stride(2), rows, e_},
-          work.gradients);
-      scale_rows(work.gradients, rows, 1 / flight.scales[static_cast<size_t>(head / group_)]);
-      for (int64_t r = 0; r < rows; ++r) {
+    for_tiles(flight, [&](int64_t head, const RowBlock& at, Work& work) {
+      results(flight, head, at, work);
+      kernels_.load_rows(rows_of(grad_out, at), work.gradients);
+      scale_rows(work.gradients, at.count, 1 / flight.scales[static_cast<size_t>(head / group_)]);
+      for (int64_t r = 0; r < at.count; ++r) {
         double* g = work.gradients.row(r);
         const double inverse = work.sums.row(r)[e_];
         g[e_] = -inverse * kernels_.dot(g, work.sums.row(r), e_);
         for (int64_t i = 0; i < e_; ++i) g[i] *= inverse;
       }
-      to_channels(work.gradients, rows, channels_, flight.dsums.from_token(head, begin));
+      to_channels(work.gradients, at.count, channels_, flight.dsums.from_token(head, at.begin));
     });
   }
 
@@ -427,10 +425,8 @@ class Spectral {
       features_.gradient(is_key, b, h, begin, rows, {work.phi.data, work.phi.stride},
                          {work.dphi.data, work.dphi.stride}, work.features);
     };
-    const auto store = [&](Block<double> from, const Tensor& to, int64_t b, int64_t h,
-                           int64_t begin, int64_t rows, int64_t width) {
-      kernels_.store_rows({from.data, from.stride},
-                          {to.at({b, h, begin}), to.dtype(), to.stride(2), rows, width});
+    const auto store = [&](Block<double> from, const Tensor& to, const RowBlock& at) {
+      kernels_.store_rows({from.data, from.stride}, out_rows(to, at));
     };
     parallel(flight.count * tiles_, [&](int64_t item, Work& work) {
       const int64_t key_head = item / tiles_, begin = item % tiles_ * kTile;
@@ -440,15 +436,15 @@ class Spectral {
       for (int64_t head = key_head * group_; head < (key_head + 1) * group_; ++head) {
         const auto [b, h] = call_.place(flight.first, head);
         gradient(false, head, begin, rows, work);
-        store(work.features.dx, gradients.q, b, h, begin, rows, dim);
+        store(work.features.dx, gradients.q, {b, h, begin, rows});
         gradient(true, head, begin, rows, work);
         for (int64_t r = 0; r < rows; ++r) kernels_.add(sum.row(r), work.features.dx.row(r), dim);
       }
       const auto [b, h] = call_.place(flight.first, key_head * group_);
-      store(sum, gradients.k, b, h / group_, begin, rows, dim);
+      store(sum, gradients.k, {b, h / group_, begin, rows});
       to_rows(flight.dvalues.from_token(key_head, begin), rows, channels_, work.sums);
       scale_rows(work.sums, rows, flight.scales[static_cast<size_t>(key_head)]);
-      store(work.sums, gradients.v, b, h / group_, begin, rows, e_);
+      store(work.sums, gradients.v, {b, h / group_, begin, rows});
     });
   }
 

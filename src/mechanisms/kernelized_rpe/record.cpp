@@ -191,23 +191,18 @@ Mechanism kernelized_rpe_record() {
       rpe_case("n4096_d16_m16_direct", {1, 1, 1, 4096, 16, 16, 16}, "features=nprf,path=direct"),
       rpe_case("n4096_d16_m16_fft", {1, 1, 1, 4096, 16, 16, 16}, "features=nprf,path=fft")};
   m.forward = [](const NamedTensors& in, const Spec& options, const RunOptions& run) {
-    NamedArrays arrays;
-    arrays.emplace("out", kernelized_rpe_attention(in.at("q"), in.at("k"), in.at("v"), in.at("rpb"),
-                                                   input_or_none(in, "projection"),
-                                                   rpe_options(in, options), run));
-    return arrays;
+    return named_arrays(
+        {"out"},
+        kernelized_rpe_attention(in.at("q"), in.at("k"), in.at("v"), in.at("rpb"),
+                                 input_or_none(in, "projection"), rpe_options(in, options), run));
   };
   m.backward = [](const NamedTensors& in, const NamedTensors& out_gradients, const Spec& options,
                   const RunOptions& run) {
     KernelizedRpeGradients gradients = kernelized_rpe_attention_backward(
         out_gradients.at("out"), in.at("q"), in.at("k"), in.at("v"), in.at("rpb"),
         input_or_none(in, "projection"), rpe_options(in, options), run);
-    NamedArrays arrays;
-    arrays.emplace("q", std::move(gradients.q));
-    arrays.emplace("k", std::move(gradients.k));
-    arrays.emplace("v", std::move(gradients.v));
-    arrays.emplace("rpb", std::move(gradients.rpb));
-    return arrays;
+    return named_arrays({"q", "k", "v", "rpb"}, std::move(gradients.q), std::move(gradients.k),
+                        std::move(gradients.v), std::move(gradients.rpb));
   };
   m.bind = bind;
   m.explain = explain;

@@ -1,6 +1,7 @@
 #include "engine/chunked/problem.h"
 #include "heed/error.h"
 #include "heed/lightning_attention.h"
+#include "mechanisms/results.h"
 
 namespace heed {
 
@@ -67,7 +68,7 @@ void lightning_attention(const Tensor& q, const Tensor& k, const Tensor& v, cons
 LightningResult lightning_attention(const Tensor& q, const Tensor& k, const Tensor& v,
                                     const LightningOptions& options, const RunOptions& run) {
   check(q, k, v, options);
-  LightningResult result{Array(q.dtype(), {q.size(0), q.size(1), q.size(2), v.size(3)}),
+  LightningResult result{Array(q.dtype(), out_shape(q, v)),
                          Array(wide_type(q.dtype()), state_shape(q, v))};
   lightning_attention(q, k, v, result.out, result.state, options, run);
   return result;
@@ -98,11 +99,7 @@ LightningGradients lightning_attention_backward(const Tensor& q, const Tensor& k
                                                 const RunOptions& run) {
   check(q, k, v, options);
   const DType state = wide_type(q.dtype());
-  LightningGradients result{Array(q.dtype(), q.shape()),
-                            Array(k.dtype(), k.shape()),
-                            Array(v.dtype(), v.shape()),
-                            {},
-                            {}};
+  LightningGradients result{empty_like(q), empty_like(k), empty_like(v), {}, {}};
   if (options.slopes.defined()) result.slopes = Array(state, {q.size(1)});
   if (options.initial_state.defined()) result.initial_state = Array(state, state_shape(q, v));
   lightning_attention_backward(q, k, v, out_gradient, state_gradient,

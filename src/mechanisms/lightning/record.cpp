@@ -119,20 +119,15 @@ Mechanism lightning_record() {
   m.forward = [](const NamedTensors& in, const Spec& options, const RunOptions& run) {
     LightningResult result = lightning_attention(in.at("q"), in.at("k"), in.at("v"),
                                                  lightning_options(in, options), run);
-    NamedArrays arrays;
-    arrays.emplace("out", std::move(result.out));
-    arrays.emplace("state", std::move(result.state));
-    return arrays;
+    return named_arrays({"out", "state"}, std::move(result.out), std::move(result.state));
   };
   m.backward = [](const NamedTensors& in, const NamedTensors& out_gradients, const Spec& options,
                   const RunOptions& run) {
     LightningGradients result = lightning_attention_backward(
         in.at("q"), in.at("k"), in.at("v"), out_gradients.at("out"), out_gradients.at("state"),
         lightning_options(in, options), run);
-    NamedArrays arrays;
-    arrays.emplace("q", std::move(result.q));
-    arrays.emplace("k", std::move(result.k));
-    arrays.emplace("v", std::move(result.v));
+    NamedArrays arrays = named_arrays({"q", "k", "v"}, std::move(result.q), std::move(result.k),
+                                      std::move(result.v));
     if (in.contains("slopes")) arrays.emplace("slopes", std::move(result.slopes));
     if (in.contains("initial_state")) {
       arrays.emplace("initial_state", std::move(result.initial_state));

@@ -126,11 +126,7 @@ LinearGradients linear_attention_backward(const Tensor& q, const Tensor& k, cons
                                           const LinearOptions& options, const RunOptions& run) {
   check(q, k, v, options);
   const DType type = wide_type(q.dtype());
-  LinearGradients result{Array(q.dtype(), q.shape()),
-                         Array(k.dtype(), k.shape()),
-                         Array(v.dtype(), v.shape()),
-                         {},
-                         {}};
+  LinearGradients result{empty_like(q), empty_like(k), empty_like(v), {}, {}};
   if (options.initial_state.s.defined()) result.s = Array(type, s_shape(q, v));
   if (options.initial_state.z.defined()) result.z = Array(type, z_shape(q));
   linear_attention_backward(q, k, v, out_gradient, state_gradient,

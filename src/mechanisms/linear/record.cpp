@@ -121,9 +121,7 @@ void add_z(NamedArrays& arrays, Array z, const Tensor& q) {
 NamedArrays forward_linear(const NamedTensors& in, const Spec& options, const RunOptions& run) {
   LinearResult result =
       linear_attention(in.at("q"), in.at("k"), in.at("v"), linear_options(in, options), run);
-  NamedArrays arrays;
-  arrays.emplace("out", std::move(result.out));
-  arrays.emplace("s", std::move(result.s));
+  NamedArrays arrays = named_arrays({"out", "s"}, std::move(result.out), std::move(result.s));
   add_z(arrays, std::move(result.z), in.at("q"));
   return arrays;
 }
@@ -134,10 +132,8 @@ NamedArrays backward_linear(const NamedTensors& in, const NamedTensors& out_grad
   LinearGradients result =
       linear_attention_backward(in.at("q"), in.at("k"), in.at("v"), out_gradients.at("out"),
                                 {out_gradients.at("s"), z}, chosen, run);
-  NamedArrays arrays;
-  arrays.emplace("q", std::move(result.q));
-  arrays.emplace("k", std::move(result.k));
-  arrays.emplace("v", std::move(result.v));
+  NamedArrays arrays =
+      named_arrays({"q", "k", "v"}, std::move(result.q), std::move(result.k), std::move(result.v));
   if (in.contains("initial_s")) arrays.emplace("initial_s", std::move(result.s));
   if (in.contains("initial_z")) arrays.emplace("initial_z", std::move(result.z));
   return arrays;

@@ -73,8 +73,7 @@ void Estimator::load_rows(const Tensor& from, const Tile& tile, Block to) const 
   for (int64_t r = 0; r < tile.count;) {
     const int64_t row = tile.begin + r, at = row % queries_;
     const int64_t run = std::min(tile.count - r, queries_ - at);
-    matrix_.load_rows({from.at({tile.batch, head_of(tile.kv_head, row), at}), from.dtype(),
-                       from.stride(2), run, from.size(3)},
+    matrix_.load_rows(rows_of(from, {tile.batch, head_of(tile.kv_head, row), at, run}),
                       {to.row(r), to.stride});
     r += run;
   }
@@ -85,18 +84,15 @@ void Estimator::store_rows(Block from, const Tile& tile, const Tensor& to) const
     const int64_t row = tile.begin + r, at = row % queries_;
     const int64_t run = std::min(tile.count - r, queries_ - at);
     matrix_.store_rows({from.row(r), from.stride},
-                       {to.at({tile.batch, head_of(tile.kv_head, row), at}), to.dtype(),
-                        to.stride(2), run, to.size(3)});
+                       out_rows(to, {tile.batch, head_of(tile.kv_head, row), at, run}));
     r += run;
   }
 }
 
 void Estimator::load_keys(const Tile& tile, int64_t begin, Keys& keys) const {
-  const Tensor& k = call_.k;
   keys.begin = begin;
-  keys.count = std::min(kTileKeys, k.size(2) - begin);
-  matrix_.load_rows(
-      {k.at({tile.batch, tile.kv_head, begin}), k.dtype(), k.stride(2), keys.count, dim_}, keys.k);
+  keys.count = std::min(kTileKeys, call_.k.size(2) - begin);
+  matrix_.load_rows(rows_of(call_.k, {tile.batch, tile.kv_head, begin, keys.count}), keys.k);
   matrix_.transpose({keys.k.data, keys.k.stride}, keys.count, dim_, keys.turned_k);
   keys.bad_keys.clear();
   for (int64_t m = 0; m < keys.count; ++m) {
@@ -109,10 +105,7 @@ void Estimator::load_keys(const Tile& tile, int64_t begin, Keys& keys) const {
 }
 
 void Estimator::load_values(const Tile& tile, Keys& keys) const {
-  const Tensor& v = call_.v;
-  matrix_.load_rows({v.at({tile.batch, tile.kv_head, keys.begin}), v.dtype(), v.stride(2),
-                     keys.count, value_dim_},
-                    keys.v);
+  matrix_.load_rows(rows_of(call_.v, {tile.batch, tile.kv_head, keys.begin, keys.count}), keys.v);
   matrix_.transpose({keys.v.data, keys.v.stride}, keys.count, value_dim_, keys.turned_v);
   keys.bad_values.clear();
   for (int64_t m = 0; m < keys.count; ++m) {

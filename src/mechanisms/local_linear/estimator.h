@@ -16,6 +16,7 @@
 #include "kernels/matrix.h"
 #include "kernels/second_moments.h"
 #include "kernels/tile.h"
+#include "mechanisms/row_blocks.h"
 
 namespace heed::local_linear {
 

@@ -246,8 +246,7 @@ void Backward::run_keys(int64_t batch, int64_t kv_head, int64_t begin) const {
     add_turned(m.t, m.g, tile.count, m.dv, count, value_dim_);
   }
   const auto store = [&](Block from, const Tensor& to) {
-    matrix_.store_rows({from.data, from.stride}, {to.at({batch, kv_head, begin}), to.dtype(),
-                                                  to.stride(2), count, to.size(3)});
+    matrix_.store_rows({from.data, from.stride}, out_rows(to, {batch, kv_head, begin, count}));
   };
   store(m.dk, to_.k);
   store(m.dv, to_.v);

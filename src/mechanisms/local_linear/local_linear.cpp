@@ -51,8 +51,7 @@ LocalLinearGradients local_linear_attention_backward(const Tensor& grad_out, con
                                                      const RunOptions& run) {
   check_grad_out(kOp, grad_out, q, v);
   const local_linear::Call call = checked(q, k, v, grad_out, options, run);
-  LocalLinearGradients gradients{Array(q.dtype(), q.shape()), Array(k.dtype(), k.shape()),
-                                 Array(v.dtype(), v.shape())};
+  LocalLinearGradients gradients{empty_like(q), empty_like(k), empty_like(v)};
   if (nothing_to_do(q)) {
     gradients.k = Array::zeros(k.dtype(), k.shape());
     gradients.v = Array::zeros(v.dtype(), v.shape());

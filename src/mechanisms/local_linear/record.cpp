@@ -65,21 +65,16 @@ Mechanism local_linear_record() {
   m.bench_cases = {attention_case("d64_n512_causal", {1, 4, 4, 512, 512, 64, 64}, "causal=1"),
                    attention_case("d128_n512", {1, 2, 2, 512, 512, 128, 128}, "")};
   m.forward = [](const NamedTensors& in, const Spec& options, const RunOptions& run) {
-    NamedArrays arrays;
-    arrays.emplace("out", local_linear_attention(in.at("q"), in.at("k"), in.at("v"),
-                                                 local_linear_options(options), run));
-    return arrays;
+    return named_arrays({"out"}, local_linear_attention(in.at("q"), in.at("k"), in.at("v"),
+                                                        local_linear_options(options), run));
   };
   m.backward = [](const NamedTensors& in, const NamedTensors& out_gradients, const Spec& options,
                   const RunOptions& run) {
     LocalLinearGradients gradients =
         local_linear_attention_backward(out_gradients.at("out"), in.at("q"), in.at("k"), in.at("v"),
                                         local_linear_options(options), run);
-    NamedArrays arrays;
-    arrays.emplace("q", std::move(gradients.q));
-    arrays.emplace("k", std::move(gradients.k));
-    arrays.emplace("v", std::move(gradients.v));
-    return arrays;
+    return named_arrays({"q", "k", "v"}, std::move(gradients.q), std::move(gradients.k),
+                        std::move(gradients.v));
   };
   m.bind = bind;
   m.random_case = random_local_linear_case;

@@ -288,10 +288,7 @@ MagnitudeAwareGradients magnitude_aware_linear_attention_backward(
     const State& state_gradient, const Options& options, const RunOptions& run) {
   check(q, k, v, options);
   const DType type = wide_type(q.dtype());
-  MagnitudeAwareGradients result;
-  result.q = Array(q.dtype(), q.shape());
-  result.k = Array(k.dtype(), k.shape());
-  result.v = Array(v.dtype(), v.shape());
+  MagnitudeAwareGradients result{empty_like(q), empty_like(k), empty_like(v), {}, {}, {}};
   if (options.initial_state.s.defined()) {
     result.s = Array(type, s_shape(q, v));
     result.k_sum = Array(type, k_sum_shape(q));

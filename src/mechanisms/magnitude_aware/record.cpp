@@ -212,10 +212,8 @@ NamedArrays backward_mala(const NamedTensors& in, const NamedTensors& out_gradie
   }
   MagnitudeAwareGradients result = magnitude_aware_linear_attention_backward(
       in.at("q"), in.at("k"), in.at("v"), out_gradients.at("out"), state, chosen, run);
-  NamedArrays arrays;
-  arrays.emplace("q", std::move(result.q));
-  arrays.emplace("k", std::move(result.k));
-  arrays.emplace("v", std::move(result.v));
+  NamedArrays arrays =
+      named_arrays({"q", "k", "v"}, std::move(result.q), std::move(result.k), std::move(result.v));
   if (in.contains("initial_s")) {
     arrays.emplace("initial_s", std::move(result.s));
     arrays.emplace("initial_k_sum", std::move(result.k_sum));

@@ -102,10 +102,8 @@ Mechanism router_record() {
   m.forward = [](const NamedTensors& in, const Spec& options, const RunOptions& run) {
     MohRouting routing = moh_router(in.at("x"), in.at("wg"), input_or_none(in, "wg_shared"),
                                     input_or_none(in, "wg_group"), router_options(options), run);
-    NamedArrays arrays;
-    arrays.emplace("gates", std::move(routing.gates));
-    arrays.emplace("load_balance_loss", std::move(routing.load_balance_loss));
-    return arrays;
+    return named_arrays({"gates", "load_balance_loss"}, std::move(routing.gates),
+                        std::move(routing.load_balance_loss));
   };
   m.backward = [](const NamedTensors& in, const NamedTensors& out_gradients, const Spec& options,
                   const RunOptions& run) {
@@ -113,9 +111,7 @@ Mechanism router_record() {
         moh_router_backward(out_gradients.at("gates"), out_gradients.at("load_balance_loss"),
                             in.at("x"), in.at("wg"), input_or_none(in, "wg_shared"),
                             input_or_none(in, "wg_group"), router_options(options), run);
-    NamedArrays arrays;
-    arrays.emplace("x", std::move(gradients.x));
-    arrays.emplace("wg", std::move(gradients.wg));
+    NamedArrays arrays = named_arrays({"x", "wg"}, std::move(gradients.x), std::move(gradients.wg));
     if (in.count("wg_shared") > 0) arrays.emplace("wg_shared", std::move(gradients.wg_shared));
     if (in.count("wg_group") > 0) arrays.emplace("wg_group", std::move(gradients.wg_group));
     return arrays;

@@ -306,10 +306,8 @@ using Backward = NeighborhoodGradients (*)(const Tensor&, const Tensor&, const T
                                            const RunOptions&);
 
 NamedArrays named(NeighborhoodGradients gradients) {
-  NamedArrays arrays;
-  arrays.emplace("query", std::move(gradients.query));
-  arrays.emplace("key", std::move(gradients.key));
-  arrays.emplace("value", std::move(gradients.value));
+  NamedArrays arrays = named_arrays({"query", "key", "value"}, std::move(gradients.query),
+                                    std::move(gradients.key), std::move(gradients.value));
   if (gradients.additional_keys.view().defined()) {
     arrays.emplace("additional_keys", std::move(gradients.additional_keys));
     arrays.emplace("additional_values", std::move(gradients.additional_values));
@@ -394,10 +392,7 @@ Mechanism record(int rank, Forward forward, Backward backward, std::vector<Examp
   m.forward = [forward](const NamedTensors& in, const Spec& spec, const RunOptions& run) {
     AttentionResult result =
         forward(in.at("query"), in.at("key"), in.at("value"), options_of(in, spec), run);
-    NamedArrays arrays;
-    arrays.emplace("out", std::move(result.out));
-    arrays.emplace("lse", std::move(result.lse));
-    return arrays;
+    return named_arrays({"out", "lse"}, std::move(result.out), std::move(result.lse));
   };
   m.forward_for_backward = [forward, backward](const NamedTensors& in, const Spec& spec,
                                                const RunOptions& run) -> BackwardCall {

@@ -62,11 +62,7 @@ ParallaxGradients parallax_attention_backward(const Tensor& grad_out, const Tens
     fail(kOp, std::string(name) + " is missing", "the backward needs what the forward returned");
   }
   tiled::check_backward(kOp, grad_out, grad_lse, out, statistics.lse);
-  ParallaxGradients to;
-  to.q = Array(q.dtype(), q.shape());
-  to.r = Array(r.dtype(), r.shape());
-  to.k = Array(k.dtype(), k.shape());
-  to.v = Array(v.dtype(), v.shape());
+  ParallaxGradients to{empty_like(q), empty_like(r), empty_like(k), empty_like(v)};
   auto gradients = tiled::batch_gradients(grad_out, grad_lse, to.q, to.k, to.v);
   for (size_t b = 0; b < gradients.size(); ++b) {
     gradients[b].r = to.r.view().select(0, static_cast<int64_t>(b));

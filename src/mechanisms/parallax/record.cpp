@@ -90,12 +90,8 @@ Mechanism parallax_record() {
   m.bench_cases = parallax_bench_cases();
   m.forward = [](const NamedTensors& in, const Spec& options, const RunOptions& run) {
     ParallaxResult result = run_forward(in, options, run);
-    NamedArrays arrays;
-    arrays.emplace("out", std::move(result.out));
-    arrays.emplace("v_mean", std::move(result.v_mean));
-    arrays.emplace("t_mean", std::move(result.t_mean));
-    arrays.emplace("lse", std::move(result.lse));
-    return arrays;
+    return named_arrays({"out", "v_mean", "t_mean", "lse"}, std::move(result.out),
+                        std::move(result.v_mean), std::move(result.t_mean), std::move(result.lse));
   };
   m.forward_for_backward = [](const NamedTensors& in, const Spec& options,
                               const RunOptions& run) -> BackwardCall {
@@ -104,12 +100,8 @@ Mechanism parallax_record() {
       ParallaxGradients to = parallax_attention_backward(
           gradients.at("out"), gradients.at("lse"), in.at("q"), in.at("r"), in.at("k"), in.at("v"),
           result->out, result->statistics(), parallax_options(in, options), run);
-      NamedArrays arrays;
-      arrays.emplace("q", std::move(to.q));
-      arrays.emplace("r", std::move(to.r));
-      arrays.emplace("k", std::move(to.k));
-      arrays.emplace("v", std::move(to.v));
-      return arrays;
+      return named_arrays({"q", "r", "k", "v"}, std::move(to.q), std::move(to.r), std::move(to.k),
+                          std::move(to.v));
     };
   };
   m.bind = [](const NamedTensors& in, const Spec& options) {

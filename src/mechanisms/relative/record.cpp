@@ -125,10 +125,7 @@ Mechanism relative_record() {
   m.bench_cases = relative_bench_cases();
   m.forward = [](const NamedTensors& in, const Spec& options, const RunOptions& run) {
     RelativeResult result = run_forward(in, options, run);
-    NamedArrays arrays;
-    arrays.emplace("out", std::move(result.out));
-    arrays.emplace("lse", std::move(result.lse));
-    return arrays;
+    return named_arrays({"out", "lse"}, std::move(result.out), std::move(result.lse));
   };
   m.forward_for_backward = [](const NamedTensors& in, const Spec& options,
                               const RunOptions& run) -> BackwardCall {
@@ -138,14 +135,9 @@ Mechanism relative_record() {
           gradients.at("out"), gradients.at("lse"), in.at("q"), in.at("k"), in.at("v"),
           in.at("rel_key"), in.at("rel_bias"), in.at("content_bias"), result->out, result->lse,
           relative_options(options), run);
-      NamedArrays arrays;
-      arrays.emplace("q", std::move(to.q));
-      arrays.emplace("k", std::move(to.k));
-      arrays.emplace("v", std::move(to.v));
-      arrays.emplace("rel_key", std::move(to.rel_key));
-      arrays.emplace("rel_bias", std::move(to.rel_bias));
-      arrays.emplace("content_bias", std::move(to.content_bias));
-      return arrays;
+      return named_arrays({"q", "k", "v", "rel_key", "rel_bias", "content_bias"}, std::move(to.q),
+                          std::move(to.k), std::move(to.v), std::move(to.rel_key),
+                          std::move(to.rel_bias), std::move(to.content_bias));
     };
   };
   m.bind = bind_relative;

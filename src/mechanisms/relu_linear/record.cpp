@@ -60,12 +60,9 @@ BackwardCall forward_for_backward(const NamedTensors& in, const Spec& spec, cons
     backward.forward_state = {saved->s, saved->z};
     ReluLinearGradients gradients = relu_linear_attention_backward(out_gradients.at("out"), q, k, v,
                                                                    temperature, backward, run);
-    NamedArrays arrays;
-    arrays.emplace("q", std::move(gradients.q));
-    arrays.emplace("k", std::move(gradients.k));
-    arrays.emplace("v", std::move(gradients.v));
-    arrays.emplace("temperature", std::move(gradients.temperature));
-    return arrays;
+    return named_arrays({"q", "k", "v", "temperature"}, std::move(gradients.q),
+                        std::move(gradients.k), std::move(gradients.v),
+                        std::move(gradients.temperature));
   };
 }
 
@@ -96,10 +93,9 @@ Mechanism relu_linear_record() {
   }
   m.bench_cases.push_back(relu_case("n65536_d64", {1, 1, 1, 65536, 65536, 64, 64}));
   m.forward = [](const NamedTensors& in, const Spec& options, const RunOptions& run) {
-    NamedArrays arrays;
-    arrays.emplace("out", relu_linear_attention(in.at("q"), in.at("k"), in.at("v"),
-                                                in.at("temperature"), relu_options(options), run));
-    return arrays;
+    return named_arrays(
+        {"out"}, relu_linear_attention(in.at("q"), in.at("k"), in.at("v"), in.at("temperature"),
+                                       relu_options(options), run));
   };
   m.forward_for_backward = forward_for_backward;
   m.bind = bind;

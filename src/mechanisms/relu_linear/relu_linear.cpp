@@ -8,6 +8,7 @@
 #include "heed/relu_linear_attention.h"
 #include "mechanisms/element_map.h"
 #include "mechanisms/parameter.h"
+#include "mechanisms/results.h"
 
 namespace heed {
 
@@ -126,9 +127,7 @@ ReluLinearGradients relu_linear_attention_backward(const Tensor& grad_out, const
                                                    const ReluLinearOptions& options,
                                                    const RunOptions& run) {
   checked(q, k, v, temperature, options);
-  ReluLinearGradients result{Array(q.dtype(), q.shape()), Array(k.dtype(), k.shape()),
-                             Array(v.dtype(), v.shape()),
-                             Array(temperature.dtype(), temperature.shape())};
+  ReluLinearGradients result{empty_like(q), empty_like(k), empty_like(v), empty_like(temperature)};
   relu_linear_attention_backward(grad_out, q, k, v, temperature, options,
                                  {result.q, result.k, result.v, result.temperature}, run);
   return result;

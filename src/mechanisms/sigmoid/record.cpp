@@ -71,19 +71,15 @@ Mechanism sigmoid_record() {
       attention_case("alibi_few_rows", {1, 4, 2, 3, 75, 16, 16}, "bias=0"), "alibi_slopes", 4));
   m.bench_cases = attention_bench_cases();
   m.forward = [](const NamedTensors& in, const Spec& options, const RunOptions& run) {
-    NamedArrays arrays;
-    arrays.emplace("out", sigmoid_attention(in.at("q"), in.at("k"), in.at("v"),
-                                            sigmoid_options(in, options), run));
-    return arrays;
+    return named_arrays({"out"}, sigmoid_attention(in.at("q"), in.at("k"), in.at("v"),
+                                                   sigmoid_options(in, options), run));
   };
   m.backward = [](const NamedTensors& in, const NamedTensors& gradients, const Spec& options,
                   const RunOptions& run) {
     SigmoidGradients to = sigmoid_attention_backward(gradients.at("out"), in.at("q"), in.at("k"),
                                                      in.at("v"), sigmoid_options(in, options), run);
-    NamedArrays arrays;
-    arrays.emplace("q", std::move(to.q));
-    arrays.emplace("k", std::move(to.k));
-    arrays.emplace("v", std::move(to.v));
+    NamedArrays arrays =
+        named_arrays({"q", "k", "v"}, std::move(to.q), std::move(to.k), std::move(to.v));
     if (in.contains("bias")) arrays.emplace("bias", std::move(to.bias));
     if (in.contains("alibi_slopes")) {
       arrays.emplace("alibi_slopes", slopes_gradient(std::move(to.alibi_slopes)));

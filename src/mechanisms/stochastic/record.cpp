@@ -175,10 +175,7 @@ Mechanism record() {
   m.forward = [](const NamedTensors& in, const Spec& spec, const RunOptions& run) {
     AttentionResult result = stochastic_attention(in.at("q"), in.at("k"), in.at("v"),
                                                   in.at("permutation"), options_of(spec), run);
-    NamedArrays arrays;
-    arrays.emplace("out", std::move(result.out));
-    arrays.emplace("lse", std::move(result.lse));
-    return arrays;
+    return named_arrays({"out", "lse"}, std::move(result.out), std::move(result.lse));
   };
   m.forward_for_backward = [](const NamedTensors& in, const Spec& spec,
                               const RunOptions& run) -> BackwardCall {
@@ -190,11 +187,8 @@ Mechanism record() {
       StochasticGradients gradients =
           stochastic_attention_backward(out_gradients.at("out"), out_gradients.at("lse"), q, k, v,
                                         permutation, result->out, result->lse, options, run);
-      NamedArrays arrays;
-      arrays.emplace("q", std::move(gradients.q));
-      arrays.emplace("k", std::move(gradients.k));
-      arrays.emplace("v", std::move(gradients.v));
-      return arrays;
+      return named_arrays({"q", "k", "v"}, std::move(gradients.q), std::move(gradients.k),
+                          std::move(gradients.v));
     };
   };
   m.bind = bind;

@@ -97,11 +97,8 @@ ExampleCase random_taylor_case(uint64_t seed) {
 NamedArrays forward_taylor(const NamedTensors& in, const Spec& options, const RunOptions& run) {
   TaylorResult result =
       taylor_state_attention(in.at("q"), in.at("k"), in.at("v"), taylor_options(in, options), run);
-  NamedArrays arrays;
-  arrays.emplace("out", std::move(result.out));
-  arrays.emplace("s", std::move(result.s));
-  arrays.emplace("z", std::move(result.z));
-  return arrays;
+  return named_arrays({"out", "s", "z"}, std::move(result.out), std::move(result.s),
+                      std::move(result.z));
 }
 
 NamedArrays backward_taylor(const NamedTensors& in, const NamedTensors& out_gradients,
@@ -109,10 +106,8 @@ NamedArrays backward_taylor(const NamedTensors& in, const NamedTensors& out_grad
   TaylorGradients result = taylor_state_attention_backward(
       in.at("q"), in.at("k"), in.at("v"), out_gradients.at("out"),
       {out_gradients.at("s"), out_gradients.at("z")}, taylor_options(in, options), run);
-  NamedArrays arrays;
-  arrays.emplace("q", std::move(result.q));
-  arrays.emplace("k", std::move(result.k));
-  arrays.emplace("v", std::move(result.v));
+  NamedArrays arrays =
+      named_arrays({"q", "k", "v"}, std::move(result.q), std::move(result.k), std::move(result.v));
   if (in.contains("initial_s")) {
     arrays.emplace("initial_s", std::move(result.s));
     arrays.emplace("initial_z", std::move(result.z));

@@ -235,11 +235,7 @@ TaylorGradients taylor_state_attention_backward(const Tensor& q, const Tensor& k
                                                 const RunOptions& run) {
   check(q, k, v, options);
   const DType type = wide_type(q.dtype());
-  TaylorGradients result{Array(q.dtype(), q.shape()),
-                         Array(k.dtype(), k.shape()),
-                         Array(v.dtype(), v.shape()),
-                         {},
-                         {}};
+  TaylorGradients result{empty_like(q), empty_like(k), empty_like(v), {}, {}};
   if (options.initial_state.s.defined()) {
     result.s = Array(type, s_shape(q, v, options));
     result.z = Array(type, z_shape(q, options));
