@@ -374,10 +374,9 @@ HeadGradients backward(const Problem& problem, const std::vector<SequenceGradien
   if (no_heads) return nothing_summed(problem.policy);
   // Two and a half times the products of a forward in three loops, each of which wakes the threads.
   const RunOptions run = worth_waking(given, forward_nanoseconds(problem) * 2.5 / 3);
-  if (problem.sequences[0].q.dtype() == DType::f64) {
-    return Backward<double>(problem, gradients, terms, run).run();
-  }
-  return Backward<float>(problem, gradients, terms, run).run();
+  return with_wide_type(problem.sequences[0].q.dtype(), [&]<class T>(T) {
+    return Backward<T>(problem, gradients, terms, run).run();
+  });
 }
 
 }  // namespace heed::tiled

@@ -151,8 +151,9 @@ class Spectral {
       to_channels(work.phi, rows, f, flight.keys.from_token(head, begin));
       features_.queries(b, h, begin, rows, work.features, work.phi);
       to_channels(work.phi, rows, f, flight.queries.from_token(head, begin));
-      if (head % group_ == 0)
+      if (head % group_ == 0) {
         load_values(flight, head / group_, {b, h / group_, begin, rows}, work);
+      }
     });
     parallel(flight.heads, [&](int64_t head, Work& work) { load_weights(flight, head, work); });
   }

@@ -28,18 +28,16 @@ constexpr int64_t kMostOrder = 100;
 constexpr int64_t kItemRows = 64;
 
 void check_options(const RecurrentSoftmaxOptions& options, const Tensor& q) {
-  const auto fail = [](const std::string& found, const std::string& needed) {
-    throw Error(std::string(kOp) + ": " + found + "; " + needed);
-  };
   if (options.order && (*options.order < 0 || *options.order > kMostOrder)) {
-    fail("order is " + std::to_string(*options.order),
+    fail(kOp, "order is " + std::to_string(*options.order),
          "0 to " + std::to_string(kMostOrder) + " is needed, or none for the exponential");
   }
   if (options.score_clamp && !(*options.score_clamp > -INFINITY)) {
-    fail("score_clamp is " + std::to_string(*options.score_clamp), "a number above -inf is needed");
+    fail(kOp, "score_clamp is " + std::to_string(*options.score_clamp),
+         "a number above -inf is needed");
   }
   if (!std::isfinite(options.eps) || options.eps < 0) {
-    fail("eps is " + std::to_string(options.eps), "a finite number >= 0 is needed");
+    fail(kOp, "eps is " + std::to_string(options.eps), "a finite number >= 0 is needed");
   }
   if (options.gate.defined()) {
     check_parameter(kOp, "gate", options.gate, {q.size(0), q.size(1), q.size(2)}, q.dtype());
@@ -242,13 +240,10 @@ RecurrentSoftmaxGradients gradients(const Tensor& grad_out, const Call& call, co
   // The engine multiplies bfloat16 rows with bfloat16 rows; float16 might overflow where float32 does not.
   Array grad_core(q.dtype() == DType::bf16 ? q.dtype() : core.dtype(), core.shape());
   Array of_weights(statistic.dtype(), statistic.shape());
-  RecurrentSoftmaxGradients to;
+  RecurrentSoftmaxGradients to{empty_like(q), empty_like(k), empty_like(v), {}};
   const RowPass<T> pass(core, statistic, call.plan, options, run);
   const Array gate = pass.backward(grad_out, grad_core, of_weights);
   if (options.gate.defined()) to.gate = convert(gate, options.gate.dtype());
-  to.q = Array(q.dtype(), q.shape());
-  to.k = Array(k.dtype(), k.shape());
-  to.v = Array(v.dtype(), v.shape());
   const bool polynomial = options.order.has_value();
   std::vector<tiled::SequenceGradient> gradients = tiled::batch_gradients(
       grad_core, polynomial ? of_weights.view() : Tensor(), to.q, to.k, to.v);
@@ -315,11 +310,9 @@ void recurrent_softmax_attention(const Tensor& q, const Tensor& k, const Tensor&
   const Call call = make_call(q, k, v, engine_out, engine_statistic, options);
   tiled::forward(call.problem, run);
   if (!saved && plain) return;
-  if (type == DType::f64) {
-    RowPass<double>(engine_out, engine_statistic, call.plan, options, run).forward(out);
-  } else {
-    RowPass<float>(engine_out, engine_statistic, call.plan, options, run).forward(out);
-  }
+  with_wide_type(type, [&]<class T>(T) {
+    RowPass<T>(engine_out, engine_statistic, call.plan, options, run).forward(out);
+  });
 }
 
 Array recurrent_softmax_attention(const Tensor& q, const Tensor& k, const Tensor& v,
@@ -337,9 +330,9 @@ RecurrentSoftmaxGradients recurrent_softmax_attention_backward(
   check_options(options, q);
   check_saved(q, v, core, statistic);
   const Call call = make_call(q, k, v, core, statistic, options);
-  return q.dtype() == DType::f64
-             ? gradients<double>(grad_out, call, q, k, v, core, statistic, options, run)
-             : gradients<float>(grad_out, call, q, k, v, core, statistic, options, run);
+  return with_wide_type(q.dtype(), [&]<class T>(T) {
+    return gradients<T>(grad_out, call, q, k, v, core, statistic, options, run);
+  });
 }
 
 }  // namespace heed
