@@ -13,7 +13,7 @@ struct Window {
   std::optional<int64_t> right = {};
 };
 
-/// With the offset o = Lk - Lq (alignment to the end of the keys) query i sees key j when
+/// With the offset o = Lk - Lq (alignment to the end of the keys; 0 from_start) query i sees key j when
 ///   j <= i + o                                  if causal
 ///   i + o - left <= j <= i + o + right          if windowed
 ///   j < lengths[b]                              if lengths is given
@@ -23,6 +23,7 @@ struct Masks {
   bool causal = false;
   Window window = {};
   Tensor lengths = {};  // [B] int32 or int64, 0..Lk; keys at and after lengths[b] do not exist
+  bool from_start = false;
 };
 
 }  // namespace heed

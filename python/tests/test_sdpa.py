@@ -3,7 +3,7 @@
 import heed
 import pytest
 import torch
-from reference import DTYPES, assert_accurate, random
+from reference import DTYPES, assert_accurate, random, random_qkv
 from torch.nn.attention.bias import causal_lower_right, causal_upper_left
 from torch.nn.functional import scaled_dot_product_attention as torch_sdpa
 
@@ -35,6 +35,19 @@ def test_causal_is_aligned_to_the_start(dtype, lq, lk, is_causal):
     q = random(2, 3, lq, 12, dtype=dtype, seed=1)
     k, v = (random(2, 3, lk, 12, dtype=dtype, seed=s) for s in (2, 3))
     check(q, k, v, is_causal=is_causal)
+
+
+def test_export_leaves_lengths_open():
+    class Attention(torch.nn.Module):
+        def forward(self, q, k, v):
+            return heed.scaled_dot_product_attention(q, k, v, is_causal=True)
+
+    queries, keys = ({2: torch.export.Dim(name, max=64)} for name in ("queries", "keys"))
+    inputs = random_qkv(1, 2, 2, 6, 9, 8)
+    program = torch.export.export(Attention(), inputs, dynamic_shapes=(queries, keys, keys))
+    for lq, lk in ((9, 6), (6, 6), (3, 50)):
+        inputs = random_qkv(1, 2, 2, lq, lk, 8)
+        assert torch.equal(program.module()(*inputs), Attention()(*inputs))
 
 
 @pytest.mark.parametrize("is_causal", [False, True])

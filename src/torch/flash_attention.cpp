@@ -25,10 +25,10 @@ constexpr const char* kVarlen = "flash_attention_varlen";
       std::optional<double> scale, double softcap, const MaybeTensor &alibi_slopes,            \
       const MaybeTensor &mask, const MaybeTensor &bias, const MaybeTensor &sink,               \
       const MaybeTensor &block_mask, int64_t block_rows, int64_t block_keys, double dropout_p, \
-      int64_t seed, const MaybeTensor &drawn_seed
+      int64_t seed, const MaybeTensor &drawn_seed, bool from_start
 #define HEED_FLASH_NAMES                                                                      \
   causal, window_left, window_right, lengths, scale, softcap, alibi_slopes, mask, bias, sink, \
-      block_mask, block_rows, block_keys, dropout_p, seed, drawn_seed
+      block_mask, block_rows, block_keys, dropout_p, seed, drawn_seed, from_start
 
 // A mask and a bias have any shape that broadcasts to the scores.
 void check_score_inputs(const MaybeTensor& mask, const MaybeTensor& bias, c10::Device device) {
@@ -66,6 +66,7 @@ struct HeldFlash {
              held_per_head(kFlash, "sink", sink, q),
              held_input(kFlash, "block_mask", block_mask, 3, q.device())} {
     options.masks = masks.masks;
+    options.masks.from_start = from_start;
     options.scale = scale;
     options.softcap = softcap;
     options.alibi_slopes = view(held[0]);
@@ -124,7 +125,7 @@ Results flash_meta(const at::Tensor& q, const at::Tensor& k, const at::Tensor& v
                    c10::SymInt, const MaybeTensor& lengths, std::optional<double>, double,
                    const MaybeTensor& alibi_slopes, const MaybeTensor& mask,
                    const MaybeTensor& bias, const MaybeTensor& sink, const MaybeTensor& block_mask,
-                   int64_t, int64_t, double, c10::SymInt, const MaybeTensor& drawn_seed) {
+                   int64_t, int64_t, double, c10::SymInt, const MaybeTensor& drawn_seed, bool) {
   const Arg args[] = {{kFlash, "q", q}, {kFlash, "k", k}, {kFlash, "v", v}};
   check_qkv(args[0], args[1], args[2]);
   check_qkv_shapes(args[0], args[1], args[2]);

@@ -17,7 +17,8 @@ TORCH_LIBRARY(heed, m) {
   "bool causal=False, SymInt window_left=-1, SymInt window_right=-1, Tensor? lengths=None," \
   " float? scale=None, float softcap=0.0, Tensor? alibi_slopes=None, Tensor? mask=None,"    \
   " Tensor? bias=None, Tensor? sink=None, Tensor? block_mask=None, int block_rows=64,"      \
-  " int block_keys=64, float dropout_p=0.0, SymInt seed=0, Tensor? drawn_seed=None"
+  " int block_keys=64, float dropout_p=0.0, SymInt seed=0, Tensor? drawn_seed=None,"        \
+  " bool from_start=False"
   m.def("flash_attention(Tensor q, Tensor k, Tensor v, " HEED_FLASH_OPTIONS
         ") -> (Tensor out, Tensor lse)");
   m.def(

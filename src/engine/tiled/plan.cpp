@@ -37,6 +37,7 @@ std::vector<TilePlan> TilePlan::from_masks(const char* op, const Masks& masks, i
   plan.left_ = window_side(op, "left", masks.window.left, open);
   plan.right_ = window_side(op, "right", masks.window.right, open);
   if (masks.causal) plan.right_ = 0;
+  if (masks.from_start) plan.offset_ = 0;
   std::vector<TilePlan> plans(static_cast<size_t>(batch), plan);
   if (masks.lengths.defined()) {
     const std::vector<int64_t> lengths = read_lengths(op, masks.lengths, batch, keys);

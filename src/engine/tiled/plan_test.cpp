@@ -13,7 +13,7 @@ namespace {
 // The text of masks.h, pair by pair.
 bool sees(const Masks& masks, const std::vector<int64_t>& lengths, int64_t b, int64_t i, int64_t j,
           int64_t queries, int64_t keys) {
-  const int64_t position = i + keys - queries;
+  const int64_t position = masks.from_start ? i : i + keys - queries;
   if (masks.causal && j > position) return false;
   if (masks.window.left && j < position - *masks.window.left) return false;
   if (masks.window.right && j > position + *masks.window.right) return false;
@@ -57,8 +57,11 @@ TEST(TilePlan, IsTheMaskPairByPair) {
       for (bool causal : {false, true}) {
         for (std::optional<int64_t> left : {std::optional<int64_t>(), {0}, {3}, {INT64_MAX / 2}}) {
           for (std::optional<int64_t> right : {std::optional<int64_t>(), {0}, {2}}) {
-            check_plan({causal, {left, right}}, {}, queries, keys);
-            check_plan({causal, {left, right}}, {0, keys, keys / 2}, queries, keys);
+            for (bool from_start : {false, true}) {
+              const Masks masks{causal, {left, right}, {}, from_start};
+              check_plan(masks, {}, queries, keys);
+              check_plan(masks, {0, keys, keys / 2}, queries, keys);
+            }
           }
         }
       }
