@@ -206,12 +206,20 @@ void save(AutogradContext& ctx, const OperatorHandle& op, const Rule& rule, Stac
   ctx.saved_data[kArguments] = kept;
 }
 
+struct BackwardNode : torch::autograd::CppNode<Differentiable> {
+  explicit BackwardNode(std::string name) : name_(std::move(name)) {}
+  std::string name() const override { return name_; }
+
+ private:
+  const std::string name_;  // for messages and profiles
+};
+
 // The call as a node of the graph. Function::apply would make the same one, but refuses torch.func: as
 // it runs forward without gradients, the levels of torch.func below this one would lose theirs.
 void record(const OperatorHandle& op, Stack arguments, const variable_list& tensors,
             at::ArrayRef<IValue> results) {
   const Rule& rule = rule_of(op);
-  const auto node = c10::make_intrusive<torch::autograd::CppNode<Differentiable>>();
+  const auto node = c10::make_intrusive<BackwardNode>(rule.backward_op.schema().name());
   node->set_ctx_grad_fn(node);
   node->set_next_edges(torch::autograd::collect_next_edges(tensors));
   node->is_variable_input_.assign(tensors.size(), true);
@@ -291,9 +299,10 @@ void refuse_device(const OperatorHandle& op, Stack* stack) {
                      op.schema().name(), ": ", arguments[i].name(), " is None, needed is a tensor");
     if (!is_tensor(value)) continue;
     const at::Tensor& tensor = value.toTensor();
-    const bool dense_cpu = tensor.device().is_cpu() && tensor.layout() == at::kStrided;
-    TORCH_CHECK(dense_cpu, op.schema().name(), ": ", arguments[i].name(), " is a ", tensor.layout(),
-                " tensor on ", tensor.device(), ", needed is a dense (strided) tensor on cpu");
+    const bool plain = tensor.device().is_cpu() && tensor.layout() == at::kStrided;
+    TORCH_CHECK(plain && !tensor.is_quantized(), op.schema().name(), ": ", arguments[i].name(),
+                " is a ", tensor.is_quantized() ? "quantized " : "", tensor.layout(), " tensor on ",
+                tensor.device(), ", needed is a dense (strided) tensor on cpu");
   }
   TORCH_CHECK(false, op.schema().name(), ": needed are plain dense tensors on cpu");
 }
