@@ -7,8 +7,10 @@ from heed._autocast import autocast
 from heed._gradients import may_follow
 from heed._masks import Window, window_sides
 from heed._numbers import number
+from heed._overrides import overridable
 
 
+@overridable
 def affine_scaled_attention(
     q: Tensor,
     k: Tensor,

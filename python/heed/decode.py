@@ -8,6 +8,7 @@ from torch import Tensor
 
 from heed._autocast import autocast
 from heed._numbers import number
+from heed._overrides import overridable
 
 _ops = torch.ops.heed
 
@@ -42,6 +43,7 @@ def decode_attention(
     alibi_slopes: Tensor | None = ...,
     return_lse: Literal[True],
 ) -> tuple[Tensor, Tensor]: ...
+@overridable
 def decode_attention(
     q: Tensor,
     k_cache: Tensor,
@@ -103,6 +105,7 @@ def decode_attention(
     return (out, lse) if return_lse else out
 
 
+@overridable
 def merge_attention(
     out_a: Tensor, lse_a: Tensor, out_b: Tensor, lse_b: Tensor
 ) -> tuple[Tensor, Tensor]:
@@ -113,7 +116,8 @@ def merge_attention(
 
     Args:
         out_a, out_b: ``[..., Dv]`` of one floating type and shape: ``[B, H, L, Dv]``, a grid
-            ``[B, Y, X, H, Dv]`` or any other.
+            ``[B, Y, X, H, Dv]`` or any other. Under ``torch.autocast`` for the CPU they are taken
+            in its type.
         lse_a, lse_b: ``[...]``, as out without its last dimension, float32 (float64 beside float64
             results), as returned with ``return_lse=True``. ``-inf`` marks a query that saw no key.
             :func:`heed.flash_attention_varlen` returns ``[H, T]`` beside ``out [T, H, Dv]``: give
@@ -129,6 +133,7 @@ def merge_attention(
 
     Differentiable. Source: online softmax, FlashAttention (arXiv 2205.14135).
     """
+    out_a, out_b = autocast(out_a, out_b)
     parts = (out_a, lse_a, out_b, lse_b)
     if not all(isinstance(part, Tensor) for part in parts) or out_a.dim() in (0, 4):
         return _ops.merge_attention(*parts)

@@ -4,8 +4,10 @@ import torch
 from torch import Tensor
 
 from heed._autocast import autocast
+from heed._overrides import overridable
 
 
+@overridable
 def depthwise_causal_conv(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     """Convolution along the tokens that sees no later token, each channel on its own.
 

@@ -6,8 +6,10 @@ from torch import Tensor
 from heed._autocast import autocast
 from heed._gradients import may_follow
 from heed._numbers import number
+from heed._overrides import overridable
 
 
+@overridable
 def attention_distillation_loss(
     q: Tensor,
     k: Tensor,

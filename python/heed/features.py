@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from heed._autocast import autocast
+from heed._overrides import overridable
 
 FeatureKind = Literal[
     "elu1",
@@ -20,6 +21,7 @@ FeatureKind = Literal[
 ]
 
 
+@overridable
 def feature_map(
     x: Tensor, kind: FeatureKind, weight: Tensor | None = None, bias: Tensor | None = None
 ) -> Tensor:

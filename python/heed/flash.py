@@ -8,6 +8,7 @@ from torch import Tensor
 from heed._autocast import autocast
 from heed._masks import Window, window_sides
 from heed._numbers import number, whole_pair
+from heed._overrides import overridable
 from heed._seeds import dropout_seeds
 
 _ops = torch.ops.heed
@@ -55,6 +56,7 @@ def flash_attention(
     seed: int | None = ...,
     return_lse: Literal[True],
 ) -> tuple[Tensor, Tensor]: ...
+@overridable
 def flash_attention(
     q: Tensor,
     k: Tensor,
@@ -200,6 +202,7 @@ def flash_attention_varlen(
     seed: int | None = ...,
     return_lse: Literal[True],
 ) -> tuple[Tensor, Tensor]: ...
+@overridable
 def flash_attention_varlen(
     q: Tensor,
     k: Tensor,

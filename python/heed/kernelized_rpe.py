@@ -6,11 +6,13 @@ import torch
 from torch import Tensor
 
 from heed._autocast import autocast
+from heed._overrides import overridable
 
 RpeFeatures = Literal["nprf", "prf", "trf", "elu1"]
 RpePath = Literal["auto", "fft", "direct"]
 
 
+@overridable
 def kernelized_rpe_attention(
     q: Tensor,
     k: Tensor,

@@ -7,6 +7,7 @@ from torch import Tensor
 
 from heed._autocast import autocast
 from heed._numbers import number
+from heed._overrides import overridable
 from heed._states import whole_of
 
 SlopesForm = Literal["code", "paper", "fla"]
@@ -32,6 +33,7 @@ def lightning_attention(
     initial_state: Tensor | None = ...,
     return_state: Literal[True],
 ) -> tuple[Tensor, Tensor]: ...
+@overridable
 def lightning_attention(
     q: Tensor,
     k: Tensor,

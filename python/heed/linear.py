@@ -8,6 +8,7 @@ from torch import Tensor
 from heed._autocast import autocast
 from heed._gradients import may_follow
 from heed._numbers import number
+from heed._overrides import overridable
 from heed._states import parts_of, whole_of
 
 LinearState = tuple[Tensor, Tensor] | Tensor
@@ -39,6 +40,7 @@ def linear_attention(
     initial_state: LinearState | None = ...,
     return_state: Literal[True],
 ) -> tuple[Tensor, LinearState]: ...
+@overridable
 def linear_attention(
     q: Tensor,
     k: Tensor,

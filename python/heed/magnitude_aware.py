@@ -8,6 +8,7 @@ from torch import Tensor
 from heed._autocast import autocast
 from heed._gradients import may_follow
 from heed._numbers import number
+from heed._overrides import overridable
 from heed._states import parts_of
 
 MagnitudeAwareForm = Literal["code", "paper", "consistent"]
@@ -42,6 +43,7 @@ def magnitude_aware_linear_attention(
     initial_state: MagnitudeAwareState | None = ...,
     return_state: Literal[True],
 ) -> tuple[Tensor, MagnitudeAwareState]: ...
+@overridable
 def magnitude_aware_linear_attention(
     q: Tensor,
     k: Tensor,

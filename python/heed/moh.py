@@ -7,8 +7,10 @@ from torch import Tensor
 
 from heed._autocast import autocast
 from heed._numbers import number
+from heed._overrides import overridable
 
 
+@overridable
 def moh_router(
     x: Tensor,
     wg: Tensor,

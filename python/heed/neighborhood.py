@@ -9,6 +9,7 @@ from torch import Tensor
 
 from heed._autocast import autocast
 from heed._numbers import number
+from heed._overrides import overridable
 
 PerAxis = int | Sequence[int]
 CausalPerAxis = bool | Sequence[bool] | None  # None: False
@@ -112,6 +113,7 @@ def na1d(
     *,
     return_lse: Literal[True],
 ) -> tuple[Tensor, Tensor]: ...
+@overridable
 def na1d(
     query: Tensor,
     key: Tensor,
@@ -211,6 +213,7 @@ def na2d(
     *,
     return_lse: Literal[True],
 ) -> tuple[Tensor, Tensor]: ...
+@overridable
 def na2d(
     query: Tensor,
     key: Tensor,
@@ -296,6 +299,7 @@ def na3d(
     *,
     return_lse: Literal[True],
 ) -> tuple[Tensor, Tensor]: ...
+@overridable
 def na3d(
     query: Tensor,
     key: Tensor,

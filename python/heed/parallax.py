@@ -9,6 +9,7 @@ from heed._autocast import autocast
 from heed._gradients import may_follow
 from heed._masks import Window, window_sides
 from heed._numbers import number
+from heed._overrides import overridable
 
 
 @overload
@@ -37,6 +38,7 @@ def parallax_attention(
     scale: float | None = ...,
     return_stats: Literal[True],
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]: ...
+@overridable
 def parallax_attention(
     q: Tensor,
     r: Tensor,

@@ -8,10 +8,12 @@ from torch import Tensor
 from heed._autocast import autocast
 from heed._gradients import may_follow
 from heed._numbers import number
+from heed._overrides import overridable
 
 Normalizer = Literal["softmax", "l2", "rms", "layer", "divide_by_count", "clamped", "none"]
 
 
+@overridable
 def recurrent_softmax_attention(
     q: Tensor,
     k: Tensor,

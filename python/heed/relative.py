@@ -5,8 +5,10 @@ from torch import Tensor
 
 from heed._autocast import autocast
 from heed._numbers import number
+from heed._overrides import overridable
 
 
+@overridable
 def relative_attention(
     q: Tensor,
     k: Tensor,

@@ -6,8 +6,10 @@ from torch import Tensor
 from heed._autocast import autocast
 from heed._gradients import may_follow
 from heed._numbers import number
+from heed._overrides import overridable
 
 
+@overridable
 def relu_linear_attention(
     q: Tensor, k: Tensor, v: Tensor, temperature: Tensor, *, clamp: float = 100.0
 ) -> Tensor:

@@ -5,6 +5,7 @@ from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
+from torch.overrides import handle_torch_function, has_torch_function_variadic
 
 from heed._autocast import autocast
 from heed._numbers import number
@@ -68,6 +69,18 @@ def scaled_dot_product_attention(
     Source: FlashAttention (arXiv 2205.14135); semantics of PyTorch.
     """
     op = "scaled_dot_product_attention"
+    tensors = (query, key, value)  # a CausalBias has a __torch_function__ for PyTorch's own function
+    if has_torch_function_variadic(*tensors):
+        return handle_torch_function(
+            scaled_dot_product_attention,
+            tensors,
+            *tensors,
+            attn_mask,
+            dropout_p,
+            is_causal,
+            scale=scale,
+            enable_gqa=enable_gqa,
+        )
     if attn_mask is not None and is_causal:
         raise ValueError(f"{op}: attn_mask and is_causal are given, needed is one of them")
     query, key, value = autocast(query, key, value)
@@ -88,16 +101,10 @@ def scaled_dot_product_attention(
             # The object is a recipe: as a tensor it has memory that nobody wrote.
             _check_causal_bias(op, attn_mask, query.shape[-2], key.shape[-2])
             is_causal = attn_mask.variant == CausalVariant.UPPER_LEFT
-            if not is_causal:
-                options["causal"] = True
+            options["causal"] = True
             attn_mask = None
     if is_causal:
-        queries, keys = q.shape[2], k.shape[2]
-        # Keys after the last query are seen by none; the rest of the top-left triangle is a window
-        # that ends Lq - Lk keys to the right of the diagonal that is aligned to the end.
-        if keys > queries:
-            k, v = k[:, :, :queries], v[:, :, :queries]
-        options["window_right"] = max(queries - keys, 0)
+        options["causal"] = options["from_start"] = True
     if attn_mask is not None:
         if not isinstance(attn_mask, Tensor):
             raise _no_tensor(op, "attn_mask", attn_mask)

@@ -6,8 +6,10 @@ from torch import Tensor
 from heed._autocast import autocast
 from heed._masks import Window, window_sides
 from heed._numbers import number
+from heed._overrides import overridable
 
 
+@overridable
 def sigmoid_attention(
     q: Tensor,
     k: Tensor,

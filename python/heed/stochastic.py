@@ -8,6 +8,7 @@ from torch import Tensor
 
 from heed._autocast import autocast
 from heed._numbers import number, whole_number
+from heed._overrides import overridable
 from heed._seeds import signed_seed
 
 
@@ -35,6 +36,7 @@ def stochastic_attention(
     scale: float | None = ...,
     return_lse: Literal[True],
 ) -> tuple[Tensor, Tensor]: ...
+@overridable
 def stochastic_attention(
     q: Tensor,
     k: Tensor,

@@ -7,6 +7,7 @@ from torch import Tensor
 
 from heed._autocast import autocast
 from heed._numbers import number
+from heed._overrides import overridable
 from heed._states import parts_of
 
 TaylorState = tuple[Tensor, Tensor]
@@ -34,6 +35,7 @@ def taylor_state_attention(
     initial_state: TaylorState | None = ...,
     return_state: Literal[True],
 ) -> tuple[Tensor, TaylorState]: ...
+@overridable
 def taylor_state_attention(
     q: Tensor,
     k: Tensor,

@@ -7,6 +7,7 @@ from calls import CALLS, Q, call
 from reference import random
 from torch.library import opcheck
 from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 from torch.utils.checkpoint import checkpoint
 
 ATTENTION = [name for name in heed.__all__ if name not in ("merge_attention", "na1d", "na3d")]
@@ -200,6 +201,40 @@ def test_gradients_of_results_may_be_broadcast(name):
             for grads in (spread, [g.contiguous() for g in spread])
         )
         assert all(f is e is None or torch.equal(f, e) for f, e in zip(found, expected))
+
+
+class Calling(torch.nn.Module):
+    def __init__(self, name, **options):
+        super().__init__()
+        self.name, self.options = name, options
+
+    def forward(self, tensors):
+        own = {key: tensors[n] for n, key in enumerate(CALLS[self.name][0])}
+        return call(self.name, own, **self.options)
+
+
+# What acts as a tensor sees the call itself, as with PyTorch's own functions.
+@pytest.mark.parametrize("name", CALLS)
+def test_traced_by_torch_fx(name):
+    traced = torch.fx.symbolic_trace(Calling(name))
+    assert getattr(heed, name) in [node.target for node in traced.graph.nodes]
+    found = tree_leaves(traced(list(CALLS[name][0].values())))
+    assert all(map(torch.equal, found, call(name)))
+
+
+@pytest.mark.parametrize("name", DROPPING)
+def test_a_traced_call_drops_other_weights_each_time(name):
+    traced = torch.fx.symbolic_trace(Calling(name, dropout_p=0.5))
+    first, second = (traced(list(CALLS[name][0].values()))[0] for _ in range(2))
+    assert not torch.equal(first, second)
+
+
+@pytest.mark.parametrize("name", sorted(set(CALLS) - {"decode_attention"}))
+def test_nodes_are_called_after_their_operator(name):
+    node = next(t.grad_fn for t in wanting(name)[1] if t.requires_grad)
+    while not node.name().startswith("heed::"):
+        node = node.next_functions[0][0]
+    assert node.name().endswith("_backward")
 
 
 AUTOCAST = torch.bfloat16

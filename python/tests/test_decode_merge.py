@@ -271,6 +271,16 @@ def test_merge_of_far_apart_statistics():
     assert torch.equal(lse, torch.tensor([[[1e4, 1e4]]]))
 
 
+def test_merge_under_autocast():
+    q, k, v = random_qkv(1, 2, 2, 5, 9, 8)
+    kept = heed.flash_attention(q, k, v, return_lse=True)
+    with torch.autocast("cpu", torch.bfloat16):
+        fresh = heed.flash_attention(q, k, v, return_lse=True)
+        found = heed.merge_attention(*kept, *fresh)
+    expected = heed.merge_attention(kept[0].bfloat16(), kept[1], *fresh)
+    assert torch.equal(found[0], expected[0]) and torch.equal(found[1], expected[1])
+
+
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_merge_of_strided_tensors(dtype):
     q, k, v = random_qkv(2, 4, 2, 9, 50, 16, dtype=dtype)
