@@ -281,7 +281,8 @@ TEST(RecurrentSoftmax, ARowThatOverflowsAndHasNoGradientLeavesTheOthersAlone) {
       std::fill_n(grad_out.as<float>() + (head * 40 + 20) * 12, 12, 0.0F);
     }
     RecurrentSoftmaxOptions options = with(normalizer);
-    options.gate = filled(DType::f32, {2, 4, 40}, 1);
+    const Array gate = filled(DType::f32, {2, 4, 40}, 1);
+    options.gate = gate;
     const RecurrentSoftmaxGradients got = gradients_of(in, grad_out, options);
     for (const Array* gradient : {&got.q, &got.k, &got.v, &got.gate}) {
       for (int64_t i = 0; i < gradient->count(); ++i) {
