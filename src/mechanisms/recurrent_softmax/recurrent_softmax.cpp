@@ -112,8 +112,7 @@ class RowPass {
       double dots[kItemRows], sums[kItemRows];
       maps_.dots(rows_of(grad_out, block), rows_of(core_, block), dots);
       maps_.sums(rows_of(grad_out, block), sums);
-      bool of_num_alone[kItemRows];
-      double den[kItemRows];
+      recurrent::RowGradient found[kItemRows];
       T of_gradient[kItemRows], of_row[kItemRows], constant[kItemRows], scale[kItemRows];
       for (int64_t r = 0; r < block.count; ++r) {
         const recurrent::RowResult result = recurrent::row_result(kind_, rows.row[r]);
@@ -126,13 +125,11 @@ class RowPass {
           *reinterpret_cast<T*>(at(grad_gate, block, r)) =
               static_cast<T>(rows.row[r].keys > 0 && !none ? gradient : 0);
         }
-        recurrent::RowGradient g;
+        recurrent::RowGradient& g = found[r];
         if (!none) g = recurrent::row_gradient(kind_, rows.row[r], gate * dots[r], gate * sums[r]);
         of_gradient[r] = static_cast<T>(gate * g.of_gradient);
         of_row[r] = static_cast<T>(g.of_row);
         constant[r] = static_cast<T>(g.constant);
-        den[r] = g.den;
-        of_num_alone[r] = g.of_num_alone;
       }
       const kernels::Rows gradient = rows_of(grad_out, block);
       const kernels::RowsOut to = out_rows(grad_core, block);
@@ -146,9 +143,9 @@ class RowPass {
       // As the engine sees it: rounded.
       if (!kind_.polynomial) maps_.dots(rows_of(grad_core, block), rows_of(core_, block), dots);
       for (int64_t r = 0; r < block.count; ++r) {
-        const double delta = of_num_alone[r] ? 0 : dots[r];
+        const double delta = found[r].of_num_alone ? 0 : dots[r];
         *reinterpret_cast<T*>(at(of_weights, block, r)) =
-            static_cast<T>(kind_.polynomial ? den[r] : delta);
+            static_cast<T>(kind_.polynomial ? found[r].den : delta);
       }
     });
     return grad_gate;
