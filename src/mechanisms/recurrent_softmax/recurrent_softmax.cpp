@@ -118,16 +118,18 @@ class RowPass {
         const recurrent::RowResult result = recurrent::row_result(kind_, rows.row[r]);
         const double gate = gate_of(block, r, rows.row[r]);
         scale[r] = static_cast<T>(result.scale);
-        // A numerator may overflow alone (none, divide_by_count); its gradient of 0 stays 0.
-        const bool none = std::isinf(scale[r]) && is_zero(rows_of(grad_out, row_of(block, r)));
+        recurrent::RowGradient& g = found[r];
+        g = recurrent::row_gradient(kind_, rows.row[r], gate * dots[r], gate * sums[r]);
+        of_gradient[r] = static_cast<T>(gate * g.of_gradient);
+        // A numerator may overflow alone; gradients of 0 stay 0.
+        const bool none =
+            !std::isfinite(of_gradient[r]) && is_zero(rows_of(grad_out, row_of(block, r)));
+        if (none) of_gradient[r] = 0;
         if (gated()) {
           const double gradient = result.scale * dots[r] + result.shift * sums[r];
           *reinterpret_cast<T*>(at(grad_gate, block, r)) =
               static_cast<T>(rows.row[r].keys > 0 && !none ? gradient : 0);
         }
-        recurrent::RowGradient& g = found[r];
-        if (!none) g = recurrent::row_gradient(kind_, rows.row[r], gate * dots[r], gate * sums[r]);
-        of_gradient[r] = static_cast<T>(gate * g.of_gradient);
         of_row[r] = static_cast<T>(g.of_row);
         constant[r] = static_cast<T>(g.constant);
       }

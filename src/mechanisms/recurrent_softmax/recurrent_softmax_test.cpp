@@ -292,6 +292,30 @@ TEST(RecurrentSoftmax, ARowThatOverflowsAndHasNoGradientLeavesTheOthersAlone) {
   }
 }
 
+TEST(RecurrentSoftmax, TheL2VariantOfZeroValuesHasTheGradientOfItsFloor) {
+  for (DType type : {DType::f64, DType::f32}) {
+    Inputs in = inputs(type, 1, 1);
+    in.v = Array::zeros(type, {2, 2, 1, 12});
+    const Array grad_out = random_array(type, {2, 4, 1, 12}, 4);
+    const Array dv = convert(gradients_of(in, grad_out, with(Normalizer::l2)).v, DType::f64);
+    const Array q = convert(in.q, DType::f64), k = convert(in.k, DType::f64),
+                g = convert(grad_out, DType::f64);
+    for (int64_t kv = 0; kv < 4; ++kv) {
+      for (int64_t f = 0; f < 12; ++f) {
+        double expected = 0;
+        for (int64_t h = 2 * kv; h < 2 * kv + 2; ++h) {
+          double score = 0;
+          for (int64_t e = 0; e < 16; ++e) {
+            score += q.as<double>()[h * 16 + e] * k.as<double>()[kv * 16 + e] / 4;
+          }
+          expected += std::exp(score) * 1e12 * g.as<double>()[h * 12 + f];
+        }
+        EXPECT_NEAR(dv.as<double>()[kv * 12 + f], expected, 1e-5 * 1e12);
+      }
+    }
+  }
+}
+
 TEST(RecurrentSoftmax, SameBitsForAnyThreadCount) {
   for (DType type : kTypes) {
     const Inputs in = inputs(type, 150, 160);

@@ -44,7 +44,7 @@ RowResult row_result(const RowKind& kind, const Row& row) {
       return {kind.polynomial ? 1 / safe_denominator(t) : 1, 0};
     case Normalizer::l2: {
       const double norm = std::sqrt(row.square);
-      if (norm == 0) return {};
+      if (norm == 0) return {};  // the other factor may be infinite
       return {norm_counts(kind, row, norm) ? 1 / norm : unit_of(kind, row) / kLeastNorm, 0};
     }
     case Normalizer::rms:
@@ -76,7 +76,11 @@ RowGradient row_gradient(const RowKind& kind, const Row& row, double gradient_do
       if (kind.polynomial && std::abs(t) >= kLeastDenominator) gradient.den = -scale * scale * dot;
       break;
     case Normalizer::l2:
-      if (norm_counts(kind, row, std::sqrt(row.square))) gradient.of_row = -scale * (scale * dot);
+      if (row.square == 0) {
+        gradient.of_gradient = unit_of(kind, row) / kLeastNorm;
+      } else if (norm_counts(kind, row, std::sqrt(row.square))) {
+        gradient.of_row = -scale * (scale * dot);
+      }
       break;
     case Normalizer::rms:
       gradient.of_row = -scale * (scale * dot) / kind.width;
