@@ -37,6 +37,18 @@ def test_causal_is_aligned_to_the_start(dtype, lq, lk, is_causal):
     check(q, k, v, is_causal=is_causal)
 
 
+@pytest.mark.parametrize("lq, lk", [(5, 40), (40, 5), (70, 30), (30, 70)])
+def test_gradients_of_causal_calls(lq, lk):
+    inputs = random_qkv(2, 3, 3, lq, lk, 12, dtype=torch.float64)
+    inputs = [t.requires_grad_() for t in inputs]
+    found, expected = (
+        torch.autograd.grad(f(*inputs, is_causal=True).square().sum(), inputs)
+        for f in (heed.scaled_dot_product_attention, torch_sdpa)
+    )
+    for f, e in zip(found, expected):
+        torch.testing.assert_close(f, e, rtol=1e-10, atol=1e-10)
+
+
 def test_export_leaves_lengths_open():
     class Attention(torch.nn.Module):
         def forward(self, q, k, v):

@@ -126,9 +126,8 @@ void check_decode_queries(const char* op, const Tensor& q) {
   if (q.size(2) <= kMost) return;
   fail(op, describe("q", q) + " has " + std::to_string(q.size(2)) + " queries",
        "at most " + std::to_string(kMost) +
-           " are supported; flash_attention_varlen takes more, causal to the end of each sequence "
-           "as "
-           "here (flash_attention with lengths stays aligned to all keys of k)");
+           " are supported; flash_attention_varlen takes more, causal to the end of each "
+           "sequence as here (flash_attention with lengths stays aligned to all keys of k)");
 }
 
 AttentionSizes check_attention(const char* op, const Tensor& q, const Tensor& k, const Tensor& v,
