@@ -110,11 +110,12 @@ void Backward<T>::prepare_block(const RowBlock& block) {
   const auto rows = [&](const HeadRows& t) {
     return rows_of(t, block.head, block.begin, block.end);
   };
-  const HeadRows& g = gradient(block.sequence).out;
+  const SequenceGradient& given = gradient(block.sequence);
+  const HeadRows& g = given.out;
   double out_dots[kBlockRows] = {}, mean_dots[kBlockRows] = {};
   if (problem_.policy.weight == kernels::WeightKind::softmax) {
     const auto& maps = kernels::row_map_kernels<T>(path_.isa);
-    maps.dots(rows(g), rows(s.out), out_dots);
+    if (!given.delta.defined()) maps.dots(rows(g), rows(s.out), out_dots);
     if (second_) maps.dots(rows(g), rows(s.v_mean), mean_dots);
   }
   for (int64_t row = block.begin; row < block.end; ++row) {

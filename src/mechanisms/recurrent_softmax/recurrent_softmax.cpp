@@ -142,8 +142,11 @@ class RowPass {
           maps_.combine(gradient, of_gradient, &normalized, of_row, constant, to);
         });
       }
-      // As the engine sees it: rounded.
-      if (!kind_.polynomial) maps_.dots(rows_of(grad_core, block), rows_of(core_, block), dots);
+      const bool subtracts =
+          std::any_of(found, found + block.count, [](const auto& g) { return !g.of_num_alone; });
+      if (!kind_.polynomial && subtracts) {  // as the engine sees it: rounded
+        maps_.dots(rows_of(grad_core, block), rows_of(core_, block), dots);
+      }
       for (int64_t r = 0; r < block.count; ++r) {
         const double delta = found[r].of_num_alone ? 0 : dots[r];
         *reinterpret_cast<T*>(at(of_weights, block, r)) =
