@@ -66,38 +66,62 @@ HWY_INLINE V sums_of_blocks(const V* v) {
   }
 }
 
+// Keys that are read side by side. Fewer are nearer to the order of memory, which streams best; more share
+// the loads of query rows, where there are registers for their sums.
+template <class T>
+inline constexpr int kKeysAtOnce = kPanelVectors == 4 ? kBlockElements<T> : 2;
+
+// Products of R query rows with K keys, lane by lane. Sums of few are taken in S parts: they would wait for
+// each other.
+template <class T, class From, int R, int K, int S>
+HWY_INLINE void dot_side_by_side(const T* q, int64_t q_stride, const From* const* keys,
+                                 int64_t width, int64_t ahead, hn::Vec<Full<T>> (&sum)[R][K]) {
+  const Full<T> d;
+  hn::Vec<Full<T>> part[S][R][K];
+#pragma GCC unroll 2
+  for (int i = 0; i < S; ++i) {
+    for_block<R, K>([&](int r, int j) HWY_ATTR { part[i][r][j] = hn::Zero(d); });
+  }
+  const auto add = [&](int64_t e, auto&& load, hn::Vec<Full<T>>(&to)[R][K]) HWY_ATTR {
+    hn::Vec<Full<T>> query[R];
+#pragma GCC unroll 4
+    for (int r = 0; r < R; ++r) query[r] = hn::LoadU(d, q + r * q_stride + e);
+#pragma GCC unroll 4
+    for (int j = 0; j < K; ++j) {
+      const auto k = load(keys[j] + e);
+      if (e % kLine<From> == 0) prefetch_far(keys[j] + e, ahead);
+#pragma GCC unroll 4
+      for (int r = 0; r < R; ++r) to[r][j] = hn::MulAdd(query[r], k, to[r][j]);
+    }
+  };
+  const auto whole = [&](const From* p) HWY_ATTR { return Load<T, From>::full(d, p); };
+  int64_t e = 0;
+  for (; e + S * lanes<T>() <= width; e += S * lanes<T>()) {
+#pragma GCC unroll 2
+    for (int i = 0; i < S; ++i) add(e + i * lanes<T>(), whole, part[i]);
+  }
+  for (; e < width; e += lanes<T>()) {
+    const auto some = [&](const From* p) HWY_ATTR { return load_elements<T>(p, width - e); };
+    add(e, some, part[0]);
+  }
+  for_block<R, K>([&](int r, int j) HWY_ATTR {
+    sum[r][j] = S == 1 ? part[0][r][j] : hn::Add(part[0][r][j], part[S - 1][r][j]);
+  });
+}
+
 // Products of R query rows with the keys of one block, still to be summed over the blocks of a vector:
 // those of row r to partial[r * step].
 template <class T, class From, int R>
 HWY_INLINE void dot_keys(const T* q, int64_t q_stride, const From* const* keys, int64_t width,
                          int64_t ahead, hn::Vec<Full<T>>* partial, int step) {
-  const Full<T> d;
-  constexpr int kKeys = kBlockElements<T>;
+  constexpr int kKeys = kBlockElements<T>, kAtOnce = kKeysAtOnce<T>;
+  constexpr int kParts = kAtOnce == 2 && R <= 2 ? 2 : 1;
   hn::Vec<Full<T>> acc[R][kKeys];
 #pragma GCC unroll 4
-  for (int r = 0; r < R; ++r) {
-#pragma GCC unroll 4
-    for (int j = 0; j < kKeys; ++j) acc[r][j] = hn::Zero(d);
-  }
-  int64_t e = 0;
-  const auto add = [&](auto&& load) HWY_ATTR {
-    hn::Vec<Full<T>> query[R];
-#pragma GCC unroll 4
-    for (int r = 0; r < R; ++r) query[r] = hn::LoadU(d, q + r * q_stride + e);
-#pragma GCC unroll 4
-    for (int j = 0; j < kKeys; ++j) {
-      const auto k = load(keys[j] + e);
-      if (e % kLine<From> == 0) prefetch_far(keys[j] + e, ahead);
-#pragma GCC unroll 4
-      for (int r = 0; r < R; ++r) acc[r][j] = hn::MulAdd(query[r], k, acc[r][j]);
-    }
-  };
-  for (; e + lanes<T>() <= width; e += lanes<T>()) {
-    add([&](const From* p) HWY_ATTR { return Load<T, From>::full(d, p); });
-  }
-  if (e < width) {
-    const auto rest = static_cast<size_t>(width - e);
-    add([&](const From* p) HWY_ATTR { return Load<T, From>::first(d, p, rest); });
+  for (int j = 0; j < kKeys; j += kAtOnce) {
+    hn::Vec<Full<T>> sum[R][kAtOnce];
+    dot_side_by_side<T, From, R, kAtOnce, kParts>(q, q_stride, keys + j, width, ahead, sum);
+    for_block<R, kAtOnce>([&](int r, int i) HWY_ATTR { acc[r][j + i] = sum[r][i]; });
   }
 #pragma GCC unroll 4
   for (int r = 0; r < R; ++r) partial[r * step] = block_sums<T>(acc[r]);
@@ -141,28 +165,25 @@ HWY_NOINLINE void dot_key_block(const T* q, int64_t q_stride, const Rows& k, int
   }
 }
 
-// Calls body(first row, number of rows as a constant) for groups of at most kMost rows.
-template <int kMost, class Body>
+// Calls body(first row, number of rows as a constant) for groups of at most four rows.
+template <class Body>
 HWY_INLINE void for_row_groups(int64_t rows, Body&& body) {
+  constexpr int64_t kMost = 4;
   for (int64_t r = 0; r < rows; r += kMost) {
-    const int64_t count = HWY_MIN(rows - r, int64_t{kMost});
+    const int64_t count = HWY_MIN(rows - r, kMost);
     if (count == 1) body(r, std::integral_constant<int, 1>());
     if (count == 2) body(r, std::integral_constant<int, 2>());
-    if constexpr (kMost > 2) {
-      if (count == 3) body(r, std::integral_constant<int, 3>());
-      if (count == 4) body(r, std::integral_constant<int, 4>());
-    }
+    if (count == 3) body(r, std::integral_constant<int, 3>());
+    if (count == 4) body(r, std::integral_constant<int, 4>());
   }
 }
 
 template <class T>
 void dot_rows(Block<const T> queries, int64_t rows, const Rows& k, Block<T> s) {
-  constexpr int kGroup =
-      kPanelVectors == 4 ? 4 : 2;  // an accumulator for each key of a block and row
   const int64_t ahead = bytes_ahead(k);
   with_element_type<T>(k.dtype, [&](auto from) {
     for (int64_t m = 0; m < k.count; m += kKeyBlock) {
-      for_row_groups<kGroup>(rows, [&](int64_t r, auto count) {
+      for_row_groups(rows, [&](int64_t r, auto count) {
         dot_key_block<T, decltype(from), count>(queries.row(r), queries.stride, k,
                                                 r == 0 ? ahead : 0, m, s.row(r), s.stride);
       });
